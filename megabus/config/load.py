@@ -1,0 +1,111 @@
+"""From a YAML file and `key=value` overrides to a typed `RunConfig`, or one line that says what is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megabus.config.schema import RunConfig, Section
+from megabus.errors import UserError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path`, apply dotted overrides (`train.max_tokens=1e6`, `growth.stages.0.d_model=96`), validate.
+
+    Raises `UserError` naming the first key that is unknown, of the wrong type or out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            "--config", path, "no such file", "give the path of a YAML file such as configs/demo.yaml"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError("--config", path, f"not valid YAML ({error})", "mend the file") from error
+    if not isinstance(tree, dict):
+        raise UserError("--config", path, "holds no keys", "start from configs/demo.yaml")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> RunConfig:
+    """Validate a plain tree of keys and values."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _first(error, RunConfig) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(
+            "override", override, "is not of the form key=value", "write e.g. train.max_tokens=1e6"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(key, text, f"is not a YAML value ({error})", "quote the value") from error
+    node: Any = tree
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        node = _child(node, part, key, ".".join(parents[: depth + 1]))
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, key: str, upto: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    child = node.setdefault(part, {})
+    if child is None:
+        child = node[part] = {}
+    if not isinstance(child, dict | list):
+        raise UserError(key, child, f"{upto} is a value, not a section", f"override {upto} itself")
+    return child
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(key, part, f"is no index of a list of {len(node)}", f"use 0 to {len(node) - 1}")
+    return int(part)
+
+
+def _first(error: ValidationError, root: type[Section]) -> UserError:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    key, value = ".".join(where), first["input"]
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(root, where[:-1])
+        close = difflib.get_close_matches(where[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(sorted(known))}"
+        return UserError(key, value, "unknown key", hint)
+    if first["type"] == "missing":
+        return UserError(key, "(missing)", "this key is needed", "add it to the file or as an override")
+    return UserError(key, value, first["msg"], "give a value of that kind")
+
+
+def _keys_at(model: type[BaseModel], where: list[str]) -> list[str]:
+    """Field names of the section that `where` leads to; list indices and union members are passed over."""
+    for part in where:
+        field = model.model_fields.get(part)
+        if field is None:
+            continue
+        inner = [t for t in _flatten(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    return [annotation, *(leaf for arg in get_args(annotation) for leaf in _flatten(arg))]

@@ -1,0 +1,191 @@
+"""What a YAML file may say. Types and ranges only: how keys must fit together is `stages.py`'s business."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+def _whole(value: Any) -> Any:
+    """Let counts be written 2e6: YAML reads that as a string or a float, and a budget is rarely typed in full."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[PositiveInt, BeforeValidator(_whole)]
+
+
+class Section(BaseModel):
+    """Every section refuses unknown keys and cannot change after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""
+
+    kind: Literal["ngpt", "gpt"] = "ngpt"
+    vocab_size: Count
+    d_model: Count
+    n_layers: Count
+    n_heads: Count
+    n_kv_heads: Count | None = Field(None, description="key/value heads (GQA); n_heads when left out")
+    head_dim: Count
+    d_ff: Count
+    rope_theta: Positive = 10000.0
+    alpha_init: Positive = Field(0.05, description="ngpt: the initial eigen learning rate of every block")
+    init_std: Positive = Field(0.02, description="gpt: standard deviation of the initial weights")
+    norm_eps: Positive = Field(1e-5, description="gpt: added to the squared length of h, so growth keeps it")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+
+class LayoutConfig(Section):
+    """Degrees of tensor, pipeline and data parallelism; dp is what is left of the world when left out."""
+
+    tp: Count = 1
+    pp: Count = 1
+    dp: Count | None = None
+
+
+class TrainConfig(Section):
+    """Batches, budget and numerics. A budget is needed; the first one reached ends the run."""
+
+    seq_len: Count
+    micro_batch_size: Count
+    global_batch_size: Count
+    max_tokens: Count | None = None
+    max_flops: Positive | None = None
+    max_steps: Count | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    zero_stage: Literal[1, 2] = 1
+    gradient_clipping: NonNegative = Field(1.0, description="largest gradient norm; 0 clips nothing")
+    recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule, a function of the share of the budget that is spent."""
+
+    lr: Positive
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = Field(0.0, description="on matrices only; ngpt has none")
+    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
+    warmup_share: Share = Field(0.0, description="share of the budget to warm up over; ngpt needs none")
+    decay_share: Share = Field(0.2, description="wsd: the last share of the budget, over which lr falls")
+    min_lr_ratio: Share = 0.0
+
+
+class StageConfig(Section):
+    """One growth: the sizes to grow to, and whatever else changes with them; what is left out stays."""
+
+    d_model: Count | None = None
+    n_layers: Count | None = None
+    n_heads: Count | None = None
+    n_kv_heads: Count | None = None
+    d_ff: Count | None = None
+    layout: LayoutConfig | None = None
+    seq_len: Count | None = None
+    micro_batch_size: Count | None = None
+    global_batch_size: Count | None = None
+    lr: Positive | None = None
+    kappa: Share | None = None
+    max_tokens: Count | None = Field(None, description="cap of this stage")
+    max_flops: Positive | None = Field(None, description="cap of this stage")
+
+
+class ScalingLaw(Section):
+    """Chinchilla's form L(N, D) = E + A/N^alpha + B/D^beta; the defaults are Hoffmann et al. 2022."""
+
+    E: float = 1.69
+    A: Positive = 406.4
+    B: Positive = 410.7
+    alpha: Positive = 0.34
+    beta: Positive = 0.28
+
+
+class KappaConfig(Section):
+    """When to grow: at the share kappa of the improvement that the present size is predicted to give."""
+
+    kappa: Share = 0.8
+    predictor: Literal["constant", "scaling_law", "reference", "fit"] = "fit"
+    constant: float | list[float] | None = Field(None, description="final loss; one, or one a stage")
+    scaling_law: ScalingLaw = ScalingLaw()
+    reference: list[tuple[Positive, float]] | None = Field(None, description="[parameters, final loss] rows")
+    start: Literal["stage", "run"] = "stage"
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="EMA of validation losses")
+    patience: Count = Field(1, description="evaluations in a row that must meet the target")
+    min_evals: Count = Field(3, description="evaluations a stage must see before kappa may trigger")
+
+
+class GrowthConfig(Section):
+    """How to grow (DESIGN: BUS) and through which stages."""
+
+    write: Literal["tilt", "clone", "noise"] = "tilt"
+    channels: Literal["even", "uneven"] = "even"
+    depth: Literal["identity", "split", "stack"] = "identity"
+    moments: Literal["reset", "carry", "grow"] = "reset"
+    buffer_mb: Count = Field(256, description="largest message buffer of a rank while shards move")
+    max_tokens: Count | None = Field(None, description="cap of the first stage")
+    max_flops: Positive | None = Field(None, description="cap of the first stage")
+    trigger: KappaConfig = KappaConfig()
+    stages: list[StageConfig] = Field(default_factory=list)
+
+
+class Corpus(Section):
+    path: str = Field(description="prefix of a .bin/.idx pair")
+    weight: Positive = 1.0
+
+
+class DataConfig(Section):
+    """Token files made by tools/preprocess.py. `train` is one prefix or a weighted blend."""
+
+    train: str | list[Corpus]
+    valid: str
+    tokenizer: str | None = Field(None, description="SentencePiece model, copied beside checkpoints")
+
+    @property
+    def train_corpora(self) -> list[tuple[str, float]]:
+        if isinstance(self.train, str):
+            return [(self.train, 1.0)]
+        return [(corpus.path, corpus.weight) for corpus in self.train]
+
+
+class EvalConfig(Section):
+    every: Count = Field(50, description="steps between validations")
+    tokens: Count = Field(65536, description="validation tokens each time, always the same ones")
+
+
+class LogConfig(Section):
+    every: Count = 10
+    unit_norm_every: Count = Field(10, description="steps between measurements of the masters' unit rows")
+    wandb: Literal["off", "offline", "online"] = "off"
+    tensorboard: bool = False
+    peak_tflops: Positive | None = Field(None, description="of one device, for MFU; known for common GPUs")
+
+
+class RunConfig(Section):
+    """A whole run: everything that a YAML file may hold."""
+
+    run_dir: str
+    model: ModelConfig
+    layout: LayoutConfig = LayoutConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    growth: GrowthConfig = GrowthConfig()
+    data: DataConfig
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()

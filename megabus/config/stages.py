@@ -1,0 +1,212 @@
+"""From a `RunConfig` and a world size to the run's stages, with every check that spans several keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megabus.config.schema import LayoutConfig, ModelConfig, RunConfig, StageConfig
+from megabus.errors import UserError
+
+SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of tensor, pipeline and data parallelism; they multiply to the world size."""
+
+    tp: int
+    pp: int
+    dp: int
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        return f"TP{self.tp}/PP{self.pp}/DP{self.dp}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One size of the run with everything that may change at a growth. Batch sizes in samples."""
+
+    index: int
+    model: ModelConfig
+    layout: Layout
+    seq_len: int
+    micro_batch_size: int
+    global_batch_size: int
+    lr: float
+    kappa: float
+    max_tokens: int | None
+    max_flops: float | None
+
+    @property
+    def grad_accum(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.layout.dp)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len
+
+
+def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
+    """All stages in order, the first being the file's own sizes. Raises `UserError` on the first misfit."""
+    _check_run(config)
+    train = config.train
+    first = Stage(
+        index=0,
+        model=config.model,
+        layout=_layout("layout", config.layout, world_size),
+        seq_len=train.seq_len,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        lr=config.optimizer.lr,
+        kappa=config.growth.trigger.kappa,
+        max_tokens=config.growth.max_tokens,
+        max_flops=config.growth.max_flops,
+    )
+    _check_stage(first, config, "", "train.")
+    stages = [first]
+    for number, stage in enumerate(config.growth.stages):
+        key = f"growth.stages.{number}."
+        stages.append(_next_stage(stages[-1], stage, key, world_size))
+        _check_growth(stages[-2], stages[-1], key)
+        _check_stage(stages[-1], config, key, key)
+    longest = max(stage.seq_len for stage in stages)
+    for stage in stages:
+        if longest % stage.seq_len:
+            raise UserError(
+                "seq_len",
+                stage.seq_len,
+                f"does not divide the run's longest sequence, {longest}",
+                "choose lengths that divide it, so that data order does not depend on them",
+            )
+    return stages
+
+
+def _next_stage(last: Stage, stage: StageConfig, key: str, world_size: int) -> Stage:
+    model = last.model.model_copy(update={k: v for k in SIZES if (v := getattr(stage, k)) is not None})
+    layout = last.layout if stage.layout is None else _layout(key + "layout", stage.layout, world_size)
+    return Stage(
+        index=last.index + 1,
+        model=model,
+        layout=layout,
+        seq_len=stage.seq_len or last.seq_len,
+        micro_batch_size=stage.micro_batch_size or last.micro_batch_size,
+        global_batch_size=stage.global_batch_size or last.global_batch_size,
+        lr=stage.lr or last.lr,
+        kappa=last.kappa if stage.kappa is None else stage.kappa,
+        max_tokens=stage.max_tokens,
+        max_flops=stage.max_flops,
+    )
+
+
+def _layout(key: str, layout: LayoutConfig, world_size: int) -> Layout:
+    tp, pp = layout.tp, layout.pp
+    dp = layout.dp or world_size // (tp * pp)
+    if tp * pp * dp != world_size:
+        raise UserError(
+            key,
+            f"tp {tp} x pp {pp}" + (f" x dp {layout.dp}" if layout.dp else ""),
+            f"cannot fill the world of {world_size} rank(s)",
+            "launch a number of ranks that is tp*pp*dp, or change the degrees",
+        )
+    return Layout(tp, pp, dp)
+
+
+def _divides(key: str, value: int, by_key: str, by: int) -> None:
+    if value % by:
+        raise UserError(key, value, f"is not divisible by {by_key} = {by}", f"choose a multiple of {by}")
+
+
+def _check_run(config: RunConfig) -> None:
+    train, optim = config.train, config.optimizer
+    if not (train.max_tokens or train.max_flops or train.max_steps):
+        raise UserError(
+            "train.max_tokens", "(missing)", "the run has no budget", "set it, max_flops or max_steps"
+        )
+    if train.precision == "fp16":
+        raise UserError(
+            "train.precision",
+            "fp16",
+            "is not supported: its loss scaling skips steps, and unit vectors of d_model entries near "
+            "1/sqrt(d_model) leave it few significant bits",
+            "use bf16 or fp32",
+        )
+    if config.model.kind == "ngpt" and optim.weight_decay:
+        raise UserError(
+            "optimizer.weight_decay",
+            optim.weight_decay,
+            "ngpt's weights live on the unit sphere, where decay has no meaning",
+            "set it to 0, or model.kind to gpt",
+        )
+    if optim.warmup_share + optim.decay_share > 1:
+        raise UserError(
+            "optimizer.decay_share",
+            optim.decay_share,
+            f"and warmup_share {optim.warmup_share} exceed the run",
+            "make them sum to 1 or less",
+        )
+    trigger = config.growth.trigger
+    if config.growth.stages and trigger.predictor in ("constant", "reference"):
+        table = getattr(trigger, trigger.predictor)
+        if table is None:
+            key = f"growth.trigger.{trigger.predictor}"
+            raise UserError(key, "(missing)", f"predictor {trigger.predictor} needs it", "add it")
+
+
+def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str) -> None:
+    model, layout = stage.model, stage.layout
+    size_key = size_key or "model."
+    if model.head_dim % 2:
+        raise UserError("model.head_dim", model.head_dim, "is odd", "RoPE turns pairs: choose an even number")
+    _divides(size_key + "n_heads", model.n_heads, "n_kv_heads", model.kv_heads)
+    for name, value in (("n_heads", model.n_heads), ("n_kv_heads", model.kv_heads), ("d_ff", model.d_ff)):
+        _divides(size_key + name, value, "layout.tp", layout.tp)
+    if model.vocab_size < layout.tp:
+        raise UserError("model.vocab_size", model.vocab_size, f"is below tp = {layout.tp}", "lower layout.tp")
+    if model.n_layers < layout.pp:
+        raise UserError(
+            size_key + "n_layers",
+            model.n_layers,
+            f"leaves some of the layout.pp = {layout.pp} pipeline stages empty",
+            "lower layout.pp or add layers (they need not divide evenly)",
+        )
+    if config.train.zero_stage == 2 and layout.pp > 1:
+        raise UserError(
+            "train.zero_stage",
+            2,
+            f"cannot be combined with layout.pp = {layout.pp}: the pipeline accumulates whole gradients",
+            "set it to 1",
+        )
+    samples = stage.micro_batch_size * layout.dp
+    _divides(batch_key + "global_batch_size", stage.global_batch_size, "micro_batch_size*dp", samples)
+
+
+def _check_growth(last: Stage, stage: Stage, key: str) -> None:
+    old, new = last.model, stage.model
+    for name in SIZES:
+        before, after = getattr(old, name), getattr(new, name)
+        if name == "n_kv_heads":
+            before, after = old.kv_heads, new.kv_heads
+        if after < before:
+            raise UserError(
+                key + name, after, f"shrinks from {before}", "stages only grow: give at least that"
+            )
+    if new.n_heads // new.kv_heads < old.n_heads // old.kv_heads or new.n_heads % new.kv_heads:
+        raise UserError(
+            key + "n_kv_heads",
+            new.kv_heads,
+            f"does not keep {old.n_heads // old.kv_heads} query heads with each key/value head",
+            "grow n_heads and n_kv_heads together",
+        )
+    for name in ("n_heads", "d_ff"):
+        copies = -(-getattr(new, name) // getattr(old, name))
+        if copies > new.d_model:
+            raise UserError(
+                key + name,
+                getattr(new, name),
+                f"makes {copies} copies of a vector, more than fit in d_model = {new.d_model}",
+                "grow in smaller steps",
+            )

@@ -1,0 +1,193 @@
+"""One stage's training engine: a decoder under DeepSpeed, with or without a pipeline, behind the same few calls."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import Tensor, nn
+
+from megabus.config import RunConfig, Stage
+from megabus.engine.ds_config import deepspeed_config
+from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
+from megabus.engine.unit_rows import UnitRows
+from megabus.growth.redistribute import Fragments
+from megabus.model.decoder import Decoder
+from megabus.model.loss import vocab_parallel_cross_entropy
+from megabus.model.params import shard_rows, spec_of
+from megabus.parallel.mesh import Mesh
+from megabus.parallel.placement import Placement
+from megabus.parallel.topology import stage_layers
+
+Batch = tuple[Tensor, Tensor]  # inputs and targets, (micro_batch_size, seq_len) int64
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Mean loss of the global batch in nats (before the update) and the gradient norm (before clipping)."""
+
+    loss: float
+    grad_norm: float
+
+
+class DecoderWithLoss(nn.Module):
+    """What the engine without a pipeline runs: token ids and targets in, loss out."""
+
+    def __init__(self, decoder: Decoder, loss: Any) -> None:
+        super().__init__()
+        self.decoder, self.loss = decoder, loss
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return self.loss(self.decoder(inputs_BT), targets_BT)  # type: ignore[no-any-return]
+
+
+class Engine:
+    """A stage of the run, ready to train. Weights are undefined until `write` is called once.
+
+    Collective: every rank constructs it, and every rank makes every call.
+    """
+
+    def __init__(self, config: RunConfig, stage: Stage) -> None:
+        self.config, self.stage = config, stage
+        self.mesh = Mesh(stage.layout)
+        self.placement = Placement(stage.model, stage.layout)
+        self.module = self._module()
+        groups = [
+            {
+                "params": [p for p in self.module.parameters() if spec_of(p).is_matrix == matrix],
+                "weight_decay": decay,
+            }
+            for matrix, decay in ((True, config.optimizer.weight_decay), (False, 0.0))
+        ]
+        for parameter in self.module.parameters():
+            # DeepSpeed's mark of a tensor-parallel shard; replicas must not carry it, or norms count them tp times.
+            if spec_of(parameter).sharded:
+                parameter.model_parallel = True  # type: ignore[attr-defined]
+        optim = config.optimizer
+        adam = torch.optim.AdamW(
+            groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0.0, fused=True
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints on stdout from several places
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=self.module,
+                optimizer=adam,
+                config=deepspeed_config(config, stage),
+                mpu=None if isinstance(self.module, PipelineModule) else self.mesh.grid,
+            )
+        self.unit_rows = self._unit_rows()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.deepspeed.device)
+
+    def _module(self) -> nn.Module:
+        model, layout = self.stage.model, self.stage.layout
+        recompute = self.config.train.recompute
+        head = next(spec for spec in self.placement.specs.values() if spec.axes == ("vocab", "embed"))
+        first_row, _ = shard_rows(head, model, layout.tp, self.mesh.at.tp)
+
+        def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+            return vocab_parallel_cross_entropy(logits_BTV, targets_BT, first_row, self.mesh.tp)
+
+        if layout.pp == 1:
+            return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute), loss)
+        # One spec a stage: which layers a stage holds is megabus's decision, not DeepSpeed's partitioner's.
+        stages = [stage_layers(model.n_layers, layout.pp, stage) for stage in range(layout.pp)]
+        specs = [LayerSpec(Decoder, model, layers, self.mesh.tp, recompute) for layers in stages]
+        with contextlib.redirect_stdout(io.StringIO()):
+            return PipelineModule(
+                specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform"
+            )
+
+    def _unit_rows(self) -> UnitRows | None:
+        matrices = [p for p in self.module.parameters() if spec_of(p).is_matrix]
+        if not all(spec_of(p).unit for p in matrices):
+            return None
+        total = sum(p.numel() for p in matrices)
+        return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group)
+
+    def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
+        """One optimizer step over `grad_accum` micro batches of this data-parallel rank."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        if isinstance(self.module, PipelineModule):
+            loss = self.deepspeed.train_batch(iter(batches))
+        else:
+            losses = []
+            self.deepspeed.train()
+            for inputs, targets in batches:
+                micro = self.deepspeed(inputs, targets)
+                self.deepspeed.backward(micro)
+                self.deepspeed.step()
+                losses.append(micro.detach())
+            loss = self._mean(losses)
+        return StepResult(float(loss), float(self.deepspeed.get_global_grad_norm()))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], count: int) -> float:
+        """Mean loss in nats over `count` micro batches a data-parallel rank, the same on every rank."""
+        if isinstance(self.module, PipelineModule):
+            return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=count))
+        self.deepspeed.eval()
+        return float(self._mean([self.deepspeed(inputs, targets) for inputs, targets in batches]))
+
+    def _mean(self, losses: list[Tensor]) -> Tensor:
+        loss = torch.stack(losses).float().mean()
+        dist.all_reduce(loss, group=self.mesh.dp_group)
+        return loss / self.stage.layout.dp
+
+    def read(self) -> Fragments:
+        """This rank's masters and moments: views, valid until the next step."""
+        return read_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank)
+
+    def write(self, fragments: Fragments, optimizer_step: int = 0) -> None:
+        """Set this rank's masters, and moments where given; collective."""
+        write_fragments(
+            self.deepspeed, self.module, self.placement, self.mesh.rank, fragments, optimizer_step
+        )
+
+    @property
+    def optimizer_step(self) -> int:
+        return optimizer_step_count(self.deepspeed)
+
+    def unit_error(self) -> float:
+        """Largest | |row| - 1 | over all unit rows of the world's masters (0 for a model that has none)."""
+        worst = torch.zeros((), device=self.device) if self.unit_rows is None else self.unit_rows.error()
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return float(worst)
+
+    def micro_rows(self, micro_step: int) -> range:
+        """Rows of the global batch that this data-parallel rank computes in a micro step."""
+        size, at = self.stage.micro_batch_size, self.mesh.at.dp
+        first = (micro_step * self.stage.layout.dp + at) * size
+        return range(first, first + size)
+
+    @property
+    def needs_data(self) -> bool:
+        """Only the first and the last pipeline stage read tokens."""
+        return self.mesh.at.pp in (0, self.stage.layout.pp - 1)
+
+    def close(self) -> None:
+        """Free the engine; the process groups stay for the next one."""
+        if self.unit_rows is not None:
+            self.unit_rows.remove()
+        self.deepspeed.destroy()
+        del self.deepspeed, self.module, self.unit_rows
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def micro_batches(engine: Engine, load: Any, count: int) -> Iterator[Batch]:
+    """`count` micro batches on the engine's device; `load(rows)` returns inputs and targets of global batch rows."""
+    for micro_step in range(count):
+        inputs, targets = load(engine.micro_rows(micro_step))
+        yield inputs.to(engine.device, non_blocking=True), targets.to(engine.device, non_blocking=True)

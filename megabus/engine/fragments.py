@@ -1,0 +1,84 @@
+"""This rank's part of the fp32 masters and Adam moments, read from and written into DeepSpeed's partitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megabus.growth.redistribute import Fragments
+from megabus.growth.rules import Kind
+from megabus.model.params import spec_of
+from megabus.parallel.placement import Piece, Placement
+
+MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
+
+
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside DeepSpeed's; its parameters are the flat fp32 partitions."""
+    return engine.optimizer.optimizer  # type: ignore[no-any-return]
+
+
+def flat_partitions(engine: Any) -> list[Tensor]:
+    """The rank's flat fp32 master of every parameter group, in order."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
+        return optimizer.fp32_groups_flat_partition  # type: ignore[no-any-return]
+    return optimizer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
+
+
+def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: int) -> Fragments:
+    """Views of what this rank owns, in canonical order; moments only once there are some.
+
+    Raises RuntimeError where DeepSpeed's partitions are not what `Placement` computes: growth and checkpoints
+    rest on that arithmetic, so a changed DeepSpeed must stop here.
+    """
+    flats, inner = flat_partitions(engine), inner_optimizer(engine)
+    fragments: Fragments = {}
+    owned = {piece.name: piece for piece in placement.owned(rank)}
+    for parameter in module.parameters():
+        name, mapping = spec_of(parameter).name, parameter._hp_mapping  # type: ignore[attr-defined]
+        piece = owned.pop(name, None)
+        found = mapping and (mapping.lp_fragment_address.numel, mapping.hp_fragment_address.start)
+        if (piece is None) != (mapping is None) or (piece and found[0] != len(piece)):
+            raise RuntimeError(f"DeepSpeed partitions {name} as {found}, expected {piece}")
+        if piece is None:
+            continue
+        flat = flats[mapping.param_group_index]
+        part = slice(found[1], found[1] + len(piece))
+        fragments[piece] = {"weight": flat.detach()[part]}
+        state = inner.state.get(flat)
+        if state:
+            fragments[piece] |= {kind: state[kind][part] for kind in MOMENTS}
+    if owned:
+        raise RuntimeError(f"DeepSpeed holds no part of {sorted(owned)}")
+    return fragments
+
+
+def optimizer_step_count(engine: Any) -> int:
+    """Steps that Adam's bias correction has counted."""
+    state = inner_optimizer(engine).state.get(flat_partitions(engine)[0])
+    return int(state["step"]) if state else 0
+
+
+@torch.no_grad()
+def write_fragments(
+    engine: Any, module: nn.Module, placement: Placement, rank: int, new: Fragments, step: int
+) -> None:
+    """Set masters (and moments, where `new` has them) and refresh the weights that the model computes with."""
+    if any(kind in tensors for tensors in new.values() for kind in MOMENTS):
+        inner = inner_optimizer(engine)
+        for flat in flat_partitions(engine):
+            count = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
+            inner.state[flat] = {"step": count} | {kind: torch.zeros_like(flat) for kind in MOMENTS}
+    for piece, tensors in read_fragments(engine, module, placement, rank).items():
+        for kind, values in new[piece].items():
+            tensors[kind].copy_(values)
+    engine.optimizer.update_lp_params()
+
+
+def fragment_like(piece: Piece, values: Tensor) -> dict[Kind, Tensor]:
+    """A fragment that holds a weight and no moments."""
+    assert len(values) == len(piece)
+    return {"weight": values}

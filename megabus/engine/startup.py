@@ -1,0 +1,64 @@
+"""Start torch.distributed and DeepSpeed in this process, with or without GPUs, with or without a compiler."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from datetime import timedelta
+
+
+def prepare_environment() -> None:
+    """Settings that must stand before torch is imported."""
+    # One compute thread a rank: ranks share the cores, and thread counts change summation order.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed quietly, on the CPU where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import deepspeed  # noqa: F401
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # On CPUs DeepSpeed would compile a shared-memory op here: a minute with g++, a crash without.
+        # The attribute deepspeed.comm.torch is torch itself, so the module is found by its full name.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Join the process group that the launcher's environment describes: NCCL on GPUs, gloo on CPUs."""
+    import_deepspeed()
+    import torch
+
+    from megabus.parallel.mesh import reuse_process_groups
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    import deepspeed
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    reuse_process_groups()
+
+
+def stop_distributed() -> None:
+    """Leave the process group."""
+    import torch.distributed as dist
+
+    from megabus.parallel.mesh import forget_process_groups
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    forget_process_groups()

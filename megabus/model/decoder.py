@@ -1,0 +1,61 @@
+"""A decoder, or the slice of one that a pipeline stage holds. It knows its shape and nothing of engines."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megabus.config.schema import ModelConfig
+from megabus.model import gpt, ngpt
+from megabus.model.params import Declare, ParamSpec, name_parameters, spec_of
+from megabus.model.tensor_parallel import TensorParallel, Unsharded
+
+KINDS = {"ngpt": ngpt, "gpt": gpt}
+
+
+class Decoder(nn.Module):
+    """Layers [first, last) of `config`'s model; the embedding comes with layer 0, the head with the last one.
+
+    forward: token ids (B, T) int64, or h (B, T, D) from the stage before; returns h, or this tensor-parallel
+    rank's logits (B, T, vocabulary rows). Parameters start at zero (see `Declare`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: tuple[int, int] | None = None,
+        tp: TensorParallel | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        first, last = layers or (0, config.n_layers)
+        declare, kind = Declare(config, tp or Unsharded()), KINDS[config.kind]
+        self.embed = kind.embedding(declare) if first == 0 else None
+        self.layers = nn.ModuleDict({str(i): kind.Block(declare) for i in range(first, last)})
+        self.output = kind.Output(declare) if last == config.n_layers else None
+        name_parameters(self, _layer_of)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h_BTD = x if self.embed is None else self.embed(x)
+        for block in self.layers.values():
+            if self.recompute and self.training:
+                h_BTD = checkpoint(block, h_BTD, use_reentrant=False)
+            else:
+                h_BTD = block(h_BTD)
+        return h_BTD if self.output is None else self.output(h_BTD)
+
+
+def _layer_of(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else None
+
+
+@lru_cache(maxsize=32)
+def param_specs(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Every parameter's declaration by canonical name, in canonical order; no storage is allocated."""
+    with torch.device("meta"):
+        return {name: spec_of(parameter) for name, parameter in Decoder(config).named_parameters()}

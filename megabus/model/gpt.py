@@ -1,0 +1,62 @@
+"""The baseline: a pre-norm RMSNorm / SwiGLU / RoPE decoder (Llama's block), from the same parallel parts."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from megabus.model.layers import Attention, Embedding, GatedMLP, Head
+from megabus.model.params import Declare
+
+
+class RMSNorm(nn.Module):
+    """gain * sqrt(D) * h / sqrt(|h|^2 + eps), in fp32 (Zhang & Sennrich 2019).
+
+    eps is added to the squared length, not to the mean square: growth keeps |h| and so keeps this exactly.
+    It equals the usual form with eps / D.
+    """
+
+    def __init__(self, declare: Declare) -> None:
+        super().__init__()
+        self.root_d, self.eps = sqrt(declare.model.d_model), declare.model.norm_eps
+        self.gain = declare("embed", role="gain", multiplier=self.root_d)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        x = h_BTD.float()
+        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.eps) * self.root_d
+        return x.to(h_BTD.dtype) * self.gain
+
+
+class Block(nn.Module):
+    """h <- h + attn(norm(h)); h <- h + mlp(norm(h)). Write matrices start smaller (GPT-2's 1/sqrt(2 layers))."""
+
+    def __init__(self, declare: Declare) -> None:
+        super().__init__()
+        model = declare.model
+        std, out_std = model.init_std, model.init_std / sqrt(2 * model.n_layers)
+        self.norm_attn = RMSNorm(declare)
+        self.attn = Attention(declare, unit=False, std=std, out_std=out_std, scale=model.head_dim**-0.5)
+        self.norm_mlp = RMSNorm(declare)
+        self.mlp = GatedMLP(declare, unit=False, std=std, out_std=out_std)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        h_BTD = h_BTD + self.attn(self.norm_attn(h_BTD), lambda q, k: (q, k))
+        return h_BTD + self.mlp(self.norm_mlp(h_BTD))
+
+
+class Output(nn.Module):
+    """Final norm and LM head, this rank's vocabulary rows."""
+
+    def __init__(self, declare: Declare) -> None:
+        super().__init__()
+        self.norm = RMSNorm(declare)
+        self.head = Head(declare, unit=False, std=declare.model.init_std)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        return self.head(self.norm(h_BTD))
+
+
+def embedding(declare: Declare) -> Embedding:
+    return Embedding(declare, unit=False, std=declare.model.init_std)

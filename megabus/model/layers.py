@@ -1,0 +1,117 @@
+"""The parallel parts that both model kinds are built from. Shapes are in the names: B batch, T time, D d_model,
+H local query heads, K local key/value heads, C head_dim, F local ffn units, V local vocabulary rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megabus.model.params import Declare, shard_rows, spec_of
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the last axis, computed in fp32; a zero vector stays zero instead of becoming NaN."""
+    return F.normalize(x.float(), dim=-1).to(x.dtype)
+
+
+@lru_cache(maxsize=8)
+def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of shape (T, 1, C/2), fp32: the angle of pair i at position t is t * theta^(-2i/C)."""
+    # Never made under inference mode: a cached inference tensor could not serve a training step.
+    with torch.inference_mode(False):
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+        angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), theta**-exponent)
+        return angle.cos().float()[:, None], angle.sin().float()[:, None]
+
+
+def rotate(x_BTHC: Tensor, theta: float) -> Tensor:
+    """RoPE (Su et al. 2021) on the pairs (i, i + C/2), in fp32."""
+    cos, sin = rope_tables(x_BTHC.shape[1], x_BTHC.shape[-1], theta, x_BTHC.device)
+    a, b = x_BTHC.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Embedding(nn.Module):
+    """Token vectors, rows of the vocabulary sharded."""
+
+    def __init__(self, declare: Declare, *, unit: bool, std: float) -> None:
+        super().__init__()
+        self.weight = declare("vocab", "embed", role="read", unit=unit, init=std)
+        self.tp = declare.tp
+        self.rows = shard_rows(spec_of(self.weight), declare.model, self.tp.size, self.tp.rank)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(tokens_BT, self.weight)
+        start, stop = self.rows
+        here_BT = (tokens_BT >= start) & (tokens_BT < stop)
+        h_BTD = F.embedding((tokens_BT - start).clamp(0, stop - start - 1), self.weight)
+        return self.tp.leave(h_BTD * here_BT[..., None])
+
+
+class Head(nn.Module):
+    """Vectors of the next token, rows of the vocabulary sharded: returns this rank's logits only."""
+
+    def __init__(self, declare: Declare, *, unit: bool, std: float) -> None:
+        super().__init__()
+        self.weight = declare("vocab", "embed", role="read", unit=unit, init=std)
+        self.tp = declare.tp
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        return F.linear(self.tp.enter(h_BTD), self.weight)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention, heads sharded; `shape_qk` is what sets the model kinds apart.
+
+    shape_qk: takes rotated q and k of shape (B, T, heads, C) in fp32 and this rank's q or k head numbers.
+    scale: the softmax scale.
+    """
+
+    def __init__(self, declare: Declare, *, unit: bool, std: float, out_std: float, scale: float) -> None:
+        super().__init__()
+        self.q = declare("heads", "embed", role="read", unit=unit, init=std)
+        self.k = declare("kv_heads", "embed", role="read", unit=unit, init=std)
+        self.v = declare("kv_heads", "embed", role="read", unit=unit, init=std)
+        self.out = declare("heads", "embed", role="write", unit=unit, init=out_std, gate=not unit)
+        self.tp, self.scale = declare.tp, scale
+        self.head_dim, self.theta = declare.model.head_dim, declare.model.rope_theta
+
+    def forward(self, h_BTD: Tensor, shape_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        B, T, _ = h_BTD.shape
+        h_BTD = self.tp.enter(h_BTD)
+        q_BTHC = F.linear(h_BTD, self.q).view(B, T, -1, self.head_dim)
+        k_BTKC = F.linear(h_BTD, self.k).view(B, T, -1, self.head_dim)
+        v_BTKC = F.linear(h_BTD, self.v).view(B, T, -1, self.head_dim)
+        q_BTHC, k_BTKC = shape_qk(rotate(q_BTHC, self.theta), rotate(k_BTKC, self.theta))
+        y_BHTC = F.scaled_dot_product_attention(
+            q_BTHC.to(h_BTD.dtype).transpose(1, 2),
+            k_BTKC.to(h_BTD.dtype).transpose(1, 2),
+            v_BTKC.transpose(1, 2),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=q_BTHC.shape[2] != k_BTKC.shape[2],
+        )
+        return self.tp.leave(y_BHTC.transpose(1, 2).reshape(B, T, -1) @ self.out)
+
+
+class GatedMLP(nn.Module):
+    """u * SiLU(v) between two matrices, ffn units sharded; `gains` are applied to u and v."""
+
+    def __init__(self, declare: Declare, *, unit: bool, std: float, out_std: float) -> None:
+        super().__init__()
+        self.up = declare("ffn", "embed", role="read", unit=unit, init=std)
+        self.gate = declare("ffn", "embed", role="read", unit=unit, init=std)
+        self.down = declare("ffn", "embed", role="write", unit=unit, init=out_std, gate=not unit)
+        self.tp = declare.tp
+
+    def forward(self, h_BTD: Tensor, gain_u: Tensor | None = None, gain_v: Tensor | None = None) -> Tensor:
+        h_BTD = self.tp.enter(h_BTD)
+        u_BTF, v_BTF = F.linear(h_BTD, self.up), F.linear(h_BTD, self.gate)
+        if gain_u is not None and gain_v is not None:
+            u_BTF, v_BTF = u_BTF * gain_u, v_BTF * gain_v
+        return self.tp.leave((u_BTF * F.silu(v_BTF)) @ self.down)

@@ -1,0 +1,45 @@
+"""Cross-entropy over a vocabulary whose logits are spread over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megabus.model.tensor_parallel import TensorParallel
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, start: int, tp: TensorParallel) -> Tensor:
+        logits = logits_NV.float()
+        top_N = tp.max(logits.amax(-1))
+        exp_NV = (logits - top_N[:, None]).exp()
+        local_N = target_N - start
+        here_N = (local_N >= 0) & (local_N < logits.shape[1])
+        local_N = local_N.clamp(0, logits.shape[1] - 1)
+        own_N = (logits.gather(1, local_N[:, None])[:, 0] - top_N) * here_N
+        total_N, own_N = tp.sum(torch.stack((exp_NV.sum(-1), own_N)))
+        ctx.save_for_backward(exp_NV.div_(total_N[:, None]), here_N, local_N)
+        ctx.dtype = logits_NV.dtype
+        return (total_N.log() - own_N).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        probs_NV, here_N, local_N = ctx.saved_tensors
+        # d loss / d logit = (softmax - one_hot) / N, on this rank's rows.
+        grad_NV = probs_NV.scatter_add(1, local_N[:, None], -here_N[:, None].to(probs_NV.dtype))
+        return (grad_NV * (grads[0] / here_N.numel())).to(ctx.dtype), None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits_BTV: Tensor, targets_BT: Tensor, start: int, tp: TensorParallel
+) -> Tensor:
+    """Mean negative log-likelihood in nats, the same scalar on every rank (Shoeybi et al. 2019, section 3).
+
+    logits: this rank's vocabulary rows, the first of which is global row `start`; targets: global token ids.
+    """
+    return _VocabParallelCrossEntropy.apply(  # type: ignore[no-any-return]
+        logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), start, tp
+    )

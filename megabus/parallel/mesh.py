@@ -1,0 +1,104 @@
+"""The process groups of one layout, and tensor parallelism over one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import comm as ds_comm
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from torch import Tensor
+
+from megabus.config.stages import Layout
+from megabus.parallel.topology import Coordinate, coordinate
+
+_groups: dict[tuple[int, ...], Any] = {}
+
+
+def reuse_process_groups() -> None:
+    """Make DeepSpeed ask for each set of ranks only once in a process's life.
+
+    It makes a dozen groups for every engine; without this each growth would leak them, with their threads and
+    sockets. All ranks ask in the same order, so a hit on one is a hit on all.
+    """
+    make = ds_comm.new_group
+    if getattr(make, "reused", False):
+        return
+
+    def new_group(ranks: Any) -> Any:
+        members = tuple(ranks)
+        if members not in _groups:
+            _groups[members] = make(list(members))
+        return _groups[members]
+
+    new_group.reused = True  # type: ignore[attr-defined]
+    ds_comm.new_group = new_group
+
+
+def forget_process_groups() -> None:
+    """After the process group is destroyed its subgroups are dead."""
+    _groups.clear()
+
+
+class ProcessGroupTP:
+    """`megabus.model.tensor_parallel.TensorParallel` over a process group."""
+
+    def __init__(self, group: dist.ProcessGroup, size: int, rank: int) -> None:
+        self.group, self.size, self.rank = group, size, rank
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x if self.size == 1 else _Enter.apply(x, self)  # type: ignore[no-any-return]
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x if self.size == 1 else _Leave.apply(x, self)  # type: ignore[no-any-return]
+
+    def sum(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def _reduce(self, x: Tensor, op: Any) -> Tensor:
+        if self.size > 1:
+            x = x.contiguous()
+            dist.all_reduce(x, op=op, group=self.group)
+        return x
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: ProcessGroupTP) -> Tensor:
+        ctx.tp = tp
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.tp.sum(grads[0].clone()), None  # autograd may hold the gradient elsewhere too
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: ProcessGroupTP) -> Tensor:
+        ctx.mark_dirty(x)
+        return tp.sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class Mesh:
+    """One layout of the world as process groups, seen from this rank. `grid` is the form DeepSpeed wants."""
+
+    def __init__(self, layout: Layout) -> None:
+        topology = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its ranks
+            self.grid = PipelineParallelGrid(topology=topology)
+        self.layout, self.topology = layout, topology
+        self.rank = dist.get_rank()
+        self.at: Coordinate = coordinate(layout, self.rank)
+        self.tp = ProcessGroupTP(self.grid.get_slice_parallel_group(), layout.tp, self.at.tp)
+        self.dp_group = self.grid.get_data_parallel_group()

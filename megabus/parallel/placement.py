@@ -1,0 +1,144 @@
+"""Who owns which fp32 master entries under a layout: pure arithmetic, no process group, no tensor.
+
+Tensor parallelism cuts rows, pipelines cut layers, ZeRO cuts each rank's flattened parameters into equal
+partitions. All three leave one interval of a parameter's global row-major flattening on each rank, so ownership
+is interval algebra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from megabus.config.schema import ModelConfig
+from megabus.config.stages import Layout
+from megabus.model.decoder import param_specs
+from megabus.model.params import ParamSpec, axis_sizes, global_shape, shard_rows
+from megabus.parallel.topology import coordinate, rank_of, stage_layers, stage_of_layer
+
+ZERO_ALIGNMENT = 2  # DeepSpeed pads a flattened group to a multiple of this times dp
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries [start, stop) of a parameter's global flattening."""
+
+    name: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter on one (stage, tp) rank: its global interval and where it begins in its ZeRO group."""
+
+    piece: Piece
+    offset: int
+    partition: int  # entries a data-parallel rank owns of that group
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A model under a layout."""
+
+    model: ModelConfig
+    layout: Layout
+
+    @cached_property
+    def specs(self) -> dict[str, ParamSpec]:
+        return param_specs(self.model)
+
+    def width(self, name: str) -> int:
+        """Entries of a row."""
+        return prod(global_shape(self.specs[name], self.model)[1:])
+
+    def numel(self, name: str) -> int:
+        return prod(global_shape(self.specs[name], self.model))
+
+    def stage(self, name: str) -> int:
+        layer = self.specs[name].layer
+        if layer is not None:
+            return stage_of_layer(self.model.n_layers, self.layout.pp, layer)
+        return 0 if name in self._before_layers else self.layout.pp - 1
+
+    @cached_property
+    def _before_layers(self) -> set[str]:
+        names = list(self.specs)
+        first = next(i for i, name in enumerate(names) if self.specs[name].layer is not None)
+        return set(names[:first])
+
+    def _names(self, stage: int) -> list[str]:
+        return self._stages[stage]
+
+    @cached_property
+    def _stages(self) -> list[list[str]]:
+        stages: list[list[str]] = [[] for _ in range(self.layout.pp)]
+        for name in self.specs:
+            stages[self.stage(name)].append(name)
+        return stages
+
+    @cached_property
+    def _slots(self) -> dict[tuple[int, int], dict[str, _Slot]]:
+        """By (pp, tp): the parameters of that rank in order, matrices and gains being separate ZeRO groups."""
+        return {
+            (pp, tp): self._rank_slots(pp, tp) for pp in range(self.layout.pp) for tp in range(self.layout.tp)
+        }
+
+    def _rank_slots(self, pp: int, tp: int) -> dict[str, _Slot]:
+        slots: dict[str, _Slot] = {}
+        for matrices in (True, False):
+            group, total = {}, 0
+            for name in self._names(pp):
+                spec = self.specs[name]
+                if spec.is_matrix == matrices:
+                    start, stop = shard_rows(spec, self.model, self.layout.tp, tp)
+                    width = self.width(name)
+                    group[name] = (Piece(name, start * width, stop * width), total)
+                    total += (stop - start) * width
+            unit = ZERO_ALIGNMENT * self.layout.dp
+            partition = -(-total // unit) * ZERO_ALIGNMENT
+            slots |= {name: _Slot(piece, offset, partition) for name, (piece, offset) in group.items()}
+        return slots
+
+    def owned(self, rank: int) -> list[Piece]:
+        """The non-empty intervals of masters (and moments) that a rank owns, in canonical order."""
+        at = coordinate(self.layout, rank)
+        slots = self._slots[at.pp, at.tp]
+        pieces = (_share(slots[name], at.dp) for name in self._names(at.pp))
+        return [piece for piece in pieces if len(piece) > 0]
+
+    def owners(self, name: str, start: int, stop: int, tp: int | None = None) -> Iterator[tuple[int, Piece]]:
+        """Ranks that own a part of [start, stop) and the part. A parameter that tensor parallelism replicates has
+        one owner for each tp rank; `tp` picks one of them."""
+        pp, layout = self.stage(name), self.layout
+        sharded = self.specs[name].sharded
+        replicas = range(layout.tp) if sharded or tp is None else [tp % layout.tp]
+        for tp_rank in replicas:
+            slot = self._slots[pp, tp_rank][name]
+            low, high = max(start, slot.piece.start), min(stop, slot.piece.stop)
+            if low >= high:
+                continue
+            base = slot.offset - slot.piece.start
+            for dp in range((low + base) // slot.partition, (high - 1 + base) // slot.partition + 1):
+                part = _share(slot, dp)
+                owned = Piece(name, max(low, part.start), min(high, part.stop))
+                yield rank_of(layout, pp, dp, tp_rank), owned
+
+    def stage_layers(self, rank: int) -> tuple[int, int]:
+        return stage_layers(self.model.n_layers, self.layout.pp, coordinate(self.layout, rank).pp)
+
+    def rows(self, name: str) -> int:
+        return axis_sizes(self.model)[self.specs[name].rows]
+
+
+def _share(slot: _Slot, dp: int) -> Piece:
+    """What data-parallel rank `dp` owns of a slot (empty if its partition lies elsewhere)."""
+    low = max(slot.offset, dp * slot.partition)
+    high = min(slot.offset + len(slot.piece), (dp + 1) * slot.partition)
+    base = slot.piece.start - slot.offset
+    return Piece(slot.piece.name, low + base, max(low, high) + base)

@@ -1,0 +1,108 @@
+"""Fork ranks from a process that has imported torch and DeepSpeed already: 0.2 s a job instead of 10 s."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from megabus.engine.startup import import_deepspeed, prepare_environment, start_distributed, stop_distributed
+
+
+def preload() -> None:
+    """Import what every rank needs, once. No thread may be started here: ranks are forked."""
+    prepare_environment()
+    import_deepspeed()
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import torch
+
+    import megabus.engine.engine  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def run_ranks(world: int, job: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Call `job(*args)` on `world` ranks joined by gloo; returns the results in rank order.
+
+    Raises RuntimeError with the traceback of every rank that failed, or after `timeout` seconds with every rank's
+    stack.
+    """
+    preload()
+    folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+    port, context = _free_port(), get_context("fork")
+    ranks = [
+        context.Process(target=_rank, args=(r, world, port, folder, job, args), daemon=True)
+        for r in range(world)
+    ]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what a fork inherits unflushed would print again
+            sys.stdout.flush()
+        for process in ranks:
+            process.start()
+        _wait(ranks, folder, time.monotonic() + timeout, timeout)
+        return [pickle.loads((folder / f"{r}.result").read_bytes()) for r in range(world)]
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait(ranks: list[Any], folder: Path, deadline: float, timeout: float) -> None:
+    while any(process.is_alive() for process in ranks):
+        failed = [process for process in ranks if process.exitcode not in (None, 0)]
+        if failed:
+            time.sleep(1.0)  # the others fail on the broken connection: their tracebacks help
+            break
+        if time.monotonic() > deadline:
+            for process in ranks:
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(0.5)
+            raise RuntimeError(f"ranks hung for {timeout} s:\n" + _texts(folder, "stack", len(ranks)))
+        time.sleep(0.01)
+    if any(process.exitcode != 0 for process in ranks):
+        codes = [process.exitcode for process in ranks]
+        raise RuntimeError(f"ranks ended with {codes}:\n" + _texts(folder, "error", len(ranks)))
+
+
+def _texts(folder: Path, suffix: str, world: int) -> str:
+    files = [(r, folder / f"{r}.{suffix}") for r in range(world)]
+    return "\n".join(f"--- rank {r}\n{file.read_text()}" for r, file in files if file.exists())
+
+
+def _rank(
+    rank: int, world: int, port: int, folder: Path, job: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
+    with (folder / f"{rank}.stack").open("w") as stack:
+        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+        try:
+            start_distributed()
+            result = job(*args)
+            (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
+            stop_distributed()
+        except BaseException:
+            (folder / f"{rank}.error").write_text(traceback.format_exc())
+            os._exit(1)
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
