@@ -128,6 +128,7 @@ class KappaConfig(Section):
     start: Literal["stage", "run"] = "stage"
     smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="EMA of validation losses")
     patience: Count = Field(1, description="evaluations in a row that must meet the target")
+    max_std: Positive = Field(0.25, description="vaguest prediction to act on, as a share of start - mp")
     min_evals: Count = Field(3, description="evaluations a stage must see before kappa may trigger")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from megabus.config import RunConfig, Stage
 from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.unit_rows import UnitRows
-from megabus.growth.redistribute import Fragments
 from megabus.model.decoder import Decoder
 from megabus.model.loss import vocab_parallel_cross_entropy
 from megabus.model.params import shard_rows, spec_of
+from megabus.parallel.fragments import Fragments
 from megabus.parallel.mesh import Mesh
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import stage_layers
@@ -83,6 +83,7 @@ class Engine:
                 mpu=None if isinstance(self.module, PipelineModule) else self.mesh.grid,
             )
         self.unit_rows = self._unit_rows()
+        self._pipe_seq_len = stage.seq_len
 
     @property
     def device(self) -> torch.device:
@@ -114,17 +115,18 @@ class Engine:
         total = sum(p.numel() for p in matrices)
         return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group)
 
-    def train_step(self, batches: Iterable[Batch], lr: float) -> StepResult:
-        """One optimizer step over `grad_accum` micro batches of this data-parallel rank."""
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+        """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on middle stages)."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.module, PipelineModule):
+            self._expect_shape(self.stage.seq_len)
             loss = self.deepspeed.train_batch(iter(batches))
         else:
             losses = []
             self.deepspeed.train()
             for inputs, targets in batches:
-                micro = self.deepspeed(inputs, targets)
+                micro = self.deepspeed(inputs.to(self.device), targets.to(self.device))
                 self.deepspeed.backward(micro)
                 self.deepspeed.step()
                 losses.append(micro.detach())
@@ -132,12 +134,19 @@ class Engine:
         return StepResult(float(loss), float(self.deepspeed.get_global_grad_norm()))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], count: int) -> float:
-        """Mean loss in nats over `count` micro batches a data-parallel rank, the same on every rank."""
+    def evaluate(self, batches: Sequence[Batch], steps: int, seq_len: int) -> float:
+        """Mean loss in nats over `steps` micro batches a data-parallel rank, the same on every rank."""
         if isinstance(self.module, PipelineModule):
-            return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=count))
+            self._expect_shape(seq_len)
+            return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=steps))
         self.deepspeed.eval()
-        return float(self._mean([self.deepspeed(inputs, targets) for inputs, targets in batches]))
+        return float(self._mean([self.deepspeed(x.to(self.device), y.to(self.device)) for x, y in batches]))
+
+    def _expect_shape(self, seq_len: int) -> None:
+        """DeepSpeed's stages agree on the activations' shape once; tell them when it changes."""
+        if seq_len != self._pipe_seq_len:
+            self.deepspeed.reset_activation_shape()
+            self._pipe_seq_len = seq_len
 
     def _mean(self, losses: list[Tensor]) -> Tensor:
         loss = torch.stack(losses).float().mean()
@@ -185,9 +194,3 @@ class Engine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-
-def micro_batches(engine: Engine, load: Any, count: int) -> Iterator[Batch]:
-    """`count` micro batches on the engine's device; `load(rows)` returns inputs and targets of global batch rows."""
-    for micro_step in range(count):
-        inputs, targets = load(engine.micro_rows(micro_step))
-        yield inputs.to(engine.device, non_blocking=True), targets.to(engine.device, non_blocking=True)

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megabus.growth.redistribute import Fragments
-from megabus.growth.rules import Kind
 from megabus.model.params import spec_of
-from megabus.parallel.placement import Piece, Placement
-
-MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
+from megabus.parallel.fragments import MOMENTS, Fragments
+from megabus.parallel.placement import Placement
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -77,8 +74,3 @@ def write_fragments(
             tensors[kind].copy_(values)
     engine.optimizer.update_lp_params()
 
-
-def fragment_like(piece: Piece, values: Tensor) -> dict[Kind, Tensor]:
-    """A fragment that holds a weight and no moments."""
-    assert len(values) == len(piece)
-    return {"weight": values}

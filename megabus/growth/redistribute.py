@@ -11,12 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megabus.growth.plan import Move, Plan, Unit, runs
-from megabus.growth.rules import Kind, grow_rows
+from megabus.growth.rules import grow_rows
+from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.placement import Piece
-
-Fragments = dict[Piece, dict[Kind, Tensor]]
-"""A rank's own fp32 state: for each owned interval, its weight and its moments, flat."""
-
 
 @dataclass
 class Mail:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +19,8 @@ from megabus.growth import writes
 from megabus.growth.maps import AxisMap, LayerSource, axis_maps, channel_scale, layer_sources
 from megabus.model.decoder import param_specs
 from megabus.model.params import ParamSpec
+from megabus.parallel.fragments import Kind
 
-Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 BLOCK_ELEMENTS = 1 << 20  # rows are grown in blocks of about this many entries, to bound fp64 temporaries
 
 

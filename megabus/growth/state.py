@@ -8,9 +8,10 @@ from torch import Tensor
 
 from megabus.config.schema import GrowthConfig, ModelConfig
 from megabus.errors import UserError
-from megabus.growth.rules import Growth, Kind, grow_rows
+from megabus.growth.rules import Growth, grow_rows
 from megabus.model.decoder import param_specs
 from megabus.model.params import axis_sizes, global_shape
+from megabus.parallel.fragments import Kind
 
 
 def grow_state(

@@ -1,0 +1,65 @@
+"""Train a model, growing it on the way. Started by a launcher, one process a device:
+
+    deepspeed --num_accelerators 4 launcher/train.py --config configs/demo.yaml [key=value ...]
+    torchrun --nproc-per-node 4 launcher/train.py --config configs/demo.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megabus.config import load_config, resolve_stages
+from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
+from megabus.errors import UserError
+
+
+def main() -> int:
+    prepare_environment()
+    parser = argparse.ArgumentParser(description="Train a model that grows while it trains.")
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    resolve_stages(config, int(os.environ["WORLD_SIZE"]))  # bad input ends here, before anything heavy is imported
+    start_distributed()
+    from megabus.train.loop import train
+
+    folder = train(config)
+    if os.environ["RANK"] == "0":
+        from megabus.train.plots import plot_loss, summary_table
+
+        picture = plot_loss([config.run_dir], Path(config.run_dir) / "loss.png")
+        print(f"\n{summary_table(config.run_dir)}\n\nplot:       {picture}\ncheckpoint: {folder}")
+    stop_distributed()
+    return 0
+
+
+def run() -> int:
+    """`main`, with bad input told in one line by rank 0 alone, or by the only rank that can know of it."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        return main()
+    except UserError as error:
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr)
+        elif error.one_rank:
+            print(f"error on rank {rank}: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    code = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after an error the communication threads would wait for ranks that are gone.
+    os._exit(code)

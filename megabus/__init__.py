@@ -1,0 +1,36 @@
+"""megabus: tensor- and pipeline-parallel normalized GPTs that grow in width and depth while they train.
+
+The plain, single-process face:
+
+    model = megabus.load("runs/demo/checkpoint")         # torch.nn.Module: tokens (B, T) -> logits (B, T, V)
+    state = megabus.grow_state(model.state_dict(), model.config, larger_config, seed=0)
+    model = megabus.build_model(config, seed=0)           # a fresh model of any size
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megabus.checkpoint.load import load
+    from megabus.config import GrowthConfig, ModelConfig
+    from megabus.growth.state import grow_state
+    from megabus.model.init import build_model
+
+__version__ = "0.1.0"
+__all__ = ["GrowthConfig", "ModelConfig", "__version__", "build_model", "grow_state", "load"]
+
+_HOMES = {
+    "load": "megabus.checkpoint.load",
+    "grow_state": "megabus.growth.state",
+    "build_model": "megabus.model.init",
+    "ModelConfig": "megabus.config",
+    "GrowthConfig": "megabus.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that tools which need no torch start at once.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'megabus' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,95 @@
+"""Save a running engine's fp32 masters as a plain directory that one process can load."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megabus.config import RunConfig
+from megabus.engine.engine import Engine
+from megabus.model.params import global_shape
+from megabus.parallel.fragments import Fragments
+from megabus.parallel.placement import Placement
+
+INDEX = "model.safetensors.index.json"
+
+
+def save_model(engine: Engine, config: RunConfig, folder: Path, progress: dict[str, Any]) -> None:
+    """Write `folder` (config.yaml, one safetensors file a layer, an index, the tokenizer). Collective.
+
+    Rank 0 gathers and writes one layer at a time, so no rank holds the whole model. The directory appears
+    complete, under its own name, or not at all.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    files: dict[str, str] = {}
+    fragments, specs = engine.read(), engine.placement.specs
+    for layer, names in groupby(specs, key=lambda name: specs[name].layer):
+        # Outside the layers the first name tells the group: embedding before, head after them.
+        members = list(names)
+        file = f"layer-{layer:04d}.safetensors" if layer is not None else f"{members[0].split('.')[0]}.safetensors"
+        tensors = {name: full for name in members if (full := gather(engine.placement, fragments, name)) is not None}
+        if tensors:
+            save_file(tensors, partial / file)
+            files |= dict.fromkeys(tensors, file)
+    if dist.get_rank() == 0:
+        tree = {"model": engine.stage.model.model_dump(), "progress": progress, "run": config.model_dump(mode="json")}
+        (partial / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
+        if config.data.tokenizer is not None:
+            shutil.copy(config.data.tokenizer, partial / "tokenizer.model")
+        _publish(partial, folder)
+    dist.barrier()
+
+
+def gather(placement: Placement, fragments: Fragments, name: str) -> Tensor | None:
+    """One parameter's full fp32 master on rank 0's CPU, None elsewhere. Collective among its owners and rank 0."""
+    rank, parts = dist.get_rank(), list(placement.owners(name, 0, placement.numel(name), tp=0))
+    own = {piece.name: (piece, tensors["weight"]) for piece, tensors in fragments.items()}
+    device = next(iter(own.values()))[1].device
+    full = torch.empty(placement.numel(name)) if rank == 0 else None
+    for source, part in parts:
+        values = None
+        if rank == source:
+            piece, weight = own[name]
+            values = weight[part.start - piece.start : part.stop - piece.start].contiguous()
+        if source != 0 and rank == source:
+            dist.send(values, 0)
+        if full is not None:
+            if values is None:
+                values = torch.empty(len(part), device=device)
+                dist.recv(values, source)
+            full[part.start : part.stop] = values.cpu()
+    return None if full is None else full.view(global_shape(placement.specs[name], placement.model))
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    for path in (*_files(partial), partial):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if path.is_file())

@@ -1,0 +1,90 @@
+"""Batches of training samples, addressed by how many tokens the run has consumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megabus.data.indexed import REBUILD, IndexedTokens, read_meta
+from megabus.data.order import Blend, ChunkOrder, mix64
+from megabus.errors import UserError
+
+
+class TokenSource:
+    """A weighted blend of corpora, read in the order of `megabus.data.order`.
+
+    prefixes: (prefix, weight) of each `.bin`/`.idx` pair; weights need not sum to one.
+    chunk_len: the longest seq_len of the run, in tokens.
+    Raises UserError for a corpus shorter than a sample or made with another vocabulary or tokenizer.
+    """
+
+    def __init__(
+        self, prefixes: Sequence[tuple[str, float]], chunk_len: int, seed: int, vocab_size: int
+    ) -> None:
+        if not prefixes:
+            raise UserError("data", "[]", "no corpus is given", "name at least one prefix")
+        self.chunk_len, self.vocab_size = chunk_len, vocab_size
+        self.prefixes = [prefix for prefix, _ in prefixes]
+        self.corpora = [IndexedTokens(prefix) for prefix in self.prefixes]
+        self.blend = Blend([weight for _, weight in prefixes], seed)
+        # Each corpus has its own seed: the same corpus listed twice is not read twice in the same order.
+        self.orders = [
+            ChunkOrder(corpus.n_tokens, chunk_len, mix64(seed + k)) for k, corpus in enumerate(self.corpora)
+        ]
+        self._check_corpora()
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all corpora together."""
+        return sum(corpus.n_tokens for corpus in self.corpora)
+
+    def batch(
+        self, consumed_tokens: int, seq_len: int, rows: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(inputs, targets), int64 of shape (len(rows), seq_len), targets shifted by one token.
+
+        Row j is row j of the global batch that starts at `consumed_tokens`: the sample at
+        consumed_tokens + j * seq_len, whichever rank or micro batch asks for it.
+        Raises UserError if a token id is not in [0, vocab_size).
+        """
+        samples_BT = np.empty((len(rows), seq_len + 1), dtype=np.int64)
+        for sample_T, row in zip(samples_BT, rows, strict=True):
+            k, start, stop = self.sample_span(consumed_tokens + row * seq_len, seq_len)
+            sample_T[:] = self.corpora[k].tokens(start, stop)
+            if sample_T.min() < 0 or sample_T.max() >= self.vocab_size:
+                self._report_bad_id(k, start, sample_T)
+        samples = torch.from_numpy(samples_BT)
+        return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+
+    def sample_span(self, position_tokens: int, seq_len: int) -> tuple[int, int, int]:
+        """(corpus k, start, stop): where the sample at `position_tokens` lies in corpus k's flat stream."""
+        number, offset = divmod(position_tokens, self.chunk_len)
+        k, own_number = self.blend.locate(number)
+        return k, *self.orders[k].sample_span(own_number * self.chunk_len + offset, seq_len)
+
+    def _check_corpora(self) -> None:
+        tokenizers: dict[str, str] = {}
+        for prefix, corpus in zip(self.prefixes, self.corpora, strict=True):
+            if corpus.n_tokens < self.chunk_len + 1:
+                problem = f"has {corpus.n_tokens} tokens, one sample takes {self.chunk_len + 1}"
+                raise UserError("data", prefix, problem, "add text or shorten the longest seq_len")
+            meta = read_meta(prefix)
+            if meta is None:
+                continue
+            if meta["vocab_size"] != self.vocab_size:
+                problem = f"was made with vocab_size {meta['vocab_size']}, the model has {self.vocab_size}"
+                raise UserError("data", prefix, problem, "set the model's vocab_size to the data's")
+            if meta["n_tokens"] != corpus.n_tokens:
+                problem = f"its .meta.json speaks of {meta['n_tokens']} tokens, its .idx of {corpus.n_tokens}"
+                raise UserError("data", prefix, problem, REBUILD)
+            tokenizers[meta["tokenizer_sha256"]] = prefix
+        if len(tokenizers) > 1:
+            names, problem = ", ".join(tokenizers.values()), "were made with different tokenizers"
+            raise UserError("data", names, problem, f"{REBUILD} with one --tokenizer")
+
+    def _report_bad_id(self, k: int, start: int, sample_T: np.ndarray) -> None:
+        offset = int(np.flatnonzero((sample_T < 0) | (sample_T >= self.vocab_size))[0])
+        problem = f"token {start + offset} has id {sample_T[offset]}, outside [0, {self.vocab_size})"
+        raise UserError("data", self.prefixes[k], problem, "set the model's vocab_size to the tokenizer's")

@@ -1,0 +1,227 @@
+"""Megatron-LM's IndexedDataset pair on disk: `PREFIX.bin` (raw tokens) and `PREFIX.idx` (where they lie).
+
+`.idx`, little-endian, as `megatron/core/datasets/indexed_dataset.py` lays it out:
+
+    9s      magic b"MMIDIDX\\0\\0"
+    u64     version, 1
+    u8      dtype code, see DTYPES
+    u64     S = number of sequences
+    u64     D = number of document boundaries (documents + 1)
+    i32[S]  tokens in each sequence
+    i64[S]  byte offset of each sequence in .bin
+    i64[D]  index of each document's first sequence; the first is 0, the last is S
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megabus.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, type[np.generic]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+REBUILD = "run tools/preprocess.py again"
+
+
+def dtype_for_vocab(vocab_size: int) -> np.dtype:
+    """The smallest token dtype Megatron itself would choose: uint16 below 65500 ids, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def meta_path(prefix: str | os.PathLike[str]) -> Path:
+    """The optional sidecar `PREFIX.meta.json`, in which tools/preprocess.py notes how a corpus was made."""
+    return Path(f"{os.fspath(prefix)}.meta.json")
+
+
+def read_meta(prefix: str | os.PathLike[str]) -> dict | None:
+    """The sidecar's content; None without a sidecar, as for a corpus that Megatron's own tool made."""
+    path = meta_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("data", path, f"is not JSON ({error})", REBUILD) from error
+    missing = {"vocab_size", "tokenizer_sha256", "n_tokens"} - set(meta)
+    if missing:
+        raise UserError("data", path, f"lacks {', '.join(sorted(missing))}", REBUILD)
+    return meta
+
+
+def pair_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """(`PREFIX.bin`, `PREFIX.idx`); the prefix itself may hold dots."""
+    return Path(f"{os.fspath(prefix)}.bin"), Path(f"{os.fspath(prefix)}.idx")
+
+
+class IndexedTokens:
+    """Read-only memory map of one pair. Opening it checks that the two files are whole and belong together.
+
+    Raises UserError for a missing file, a foreign or truncated `.idx`, or a `.bin` of another size.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.bin_path, self.idx_path = pair_paths(prefix)
+        for path in (self.bin_path, self.idx_path):
+            if not path.is_file():
+                raise UserError("data", path, "the file does not exist", f"check the prefix or {REBUILD}")
+        self.dtype, self.sequence_lengths, self.pointers, self.document_indices = _read_index(self.idx_path)
+        self.n_sequences = len(self.sequence_lengths)
+        self.n_documents = len(self.document_indices) - 1
+        self.n_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
+
+        found, expected = self.bin_path.stat().st_size, self.n_tokens * self.dtype.itemsize
+        if found != expected:
+            problem = f"holds {found} bytes where {self.idx_path.name} says {expected}"
+            raise UserError("data", self.bin_path, problem, REBUILD)
+        if self.n_tokens == 0:  # np.memmap cannot map an empty file, and nothing could be trained on it
+            raise UserError("data", self.bin_path, "holds no tokens (0 bytes)", REBUILD)
+        self._tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the flat stream, shape (stop - start,): a view of the map, not a copy."""
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of {self.n_tokens} in {self.bin_path}")
+        return self._tokens[start:stop]
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Tokens of one sequence, shape (sequence_lengths[index],)."""
+        start = int(self.pointers[index]) // self.dtype.itemsize
+        return self.tokens(start, start + int(self.sequence_lengths[index]))
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """(dtype, lengths int32[S], pointers int64[S], document indices int64[D]), mapped, not loaded."""
+    size = path.stat().st_size
+    if size < HEADER.size:
+        raise UserError("data", path, f"truncated: {size} bytes, its header alone has {HEADER.size}", REBUILD)
+    with path.open("rb") as file:
+        magic, version, code, n_sequences, n_boundaries = HEADER.unpack(file.read(HEADER.size))
+    if magic != MAGIC:
+        problem = f"not a Megatron index: it starts with {magic!r}, not {MAGIC!r}"
+        raise UserError("data", path, problem, f"check the prefix or {REBUILD}")
+    if version != VERSION or code not in DTYPES:
+        problem = f"index version {version} with dtype code {code} is unknown (version {VERSION} is read)"
+        raise UserError("data", path, problem, REBUILD)
+    expected = HEADER.size + 12 * n_sequences + 8 * max(n_boundaries, 1)  # even no document has one boundary
+    if size != expected:
+        problem = f"{'truncated' if size < expected else 'too long'}: {size} bytes, not {expected}"
+        raise UserError("data", path, problem, REBUILD)
+
+    raw = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER.size, shape=(expected - HEADER.size,))
+    lengths = raw[: 4 * n_sequences].view("<i4")
+    pointers = raw[4 * n_sequences : 12 * n_sequences].view("<i8")
+    documents = raw[12 * n_sequences :].view("<i8")
+    dtype = np.dtype(DTYPES[code])
+    # The flat stream is only meaningful if sequences lie one after another, as every known writer lays them.
+    contiguous = n_sequences == 0 or (
+        pointers[0] == 0
+        and pointers[-1] == (lengths.sum(dtype=np.int64) - lengths[-1]) * dtype.itemsize
+        and lengths.min() >= 0
+    )
+    if not contiguous or documents[0] != 0 or documents[-1] != n_sequences:
+        raise UserError("data", path, "damaged: offsets, lengths and documents disagree", REBUILD)
+    return dtype, lengths, pointers, documents
+
+
+class IndexedWriter:
+    """Streams documents into a new pair; the pair appears under its names only when the block succeeds.
+
+        with IndexedWriter("data/corpus", dtype_for_vocab(32000)) as writer:
+            writer.append(ids)
+
+    Tokens go straight to disk; memory holds four bytes per document. If the block raises, the temporaries
+    are removed and a pair already at that prefix is left as it was.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype | type[np.generic]) -> None:
+        self.bin_path, self.idx_path = pair_paths(prefix)
+        self.dtype = np.dtype(dtype)
+        self._code = next(code for code, kind in DTYPES.items() if kind == self.dtype.type)
+        self._limits = np.iinfo(self.dtype)
+        self._lengths = array("i")
+        self.n_tokens = 0
+
+    @property
+    def n_documents(self) -> int:
+        return len(self._lengths)
+
+    def __enter__(self) -> IndexedWriter:
+        self._partial = {path: _partial_name(path) for path in (self.bin_path, self.idx_path)}
+        self._bin = self._partial[self.bin_path].open("wb")
+        return self
+
+    def append(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Adds one document of one sequence. Raises ValueError for ids the dtype cannot hold."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.size and not self._limits.min <= ids.min() <= ids.max() <= self._limits.max:
+            raise ValueError(f"token ids {ids.min()}..{ids.max()} do not fit in {self.dtype}")
+        self._bin.write(ids.astype(self.dtype.newbyteorder("<")).tobytes())
+        self._lengths.append(ids.size)
+        self.n_tokens += ids.size
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._commit()
+        finally:
+            self._bin.close()
+            for partial in self._partial.values():
+                partial.unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        """Writes the index, makes both files durable, then renames them."""
+        lengths = np.array(self._lengths, dtype=np.int32)
+        pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize
+        documents = np.arange(len(lengths) + 1, dtype=np.int64)
+        header = HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents))
+        with self._partial[self.idx_path].open("wb") as idx:
+            idx.write(header)
+            for column, kind in ((lengths, "<i4"), (pointers, "<i8"), (documents, "<i8")):
+                idx.write(column.astype(kind).tobytes())
+            _flush_to_disk(idx)
+        _flush_to_disk(self._bin)
+        for path, partial in self._partial.items():
+            partial.replace(path)
+        sync_directory(self.bin_path.parent)
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _flush_to_disk(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames inside `path` survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,126 @@
+"""Data order as a pure function of (seed, consumed tokens): nothing is built, stored or shuffled in memory.
+
+A corpus is a flat token stream cut in chunks of `chunk_len` tokens, the longest sequence of the run. An epoch
+visits every chunk once, in the order of a keyed pseudo-random permutation; shorter sequences walk through a
+chunk one after another. So the tokens seen depend neither on the number of ranks nor on the micro batch, and
+a run whose sequences grow visits what a run with long sequences would have visited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megabus.errors import UserError
+
+MASK_64 = (1 << 64) - 1
+FEISTEL_ROUNDS = 6
+BLEND_PERIOD = 1024
+
+
+def mix64(x: int) -> int:
+    """Avalanching hash of a 64-bit integer: the step of splitmix64 (Steele, Lea & Flood 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK_64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return x ^ (x >> 31)
+
+
+def permute(index: int, n: int, seed: int, epoch: int) -> int:
+    """Image of `index` under the permutation of [0, n) keyed by (seed, epoch), in O(1) time and memory.
+
+    A balanced Feistel network permutes the smallest [0, 4^k) that holds n; walking its cycle until the value
+    falls below n again restricts it to [0, n) (Black & Rogaway 2002), fewer than four walks on average.
+    """
+    if not 0 <= index < n:
+        raise ValueError(f"index {index} outside [0, {n})")
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    half_mask = (1 << half_bits) - 1
+    key = mix64(mix64(seed & MASK_64) ^ (epoch & MASK_64))
+    while True:
+        left, right = index >> half_bits, index & half_mask
+        for step in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (mix64(key ^ mix64((step << 56) ^ right)) & half_mask)
+        index = left << half_bits | right
+        if index < n:
+            return index
+
+
+def align_up(position: int, seq_len: int) -> int:
+    """The first multiple of `seq_len` at or after `position`: where a stage with that length may start."""
+    return -(-position // seq_len) * seq_len
+
+
+@dataclass(frozen=True)
+class ChunkOrder:
+    """The order in which one corpus of `n_tokens` tokens is read.
+
+    Chunk i covers tokens [i * chunk_len, (i + 1) * chunk_len], one more than chunk_len, because the last
+    target is the first token of the next chunk. Tokens after the last whole chunk are never inputs.
+    """
+
+    n_tokens: int
+    chunk_len: int
+    seed: int
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks per epoch."""
+        return (self.n_tokens - 1) // self.chunk_len
+
+    def sample_span(self, position_tokens: int, seq_len: int) -> tuple[int, int]:
+        """(start, stop) in the flat stream of the seq_len + 1 tokens read at `position_tokens`.
+
+        Raises UserError unless seq_len divides chunk_len, ValueError unless it divides the position.
+        """
+        if seq_len < 1 or self.chunk_len % seq_len:
+            problem = f"does not divide {self.chunk_len}, the longest sequence of the run"
+            raise UserError("seq_len", seq_len, problem, f"choose a divisor of {self.chunk_len}")
+        if position_tokens < 0 or position_tokens % seq_len:
+            raise ValueError(f"position {position_tokens} is not a multiple of {seq_len}: use align_up")
+        number, offset = divmod(position_tokens, self.chunk_len)
+        epoch, index = divmod(number, self.n_chunks)
+        start = permute(index, self.n_chunks, self.seed, epoch) * self.chunk_len + offset
+        return start, start + seq_len + 1
+
+
+class Blend:
+    """Deals chunk numbers out to corpora in a fixed schedule of `BLEND_PERIOD` slots.
+
+    Each period gives corpus k exactly its largest-remainder share of the slots, in a seeded shuffle, so
+    proportions are exact every period and locate() is O(1). Raises UserError for a weight that is not
+    positive or too small for one slot.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        self.counts = _largest_remainder(weights, BLEND_PERIOD)
+        dealt = [k for k, count in enumerate(self.counts) for _ in range(count)]
+        self._corpus = [dealt[permute(slot, BLEND_PERIOD, seed, 0)] for slot in range(BLEND_PERIOD)]
+        seen = [0] * len(self.counts)
+        self._rank = []  # how many earlier slots of the period went to the same corpus
+        for k in self._corpus:
+            self._rank.append(seen[k])
+            seen[k] += 1
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Chunk `number` of the blend -> (corpus k, number of that chunk among corpus k's own)."""
+        period, slot = divmod(number, BLEND_PERIOD)
+        k = self._corpus[slot]
+        return k, period * self.counts[k] + self._rank[slot]
+
+
+def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
+    """Integers proportional to `weights` that sum to `total` (Hamilton's method)."""
+    for k, weight in enumerate(weights):
+        if not 0 < weight < float("inf"):
+            raise UserError(f"data weight {k}", weight, "not a positive number", "weigh or drop the corpus")
+    shares = [weight / sum(weights) * total for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k])
+    for k in by_remainder[: total - sum(counts)]:
+        counts[k] += 1
+    for k, count in enumerate(counts):
+        if count == 0:
+            problem = f"less than one in {total} of the weights' sum, it would never be read"
+            raise UserError(f"data weight {k}", weights[k], problem, "raise it or drop the corpus")
+    return counts

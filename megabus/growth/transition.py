@@ -1,0 +1,41 @@
+"""A growth of a running engine, from trigger to rebuilt engine, in the same processes and without a disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megabus.config import RunConfig, Stage
+from megabus.engine.engine import Engine
+from megabus.growth.plan import Plan, Traffic
+from megabus.growth.redistribute import redistribute
+from megabus.growth.rules import Growth
+from megabus.parallel.fragments import MOMENTS, Kind
+from megabus.parallel.placement import Placement
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The grown engine, what its plan said of the world's traffic, and what this rank really sent (bytes)."""
+
+    engine: Engine
+    traffic: Traffic
+    sent: int
+
+
+def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
+    """Grow `engine` into `stage` and close it. Collective, at a step boundary.
+
+    The seed is the run's: directions are keyed by parameter, row and new shape, so no two growths share any.
+    """
+    new = Placement(stage.model, stage.layout)
+    plan = Plan(engine.placement, new, Growth(engine.stage.model, stage.model, config.growth, config.train.seed))
+    reset = config.growth.moments == "reset" or engine.optimizer_step == 0
+    kinds: tuple[Kind, ...] = ("weight",) if reset else ("weight", *MOMENTS)
+    optimizer_step = 0 if reset else engine.optimizer_step
+    buffer_bytes = config.growth.buffer_mb * 2**20
+    fragments, mail = redistribute(plan, engine.read(), kinds, engine.mesh.rank, buffer_bytes)
+    engine.close()
+    grown = Engine(config, stage)
+    grown.write(fragments, optimizer_step)
+    traffic = plan.traffic()
+    return Transition(grown, Traffic(traffic.sent * len(kinds), traffic.kept * len(kinds)), mail.sent)

@@ -1,0 +1,83 @@
+"""Where progress goes: a line for people, `metrics.jsonl` for programs, wandb and TensorBoard if asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import IO, Any
+
+from megabus.config import RunConfig, Stage
+from megabus.kappa.monitor import KappaView, bar
+
+
+class Metrics:
+    """Rank 0's sinks. Every row is a flat-ish JSON object with `event` and the run's totals."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.run_dir = Path(config.run_dir)
+        self.file: IO[str] = (self.run_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        self.wandb = self._wandb(config) if config.log.wandb != "off" else None
+        self.tensorboard = self._tensorboard() if config.log.tensorboard else None
+
+    def _wandb(self, config: RunConfig) -> Any:
+        import wandb
+
+        return wandb.init(
+            project="megabus",
+            name=self.run_dir.name,
+            dir=str(self.run_dir),
+            mode=config.log.wandb,
+            config=config.model_dump(),
+        )
+
+    def _tensorboard(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.run_dir / "tensorboard")
+
+    def write(self, event: str, row: dict[str, Any]) -> None:
+        # JSON knows no NaN: a loss that is none is written as null.
+        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self.file.write(json.dumps({"event": event, **clean}) + "\n")
+        self.file.flush()
+        numbers = {f"{event}/{k}": v for k, v in clean.items() if isinstance(v, int | float)}
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=row["step"])
+        if self.tensorboard is not None:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+
+def describe(stage: Stage) -> str:
+    model = stage.model
+    return f"d{model.d_model} L{model.n_layers} H{model.n_heads} ff{model.d_ff} {stage.layout}"
+
+
+def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: float) -> str:
+    parts = [
+        f"step {row['step']:>5}",
+        describe(stage),
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        f"|g| {row['grad_norm']:.2f}",
+        f"{row['tokens_per_s']:,.0f} tok/s ({row['tokens_per_s_per_gpu']:,.0f}/rank)",
+        "MFU –" if row["mfu"] is None else f"MFU {row['mfu']:.1%}",
+        f"{row['share']:.0%} done, {clock(eta_s)} left",
+    ]
+    if view is not None:
+        parts.insert(-1, bar(view.progress, view.kappa))
+    return " | ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,324 @@
+"""Pictures and tables of runs, from the `metrics.jsonl` that each run directory holds.
+
+One JSON object a line, told apart by `event`, each with the run's totals step, tokens and flops:
+`step` and `eval` rows add loss (nats per token; step rows tokens_per_s too); `growth` rows from_stage,
+to_stage, the sizes `old` and `new`, old_layout, new_layout, loss_before, loss_after, reason and stall_s;
+an optional `start` row stage, sizes and layout, so that the table knows a run that has not grown.
+Other events are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megabus.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = dict[str, Any]
+XAxis = Literal["flops", "tokens", "time"]
+
+_EVENTS = ("start", "step", "eval", "growth")
+_SHORT = {"d_model": "d", "n_layers": "L", "n_heads": "H", "n_kv_heads": "KV", "d_ff": "ff"}
+_REASON = {"kappa": "κ", "cap": "cap"}
+_X_LABEL = {"flops": "training compute (FLOPs)", "tokens": "tokens", "time": "training time (hours)"}
+_COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#5c6b73")
+_INK, _FAINT = "#22282e", "#8b949e"
+_HEIGHT = 4.6  # of the axes, in inches
+
+
+def read_metrics(run_dir: str | Path) -> list[Row]:
+    """The rows of a run in order. Raises `UserError` where there are none, or a line is not a JSON object.
+
+    A last line without its newline is still being written and is left out. A `resume` row takes back all rows
+    of later steps: the resumed run tells them anew.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError("run_dir", run_dir, "holds no metrics.jsonl", "name the directory of a megabus run")
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+            event, step = row["event"], row["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            problem = f"line {number} is no metrics row ({type(error).__name__})"
+            raise UserError("metrics", path, problem, "remove the line") from error
+        if event == "resume":
+            rows = [row for row in rows if row["step"] <= step]
+        elif event in _EVENTS:
+            rows.append(row)
+    if not rows:
+        raise UserError("metrics", path, "is empty", "wait for the first logged step")
+    return rows
+
+
+# ---- the picture
+
+
+def plot_loss(
+    run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "flops", log_x: bool = False
+) -> Path:
+    """Draw training loss (faint), validation loss and growth (labelled lines) of the runs; the file."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if x not in _X_LABEL:
+        raise UserError("x", x, "no such axis", f"use one of {', '.join(_X_LABEL)}")
+    runs = [read_metrics(run_dir) for run_dir in run_dirs]
+    style = {
+        "font.size": 10,
+        "axes.edgecolor": _FAINT,
+        "axes.labelcolor": _INK,
+        "text.color": _INK,
+        "xtick.color": _FAINT,
+        "ytick.color": _FAINT,
+        "xtick.labelcolor": _INK,
+        "ytick.labelcolor": _INK,
+        "axes.formatter.use_mathtext": True,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(9.6, _HEIGHT), dpi=150)
+        FigureCanvasAgg(figure)  # draws into memory: no display, no pyplot state
+        axes = figure.add_axes((0.075, 0.1, 0.895, 0.8))
+        labels = []
+        for i, (run_dir, rows) in enumerate(zip(run_dirs, runs, strict=True)):
+            colour = _COLOURS[i % len(_COLOURS)]
+            _draw_run(axes, rows, Path(run_dir).resolve().name, colour, x)
+            labels += [(at, text, colour) for at, text in _growths(rows, x)]
+        _dress(axes, runs, x, log_x)
+        _lay_labels(axes, labels)
+        figure.savefig(out_png)
+    return Path(out_png)
+
+
+def _positions(rows: Sequence[Row], x: XAxis) -> list[float]:
+    """Each row's place on the axis. Time, in hours, is tokens over the logged speed, plus growth stalls.
+
+    A step row with tokens_per_s null (the first, say) adds no time.
+    """
+    if x != "time":
+        return [float(row[x]) for row in rows]
+    hours, tokens, places = 0.0, 0, []
+    for row in rows:
+        if row["event"] == "step" and row["tokens"] > tokens:
+            hours += (row["tokens"] - tokens) / (row["tokens_per_s"] or math.inf) / 3600
+            tokens = row["tokens"]
+        hours += row.get("stall_s", 0.0) / 3600
+        places.append(hours)
+    return places
+
+
+def _series(rows: Sequence[Row], event: str, x: XAxis) -> tuple[list[float], list[float]]:
+    """(x, loss) of the rows of one kind with a finite loss."""
+    pairs = [
+        (at, row["loss"])
+        for at, row in zip(_positions(rows, x), rows, strict=True)
+        if row["event"] == event and row["loss"] is not None and math.isfinite(row["loss"])
+    ]
+    return [at for at, _ in pairs], [loss for _, loss in pairs]
+
+
+def _draw_run(axes: Axes, rows: Sequence[Row], name: str, colour: str, x: XAxis) -> None:
+    train, valid = _series(rows, "step", x), _series(rows, "eval", x)
+    axes.plot(*train, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
+    every = max(1, len(valid[0]) // 40)  # a point on each of hundreds of evaluations would be a thick line
+    label = f"{name}  {valid[1][-1]:.3f}" if valid[1] else name
+    points = {"marker": "o", "markersize": 3.2, "markevery": every}
+    axes.plot(*valid, color=colour, linewidth=1.7, zorder=3, label=label, **points)
+
+
+def _growths(rows: Sequence[Row], x: XAxis) -> list[tuple[float, str]]:
+    """(x, label) of each growth."""
+    places = zip(_positions(rows, x), rows, strict=True)
+    return [(at, _growth_text(row)) for at, row in places if row["event"] == "growth"]
+
+
+def _growth_text(row: Row) -> str:
+    """`d 96→144, L 4→6 (κ)`: what changed in width and depth, else in whatever did, and why."""
+    changed = [key for key, value in row["new"].items() if row["old"].get(key) != value and key != "n_params"]
+    shown = [key for key in ("d_model", "n_layers") if key in changed] or changed[:2]
+    sizes = ", ".join(f"{_SHORT.get(key, key)} {row['old'].get(key, '–')}→{row['new'][key]}" for key in shown)
+    return f"{sizes or 'same size'} ({_REASON.get(row['reason'], row['reason'])})"
+
+
+def _dress(axes: Axes, runs: Sequence[Sequence[Row]], x: XAxis, log_x: bool) -> None:
+    """Axes, grid, legend, and a view that the first steps' high losses do not flatten."""
+    seen = [
+        point
+        for rows in runs
+        for event in ("step", "eval")
+        for point in zip(*_series(rows, event, x), strict=True)
+        if point[0] > 0 or not log_x
+    ]
+    axes.margins(x=0.015)
+    if seen:
+        losses = sorted(loss for _, loss in seen)
+        low, high = losses[0], losses[int(0.985 * (len(losses) - 1))]
+        pad = 0.05 * (high - low) or 0.1
+        axes.set_ylim(low - pad, high + pad)
+    if log_x and seen:
+        axes.set_xscale("log")
+        axes.set_xlim(left=0.9 * min(at for at, loss in seen if loss <= high + pad))
+    elif x == "tokens":
+        axes.xaxis.set_major_formatter(lambda tokens, _: _si(tokens))
+    axes.set_xlabel(_X_LABEL[x], labelpad=6)
+    axes.set_ylabel("loss (nats per token)", labelpad=6)
+    axes.grid(color="#e6e9ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=3)
+    axes.legend(
+        title="validation loss  (faint: training)",
+        loc="upper right",
+        frameon=True,
+        framealpha=0.92,
+        edgecolor="none",
+        fontsize=9,
+        title_fontsize=8,
+        alignment="left",
+    )
+
+
+def _lay_labels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Growth lines with their labels as flags over the axes, on a page made tall enough for them.
+
+    A flag flies right from its pole. Placed from right to left, each as low as it can over those it would
+    touch, no pole crosses a flag (but for flags turned in at the page's edge, which hide it).
+    """
+    figure = axes.get_figure()
+    pixel = 72 / figure.dpi  # in points
+    lane_height, gap = 12.5, 5.0  # points
+    axes.set_xlim(axes.get_xlim())  # settle the scale: places on the page depend on it
+    flags = []  # (x, text, colour, left, right, lane); left and right in points on the page
+    for at, text, colour in sorted(labels, reverse=True):
+        flag = axes.text(0, 0, text, fontsize=8.5, transform=axes.transAxes)
+        width = flag.get_window_extent(figure.canvas.get_renderer()).width * pixel
+        flag.remove()
+        pole = axes.transData.transform((at, 0))[0] * pixel
+        left = min(pole + 3, figure.bbox.width * pixel - gap - width)
+        below = [f[5] for f in flags if f[3] - gap < left + width and left - gap < f[4]]
+        flags.append((at, text, colour, left, left + width, max(below, default=-1) + 1))
+
+    room = 10 + lane_height * max((flag[5] + 1 for flag in flags), default=0)
+    box, height = axes.get_position(), _HEIGHT * 72  # of the axes, in points
+    page = height + room + 40  # 40: tick labels and the axis label below
+    figure.set_figheight(page / 72)
+    axes.set_position((box.x0, 40 / page, box.width, height / page))
+    for at, text, colour, left, _, lane in flags:
+        pole = axes.transData.transform((at, 0))[0] * pixel
+        top = 1 + (lane_height * (lane + 1) - 2) / height
+        line = {"color": colour, "linewidth": 0.9, "linestyle": (0, (4, 3)), "alpha": 0.75}
+        axes.axvline(at, ymax=top, clip_on=False, zorder=1, **line)
+        axes.annotate(
+            text,
+            (at, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(left - pole, lane_height * lane + 3),
+            textcoords="offset points",
+            color=colour,
+            fontsize=8.5,
+            annotation_clip=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )
+
+
+# ---- the table
+
+
+@dataclass
+class _Span:
+    """One stage of a run; tokens and FLOPs are its own."""
+
+    stage: int
+    sizes: dict[str, Any]
+    layout: str
+    steps: int
+    tokens: int
+    flops: float
+    first_loss: float | None
+    last_loss: float | None
+    growth: Row | None
+
+
+def _spans(rows: Sequence[Row]) -> Iterator[_Span]:
+    """Cut a run at its growth events."""
+    start = next((row for row in rows if row["event"] == "start"), {})
+    sizes, layout, stage = start.get("sizes", {}), start.get("layout", "–"), start.get("stage", 0)
+    origin = {"step": 0, "tokens": 0, "flops": 0}
+    while rows:
+        cut = next((i for i, row in enumerate(rows) if row["event"] == "growth"), None)
+        growth = None if cut is None else rows[cut]
+        here, rows = (rows, []) if cut is None else (rows[:cut], rows[cut + 1 :])
+        if growth:
+            sizes, layout, stage = growth["old"], growth.get("old_layout", layout), growth["from_stage"]
+        end = growth or here[-1]
+        losses = _series(here, "eval", "tokens")[1]
+        yield _Span(
+            stage,
+            sizes,
+            layout,
+            *(end[key] - origin[key] for key in ("step", "tokens", "flops")),
+            *((losses[0], losses[-1]) if losses else (None, None)),
+            growth,
+        )
+        if growth:
+            sizes, layout, stage = growth["new"], growth.get("new_layout", layout), growth["to_stage"]
+            origin = growth
+
+
+def summary_table(run_dir: str | Path) -> str:
+    """One line per stage: what it was, what it spent, what it learned, how it ended; aligned columns."""
+    header = ["stage", "sizes", "params", "layout", "steps", "tokens", "FLOPs", "valid loss"]
+    header += ["growth", "loss at growth", "stall"]
+    left = {1, 3, 7, 8, 9}
+    lines = [header]
+    for span in _spans(read_metrics(run_dir)):
+        sizes = " ".join(f"{_SHORT[key]}{span.sizes[key]}" for key in _SHORT if key in span.sizes)
+        grown = span.growth
+        lines.append(
+            [
+                str(span.stage),
+                sizes or "–",
+                _si(span.sizes.get("n_params")),
+                span.layout,
+                f"{span.steps:,}",
+                _si(span.tokens),
+                f"{span.flops:.2e}",
+                f"{_loss(span.first_loss)} → {_loss(span.last_loss)}",
+                _REASON.get(grown["reason"], grown["reason"]) if grown else "–",
+                f"{_loss(grown['loss_before'])} → {_loss(grown['loss_after'])}" if grown else "–",
+                f"{grown['stall_s']:.1f} s" if grown else "–",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["─" * width for width in widths])
+
+    def aligned(line: list[str]) -> str:
+        cells = enumerate(zip(line, widths, strict=True))
+        return "  ".join(f"{cell:<{w}}" if i in left else f"{cell:>{w}}" for i, (cell, w) in cells).rstrip()
+
+    return "\n".join(aligned(line) for line in lines)
+
+
+def _loss(loss: float | None) -> str:
+    return "–" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
+
+
+def _si(number: float | None) -> str:
+    """12.3M, 1.3B: three digits and a suffix."""
+    if number is None:
+        return "–"
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= 0.9995 * scale:  # what rounds up to 1000 belongs to the next suffix
+            return f"{number / scale:.3g}{suffix}"
+    return f"{number:.3g}"

@@ -1,0 +1,359 @@
+"""κ: the predictors against closed forms, the monitor's rules one by one, and the broadcast over gloo."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megabus.errors import UserError
+from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
+from megabus.kappa.monitor import KappaMonitor, KappaSettings, bar
+from megabus.kappa.predictors import (
+    Constant,
+    CurvePoint,
+    Fit,
+    Reference,
+    ScalingLaw,
+    StageSpan,
+    make_predictor,
+)
+
+NAN = float("nan")
+
+
+def curve(losses, tokens=1000, flops=6e6):
+    return [CurvePoint(tokens * (i + 1), flops * (i + 1), float(x)) for i, x in enumerate(losses)]
+
+
+def power(n, E=2.5, A=3.0, b=0.4):
+    return E + A * np.arange(1, n + 1) ** -b
+
+
+def monitor(kappa=0.8, end=2.0, n_params=10, stage=0, caps=(None, None), **settings):
+    settings = {"predictor": Constant(end), "min_evals": 1, **settings}
+    made = KappaMonitor(KappaSettings(**settings))
+    made.start_stage(stage, n_params, kappa, *caps)
+    return made
+
+
+def feed(watch, losses, first=0):
+    """Decisions on one loss per 1000 tokens and 6e6 FLOPs."""
+    return [watch.observe(1000 * i, 6e6 * i, x) for i, x in enumerate(losses, first)]
+
+
+def first_growth(decisions):
+    return next((i for i, decision in enumerate(decisions) if decision.grow), None)
+
+
+# ---- predictors
+
+
+def test_fit_recovers_a_power_law():
+    span = StageSpan(0, 10, 0.8)
+    for E, b in ((2.5, 0.4), (1.2, 0.08), (3.0, 1.5)):
+        found = Fit()(span, curve(power(30, E=E, b=b)))
+        assert found.loss == pytest.approx(E, rel=1e-3)
+        assert found.std < 1e-2
+
+
+def test_fit_predicts_the_end_of_the_budget():
+    at_200 = 2.5 + 3.0 * 200**-0.4
+    by_tokens, by_flops = (
+        StageSpan(0, 10, 0.8, max_tokens=200_000),
+        StageSpan(0, 10, 0.8, max_flops=6e6 * 200),
+    )
+    both = StageSpan(0, 10, 0.8, max_tokens=200_000, max_flops=6e6 * 900)
+    for span in (by_tokens, by_flops, both):
+        assert Fit()(span, curve(power(30))).loss == pytest.approx(at_200, rel=1e-4)
+    assert Fit()(StageSpan(0, 10, 0.8), curve(power(30))).loss < at_200 - 0.2  # control: no budget, so E
+
+
+def test_fit_counts_compute_from_the_start_of_the_run():
+    """A grown stage goes on from where the run was: its points keep to the run's own clock."""
+    points = curve(power(60))
+    found = Fit()(StageSpan(1, 10, 0.8, tokens=20_000, flops=6e6 * 20), points[20:])
+    assert found.loss == pytest.approx(2.5, rel=1e-3)
+
+
+def test_fit_std_covers_its_error():
+    """Over seeds the error is about as large as claimed: neither a boast nor a shrug."""
+    rng = np.random.default_rng(0)
+    span = StageSpan(0, 10, 0.8, max_tokens=100_000)
+    truth = 2.5 + 3.0 * 100**-0.4
+    found = [Fit()(span, curve(power(40) + 0.02 * rng.standard_normal(40))) for _ in range(60)]
+    z = np.array([(p.loss - truth) / p.std for p in found])
+    assert 0.6 < np.sqrt(np.mean(z**2)) < 1.6
+
+
+def test_fit_shrugs_off_outliers():
+    rng = np.random.default_rng(1)
+    losses = power(40) + 0.002 * rng.standard_normal(40)
+    span = StageSpan(0, 10, 0.8, max_tokens=80_000)
+    clean = Fit()(span, curve(losses)).loss
+    losses[[12, 30]] += 2.0
+    assert Fit()(span, curve(losses)).loss == pytest.approx(clean, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        np.full(12, 3.0),
+        np.linspace(3, 4, 12),
+        np.where(np.arange(12) % 2, 9.0, 1.0),
+        np.zeros(12),
+        np.linspace(1e-3, 1e6, 12)[::-1],
+        3.0 + np.random.default_rng(2).standard_normal(12),
+    ],
+    ids=["flat", "rising", "zigzag", "zero", "steep", "noise"],
+)
+@pytest.mark.parametrize("budget", [None, 100_000])
+def test_fit_survives_any_curve(losses, budget):
+    found = Fit()(StageSpan(0, 10, 0.8, max_tokens=budget), curve(losses))
+    assert math.isfinite(found.loss)
+    assert found.loss >= 0
+    assert math.isfinite(found.std)
+
+
+def test_fit_waits_for_enough_finite_points_at_different_compute():
+    span = StageSpan(0, 10, 0.8)
+    assert Fit()(span, []) is None
+    assert Fit()(span, curve(power(7))) is None
+    assert Fit()(span, curve([*power(7), NAN, math.inf])) is None
+    assert Fit()(span, [CurvePoint(1000, 6e6, 3.0)] * 20) is None
+    assert Fit()(span, curve([*power(7), NAN, 3.0])) is not None
+
+
+def test_scaling_law_closed_form():
+    law = ScalingLaw(E=1.0, A=8.0, B=27.0, alpha=0.5, beta=1 / 3)
+    assert law(StageSpan(0, 16, 0.8), []).loss == pytest.approx(1 + 8 / 4)
+    assert law(StageSpan(0, 16, 0.8, max_tokens=1000), curve([5])).loss == pytest.approx(1 + 8 / 4 + 27 / 10)
+    by_flops = StageSpan(0, 16, 0.8, max_flops=6e6)  # the curve's 6000 FLOPs a token make that 1000 tokens
+    assert law(by_flops, curve([5])).loss == pytest.approx(1 + 8 / 4 + 27 / 10)
+    assert law(by_flops, []) is None
+    # Hoffmann et al.: 70B parameters, 1.4T tokens
+    chinchilla = ScalingLaw()(StageSpan(0, 70 * 10**9, 0.8, max_tokens=14 * 10**11), curve([5])).loss
+    assert chinchilla == pytest.approx(1.94, abs=0.01)
+
+
+def test_reference_is_linear_in_log_n():
+    table = Reference([(100, 4.0), (10_000, 3.0), (1_000_000, 2.5)])
+
+    def at(n):
+        return table(StageSpan(0, n, 0.8), []).loss
+
+    assert [at(100), at(1000), at(10_000), at(1_000_000)] == pytest.approx([4.0, 3.5, 3.0, 2.5])
+    assert at(10**8) == pytest.approx(2.0)  # beyond: the end segment goes on
+    assert at(10) == pytest.approx(4.5)
+    assert at(10**40) == 0.0
+
+
+@pytest.mark.parametrize(
+    "table", [[], [(5, 2.0)], [(5, 2.0), (5, 1.0)], [(9, 2.0), (5, 1.0)], [(1, NAN), (2, 1)]]
+)
+def test_reference_refuses_bad_tables(table):
+    with pytest.raises(UserError, match=r"growth\.trigger\.reference"):
+        Reference(table)
+
+
+BAD_VALUES = [("constant", {"loss": bad}) for bad in (NAN, None, [], [3.0, -1.0])] + [
+    ("reference", {"table": None})
+]
+
+
+def test_make_predictor():
+    assert make_predictor("constant", loss=[3.0, 2.0])(StageSpan(1, 10, 0.8), []).loss == 2.0
+    assert make_predictor("fit") == Fit()
+    with pytest.raises(UserError, match="no entry for stage 2"):
+        Constant([3.0, 2.0])(StageSpan(2, 10, 0.8), [])
+    for name, options in (("oracle", {}), ("constant", {"value": 3}), *BAD_VALUES):
+        with pytest.raises(UserError):
+            make_predictor(name, **options)
+
+
+# ---- the monitor
+
+
+def test_the_literal_formula_is_no_loss():
+    start, end, kappa = 10.0, 2.0, 0.8
+    tp = end - start
+    assert tp * kappa + end < 0  # as the mission writes it: below zero, where no loss gets
+    watch = monitor(kappa, end)
+    target = watch.observe(0, 0, start).view.target
+    assert target == pytest.approx(start + kappa * tp)
+    assert end < target < start
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.3, 0.5, 0.7, 0.75, 0.93, 0.96875])
+def test_triggers_at_the_closed_form_point(kappa):
+    """L(i) = 2 + 8 / (1 + i) meets 2 + (1 − κ)·8 first at i >= κ / (1 − κ)."""
+    watch = monitor(kappa, end=2.0)
+    decisions = feed(watch, [2 + 8 / (1 + i) for i in range(40)])
+    point = math.ceil(kappa / (1 - kappa))
+    assert first_growth(decisions) == point
+    assert decisions[point].reason == "kappa"
+    assert decisions[point].view.progress >= kappa - 1e-12
+
+
+def test_fit_triggers_near_the_truth():
+    """End to end with the default predictor: a stage that knows only its own curve."""
+    watch = KappaMonitor(KappaSettings(kappa=0.8))
+    watch.start_stage(0, 10, max_tokens=400_000)
+    losses = power(400)
+    end = losses[-1]
+    true = int(np.argmax(losses <= end + 0.2 * (losses[0] - end)))
+    decisions = [watch.observe(1000 * (i + 1), 6e6 * (i + 1), x) for i, x in enumerate(losses[: true + 20])]
+    assert abs(first_growth(decisions) - true) <= 1
+
+
+def test_start_is_the_first_finite_loss_of_the_stage_or_run():
+    for start, expected in (("stage", 5.0), ("run", 9.0)):
+        watch = monitor(start=start)
+        feed(watch, [NAN, 9.0, 8.0])
+        watch.start_stage(1, 20, 0.5, tokens=3000, flops=18e6)
+        view = watch.observe(3000, 18e6, 5.0).view
+        assert view.start == expected
+        assert (view.stage, view.evals, view.stage_tokens) == (1, 1, 0)
+        assert view.target == pytest.approx(2 + 0.5 * (expected - 2))
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+def test_nonfinite_never_triggers_and_leaves_no_trace(bad):
+    watch, twin = monitor(0.5, patience=2, smoothing=0.5), monitor(0.5, patience=2, smoothing=0.5)
+    good, broken = feed(twin, [10, 3, 3]), feed(watch, [10, 3, bad])
+    assert not broken[2].grow
+    assert broken[2].view.smoothed == good[1].view.smoothed
+    assert (broken[2].view.met, broken[2].view.nonfinite, broken[2].view.evals) == (0, 1, 2)
+    assert not any(decision.grow for decision in feed(monitor(0.5), [10, *[bad] * 20]))
+    assert feed(monitor(0.5), [10, 3])[1].grow  # control: finite, it does trigger
+
+
+def test_patience_wants_consecutive_evaluations():
+    losses = [10, 3, 9, 3, 3, 3]
+    assert first_growth(feed(monitor(0.5, patience=2), losses)) == 4
+    assert first_growth(feed(monitor(0.5, patience=1), losses)) == 1  # control: no patience, grows on a dip
+    assert first_growth(feed(monitor(0.5, patience=2), [10, 3, NAN, 3, 3])) == 4
+
+
+def test_smoothing_is_a_bias_corrected_mean():
+    watch = monitor(smoothing=0.5)
+    smoothed = [d.view.smoothed for d in feed(watch, [8.0, 4.0, 4.0])]
+    assert smoothed == pytest.approx([8.0, (1 * 8 + 2 * 4) / 3, (1 * 8 + 2 * 4 + 4 * 4) / 7])
+    assert first_growth(feed(monitor(0.7, smoothing=0.5), [10, 3, 8, 8])) is None
+    assert first_growth(feed(monitor(0.7), [10, 3, 8, 8])) == 1  # control
+
+
+def test_min_evals():
+    assert first_growth(feed(monitor(0.5, min_evals=4), [10, 3, 3, 3, 3])) == 3
+
+
+def test_caps_trigger_whatever_the_loss():
+    for caps in ((3000, None), (None, 18e6), (3000, 1e9)):
+        watch = monitor(caps=caps)
+        decisions = feed(watch, [10.0, 10.0, 11.0, 12.0])
+        assert first_growth(decisions) == 3
+        assert decisions[3].reason == "cap"
+    watch.start_stage(1, 20, max_tokens=3000, tokens=3000, flops=18e6)  # caps count from the stage's start
+    assert not watch.check_cap(5999, 36e6).grow
+    assert watch.check_cap(6000, 36e6).grow
+    assert not monitor().check_cap(10**15, 1e30).grow
+
+
+def test_nothing_to_gain_is_said_and_only_the_cap_ends_it():
+    decisions = feed(monitor(0.5, end=4.0, caps=(5000, None)), [3.0, 2.0, 1.0, 0.5, 0.1, 0.1])
+    assert all(d.view.progress is None and d.view.target is None for d in decisions)
+    assert [d.reason for d in decisions] == [None] * 5 + ["cap"]
+
+
+def test_a_vague_prediction_does_not_trigger():
+    noise = 0.3 * np.random.default_rng(3).standard_normal(60)
+    flat = feed(monitor(0.5, predictor=Fit()), 3.0 + noise)
+    assert first_growth(flat) is None
+    trusting = feed(monitor(0.5, predictor=Fit(), max_std=1e9), 3.0 + noise)
+    assert first_growth(trusting) is not None  # control: noise alone would have grown the model
+
+
+def test_view_slope_and_metrics():
+    watch = monitor()
+    view = [watch.observe(i, 10.0 * i, 7.0 * i**-0.25) for i in range(1, 9)][-1].view
+    assert view.slope == pytest.approx(-0.25)
+    metrics = json.loads(json.dumps(view.as_dict()))
+    assert metrics["kappa"] == 0.8
+    assert {"kappa_progress", "kappa_target", "kappa_mp", "kappa_smoothed"} < set(metrics)
+
+
+def test_resume_is_bitwise():
+    rng = np.random.default_rng(4)
+    losses = [NAN if i == 17 else float(x) for i, x in enumerate(power(40) + 0.01 * rng.standard_normal(40))]
+    settings = {"predictor": Fit(), "smoothing": 0.7, "patience": 3}
+    whole = feed(monitor(0.7, caps=(60_000, None), **settings), losses)
+    assert first_growth(whole) is not None
+    for cut in (1, 16, 18, 30):
+        before = monitor(0.7, caps=(60_000, None), **settings)
+        feed(before, losses[:cut])
+        after = KappaMonitor(KappaSettings(**{"min_evals": 1, **settings}))
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        assert feed(after, losses[cut:], cut) == whole[cut:]
+
+
+def test_monitor_refuses_bad_settings_and_order():
+    for bad in ({"kappa": 1.2}, {"smoothing": 1.0}, {"patience": 0}, {"min_evals": 0}, {"start": "now"}):
+        with pytest.raises(UserError, match=next(iter(bad))):
+            KappaSettings(**bad)
+    with pytest.raises(UserError, match="max_tokens"):
+        monitor(caps=(0, None))
+    with pytest.raises(RuntimeError, match="start_stage"):
+        KappaMonitor(KappaSettings()).observe(0, 0, 1.0)
+
+
+def test_bar():
+    assert bar(0.62, 0.8) == "κ ▕██████░░|░▏ 62%/80%"
+    assert bar(None, 0.8) == "κ ▕░░░░░░░░|░▏ –/80%"
+    assert bar(1.7, 1.0, 4) == "κ ▕███|▏ 170%/100%"
+    assert bar(-0.5, 0.0, 4) == "κ ▕|░░░▏ -50%/0%"
+
+
+# ---- all ranks
+
+
+def test_broadcast_in_one_process():
+    signal = GrowthSignal(True, "cap", 2, 77)
+    assert broadcast_decision(signal) == signal
+    with pytest.raises(ValueError, match="must pass"):
+        broadcast_decision(None)
+
+
+TOLD = [
+    GrowthSignal(False, None, 0, 5),
+    GrowthSignal(True, "kappa", 3, 2**40),
+    GrowthSignal(True, "cap", 1, 9),
+]
+
+
+def _rank(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    heard = [broadcast_decision(signal if rank == 0 else None) for signal in TOLD]
+    heard.append(broadcast_decision(GrowthSignal(True, "cap", rank, rank), src=2))  # the others' are ignored
+    Path(folder, f"{rank}.txt").write_text(repr(heard))
+    dist.destroy_process_group()
+
+
+def test_broadcast_over_three_ranks():
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = mp.start_processes(_rank, (3, folder), nprocs=3, join=False, start_method="fork")
+        try:
+            deadline = time.monotonic() + 60
+            while not ranks.join(timeout=5):  # True once all have ended; raises what a rank raised
+                assert time.monotonic() < deadline, "the ranks hang"
+        finally:
+            for process in ranks.processes:
+                process.kill()
+        heard = {Path(folder, f"{rank}.txt").read_text() for rank in range(3)}
+    assert heard == {repr([*TOLD, GrowthSignal(True, "cap", 2, 2)])}
