@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,9 +20,16 @@ from megabus.engine.startup import prepare_environment, start_distributed, stop_
 from megabus.errors import UserError
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong command line as any other bad input: once, not once a rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command line", " ".join(sys.argv[1:]), message, "see --help")
+
+
 def main() -> int:
     prepare_environment()
-    parser = argparse.ArgumentParser(description="Train a model that grows while it trains.")
+    parser = Parser(description="Train a model that grows while it trains.")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -37,8 +36,8 @@ def load_model_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise UserError("checkpoint", folder, "holds no config.yaml", "give a directory that a run has saved")
     try:
-        return ModelConfig.model_validate(yaml.safe_load(path.read_text())["model"])
-    except (yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+        return ModelConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         problem = f"is damaged ({type(error).__name__})"
         raise UserError("checkpoint", path, problem, "restore it from another copy") from error
 
@@ -48,7 +47,11 @@ def load_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     path = folder / INDEX
     if not path.is_file():
         raise UserError("checkpoint", folder, f"holds no {INDEX}", "give a directory that a run has saved")
-    files = json.loads(path.read_text())["weight_map"]
+    try:
+        files = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"is damaged ({type(error).__name__})"
+        raise UserError("checkpoint", path, problem, "restore it from another copy") from error
     state = {}
     for name, spec in param_specs(config).items():
         if name not in files:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megabus.config import RunConfig
+from megabus.data.indexed import sync_directory
 from megabus.engine.engine import Engine
 from megabus.model.params import global_shape
 from megabus.parallel.fragments import Fragments
@@ -89,6 +90,7 @@ def _publish(partial: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(folder)
+    sync_directory(folder.parent)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -25,8 +25,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             "--config", path, "no such file", "give the path of a YAML file such as configs/demo.yaml"
         )
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError("--config", path, f"not valid YAML ({error})", "mend the file") from error
     if not isinstance(tree, dict):
         raise UserError("--config", path, "holds no keys", "start from configs/demo.yaml")
@@ -76,35 +76,41 @@ def _child(node: Any, part: str, key: str, upto: str) -> Any:
 
 def _index(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise UserError(key, part, f"is no index of a list of {len(node)}", f"use 0 to {len(node) - 1}")
+        remedy = f"use 0 to {len(node) - 1}" if node else "give the whole list"
+        raise UserError(key, part, f"is no index of a list of {len(node)}", remedy)
     return int(part)
 
 
 def _first(error: ValidationError, root: type[Section]) -> UserError:
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
+    where, known = _locate(root, first["loc"])
     key, value = ".".join(where), first["input"]
     if first["type"] == "extra_forbidden":
-        known = _keys_at(root, where[:-1])
-        close = difflib.get_close_matches(where[-1], known, n=1)
+        unknown = str(first["loc"][-1])
+        close = difflib.get_close_matches(unknown, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(sorted(known))}"
-        return UserError(key, value, "unknown key", hint)
+        return UserError(".".join([*where, unknown]), value, "unknown key", hint)
     if first["type"] == "missing":
         return UserError(key, "(missing)", "this key is needed", "add it to the file or as an override")
     return UserError(key, value, first["msg"], "give a value of that kind")
 
 
-def _keys_at(model: type[BaseModel], where: list[str]) -> list[str]:
-    """Field names of the section that `where` leads to; list indices and union members are passed over."""
-    for part in where:
-        field = model.model_fields.get(part)
-        if field is None:
-            continue
-        inner = [t for t in _flatten(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
-        if not inner:
-            return []
-        model = inner[0]
-    return list(model.model_fields)
+def _locate(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """The known part of an error's path, and the keys known at its end.
+
+    Pydantic names the tried members of a union in the path; they are no keys, and are passed over.
+    """
+    path: list[str] = []
+    known = root.model_fields
+    for part in loc:
+        if isinstance(part, int):
+            path.append(str(part))
+        elif part in known:
+            path.append(part)
+            leaves = _flatten(known[part].annotation)
+            sections = [t for t in leaves if isinstance(t, type) and issubclass(t, BaseModel)]
+            known = sections[0].model_fields if sections else {}
+    return path, list(known)
 
 
 def _flatten(annotation: Any) -> list[Any]:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -28,6 +36,14 @@ class Section(BaseModel):
     """Every section refuses unknown keys and cannot change after it was read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `yes` is no 1: pydantic would take it for a number."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("is true or false where no switch is")
+        return value
 
 
 class ModelConfig(Section):
@@ -151,17 +167,19 @@ class Corpus(Section):
     weight: Positive = 1.0
 
 
+def _corpora(value: Any) -> Any:
+    return [{"path": value}] if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     """Token files made by tools/preprocess.py. `train` is one prefix or a weighted blend."""
 
-    train: str | list[Corpus]
+    train: Annotated[list[Corpus], BeforeValidator(_corpora)]
     valid: str
     tokenizer: str | None = Field(None, description="SentencePiece model, copied beside checkpoints")
 
     @property
     def train_corpora(self) -> list[tuple[str, float]]:
-        if isinstance(self.train, str):
-            return [(self.train, 1.0)]
         return [(corpus.path, corpus.weight) for corpus in self.train]
 
 

@@ -76,8 +76,9 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     longest = max(stage.seq_len for stage in stages)
     for stage in stages:
         if longest % stage.seq_len:
+            section = f"growth.stages.{stage.index - 1}." if stage.index else "train."
             raise UserError(
-                "seq_len",
+                section + "seq_len",
                 stage.seq_len,
                 f"does not divide the run's longest sequence, {longest}",
                 "choose lengths that divide it, so that data order does not depend on them",
@@ -141,7 +142,7 @@ def _check_run(config: RunConfig) -> None:
             "ngpt's weights live on the unit sphere, where decay has no meaning",
             "set it to 0, or model.kind to gpt",
         )
-    if optim.warmup_share + optim.decay_share > 1:
+    if optim.schedule == "wsd" and optim.warmup_share + optim.decay_share > 1:
         raise UserError(
             "optimizer.decay_share",
             optim.decay_share,
@@ -194,11 +195,11 @@ def _check_growth(last: Stage, stage: Stage, key: str) -> None:
             raise UserError(
                 key + name, after, f"shrinks from {before}", "stages only grow: give at least that"
             )
-    if new.n_heads // new.kv_heads < old.n_heads // old.kv_heads or new.n_heads % new.kv_heads:
+    if new.n_heads // new.kv_heads < old.n_heads // old.kv_heads:
         raise UserError(
             key + "n_kv_heads",
             new.kv_heads,
-            f"does not keep {old.n_heads // old.kv_heads} query heads with each key/value head",
+            f"does not keep {old.n_heads // old.kv_heads} or more query heads with each key/value head",
             "grow n_heads and n_kv_heads together",
         )
     for name in ("n_heads", "d_ff"):

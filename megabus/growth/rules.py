@@ -118,11 +118,13 @@ def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: Axis
 
     A loss that is a function of E w has gradient a * g on the copies of an entry; copies of a read row (or of
     its gain) share their family's gradient, while each copy of a write row sees all of it. `carry` keeps only
-    originals; `grow` maps everything.
+    originals; `grow` maps everything; `reset` starts from zero.
     """
     power = 1 if kind == "exp_avg" else 2
     layer = growth.layer_source(spec)
-    if growth.how.moments == "carry":
+    if growth.how.moments == "reset":
+        share = np.zeros(len(rows))
+    elif growth.how.moments == "carry":
         # On the embed axis there is no original to prefer: E spreads each channel over its copies.
         original = (rows.copy == 0) | (spec.rows == "embed")
         share = original.astype(np.float64) * (layer.copy == 0)

@@ -54,3 +54,7 @@ def _check_pair(old: ModelConfig, new: ModelConfig) -> None:
         if getattr(new, name) < getattr(old, name):
             problem = f"shrinks from {getattr(old, name)}"
             raise UserError(f"new_config.{name}", getattr(new, name), problem, "give at least that")
+    group = old.n_heads // old.kv_heads
+    if new.n_heads % new.kv_heads or new.n_heads // new.kv_heads < group:
+        problem = f"does not keep {group} query heads with each key/value head"
+        raise UserError("new_config.n_kv_heads", new.kv_heads, problem, "grow n_heads and n_kv_heads together")

@@ -58,4 +58,4 @@ def noise(w_BD: Tensor, rows: Tensor, key: int, *, unit: bool, copies: int) -> T
     """w plus a random direction of half its length per new row; unit rows are renormalised, others divided."""
     _, length_B1 = _length(w_BD)
     noisy_BD = w_BD + NOISE * length_B1 * counter.unit_rows(counter.normals(key, rows, w_BD.shape[1]))
-    return counter.unit_rows(noisy_BD) if unit else noisy_BD / copies
+    return _length(noisy_BD)[0] if unit else noisy_BD / copies

@@ -7,12 +7,12 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from megabus.model.layers import Attention, Embedding, GatedMLP, Head
+from megabus.model.layers import Attention, Embedding, GatedMLP, Head, wide
 from megabus.model.params import Declare
 
 
 class RMSNorm(nn.Module):
-    """gain * sqrt(D) * h / sqrt(|h|^2 + eps), in fp32 (Zhang & Sennrich 2019).
+    """gain * sqrt(D) * h / sqrt(|h|^2 + eps), in fp32 at least (Zhang & Sennrich 2019).
 
     eps is added to the squared length, not to the mean square: growth keeps |h| and so keeps this exactly.
     It equals the usual form with eps / D.
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.gain = declare("embed", role="gain", multiplier=self.root_d)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        x = h_BTD.float()
+        x = wide(h_BTD)
         x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.eps) * self.root_d
         return x.to(h_BTD.dtype) * self.gain
 

@@ -13,25 +13,33 @@ from torch import Tensor, nn
 from megabus.model.params import Declare, shard_rows, spec_of
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in fp32 at least (fp64 stays fp64, for checks against a reference)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def unit(x: Tensor) -> Tensor:
-    """x / |x| over the last axis, computed in fp32; a zero vector stays zero instead of becoming NaN."""
-    return F.normalize(x.float(), dim=-1).to(x.dtype)
+    """x / |x| over the last axis, computed in fp32 at least; a zero vector stays zero instead of NaN."""
+    return F.normalize(wide(x), dim=-1).to(x.dtype)
 
 
 @lru_cache(maxsize=8)
-def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of shape (T, 1, C/2), fp32: the angle of pair i at position t is t * theta^(-2i/C)."""
+def rope_tables(
+    seq_len: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of shape (T, 1, C/2): the angle of pair i at position t is t * theta^(-2i/C)."""
     # Never made under inference mode: a cached inference tensor could not serve a training step.
     with torch.inference_mode(False):
         exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
         angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), theta**-exponent)
-        return angle.cos().float()[:, None], angle.sin().float()[:, None]
+        return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
 
 
 def rotate(x_BTHC: Tensor, theta: float) -> Tensor:
-    """RoPE (Su et al. 2021) on the pairs (i, i + C/2), in fp32."""
-    cos, sin = rope_tables(x_BTHC.shape[1], x_BTHC.shape[-1], theta, x_BTHC.device)
-    a, b = x_BTHC.float().chunk(2, dim=-1)
+    """RoPE (Su et al. 2021) on the pairs (i, i + C/2), in fp32 at least."""
+    x_BTHC = wide(x_BTHC)
+    cos, sin = rope_tables(x_BTHC.shape[1], x_BTHC.shape[-1], theta, x_BTHC.device, x_BTHC.dtype)
+    a, b = x_BTHC.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 

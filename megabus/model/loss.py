@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megabus.model.layers import wide
 from megabus.model.tensor_parallel import TensorParallel
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, start: int, tp: TensorParallel) -> Tensor:
-        logits = logits_NV.float()
+        logits = wide(logits_NV)
         top_N = tp.max(logits.amax(-1))
         exp_NV = (logits - top_N[:, None]).exp()
         local_N = target_N - start

@@ -9,7 +9,7 @@ from math import sqrt
 
 from torch import Tensor, nn
 
-from megabus.model.layers import Attention, Embedding, GatedMLP, Head, unit
+from megabus.model.layers import Attention, Embedding, GatedMLP, Head, unit, wide
 from megabus.model.params import Declare
 
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
     def shape_qk(self, q_BTHC: Tensor, k_BTKC: Tensor) -> tuple[Tensor, Tensor]:
         """Norm(q) s_qk . Norm(k) s_qk (eqs. 15, 16), with both gains on q: the same product, and it stays
         defined when several query heads share a key head."""
-        gain_HC = (self.s_qk.float() * self.root_d).square().view(-1, q_BTHC.shape[-1])
+        gain_HC = (wide(self.s_qk) * self.root_d).square().view(-1, q_BTHC.shape[-1])
         return unit(q_BTHC) * gain_HC, unit(k_BTKC)
 
     def forward(self, h_BTD: Tensor) -> Tensor:

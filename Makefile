@@ -1,0 +1,60 @@
+# Two commands do all the set-up: `make demo` trains a small model that grows, `make test` runs the tests.
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  := $(shell sed -n 's/^torch==//p' requirements.txt)
+# Where to get torch from, when not from pip's own index: make demo TORCH_INDEX=https://...
+TORCH_INDEX ?=
+RANKS  ?= 4
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+export PATH := $(BIN):$(PATH)
+unexport PYTHONPATH
+
+.PHONY: help demo test check parity format clean
+help:
+	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes (minutes, CPU is enough)"
+	@echo "make test    install what tests need, and run them"
+	@echo "make check   lint and types"
+	@echo "make parity  print the table of every layout against one process"
+	@echo "make clean   remove the demo's run, text and the virtual environment"
+
+demo: $(VENV)/.installed data/demo/shakespeare-train.bin
+	rm -rf runs/demo
+	$(BIN)/deepspeed --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+parity: $(VENV)/.installed
+	$(BIN)/python tools/parity.py
+
+data/demo/shakespeare-train.bin: | $(VENV)/.installed
+	$(BIN)/python tools/demo_text.py
+	$(BIN)/python tools/preprocess.py data/demo/shakespeare.txt --train-tokenizer 1024 --model-type bpe \
+	    --valid-fraction 0.05 --output data/demo/shakespeare
+
+# A CPU build of torch where there is no GPU and one can be had; the default build works everywhere.
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	@if nvidia-smi -L >/dev/null 2>&1; then want=; else want="torch==$(TORCH)+cpu"; fi; \
+	 index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
+	 { [ -n "$$want" ] && $(PIP) $$index "$$want" 2>/dev/null; } || $(PIP) $$index "torch==$(TORCH)"
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) data/demo runs/demo

@@ -1,0 +1,216 @@
+"""Every layout against plain PyTorch in one process: logits, every parameter's gradient, losses, masters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megabus.config import Layout, RunConfig, parse_config, resolve_stages
+from megabus.model.init import build_model
+from megabus.model.params import spec_of
+from megabus.parallel.placement import Piece
+
+STEPS = 5
+LAYOUTS = [
+    Layout(tp, pp, dp)
+    for world in (1, 2, 4)
+    for tp in (1, 2, 4)
+    for pp in (1, 2, 4)
+    for dp in (1, 2, 4)
+    if tp * pp * dp == world
+]
+
+
+@dataclass
+class Trace:
+    """What a run of `STEPS` steps showed. Gradients are the first step's, before clipping; tensors are global."""
+
+    logits: Tensor
+    grads: dict[str, Tensor]
+    losses: list[float]
+    grad_norms: list[float]
+    masters: dict[str, Tensor]
+    unit_error: float = 0.0
+
+
+def parity_config(kind: str, layout: Layout, **train: Any) -> RunConfig:
+    """A small model of awkward sizes: rows that partitions cut, a vocabulary that tp does not divide, layers that pp
+    does not divide, grouped queries."""
+    model = {"vocab_size": 67, "d_model": 37, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "head_dim": 6, "d_ff": 60}
+    batch = {"seq_len": 13, "micro_batch_size": 2, "global_batch_size": 16, "max_steps": STEPS, "gradient_clipping": 0}
+    return parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"kind": kind, **model},
+            "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
+            "train": batch | train,
+            # A larger eps than usual: entries whose gradient is mere rounding would otherwise move by a whole lr.
+            "optimizer": {"lr": 3e-3, "eps": 1e-6},
+            "data": {"train": "unused", "valid": "unused"},
+        }
+    )
+
+
+def batch_of(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
+    """The global batch of a step: inputs and targets (global_batch_size, seq_len)."""
+    shape = (config.train.global_batch_size, config.train.seq_len + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def plain_trace(config: RunConfig) -> Trace:
+    """The same training in plain PyTorch, without megabus's engine and without DeepSpeed."""
+    model, optim = build_model(config.model, config.train.seed), config.optimizer
+    adam = torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, weight_decay=0.0)
+    unit = [p for p in model.parameters() if spec_of(p).unit]
+    trace = Trace(model(batch_of(config, 0)[0]).detach(), {}, [], [], {})
+    for step in range(STEPS):
+        inputs, targets = batch_of(config, step)
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        adam.zero_grad()
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        clip = config.train.gradient_clipping or float("inf")
+        trace.grad_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        if step == 0:
+            trace.grads = {name: grad.clone() for name, grad in grads.items()}
+        adam.step()
+        with torch.no_grad():
+            for p in unit:
+                p.div_(p.norm(dim=1, keepdim=True))
+        trace.losses.append(float(loss.detach()))
+    trace.masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return trace
+
+
+def engine_job(config: RunConfig) -> dict[str, Any]:
+    """On one rank: the same training under a layout. Returns this rank's pieces; see `engine_trace`."""
+    import torch.distributed as dist
+
+    from megabus.engine.engine import Engine
+    from megabus.engine.fragments import inner_optimizer
+    from megabus.train.loop import initial_fragments
+
+    stage = resolve_stages(config, dist.get_world_size())[0]
+    engine = Engine(config, stage)
+    engine.write(initial_fragments(engine, config.train.seed))
+    logits = _logits(engine, batch_of(config, 0))
+    grads: dict[Piece, Tensor] = {}
+
+    def keep_grads(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        stepping = {id(flat): flat.grad for group in optimizer.param_groups for flat in group["params"]}
+        for piece, flat, part in pieces_of_flats(engine):
+            if id(flat) in stepping:
+                grads[piece] = stepping[id(flat)][part].clone()
+
+    hook = inner_optimizer(engine.deepspeed).register_step_pre_hook(keep_grads)
+    losses, norms, unit_error = [], [], engine.unit_error()
+    for step in range(STEPS):
+        result = engine.train_step(rank_batches(engine, batch_of(config, step)), config.optimizer.lr)
+        hook.remove()  # the first step's gradients only
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+        unit_error = max(unit_error, engine.unit_error())
+    masters = {piece: tensors["weight"].clone() for piece, tensors in engine.read().items()}
+    engine.close()
+    return {"logits": logits, "grads": grads, "losses": losses, "norms": norms, "masters": masters, "unit": unit_error}
+
+
+def pieces_of_flats(engine: Any) -> list[tuple[Piece, Tensor, slice]]:
+    """Each owned piece, the flat partition that holds it, and where."""
+    from megabus.engine.fragments import flat_partitions
+
+    found = []
+    for piece, tensors in engine.read().items():
+        for flat in flat_partitions(engine.deepspeed):
+            offset = tensors["weight"].storage_offset()
+            if tensors["weight"].untyped_storage().data_ptr() == flat.untyped_storage().data_ptr():
+                found.append((piece, flat, slice(offset, offset + len(piece))))
+    return found
+
+
+def rank_batches(engine: Any, batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """A rank's micro batches of a global batch."""
+    rows = [engine.micro_rows(micro_step) for micro_step in range(engine.stage.grad_accum)]
+    return [(batch[0][r.start : r.stop], batch[1][r.start : r.stop]) for r in rows]
+
+
+def _logits(engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor | None:
+    """This rank's vocabulary rows of its micro batches' logits; None before the last stage."""
+    batches = rank_batches(engine, batch)
+    if engine.stage.layout.pp == 1:
+        with torch.no_grad():
+            return torch.cat([engine.module.decoder(inputs) for inputs, _ in batches])
+    seen, loss_fn = [], engine.module.loss_fn
+    engine.module.loss_fn = lambda logits, targets: seen.append(logits) or loss_fn(logits, targets)
+    engine.evaluate(batches, engine.stage.grad_accum, engine.stage.seq_len)
+    engine.module.loss_fn = loss_fn
+    return torch.cat(seen) if seen else None
+
+
+def engine_trace(config: RunConfig, layout: Layout) -> Trace:
+    """Run `engine_job` on the layout's ranks and put the pieces together."""
+    from megabus.model.decoder import param_specs
+    from megabus.model.params import global_shape
+    from megabus.parallel.topology import rank_of
+    from megabus.testing.ranks import run_ranks
+
+    ranks = run_ranks(layout.world, engine_job, config)
+    shapes = {name: global_shape(spec, config.model) for name, spec in param_specs(config.model).items()}
+
+    def whole(key: str) -> dict[str, Tensor]:
+        full = {name: torch.full(shape, float("nan")).flatten() for name, shape in shapes.items()}
+        for rank in ranks:
+            for piece, values in rank[key].items():
+                full[piece.name][piece.start : piece.stop] = values
+        return {name: values.view(shapes[name]) for name, values in full.items()}
+
+    rows = torch.empty(config.train.global_batch_size, config.train.seq_len, config.model.vocab_size)
+    size = config.train.micro_batch_size
+    for dp in range(layout.dp):
+        parts = [ranks[rank_of(layout, layout.pp - 1, dp, tp)]["logits"] for tp in range(layout.tp)]
+        mine = torch.cat(parts, dim=-1).view(-1, size, *rows.shape[1:])
+        rows.view(-1, layout.dp, size, *rows.shape[1:])[:, dp] = mine
+    first = ranks[0]
+    unit = max(rank["unit"] for rank in ranks)
+    return Trace(rows, whole("grads"), first["losses"], first["norms"], whole("masters"), unit)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest absolute differences of logits, losses and masters; relative ones of gradients (per parameter, against
+    its largest entry) and of gradient norms."""
+
+    logits: float
+    grads: float
+    worst_grad: str
+    losses: float
+    grad_norms: float
+    masters: float
+
+    @property
+    def worst(self) -> float:
+        """Of what must agree to 1e-5. Masters are shown beside it: Adam divides by |gradient|, and so magnifies."""
+        return max(self.logits, self.grads, self.losses, self.grad_norms)
+
+
+def difference(trace: Trace, reference: Trace) -> Difference:
+    grads = {
+        name: float((trace.grads[name] - grad).abs().max() / grad.abs().max()) for name, grad in reference.grads.items()
+    }
+    masters = [float((trace.masters[name] - master).abs().max()) for name, master in reference.masters.items()]
+    # A NaN (a piece that no rank delivered) must not vanish in max().
+    worst = max(grads, key=lambda name: float("inf") if grads[name] != grads[name] else grads[name])
+    pairs = list(zip(trace.grad_norms, reference.grad_norms, strict=True))
+    return Difference(
+        logits=float((trace.logits - reference.logits).abs().max()),
+        grads=grads[worst],
+        worst_grad=worst,
+        losses=max(abs(a - b) for a, b in zip(trace.losses, reference.losses, strict=True)),
+        grad_norms=max(abs(a - b) / b for a, b in pairs),
+        masters=max(masters, key=lambda value: float("inf") if value != value else value),
+    )

@@ -1,0 +1,426 @@
+"""The models against an independent reference; their declarations; their initial state; exact arithmetic."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import reference
+import torch
+
+import megabus
+from megabus import counter
+from megabus.config import ModelConfig
+from megabus.model import init, layers, ngpt
+from megabus.model.decoder import Decoder, param_specs
+from megabus.model.loss import vocab_parallel_cross_entropy
+from megabus.model.params import global_shape, shard_rows, spec_of
+from megabus.model.tensor_parallel import Unsharded
+
+torch.set_num_threads(1)
+
+BASE = {"vocab_size": 66, "d_model": 36, "n_layers": 3, "n_heads": 2, "head_dim": 10, "d_ff": 62}
+VARIANTS = [(kind, kv) for kind in ("ngpt", "gpt") for kv in (None, 1)]
+
+
+def config(kind="ngpt", **changes):
+    return ModelConfig(kind=kind, **{**BASE, **changes})
+
+
+def lively(model_config, seed=3):
+    """A model with random gains (of both signs for alpha) in place of the initial ones."""
+    model = megabus.build_model(model_config, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spec = spec_of(parameter)
+            if not spec.is_matrix:
+                low = -1.0 if spec.gate else 0.5
+                parameter.copy_(spec.init * (low + (2 - low) * torch.rand(parameter.shape, generator=draw)))
+            elif not spec.unit:
+                parameter.mul_(10)  # std 0.02 is nearly linear at this size
+    return model
+
+
+def batch(model_config, B=2, T=11, seed=5):
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(model_config.vocab_size, (B, T + 1), generator=draw)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def run_model(model, tokens, targets):
+    """Logits, loss, and every gradient, by canonical name."""
+    model.zero_grad()
+    out = model(tokens)
+    loss = vocab_parallel_cross_entropy(out, targets, 0, Unsharded())
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {"logits": out.detach(), "loss": loss.detach(), **grads}
+
+
+def run_reference(model, tokens, targets):
+    p = {name: x.detach().double().requires_grad_() for name, x in model.named_parameters()}
+    loss = reference.loss(p, model.config, tokens, targets)
+    loss.backward()
+    logits = reference.logits(p, model.config, tokens).detach()
+    return {"logits": logits, "loss": loss.detach(), **{name: x.grad for name, x in p.items()}}
+
+
+def worst(found, wanted):
+    """The largest error of any tensor, relative to the largest entry that the reference has."""
+    assert found.keys() == wanted.keys()
+    return max(float((found[k].double() - wanted[k]).abs().max() / wanted[k].abs().max()) for k in wanted)
+
+
+# ---- the forward and backward pass
+
+
+@pytest.mark.parametrize(("kind", "kv"), VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_model_equals_the_reference(kind, kv, dtype, tolerance):
+    """Logits, loss and the gradient of every parameter."""
+    model_config = config(kind, n_kv_heads=kv)
+    model, data = lively(model_config), batch(model_config)
+    wanted = run_reference(model, *data)
+    assert all(x.abs().max() > 0 for x in wanted.values())
+    assert worst(run_model(model.to(dtype), *data), wanted) < tolerance
+
+
+def no_key_gain(self, q, k):
+    return layers.unit(q) * (self.s_qk * self.root_d).view(-1, q.shape[-1]), layers.unit(k)
+
+
+def turn_backwards(x, theta):
+    """Relative positions with the wrong sign."""
+    cos, sin = layers.rope_tables(x.shape[1], x.shape[-1], theta, x.device, x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+MISTAKES = [
+    (ngpt.Block, "shape_qk", no_key_gain),
+    (layers, "rotate", turn_backwards),
+    (ngpt, "unit", lambda x: x),
+    (layers.F, "silu", torch.nn.functional.gelu),
+]
+
+
+@pytest.mark.parametrize(("home", "name", "wrong"), MISTAKES, ids=[name for _, name, _ in MISTAKES])
+def test_the_reference_notices_mistakes(monkeypatch, home, name, wrong):
+    model_config = config()
+    model, data = lively(model_config).double(), batch(model_config)
+    monkeypatch.setattr(home, name, wrong)
+    assert worst(run_model(model, *data), run_reference(model, *data)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_recompute_gives_the_same_bits(kind, monkeypatch):
+    model_config = config(kind)
+    plain, data = lively(model_config), batch(model_config)
+    frugal = Decoder(model_config, recompute=True)
+    frugal.load_state_dict(plain.state_dict())
+    calls = []
+    forward = layers.Attention.forward
+    monkeypatch.setattr(layers.Attention, "forward", lambda *a: calls.append(1) or forward(*a))
+    found, wanted = run_model(frugal, *data), run_model(plain, *data)
+    assert len(calls) == 3 * model_config.n_layers  # twice with recomputation, once without
+    assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+def test_a_pipeline_of_slices_is_the_model():
+    """Layers [0, 1), [1, 3) under canonical names, one after the other, give the whole model's bits."""
+    model_config = config()
+    whole, (tokens, _) = lively(model_config), batch(model_config)
+    h, seen = tokens, []
+    for part in ((0, 1), (1, 3)):
+        slice_ = Decoder(model_config, layers=part)
+        slice_.load_state_dict({k: whole.state_dict()[k] for k in slice_.state_dict()})
+        seen += list(slice_.state_dict())
+        h = slice_(h)
+    assert sorted(seen) == sorted(whole.state_dict())
+    assert torch.equal(h, whole(tokens))
+
+
+def silence(model):
+    """Zero some rows of each kind: a token, a query head, a key head, and every write row of a layer."""
+    with torch.no_grad():
+        model.embed.weight[7] = 0
+        model.layers["0"].attn.q[:10] = 0
+        model.layers["1"].attn.k[:10] = 0
+        model.layers["1"].attn.out.zero_()
+        model.layers["2"].mlp.down.zero_()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_zero_rows_give_no_nan(kind):
+    model_config = config(kind)
+    tokens, targets = batch(model_config)
+    tokens[0, 3] = 7
+    found = run_model(silence(lively(model_config)), tokens, targets)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+def test_an_unguarded_norm_gives_nan(monkeypatch):
+    monkeypatch.setattr(ngpt, "unit", lambda x: x / x.norm(dim=-1, keepdim=True))
+    model_config = config()
+    assert run_model(silence(lively(model_config)), *batch(model_config))["loss"].isnan()
+
+
+def alpha_gradients(model_config, power=1):
+    model = lively(model_config)
+    with torch.no_grad():
+        for block in model.layers.values():
+            block.alpha_attn.zero_()
+            block.alpha_mlp.zero_()
+    found = run_model(model, *batch(model_config))
+    return [float(x.abs().min()) for name, x in found.items() if "alpha" in name]
+
+
+def test_alpha_zero_still_learns(monkeypatch):
+    """Signed alpha: the layer is the identity, and can leave that state. |alpha| cannot."""
+    assert min(alpha_gradients(config())) > 0
+    step = ngpt.Block._step
+    monkeypatch.setattr(ngpt.Block, "_step", lambda self, h, target, a: step(self, h, target, a.abs()))
+    assert max(alpha_gradients(config())) == 0
+
+
+# ---- declarations
+
+
+TABLE = {  # DESIGN section 1
+    "embed.weight": (("vocab", "embed"), "read"),
+    "attn.q": (("heads", "embed"), "read"),
+    "attn.k": (("kv_heads", "embed"), "read"),
+    "attn.v": (("kv_heads", "embed"), "read"),
+    "attn.out": (("heads", "embed"), "write"),
+    "mlp.up": (("ffn", "embed"), "read"),
+    "mlp.gate": (("ffn", "embed"), "read"),
+    "mlp.down": (("ffn", "embed"), "write"),
+    "output.head.weight": (("vocab", "embed"), "read"),
+}
+GAINS = {
+    "ngpt": {
+        "s_qk": ("heads", 1 / 6, 6),
+        "s_u": ("ffn", 1, 1),
+        "s_v": ("ffn", 1, 6),  # with sqrt(d_model)
+        "alpha_attn": ("embed", 1 / 6, 0.05 * 6),
+        "alpha_mlp": ("embed", 1 / 6, 0.05 * 6),
+        "output.s_z": ("vocab", 1 / 6, 6),
+    },
+    "gpt": {
+        "norm_attn.gain": ("embed", 1, 6),
+        "norm_mlp.gain": ("embed", 1, 6),
+        "output.norm.gain": ("embed", 1, 6),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_declarations_are_the_table(kind):
+    """Every parameter, its axes, role, unit rows, gate; and each matrix is stored as (rows, d_model)."""
+    model_config = config(kind, n_kv_heads=1)
+    sizes = {"vocab": 66, "heads": 20, "kv_heads": 10, "ffn": 62, "embed": 36}
+    specs = dict(param_specs(model_config))
+    shapes = {name: tuple(p.shape) for name, p in Decoder(model_config).named_parameters()}
+    gates = set()
+    for layer in (None, 0, 1, 2):
+        prefix = "" if layer is None else f"layers.{layer}."
+        for short, (axes, role) in TABLE.items():
+            if short.startswith(("embed", "output")) != (layer is None):
+                continue
+            spec = specs.pop(prefix + short)
+            assert (spec.axes, spec.role, spec.unit) == (axes, role, kind == "ngpt")
+            assert (spec.name, spec.layer) == (prefix + short, layer)
+            assert shapes.pop(prefix + short) == (sizes[axes[0]], 36)
+            gates |= {short} if spec.gate else set()
+        for short, (axis, initial, multiplier) in GAINS[kind].items():
+            if short.startswith("output") != (layer is None):
+                continue
+            spec = specs.pop(prefix + short)
+            assert (spec.axes, spec.role, spec.unit) == ((axis,), "gain", False)
+            assert (spec.init, spec.multiplier) == pytest.approx((initial, multiplier))
+            assert shapes.pop(prefix + short) == (sizes[axis],)
+            gates |= {short} if spec.gate else set()
+    assert not specs
+    assert not shapes
+    assert gates == ({"alpha_attn", "alpha_mlp"} if kind == "ngpt" else {"attn.out", "mlp.down"})
+
+
+def test_in_layer_renames_only_the_layer():
+    spec = param_specs(config())["layers.1.attn.out"]
+    assert spec.in_layer(12) == "layers.12.attn.out"
+    assert param_specs(config())["output.s_z"].in_layer(4) == "output.s_z"
+
+
+class FakeRank(Unsharded):
+    def __init__(self, size, rank):
+        self.size, self.rank = size, rank
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+@pytest.mark.parametrize(("tp", "vocab"), [(2, 67), (3, 67), (3, 66), (3, 65), (6, 7)])
+def test_shards_cover_every_row_once(kind, tp, vocab):
+    """Uneven vocabularies need no padding; `embed` is never cut."""
+    model_config = config(kind, vocab_size=vocab, n_heads=6, d_ff=66)
+    ranks = [Decoder(model_config, tp=FakeRank(tp, rank)) for rank in range(tp)]
+    for name, spec in param_specs(model_config).items():
+        rows = [shard_rows(spec, model_config, tp, rank) for rank in range(tp)]
+        whole = global_shape(spec, model_config)
+        for decoder, (start, stop) in zip(ranks, rows, strict=True):
+            assert tuple(decoder.get_parameter(name).shape) == (stop - start, *whole[1:])
+        if spec.sharded:
+            covered = [row for start, stop in rows for row in range(start, stop)]
+            assert covered == list(range(whole[0]))
+            lengths = {stop - start for start, stop in rows}
+            assert max(lengths) - min(lengths) <= (spec.rows == "vocab")
+        else:
+            assert spec.rows == "embed"
+            assert rows == [(0, whole[0])] * tp
+
+
+# ---- the initial state
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_a_shard_of_the_initial_state_is_the_initial_state_of_the_shard(kind):
+    model_config = config(kind)
+    model = megabus.build_model(model_config, seed=4)
+    draw = torch.Generator().manual_seed(0)
+    for name, whole in model.named_parameters():
+        n = whole.shape[0]
+        for _ in range(4):
+            low, high = sorted(torch.randint(n + 1, (2,), generator=draw).tolist())
+            assert torch.equal(init.initial_rows(model_config, name, 4, low, high), whole[low:high])
+        single = torch.cat([init.initial_rows(model_config, name, 4, i, i + 1) for i in range(n)])
+        assert torch.equal(single, whole)
+
+
+def test_the_shard_check_notices_local_row_numbers(monkeypatch):
+    normals = counter.normals
+    monkeypatch.setattr(counter, "normals", lambda key, rows, n: normals(key, rows - rows[0], n))
+    rows = [init.initial_rows(config(), "embed.weight", 4, *span) for span in ((0, 9), (5, 9))]
+    assert not torch.equal(rows[0][5:], rows[1])
+
+
+def test_ngpt_starts_with_unit_rows():
+    for parameter in megabus.build_model(config()).parameters():
+        if spec_of(parameter).is_matrix:
+            assert (parameter.double().norm(dim=-1) - 1).abs().max() < 1e-6
+
+
+def test_seeds_and_names_differ():
+    model_config = config(n_heads=3, head_dim=22)  # 66 rows everywhere
+    one, two = (megabus.build_model(model_config, seed=seed).state_dict() for seed in (0, 1))
+    matrices = [x for state in (one, two) for name, x in state.items() if x.ndim == 2]
+    assert len({x.numpy().tobytes() for x in matrices}) == len(matrices)
+    again = megabus.build_model(model_config, seed=0).state_dict()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+
+
+def test_initial_statistics():
+    """Uncorrelated, mean 0, the declared deviation; write matrices of the baseline are smaller."""
+    model_config = config("gpt", vocab_size=2000)
+    model = megabus.build_model(model_config)
+    x = model.embed.weight.detach().double()
+    n = x.numel()
+    assert abs(x.mean()) < 4 * 0.02 / n**0.5
+    assert x.std() == pytest.approx(0.02, rel=4 / (2 * n) ** 0.5)
+    assert (x.T @ x / 2000 / 0.02**2 - torch.eye(36)).abs().max() < 5 / 2000**0.5
+    out = torch.cat([block.attn.out.detach() for block in model.layers.values()]).double()
+    assert out.std() == pytest.approx(0.02 / 6**0.5, rel=0.06)
+    assert (model.layers["0"].norm_attn.gain == 1).all()
+
+
+def test_ngpt_rows_are_spread_over_the_sphere():
+    x = megabus.build_model(config(vocab_size=2000)).embed.weight.detach().double()
+    assert (x.T @ x / 2000 * 36 - torch.eye(36)).abs().max() < 5 / 2000**0.5
+    assert (x.mean(0) * 6).abs().max() < 4 / 2000**0.5
+
+
+# ---- exact arithmetic
+
+
+def splitmix64(index, key):
+    """Steele, Lea & Flood 2014, in Python's integers."""
+    z = (index * 0x9E3779B97F4A7C15 + key) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+KEYS = [0, 1, -1, 2**63 - 1, -(2**63), counter.key(3, "layers.0.attn.q", "init")]
+INDICES = [0, 1, 2, 77, 2**31, 2**40 + 12345, 2**62]
+
+
+def hashed(key):
+    return [x % 2**64 for x in counter.hash64(torch.tensor(INDICES), key).tolist()]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_hash64_is_splitmix64(key, monkeypatch):
+    wanted = [splitmix64(i, key) for i in INDICES]
+    assert hashed(key) == wanted
+    monkeypatch.setattr(counter, "_shift", lambda x, bits: x >> bits)  # arithmetic: sign bits come in
+    assert hashed(key) != wanted
+
+
+def test_hash64_known_answers():
+    """The first outputs of the published generator seeded with 1234567."""
+    first = counter.hash64(torch.arange(1, 4), 1234567).tolist()
+    assert [x % 2**64 for x in first] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_normals_by_hand():
+    key, columns = counter.key("x"), 5
+    found = counter.normals(key, torch.tensor([3, 8]), columns)
+    for i, row in enumerate((3, 8)):
+        for column in range(columns):
+            words = [splitmix64(3 * (row * columns + column) + draw, key % 2**64) for draw in range(3)]
+            total = sum(word >> bits & 0xFFFF for word in words for bits in (0, 16, 32, 48))
+            assert found[i, column].item() == float(Fraction(total) - 12 * Fraction(65535, 2)) / 65536
+
+
+def test_normals_are_nearly_normal():
+    x = counter.normals(counter.key(1), torch.arange(2000), 100)
+    n = x.numel()
+    assert abs(x.mean()) < 4 / n**0.5
+    assert x.var() == pytest.approx(1, abs=4 * (2 / n) ** 0.5)
+    assert (x**4).mean() == pytest.approx(2.9, abs=0.1)
+    assert (x**3).mean() == pytest.approx(0, abs=4 * (15 / n) ** 0.5)
+    assert x.abs().max() < 6
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 36, 131, 1001])
+def test_row_sum_is_a_sum(n):
+    x = torch.randn(50, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    kept = x.clone()
+    found = counter.row_sum(x)
+    assert found.shape == (50, 1)
+    for row, total in zip(x, found[:, 0], strict=True):
+        assert abs(math.fsum(row.tolist()) - total) <= 1e-15 * row.abs().sum()
+    assert torch.equal(x, kept)
+
+
+def same_bits(summed):
+    """Whether a row's sum is the same alone, among others, three-dimensional and transposed in memory."""
+    x = torch.randn(33, 1001, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = summed(x)
+    views = [
+        torch.cat([summed(x[i : i + 1]) for i in range(33)]),
+        torch.cat([summed(x[:7]), summed(x[7:])]),
+        summed(x.view(3, 11, 1001)).view(33, 1),
+        summed(x.t().contiguous().t()),
+    ]
+    return all(torch.equal(whole, view) for view in views)
+
+
+def test_row_sum_does_not_depend_on_its_surroundings():
+    assert same_bits(counter.row_sum)
+    assert not same_bits(lambda x: x.sum(-1, keepdim=True))
+
+
+def test_unit_rows():
+    x = counter.normals(7, torch.arange(9), 131)
+    assert (counter.unit_rows(x).norm(dim=-1) - 1).abs().max() < 1e-15

@@ -1,0 +1,132 @@
+"""Every layout of 1, 2 and 4 ranks is the same training as plain PyTorch in one process."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megabus.config import Layout, resolve_stages
+from megabus.model.params import spec_of
+from megabus.parallel.mesh import ProcessGroupTP
+from megabus.testing import parity
+from megabus.testing.ranks import run_ranks
+
+LIMIT = 1e-5
+
+
+@functools.cache
+def reference(kind: str) -> parity.Trace:
+    return parity.plain_trace(parity.parity_config(kind, Layout(1, 1, 1)))
+
+
+def trace_of(kind: str, layout: Layout, **train: object) -> parity.Trace:
+    return parity.engine_trace(parity.parity_config(kind, layout, **train), layout)
+
+
+@pytest.mark.parametrize("layout", parity.LAYOUTS, ids=str)
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_layout_equals_one_process(kind, layout):
+    trace = trace_of(kind, layout)
+    assert parity.difference(trace, reference(kind)).worst <= LIMIT
+    if kind == "ngpt":
+        assert trace.unit_error <= 1e-6
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, 4), Layout(2, 1, 2)], ids=str)
+def test_zero_2_equals_one_process(layout):
+    assert parity.difference(trace_of("ngpt", layout, zero_stage=2), reference("ngpt")).worst <= LIMIT
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 1)], ids=str)
+def test_recompute_equals_one_process(layout):
+    assert parity.difference(trace_of("ngpt", layout, recompute=True), reference("ngpt")).worst <= LIMIT
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 2, 1), Layout(2, 1, 2)], ids=str)
+def test_clipping_uses_the_global_norm(layout):
+    """Clipped at a fifth of the norm: wrong norms of shards or replicas would scale the update."""
+    clip = {"gradient_clipping": reference("ngpt").grad_norms[0] / 5}
+    plain = parity.plain_trace(parity.parity_config("ngpt", Layout(1, 1, 1), **clip))
+    trace = trace_of("ngpt", layout, **clip)
+    difference = parity.difference(trace, plain)
+    assert max(difference.losses, difference.grad_norms) <= LIMIT
+    assert difference.masters <= 1e-4
+    assert parity.difference(trace, reference("ngpt")).masters > 1e-4  # clipping did something
+
+
+@pytest.mark.parametrize(
+    ("layout", "zero"), [(Layout(2, 2, 1), 1), (Layout(1, 1, 4), 1), (Layout(2, 1, 2), 2)], ids=str
+)
+def test_bf16_stays_near_and_keeps_unit_masters(layout, zero):
+    trace = trace_of("ngpt", layout, precision="bf16", zero_stage=zero)
+    assert trace.unit_error <= 1e-6
+    assert parity.difference(trace, reference("ngpt")).losses < 5e-3
+    one = trace_of("ngpt", Layout(1, 1, 1), precision="bf16")
+    assert parity.difference(trace, one).losses < 2e-3
+
+
+def _forgets_backward_sum(self, x):
+    return x
+
+
+def _wrong_job(config, fault):
+    if fault == "no sum in backward":
+        ProcessGroupTP.enter = _forgets_backward_sum
+    if fault == "replica counted twice":
+        import megabus.engine.engine as engine_module
+
+        class Sharded:
+            """A spec that calls replicated parameters sharded."""
+
+            def __init__(self, spec):
+                self.is_matrix, self.unit, self.sharded, self.name = spec.is_matrix, spec.unit, True, spec.name
+
+        engine_module.spec_of = lambda parameter: Sharded(spec_of(parameter))
+    return parity.engine_job(config)
+
+
+def test_negative_controls(monkeypatch):
+    """The comparison sees a missing all-reduce in the backward pass, and a norm that counts replicas twice."""
+    config = parity.parity_config("ngpt", Layout(2, 1, 1))
+    wrong = run_ranks(2, _wrong_job, config, "no sum in backward")[0]
+    assert abs(wrong["norms"][0] - reference("ngpt").grad_norms[0]) > 1e-3
+    wrong = run_ranks(2, _wrong_job, config, "replica counted twice")[0]
+    assert abs(wrong["norms"][0] / reference("ngpt").grad_norms[0] - 1) > 1e-4
+    right = run_ranks(2, _wrong_job, config, None)[0]
+    assert abs(right["norms"][0] / reference("ngpt").grad_norms[0] - 1) < 1e-5
+
+
+def _hangs():
+    if dist.get_rank() == 0:
+        dist.barrier()
+    time.sleep(60)
+
+
+def _raises():
+    if dist.get_rank() == 1:
+        raise ValueError("rank one is unwell")
+    dist.barrier()
+
+
+def test_the_pool_shows_stacks_and_tracebacks():
+    with pytest.raises(RuntimeError, match=r"(?s)hung.*rank 0.*_hangs"):
+        run_ranks(2, _hangs, timeout=3)
+    with pytest.raises(RuntimeError, match="rank one is unwell"):
+        run_ranks(2, _raises, timeout=20)
+
+
+def test_uneven_vocabulary_leaves_no_padding():
+    """Shards differ by a row and cover the vocabulary: no rank holds a row that the model does not have."""
+    config = parity.parity_config("ngpt", Layout(4, 1, 1))
+    stage = resolve_stages(config, 4)[0]
+    from megabus.parallel.placement import Placement
+
+    placement = Placement(stage.model, stage.layout)
+    heads = sorted(piece.start for r in range(4) for piece in placement.owned(r) if piece.name == "embed.weight")
+    assert [start // 37 for start in heads] == [0, 16, 33, 50]
+    assert sum(len(p) for r in range(4) for p in placement.owned(r) if p.name == "embed.weight") == 67 * 37
+    assert torch.isfinite(trace_of("ngpt", Layout(4, 1, 1)).logits).all()

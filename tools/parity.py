@@ -1,0 +1,41 @@
+"""Print how far every layout of 1, 2 and 4 ranks is from plain PyTorch in one process (fp32, gloo, CPU):
+
+python tools/parity.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megabus.testing.ranks import preload
+
+LIMIT = 1e-5
+
+
+def main() -> int:
+    preload()
+    from megabus.testing.parity import LAYOUTS, difference, engine_trace, parity_config, plain_trace
+
+    header = ("model", "layout", "ZeRO", "logits", "gradients", "5 losses", "grad norm", "masters", "unit rows")
+    print(("{:<6}{:<14}{:<6}" + "{:>11}" * 6).format(*header))
+    worst = 0.0
+    for kind in ("ngpt", "gpt"):
+        reference = plain_trace(parity_config(kind, LAYOUTS[0]))
+        for layout in LAYOUTS:
+            for zero in (1, 2) if layout.pp == 1 and layout.dp > 1 else (1,):
+                trace = engine_trace(parity_config(kind, layout, zero_stage=zero), layout)
+                d = difference(trace, reference)
+                numbers = (d.logits, d.grads, d.losses, d.grad_norms, d.masters)
+                unit = f"{trace.unit_error:>11.1e}" if kind == "ngpt" else f"{'-':>11}"
+                cells = "".join(f"{number:>11.1e}" for number in numbers)
+                print(f"{kind:<6}{layout!s:<14}{zero:<6}{cells}{unit}", flush=True)
+                worst = max(worst, d.worst)
+    print(f"largest difference {worst:.1e} (limit {LIMIT:.0e})")
+    return int(not worst <= LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
