@@ -1,7 +1,7 @@
 """Train a model, growing it on the way. Started by a launcher, one process a device:
 
-    deepspeed --num_accelerators 4 launcher/train.py --config configs/demo.yaml [key=value ...]
-    torchrun --nproc-per-node 4 launcher/train.py --config configs/demo.yaml [key=value ...]
+deepspeed --num_accelerators 4 launcher/train.py --config configs/demo.yaml [key=value ...]
+torchrun --nproc-per-node 4 launcher/train.py --config configs/demo.yaml [key=value ...]
 """
 
 from __future__ import annotations

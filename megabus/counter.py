@@ -12,7 +12,9 @@ import hashlib
 import torch
 from torch import Tensor
 
-_GOLDEN, _MIX1, _MIX2 = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+from megabus.splitmix import GOLDEN, MIX1, MIX2
+
+_GOLDEN, _MIX1, _MIX2 = (c - 2**64 for c in (GOLDEN, MIX1, MIX2))  # as signed integers
 _DRAWS = 3  # 64-bit words an entry takes: twelve 16-bit uniforms
 
 

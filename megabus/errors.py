@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """Bad input: names the key (or file), its value, what is wrong with it and the remedy, in one line.
@@ -15,3 +17,7 @@ class UserError(Exception):
         self.one_rank = False
         text = f"{key} = {value}: {problem}; {remedy}"
         super().__init__(" ".join(text.split()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle their args, here the text, where __init__ wants its parts; __dict__ carries `one_rank`.
+        return type(self), (self.key, self.value, self.problem, self.remedy), self.__dict__

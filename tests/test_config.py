@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -148,9 +149,7 @@ def test_wrong_values(base: Path, override: str, key: str, value: str) -> None:
     assert refusal(base, override).startswith(f"{key} = {value}: ")
 
 
-@pytest.mark.parametrize(
-    "key", ["run_dir", "model.d_ff", "train.seq_len", "optimizer.lr", "data.valid", "data"]
-)
+@pytest.mark.parametrize("key", ["run_dir", "model.d_ff", "train.seq_len", "optimizer.lr", "data.valid", "data"])
 def test_missing_keys(key: str) -> None:
     tree = yaml.safe_load(BASE)
     parse_config(tree)
@@ -191,6 +190,14 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, told: s
     assert told in refusal(path)
     assert "no such file" in refusal(tmp_path / "none.yaml")
     assert "no such file" in refusal(tmp_path)
+
+
+def test_a_user_error_survives_pickling() -> None:
+    """As from a worker process or a rank."""
+    error = UserError("data", Path("a"), "is no file", "name one")
+    error.one_rank = True
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), vars(again)) == (str(error), vars(error))
 
 
 # ---- checks across keys ------------------------------------------------------------------------------------
@@ -413,9 +420,7 @@ def test_schedules_are_continuous(schedule: str, warmup: float, low: float) -> N
     assert values[peak:] == sorted(values[peak:], reverse=True)
     steepest = 3.0 / 0.1 / 4000  # the warm-up; the decays are gentler
     assert largest_jump(values) <= steepest * (1 + 1e-9)
-    assert (
-        largest_jump([3.0 if share < 0.5 else 2.9 for share in GRID]) > steepest
-    )  # control: a jump would show
+    assert largest_jump([3.0 if share < 0.5 else 2.9 for share in GRID]) > steepest  # control: a jump would show
 
 
 @pytest.mark.parametrize(
@@ -454,9 +459,7 @@ def test_learning_rate_in_closed_form(options: dict, share: float, factor: float
     ],
 )
 def test_spent_share_is_the_largest(budgets: dict, share: float) -> None:
-    train = TrainConfig.model_validate(
-        {"seq_len": 1, "micro_batch_size": 1, "global_batch_size": 1} | budgets
-    )
+    train = TrainConfig.model_validate({"seq_len": 1, "micro_batch_size": 1, "global_batch_size": 1} | budgets)
     assert spent_share(train, step=3, tokens=500, flops=2e9) == pytest.approx(share)
     assert spent_share(train, step=0, tokens=0, flops=0.0) == 0.0
 

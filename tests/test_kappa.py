@@ -155,17 +155,13 @@ def test_reference_is_linear_in_log_n():
     assert at(10**40) == 0.0
 
 
-@pytest.mark.parametrize(
-    "table", [[], [(5, 2.0)], [(5, 2.0), (5, 1.0)], [(9, 2.0), (5, 1.0)], [(1, NAN), (2, 1)]]
-)
+@pytest.mark.parametrize("table", [[], [(5, 2.0)], [(5, 2.0), (5, 1.0)], [(9, 2.0), (5, 1.0)], [(1, NAN), (2, 1)]])
 def test_reference_refuses_bad_tables(table):
     with pytest.raises(UserError, match=r"growth\.trigger\.reference"):
         Reference(table)
 
 
-BAD_VALUES = [("constant", {"loss": bad}) for bad in (NAN, None, [], [3.0, -1.0])] + [
-    ("reference", {"table": None})
-]
+BAD_VALUES = [("constant", {"loss": bad}) for bad in (NAN, None, [], [3.0, -1.0])] + [("reference", {"table": None})]
 
 
 def test_make_predictor():

@@ -1,7 +1,7 @@
 """Runs as their users start them: what ends well, and what is refused in one line on rank 0 by all ranks.
 
-What needs no torch, and one of each kind of the rest, is a real process a rank; the other refusals run the same
-`run()` in forked ranks, where they take a second.
+What needs no torch, and one of the rest, is a real process a rank; the other refusals run the same `run()` in
+forked ranks, where they take a second.
 """
 
 from __future__ import annotations
@@ -85,13 +85,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def launch(
-    *args: object, world: int = 2, limit: float = LIMIT, folders: tuple[Path, ...] = ()
-) -> list[Ended]:
-    """One plain process a rank, as no launcher would watch it; fails if one of them outlives `limit` seconds.
-
-    folders: the working directory of each rank.
-    """
+def launch(*args: object, world: int = 2, limit: float = LIMIT) -> list[Ended]:
+    """One plain process a rank, with no launcher to end it; fails if one of them outlives `limit` seconds."""
     port, ranks = free_port(), []
     for rank in range(world):
         ids = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -101,7 +96,7 @@ def launch(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                cwd=folders[rank] if folders else ROOT,
+                cwd=ROOT,
                 env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **ids),
             )
         )
@@ -115,7 +110,10 @@ def launch(
 
 
 def launch_forked(*args: object, world: int = 2, folders: tuple[Path, ...] = ()) -> list[Ended]:
-    """The launcher's `run()` in forked ranks: the same, without starting Python anew."""
+    """The launcher's `run()` in forked ranks: the same, without starting Python anew.
+
+    folders: the working directory of each rank.
+    """
     return [Ended(*ended) for ended in run_ranks(world, _run, args, folders, timeout=LIMIT)]
 
 
@@ -191,11 +189,9 @@ def test_a_wrong_configuration_imports_no_torch(config: Path) -> None:
 # ---- refused by ranks that have met ------------------------------------------------------------------------
 
 
-def test_missing_data_ends_all_processes(config: Path, tmp_path: Path) -> None:
-    ranks = launch("--config", config, "data.valid=nowhere/text", limit=LIMIT + START)
-    assert the_error(ranks).startswith(
-        "error: data = nowhere/text.bin: the file does not exist; check the prefix"
-    )
+def test_missing_data(config: Path, tmp_path: Path) -> None:
+    ranks = launch_forked("--config", config, "data.valid=nowhere/text")
+    assert the_error(ranks).startswith("error: data = nowhere/text.bin: the file does not exist; check the prefix")
     assert tree(tmp_path).keys() == {"config.yaml"}
 
 
@@ -220,9 +216,7 @@ def test_another_vocabulary(config: Path, tmp_path: Path, layout: str) -> None:
     prefix = write_corpus(tmp_path / "other", vocab_size=100)
     before = tree(tmp_path)
     line = the_error(launch_forked("--config", config, f"data.train={prefix}", f"layout.{layout}"))
-    told = (
-        f"error: data = {prefix}: was made with vocab_size 100, the model has 67; set the model's vocab_size"
-    )
+    told = f"error: data = {prefix}: was made with vocab_size 100, the model has 67; set the model's vocab_size"
     assert line.startswith(told)
     assert tree(tmp_path) == before
 
@@ -256,7 +250,7 @@ def test_a_run_dir_that_cannot_be(config: Path, tmp_path: Path) -> None:
 
 
 def test_data_that_one_rank_alone_cannot_read(config: Path, tmp_path: Path) -> None:
-    """Rank 1 works where a relative prefix leads nowhere; rank 0 tells it, and no rank waits for the other."""
+    """Rank 1 works where a relative prefix leads nowhere. Rank 0 tells it; no rank waits for the other."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -266,10 +260,8 @@ def test_data_that_one_rank_alone_cannot_read(config: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-# nGPT's weights cannot leave the sphere, but its gains can; with layers in a pipeline rank 1 alone sees the loss.
-@pytest.mark.parametrize(
-    "options", [["model.kind=gpt"], ["model.kind=ngpt"], ["model.kind=gpt", "layout.pp=2"]]
-)
+# nGPT's weights cannot leave the sphere, but its gains can. In a pipeline rank 1 alone computes the loss.
+@pytest.mark.parametrize("options", [["model.kind=gpt"], ["model.kind=ngpt"], ["model.kind=gpt", "layout.pp=2"]])
 def test_a_loss_that_is_not_finite(config: Path, tmp_path: Path, options: list[str]) -> None:
     wild = ["optimizer.lr=1e30", "train.gradient_clipping=0", "optimizer.schedule=constant"]
     ranks = launch_forked("--config", config, *options, *wild)
@@ -357,8 +349,6 @@ def test_a_run_that_grows(config: Path, tmp_path: Path, starter: str, layout: st
 def test_plots_are_drawn_from_a_checkout(tmp_path: Path) -> None:
     """tools/plot.py needs neither an installed megabus nor a PYTHONPATH."""
     command = [sys.executable, str(ROOT / "tools/plot.py"), str(tmp_path)]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment()
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment())
     assert ended.returncode == 1
     assert ended.stderr.startswith(f"run_dir = {tmp_path}: holds no metrics.jsonl")

@@ -164,6 +164,7 @@ from megabus.train.metrics import Metrics
 metrics = Metrics(parse_config(json.loads(sys.argv[1])))
 metrics.write("step", json.loads(sys.argv[2]))
 metrics.write("eval", {"step": 30, "loss": 2.5})
+metrics.write("step", json.loads(sys.argv[2]) | {"step": 31})  # wandb keeps a step back till the next
 assert metrics.wandb.settings.mode == "offline"
 assert metrics.wandb.summary["step/loss"] == 3.14159
 assert metrics.wandb.summary["eval/loss"] == 2.5
@@ -171,9 +172,7 @@ metrics.close()
 """
     run = tmp_path / "run"
     run.mkdir()
-    elsewhere = {
-        f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT")
-    }
+    elsewhere = {f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT")}
     quiet = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false"}
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # whatever should be sent would not arrive
     tree = run_config(run, wandb="offline").model_dump_json()
@@ -183,12 +182,9 @@ metrics.close()
         text=True,
         timeout=60,
         cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        | elsewhere
-        | quiet
-        | nowhere,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)} | elsewhere | quiet | nowhere,
     )
     assert ended.returncode == 0, ended.stderr
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     assert file.stat().st_size > 0
-    assert len(told(run)) == 2
+    assert len(told(run)) == 3

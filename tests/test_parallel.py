@@ -83,7 +83,12 @@ def _wrong_job(config, fault):
             """A spec that calls replicated parameters sharded."""
 
             def __init__(self, spec):
-                self.is_matrix, self.unit, self.sharded, self.name = spec.is_matrix, spec.unit, True, spec.name
+                self.is_matrix, self.unit, self.sharded, self.name = (
+                    spec.is_matrix,
+                    spec.unit,
+                    True,
+                    spec.name,
+                )
 
         engine_module.spec_of = lambda parameter: Sharded(spec_of(parameter))
     return parity.engine_job(config)

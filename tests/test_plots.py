@@ -89,8 +89,19 @@ def test_a_resumed_run_counts_once(tmp_path):
     """Crash after 30, checkpoint at 15: the rows from 20 on are told again, a growth among them."""
     first = [step_row(10, 5.0), step_row(20, 4.0), eval_row(20, 4.1), growth_row(20, 0), step_row(30, 3.0)]
     again = [step_row(20, 4.5), eval_row(20, 4.6), growth_row(20, 0), step_row(30, 3.5)]
-    assert read_metrics(run_with(tmp_path, first + again)) == [first[0], *again]
-    assert read_metrics(run_with(tmp_path, first[:4] + again, "at_once")) == [first[0], *again]
+    resume = {"event": "resume", **at(15)}
+    assert read_metrics(run_with(tmp_path, [*first, resume, *again])) == [first[0], *again]
+    assert read_metrics(run_with(tmp_path, [*first[:4], resume, *again], "at_once")) == [first[0], *again]
+    twice = [*first, resume, *again, resume, *again]
+    assert read_metrics(run_with(tmp_path, twice, "twice")) == [first[0], *again]
+
+
+def test_a_resume_keeps_the_step_it_starts_from(tmp_path):
+    """All rows of the checkpoint's own step were told before it was written: none is told again."""
+    rows = [step_row(20, 4.0), eval_row(20, 4.1), growth_row(20, 0), eval_row(20, 4.1), step_row(30, 3.0)]
+    resume = {"event": "resume", **at(20)}
+    assert read_metrics(run_with(tmp_path, [*rows, resume])) == rows[:4]
+    assert read_metrics(run_with(tmp_path, rows, "control")) == rows
 
 
 def test_bad_runs_are_named(tmp_path):
@@ -147,9 +158,7 @@ def test_growth_labels_never_overlap(tmp_path, monkeypatch, x, log_x):
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     flat = [box.translated(0, -box.y0) for box in boxes]
     assert any(a.overlaps(b) for a, b in itertools.combinations(flat, 2))  # control: in one row they would
-    assert all(
-        box.y0 >= axes.bbox.y1 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1 for box in boxes
-    )
+    assert all(box.y0 >= axes.bbox.y1 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1 for box in boxes)
 
 
 def test_curves_are_the_metrics(tmp_path, monkeypatch):
@@ -170,15 +179,11 @@ def test_time_counts_speed_and_stalls(tmp_path, monkeypatch):
 def test_command_line(tmp_path):
     run, out = grown_run(tmp_path), tmp_path / "loss.png"
     command = [sys.executable, str(ROOT / "tools/plot.py"), "--out", str(out), "--x", "tokens", "--log-x"]
-    done = subprocess.run(
-        [*command, str(run)], capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(ROOT)}
-    )
+    done = subprocess.run([*command, str(run)], capture_output=True, text=True, timeout=60, cwd=ROOT, env={})
     assert done.returncode == 0, done.stderr
     assert "d96 L4" in done.stdout
     assert out.read_bytes().startswith(b"\x89PNG")
-    failed = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
-    )
+    failed = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env={})
     assert failed.returncode != 0
     assert failed.stderr.startswith("run_dir = ")
 

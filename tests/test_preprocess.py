@@ -144,9 +144,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
     command += ["--model-type", "bpe", "--tokenizer-sample-mb", "0.1", "--valid-fraction", "0.1"]
     for workers in ("1", "2"):
         output = ["--output", f"with{workers}/c", "--workers", workers]
-        done = subprocess.run(
-            [*command, *output], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run([*command, *output], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("2800 documents, ")
     assert contents(tmp_path / "with1") == contents(tmp_path / "with2")
@@ -214,9 +212,7 @@ def test_errors_are_one_line_and_change_nothing(model, capsys, name):
 
 
 def test_scenes():
-    title = (
-        "PLAY\n\nby X\n\n\n\nSCENE: Rome \n\n\n@@@\nACT I.\n\nSCENE 1. Wood\n\n\nA.\nOh.\n\nScene II.\nB.\n"
-    )
+    title = "PLAY\n\nby X\n\n\n\nSCENE: Rome \n\n\n@@@\nACT I.\n\nSCENE 1. Wood\n\n\nA.\nOh.\n\nScene II.\nB.\n"
     expected = ["PLAY\n\nby X\n\nSCENE: Rome", "ACT I.\n\nSCENE 1. Wood\n\nA.\nOh.", "Scene II.\nB."]
     assert demo_text.scenes(title) == expected
 

@@ -37,8 +37,7 @@ def growth_config(stages, layouts, kind="ngpt", first=SMALL, seq_lens=None, **gr
             "layout": layout(0),
             "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": 100},
             "optimizer": {"lr": 1e-2},
-            "growth": growth
-            | {"stages": [sizes | {"layout": layout(n)} for n, sizes in enumerate(stages, start=1)]},
+            "growth": growth | {"stages": [sizes | {"layout": layout(n)} for n, sizes in enumerate(stages, start=1)]},
             "data": {"train": "unused", "valid": "unused"},
         }
     )
@@ -64,7 +63,7 @@ def _loss(engine, config):
 def _grow_job(config, steps_before, steps_after):
     from megabus.engine.engine import Engine
     from megabus.growth.transition import grow_engine
-    from megabus.train.loop import initial_fragments
+    from megabus.train.run import initial_fragments
 
     stages = resolve_stages(config, dist.get_world_size())
     engine = Engine(config, stages[0])
@@ -182,7 +181,7 @@ def test_relayout_without_growth_is_exact(precision):
 
 def _straight_job(config):
     from megabus.engine.engine import Engine
-    from megabus.train.loop import initial_fragments
+    from megabus.train.run import initial_fragments
 
     engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
     engine.write(initial_fragments(engine, config.train.seed))
@@ -206,10 +205,8 @@ def test_bytes_sent_are_what_the_plan_says():
     config = growth_config([LARGE], layouts)
     (ranks,) = grow_on_ranks(config, layouts)
     assert sum(rank["sent"] for rank in ranks) == ranks[0]["traffic"].sent > 0
-    old, new = (stage.model for stage in resolve_stages(config, 4))
-    same = Plan(
-        Placement(old, Layout(2, 2, 1)), Placement(old, Layout(2, 2, 1)), Growth(old, old, config.growth, 0)
-    )
+    old = resolve_stages(config, 4)[0].model
+    same = Plan(Placement(old, Layout(2, 2, 1)), Placement(old, Layout(2, 2, 1)), Growth(old, old, config.growth, 0))
     assert same.traffic().sent == 0
 
 
@@ -250,7 +247,10 @@ def _wrong_job(config):
 def test_negative_control_a_shifted_map_is_seen():
     layouts = [Layout(1, 1, 2), Layout(1, 1, 2)]
     config = growth_config([LARGE], layouts)
-    (old, new), ranks = (s.model for s in resolve_stages(config, 2)), [r[0] for r in run_ranks(2, _wrong_job, config)]
+    (old, new), ranks = (
+        (s.model for s in resolve_stages(config, 2)),
+        [r[0] for r in run_ranks(2, _wrong_job, config)],
+    )
     expected = grow_state(whole(ranks, "before", old), old, new, config.train.seed)
     grown = whole(ranks, "after", new)
     assert not all(torch.equal(grown[name], tensor) for name, tensor in expected.items())
@@ -275,7 +275,7 @@ def _twenty_growths(config, fault=None):
     from megabus.engine.engine import Engine
     from megabus.growth.transition import grow_engine
     from megabus.parallel import mesh
-    from megabus.train.loop import initial_fragments
+    from megabus.train.run import initial_fragments
 
     stages = resolve_stages(config, dist.get_world_size())
     engine = Engine(config, stages[0])

@@ -48,7 +48,8 @@ def titles(sdist: Path) -> Iterator[str]:
     """Text of each play or poem, by file name."""
     with tarfile.open(sdist) as archive:
         for name in sorted(filter(MEMBER.fullmatch, archive.getnames())):
-            yield archive.extractfile(name).read().decode("ascii")
+            if (file := archive.extractfile(name)) is not None:  # as a directory would be
+                yield file.read().decode("ascii")
 
 
 def is_heading(line: str) -> bool:
@@ -75,9 +76,7 @@ def sha256(data: bytes) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="(%(default)s)")
     output = parser.parse_args(argv).output
     if output.is_file() and sha256(output.read_bytes()) == TEXT_SHA256:

@@ -19,7 +19,17 @@ def main() -> int:
     preload()
     from megabus.testing.parity import LAYOUTS, difference, engine_trace, parity_config, plain_trace
 
-    header = ("model", "layout", "ZeRO", "logits", "gradients", "5 losses", "grad norm", "masters", "unit rows")
+    header = (
+        "model",
+        "layout",
+        "ZeRO",
+        "logits",
+        "gradients",
+        "5 losses",
+        "grad norm",
+        "masters",
+        "unit rows",
+    )
     print(("{:<6}{:<14}{:<6}" + "{:>11}" * 6).format(*header))
     worst = 0.0
     for kind in ("ngpt", "gpt"):

@@ -25,12 +25,12 @@ import tempfile
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -52,9 +52,7 @@ PROGRESS_SECONDS = 5.0
 def read_documents(args: argparse.Namespace) -> Iterator[str]:
     """Every document of the inputs in a fixed order, less those of white space only."""
     if args.dataset:
-        source = table_documents(
-            "dataset", args.dataset, args.text_key, args.dataset, args.subset, args.split
-        )
+        source = table_documents("dataset", args.dataset, args.text_key, args.dataset, args.subset, args.split)
     else:
         source = (text for path in expand_inputs(args.inputs) for text in file_documents(path, args))
     return (text for text in source if text and not text.isspace())
@@ -83,9 +81,10 @@ def file_documents(path: Path, args: argparse.Namespace) -> Iterator[str]:
     kind = _kind(path)
     if kind not in BUILDERS or (kind == ".txt" and path.suffix == ".zst"):
         raise UserError("input", path, "unknown kind of file", "give .txt[.gz], .jsonl[.gz|.zst] or .parquet")
-    if BUILDERS[kind] is None:
+    builder = BUILDERS[kind]
+    if builder is None:
         return text_documents(path, args.split_documents)
-    return table_documents("input", str(path), args.text_key, BUILDERS[kind], data_files=str(path))
+    return table_documents("input", str(path), args.text_key, builder, data_files=str(path))
 
 
 def text_documents(path: Path, split_documents: str) -> Iterator[str]:
@@ -119,7 +118,7 @@ def _between_blank_lines(file: IO[str]) -> Iterator[str]:
 
 
 def table_documents(
-    key: str, name: str, text_key: str, path: str, subset: str | None = None, split: str = "train", **options
+    key: str, name: str, text_key: str, path: str, subset: str | None = None, split: str = "train", **options: Any
 ) -> Iterator[str]:
     """The column `text_key` of what `datasets.load_dataset(path, subset, ...)` streams.
 
@@ -142,6 +141,11 @@ def table_documents(
 
 # ---- encoding ---------------------------------------------------------------------------------------------
 
+# Of a batch: [(is it a validation document, its ids)], and the batch's size in bytes.
+Encoded = tuple[list[tuple[bool, np.ndarray]], int]
+
+_tokenizer: Tokenizer  # one per process: `start_worker` loads it
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -151,8 +155,7 @@ class Encoder:
     valid_fraction: float
     append_eod: bool
 
-    def encode(self, texts: list[str]) -> tuple[list[tuple[bool, np.ndarray]], int]:
-        """[(is it a validation document, its ids)] of a batch, and the batch's size in bytes."""
+    def encode(self, texts: list[str]) -> Encoded:
         end = [_tokenizer.eod] if self.append_eod else []
         dtype = dtype_for_vocab(_tokenizer.vocab_size)
         documents = [
@@ -188,7 +191,7 @@ def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def encode_all(encoder: Encoder, texts: Iterable[str], workers: int) -> Iterator[tuple[list, int]]:
+def encode_all(encoder: Encoder, texts: Iterable[str], workers: int) -> Generator[Encoded, None, None]:
     """encoder.encode of every batch, in order; at most four batches per worker are in flight."""
     if workers == 1:
         start_worker(encoder.tokenizer_path)
@@ -197,7 +200,7 @@ def encode_all(encoder: Encoder, texts: Iterable[str], workers: int) -> Iterator
     # Spawned, not forked: `datasets` has started threads, whose locks a fork would copy as they are.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (encoder.tokenizer_path,))
-    pending: deque = deque()
+    pending: deque[Future[Encoded]] = deque()
     try:
         for batch in in_batches(texts):
             pending.append(pool.submit(encoder.encode, batch))
@@ -307,9 +310,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", help="instead of inputs: a hub dataset, NAME or a local directory")
     parser.add_argument("--subset", help="its configuration")
     parser.add_argument("--split", default="train", help="its split (%(default)s)")
-    parser.add_argument(
-        "--text-key", default="text", help="column of .jsonl, .parquet, dataset (%(default)s)"
-    )
+    parser.add_argument("--text-key", default="text", help="column of .jsonl, .parquet, dataset (%(default)s)")
     parser.add_argument(
         "--split-documents",
         choices=("blank-lines", "file", "line"),
@@ -321,22 +322,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     which.add_argument("--train-tokenizer", metavar="VOCAB_SIZE", type=int, help="train one on the inputs")
     parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram", help="(%(default)s)")
     parser.add_argument("--normalization", choices=NORMALIZATIONS, default="identity", help="(%(default)s)")
-    parser.add_argument(
-        "--tokenizer-sample-mb", type=float, default=200.0, help="train on so much (%(default)s)"
-    )
+    parser.add_argument("--tokenizer-sample-mb", type=float, default=200.0, help="train on so much (%(default)s)")
     parser.add_argument("--output", required=True, metavar="PREFIX")
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="of the documents, picked by hash")
-    parser.add_argument(
-        "--append-eod", action=argparse.BooleanOptionalAction, default=True, help="after each"
-    )
+    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="after each")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(%(default)s)")
     args = parser.parse_args(argv)
     if bool(args.inputs) == bool(args.dataset):
         parser.error("give either inputs or --dataset")
     if not 0 <= args.valid_fraction < 1:
-        raise UserError(
-            "--valid-fraction", args.valid_fraction, "not in [0, 1)", "give a fraction such as 0.05"
-        )
+        raise UserError("--valid-fraction", args.valid_fraction, "not in [0, 1)", "give a fraction such as 0.05")
     if args.workers < 1:
         raise UserError("--workers", args.workers, "not positive", "give the number of processes")
     return args

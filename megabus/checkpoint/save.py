@@ -47,7 +47,11 @@ def save_model(engine: Engine, config: RunConfig, folder: Path, progress: dict[s
             save_file(tensors, partial / file)
             files |= dict.fromkeys(tensors, file)
     if dist.get_rank() == 0:
-        tree = {"model": engine.stage.model.model_dump(), "progress": progress, "run": config.model_dump(mode="json")}
+        tree = {
+            "model": engine.stage.model.model_dump(),
+            "progress": progress,
+            "run": config.model_dump(mode="json"),
+        }
         (partial / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
         (partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
         if config.data.tokenizer is not None:
@@ -63,16 +67,15 @@ def gather(placement: Placement, fragments: Fragments, name: str) -> Tensor | No
     device = next(iter(own.values()))[1].device
     full = torch.empty(placement.numel(name)) if rank == 0 else None
     for source, part in parts:
-        values = None
         if rank == source:
             piece, weight = own[name]
             values = weight[part.start - piece.start : part.stop - piece.start].contiguous()
-        if source != 0 and rank == source:
-            dist.send(values, 0)
+            if source != 0:
+                dist.send(values, 0)
+        elif rank == 0:
+            values = torch.empty(len(part), device=device)
+            dist.recv(values, source)
         if full is not None:
-            if values is None:
-                values = torch.empty(len(part), device=device)
-                dist.recv(values, source)
             full[part.start : part.stop] = values.cpu()
     return None if full is None else full.view(global_shape(placement.specs[name], placement.model))
 

@@ -21,9 +21,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(
-            "--config", path, "no such file", "give the path of a YAML file such as configs/demo.yaml"
-        )
+        raise UserError("--config", path, "no such file", "give the path of a YAML file such as configs/demo.yaml")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -46,9 +44,7 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(
-            "override", override, "is not of the form key=value", "write e.g. train.max_tokens=1e6"
-        )
+        raise UserError("override", override, "is not of the form key=value", "write e.g. train.max_tokens=1e6")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

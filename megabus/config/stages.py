@@ -124,9 +124,7 @@ def _divides(key: str, value: int, by_key: str, by: int) -> None:
 def _check_run(config: RunConfig) -> None:
     train, optim = config.train, config.optimizer
     if not (train.max_tokens or train.max_flops or train.max_steps):
-        raise UserError(
-            "train.max_tokens", "(missing)", "the run has no budget", "set it, max_flops or max_steps"
-        )
+        raise UserError("train.max_tokens", "(missing)", "the run has no budget", "set it, max_flops or max_steps")
     if train.precision == "fp16":
         raise UserError(
             "train.precision",
@@ -192,9 +190,7 @@ def _check_growth(last: Stage, stage: Stage, key: str) -> None:
         if name == "n_kv_heads":
             before, after = old.kv_heads, new.kv_heads
         if after < before:
-            raise UserError(
-                key + name, after, f"shrinks from {before}", "stages only grow: give at least that"
-            )
+            raise UserError(key + name, after, f"shrinks from {before}", "stages only grow: give at least that")
     if new.n_heads // new.kv_heads < old.n_heads // old.kv_heads:
         raise UserError(
             key + "n_kv_heads",

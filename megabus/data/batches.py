@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from megabus.data.indexed import REBUILD, IndexedTokens, read_meta
-from megabus.data.order import Blend, ChunkOrder, mix64
+from megabus.data.order import Blend, ChunkOrder
 from megabus.errors import UserError
+from megabus.splitmix import mix64
 
 
 class TokenSource:
@@ -20,9 +21,7 @@ class TokenSource:
     Raises UserError for a corpus shorter than a sample or made with another vocabulary or tokenizer.
     """
 
-    def __init__(
-        self, prefixes: Sequence[tuple[str, float]], chunk_len: int, seed: int, vocab_size: int
-    ) -> None:
+    def __init__(self, prefixes: Sequence[tuple[str, float]], chunk_len: int, seed: int, vocab_size: int) -> None:
         if not prefixes:
             raise UserError("data", "[]", "no corpus is given", "name at least one prefix")
         self.chunk_len, self.vocab_size = chunk_len, vocab_size
@@ -30,9 +29,7 @@ class TokenSource:
         self.corpora = [IndexedTokens(prefix) for prefix in self.prefixes]
         self.blend = Blend([weight for _, weight in prefixes], seed)
         # Each corpus has its own seed: the same corpus listed twice is not read twice in the same order.
-        self.orders = [
-            ChunkOrder(corpus.n_tokens, chunk_len, mix64(seed + k)) for k, corpus in enumerate(self.corpora)
-        ]
+        self.orders = [ChunkOrder(corpus.n_tokens, chunk_len, mix64(seed + k)) for k, corpus in enumerate(self.corpora)]
         self._check_corpora()
 
     @property
@@ -40,9 +37,7 @@ class TokenSource:
         """Tokens of all corpora together."""
         return sum(corpus.n_tokens for corpus in self.corpora)
 
-    def batch(
-        self, consumed_tokens: int, seq_len: int, rows: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, consumed_tokens: int, seq_len: int, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(inputs, targets), int64 of shape (len(rows), seq_len), targets shifted by one token.
 
         Row j is row j of the global batch that starts at `consumed_tokens`: the sample at

@@ -12,18 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megabus.errors import UserError
+from megabus.splitmix import MASK_64, mix64
 
-MASK_64 = (1 << 64) - 1
 FEISTEL_ROUNDS = 6
 BLEND_PERIOD = 1024
-
-
-def mix64(x: int) -> int:
-    """Avalanching hash of a 64-bit integer: the step of splitmix64 (Steele, Lea & Flood 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & MASK_64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK_64
-    return x ^ (x >> 31)
 
 
 def permute(index: int, n: int, seed: int, epoch: int) -> int:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from megabus.config import RunConfig, Stage
 
 
 def deepspeed_config(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    on_gpu, train = torch.cuda.is_available(), config.train
+    train = config.train
     tree: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
         "gradient_accumulation_steps": stage.grad_accum,
@@ -22,7 +20,7 @@ def deepspeed_config(config: RunConfig, stage: Stage) -> dict[str, Any]:
             "stage": train.zero_stage,
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
-            "overlap_comm": on_gpu and stage.layout.pp == 1,
+            "overlap_comm": False,
         },
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }

@@ -46,7 +46,7 @@ class DecoderWithLoss(nn.Module):
         self.decoder, self.loss = decoder, loss
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.loss(self.decoder(inputs_BT), targets_BT)  # type: ignore[no-any-return]
+        return self.loss(self.decoder(inputs_BT), targets_BT)
 
 
 class Engine:
@@ -104,9 +104,7 @@ class Engine:
         stages = [stage_layers(model.n_layers, layout.pp, stage) for stage in range(layout.pp)]
         specs = [LayerSpec(Decoder, model, layers, self.mesh.tp, recompute) for layers in stages]
         with contextlib.redirect_stdout(io.StringIO()):
-            return PipelineModule(
-                specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform"
-            )
+            return PipelineModule(specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform")
 
     def _unit_rows(self) -> UnitRows | None:
         matrices = [p for p in self.module.parameters() if spec_of(p).is_matrix]
@@ -159,9 +157,7 @@ class Engine:
 
     def write(self, fragments: Fragments, optimizer_step: int = 0) -> None:
         """Set this rank's masters, and moments where given; collective."""
-        write_fragments(
-            self.deepspeed, self.module, self.placement, self.mesh.rank, fragments, optimizer_step
-        )
+        write_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank, fragments, optimizer_step)
 
     @property
     def optimizer_step(self) -> int:
@@ -193,4 +189,3 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-

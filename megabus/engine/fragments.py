@@ -14,15 +14,15 @@ from megabus.parallel.placement import Placement
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's; its parameters are the flat fp32 partitions."""
-    return engine.optimizer.optimizer  # type: ignore[no-any-return]
+    return engine.optimizer.optimizer
 
 
 def flat_partitions(engine: Any) -> list[Tensor]:
     """The rank's flat fp32 master of every parameter group, in order."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
-        return optimizer.fp32_groups_flat_partition  # type: ignore[no-any-return]
-    return optimizer.single_partition_of_fp32_groups  # type: ignore[no-any-return]
+        return optimizer.fp32_groups_flat_partition
+    return optimizer.single_partition_of_fp32_groups
 
 
 def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: int) -> Fragments:
@@ -60,9 +60,7 @@ def optimizer_step_count(engine: Any) -> int:
 
 
 @torch.no_grad()
-def write_fragments(
-    engine: Any, module: nn.Module, placement: Placement, rank: int, new: Fragments, step: int
-) -> None:
+def write_fragments(engine: Any, module: nn.Module, placement: Placement, rank: int, new: Fragments, step: int) -> None:
     """Set masters (and moments, where `new` has them) and refresh the weights that the model computes with."""
     if any(kind in tensors for tensors in new.values() for kind in MOMENTS):
         inner = inner_optimizer(engine)
@@ -73,4 +71,3 @@ def write_fragments(
         for kind, values in new[piece].items():
             tensors[kind].copy_(values)
     engine.optimizer.update_lp_params()
-

@@ -97,9 +97,7 @@ class LayerSource:
 
 
 @lru_cache(maxsize=32)
-def layer_sources(
-    old: int, new: int, depth: Literal["identity", "split", "stack"]
-) -> tuple[LayerSource, ...]:
+def layer_sources(old: int, new: int, depth: Literal["identity", "split", "stack"]) -> tuple[LayerSource, ...]:
     """identity and split interpose copies behind their originals; stack repeats the whole pile on top."""
     if depth == "stack":
         return tuple(LayerSource(i % old, i // old, len(range(i % old, new, old))) for i in range(new))

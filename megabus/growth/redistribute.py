@@ -15,6 +15,7 @@ from megabus.growth.rules import grow_rows
 from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.placement import Piece
 
+
 @dataclass
 class Mail:
     """Bytes that this rank really sent, and the largest buffer it held."""
@@ -32,17 +33,14 @@ def redistribute(
     """
     device = next(iter(owned.values()))["weight"].device
     grown: Fragments = {
-        piece: {kind: torch.empty(len(piece), device=device) for kind in kinds}
-        for piece in plan.new.owned(rank)
+        piece: {kind: torch.empty(len(piece), device=device) for kind in kinds} for piece in plan.new.owned(rank)
     }
     mail = Mail()
     old = {piece.name: (piece, tensors) for piece, tensors in owned.items()}
     new = {piece.name: (piece, tensors) for piece, tensors in grown.items()}
     for wave in plan.waves(buffer_bytes, len(kinds)):
         moves = [(unit, list(plan.moves(unit, rank))) for unit in wave]
-        arrived = _exchange(
-            [m for _, unit_moves in moves for m in unit_moves], old, kinds, rank, device, mail
-        )
+        arrived = _exchange([m for _, unit_moves in moves for m in unit_moves], old, kinds, rank, device, mail)
         for unit, unit_moves in moves:
             _grow_unit(plan, unit, [m for m in unit_moves if m.dst == rank], arrived, new, kinds, device)
     return grown, mail
@@ -72,13 +70,9 @@ def _exchange(
             incoming.setdefault(move.src, []).append(move.piece)
         elif move.src == rank:
             outgoing.setdefault(move.dst, []).append(move.piece)
-    buffers = {
-        src: torch.empty(sum(map(len, pieces)) * len(kinds), device=device)
-        for src, pieces in incoming.items()
-    }
+    buffers = {src: torch.empty(sum(map(len, pieces)) * len(kinds), device=device) for src, pieces in incoming.items()}
     letters = {
-        dst: torch.cat([own(piece, kind) for piece in pieces for kind in kinds])
-        for dst, pieces in outgoing.items()
+        dst: torch.cat([own(piece, kind) for piece in pieces for kind in kinds]) for dst, pieces in outgoing.items()
     }
     jobs = [dist.P2POp(dist.irecv, buffer, src) for src, buffer in sorted(buffers.items())]
     jobs += [dist.P2POp(dist.isend, letter, dst) for dst, letter in sorted(letters.items())]

@@ -50,9 +50,10 @@ class Growth:
 def grow_rows(
     growth: Growth, name: str, kind: Kind, start: int, stop: int, fetch: Callable[[np.ndarray], Tensor]
 ) -> Tensor:
-    """Rows [start, stop) of a new parameter's weight or Adam moment, fp32: (stop - start, d_model) or (stop - start,).
+    """Rows [start, stop) of a new parameter's weight or Adam moment: (stop - start, d_model), gains (stop - start,).
 
-    `fetch` returns old rows of the same kind for an array of old row numbers. For gains a row is one entry.
+    `fetch` returns old rows of the same kind for an array of old row numbers. For gains a row is one entry. Computed
+    in fp64, returned in the dtype of the old rows.
     """
     spec = param_specs(growth.new)[name]
     width = growth.new.d_model if spec.is_matrix else 1
@@ -62,9 +63,10 @@ def grow_rows(
         rows = growth.rows(spec)
         part = slice(low, min(low + step, stop))
         block = AxisMap(rows.parent[part], rows.copy[part], rows.copies[part])
-        old = fetch(block.parent).double()
+        fetched = fetch(block.parent)
+        old = fetched.double()
         grown = (_weight if kind == "weight" else _moment)(growth, spec, kind, old, block, low)
-        blocks.append(grown.float())
+        blocks.append(grown.to(fetched.dtype))
     return torch.cat(blocks)
 
 
@@ -85,17 +87,15 @@ def _weight(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: Axis
 def _embed(growth: Growth, old: Tensor, power: int) -> Tensor:
     """Rows times E^T: new channel i' takes a[i'] times its parent's entry (a^2 for second moments)."""
     embed = axis_maps(growth.old, growth.new)["embed"]
-    scale = channel_scale(embed, growth.how.channels) ** power
-    parent, scale = torch.from_numpy(embed.parent), torch.from_numpy(scale)
-    return old[:, parent.to(old.device)] * scale.to(old.device)
+    parent = torch.from_numpy(embed.parent).to(old.device)
+    scale = torch.from_numpy(channel_scale(embed, growth.how.channels) ** power).to(old.device)
+    return old[:, parent] * scale
 
 
 def _write(growth: Growth, spec: ParamSpec, w_BD: Tensor, rows: AxisMap, low: int) -> Tensor:
     how = growth.how.write
     key = counter.key(growth.seed, spec.name, how, *w_BD.shape[1:], len(growth.rows(spec)))
-    parent, copy, copies = (
-        torch.from_numpy(x).to(w_BD.device) for x in (rows.parent, rows.copy, rows.copies)
-    )
+    parent, copy, copies = (torch.from_numpy(x).to(w_BD.device) for x in (rows.parent, rows.copy, rows.copies))
     number = torch.arange(low, low + len(w_BD), device=w_BD.device)
     grown = w_BD.clone()
     for count in np.unique(rows.copies):
@@ -106,9 +106,7 @@ def _write(growth: Growth, spec: ParamSpec, w_BD: Tensor, rows: AxisMap, low: in
             grown[at] = writes.tilt(w_BD[at], parent[at], copy[at], n, key)
         elif how == "noise":
             grown[at] = writes.noise(w_BD[at], number[at], key, unit=spec.unit, copies=n)
-        elif (
-            not spec.unit
-        ):  # plain clones of rows that may shrink; unit rows leave it to the gain (`divides`)
+        elif not spec.unit:  # plain clones of rows that may shrink; unit rows leave it to the gain (`divides`)
             grown[at] = w_BD[at] / n
     return grown
 

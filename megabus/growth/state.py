@@ -25,7 +25,7 @@ def grow_state(
     """Grow full tensors under canonical names from `old_config`'s model to `new_config`'s.
 
     state: name -> tensor of the global shape. growth: the manner (default: tilt, even channels, identity depth).
-    kind: `weight`, or the Adam moment that the tensors are. Returns fp32 tensors on the state's device.
+    kind: `weight`, or the Adam moment that the tensors are. Returns tensors of the state's dtype and device.
     Raises `UserError` if a size shrinks, a tensor is missing or of another shape.
     """
     _check_pair(old_config, new_config)
@@ -33,15 +33,13 @@ def grow_state(
         shape = global_shape(spec, old_config)
         if name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "(missing)"
-            raise UserError(
-                f"state[{name!r}]", found, f"the old config wants {shape}", "pass the matching config"
-            )
+            raise UserError(f"state[{name!r}]", found, f"the old config wants {shape}", "pass the matching config")
     job = Growth(old_config, new_config, growth or GrowthConfig(), seed)
     grown = {}
     for name, spec in param_specs(new_config).items():
         old = state[job.old_spec(spec).name]
         rows = axis_sizes(new_config)[spec.rows]
-        grown[name] = grow_rows(job, name, kind, 0, rows, lambda parents, old=old: old[parents])
+        grown[name] = grow_rows(job, name, kind, 0, rows, old.__getitem__)
     return grown
 
 
@@ -57,4 +55,4 @@ def _check_pair(old: ModelConfig, new: ModelConfig) -> None:
     group = old.n_heads // old.kv_heads
     if new.n_heads % new.kv_heads or new.n_heads // new.kv_heads < group:
         problem = f"does not keep {group} query heads with each key/value head"
-        raise UserError("new_config.n_kv_heads", new.kv_heads, problem, "grow n_heads and n_kv_heads together")
+        raise UserError("new_config.n_kv_heads", new.kv_heads, problem, "grow it together with n_heads")

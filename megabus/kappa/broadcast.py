@@ -34,13 +34,12 @@ def broadcast_decision(
     initialised process group the answer is the caller's own signal. Raises ValueError where `src` has none.
     """
     distributed = dist.is_available() and dist.is_initialized()
-    is_src = not distributed or dist.get_rank() == src
-    if is_src and signal is None:
-        raise ValueError("the rank that decides must pass a GrowthSignal")
-    if not distributed:
-        return signal
     fields = [0, 0, 0, 0]
-    if is_src:
+    if not distributed or dist.get_rank() == src:
+        if signal is None:
+            raise ValueError("the rank that decides must pass a GrowthSignal")
+        if not distributed:
+            return signal
         fields = [int(signal.grow), _REASONS.index(signal.reason), signal.stage, signal.step]
     message = torch.tensor(fields, dtype=torch.int64, device=device)
     dist.broadcast(message, src=src, group=group)

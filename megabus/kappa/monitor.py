@@ -186,7 +186,9 @@ class KappaMonitor:
         state, span = self.state, self.state.span
         start = mp = std = target = smoothed = progress = None
         if state.curve:
-            start = state.run_start if self.settings.start == "run" else state.curve[0].loss
+            start = state.curve[0].loss
+            if self.settings.start == "run" and state.run_start is not None:
+                start = state.run_start
             smoothed = _ema([point.loss for point in state.curve], self.settings.smoothing)
             prediction = self.settings.predictor(span, state.curve)
             if prediction is not None:
@@ -215,7 +217,9 @@ class KappaMonitor:
         )
 
     def _met(self, view: KappaView) -> bool:
-        if view.target is None or view.smoothed > view.target:
+        if view.start is None or view.mp is None or view.smoothed is None or view.target is None:
+            return False
+        if view.smoothed > view.target:
             return False
         return view.mp_std is None or view.mp_std <= self.settings.max_std * (view.start - view.mp)
 

@@ -130,9 +130,7 @@ class ScalingLaw:
         for key in ("E", "A", "B", "alpha", "beta"):
             value = getattr(self, key)
             ok = math.isfinite(value) and (value > 0 if key in ("alpha", "beta") else value >= 0)
-            _require(
-                ok, f"scaling_law.{key}", value, "not a coefficient of a falling law", "see its defaults"
-            )
+            _require(ok, f"scaling_law.{key}", value, "not a coefficient of a falling law", "see its defaults")
 
     def __call__(self, stage: StageSpan, curve: Sequence[CurvePoint]) -> Prediction | None:
         budget = stage.budget(curve)

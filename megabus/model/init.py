@@ -16,9 +16,7 @@ def initial_rows(model: ModelConfig, name: str, seed: int, start: int, stop: int
     spec = param_specs(model)[name]
     if not spec.is_matrix:
         return torch.full((stop - start,), spec.init)
-    draws = counter.normals(
-        counter.key(seed, name, "init"), torch.arange(start, stop), axis_sizes(model)["embed"]
-    )
+    draws = counter.normals(counter.key(seed, name, "init"), torch.arange(start, stop), axis_sizes(model)["embed"])
     return (counter.unit_rows(draws) if spec.unit else draws * spec.init).float()
 
 

@@ -34,13 +34,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (grad_NV * (grads[0] / here_N.numel())).to(ctx.dtype), None, None, None
 
 
-def vocab_parallel_cross_entropy(
-    logits_BTV: Tensor, targets_BT: Tensor, start: int, tp: TensorParallel
-) -> Tensor:
+def vocab_parallel_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, start: int, tp: TensorParallel) -> Tensor:
     """Mean negative log-likelihood in nats, the same scalar on every rank (Shoeybi et al. 2019, section 3).
 
     logits: this rank's vocabulary rows, the first of which is global row `start`; targets: global token ids.
     """
-    return _VocabParallelCrossEntropy.apply(  # type: ignore[no-any-return]
+    return _VocabParallelCrossEntropy.apply(
         logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), start, tp
     )

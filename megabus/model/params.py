@@ -107,7 +107,7 @@ class Declare:
 
 
 def spec_of(parameter: nn.Parameter) -> ParamSpec:
-    return parameter.spec  # type: ignore[attr-defined, no-any-return]
+    return parameter.spec  # type: ignore[attr-defined]
 
 
 def name_parameters(module: nn.Module, layer_of: Callable[[str], int | None]) -> None:

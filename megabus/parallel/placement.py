@@ -85,9 +85,7 @@ class Placement:
     @cached_property
     def _slots(self) -> dict[tuple[int, int], dict[str, _Slot]]:
         """By (pp, tp): the parameters of that rank in order, matrices and gains being separate ZeRO groups."""
-        return {
-            (pp, tp): self._rank_slots(pp, tp) for pp in range(self.layout.pp) for tp in range(self.layout.tp)
-        }
+        return {(pp, tp): self._rank_slots(pp, tp) for pp in range(self.layout.pp) for tp in range(self.layout.tp)}
 
     def _rank_slots(self, pp: int, tp: int) -> dict[str, _Slot]:
         slots: dict[str, _Slot] = {}

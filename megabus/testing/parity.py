@@ -40,8 +40,22 @@ class Trace:
 def parity_config(kind: str, layout: Layout, **train: Any) -> RunConfig:
     """A small model of awkward sizes: rows that partitions cut, a vocabulary that tp does not divide, layers that pp
     does not divide, grouped queries."""
-    model = {"vocab_size": 67, "d_model": 37, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "head_dim": 6, "d_ff": 60}
-    batch = {"seq_len": 13, "micro_batch_size": 2, "global_batch_size": 16, "max_steps": STEPS, "gradient_clipping": 0}
+    model = {
+        "vocab_size": 67,
+        "d_model": 37,
+        "n_layers": 5,
+        "n_heads": 8,
+        "n_kv_heads": 4,
+        "head_dim": 6,
+        "d_ff": 60,
+    }
+    batch = {
+        "seq_len": 13,
+        "micro_batch_size": 2,
+        "global_batch_size": 16,
+        "max_steps": STEPS,
+        "gradient_clipping": 0,
+    }
     return parse_config(
         {
             "run_dir": "unused",
@@ -93,7 +107,7 @@ def engine_job(config: RunConfig) -> dict[str, Any]:
 
     from megabus.engine.engine import Engine
     from megabus.engine.fragments import inner_optimizer
-    from megabus.train.loop import initial_fragments
+    from megabus.train.run import initial_fragments
 
     stage = resolve_stages(config, dist.get_world_size())[0]
     engine = Engine(config, stage)
@@ -117,7 +131,14 @@ def engine_job(config: RunConfig) -> dict[str, Any]:
         unit_error = max(unit_error, engine.unit_error())
     masters = {piece: tensors["weight"].clone() for piece, tensors in engine.read().items()}
     engine.close()
-    return {"logits": logits, "grads": grads, "losses": losses, "norms": norms, "masters": masters, "unit": unit_error}
+    return {
+        "logits": logits,
+        "grads": grads,
+        "losses": losses,
+        "norms": norms,
+        "masters": masters,
+        "unit": unit_error,
+    }
 
 
 def pieces_of_flats(engine: Any) -> list[tuple[Piece, Tensor, slice]]:
@@ -146,7 +167,12 @@ def _logits(engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor | None:
         with torch.no_grad():
             return torch.cat([engine.module.decoder(inputs) for inputs, _ in batches])
     seen, loss_fn = [], engine.module.loss_fn
-    engine.module.loss_fn = lambda logits, targets: seen.append(logits) or loss_fn(logits, targets)
+
+    def keep_logits(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append(logits)
+        return loss_fn(logits, targets)
+
+    engine.module.loss_fn = keep_logits
     engine.evaluate(batches, engine.stage.grad_accum, engine.stage.seq_len)
     engine.module.loss_fn = loss_fn
     return torch.cat(seen) if seen else None

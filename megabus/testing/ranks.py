@@ -26,7 +26,6 @@ def preload() -> None:
     """Import what every rank needs, once. No thread may be started here: ranks are forked."""
     prepare_environment()
     import_deepspeed()
-    import deepspeed.runtime.zero.muon.muon_optimizer
     import torch
 
     import megabus.engine.engine  # noqa: F401
@@ -43,10 +42,7 @@ def run_ranks(world: int, job: Callable[..., Any], *args: Any, timeout: float = 
     preload()
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     port, context = _free_port(), get_context("fork")
-    ranks = [
-        context.Process(target=_rank, args=(r, world, port, folder, job, args), daemon=True)
-        for r in range(world)
-    ]
+    ranks = [context.Process(target=_rank, args=(r, world, port, folder, job, args), daemon=True) for r in range(world)]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what a fork inherits unflushed would print again
             sys.stdout.flush()
@@ -85,9 +81,7 @@ def _texts(folder: Path, suffix: str, world: int) -> str:
     return "\n".join(f"--- rank {r}\n{file.read_text()}" for r, file in files if file.exists())
 
 
-def _rank(
-    rank: int, world: int, port: int, folder: Path, job: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _rank(rank: int, world: int, port: int, folder: Path, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
     with (folder / f"{rank}.stack").open("w") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from megabus.config import RunConfig, Stage
 from megabus.kappa.monitor import KappaView, bar
@@ -17,17 +17,18 @@ class Metrics:
     def __init__(self, config: RunConfig) -> None:
         self.run_dir = Path(config.run_dir)
         self.file: IO[str] = (self.run_dir / "metrics.jsonl").open("w", encoding="utf-8")
-        self.wandb = self._wandb(config) if config.log.wandb != "off" else None
+        mode = config.log.wandb
+        self.wandb = self._wandb(config, mode) if mode != "off" else None
         self.tensorboard = self._tensorboard() if config.log.tensorboard else None
 
-    def _wandb(self, config: RunConfig) -> Any:
+    def _wandb(self, config: RunConfig, mode: Literal["offline", "online"]) -> Any:
         import wandb
 
         return wandb.init(
             project="megabus",
             name=self.run_dir.name,
             dir=str(self.run_dir),
-            mode=config.log.wandb,
+            mode=mode,
             config=config.model_dump(),
         )
 

@@ -20,6 +20,7 @@ from megabus.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 XAxis = Literal["flops", "tokens", "time"]
@@ -64,9 +65,7 @@ def read_metrics(run_dir: str | Path) -> list[Row]:
 # ---- the picture
 
 
-def plot_loss(
-    run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "flops", log_x: bool = False
-) -> Path:
+def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "flops", log_x: bool = False) -> Path:
     """Draw training loss (faint), validation loss and growth (labelled lines) of the runs; the file."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -96,7 +95,7 @@ def plot_loss(
             _draw_run(axes, rows, Path(run_dir).resolve().name, colour, x)
             labels += [(at, text, colour) for at, text in _growths(rows, x)]
         _dress(axes, runs, x, log_x)
-        _lay_labels(axes, labels)
+        _lay_labels(figure, axes, labels)
         figure.savefig(out_png)
     return Path(out_png)
 
@@ -133,7 +132,7 @@ def _draw_run(axes: Axes, rows: Sequence[Row], name: str, colour: str, x: XAxis)
     axes.plot(*train, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
     every = max(1, len(valid[0]) // 40)  # a point on each of hundreds of evaluations would be a thick line
     label = f"{name}  {valid[1][-1]:.3f}" if valid[1] else name
-    points = {"marker": "o", "markersize": 3.2, "markevery": every}
+    points: dict[str, Any] = {"marker": "o", "markersize": 3.2, "markevery": every}
     axes.plot(*valid, color=colour, linewidth=1.7, zorder=3, label=label, **points)
 
 
@@ -148,7 +147,12 @@ def _growth_text(row: Row) -> str:
     changed = [key for key, value in row["new"].items() if row["old"].get(key) != value and key != "n_params"]
     shown = [key for key in ("d_model", "n_layers") if key in changed] or changed[:2]
     sizes = ", ".join(f"{_SHORT.get(key, key)} {row['old'].get(key, '–')}→{row['new'][key]}" for key in shown)
-    return f"{sizes or 'same size'} ({_REASON.get(row['reason'], row['reason'])})"
+    return f"{sizes or 'same size'} ({_reason(row)})"
+
+
+def _reason(growth: Row) -> str:
+    reason: str = growth["reason"]
+    return _REASON.get(reason, reason)
 
 
 def _dress(axes: Axes, runs: Sequence[Sequence[Row]], x: XAxis, log_x: bool) -> None:
@@ -189,20 +193,20 @@ def _dress(axes: Axes, runs: Sequence[Sequence[Row]], x: XAxis, log_x: bool) -> 
     )
 
 
-def _lay_labels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
+def _lay_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     """Growth lines with their labels as flags over the axes, on a page made tall enough for them.
 
     A flag flies right from its pole. Placed from right to left, each as low as it can over those it would
     touch, no pole crosses a flag (but for flags turned in at the page's edge, which hide it).
     """
-    figure = axes.get_figure()
     pixel = 72 / figure.dpi  # in points
     lane_height, gap = 12.5, 5.0  # points
     axes.set_xlim(axes.get_xlim())  # settle the scale: places on the page depend on it
-    flags = []  # (x, text, colour, left, right, lane); left and right in points on the page
+    # (x, text, colour, left, right, lane); left and right in points on the page
+    flags: list[tuple[float, str, str, float, float, int]] = []
     for at, text, colour in sorted(labels, reverse=True):
         flag = axes.text(0, 0, text, fontsize=8.5, transform=axes.transAxes)
-        width = flag.get_window_extent(figure.canvas.get_renderer()).width * pixel
+        width = flag.get_window_extent().width * pixel
         flag.remove()
         pole = axes.transData.transform((at, 0))[0] * pixel
         left = min(pole + 3, figure.bbox.width * pixel - gap - width)
@@ -217,7 +221,7 @@ def _lay_labels(axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
     for at, text, colour, left, _, lane in flags:
         pole = axes.transData.transform((at, 0))[0] * pixel
         top = 1 + (lane_height * (lane + 1) - 2) / height
-        line = {"color": colour, "linewidth": 0.9, "linestyle": (0, (4, 3)), "alpha": 0.75}
+        line: dict[str, Any] = {"color": colour, "linewidth": 0.9, "linestyle": (0, (4, 3)), "alpha": 0.75}
         axes.axvline(at, ymax=top, clip_on=False, zorder=1, **line)
         axes.annotate(
             text,
@@ -267,9 +271,12 @@ def _spans(rows: Sequence[Row]) -> Iterator[_Span]:
             stage,
             sizes,
             layout,
-            *(end[key] - origin[key] for key in ("step", "tokens", "flops")),
-            *((losses[0], losses[-1]) if losses else (None, None)),
-            growth,
+            steps=end["step"] - origin["step"],
+            tokens=end["tokens"] - origin["tokens"],
+            flops=end["flops"] - origin["flops"],
+            first_loss=losses[0] if losses else None,
+            last_loss=losses[-1] if losses else None,
+            growth=growth,
         )
         if growth:
             sizes, layout, stage = growth["new"], growth.get("new_layout", layout), growth["to_stage"]
@@ -295,7 +302,7 @@ def summary_table(run_dir: str | Path) -> str:
                 _si(span.tokens),
                 f"{span.flops:.2e}",
                 f"{_loss(span.first_loss)} → {_loss(span.last_loss)}",
-                _REASON.get(grown["reason"], grown["reason"]) if grown else "–",
+                _reason(grown) if grown else "–",
                 f"{_loss(grown['loss_before'])} → {_loss(grown['loss_after'])}" if grown else "–",
                 f"{grown['stall_s']:.1f} s" if grown else "–",
             ]

@@ -1,0 +1,192 @@
+"""The whole trainer, growing, in forked ranks: what it logs, when it grows, and that layouts do not matter."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import megabus
+from megabus.config import parse_config
+from megabus.data.batches import TokenSource
+from megabus.data.indexed import IndexedWriter
+from megabus.testing.ranks import run_ranks
+
+VOCAB = 67
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Tokens with something to learn: each is mostly a function of the one before it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    table = np.random.default_rng(0).integers(0, VOCAB, VOCAB)
+    for name, seed in (("train", 1), ("valid", 2)):
+        rng, tokens = np.random.default_rng(seed), [0]
+        for _ in range(20_000):
+            tokens.append(int(table[tokens[-1]] if rng.random() < 0.9 else rng.integers(VOCAB)))
+        with IndexedWriter(str(folder / name), np.dtype(np.uint16)) as writer:
+            writer.append(tokens)
+    return folder
+
+
+def run_config(corpus, run_dir, layouts, **changes):
+    stages = [
+        {"d_model": 52, "n_heads": 3, "d_ff": 90, "max_tokens": 1024},
+        {"n_layers": 5, "seq_len": 32, "micro_batch_size": 2, "lr": 3e-3},
+    ]
+    tree = {
+        "run_dir": str(run_dir),
+        "model": {"vocab_size": VOCAB, "d_model": 36, "n_layers": 3, "n_heads": 2, "head_dim": 6, "d_ff": 62},
+        "layout": layouts[0],
+        "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_tokens": 4000},
+        "optimizer": {"lr": 1e-2},
+        "growth": {
+            "moments": "grow",
+            "max_tokens": 1024,
+            "trigger": {"predictor": "constant", "constant": 1.5, "kappa": 0.99},
+            "stages": [stage | {"layout": layout} for stage, layout in zip(stages, layouts[1:], strict=True)],
+        },
+        "data": {"train": str(corpus / "train"), "valid": str(corpus / "valid")},
+        "eval": {"every": 4, "tokens": 256},
+        "log": {"unit_norm_every": 1},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree[section] = tree[section] | {name: value}
+    return parse_config(tree)
+
+
+def _train(config):
+    from megabus.train.loop import train
+
+    return str(train(config))
+
+
+def rows_of(config, event):
+    with open(f"{config.run_dir}/metrics.jsonl") as file:
+        return [row for row in map(json.loads, file) if row["event"] == event]
+
+
+LAYOUTS = {
+    "one": [{"tp": 1, "pp": 1}] * 3,
+    "four": [{"tp": 2, "pp": 2}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 4}],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """The same growing run on one rank, and on four that are laid out anew at each growth."""
+    configs = {}
+    for name, layouts in LAYOUTS.items():
+        configs[name] = run_config(corpus, tmp_path_factory.mktemp("runs") / name, layouts)
+        run_ranks(1 if name == "one" else 4, _train, configs[name])
+    return configs
+
+
+def test_growth_by_cap_keeps_the_loss(runs):
+    for config in runs.values():
+        growths = rows_of(config, "growth")
+        assert [(g["from_stage"], g["to_stage"], g["reason"]) for g in growths] == [(0, 1, "cap"), (1, 2, "cap")]
+        assert all(abs(g["loss_before"] - g["loss_after"]) <= 1e-6 for g in growths)
+        assert all(g["unit_error"] <= 1e-6 for g in growths)
+        assert [g["tokens"] for g in growths] == [1024, 2048]
+
+
+def test_masters_stay_unit_at_every_step(runs):
+    for config in runs.values():
+        steps = rows_of(config, "step")
+        assert len(steps) == 8 + 8 + math.ceil((4000 - 2048) / 256)
+        assert max(row["unit_error"] for row in steps) <= 1e-6
+
+
+def test_a_growing_run_does_not_depend_on_the_layout(runs):
+    """Losses, tokens and learning rates agree step by step through both growths, and so does the final model."""
+    one, four = (rows_of(runs[name], "step") for name in ("one", "four"))
+    for a, b in zip(one, four, strict=True):
+        assert (a["step"], a["tokens"], a["stage"], a["lr"]) == (b["step"], b["tokens"], b["stage"], b["lr"])
+        assert abs(a["loss"] - b["loss"]) <= 1e-5
+    models = [megabus.load(f"{runs[name].run_dir}/checkpoint") for name in ("one", "four")]
+    tokens = torch.randint(VOCAB, (2, 32), generator=torch.Generator().manual_seed(0))
+    assert (models[0](tokens) - models[1](tokens)).abs().max() <= 1e-3
+    assert one[-1]["loss"] < one[0]["loss"] - 0.2  # it learned
+
+
+def test_the_checkpoint_is_the_model_that_was_validated(runs, corpus):
+    """`megabus.load` gives, in one plain process, the last validation loss that the run logged."""
+    config = runs["four"]
+    model = megabus.load(f"{config.run_dir}/checkpoint")
+    assert (model.config.d_model, model.config.n_layers, model.config.n_heads) == (52, 5, 3)
+    source = TokenSource([(str(corpus / "valid"), 1.0)], 32, 0, VOCAB)
+    logged = rows_of(config, "eval")[-1]["loss"]
+    inputs, targets = source.batch(0, 32, range(8))  # 256 tokens
+    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    assert abs(float(loss) - logged) <= 1e-5
+
+
+def test_kappa_triggers_where_its_formula_says(corpus, tmp_path):
+    """With a known mp, the first evaluation at or below mp + (1 - kappa)(start - mp) grows, and no earlier one."""
+    trigger = {"predictor": "constant", "constant": 3.0, "kappa": 0.6, "min_evals": 1}
+    changes = {"growth__trigger": trigger, "growth__max_tokens": None, "train__max_tokens": 6000}
+    config = run_config(corpus, tmp_path / "kappa", LAYOUTS["four"], **changes)
+    run_ranks(4, _train, config)
+    evals = [row for row in rows_of(config, "eval") if row["stage"] == 0]
+    target = 3.0 + 0.4 * (evals[0]["loss"] - 3.0)
+    first = next(i for i, row in enumerate(evals) if row["loss"] <= target)
+    assert first == len(evals) - 1 > 1
+    growth = rows_of(config, "growth")[0]
+    assert (growth["reason"], growth["step"]) == ("kappa", evals[-1]["step"])
+    assert evals[-1]["kappa_progress"] >= 0.6 > evals[-2]["kappa_progress"]
+
+
+def _nan_job(config):
+    """A weight that turns to NaN on one rank: all ranks must stop at the same step, with the same error."""
+    from megabus.engine.engine import Engine
+    from megabus.errors import UserError
+    from megabus.train.loop import train
+
+    step = Engine.train_step
+
+    def poisoned(self, batches, lr):
+        if self.mesh.rank == 1:
+            with torch.no_grad():
+                next(self.module.parameters()).fill_(float("nan"))
+        return step(self, batches, lr)
+
+    Engine.train_step = poisoned
+    with pytest.raises(UserError, match=r"train\.(loss|grad_norm) = (nan|inf).*step 1") as caught:
+        train(config)
+    dist.barrier()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}], ids=str)
+def test_a_nan_on_one_rank_stops_all(corpus, tmp_path, layout):
+    config = run_config(corpus, tmp_path / "nan", [layout, {"tp": 1}, {"tp": 1}])
+    messages = run_ranks(2, _nan_job, config)
+    assert messages[0] == messages[1]
+    assert not (tmp_path / "nan" / "checkpoint").exists()
+
+
+def test_ranks_agree_on_bad_data(corpus, tmp_path):
+    """A corpus that only one rank cannot read stops both, with its message."""
+    config = run_config(corpus, tmp_path / "bad", [{"tp": 1}] * 3)
+    messages = run_ranks(2, _hides_corpus, config)
+    assert messages[0] == messages[1]
+    assert "missing" in messages[0]
+
+
+def _hides_corpus(config):
+    from megabus.errors import UserError
+    from megabus.train.loop import train
+
+    if dist.get_rank() == 1:
+        data = config.data.model_copy(update={"train": config.data.train + "-missing"})
+        config = config.model_copy(update={"data": data})
+    with pytest.raises(UserError) as caught:
+        train(config)
+    return str(caught.value)
