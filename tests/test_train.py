@@ -185,7 +185,8 @@ def _hides_corpus(config):
     from megabus.train.loop import train
 
     if dist.get_rank() == 1:
-        data = config.data.model_copy(update={"train": config.data.train + "-missing"})
+        corpora = [corpus.model_copy(update={"path": corpus.path + "-missing"}) for corpus in config.data.train]
+        data = config.data.model_copy(update={"train": corpora})
         config = config.model_copy(update={"data": data})
     with pytest.raises(UserError) as caught:
         train(config)
