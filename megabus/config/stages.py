@@ -68,9 +68,9 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     )
     _check_stage(first, config, "", "train.")
     stages = [first]
-    for number, stage in enumerate(config.growth.stages):
+    for number, change in enumerate(config.growth.stages):
         key = f"growth.stages.{number}."
-        stages.append(_next_stage(stages[-1], stage, key, world_size))
+        stages.append(_next_stage(stages[-1], change, key, world_size))
         _check_growth(stages[-2], stages[-1], key)
         _check_stage(stages[-1], config, key, key)
     longest = max(stage.seq_len for stage in stages)
