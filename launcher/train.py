@@ -50,15 +50,13 @@ def main() -> int:
 
 
 def run() -> int:
-    """`main`, with bad input told in one line by rank 0 alone, or by the only rank that can know of it."""
+    """`main`, with bad input told in one line, by rank 0 alone."""
     rank = os.environ.get("RANK", "0")
     try:
         return main()
     except UserError as error:
         if rank == "0":
             print(f"error: {error}", file=sys.stderr)
-        elif error.one_rank:
-            print(f"error on rank {rank}: {error}", file=sys.stderr)
         return 2
     except Exception:
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)

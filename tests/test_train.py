@@ -172,6 +172,43 @@ def test_a_nan_on_one_rank_stops_all(corpus, tmp_path, layout):
     assert not (tmp_path / "nan" / "checkpoint").exists()
 
 
+def _meets_bad_token(config):
+    """Rank 1's corpus holds a token that the vocabulary does not; there is no sidecar to warn of it."""
+    from megabus.data.batches import TokenSource
+    from megabus.errors import UserError
+    from megabus.train.loop import train
+
+    if dist.get_rank() == 1:
+        true_batch = TokenSource.batch
+
+        def batch(self, consumed_tokens, seq_len, rows):
+            if consumed_tokens >= 256:
+                raise UserError("data", "corpus", "token 7 has id 99, outside [0, 67)", "retokenize")
+            return true_batch(self, consumed_tokens, seq_len, rows)
+
+        TokenSource.batch = batch
+    with pytest.raises(UserError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}], ids=str)
+def test_a_bad_token_on_one_rank_is_told_by_all(corpus, tmp_path, layout):
+    """Not a hang, not a wrong loss: the step's loss turns NaN everywhere and every rank names the token."""
+    config = run_config(corpus, tmp_path / "bad", [layout, {"tp": 1}, {"tp": 1}])
+    messages = run_ranks(2, _meets_bad_token, config)
+    assert messages[0] == messages[1] == "data = corpus: token 7 has id 99, outside [0, 67); retokenize"
+    assert len(rows_of(config, "step")) == 2
+
+
+def test_a_missing_tokenizer_is_told_at_the_start(corpus, tmp_path):
+    changes = {"data__tokenizer": str(tmp_path / "no.model")}
+    config = run_config(corpus, tmp_path / "run", [{"tp": 1}] * 3, **changes)
+    with pytest.raises(RuntimeError, match=r"data\.tokenizer = .*no\.model: no such file"):
+        run_ranks(1, _train, config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_ranks_agree_on_bad_data(corpus, tmp_path):
     """A corpus that only one rank cannot read stops both, with its message."""
     config = run_config(corpus, tmp_path / "bad", [{"tp": 1}] * 3)

@@ -199,7 +199,7 @@ def _check_growth(last: Stage, stage: Stage, key: str) -> None:
             "grow n_heads and n_kv_heads together",
         )
     for name in ("n_heads", "d_ff"):
-        copies = -(-getattr(new, name) // getattr(old, name))
+        copies = _copies(old, new) if name == "n_heads" else -(-new.d_ff // old.d_ff)
         if copies > new.d_model:
             raise UserError(
                 key + name,
@@ -207,3 +207,9 @@ def _check_growth(last: Stage, stage: Stage, key: str) -> None:
                 f"makes {copies} copies of a vector, more than fit in d_model = {new.d_model}",
                 "grow in smaller steps",
             )
+
+
+def _copies(old: ModelConfig, new: ModelConfig) -> int:
+    """Most copies of a query head: those of its key head times those within its group."""
+    group = -(-(new.n_heads // new.kv_heads) // (old.n_heads // old.kv_heads))
+    return -(-new.kv_heads // old.kv_heads) * group

@@ -18,8 +18,8 @@ def agreement() -> Iterator[None]:
         yield
     except UserError as error:
         mine = error
-    errors: list[tuple[str, object, str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, mine and (mine.key, str(mine.value), mine.problem, mine.remedy))
+    errors: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, mine)
     first = next((error for error in errors if error is not None), None)
     if first is not None:
-        raise UserError(*first)
+        raise first

@@ -15,7 +15,7 @@ from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.train.flops import flops_per_token, peak_flops
 from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, finish, sizes, start, watch_stage
-from megabus.train.schedule import learning_rate
+from megabus.train.schedule import learning_rate, spent_share
 
 
 def train(config: RunConfig) -> Path:
@@ -35,10 +35,12 @@ def train(config: RunConfig) -> Path:
 def train_step(run: Run) -> None:
     """One optimizer step, its accounting and its log line."""
     begun, stage, config = time.perf_counter(), run.stage, run.config
-    lr = learning_rate(config.optimizer, stage.lr, run.share)
+    cost = stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len)
+    # At the step's middle: a warm-up does not begin, nor a decay end, with a step of learning rate 0.
+    middle = spent_share(config.train, run.step + 0.5, run.tokens + stage.tokens_per_step / 2, run.flops + cost / 2)
+    lr = learning_rate(config.optimizer, stage.lr, middle)
     result = run.engine.train_step(run.corpora.train_batches(run.engine, run.position), lr)
     _refuse_non_finite(run, result)
-    cost = stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len)
     run.step += 1
     run.tokens += stage.tokens_per_step
     run.position += stage.tokens_per_step
@@ -54,6 +56,8 @@ def train_step(run: Run) -> None:
 
 
 def _refuse_non_finite(run: Run, result: StepResult) -> None:
+    if not math.isfinite(result.loss):
+        run.corpora.raise_fault()
     for name, value in (("loss", result.loss), ("grad_norm", result.grad_norm)):
         if not math.isfinite(value):
             problem = f"is not finite at step {run.step + 1} ({describe(run.stage)})"
@@ -93,7 +97,10 @@ def validate(run: Run) -> float:
 
 def _validation_loss(run: Run, seq_len: int) -> float:
     batches = run.corpora.valid_batches(run.engine, seq_len)
-    return run.engine.evaluate(batches, run.corpora.valid_steps(run.stage, seq_len), seq_len)
+    loss = run.engine.evaluate(batches, run.corpora.valid_steps(run.stage, seq_len), seq_len)
+    if not math.isfinite(loss):
+        run.corpora.raise_fault()
+    return loss
 
 
 def stage_is_spent(run: Run) -> bool:

@@ -68,6 +68,7 @@ def start(config: RunConfig) -> Run:
         stages = resolve_stages(config, dist.get_world_size())
         corpora = Corpora(config, stages)
         kappa = _kappa_settings(config)
+    with agreement():  # only once every rank is content: a refused run leaves nothing behind
         if dist.get_rank() == 0:
             _make_run_dir(config)
     engine = Engine(config, stages[0])

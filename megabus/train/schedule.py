@@ -7,7 +7,7 @@ from math import cos, pi
 from megabus.config.schema import OptimizerConfig, TrainConfig
 
 
-def spent_share(train: TrainConfig, step: int, tokens: int, flops: float) -> float:
+def spent_share(train: TrainConfig, step: float, tokens: float, flops: float) -> float:
     """The largest share of any budget that is used up; 1 ends the run."""
     pairs = ((step, train.max_steps), (tokens, train.max_tokens), (flops, train.max_flops))
     return min(1.0, max(used / budget for used, budget in pairs if budget))
