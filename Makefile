@@ -21,7 +21,8 @@ help:
 
 demo: $(VENV)/.installed data/demo/shakespeare-train.bin
 	rm -rf runs/demo
-	$(BIN)/deepspeed --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml
+	@[ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge $(RANKS) ] || export DS_ACCELERATOR=cpu; \
+	 $(BIN)/deepspeed --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests
@@ -46,9 +47,12 @@ data/demo/shakespeare-train.bin: | $(VENV)/.installed
 # A CPU build of torch where there is no GPU and one can be had; the default build works everywhere.
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	@if nvidia-smi -L >/dev/null 2>&1; then want=; else want="torch==$(TORCH)+cpu"; fi; \
-	 index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
-	 { [ -n "$$want" ] && $(PIP) $$index "$$want" 2>/dev/null; } || $(PIP) $$index "torch==$(TORCH)"
+	@index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
+	 if nvidia-smi -L >/dev/null 2>&1; then $(PIP) $$index "torch==$(TORCH)"; \
+	 elif ! $(PIP) $$index "torch==$(TORCH)+cpu" 2>/dev/null; then \
+	   echo "no CPU build of torch $(TORCH) on this index: taking the default build (TORCH_INDEX=URL names another)"; \
+	   $(PIP) $$index "torch==$(TORCH)"; \
+	 fi
 	$(PIP) -r requirements.txt
 	touch $@
 

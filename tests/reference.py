@@ -46,7 +46,7 @@ def heads(h_BTD, matrix, head_dim):
 
 
 def ngpt_logits(p, config, tokens_BT):
-    """Section 2 of the design; with fewer key heads, s_qk acts on each query head's copy of its key."""
+    """Logits of nGPT; with fewer key heads, s_qk acts on each query head's copy of its key."""
     root_d, C = sqrt(config.d_model), config.head_dim
     group = config.n_heads // config.kv_heads
     h = p["embed.weight"][tokens_BT]

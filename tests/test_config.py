@@ -23,8 +23,8 @@ optimizer: {lr: 1e-2}
 growth:
   max_tokens: 2e3
   stages:
-    - {d_model: 48, n_heads: 6, d_ff: 80}
-    - {n_layers: 5, max_flops: 1.5e9}
+    - {d_model: 48, n_heads: 6, d_ff: 80, max_flops: 1.5e9}
+    - {n_layers: 5}
 data: {train: a, valid: b}
 """
 
@@ -295,6 +295,21 @@ model.n_kv_heads=2 growth.stages.0.n_kv_heads=1 @ 1
 growth.stages.0.d_ff=60 @ 1
     growth.stages.0.d_ff = 60: shrinks from 62; stages only grow: give at least that
     growth.stages.0.d_ff=62
+growth.stages.1.max_flops=1e9 @ 1
+    growth.stages.1.max_flops = 1000000000.0: the last stage ends with the run; remove it, or set train.max_*
+    growth.stages.1.max_flops=null
+growth.stages.1.kappa=0.5 @ 1
+    growth.stages.1.kappa = 0.5: the last stage ends with the run; remove it, or set train.max_*
+    growth.stages.1.kappa=null
+growth.stages=[] @ 1
+    growth.max_tokens = 2000: the last stage ends with the run; remove it, or set train.max_*
+    growth.max_tokens=null
+growth.trigger.predictor=constant growth.trigger.constant=[3,2] @ 1
+    growth.trigger.constant = [3.0, 2.0]: has 2 losses for 3 stages; give one loss, or one a stage
+    growth.trigger.constant=[3,2,1]
+growth.trigger.min_evals=4 @ 1
+    growth.trigger.min_evals = 4: evaluations are too few to fit a power law to; set it to 5 or more
+    growth.trigger.predictor=scaling_law
 """.strip().splitlines()
 
 
@@ -329,8 +344,8 @@ def test_stages_inherit_what_they_leave_out(base: Path) -> None:
     # A cap is a stage's own: none is handed on.
     assert [(s.max_tokens, s.max_flops) for s in (first, second, third)] == [
         (2000, None),
-        (None, None),
         (None, 1.5e9),
+        (None, None),
     ]
 
 

@@ -1,17 +1,14 @@
-"""The models against an independent reference; their declarations; their initial state; exact arithmetic."""
+"""The models against an independent reference; their declarations; their initial state."""
 
 from __future__ import annotations
-
-import math
-from fractions import Fraction
 
 import pytest
 import reference
 import torch
+from small_models import batch, config, lively_state, model_of
 
 import megabus
 from megabus import counter
-from megabus.config import ModelConfig
 from megabus.model import init, layers, ngpt
 from megabus.model.decoder import Decoder, param_specs
 from megabus.model.loss import vocab_parallel_cross_entropy
@@ -20,33 +17,11 @@ from megabus.model.tensor_parallel import Unsharded
 
 torch.set_num_threads(1)
 
-BASE = {"vocab_size": 66, "d_model": 36, "n_layers": 3, "n_heads": 2, "head_dim": 10, "d_ff": 62}
 VARIANTS = [(kind, kv) for kind in ("ngpt", "gpt") for kv in (None, 1)]
 
 
-def config(kind="ngpt", **changes):
-    return ModelConfig(kind=kind, **{**BASE, **changes})
-
-
-def lively(model_config, seed=3):
-    """A model with random gains (of both signs for alpha) in place of the initial ones."""
-    model = megabus.build_model(model_config, seed=seed)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            spec = spec_of(parameter)
-            if not spec.is_matrix:
-                low = -1.0 if spec.gate else 0.5
-                parameter.copy_(spec.init * (low + (2 - low) * torch.rand(parameter.shape, generator=draw)))
-            elif not spec.unit:
-                parameter.mul_(10)  # std 0.02 is nearly linear at this size
-    return model
-
-
-def batch(model_config, B=2, T=11, seed=5):
-    draw = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(model_config.vocab_size, (B, T + 1), generator=draw)
-    return tokens[:, :-1], tokens[:, 1:]
+def lively(model_config):
+    return model_of(model_config, lively_state(model_config, larger=10), torch.float32)
 
 
 def run_model(model, tokens, targets):
@@ -81,7 +56,7 @@ def worst(found, wanted):
 def test_model_equals_the_reference(kind, kv, dtype, tolerance):
     """Logits, loss and the gradient of every parameter."""
     model_config = config(kind, n_kv_heads=kv)
-    model, data = lively(model_config), batch(model_config)
+    model, data = lively(model_config), batch()
     wanted = run_reference(model, *data)
     assert all(x.abs().max() > 0 for x in wanted.values())
     assert worst(run_model(model.to(dtype), *data), wanted) < tolerance
@@ -109,7 +84,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("home", "name", "wrong"), MISTAKES, ids=[name for _, name, _ in MISTAKES])
 def test_the_reference_notices_mistakes(monkeypatch, home, name, wrong):
     model_config = config()
-    model, data = lively(model_config).double(), batch(model_config)
+    model, data = lively(model_config).double(), batch()
     monkeypatch.setattr(home, name, wrong)
     assert worst(run_model(model, *data), run_reference(model, *data)) > 1e-3
 
@@ -117,7 +92,7 @@ def test_the_reference_notices_mistakes(monkeypatch, home, name, wrong):
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_recompute_gives_the_same_bits(kind, monkeypatch):
     model_config = config(kind)
-    plain, data = lively(model_config), batch(model_config)
+    plain, data = lively(model_config), batch()
     frugal = Decoder(model_config, recompute=True)
     frugal.load_state_dict(plain.state_dict())
     calls = []
@@ -131,7 +106,7 @@ def test_recompute_gives_the_same_bits(kind, monkeypatch):
 def test_a_pipeline_of_slices_is_the_model():
     """Layers [0, 1), [1, 3) under canonical names, one after the other, give the whole model's bits."""
     model_config = config()
-    whole, (tokens, _) = lively(model_config), batch(model_config)
+    whole, (tokens, _) = lively(model_config), batch()
     h, seen = tokens, []
     for part in ((0, 1), (1, 3)):
         slice_ = Decoder(model_config, layers=part)
@@ -156,7 +131,7 @@ def silence(model):
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_zero_rows_give_no_nan(kind):
     model_config = config(kind)
-    tokens, targets = batch(model_config)
+    tokens, targets = batch()
     tokens[0, 3] = 7
     found = run_model(silence(lively(model_config)), tokens, targets)
     assert all(x.isfinite().all() for x in found.values())
@@ -165,7 +140,7 @@ def test_zero_rows_give_no_nan(kind):
 def test_an_unguarded_norm_gives_nan(monkeypatch):
     monkeypatch.setattr(ngpt, "unit", lambda x: x / x.norm(dim=-1, keepdim=True))
     model_config = config()
-    assert run_model(silence(lively(model_config)), *batch(model_config))["loss"].isnan()
+    assert run_model(silence(lively(model_config)), *batch())["loss"].isnan()
 
 
 def alpha_gradients(model_config, power=1):
@@ -174,7 +149,7 @@ def alpha_gradients(model_config, power=1):
         for block in model.layers.values():
             block.alpha_attn.zero_()
             block.alpha_mlp.zero_()
-    found = run_model(model, *batch(model_config))
+    found = run_model(model, *batch())
     return [float(x.abs().min()) for name, x in found.items() if "alpha" in name]
 
 
@@ -189,7 +164,7 @@ def test_alpha_zero_still_learns(monkeypatch):
 # ---- declarations
 
 
-TABLE = {  # DESIGN section 1
+TABLE = {  # every matrix: its axes and its role
     "embed.weight": (("vocab", "embed"), "read"),
     "attn.q": (("heads", "embed"), "read"),
     "attn.k": (("kv_heads", "embed"), "read"),
@@ -337,90 +312,3 @@ def test_ngpt_rows_are_spread_over_the_sphere():
     x = megabus.build_model(config(vocab_size=2000)).embed.weight.detach().double()
     assert (x.T @ x / 2000 * 36 - torch.eye(36)).abs().max() < 5 / 2000**0.5
     assert (x.mean(0) * 6).abs().max() < 4 / 2000**0.5
-
-
-# ---- exact arithmetic
-
-
-def splitmix64(index, key):
-    """Steele, Lea & Flood 2014, in Python's integers."""
-    z = (index * 0x9E3779B97F4A7C15 + key) % 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return z ^ (z >> 31)
-
-
-KEYS = [0, 1, -1, 2**63 - 1, -(2**63), counter.key(3, "layers.0.attn.q", "init")]
-INDICES = [0, 1, 2, 77, 2**31, 2**40 + 12345, 2**62]
-
-
-def hashed(key):
-    return [x % 2**64 for x in counter.hash64(torch.tensor(INDICES), key).tolist()]
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_hash64_is_splitmix64(key, monkeypatch):
-    wanted = [splitmix64(i, key) for i in INDICES]
-    assert hashed(key) == wanted
-    monkeypatch.setattr(counter, "_shift", lambda x, bits: x >> bits)  # arithmetic: sign bits come in
-    assert hashed(key) != wanted
-
-
-def test_hash64_known_answers():
-    """The first outputs of the published generator seeded with 1234567."""
-    first = counter.hash64(torch.arange(1, 4), 1234567).tolist()
-    assert [x % 2**64 for x in first] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-
-
-def test_normals_by_hand():
-    key, columns = counter.key("x"), 5
-    found = counter.normals(key, torch.tensor([3, 8]), columns)
-    for i, row in enumerate((3, 8)):
-        for column in range(columns):
-            words = [splitmix64(3 * (row * columns + column) + draw, key % 2**64) for draw in range(3)]
-            total = sum(word >> bits & 0xFFFF for word in words for bits in (0, 16, 32, 48))
-            assert found[i, column].item() == float(Fraction(total) - 12 * Fraction(65535, 2)) / 65536
-
-
-def test_normals_are_nearly_normal():
-    x = counter.normals(counter.key(1), torch.arange(2000), 100)
-    n = x.numel()
-    assert abs(x.mean()) < 4 / n**0.5
-    assert x.var() == pytest.approx(1, abs=4 * (2 / n) ** 0.5)
-    assert (x**4).mean() == pytest.approx(2.9, abs=0.1)
-    assert (x**3).mean() == pytest.approx(0, abs=4 * (15 / n) ** 0.5)
-    assert x.abs().max() < 6
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 36, 131, 1001])
-def test_row_sum_is_a_sum(n):
-    x = torch.randn(50, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    kept = x.clone()
-    found = counter.row_sum(x)
-    assert found.shape == (50, 1)
-    for row, total in zip(x, found[:, 0], strict=True):
-        assert abs(math.fsum(row.tolist()) - total) <= 1e-15 * row.abs().sum()
-    assert torch.equal(x, kept)
-
-
-def same_bits(summed):
-    """Whether a row's sum is the same alone, among others, three-dimensional and transposed in memory."""
-    x = torch.randn(33, 1001, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    whole = summed(x)
-    views = [
-        torch.cat([summed(x[i : i + 1]) for i in range(33)]),
-        torch.cat([summed(x[:7]), summed(x[7:])]),
-        summed(x.view(3, 11, 1001)).view(33, 1),
-        summed(x.t().contiguous().t()),
-    ]
-    return all(torch.equal(whole, view) for view in views)
-
-
-def test_row_sum_does_not_depend_on_its_surroundings():
-    assert same_bits(counter.row_sum)
-    assert not same_bits(lambda x: x.sum(-1, keepdim=True))
-
-
-def test_unit_rows():
-    x = counter.normals(7, torch.arange(9), 131)
-    assert (counter.unit_rows(x).norm(dim=-1) - 1).abs().max() < 1e-15

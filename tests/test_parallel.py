@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 import time
 
 import pytest
@@ -135,3 +137,18 @@ def test_uneven_vocabulary_leaves_no_padding():
     assert [start // 37 for start in heads] == [0, 16, 33, 50]
     assert sum(len(p) for r in range(4) for p in placement.owned(r) if p.name == "embed.weight") == 67 * 37
     assert torch.isfinite(trace_of("ngpt", Layout(4, 1, 1)).logits).all()
+
+
+def test_the_comparison_does_not_pass_nan_over():
+    """A gradient that no rank delivered, a loss that is none: infinitely far, not equal."""
+    right = reference("gpt")
+    assert parity.difference(right, right).worst == 0
+    for spoil in ("grads", "losses", "grad_norms", "logits"):
+        wrong = copy.deepcopy(right)
+        if spoil == "grads":
+            wrong.grads["layers.2.mlp.up"][3, 4] = math.nan
+        elif spoil == "logits":
+            wrong.logits[1, 2, 3] = math.nan
+        else:
+            getattr(wrong, spoil)[2] = math.nan
+        assert parity.difference(wrong, right).worst == math.inf

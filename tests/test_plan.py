@@ -1,211 +1,26 @@
-"""Placements and plans as pure objects, over random layouts and sizes; redistribution without processes."""
+"""Plans as pure objects, over random layouts and sizes: moves, waves and traffic."""
 
 from __future__ import annotations
 
 import itertools
-import random
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from plans import MODEL, SEEDS, grown_plan, random_pair
 
-import megabus
-from megabus.config import GrowthConfig, ModelConfig
+from megabus.config import GrowthConfig
 from megabus.config.stages import Layout
-from megabus.growth import redistribute as carrier
 from megabus.growth.plan import ELEMENT_BYTES, Move, Plan, Traffic, Unit, runs
 from megabus.growth.rules import Growth
-from megabus.model.params import shard_rows
-from megabus.parallel import placement as placing
 from megabus.parallel.placement import Piece, Placement
-from megabus.parallel.topology import coordinate, rank_of, stage_layers, stage_of_layer
 
 torch.set_num_threads(1)
-
-SEEDS = range(8)
-
-
-def layouts(world):
-    degrees = itertools.product(range(1, 5), repeat=3)
-    return [Layout(*each) for each in degrees if np.prod(each) == world]
-
-
-def random_model(draw, layout, old=None):
-    """Awkward sizes that the layout (and the old model) allow: multiples of tp only where needed."""
-
-    def size(low, high, multiple=1, at_least=1):
-        return (max(low, -(-at_least // multiple)) + draw.randint(0, high - low)) * multiple
-
-    tp = layout.tp
-    kv = size(1, 2, tp, old.kv_heads if old else 1)
-    group = max(draw.randint(1, 2), old.n_heads // old.kv_heads if old else 1)
-    return ModelConfig(
-        kind=old.kind if old else draw.choice(["ngpt", "gpt"]),
-        vocab_size=old.vocab_size if old else draw.choice([65, 66, 67]),
-        d_model=size(5, 12, 1, old.d_model if old else 1),
-        n_layers=size(layout.pp, layout.pp + 2, 1, old.n_layers if old else 1),
-        n_heads=kv * group,
-        n_kv_heads=kv,
-        head_dim=2,
-        d_ff=size(3, 9, tp, old.d_ff if old else 1),
-    )
-
-
-def random_pair(seed):
-    """A plan from one random layout and size to another of the same world."""
-    draw = random.Random(seed)
-    world = draw.choice([2, 3, 4, 6, 8, 12])
-    layout, new_layout = draw.choice(layouts(world)), draw.choice(layouts(world))
-    model = random_model(draw, layout)
-    new_model = random_model(draw, new_layout, model)
-    how = GrowthConfig(depth=draw.choice(["identity", "stack"]), channels=draw.choice(["even", "uneven"]))
-    old, new = Placement(model, layout), Placement(new_model, new_layout)
-    return Plan(old, new, Growth(model, new_model, how, seed))
 
 
 def units(plan):
     return [Unit(name, 0, plan.old.rows(name)) for name in plan.old.specs]
-
-
-def copies_owned(placement):
-    """Name -> how many ranks own each entry."""
-    counts = {name: np.zeros(placement.numel(name), int) for name in placement.specs}
-    for rank in range(placement.layout.world):
-        for piece in placement.owned(rank):
-            counts[piece.name][piece.start : piece.stop] += 1
-    return counts
-
-
-def ownership_holds(placement):
-    """Sharded entries have one owner, replicated ones one on each tensor-parallel rank."""
-    return all(
-        (count == (1 if placement.specs[name].sharded else placement.layout.tp)).all()
-        for name, count in copies_owned(placement).items()
-    )
-
-
-# ---- topology
-
-
-@pytest.mark.parametrize("layout", layouts(12), ids=str)
-def test_coordinates_number_the_world(layout):
-    seen = [coordinate(layout, rank) for rank in range(12)]
-    assert [rank_of(layout, at.pp, at.dp, at.tp) for at in seen] == list(range(12))
-    assert len(set(seen)) == 12
-    for rank, at in enumerate(seen[:-1]):
-        if at.tp + 1 < layout.tp:
-            assert seen[rank + 1] == type(at)(at.pp, at.dp, at.tp + 1)
-
-
-@pytest.mark.parametrize("n_layers", range(1, 14))
-@pytest.mark.parametrize("pp", range(1, 5))
-def test_stages_share_layers_evenly_and_the_last_has_fewest(n_layers, pp):
-    spans = [stage_layers(n_layers, pp, stage) for stage in range(pp)]
-    assert [layer for span in spans for layer in range(*span)] == list(range(n_layers))
-    lengths = [stop - start for start, stop in spans]
-    assert max(lengths) - min(lengths) <= 1
-    assert lengths[-1] == min(lengths)
-    for stage, span in enumerate(spans):
-        assert all(stage_of_layer(n_layers, pp, layer) == stage for layer in range(*span))
-
-
-# ---- placement
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_owned_pieces_partition_every_parameter(seed):
-    for placement in (random_pair(seed).old, random_pair(seed).new):
-        assert ownership_holds(placement)
-
-
-def test_the_partition_check_notices_a_lost_entry(monkeypatch):
-    share = placing._share
-
-    def short(slot, dp):
-        piece = share(slot, dp)
-        return Piece(piece.name, piece.start, max(piece.start, piece.stop - 1))
-
-    monkeypatch.setattr(placing, "_share", short)
-    assert not ownership_holds(random_pair(0).old)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_owned_pieces_lie_in_the_ranks_shard_and_stage(seed):
-    for placement in (random_pair(seed).old, random_pair(seed).new):
-        order = list(placement.specs)
-        for rank in range(placement.layout.world):
-            at, pieces = coordinate(placement.layout, rank), placement.owned(rank)
-            assert [piece.name for piece in pieces] == sorted({piece.name for piece in pieces}, key=order.index)
-            for piece in pieces:
-                spec, width = placement.specs[piece.name], placement.width(piece.name)
-                start, stop = shard_rows(spec, placement.model, placement.layout.tp, at.tp)
-                assert start * width <= piece.start < piece.stop <= stop * width
-                first, last = placement.stage_layers(rank)
-                if spec.layer is None:
-                    assert at.pp == (0 if piece.name == "embed.weight" else placement.layout.pp - 1)
-                else:
-                    assert first <= spec.layer < last
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_zero_partitions_are_equal_and_aligned(seed):
-    """A (stage, tp) rank's matrices, end to end, are cut every `partition` entries; so are its gains."""
-    placement = random_pair(seed).new
-    layout = placement.layout
-    for pp, tp, matrices in itertools.product(range(layout.pp), range(layout.tp), (True, False)):
-        ranks = [rank_of(layout, pp, dp, tp) for dp in range(layout.dp)]
-        lengths = [
-            sum(len(p) for p in placement.owned(r) if placement.specs[p.name].is_matrix == matrices) for r in ranks
-        ]
-        total = sum(lengths)
-        unit = 2 * layout.dp
-        partition = -(-total // unit) * unit // layout.dp
-        assert partition * layout.dp - total < unit
-        assert lengths == [max(0, min(partition, total - dp * partition)) for dp in range(layout.dp)]
-        flat = [
-            (name, i)
-            for name, spec in placement.specs.items()
-            if placement.stage(name) == pp and spec.is_matrix == matrices
-            for i in range(*(row * placement.width(name) for row in shard_rows(spec, placement.model, layout.tp, tp)))
-        ]
-        owned = [
-            [
-                (p.name, i)
-                for p in placement.owned(r)
-                if placement.specs[p.name].is_matrix == matrices
-                for i in range(p.start, p.stop)
-            ]
-            for r in ranks
-        ]
-        assert owned == [flat[dp * partition : (dp + 1) * partition] for dp in range(layout.dp)]
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_owners_agrees_with_owned(seed):
-    draw = random.Random(seed)
-    placement = random_pair(seed).old
-    layout = placement.layout
-    owned = {(rank, piece.name): piece for rank in range(layout.world) for piece in placement.owned(rank)}
-    for name, spec in placement.specs.items():
-        n = placement.numel(name)
-        for low, high in [(0, n), sorted((draw.randint(0, n), draw.randint(0, n))), (n // 2, n // 2 + 1)]:
-            wanted = set()
-            for rank in range(layout.world):
-                piece = owned.get((rank, name), Piece(name, 0, 0))
-                start, stop = max(low, piece.start), min(high, piece.stop)
-                if start < stop:
-                    wanted.add((rank, Piece(name, start, stop)))
-            found = list(placement.owners(name, low, high))
-            assert len(found) == len(wanted)
-            assert set(found) == wanted
-            for tp in range(layout.tp):
-                one = set(placement.owners(name, low, high, tp))
-                replica = {pair for pair in wanted if coordinate(layout, pair[0]).tp == tp}
-                assert one == (wanted if spec.sharded else replica)
-
-
-# ---- plans
 
 
 def test_runs():
@@ -357,16 +172,6 @@ def still(model, layout):
     return Plan(placement, placement, Growth(model, model, GrowthConfig(), 0))
 
 
-MODEL = ModelConfig(vocab_size=66, d_model=9, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=2, d_ff=14)
-SIZES = {"d_model": 13, "n_layers": 5, "n_heads": 8, "n_kv_heads": 4, "d_ff": 22}
-LARGER = MODEL.model_copy(update=SIZES)
-
-
-def grown_plan(layout, new_layout, **how):
-    growth = Growth(MODEL, LARGER, GrowthConfig(**how), 5)
-    return Plan(Placement(MODEL, layout), Placement(LARGER, new_layout), growth)
-
-
 @pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 3, 1), Layout(2, 2, 1), Layout(1, 1, 1)], ids=str)
 def test_nothing_is_sent_when_nothing_changes(layout):
     traffic = still(MODEL, layout).traffic()
@@ -396,84 +201,3 @@ def test_when_nothing_changes_only_rows_cut_by_zero_are_completed(layout):
     for move in all_moves(plan):
         if move.src != move.dst:
             assert len(move.piece) < MODEL.d_model
-
-
-# ---- redistribution without processes: the wire is replaced by reading from everyone's old fragments
-
-
-def fragments_of(placement, state, rank):
-    return {
-        piece: {
-            kind: tensors[piece.name].reshape(-1)[piece.start : piece.stop].clone() for kind, tensors in state.items()
-        }
-        for piece in placement.owned(rank)
-    }
-
-
-def telepathy(world):
-    """`_exchange` that needs no network. world: every rank's fragments."""
-    by_name = [{p.name: (p, tensors) for p, tensors in fragments.items()} for fragments in world]
-
-    def exchange(moves, old, kinds, rank, device, mail):
-        arrived = {}
-        for move in moves:
-            if move.dst == rank:
-                whole, tensors = by_name[move.src][move.piece.name]
-                part = slice(move.piece.start - whole.start, move.piece.stop - whole.start)
-                arrived[move.piece] = {kind: tensors[kind][part] for kind in kinds}
-        return arrived
-
-    return exchange
-
-
-def redistributed_equals_grown(plan, monkeypatch, buffer_bytes):
-    """Every rank's fragments against pieces of the state that one process grows, bit by bit."""
-    growth, generator = plan.growth, torch.Generator().manual_seed(1)
-    weights = megabus.build_model(growth.old, 1).state_dict()
-    state = {
-        "weight": weights,
-        "exp_avg": {name: torch.randn(x.shape, generator=generator) for name, x in weights.items()},
-    }
-    grown = {
-        kind: megabus.grow_state(tensors, growth.old, growth.new, growth.seed, growth.how, kind)
-        for kind, tensors in state.items()
-    }
-    world = range(plan.old.layout.world)
-    fragments = [fragments_of(plan.old, state, rank) for rank in world]
-    monkeypatch.setattr(carrier, "_exchange", telepathy(fragments))
-    for rank in world:
-        found, _ = carrier.redistribute(plan, fragments[rank], ("weight", "exp_avg"), rank, buffer_bytes)
-        wanted = fragments_of(plan.new, grown, rank)
-        assert found.keys() == wanted.keys()
-        for piece, tensors in wanted.items():
-            if not all(torch.equal(found[piece][kind], x) for kind, x in tensors.items()):
-                return False
-    return True
-
-
-PAIRS = [
-    (Layout(1, 1, 4), Layout(2, 2, 1)),
-    (Layout(2, 2, 1), Layout(1, 1, 4)),
-    (Layout(2, 1, 2), Layout(2, 1, 2)),
-    (Layout(1, 3, 2), Layout(2, 1, 3)),
-]
-
-
-@pytest.mark.parametrize(("depth", "buffer_bytes"), [("identity", 2**28), ("stack", 700)])
-@pytest.mark.parametrize(("before", "after"), PAIRS, ids=[f"{a}-{b}" for a, b in PAIRS])
-def test_grown_shards_are_shards_of_the_grown_state(monkeypatch, before, after, depth, buffer_bytes):
-    plan = grown_plan(before, after, depth=depth, moments="grow", channels="uneven")
-    assert redistributed_equals_grown(plan, monkeypatch, buffer_bytes)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_random_redistributions(monkeypatch, seed):
-    plan = random_pair(seed)
-    assert redistributed_equals_grown(plan, monkeypatch, 2000)
-
-
-def test_the_redistribution_check_notices_a_wrong_row(monkeypatch):
-    children = Plan.children
-    monkeypatch.setattr(Plan, "children", lambda plan, unit, piece: children(plan, unit, piece)[1:])
-    monkeypatch.setattr(torch, "empty", torch.zeros)
-    assert not redistributed_equals_grown(grown_plan(*PAIRS[0]), monkeypatch, 2**28)

@@ -126,7 +126,8 @@ def test_parameters_and_flops_counted_by_hand(kind: str) -> None:
 
 
 def test_peak_is_what_the_file_says() -> None:
-    assert peak_flops(312) == 312e12
+    assert peak_flops(312, "fp32") == 312e12
+    assert peak_flops(None, "fp32") is None
 
 
 # ---- DeepSpeed's JSON --------------------------------------------------------------------------------------

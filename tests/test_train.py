@@ -172,13 +172,13 @@ def test_a_nan_on_one_rank_stops_all(corpus, tmp_path, layout):
     assert not (tmp_path / "nan" / "checkpoint").exists()
 
 
-def _meets_bad_token(config):
-    """Rank 1's corpus holds a token that the vocabulary does not; there is no sidecar to warn of it."""
+def _meets_bad_token(config, bad_rank):
+    """One rank's corpus holds a token that the vocabulary does not; there is no sidecar to warn of it."""
     from megabus.data.batches import TokenSource
     from megabus.errors import UserError
     from megabus.train.loop import train
 
-    if dist.get_rank() == 1:
+    if dist.get_rank() == bad_rank:
         true_batch = TokenSource.batch
 
         def batch(self, consumed_tokens, seq_len, rows):
@@ -192,11 +192,12 @@ def _meets_bad_token(config):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("bad_rank", [0, 1])
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}], ids=str)
-def test_a_bad_token_on_one_rank_is_told_by_all(corpus, tmp_path, layout):
-    """Not a hang, not a wrong loss: the step's loss turns NaN everywhere and every rank names the token."""
+def test_a_bad_token_on_one_rank_is_told_by_all(corpus, tmp_path, layout, bad_rank):
+    """Not a hang, not a wrong loss, whichever pipeline stage or replica reads it: every rank names the token."""
     config = run_config(corpus, tmp_path / "bad", [layout, {"tp": 1}, {"tp": 1}])
-    messages = run_ranks(2, _meets_bad_token, config)
+    messages = run_ranks(2, _meets_bad_token, config, bad_rank)
     assert messages[0] == messages[1] == "data = corpus: token 7 has id 99, outside [0, 67); retokenize"
     assert len(rows_of(config, "step")) == 2
 

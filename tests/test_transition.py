@@ -82,7 +82,7 @@ def _grow_job(config, steps_before, steps_after):
                 "steps": (step, engine.optimizer_step),
                 "unit": engine.unit_error(),
                 "sent": transition.sent,
-                "traffic": transition.traffic,
+                "kept": transition.kept,
             }
         )
         seen[-1]["training"] = _steps(engine, config, steps_after, first=10 * number)
@@ -200,12 +200,14 @@ def test_rebuilding_in_place_continues_bitwise(moments, same):
 
 
 def test_bytes_sent_are_what_the_plan_says():
-    """The ranks' own counts add up to the plan's; a layout that stays sends little, a buffer of one row works."""
+    """The ranks' own counts add up to the plan's, and a model that stays where it is sends nothing."""
     layouts = [Layout(2, 2, 1), Layout(1, 2, 2)]
     config = growth_config([LARGE], layouts)
     (ranks,) = grow_on_ranks(config, layouts)
-    assert sum(rank["sent"] for rank in ranks) == ranks[0]["traffic"].sent > 0
-    old = resolve_stages(config, 4)[0].model
+    old, new = (stage.model for stage in resolve_stages(config, 4))
+    plan = Plan(Placement(old, layouts[0]), Placement(new, layouts[1]), Growth(old, new, config.growth, 0))
+    assert ranks[0]["sent"] == plan.traffic().sent > 0
+    assert ranks[0]["kept"] == plan.traffic().kept > 0
     same = Plan(Placement(old, Layout(2, 2, 1)), Placement(old, Layout(2, 2, 1)), Growth(old, old, config.growth, 0))
     assert same.traffic().sent == 0
 

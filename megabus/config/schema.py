@@ -145,17 +145,19 @@ class KappaConfig(Section):
     smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="EMA of validation losses")
     patience: Count = Field(1, description="evaluations in a row that must meet the target")
     max_std: Positive = Field(0.25, description="vaguest prediction to act on, as a share of start - mp")
-    min_evals: Count = Field(3, description="evaluations a stage must see before kappa may trigger")
+    min_evals: Count = Field(8, description="evaluations a stage must see before kappa may trigger (fit: 5 or more)")
 
 
 class GrowthConfig(Section):
-    """How to grow (DESIGN: BUS) and through which stages."""
+    """How to grow (BUS, bootstrapped model upscaling) and through which stages."""
 
     write: Literal["tilt", "clone", "noise"] = "tilt"
     channels: Literal["even", "uneven"] = "even"
     depth: Literal["identity", "split", "stack"] = "identity"
     moments: Literal["reset", "carry", "grow"] = "reset"
-    buffer_mb: Count = Field(256, description="largest message buffer of a rank while shards move")
+    buffer_mb: Count = Field(
+        256, description="MiB that move at a time, all ranks together, while shards are redistributed"
+    )
     max_tokens: Count | None = Field(None, description="cap of the first stage")
     max_flops: Positive | None = Field(None, description="cap of the first stage")
     trigger: KappaConfig = KappaConfig()

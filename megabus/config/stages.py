@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megabus.config.pair import SIZES, check_pair, divides
 from megabus.config.schema import LayoutConfig, ModelConfig, RunConfig, StageConfig
 from megabus.errors import UserError
-
-SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Stage:
 def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     """All stages in order, the first being the file's own sizes. Raises `UserError` on the first misfit."""
     _check_run(config)
+    _check_last(config)
     train = config.train
     first = Stage(
         index=0,
@@ -71,7 +71,7 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     for number, change in enumerate(config.growth.stages):
         key = f"growth.stages.{number}."
         stages.append(_next_stage(stages[-1], change, key, world_size))
-        _check_growth(stages[-2], stages[-1], key)
+        check_pair(stages[-2].model, stages[-1].model, key)
         _check_stage(stages[-1], config, key, key)
     longest = max(stage.seq_len for stage in stages)
     for stage in stages:
@@ -116,11 +116,6 @@ def _layout(key: str, layout: LayoutConfig, world_size: int) -> Layout:
     return Layout(tp, pp, dp)
 
 
-def _divides(key: str, value: int, by_key: str, by: int) -> None:
-    if value % by:
-        raise UserError(key, value, f"is not divisible by {by_key} = {by}", f"choose a multiple of {by}")
-
-
 def _check_run(config: RunConfig) -> None:
     train, optim = config.train, config.optimizer
     if not (train.max_tokens or train.max_flops or train.max_steps):
@@ -147,12 +142,32 @@ def _check_run(config: RunConfig) -> None:
             f"and warmup_share {optim.warmup_share} exceed the run",
             "make them sum to 1 or less",
         )
-    trigger = config.growth.trigger
-    if config.growth.stages and trigger.predictor in ("constant", "reference"):
-        table = getattr(trigger, trigger.predictor)
-        if table is None:
-            key = f"growth.trigger.{trigger.predictor}"
-            raise UserError(key, "(missing)", f"predictor {trigger.predictor} needs it", "add it")
+    _check_trigger(config)
+
+
+def _check_trigger(config: RunConfig) -> None:
+    growth, trigger = config.growth, config.growth.trigger
+    if not growth.stages:
+        return
+    if trigger.predictor in ("constant", "reference") and getattr(trigger, trigger.predictor) is None:
+        key = f"growth.trigger.{trigger.predictor}"
+        raise UserError(key, "(missing)", f"predictor {trigger.predictor} needs it", "add it")
+    if isinstance(trigger.constant, list) and len(trigger.constant) != 1 + len(growth.stages):
+        problem = f"has {len(trigger.constant)} losses for {1 + len(growth.stages)} stages"
+        raise UserError("growth.trigger.constant", trigger.constant, problem, "give one loss, or one a stage")
+    if trigger.predictor == "fit" and trigger.min_evals < 5:
+        problem = "evaluations are too few to fit a power law to"
+        raise UserError("growth.trigger.min_evals", trigger.min_evals, problem, "set it to 5 or more")
+
+
+def _check_last(config: RunConfig) -> None:
+    """The last stage ends with the run: a cap or kappa of its own would end nothing."""
+    number = len(config.growth.stages) - 1
+    last, key = (config.growth.stages[-1], f"growth.stages.{number}.") if number >= 0 else (config.growth, "growth.")
+    for name in ("kappa", "max_tokens", "max_flops"):
+        value = getattr(last, name, None)
+        if value is not None:
+            raise UserError(key + name, value, "the last stage ends with the run", "remove it, or set train.max_*")
 
 
 def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str) -> None:
@@ -160,9 +175,9 @@ def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str)
     size_key = size_key or "model."
     if model.head_dim % 2:
         raise UserError("model.head_dim", model.head_dim, "is odd", "RoPE turns pairs: choose an even number")
-    _divides(size_key + "n_heads", model.n_heads, "n_kv_heads", model.kv_heads)
+    divides(size_key + "n_heads", model.n_heads, "n_kv_heads", model.kv_heads)
     for name, value in (("n_heads", model.n_heads), ("n_kv_heads", model.kv_heads), ("d_ff", model.d_ff)):
-        _divides(size_key + name, value, "layout.tp", layout.tp)
+        divides(size_key + name, value, "layout.tp", layout.tp)
     if model.vocab_size < layout.tp:
         raise UserError("model.vocab_size", model.vocab_size, f"is below tp = {layout.tp}", "lower layout.tp")
     if model.n_layers < layout.pp:
@@ -180,36 +195,4 @@ def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str)
             "set it to 1",
         )
     samples = stage.micro_batch_size * layout.dp
-    _divides(batch_key + "global_batch_size", stage.global_batch_size, "micro_batch_size*dp", samples)
-
-
-def _check_growth(last: Stage, stage: Stage, key: str) -> None:
-    old, new = last.model, stage.model
-    for name in SIZES:
-        before, after = getattr(old, name), getattr(new, name)
-        if name == "n_kv_heads":
-            before, after = old.kv_heads, new.kv_heads
-        if after < before:
-            raise UserError(key + name, after, f"shrinks from {before}", "stages only grow: give at least that")
-    if new.n_heads // new.kv_heads < old.n_heads // old.kv_heads:
-        raise UserError(
-            key + "n_kv_heads",
-            new.kv_heads,
-            f"does not keep {old.n_heads // old.kv_heads} or more query heads with each key/value head",
-            "grow n_heads and n_kv_heads together",
-        )
-    for name in ("n_heads", "d_ff"):
-        copies = _copies(old, new) if name == "n_heads" else -(-new.d_ff // old.d_ff)
-        if copies > new.d_model:
-            raise UserError(
-                key + name,
-                getattr(new, name),
-                f"makes {copies} copies of a vector, more than fit in d_model = {new.d_model}",
-                "grow in smaller steps",
-            )
-
-
-def _copies(old: ModelConfig, new: ModelConfig) -> int:
-    """Most copies of a query head: those of its key head times those within its group."""
-    group = -(-(new.n_heads // new.kv_heads) // (old.n_heads // old.kv_heads))
-    return -(-new.kv_heads // old.kv_heads) * group
+    divides(batch_key + "global_batch_size", stage.global_batch_size, "micro_batch_size*dp", samples)

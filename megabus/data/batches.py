@@ -30,6 +30,7 @@ class TokenSource:
         self.blend = Blend([weight for _, weight in prefixes], seed)
         # Each corpus has its own seed: the same corpus listed twice is not read twice in the same order.
         self.orders = [ChunkOrder(corpus.n_tokens, chunk_len, mix64(seed + k)) for k, corpus in enumerate(self.corpora)]
+        self.tokenizers: dict[str, str] = {}  # sha256 -> a corpus that was made with it, as far as sidecars tell
         self._check_corpora()
 
     @property
@@ -60,7 +61,6 @@ class TokenSource:
         return k, *self.orders[k].sample_span(own_number * self.chunk_len + offset, seq_len)
 
     def _check_corpora(self) -> None:
-        tokenizers: dict[str, str] = {}
         for prefix, corpus in zip(self.prefixes, self.corpora, strict=True):
             if corpus.n_tokens < self.chunk_len + 1:
                 problem = f"has {corpus.n_tokens} tokens, one sample takes {self.chunk_len + 1}"
@@ -74,12 +74,17 @@ class TokenSource:
             if meta["n_tokens"] != corpus.n_tokens:
                 problem = f"its .meta.json speaks of {meta['n_tokens']} tokens, its .idx of {corpus.n_tokens}"
                 raise UserError("data", prefix, problem, REBUILD)
-            tokenizers[meta["tokenizer_sha256"]] = prefix
-        if len(tokenizers) > 1:
-            names, problem = ", ".join(tokenizers.values()), "were made with different tokenizers"
-            raise UserError("data", names, problem, f"{REBUILD} with one --tokenizer")
+            self.tokenizers[meta["tokenizer_sha256"]] = prefix
+        check_one_tokenizer(self.tokenizers)
 
     def _report_bad_id(self, k: int, start: int, sample_T: np.ndarray) -> None:
         offset = int(np.flatnonzero((sample_T < 0) | (sample_T >= self.vocab_size))[0])
         problem = f"token {start + offset} has id {sample_T[offset]}, outside [0, {self.vocab_size})"
         raise UserError("data", self.prefixes[k], problem, "set the model's vocab_size to the tokenizer's")
+
+
+def check_one_tokenizer(users: dict[str, str]) -> None:
+    """users: tokenizer sha256 -> a file that was made with it (or is it). Raises UserError if there are several."""
+    if len(users) > 1:
+        names, problem = ", ".join(users.values()), "do not belong to the same tokenizer"
+        raise UserError("data", names, problem, f"{REBUILD} with one --tokenizer")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megabus.model.params import spec_of
 from megabus.parallel.fragments import MOMENTS, Fragments
-from megabus.parallel.placement import Placement
+from megabus.parallel.placement import Piece, Placement
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -35,15 +35,17 @@ def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: i
     fragments: Fragments = {}
     owned = {piece.name: piece for piece in placement.owned(rank)}
     for parameter in module.parameters():
-        name, mapping = spec_of(parameter).name, parameter._hp_mapping  # type: ignore[attr-defined]
-        piece = owned.pop(name, None)
-        found = mapping and (mapping.lp_fragment_address.numel, mapping.hp_fragment_address.start)
-        if (piece is None) != (mapping is None) or (piece and found[0] != len(piece)):
-            raise RuntimeError(f"DeepSpeed partitions {name} as {found}, expected {piece}")
+        spec, mapping = spec_of(parameter), parameter._hp_mapping  # type: ignore[attr-defined]
+        piece, found = owned.pop(spec.name, None), None
+        if mapping is not None:
+            start = placement.shard(spec.name, rank).start + mapping.lp_fragment_address.start
+            found = Piece(spec.name, start, start + mapping.lp_fragment_address.numel)
+        if found != piece:
+            raise RuntimeError(f"DeepSpeed gives this rank {found}, megabus expected {piece}")
         if piece is None:
             continue
-        flat = flats[mapping.param_group_index]
-        part = slice(found[1], found[1] + len(piece))
+        flat, offset = flats[mapping.param_group_index], mapping.hp_fragment_address.start
+        part = slice(offset, offset + len(piece))
         fragments[piece] = {"weight": flat.detach()[part]}
         state = inner.state.get(flat)
         if state:

@@ -8,6 +8,8 @@ import sys
 import warnings
 from datetime import timedelta
 
+from megabus.errors import UserError
+
 
 def prepare_environment() -> None:
     """Settings that must stand before torch is imported."""
@@ -20,18 +22,24 @@ def prepare_environment() -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
 
 
-def import_deepspeed() -> None:
-    """Import DeepSpeed quietly, on the CPU where there is no GPU."""
+def on_gpu() -> bool:
+    """Whether ranks compute on NVIDIA GPUs; DS_ACCELERATOR=cpu keeps them off."""
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed quietly, on the CPU where there is no GPU."""
+    gpu = on_gpu()
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.filterwarnings("ignore", category=FutureWarning)
     import deepspeed  # noqa: F401
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
+    if not gpu:
         # On CPUs DeepSpeed would compile a shared-memory op here: a minute with g++, a crash without.
         # The attribute deepspeed.comm.torch is torch itself, so the module is found by its full name.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
@@ -39,18 +47,29 @@ def import_deepspeed() -> None:
 
 def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     """Join the process group that the launcher's environment describes: NCCL on GPUs, gloo on CPUs."""
-    import_deepspeed()
     import torch
+
+    gpu = on_gpu()
+    if gpu:
+        _check_gpus(torch.cuda.device_count())
+    import_deepspeed()
+    import deepspeed
 
     from megabus.parallel.mesh import reuse_process_groups
 
-    if torch.cuda.is_available():
+    if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    import deepspeed
-
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     reuse_process_groups()
+
+
+def _check_gpus(count: int) -> None:
+    """Every rank of this machine needs a GPU of its own; all of them know if one goes without."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+    if int(local) > count:
+        problem = f"exceeds the {count} GPU(s) of this machine"
+        raise UserError("ranks on this machine", local, problem, f"launch {count}, or set DS_ACCELERATOR=cpu")
 
 
 def stop_distributed() -> None:

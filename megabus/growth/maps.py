@@ -69,7 +69,7 @@ def axis_maps(old: ModelConfig, new: ModelConfig) -> dict[Axis, AxisMap]:
 
 
 def channel_scale(embed: AxisMap, channels: Literal["even", "uneven"]) -> np.ndarray:
-    """a of the isometry E (DESIGN: h' = E h, E[i', parent[i']] = a[i']): squares sum to 1 over every family.
+    """a of the isometry E (h' = E h, E[i', parent[i']] = a[i']): squares sum to 1 over every family.
 
     even: 1/sqrt(copies). uneven: a geometric series, which also tells copies of a channel apart.
     """

@@ -18,10 +18,10 @@ from megabus.parallel.placement import Piece
 
 @dataclass
 class Mail:
-    """Bytes that this rank really sent, and the largest buffer it held."""
+    """Bytes that this rank really sent to others, and that it had already."""
 
     sent: int = 0
-    largest: int = 0
+    kept: int = 0
 
 
 def redistribute(
@@ -80,7 +80,7 @@ def _exchange(
         for work in dist.batch_isend_irecv(jobs):
             work.wait()
     mail.sent += sum(letter.nbytes for letter in letters.values())
-    mail.largest = max(mail.largest, sum(x.nbytes for x in (*letters.values(), *buffers.values())))
+    mail.kept += sum(tensor.nbytes for tensors in arrived.values() for tensor in tensors.values())
     for src, pieces in incoming.items():
         views = iter(buffers[src].split([len(piece) for piece in pieces for _ in kinds]))
         for piece in pieces:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from megabus.config.pair import check_pair
 from megabus.config.schema import GrowthConfig, ModelConfig
 from megabus.errors import UserError
 from megabus.growth.rules import Growth, grow_rows
@@ -28,7 +29,7 @@ def grow_state(
     kind: `weight`, or the Adam moment that the tensors are. Returns tensors of the state's dtype and device.
     Raises `UserError` if a size shrinks, a tensor is missing or of another shape.
     """
-    _check_pair(old_config, new_config)
+    check_pair(old_config, new_config, "new_config.")
     for name, spec in param_specs(old_config).items():
         shape = global_shape(spec, old_config)
         if name not in state or tuple(state[name].shape) != shape:
@@ -41,18 +42,3 @@ def grow_state(
         rows = axis_sizes(new_config)[spec.rows]
         grown[name] = grow_rows(job, name, kind, 0, rows, old.__getitem__)
     return grown
-
-
-def _check_pair(old: ModelConfig, new: ModelConfig) -> None:
-    for name in ("kind", "vocab_size", "head_dim", "rope_theta", "alpha_init", "norm_eps"):
-        if getattr(old, name) != getattr(new, name):
-            problem = f"changes from {getattr(old, name)}, and growth keeps it"
-            raise UserError(f"new_config.{name}", getattr(new, name), problem, "keep the old value")
-    for name in ("d_model", "n_layers", "n_heads", "kv_heads", "d_ff"):
-        if getattr(new, name) < getattr(old, name):
-            problem = f"shrinks from {getattr(old, name)}"
-            raise UserError(f"new_config.{name}", getattr(new, name), problem, "give at least that")
-    group = old.n_heads // old.kv_heads
-    if new.n_heads % new.kv_heads or new.n_heads // new.kv_heads < group:
-        problem = f"does not keep {group} query heads with each key/value head"
-        raise UserError("new_config.n_kv_heads", new.kv_heads, problem, "grow it together with n_heads")

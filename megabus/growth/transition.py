@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
+
 from megabus.config import RunConfig, Stage
 from megabus.engine.engine import Engine
-from megabus.growth.plan import Plan, Traffic
+from megabus.growth.plan import Plan
 from megabus.growth.redistribute import redistribute
 from megabus.growth.rules import Growth
 from megabus.parallel.fragments import MOMENTS, Kind
@@ -15,11 +18,11 @@ from megabus.parallel.placement import Placement
 
 @dataclass(frozen=True)
 class Transition:
-    """The grown engine, what its plan said of the world's traffic, and what this rank really sent (bytes)."""
+    """The grown engine, and the bytes that all ranks together sent and had already."""
 
     engine: Engine
-    traffic: Traffic
     sent: int
+    kept: int
 
 
 def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
@@ -37,5 +40,6 @@ def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
     engine.close()
     grown = Engine(config, stage)
     grown.write(fragments, optimizer_step)
-    traffic = plan.traffic()
-    return Transition(grown, Traffic(traffic.sent * len(kinds), traffic.kept * len(kinds)), mail.sent)
+    totals = torch.tensor([mail.sent, mail.kept], device=grown.device)
+    dist.all_reduce(totals)
+    return Transition(grown, *totals.tolist())

@@ -176,9 +176,7 @@ class KappaMonitor:
     def check_cap(self, tokens: int, flops: float) -> Decision:
         """Whether the stage's budget is spent at these run totals: cheap enough for every step."""
         span = self.state.span
-        spent = (span.max_tokens is not None and tokens - span.tokens >= span.max_tokens) or (
-            span.max_flops is not None and flops - span.flops >= span.max_flops
-        )
+        spent = cap_is_reached(tokens - span.tokens, flops - span.flops, span.max_tokens, span.max_flops)
         return Decision(spent, "cap" if spent else None)
 
     def view(self, tokens: int, flops: float) -> KappaView:
@@ -231,6 +229,11 @@ class KappaMonitor:
         """Continue from `state_dict`'s answer, also after a trip through JSON."""
         curve = [CurvePoint(*point) for point in state["curve"]]
         self._state = KappaState(**{**state, "span": StageSpan(**state["span"]), "curve": curve})
+
+
+def cap_is_reached(tokens: int, flops: float, max_tokens: int | None, max_flops: float | None) -> bool:
+    """Whether what a stage has used meets either of its caps; None = no cap."""
+    return (max_tokens is not None and tokens >= max_tokens) or (max_flops is not None and flops >= max_flops)
 
 
 def _ema(losses: Sequence[float], beta: float) -> float:

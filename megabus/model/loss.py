@@ -21,10 +21,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         here_N = (local_N >= 0) & (local_N < logits.shape[1])
         local_N = local_N.clamp(0, logits.shape[1] - 1)
         own_N = (logits.gather(1, local_N[:, None])[:, 0] - top_N) * here_N
-        total_N, own_N, owners_N = tp.sum(torch.stack((exp_NV.sum(-1), own_N, here_N.float())))
+        total_N, own_N = tp.sum(torch.stack((exp_NV.sum(-1), own_N)))
         ctx.save_for_backward(exp_NV.div_(total_N[:, None]), here_N, local_N)
         ctx.dtype = logits_NV.dtype
-        return (total_N.log() - own_N / owners_N).mean()  # 0 / 0 where no rank has such a row
+        return (total_N.log() - own_N).mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -37,8 +37,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 def vocab_parallel_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, start: int, tp: TensorParallel) -> Tensor:
     """Mean negative log-likelihood in nats, the same scalar on every rank (Shoeybi et al. 2019, section 3).
 
-    logits: this rank's vocabulary rows, the first of which is global row `start`; targets: global token ids. An id
-    outside the vocabulary makes the loss NaN rather than silently wrong.
+    logits: this rank's vocabulary rows, the first of which is global row `start`; targets: global token ids.
     """
     return _VocabParallelCrossEntropy.apply(
         logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), start, tp

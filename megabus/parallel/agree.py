@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
 from megabus.errors import UserError
@@ -23,3 +24,13 @@ def agreement() -> Iterator[None]:
     first = next((error for error in errors if error is not None), None)
     if first is not None:
         raise first
+
+
+def raise_together(error: UserError | None, device: torch.device) -> None:
+    """If any rank has an error, all ranks raise one. Collective; while none has, it costs one small all-reduce."""
+    failed = torch.tensor(int(error is not None), device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failed:
+        with agreement():
+            if error is not None:
+                raise error

@@ -16,7 +16,7 @@ from megabus.config.schema import ModelConfig
 from megabus.config.stages import Layout
 from megabus.model.decoder import param_specs
 from megabus.model.params import ParamSpec, axis_sizes, global_shape, shard_rows
-from megabus.parallel.topology import coordinate, rank_of, stage_layers, stage_of_layer
+from megabus.parallel.topology import coordinate, rank_of, stage_of_layer
 
 ZERO_ALIGNMENT = 2  # DeepSpeed pads a flattened group to a multiple of this times dp
 
@@ -72,9 +72,6 @@ class Placement:
         first = next(i for i, name in enumerate(names) if self.specs[name].layer is not None)
         return set(names[:first])
 
-    def _names(self, stage: int) -> list[str]:
-        return self._stages[stage]
-
     @cached_property
     def _stages(self) -> list[list[str]]:
         stages: list[list[str]] = [[] for _ in range(self.layout.pp)]
@@ -91,7 +88,7 @@ class Placement:
         slots: dict[str, _Slot] = {}
         for matrices in (True, False):
             group, total = {}, 0
-            for name in self._names(pp):
+            for name in self._stages[pp]:
                 spec = self.specs[name]
                 if spec.is_matrix == matrices:
                     start, stop = shard_rows(spec, self.model, self.layout.tp, tp)
@@ -107,7 +104,7 @@ class Placement:
         """The non-empty intervals of masters (and moments) that a rank owns, in canonical order."""
         at = coordinate(self.layout, rank)
         slots = self._slots[at.pp, at.tp]
-        pieces = (_share(slots[name], at.dp) for name in self._names(at.pp))
+        pieces = (_share(slots[name], at.dp) for name in self._stages[at.pp])
         return [piece for piece in pieces if len(piece) > 0]
 
     def owners(self, name: str, start: int, stop: int, tp: int | None = None) -> Iterator[tuple[int, Piece]]:
@@ -127,8 +124,10 @@ class Placement:
                 owned = Piece(name, max(low, part.start), min(high, part.stop))
                 yield rank_of(layout, pp, dp, tp_rank), owned
 
-    def stage_layers(self, rank: int) -> tuple[int, int]:
-        return stage_layers(self.model.n_layers, self.layout.pp, coordinate(self.layout, rank).pp)
+    def shard(self, name: str, rank: int) -> Piece:
+        """The interval that a rank computes with: its tensor-parallel shard, whoever owns the masters."""
+        at = coordinate(self.layout, rank)
+        return self._slots[at.pp, at.tp][name].piece
 
     def rows(self, name: str) -> int:
         return axis_sizes(self.model)[self.specs[name].rows]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +130,7 @@ def engine_job(config: RunConfig) -> dict[str, Any]:
         hook.remove()  # the first step's gradients only
         losses.append(result.loss)
         norms.append(result.grad_norm)
-        unit_error = max(unit_error, engine.unit_error())
+        unit_error = worst((unit_error, engine.unit_error()))
     masters = {piece: tensors["weight"].clone() for piece, tensors in engine.read().items()}
     engine.close()
     return {
@@ -202,7 +204,7 @@ def engine_trace(config: RunConfig, layout: Layout) -> Trace:
         mine = torch.cat(parts, dim=-1).view(-1, size, *rows.shape[1:])
         rows.view(-1, layout.dp, size, *rows.shape[1:])[:, dp] = mine
     first = ranks[0]
-    unit = max(rank["unit"] for rank in ranks)
+    unit = worst(rank["unit"] for rank in ranks)
     return Trace(rows, whole("grads"), first["losses"], first["norms"], whole("masters"), unit)
 
 
@@ -221,22 +223,28 @@ class Difference:
     @property
     def worst(self) -> float:
         """Of what must agree to 1e-5. Masters are shown beside it: Adam divides by |gradient|, and so magnifies."""
-        return max(self.logits, self.grads, self.losses, self.grad_norms)
+        return worst((self.logits, self.grads, self.losses, self.grad_norms))
+
+
+def worst(values: Iterable[float]) -> float:
+    """The largest, and infinity if any is NaN: max() would pass a NaN over."""
+    values = list(values)
+    return math.inf if any(map(math.isnan, values)) else max(values)
 
 
 def difference(trace: Trace, reference: Trace) -> Difference:
+    """How far a trace is from the reference; what is missing or NaN in it counts as infinitely far."""
     grads = {
-        name: float((trace.grads[name] - grad).abs().max() / grad.abs().max()) for name, grad in reference.grads.items()
+        name: worst([float((trace.grads[name] - grad).abs().max() / grad.abs().max())])
+        for name, grad in reference.grads.items()
     }
-    masters = [float((trace.masters[name] - master).abs().max()) for name, master in reference.masters.items()]
-    # A NaN (a piece that no rank delivered) must not vanish in max().
-    worst = max(grads, key=lambda name: float("inf") if grads[name] != grads[name] else grads[name])
-    pairs = list(zip(trace.grad_norms, reference.grad_norms, strict=True))
+    worst_grad = max(grads, key=lambda name: grads[name])
+    norms = zip(trace.grad_norms, reference.grad_norms, strict=True)
     return Difference(
-        logits=float((trace.logits - reference.logits).abs().max()),
-        grads=grads[worst],
-        worst_grad=worst,
-        losses=max(abs(a - b) for a, b in zip(trace.losses, reference.losses, strict=True)),
-        grad_norms=max(abs(a - b) / b for a, b in pairs),
-        masters=max(masters, key=lambda value: float("inf") if value != value else value),
+        logits=worst([float((trace.logits - reference.logits).abs().max())]),
+        grads=grads[worst_grad],
+        worst_grad=worst_grad,
+        losses=worst(abs(a - b) for a, b in zip(trace.losses, reference.losses, strict=True)),
+        grad_norms=worst(abs(a - b) / b for a, b in norms),
+        masters=worst(float((trace.masters[name] - m).abs().max()) for name, m in reference.masters.items()),
     )

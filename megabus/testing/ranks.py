@@ -24,6 +24,7 @@ from megabus.engine.startup import import_deepspeed, prepare_environment, start_
 
 def preload() -> None:
     """Import what every rank needs, once. No thread may be started here: ranks are forked."""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")  # ranks of a test share no GPU, and are forked
     prepare_environment()
     import_deepspeed()
     import torch

@@ -5,16 +5,14 @@ from __future__ import annotations
 from math import lcm
 from pathlib import Path
 
-import torch
-
 from megabus.config import RunConfig, Stage
-from megabus.data.batches import TokenSource
+from megabus.data.batches import TokenSource, check_one_tokenizer
 from megabus.data.tokenizer import Tokenizer
 from megabus.engine.engine import Batch, Engine
 from megabus.errors import UserError
-from megabus.parallel.agree import agreement
+from megabus.parallel.agree import raise_together
 
-VALID_SEED = 0  # validation tokens are the same ones in every run on the same corpus
+VALID_SEED = 0  # of the order in which validation chunks are taken: no run's seed changes it
 
 
 class Corpora:
@@ -25,13 +23,15 @@ class Corpora:
         vocab = config.model.vocab_size
         self.train = TokenSource(config.data.train_corpora, longest, config.train.seed, vocab)
         self.valid = TokenSource([(config.data.valid, 1.0)], longest, VALID_SEED, vocab)
-        # A number of validation tokens that every stage's sequences, micro batches and ranks divide, so that all
-        # stages are measured on the very same tokens.
-        if config.data.tokenizer is not None:
-            _check_tokenizer(config.data.tokenizer, vocab)
-        self.fault: UserError | None = None
+        check_one_tokenizer(self.train.tokenizers | self.valid.tokenizers | _tokenizer(config))
+        # All stages are measured on the very same tokens: their number must divide into every stage's sequences,
+        # micro batches and ranks.
         unit = longest * lcm(*(stage.micro_batch_size * stage.layout.dp for stage in stages))
         self.valid_tokens = -(-config.eval.tokens // unit) * unit
+        if self.valid_tokens > self.valid.n_tokens:
+            problem = f"becomes {self.valid_tokens} in whole batches of all stages; {config.data.valid} has "
+            problem += f"{self.valid.n_tokens} tokens"
+            raise UserError("eval.tokens", config.eval.tokens, problem, "lower it, the batches, or add text")
 
     def train_batches(self, engine: Engine, position: int) -> list[Batch]:
         """This rank's micro batches of the step that starts at token `position` of the data order."""
@@ -46,32 +46,25 @@ class Corpora:
         return self.valid_tokens // (seq_len * stage.micro_batch_size * stage.layout.dp)
 
     def _batches(self, engine: Engine, source: TokenSource, position: int, seq_len: int, count: int) -> list[Batch]:
-        if not engine.needs_data:
-            return []
-        rows = (engine.micro_rows(micro_step) for micro_step in range(count))
-        batches = []
-        for part in rows:
-            try:
-                batches.append(source.batch(position, seq_len, part))
-            except UserError as error:
-                # Other ranks read other rows and are about to wait for this one: let the loss tell them (targets
-                # outside the vocabulary make it NaN), and the reason be told when all ask for it.
-                self.fault = error
-                shape = (len(part), seq_len)
-                batches.append((torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1)))
+        rows = [] if not engine.needs_data else [engine.micro_rows(micro_step) for micro_step in range(count)]
+        batches, error = [], None
+        try:
+            batches = [source.batch(position, seq_len, part) for part in rows]
+        except UserError as caught:
+            error = caught
+        raise_together(error, engine.device)  # other ranks read other rows, and would wait for this one
         return batches
 
-    def raise_fault(self) -> None:
-        """After a NaN loss: raise on every rank what any rank found wrong with its data. Collective."""
-        with agreement():
-            if self.fault is not None:
-                raise self.fault
 
-
-def _check_tokenizer(path: str, vocab_size: int) -> None:
+def _tokenizer(config: RunConfig) -> dict[str, str]:
+    """The tokenizer that goes with the checkpoint, by its sha256."""
+    path = config.data.tokenizer
+    if path is None:
+        return {}
     if not Path(path).is_file():
         raise UserError("data.tokenizer", path, "no such file", "give the SentencePiece model that made the data")
-    found = Tokenizer(path).vocab_size
-    if found != vocab_size:
-        problem = f"has {found} pieces, model.vocab_size is {vocab_size}"
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        problem = f"has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}"
         raise UserError("data.tokenizer", path, problem, "make the two equal")
+    return {tokenizer.sha256: path}

@@ -34,11 +34,11 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return 6.0 * dense + 6.0 * model.n_layers * model.n_heads * model.head_dim * seq_len
 
 
-def peak_flops(tflops: float | None = None) -> float | None:
-    """One device's peak in FLOP/s: as configured, or known for this GPU, or None."""
+def peak_flops(tflops: float | None, precision: str) -> float | None:
+    """One device's peak in FLOP/s: as configured, or this GPU's for bf16 where it is known, or None."""
     if tflops is not None:
         return tflops * 1e12
-    if torch.cuda.is_available():
+    if precision == "bf16" and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from megabus.config import RunConfig, Stage
+from megabus.errors import UserError
 from megabus.kappa.monitor import KappaView, bar
 
 
@@ -16,21 +17,25 @@ class Metrics:
 
     def __init__(self, config: RunConfig) -> None:
         self.run_dir = Path(config.run_dir)
-        self.file: IO[str] = (self.run_dir / "metrics.jsonl").open("w", encoding="utf-8")
         mode = config.log.wandb
         self.wandb = self._wandb(config, mode) if mode != "off" else None
         self.tensorboard = self._tensorboard() if config.log.tensorboard else None
+        # Last: the file marks the directory as a run's.
+        self.file: IO[str] = (self.run_dir / "metrics.jsonl").open("w", encoding="utf-8")
 
     def _wandb(self, config: RunConfig, mode: Literal["offline", "online"]) -> Any:
         import wandb
 
-        return wandb.init(
-            project="megabus",
-            name=self.run_dir.name,
-            dir=str(self.run_dir),
-            mode=mode,
-            config=config.model_dump(),
-        )
+        try:
+            return wandb.init(
+                project="megabus",
+                name=self.run_dir.name,
+                dir=str(self.run_dir),
+                mode=mode,
+                config=config.model_dump(),
+            )
+        except wandb.errors.Error as error:
+            raise UserError("log.wandb", mode, f"does not start ({error})", "log in, or set offline") from error
 
     def _tensorboard(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter

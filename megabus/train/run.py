@@ -40,8 +40,7 @@ class Run:
     tokens: int = 0
     position: int = 0
     flops: float = 0.0
-    stage_tokens: int = 0
-    stage_flops: float = 0.0
+    stage_start: tuple[int, float] = (0, 0.0)  # tokens and FLOPs at which the present stage began
     view: KappaView | None = None
     pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))  # (clock, share)
 
@@ -69,20 +68,19 @@ def start(config: RunConfig) -> Run:
         corpora = Corpora(config, stages)
         kappa = _kappa_settings(config)
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
-        if dist.get_rank() == 0:
-            _make_run_dir(config)
+        metrics = _open_sinks(config) if dist.get_rank() == 0 else None
     engine = Engine(config, stages[0])
     engine.write(initial_fragments(engine, config.train.seed))
     run = Run(config, stages, corpora, engine, monitor=None, metrics=None)
-    if dist.get_rank() == 0:
-        run.metrics, run.monitor = Metrics(config), KappaMonitor(kappa)
+    if metrics is not None:
+        run.metrics, run.monitor = metrics, KappaMonitor(kappa)
         run.metrics.write("start", run.totals | {"sizes": sizes(run.stage), "layout": str(run.stage.layout)})
         print(f"{len(stages)} stage(s), first: {describe(run.stage)}, {count_parameters(run.stage.model):,} parameters")
         watch_stage(run)
     return run
 
 
-def _make_run_dir(config: RunConfig) -> None:
+def _open_sinks(config: RunConfig) -> Metrics:
     path = Path(config.run_dir)
     if (path / "metrics.jsonl").exists():
         raise UserError("run_dir", path, "holds a run already", "choose another run_dir, or remove that one")
@@ -91,6 +89,7 @@ def _make_run_dir(config: RunConfig) -> None:
         (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
         raise UserError("run_dir", path, f"cannot be written ({error.strerror})", "choose a writable place") from error
+    return Metrics(config)
 
 
 def _kappa_settings(config: RunConfig) -> KappaSettings:
@@ -99,7 +98,7 @@ def _kappa_settings(config: RunConfig) -> KappaSettings:
         "constant": {"loss": trigger.constant},
         "scaling_law": trigger.scaling_law.model_dump(),
         "reference": {"table": trigger.reference},
-        "fit": {},
+        "fit": {"min_points": trigger.min_evals},
     }[trigger.predictor]
     return KappaSettings(
         kappa=trigger.kappa,
@@ -118,7 +117,7 @@ def initial_fragments(engine: Engine, seed: int) -> Fragments:
     for piece in engine.placement.owned(engine.mesh.rank):
         width = engine.placement.width(piece.name)
         first, last = piece.start // width, -(-piece.stop // width)
-        rows = initial_rows(engine.stage.model, piece.name, seed, first, last).reshape(-1)
+        rows = initial_rows(engine.stage.model, piece.name, seed, first, last, engine.device).reshape(-1)
         offset = piece.start - first * width
         fragments[piece] = {"weight": rows[offset : offset + len(piece)]}
     return fragments

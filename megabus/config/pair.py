@@ -1,0 +1,38 @@
+"""What a larger model must have in common with the one it grows from."""
+
+from __future__ import annotations
+
+from megabus.config.schema import ModelConfig
+from megabus.errors import UserError
+
+SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
+KEPT = ("kind", "vocab_size", "head_dim", "rope_theta", "alpha_init", "norm_eps")
+
+
+def check_pair(old: ModelConfig, new: ModelConfig, key: str) -> None:
+    """Raise `UserError` unless `old` can grow into `new`; `key` is what the names of `new`'s keys begin with."""
+    for name in KEPT:
+        if getattr(old, name) != getattr(new, name):
+            problem = f"changes from {getattr(old, name)}, and growth keeps it"
+            raise UserError(key + name, getattr(new, name), problem, "keep the old value")
+    for name in SIZES:
+        before, after = (m.kv_heads if name == "n_kv_heads" else getattr(m, name) for m in (old, new))
+        if after < before:
+            raise UserError(key + name, after, f"shrinks from {before}", "stages only grow: give at least that")
+    divides(key + "n_heads", new.n_heads, "n_kv_heads", new.kv_heads)
+    old_group, new_group = old.n_heads // old.kv_heads, new.n_heads // new.kv_heads
+    if new_group < old_group:
+        problem = f"does not keep {old_group} or more query heads with each key/value head"
+        raise UserError(key + "n_kv_heads", new.kv_heads, problem, "grow n_heads and n_kv_heads together")
+    # Most copies of a write row: of a query head those of its key head times those within its group.
+    heads = -(-new.kv_heads // old.kv_heads) * -(-new_group // old_group)
+    for name, copies in (("n_heads", heads), ("d_ff", -(-new.d_ff // old.d_ff))):
+        if copies > new.d_model:
+            problem = f"makes {copies} copies of a vector, more than fit in d_model = {new.d_model}"
+            raise UserError(key + name, getattr(new, name), problem, "grow in smaller steps")
+
+
+def divides(key: str, value: int, by_key: str, by: int) -> None:
+    """Raise `UserError` unless `by` divides `value`."""
+    if value % by:
+        raise UserError(key, value, f"is not divisible by {by_key} = {by}", f"choose a multiple of {by}")
