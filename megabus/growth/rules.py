@@ -21,7 +21,7 @@ from megabus.model.decoder import param_specs
 from megabus.model.params import ParamSpec
 from megabus.parallel.fragments import Kind
 
-BLOCK_ELEMENTS = 1 << 20  # rows are grown in blocks of about this many entries, to bound fp64 temporaries
+BLOCK_ELEMENTS = 1 << 18  # rows are grown in blocks of about this many entries: fp64 temporaries stay small
 
 
 @dataclass(frozen=True)

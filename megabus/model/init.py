@@ -10,7 +10,7 @@ from megabus.config.schema import ModelConfig
 from megabus.model.decoder import Decoder, param_specs
 from megabus.model.params import axis_sizes
 
-BLOCK_ELEMENTS = 1 << 16  # rows are drawn in blocks of about this many entries: temporaries stay in the cache
+BLOCK_ELEMENTS = 1 << 18  # rows are drawn in blocks of about this many entries: temporaries stay near the cache
 
 
 def initial_rows(
