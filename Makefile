@@ -13,10 +13,10 @@ unexport PYTHONPATH
 
 .PHONY: help demo test check parity format clean
 help:
-	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes (minutes, CPU is enough)"
+	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes; replaces runs/demo"
 	@echo "make test    install what tests need, and run them"
 	@echo "make check   lint and types"
-	@echo "make parity  print the table of every layout against one process"
+	@echo "make parity  print the table of every layout against one process (2 minutes)"
 	@echo "make clean   remove the demo's run, text and the virtual environment"
 
 demo: $(VENV)/.installed data/demo/shakespeare-train.bin
@@ -47,6 +47,7 @@ data/demo/shakespeare-train.bin: | $(VENV)/.installed
 # A CPU build of torch where there is no GPU and one can be had; the default build works everywhere.
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch $(TORCH) and the other packages (some minutes) ..."
 	@index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
 	 if nvidia-smi -L >/dev/null 2>&1; then $(PIP) $$index "torch==$(TORCH)"; \
 	 elif ! $(PIP) $$index "torch==$(TORCH)+cpu" 2>/dev/null; then \

@@ -339,7 +339,7 @@ def test_corpora_of_different_tokenizers_do_not_blend(tmp_path):
     prefixes = [write_counting(tmp_path / name, 100) for name in "ab"]
     for prefix, sha256 in zip(prefixes, ("ab", "cd"), strict=True):
         write_meta(prefix, tokenizer_sha256=sha256)
-    with pytest.raises(UserError, match="different tokenizers"):
+    with pytest.raises(UserError, match="the same tokenizer"):
         TokenSource([(prefix, 1.0) for prefix in prefixes], 32, 0, 5000)
 
 

@@ -191,7 +191,9 @@ def test_a_wrong_configuration_imports_no_torch(config: Path) -> None:
 
 def test_missing_data(config: Path, tmp_path: Path) -> None:
     ranks = launch_forked("--config", config, "data.valid=nowhere/text")
-    assert the_error(ranks).startswith("error: data = nowhere/text.bin: the file does not exist; check the prefix")
+    assert the_error(ranks).startswith(
+        "error: data.train = nowhere/text.bin: the file does not exist; check the prefix"
+    )
     assert tree(tmp_path).keys() == {"config.yaml"}
 
 
@@ -206,7 +208,7 @@ def test_truncated_data(config: Path, tmp_path: Path, suffix: str) -> None:
     truncate(tmp_path / f"cut.{suffix}")
     before = tree(tmp_path)
     line = the_error(launch_forked("--config", config, f"data.train={prefix}"))
-    assert line.startswith(f"error: data = {prefix}.{suffix}: ")
+    assert line.startswith(f"error: data.train = {prefix}.{suffix}: ")
     assert line.endswith("; run tools/preprocess.py again")
     assert tree(tmp_path) == before
 
@@ -216,7 +218,7 @@ def test_another_vocabulary(config: Path, tmp_path: Path, layout: str) -> None:
     prefix = write_corpus(tmp_path / "other", vocab_size=100)
     before = tree(tmp_path)
     line = the_error(launch_forked("--config", config, f"data.train={prefix}", f"layout.{layout}"))
-    told = f"error: data = {prefix}: was made with vocab_size 100, the model has 67; set the model's vocab_size"
+    told = f"error: data.train = {prefix}: was made with vocab_size 100, the model has 67; set the model's vocab_size"
     assert line.startswith(told)
     assert tree(tmp_path) == before
 
@@ -224,19 +226,26 @@ def test_another_vocabulary(config: Path, tmp_path: Path, layout: str) -> None:
 def test_a_corpus_shorter_than_a_sample(config: Path, tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "short", n_tokens=16)
     line = the_error(launch_forked("--config", config, f"data.train={prefix}"))
-    assert line.startswith(f"error: data = {prefix}: has 16 tokens, one sample takes 17; add text or shorten")
+    assert line.startswith(f"error: data.train = {prefix}: has 16 tokens, one sample takes 17; add text or shorten")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_exists_is_left_alone(config: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").write_text('{"event": "start", "step": 0}\n')
-    (run / "config.yaml").write_text("theirs")
+    """A finished run is refused; what an unfinished one has written is set aside, and nothing of it is lost."""
+    run, theirs = tmp_path / "run", {"metrics": '{"event": "start", "step": 0}\n', "config": "theirs"}
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(theirs["metrics"])
+    (run / "config.yaml").write_text(theirs["config"])
     before = tree(tmp_path)
     line = the_error(launch_forked("--config", config))
-    assert line.startswith(f"error: run_dir = {run}: ")
+    assert line.startswith(f"error: run_dir = {run}: holds a finished run")
     assert tree(tmp_path) == before
+    (run / "checkpoint").rmdir()
+    ranks = launch_forked("--config", config, "train.max_steps=1", "growth.stages=[]", "growth.max_tokens=null")
+    assert all(rank.code == 0 for rank in ranks)
+    assert (run / "metrics-1.jsonl").read_text() == theirs["metrics"]
+    assert (run / "config-1.yaml").read_text() == theirs["config"]
+    assert (run / "checkpoint").is_dir()
 
 
 def test_a_run_dir_that_cannot_be(config: Path, tmp_path: Path) -> None:
@@ -256,7 +265,7 @@ def test_data_that_one_rank_alone_cannot_read(config: Path, tmp_path: Path) -> N
     there.mkdir()
     write_corpus(here / "text")
     ranks = launch_forked("--config", config, "data.train=text", folders=(here, there))
-    assert the_error(ranks).startswith("error: data = text.bin: the file does not exist")
+    assert the_error(ranks).startswith("error: data.train = text.bin: the file does not exist")
     assert not (tmp_path / "run").exists()
 
 

@@ -175,7 +175,7 @@ metrics.close()
     elsewhere = {f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT")}
     quiet = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false"}
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # whatever should be sent would not arrive
-    tree = run_config(run, wandb="offline").model_dump_json()
+    tree = run_config(run, wandb=True).model_dump_json()
     ended = subprocess.run(
         [sys.executable, "-c", script, tree, json.dumps(STEP)],
         capture_output=True,

@@ -185,7 +185,7 @@ def test_command_line(tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG")
     failed = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env={})
     assert failed.returncode != 0
-    assert failed.stderr.startswith("run_dir = ")
+    assert failed.stderr.startswith("error: run_dir = ")
 
 
 def test_training_needs_no_matplotlib():

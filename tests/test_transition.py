@@ -260,6 +260,7 @@ def test_negative_control_a_shifted_map_is_seen():
 
 
 def _footprint():
+    from deepspeed.runtime.engine import DeepSpeedEngine
     from torch.distributed.distributed_c10d import _world
 
     gc.collect()
@@ -270,6 +271,8 @@ def _footprint():
         "python_threads": threading.active_count(),
         "files": process.num_fds(),
         "memory": process.memory_info().rss,
+        "objects": len(gc.get_objects()),
+        "engines": sum(isinstance(thing, DeepSpeedEngine) for thing in gc.get_objects()),
     }
 
 
@@ -293,12 +296,17 @@ def _twenty_growths(config, fault=None):
     return seen
 
 
-def test_twenty_growths_leak_nothing():
-    """Two layouts in turn: from the second round on, no group, thread or file more; memory level."""
-    layouts = [Layout(2, 2, 1), Layout(1, 2, 2)]
+@pytest.mark.parametrize(
+    "layouts", [[Layout(2, 2, 1), Layout(1, 2, 2)], [Layout(2, 1, 2), Layout(1, 1, 4)]], ids=["pipeline", "plain"]
+)
+def test_twenty_growths_leak_nothing(layouts):
+    """Two layouts in turn: from the second round on, no group, thread, file or object more; memory level."""
     for rank in run_ranks(4, _twenty_growths, growth_config([{}], layouts), timeout=300):
         for what in ("groups", "threads", "python_threads", "files"):
-            assert rank[-1][what] == rank[3][what], what
+            assert rank[-1][what] <= rank[3][what], what
+        # Objects, not bytes: what the allocator keeps depends on the machine.
+        assert rank[-1]["engines"] == 1
+        assert rank[-1]["objects"] - rank[3]["objects"] < 200
         assert rank[-1]["memory"] - rank[3]["memory"] < 8 * 2**20
 
 

@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{run_dir}\n{summary_table(run_dir)}\n")
         print(plot_loss(args.run_dirs, args.out, args.x, args.log_x))
     except UserError as error:
-        sys.exit(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megabus.checkpoint.save import INDEX
 from megabus.config import ModelConfig
 from megabus.errors import UserError
 from megabus.model.decoder import Decoder, param_specs
 from megabus.model.params import global_shape
+
+INDEX = "model.safetensors.index.json"
 
 
 def load(checkpoint_dir: str | Path) -> Decoder:

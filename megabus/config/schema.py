@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
@@ -66,6 +67,10 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
 
+    def grown(self, **sizes: int) -> ModelConfig:
+        """This model with larger sizes, validated. Raises pydantic's ValidationError for what is none."""
+        return ModelConfig.model_validate(self.model_dump() | sizes)
+
 
 class LayoutConfig(Section):
     """Degrees of tensor, pipeline and data parallelism; dp is what is left of the world when left out."""
@@ -95,8 +100,8 @@ class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, a function of the share of the budget that is spent."""
 
     lr: Positive
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
     eps: Positive = 1e-8
     weight_decay: NonNegative = Field(0.0, description="on matrices only; ngpt has none")
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
@@ -142,7 +147,7 @@ class KappaConfig(Section):
     scaling_law: ScalingLaw = ScalingLaw()
     reference: list[tuple[Positive, float]] | None = Field(None, description="[parameters, final loss] rows")
     start: Literal["stage", "run"] = "stage"
-    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="EMA of validation losses")
+    smoothing: Decay = Field(0.0, description="EMA of validation losses")
     patience: Count = Field(1, description="evaluations in a row that must meet the target")
     max_std: Positive = Field(0.25, description="vaguest prediction to act on, as a share of start - mp")
     min_evals: Count = Field(8, description="evaluations a stage must see before kappa may trigger (fit: 5 or more)")
@@ -193,7 +198,8 @@ class EvalConfig(Section):
 class LogConfig(Section):
     every: Count = 10
     unit_norm_every: Count = Field(10, description="steps between measurements of the masters' unit rows")
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: bool = False
+    wandb_mode: Literal["offline", "online"] = "offline"
     tensorboard: bool = False
     peak_tflops: Positive | None = Field(None, description="of one device, for MFU; known for common GPUs")
 

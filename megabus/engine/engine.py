@@ -163,9 +163,11 @@ class Engine:
     def optimizer_step(self) -> int:
         return optimizer_step_count(self.deepspeed)
 
-    def unit_error(self) -> float:
-        """Largest | |row| - 1 | over all unit rows of the world's masters (0 for a model that has none)."""
-        worst = torch.zeros((), device=self.device) if self.unit_rows is None else self.unit_rows.error()
+    def unit_error(self) -> float | None:
+        """Largest | |row| - 1 | over all unit rows of the world's masters; None for a model that has none."""
+        if self.unit_rows is None:
+            return None
+        worst = self.unit_rows.error()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return float(worst)
 
@@ -185,6 +187,10 @@ class Engine:
         if self.unit_rows is not None:
             self.unit_rows.remove()
         self.deepspeed.destroy()
+        if isinstance(self.module, PipelineModule):
+            # The last loss's graph holds hooks that hold the engine: a cycle through C++, which gc cannot see.
+            for name in ("loss", "total_loss", "fwd_outputs", "pipe_buffers"):
+                setattr(self.deepspeed, name, None)
         del self.deepspeed, self.module, self.unit_rows
         gc.collect()
         if torch.cuda.is_available():

@@ -19,6 +19,8 @@ def prepare_environment() -> None:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if os.environ["WORLD_SIZE"] == "1":  # without a launcher: any free port, so that several runs can go on at once
+        os.environ.setdefault("MASTER_PORT", "0")
     os.environ.setdefault("MASTER_PORT", "29500")
 
 
@@ -60,7 +62,12 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if gpu else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        problem = f"the ranks cannot meet there ({str(error).splitlines()[0]})"
+        raise UserError("MASTER_ADDR:MASTER_PORT", address, problem, "name a free port to the launcher") from error
     reuse_process_groups()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from megabus.config.pair import check_pair
@@ -17,8 +19,8 @@ from megabus.parallel.fragments import Kind
 
 def grow_state(
     state: Mapping[str, Tensor],
-    old_config: ModelConfig,
-    new_config: ModelConfig,
+    old_config: ModelConfig | Mapping[str, Any],
+    new_config: ModelConfig | Mapping[str, Any],
     seed: int,
     growth: GrowthConfig | None = None,
     kind: Kind = "weight",
@@ -29,7 +31,11 @@ def grow_state(
     kind: `weight`, or the Adam moment that the tensors are. Returns tensors of the state's dtype and device.
     Raises `UserError` if a size shrinks, a tensor is missing or of another shape.
     """
+    old_config, new_config = _validated(old_config, "old_config."), _validated(new_config, "new_config.")
     check_pair(old_config, new_config, "new_config.")
+    unknown = sorted(set(state) - set(param_specs(old_config)))
+    if unknown:
+        raise UserError("state", ", ".join(unknown), "the old config has no such tensors", "pass the matching config")
     for name, spec in param_specs(old_config).items():
         shape = global_shape(spec, old_config)
         if name not in state or tuple(state[name].shape) != shape:
@@ -42,3 +48,12 @@ def grow_state(
         rows = axis_sizes(new_config)[spec.rows]
         grown[name] = grow_rows(job, name, kind, 0, rows, old.__getitem__)
     return grown
+
+
+def _validated(config: ModelConfig | Mapping[str, Any], key: str) -> ModelConfig:
+    """Also what pydantic's model_copy let through: unknown names, values of other types."""
+    try:
+        return ModelConfig.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(key + ".".join(map(str, first["loc"])), first["input"], first["msg"], "mend it") from None

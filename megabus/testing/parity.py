@@ -124,13 +124,13 @@ def engine_job(config: RunConfig) -> dict[str, Any]:
                 grads[piece] = stepping[id(flat)][part].clone()
 
     hook = inner_optimizer(engine.deepspeed).register_step_pre_hook(keep_grads)
-    losses, norms, unit_error = [], [], engine.unit_error()
+    losses, norms, unit_error = [], [], engine.unit_error() or 0.0
     for step in range(STEPS):
         result = engine.train_step(rank_batches(engine, batch_of(config, step)), config.optimizer.lr)
         hook.remove()  # the first step's gradients only
         losses.append(result.loss)
         norms.append(result.grad_norm)
-        unit_error = worst((unit_error, engine.unit_error()))
+        unit_error = worst((unit_error, engine.unit_error() or 0.0))
     masters = {piece: tensors["weight"].clone() for piece, tensors in engine.read().items()}
     engine.close()
     return {

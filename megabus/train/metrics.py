@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
@@ -17,13 +17,12 @@ class Metrics:
 
     def __init__(self, config: RunConfig) -> None:
         self.run_dir = Path(config.run_dir)
-        mode = config.log.wandb
-        self.wandb = self._wandb(config, mode) if mode != "off" else None
+        self.wandb = self._wandb(config) if config.log.wandb else None
         self.tensorboard = self._tensorboard() if config.log.tensorboard else None
         # Last: the file marks the directory as a run's.
         self.file: IO[str] = (self.run_dir / "metrics.jsonl").open("w", encoding="utf-8")
 
-    def _wandb(self, config: RunConfig, mode: Literal["offline", "online"]) -> Any:
+    def _wandb(self, config: RunConfig) -> Any:
         import wandb
 
         try:
@@ -31,11 +30,13 @@ class Metrics:
                 project="megabus",
                 name=self.run_dir.name,
                 dir=str(self.run_dir),
-                mode=mode,
+                mode=config.log.wandb_mode,
                 config=config.model_dump(),
             )
         except wandb.errors.Error as error:
-            raise UserError("log.wandb", mode, f"does not start ({error})", "log in, or set offline") from error
+            raise UserError(
+                "log.wandb_mode", config.log.wandb_mode, f"does not start ({error})", "log in, or set offline"
+            ) from error
 
     def _tensorboard(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter

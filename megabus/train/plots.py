@@ -92,11 +92,14 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
         labels = []
         for i, (run_dir, rows) in enumerate(zip(run_dirs, runs, strict=True)):
             colour = _COLOURS[i % len(_COLOURS)]
-            _draw_run(axes, rows, Path(run_dir).resolve().name, colour, x)
+            _draw_run(axes, rows, Path(run_dir).resolve().name, colour, x, log_x)
             labels += [(at, text, colour) for at, text in _growths(rows, x)]
         _dress(axes, runs, x, log_x)
         _lay_labels(figure, axes, labels)
-        figure.savefig(out_png)
+        try:
+            figure.savefig(out_png)
+        except (OSError, ValueError) as error:
+            raise UserError("picture", out_png, f"cannot be written ({error})", "name a writable .png") from error
     return Path(out_png)
 
 
@@ -127,8 +130,8 @@ def _series(rows: Sequence[Row], event: str, x: XAxis) -> tuple[list[float], lis
     return [at for at, _ in pairs], [loss for _, loss in pairs]
 
 
-def _draw_run(axes: Axes, rows: Sequence[Row], name: str, colour: str, x: XAxis) -> None:
-    train, valid = _series(rows, "step", x), _series(rows, "eval", x)
+def _draw_run(axes: Axes, rows: Sequence[Row], name: str, colour: str, x: XAxis, log_x: bool) -> None:
+    train, valid = (_series([row for row in rows if row["step"] > 0 or not log_x], e, x) for e in ("step", "eval"))
     axes.plot(*train, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
     every = max(1, len(valid[0]) // 40)  # a point on each of hundreds of evaluations would be a thick line
     label = f"{name}  {valid[1][-1]:.3f}" if valid[1] else name

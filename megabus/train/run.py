@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from megabus.checkpoint.save import save_model
 from megabus.config import RunConfig, Stage, resolve_stages
+from megabus.data.sources import open_sources
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
@@ -23,6 +25,8 @@ from megabus.train.corpora import Corpora
 from megabus.train.flops import count_parameters
 from megabus.train.metrics import Metrics, describe
 from megabus.train.schedule import spent_share
+
+CHECKPOINT = "checkpoint"  # of the final state, in the run's directory
 
 
 @dataclass
@@ -65,7 +69,7 @@ def start(config: RunConfig) -> Run:
     """Check everything that can be checked, then build the first stage with its initial weights."""
     with agreement():
         stages = resolve_stages(config, dist.get_world_size())
-        corpora = Corpora(config, stages)
+        corpora = Corpora(open_sources(config, stages))
         kappa = _kappa_settings(config)
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = _open_sinks(config) if dist.get_rank() == 0 else None
@@ -82,14 +86,23 @@ def start(config: RunConfig) -> Run:
 
 def _open_sinks(config: RunConfig) -> Metrics:
     path = Path(config.run_dir)
-    if (path / "metrics.jsonl").exists():
-        raise UserError("run_dir", path, "holds a run already", "choose another run_dir, or remove that one")
+    if (path / CHECKPOINT).exists():
+        raise UserError("run_dir", path, "holds a finished run", "choose another run_dir, or remove that one")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _set_aside(path / "metrics.jsonl")
+        _set_aside(path / "config.yaml")
         (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
         raise UserError("run_dir", path, f"cannot be written ({error.strerror})", "choose a writable place") from error
     return Metrics(config)
+
+
+def _set_aside(file: Path) -> None:
+    """Keep what a run that did not finish has left, under the first free name."""
+    if file.exists():
+        names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in count(1))
+        file.rename(next(name for name in names if not name.exists()))
 
 
 def _kappa_settings(config: RunConfig) -> KappaSettings:
@@ -152,7 +165,7 @@ def sizes(stage: Stage) -> dict[str, int]:
 
 def finish(run: Run) -> Path:
     """Save the canonical state and close everything."""
-    folder = Path(run.config.run_dir) / "checkpoint"
+    folder = Path(run.config.run_dir) / CHECKPOINT
     save_model(run.engine, run.config, folder, run.totals)
     if run.metrics is not None:
         run.metrics.close()

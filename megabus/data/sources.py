@@ -1,0 +1,67 @@
+"""The corpora of a run, opened and checked against its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+
+from megabus.config import RunConfig, Stage
+from megabus.data.batches import TokenSource, check_one_tokenizer
+from megabus.data.tokenizer import Tokenizer
+from megabus.errors import UserError
+
+VALID_SEED = 0  # of the order in which validation chunks are taken: no run's seed changes it
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The training blend, the validation corpus, and how many tokens of it every validation takes."""
+
+    train: TokenSource
+    valid: TokenSource
+    valid_tokens: int
+
+
+def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
+    """Raises `UserError` for missing, truncated or too short files and for another vocabulary or tokenizer."""
+    longest = max(stage.seq_len for stage in stages)
+    vocab = config.model.vocab_size
+    with _named("data.train"):
+        train = TokenSource(config.data.train_corpora, longest, config.train.seed, vocab)
+    with _named("data.valid"):
+        valid = TokenSource([(config.data.valid, 1.0)], longest, VALID_SEED, vocab)
+    check_one_tokenizer(train.tokenizers | valid.tokenizers | _tokenizer(config))
+    # All stages are measured on the very same tokens: their number must divide into every stage's sequences, micro
+    # batches and ranks.
+    unit = longest * lcm(*(stage.micro_batch_size * stage.layout.dp for stage in stages))
+    valid_tokens = -(-config.eval.tokens // unit) * unit
+    if valid_tokens > valid.n_tokens:
+        problem = f"in whole batches of all stages that is {valid_tokens}, and {config.data.valid} has {valid.n_tokens}"
+        raise UserError("eval.tokens", config.eval.tokens, problem, "lower it or the batches, or add text")
+    return Sources(train, valid, valid_tokens)
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Errors of a corpus name the key that it stands under."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(key, error.value, error.problem, error.remedy) from error
+
+
+def _tokenizer(config: RunConfig) -> dict[str, str]:
+    """The tokenizer that goes with the checkpoint, by its sha256."""
+    path = config.data.tokenizer
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise UserError("data.tokenizer", path, "no such file", "give the SentencePiece model that made the data")
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        problem = f"has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}"
+        raise UserError("data.tokenizer", path, problem, "make the two equal")
+    return {tokenizer.sha256: path}
