@@ -192,7 +192,7 @@ def test_a_wrong_configuration_imports_no_torch(config: Path) -> None:
 def test_missing_data(config: Path, tmp_path: Path) -> None:
     ranks = launch_forked("--config", config, "data.valid=nowhere/text")
     assert the_error(ranks).startswith(
-        "error: data.train = nowhere/text.bin: the file does not exist; check the prefix"
+        "error: data.valid = nowhere/text.bin: the file does not exist; check the prefix"
     )
     assert tree(tmp_path).keys() == {"config.yaml"}
 
@@ -359,5 +359,5 @@ def test_plots_are_drawn_from_a_checkout(tmp_path: Path) -> None:
     """tools/plot.py needs neither an installed megabus nor a PYTHONPATH."""
     command = [sys.executable, str(ROOT / "tools/plot.py"), str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment())
-    assert ended.returncode == 1
-    assert ended.stderr.startswith(f"run_dir = {tmp_path}: holds no metrics.jsonl")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: run_dir = {tmp_path}: holds no metrics.jsonl")
