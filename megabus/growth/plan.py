@@ -72,7 +72,7 @@ class Plan:
         return heirs
 
     def waves(self, buffer_bytes: int, tensors: int) -> Iterator[list[Unit]]:
-        """Units in canonical order, in groups that fit a rank's message buffer for `tensors` tensors at once."""
+        """Units in canonical order, in groups of at most `buffer_bytes` of old entries, `tensors` tensors each."""
         wave: list[Unit] = []
         room = budget = max(1, buffer_bytes // (ELEMENT_BYTES * tensors))
         for name in self.old.specs:

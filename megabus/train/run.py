@@ -93,9 +93,9 @@ def _open_sinks(config: RunConfig) -> Metrics:
         _set_aside(path / "metrics.jsonl")
         _set_aside(path / "config.yaml")
         (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        return Metrics(config)
     except OSError as error:
         raise UserError("run_dir", path, f"cannot be written ({error.strerror})", "choose a writable place") from error
-    return Metrics(config)
 
 
 def _set_aside(file: Path) -> None:
