@@ -291,7 +291,8 @@ def _twenty_growths(config, fault=None):
             mesh.forget_process_groups()
         engine = grow_engine(engine, config, stages[number % 2]).engine
         _steps(engine, config, 1)
-        seen.append(_footprint())
+        if number in (3, 19):  # both layouts have been seen twice by then
+            seen.append(_footprint())
     engine.close()
     return seen
 
@@ -303,14 +304,14 @@ def test_twenty_growths_leak_nothing(layouts):
     """Two layouts in turn: from the second round on, no group, thread, file or object more; memory level."""
     for rank in run_ranks(4, _twenty_growths, growth_config([{}], layouts), timeout=300):
         for what in ("groups", "threads", "python_threads", "files"):
-            assert rank[-1][what] <= rank[3][what], what
+            assert rank[-1][what] <= rank[0][what], what
         # Objects, not bytes: what the allocator keeps depends on the machine.
         assert rank[-1]["engines"] == 1
-        assert rank[-1]["objects"] - rank[3]["objects"] < 200
-        assert rank[-1]["memory"] - rank[3]["memory"] < 8 * 2**20
+        assert rank[-1]["objects"] - rank[0]["objects"] < 200
+        assert rank[-1]["memory"] - rank[0]["memory"] < 8 * 2**20
 
 
 def test_negative_control_groups_leak_when_not_reused():
     layouts = [Layout(1, 2, 1), Layout(1, 1, 2)]
     for rank in run_ranks(2, _twenty_growths, growth_config([{}], layouts), "new groups", timeout=300):
-        assert rank[-1]["groups"] > rank[3]["groups"] + 16
+        assert rank[-1]["groups"] > rank[0]["groups"] + 16
