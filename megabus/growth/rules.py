@@ -65,12 +65,15 @@ def grow_rows(
         block = AxisMap(rows.parent[part], rows.copy[part], rows.copies[part])
         fetched = fetch(block.parent)
         old = fetched.double()
-        grown = (_weight if kind == "weight" else _moment)(growth, spec, kind, old, block, low)
+        if kind == "weight":
+            grown = _weight(growth, spec, old, block, low)
+        else:
+            grown = _moment(growth, spec, kind, old, block, low)
         blocks.append(grown.to(fetched.dtype))
     return torch.cat(blocks)
 
 
-def _weight(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: AxisMap, low: int) -> Tensor:
+def _weight(growth: Growth, spec: ParamSpec, old: Tensor, rows: AxisMap, low: int) -> Tensor:
     gate = growth.layer_source(spec).gate(growth.how.depth) if spec.gate else 1.0
     if spec.is_matrix:
         grown = _embed(growth, old, power=1)

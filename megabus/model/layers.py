@@ -48,7 +48,7 @@ class Embedding(nn.Module):
 
     def __init__(self, declare: Declare, *, unit: bool, std: float) -> None:
         super().__init__()
-        self.weight = declare("vocab", "embed", role="read", unit=unit, init=std)
+        self.weight = declare("vocab", "embed", role="read", unit=unit, init=std, lookup=True)
         self.tp = declare.tp
         self.rows = shard_rows(spec_of(self.weight), declare.model, self.tp.size, self.tp.rank)
 

@@ -30,6 +30,7 @@ class ParamSpec:
     init: a gain's raw initial value, or the standard deviation of a matrix's entries (before normalisation).
     multiplier: a gain acts as raw * multiplier (nGPT's init/scale); growth preserves that product.
     gate: what silences this layer when 0 (a zero gate makes the layer the identity).
+    lookup: rows are picked, not multiplied with h, and so cost no FLOPs.
     divides: this gain makes up for cloned write rows under `write: clone|noise` (HyperCloning's 1/c).
     name, layer: canonical name such as `layers.7.attn.out`, the same under every layout, and its layer's number.
     """
@@ -40,6 +41,7 @@ class ParamSpec:
     init: float = 1.0
     multiplier: float = 1.0
     gate: bool = False
+    lookup: bool = False
     divides: bool = False
     name: str = ""
     layer: int | None = None
