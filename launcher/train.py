@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,17 +37,20 @@ def main() -> int:
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
     resolve_stages(config, int(os.environ["WORLD_SIZE"]))  # bad input ends here, before anything heavy is imported
-    start_distributed()
+    # Later than the watchdog, which shows where the ranks hang.
+    start_distributed(timedelta(seconds=config.faults.hang_timeout + 60))
     from megabus.train.loop import train
 
-    folder = train(config)
-    if os.environ["RANK"] == "0":
+    outcome = train(config)
+    if os.environ["RANK"] == "0" and outcome.stopped:
+        print(f"stopped and saved: {outcome.checkpoint}; the same command goes on from there")
+    elif os.environ["RANK"] == "0":
         from megabus.train.plots import plot_loss, summary_table
 
         picture = plot_loss([config.run_dir], Path(config.run_dir) / "loss.png")
-        print(f"\n{summary_table(config.run_dir)}\n\nplot:       {picture}\ncheckpoint: {folder}")
+        print(f"\n{summary_table(config.run_dir)}\n\nplot:       {picture}\ncheckpoint: {outcome.checkpoint}")
     stop_distributed()
-    return 0
+    return config.faults.stop_exit_code if outcome.stopped else 0
 
 
 def run() -> int:

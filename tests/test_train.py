@@ -64,7 +64,7 @@ def run_config(corpus, run_dir, layouts, **changes):
 def _train(config):
     from megabus.train.loop import train
 
-    return str(train(config))
+    return str(train(config).checkpoint)
 
 
 def rows_of(config, event):
@@ -110,7 +110,7 @@ def test_a_growing_run_does_not_depend_on_the_layout(runs):
     for a, b in zip(one, four, strict=True):
         assert (a["step"], a["tokens"], a["stage"], a["lr"]) == (b["step"], b["tokens"], b["stage"], b["lr"])
         assert abs(a["loss"] - b["loss"]) <= 1e-5
-    models = [megabus.load(f"{runs[name].run_dir}/checkpoint") for name in ("one", "four")]
+    models = [megabus.load(f"{runs[name].run_dir}") for name in ("one", "four")]
     tokens = torch.randint(VOCAB, (2, 32), generator=torch.Generator().manual_seed(0))
     assert (models[0](tokens) - models[1](tokens)).abs().max() <= 1e-3
     assert one[-1]["loss"] < one[0]["loss"] - 0.2  # it learned
@@ -119,7 +119,7 @@ def test_a_growing_run_does_not_depend_on_the_layout(runs):
 def test_the_checkpoint_is_the_model_that_was_validated(runs, corpus):
     """`megabus.load` gives, in one plain process, the last validation loss that the run logged."""
     config = runs["four"]
-    model = megabus.load(f"{config.run_dir}/checkpoint")
+    model = megabus.load(f"{config.run_dir}")
     assert (model.config.d_model, model.config.n_layers, model.config.n_heads) == (52, 5, 3)
     source = TokenSource([(str(corpus / "valid"), 1.0)], 32, 0, VOCAB)
     logged = rows_of(config, "eval")[-1]["loss"]
@@ -169,7 +169,7 @@ def test_a_nan_on_one_rank_stops_all(corpus, tmp_path, layout):
     config = run_config(corpus, tmp_path / "nan", [layout, {"tp": 1}, {"tp": 1}])
     messages = run_ranks(2, _nan_job, config)
     assert messages[0] == messages[1]
-    assert not (tmp_path / "nan" / "checkpoint").exists()
+    assert not (tmp_path / "nan/checkpoints").exists()
 
 
 def _meets_bad_token(config, bad_rank):

@@ -1,1 +1,1 @@
-"""The canonical state on disk: full tensors under canonical names, in safetensors files with a JSON index."""
+"""Checkpoints on disk: sharded, atomic, verified, and readable by any layout."""

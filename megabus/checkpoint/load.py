@@ -1,69 +1,56 @@
-"""Load a saved model into this process, whatever layout it was trained under."""
+"""Load a checkpoint's model into this process, whatever layout it was trained under."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-import yaml
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megabus.config import ModelConfig
+from megabus.checkpoint.manifest import check_file, read_manifest
+from megabus.checkpoint.shards import read_shards
+from megabus.checkpoint.state import read_state
+from megabus.checkpoint.store import checkpoints_of, complete, step_of
+from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
-from megabus.model.decoder import Decoder, param_specs
+from megabus.model.decoder import Decoder
 from megabus.model.params import global_shape
+from megabus.parallel.placement import Piece, Placement
 
-INDEX = "model.safetensors.index.json"
 
+def load(path: str | Path) -> Decoder:
+    """The model of a run, as it was last saved, or of one checkpoint: `runs/demo` or `runs/demo/checkpoints/step-...`.
 
-def load(checkpoint_dir: str | Path) -> Decoder:
-    """The model of a checkpoint directory: forward(tokens (B, T) int64) -> logits (B, T, vocab_size), fp32, CPU, eval.
-
-    Its `ModelConfig` is `model.config`. Raises `UserError` if the directory is no checkpoint or is damaged.
+    forward(tokens (B, T) int64) -> logits (B, T, vocab_size), fp32, CPU, eval. Its `ModelConfig` is `model.config`.
+    Raises `UserError` if there is no checkpoint or it is damaged.
     """
-    folder = Path(checkpoint_dir)
-    config = load_model_config(folder)
-    state = load_state(folder, config)
+    model_config, state = load_weights(checkpoint_at(path))
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(model_config)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def load_model_config(folder: Path) -> ModelConfig:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError("checkpoint", folder, "holds no config.yaml", "give a directory that a run has saved")
-    try:
-        return ModelConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))["model"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        problem = f"is damaged ({type(error).__name__})"
-        raise UserError("checkpoint", path, problem, "restore it from another copy") from error
+def checkpoint_at(path: str | Path) -> Path:
+    """The checkpoint that `path` is, or the newest of the run that it is."""
+    path = Path(path)
+    if step_of(path) is not None:
+        return path
+    folders = complete(checkpoints_of(path)) or complete(path)
+    if not folders:
+        raise UserError("checkpoint", path, "holds none", "give a run's directory or one of its checkpoints")
+    return folders[0]
 
 
-def load_state(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Canonical name -> full fp32 tensor, each checked against the shape that `config` declares."""
-    path = folder / INDEX
-    if not path.is_file():
-        raise UserError("checkpoint", folder, f"holds no {INDEX}", "give a directory that a run has saved")
-    try:
-        files = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
-        problem = f"is damaged ({type(error).__name__})"
-        raise UserError("checkpoint", path, problem, "restore it from another copy") from error
-    state = {}
-    for name, spec in param_specs(config).items():
-        if name not in files:
-            raise UserError("checkpoint", path, f"lacks {name}", "restore it from another copy")
-        file = folder / files[name]
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                state[name] = tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError("checkpoint", file, f"is damaged ({error})", "restore it from another copy") from error
-        if tuple(state[name].shape) != global_shape(spec, config):
-            problem = f"{name} has shape {tuple(state[name].shape)}, config.yaml says {global_shape(spec, config)}"
-            raise UserError("checkpoint", file, problem, "restore both from one copy")
-    return state
+def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The model's configuration, and canonical name -> full fp32 master. Every file that is read is verified first."""
+    saved, entries = read_state(folder), read_manifest(folder)
+    whole = Placement(saved.model, Layout(1, 1, 1))
+    flat = {Piece(name, 0, whole.numel(name)): torch.empty(whole.numel(name)) for name in whole.specs}
+    for entry in entries:
+        check_file(folder, entry)
+    placement = Placement(saved.model, saved.layout)
+    read_shards(folder, entries, placement, {piece: {"weight": t} for piece, t in flat.items()}, alone=True)
+    return saved.model, {
+        piece.name: values.view(global_shape(whole.specs[piece.name], saved.model)) for piece, values in flat.items()
+    }

@@ -1,128 +1,163 @@
-"""Save a running engine's fp32 masters as a plain directory that one process can load."""
+"""Save a running engine: copy its state aside, then write while training goes on."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from itertools import groupby
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
-import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megabus.checkpoint.load import INDEX
-from megabus.config import ModelConfig, RunConfig
-from megabus.data.indexed import sync_directory
-from megabus.engine.engine import Engine
+from megabus.checkpoint.manifest import Entry, settle
+from megabus.checkpoint.shards import write_shards
+from megabus.checkpoint.state import SavedState, write_state
+from megabus.checkpoint.store import begin, folder_of, partial_of, prune, publish
 from megabus.errors import UserError
-from megabus.model.params import global_shape
-from megabus.parallel.agree import raise_together
+from megabus.parallel.agree import agreement
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
 
+TOKENIZER = "tokenizer.model"
 
-def save_model(engine: Engine, config: RunConfig, folder: Path, progress: dict[str, Any]) -> None:
-    """Write `folder` (config.yaml, one safetensors file a layer, an index, the tokenizer). Collective.
 
-    Rank 0 gathers and writes one layer at a time, so no rank holds the whole model. The directory appears
-    complete, under its own name, or not at all.
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at a step boundary, on the CPU and nobody else's: what training does next does not change it."""
+
+    state: SavedState
+    placement: Placement
+    fragments: Fragments
+
+    @classmethod
+    def take(cls, state: SavedState, placement: Placement, live: Fragments) -> Snapshot:
+        copies: Fragments = {
+            piece: {kind: values.to("cpu", copy=True) for kind, values in tensors.items()}
+            for piece, tensors in live.items()
+        }
+        return cls(state, placement, copies)
+
+
+@dataclass
+class Save:
+    """One save, going on or ended. stall_s is what training waited for, write_s what the writing took; `bytes` of all
+    files together, on rank 0."""
+
+    step: int
+    stall_s: float = 0.0
+    write_s: float = 0.0
+    bytes: int = 0
+    folder: Path | None = None
+    error: UserError | None = None
+    crash: BaseException | None = None
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. Collective: every rank makes every call.
+
+    Background writing has a gloo group of its own, so its messages never meet training's.
     """
-    writer = _Writer(folder) if dist.get_rank() == 0 else None
-    fragments, specs = engine.read(), engine.placement.specs
-    for layer, names in groupby(specs, key=lambda name: specs[name].layer):
-        # Outside the layers the first name tells the group: embedding before, head after them.
-        members = list(names)
-        file = f"layer-{layer:04d}.safetensors" if layer is not None else f"{members[0].split('.')[0]}.safetensors"
-        tensors = {name: full for name in members if (full := gather(engine.placement, fragments, name)) is not None}
-        if writer is not None:
-            writer.save(file, tensors)
-    if writer is not None:
-        writer.publish(engine.stage.model, config, progress)
-    raise_together(None if writer is None else writer.error, engine.device)
 
+    def __init__(
+        self, root: Path, keep_last: int, keep_every: int | None, asynchronous: bool, tokenizer: str | None
+    ) -> None:
+        self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
+        self.asynchronous, self.tokenizer = asynchronous, tokenizer
+        self.group = dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._save: Save | None = None
 
-class _Writer:
-    """Rank 0's side: writes into `folder`.partial and renames it at the end. After an error it writes nothing more,
-    while the ranks go on delivering, so that all can be told at once."""
+    def start(self, state: SavedState, placement: Placement, live: Fragments) -> None:
+        """Begin a save; call `wait` first. Without `asynchronous` it has ended on return."""
+        assert self._save is None
+        begun = time.perf_counter()
+        save = self._save = Save(state.progress.step)
+        snapshot = Snapshot.take(state, placement, live)
+        self._thread = threading.Thread(target=self._run, args=(snapshot, save), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.asynchronous:
+            self._thread.join()
+        save.stall_s = time.perf_counter() - begun
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.partial = folder, folder.with_name(folder.name + ".partial")
-        self.files: dict[str, str] = {}
-        self.error: UserError | None = None
-        self._try(self._start)
+    def wait(self) -> Save | None:
+        """The save that was going on, ended; None if there was none."""
+        begun = time.perf_counter()
+        if self._thread is None or self._save is None:
+            return None
+        self._thread.join()
+        save, self._thread, self._save = self._save, None, None
+        save.stall_s += time.perf_counter() - begun
+        if save.crash is not None:
+            raise save.crash
+        return save
 
-    def save(self, file: str, tensors: dict[str, Tensor]) -> None:
-        self.files |= dict.fromkeys(tensors, file)
-        self._try(lambda: save_file(tensors, self.partial / file))
+    @property
+    def ended(self) -> bool:
+        """Whether `wait` would return a save at once, as far as this rank knows."""
+        return self._thread is not None and not self._thread.is_alive()
 
-    def publish(self, model: ModelConfig, config: RunConfig, progress: dict[str, Any]) -> None:
-        self._try(lambda: self._finish(model, config, progress))
-
-    def _try(self, write: Callable[[], None]) -> None:
-        if self.error is not None:
-            return
+    def _run(self, snapshot: Snapshot, save: Save) -> None:
+        begun = time.perf_counter()
         try:
-            write()
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            problem = f"cannot be written ({error})"
-            self.error = UserError("checkpoint", self.folder, problem, "make room or choose another run_dir")
+            save.folder, save.bytes = self._write(snapshot)
+        except UserError as error:
+            save.error = error
+        except BaseException as error:  # raised again by `wait`, in the main thread
+            save.crash = error
+        save.write_s = time.perf_counter() - begun
 
-    def _start(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+    def _write(self, snapshot: Snapshot) -> tuple[Path, int]:
+        """All ranks raise one `UserError` if any cannot write; then nothing of the checkpoint is left."""
+        rank, step = dist.get_rank(), snapshot.state.progress.step
+        try:
+            with self._together(step):
+                if rank == 0:
+                    begin(self.root, step)
+            partial = partial_of(self.root, step)
+            with self._together(step):
+                files = write_shards(partial, snapshot.placement, snapshot.fragments, snapshot.state.kinds, self.group)
+                if rank == 0:
+                    files += self._write_rest(partial, snapshot.state)
+                mine = [settle(path, rank) for path in files]
+            entries: list[list[Entry]] = [[] for _ in range(dist.get_world_size())]
+            dist.gather_object(mine, entries if rank == 0 else None, group=self.group)
+            written = [entry for part in entries for entry in part]
+            with self._together(step):
+                if rank == 0:
+                    publish(partial, written)
+        except UserError:
+            if rank == 0:
+                shutil.rmtree(partial_of(self.root, step), ignore_errors=True)
+            raise
+        with self._together(step, "is written, but older ones cannot be deleted", "look at its directory's owner"):
+            if rank == 0:
+                prune(self.root, self.keep_last, self.keep_every)
+        return folder_of(self.root, step), sum(entry.bytes for entry in written)
 
-    def _finish(self, model: ModelConfig, config: RunConfig, progress: dict[str, Any]) -> None:
-        tree = {"model": model.model_dump(), "progress": progress, "run": config.model_dump(mode="json")}
-        (self.partial / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-        (self.partial / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": self.files}, indent=1))
-        if config.data.tokenizer is not None:
-            shutil.copy(config.data.tokenizer, self.partial / "tokenizer.model")
-        _publish(self.partial, self.folder)
+    @contextmanager
+    def _together(
+        self, step: int, problem: str = "cannot be written", remedy: str = "make room or choose another run_dir"
+    ) -> Iterator[None]:
+        """A failure of any rank's file system is a `UserError` of all ranks."""
+        with agreement(self.group):
+            try:
+                yield
+            except (OSError, SafetensorError) as error:
+                raise UserError("checkpoint", folder_of(self.root, step), f"{problem} ({error})", remedy) from error
+            except CheckpointException as error:  # DCP raises it on all ranks
+                causes = [cause for cause, _ in error.failures.values()]
+                if not all(isinstance(cause, OSError | SafetensorError) for cause in causes):
+                    raise
+                text = f"{problem} ({causes[0]})"
+                raise UserError("checkpoint", folder_of(self.root, step), text, remedy) from error
 
-
-def gather(placement: Placement, fragments: Fragments, name: str) -> Tensor | None:
-    """One parameter's full fp32 master on rank 0's CPU, None elsewhere. Collective among its owners and rank 0."""
-    rank, parts = dist.get_rank(), list(placement.owners(name, 0, placement.numel(name), tp=0))
-    own = {piece.name: (piece, tensors["weight"]) for piece, tensors in fragments.items()}
-    device = next(iter(own.values()))[1].device
-    full = torch.empty(placement.numel(name)) if rank == 0 else None
-    for source, part in parts:
-        if rank == source:
-            piece, weight = own[name]
-            values = weight[part.start - piece.start : part.stop - piece.start].contiguous()
-            if source != 0:
-                dist.send(values, 0)
-        elif rank == 0:
-            values = torch.empty(len(part), device=device)
-            dist.recv(values, source)
-        if full is not None:
-            full[part.start : part.stop] = values.cpu()
-    return None if full is None else full.view(global_shape(placement.specs[name], placement.model))
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    for path in (*_files(partial), partial):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
-    else:
-        partial.rename(folder)
-    sync_directory(folder.parent)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if path.is_file())
+    def _write_rest(self, partial: Path, state: SavedState) -> list[Path]:
+        files = [write_state(partial, state)]
+        if self.tokenizer is not None:
+            files.append(Path(shutil.copyfile(self.tokenizer, partial / TOKENIZER)))
+        return files

@@ -204,10 +204,40 @@ class LogConfig(Section):
     peak_tflops: Positive | None = Field(None, description="of one device, for MFU; known for common GPUs")
 
 
+class CheckpointConfig(Section):
+    """Sharded checkpoints under RUN_DIR/checkpoints; the last state of a run is always saved."""
+
+    every: Count = Field(500, description="steps between saves")
+    keep_last: Count = Field(2, description="newest checkpoints that are kept")
+    keep_every: Count | None = Field(None, description="keep for good those at multiples of this many steps")
+    asynchronous: bool = Field(True, description="write while training goes on (costs a copy in host memory)")
+    on_error: Literal["continue", "stop"] = Field("continue", description="what a full disk does to the run")
+
+
+class FaultsConfig(Section):
+    """What a run does about its accidents."""
+
+    max_skips: Annotated[int, Field(ge=0)] = Field(
+        3, description="steps in a row with a non-finite loss or gradient that are skipped; more roll back"
+    )
+    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
+        2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
+    )
+    hang_timeout: Positive = Field(
+        600.0, description="seconds without progress before a rank shows its stacks and ends"
+    )
+    stop_exit_code: Annotated[int, Field(ge=0, le=255)] = Field(
+        0, description="of a run that saved because of a signal or the stop file; a scheduler's requeue code"
+    )
+
+
 class RunConfig(Section):
     """A whole run: everything that a YAML file may hold."""
 
     run_dir: str
+    resume: Literal["auto", "strict", "never"] = Field(
+        "auto", description="strict refuses damaged checkpoints and a changed configuration; never refuses old runs"
+    )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
     train: TrainConfig
@@ -216,3 +246,5 @@ class RunConfig(Section):
     data: DataConfig
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()

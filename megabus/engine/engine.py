@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +33,17 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets, (micro_batch_size, seq_len)
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss of the global batch in nats (before the update) and the gradient norm (before clipping)."""
+    """Mean loss of the global batch in nats (before the update) and the gradient norm (before clipping).
+
+    Where the norm is not finite, DeepSpeed has left weights and moments as they were.
+    """
 
     loss: float
     grad_norm: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class DecoderWithLoss(nn.Module):

@@ -63,8 +63,8 @@ def optimizer_step_count(engine: Any) -> int:
 
 @torch.no_grad()
 def write_fragments(engine: Any, module: nn.Module, placement: Placement, rank: int, new: Fragments, step: int) -> None:
-    """Set masters (and moments, where `new` has them) and refresh the weights that the model computes with."""
-    if any(kind in tensors for tensors in new.values() for kind in MOMENTS):
+    """Set masters (and moments, which `new` has if `step` is not 0) and refresh the model's weights."""
+    if step:
         inner = inner_optimizer(engine)
         for flat in flat_partitions(engine):
             count = torch.tensor(float(step), dtype=torch.float32, device=flat.device)

@@ -12,7 +12,7 @@ from megabus.engine.engine import Engine
 from megabus.growth.plan import Plan
 from megabus.growth.redistribute import redistribute
 from megabus.growth.rules import Growth
-from megabus.parallel.fragments import MOMENTS, Kind
+from megabus.parallel.fragments import KINDS, Kind
 from megabus.parallel.placement import Placement
 
 
@@ -33,7 +33,7 @@ def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
     new = Placement(stage.model, stage.layout)
     plan = Plan(engine.placement, new, Growth(engine.stage.model, stage.model, config.growth, config.train.seed))
     reset = config.growth.moments == "reset" or engine.optimizer_step == 0
-    kinds: tuple[Kind, ...] = ("weight",) if reset else ("weight", *MOMENTS)
+    kinds: tuple[Kind, ...] = ("weight",) if reset else KINDS
     optimizer_step = 0 if reset else engine.optimizer_step
     buffer_bytes = config.growth.buffer_mb * 2**20
     fragments, mail = redistribute(plan, engine.read(), kinds, engine.mesh.rank, buffer_bytes)

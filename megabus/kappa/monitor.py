@@ -152,6 +152,11 @@ class KappaMonitor:
         span = StageSpan(stage, n_params, kappa, tokens, flops, max_tokens, max_flops)
         self._state = KappaState(span, self._state.run_start if self._state else None)
 
+    def retarget(self, kappa: float, max_tokens: int | None, max_flops: float | None) -> None:
+        """Go on watching the present stage with another kappa and other caps: those that a resumed run was given."""
+        state = self.state
+        state.span = replace(state.span, kappa=kappa, max_tokens=max_tokens, max_flops=max_flops)
+
     def observe(self, tokens: int, flops: float, loss: float) -> Decision:
         """Take one validation loss at these run totals, and decide.
 

@@ -10,6 +10,7 @@ from megabus.parallel.placement import Piece
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
+KINDS: tuple[Kind, ...] = ("weight", *MOMENTS)
 
 Fragments = dict[Piece, dict[Kind, Tensor]]
 """For each interval that a rank owns, in canonical order: its fp32 weight and, once there are any, its moments."""

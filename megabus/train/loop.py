@@ -2,68 +2,110 @@
 
 from __future__ import annotations
 
-import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch.distributed as dist
 
 from megabus.config import RunConfig
 from megabus.data.order import align_up
 from megabus.engine.engine import StepResult
-from megabus.errors import UserError
 from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached
+from megabus.parallel.agree import on_any_rank
 from megabus.train.flops import flops_per_token, peak_flops
 from megabus.train.metrics import describe, step_line
-from megabus.train.run import Run, finish, sizes, start, watch_stage
+from megabus.train.run import Run, roll_back, sizes, start, watch_stage
+from megabus.train.saving import collect, finish, save, told_of_full_disk
 from megabus.train.schedule import learning_rate, spent_share
+from megabus.train.stop import listening
+from megabus.train.watchdog import watched
 
 
-def train(config: RunConfig) -> Path:
-    """Train to the end of the budget; returns the directory of the final checkpoint. Collective."""
-    run = start(config)
-    observe(run, validate(run))
-    while run.share < 1:
-        train_step(run)
-        if run.step % config.eval.every == 0 or stage_is_spent(run) or run.share >= 1:
-            loss = validate(run)
-            signal = observe(run, loss)
-            if signal.grow:
-                grow(run, signal, loss)
-    return finish(run)
+@dataclass(frozen=True)
+class Outcome:
+    """How `train` ended: the newest checkpoint, and whether it was asked to stop before the end of the budget."""
+
+    checkpoint: Path
+    stopped: bool
+
+
+def train(config: RunConfig) -> Outcome:
+    """Train to the end of the budget, from the run's newest checkpoint if there is one. Collective."""
+    run_dir, rank = Path(config.run_dir), dist.get_rank()
+    with listening(run_dir, rank == 0) as requests, watched(config.faults.hang_timeout, rank) as watchdog:
+        run = start(config, requests, watchdog)
+        if run.progress.step == 0:
+            observe(run, validate(run))
+        while run.share < 1 and not run.stopping:
+            train_step(run)
+            grown = False
+            if run.progress.step % config.eval.every == 0 or stage_is_spent(run) or run.share >= 1:
+                loss = validate(run)
+                signal = observe(run, loss)
+                if grown := signal.grow:
+                    grow(run, signal, loss)
+            if heed(run):
+                roll_back(run)
+            elif grown or run.progress.step % config.checkpoint.every == 0:
+                save(run)
+        return Outcome(finish(run), run.stopping)
 
 
 def train_step(run: Run) -> None:
     """One optimizer step, its accounting and its log line."""
-    begun, stage, config = time.perf_counter(), run.stage, run.config
+    begun, stage, config, now = time.perf_counter(), run.stage, run.config, run.progress
     cost = stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len)
     # At the step's middle: a warm-up does not begin, nor a decay end, with a step of learning rate 0.
-    middle = spent_share(config.train, run.step + 0.5, run.tokens + stage.tokens_per_step / 2, run.flops + cost / 2)
+    middle = spent_share(config.train, now.step + 0.5, now.tokens + stage.tokens_per_step / 2, now.flops + cost / 2)
     lr = learning_rate(config.optimizer, stage.lr, middle)
-    result = run.engine.train_step(run.corpora.train_batches(run.engine, run.position), lr)
-    _refuse_non_finite(run, result)
-    run.step += 1
-    run.tokens += stage.tokens_per_step
-    run.position += stage.tokens_per_step
-    run.flops += cost
+    result = run.engine.train_step(run.corpora.train_batches(run.engine, now.position), lr)
+    now.step += 1
+    now.tokens += stage.tokens_per_step
+    now.position += stage.tokens_per_step
+    now.flops += cost
+    now.nonfinite_in_a_row = 0 if result.is_finite else now.nonfinite_in_a_row + 1
+    now.nonfinite += not result.is_finite
     unit_error = None
-    if run.step % config.log.unit_norm_every == 0:
+    if now.step % config.log.unit_norm_every == 0:
         unit_error = run.engine.unit_error()
     if run.metrics is not None:
         elapsed = time.perf_counter() - begun
-        _log_step(run, result, lr, unit_error, elapsed, cost)
+        if result.is_finite:
+            _log_step(run, result, lr, unit_error, elapsed, cost)
+        else:
+            run.metrics.write("skip", run.totals | {"loss": result.loss, "grad_norm": result.grad_norm})
+            print(f"step {now.step:>5} | loss {result.loss} |g| {result.grad_norm}: no update", flush=True)
 
 
-def _refuse_non_finite(run: Run, result: StepResult) -> None:
-    for name, value in (("loss", result.loss), ("grad_norm", result.grad_norm)):
-        if not math.isfinite(value):
-            problem = f"is not finite at step {run.step + 1} ({describe(run.stage)})"
-            raise UserError(f"train.{name}", value, problem, "lower optimizer.lr or look at the data of that step")
+def heed(run: Run) -> bool:
+    """At the end of a step, what any rank knows becomes known to all; whether to return to the last checkpoint."""
+    run.watchdog.beat()
+    metrics = run.metrics
+    stop, ended, unwritten, unsound = on_any_rank(
+        [
+            run.requests.poll(),
+            run.saver.ended,
+            metrics is not None and metrics.file.error is not None,
+            run.progress.nonfinite_in_a_row > run.config.faults.max_skips,
+        ],
+        run.engine.device,
+    )
+    if stop and metrics is not None:
+        print(f"asked to stop by {run.requests.reason or 'a signal to another rank'}: saving", flush=True)
+    run.stopping |= stop
+    if ended or unsound:
+        collect(run)
+    if unwritten:
+        told_of_full_disk(run)
+    return unsound
 
 
 def _log_step(run: Run, result: StepResult, lr: float, unit_error: float | None, elapsed: float, cost: float) -> None:
     assert run.metrics is not None
-    world = run.stage.layout.world
+    world, step = run.stage.layout.world, run.progress.step
     tokens_per_s = run.stage.tokens_per_step / elapsed
     peak = peak_flops(run.config.log.peak_tflops, run.config.train.precision)
     row = run.totals | {
@@ -78,7 +120,7 @@ def _log_step(run: Run, result: StepResult, lr: float, unit_error: float | None,
     }
     run.metrics.write("step", row)
     run.pace.append((time.monotonic(), run.share))
-    if run.step % run.config.log.every == 0 or run.share >= 1:
+    if step % run.config.log.every == 0 or run.share >= 1:
         print(step_line(row, run.stage, run.view if run.can_grow else None, _seconds_left(run)), flush=True)
 
 
@@ -99,37 +141,40 @@ def _validation_loss(run: Run, seq_len: int) -> float:
 
 def stage_is_spent(run: Run) -> bool:
     """Whether the stage's cap is reached: known to all ranks without a word, so that they validate together."""
-    used, stage = (run.tokens - run.stage_start[0], run.flops - run.stage_start[1]), run.stage
+    now, stage = run.progress, run.stage
+    used = (now.tokens - now.stage_tokens, now.flops - now.stage_flops)
     return run.can_grow and cap_is_reached(*used, stage.max_tokens, stage.max_flops)
 
 
 def observe(run: Run, loss: float) -> GrowthSignal:
     """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision."""
-    signal = None
-    if run.monitor is not None and run.metrics is not None:
-        decision = run.monitor.observe(run.tokens, run.flops, loss)
+    signal, now = None, run.progress
+    if run.metrics is not None:
+        decision = run.monitor.observe(now.tokens, now.flops, loss)
         run.view = decision.view
         extra = decision.view.as_dict() if decision.view is not None else {}
         run.metrics.write("eval", run.totals | {"loss": loss} | extra)
-        print(f"step {run.step:>5} | validation loss {loss:.4f}", flush=True)
+        print(f"step {now.step:>5} | validation loss {loss:.4f}", flush=True)
         # Where the learning rate falls, no law of the loss holds that kappa could go by: only a cap grows there.
         decaying = run.config.optimizer.schedule == "wsd" and run.share > 1 - run.config.optimizer.decay_share
         growing = decision.grow and run.can_grow and run.share < 1 and not (decaying and decision.reason == "kappa")
-        signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing, run.step)
+        signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing, now.step)
     return broadcast_decision(signal, device=run.engine.device)
 
 
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     """Grow into the next stage, and measure on the same tokens what it did to the loss (`before`)."""
-    old, new = run.stage, run.stages[signal.stage]
+    old, new, now = run.stage, run.stages[signal.stage], run.progress
     begun = time.perf_counter()
     transition = grow_engine(run.engine, run.config, new)
     stall = time.perf_counter() - begun
     run.engine = transition.engine
     after = _validation_loss(run, old.seq_len)
-    run.position = align_up(run.position, new.seq_len)
-    run.stage_start = (run.tokens, run.flops)
+    now.position = align_up(now.position, new.seq_len)
+    now.stage_tokens, now.stage_flops = now.tokens, now.flops
+    now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})
     run.pace.clear()
+    run.watchdog.beat()
     unit_error = run.engine.unit_error()
     if run.metrics is not None:
         row = run.totals | {
@@ -149,10 +194,10 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
         }
         run.metrics.write("growth", row)
         print(
-            f"step {run.step:>5} | GROWTH ({signal.reason}) {describe(old)} -> {describe(new)} | loss {before:.6f} -> "
+            f"step {now.step:>5} | GROWTH ({signal.reason}) {describe(old)} -> {describe(new)} | loss {before:.6f} -> "
             f"{after:.6f} | {stall:.1f} s, {transition.sent / 2**20:.1f} MiB sent",
             flush=True,
         )
-        watch_stage(run)
+    watch_stage(run)
     # The grown size's first loss is the start of its own kappa; it does not grow at once.
     observe(run, after if new.seq_len == old.seq_len else validate(run))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import uuid
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
@@ -13,14 +15,16 @@ from megabus.kappa.monitor import KappaView, bar
 
 
 class Metrics:
-    """Rank 0's sinks. Every row is a flat-ish JSON object with `event` and the run's totals."""
+    """Rank 0's sinks. Every row is a flat-ish JSON object with `event` and the run's totals.
 
-    def __init__(self, config: RunConfig) -> None:
+    `resumed_at`: the step that a resumed run goes on from; its rows follow those that are there. None begins anew.
+    """
+
+    def __init__(self, config: RunConfig, resumed_at: int | None = None) -> None:
         self.run_dir = Path(config.run_dir)
+        self.file = RowFile(self.run_dir / "metrics.jsonl", keep=resumed_at is not None)
         self.wandb = self._wandb(config) if config.log.wandb else None
-        self.tensorboard = self._tensorboard() if config.log.tensorboard else None
-        # Last: the file marks the directory as a run's.
-        self.file: IO[str] = (self.run_dir / "metrics.jsonl").open("w", encoding="utf-8")
+        self.tensorboard = self._tensorboard(resumed_at) if config.log.tensorboard else None
 
     def _wandb(self, config: RunConfig) -> Any:
         import wandb
@@ -32,22 +36,31 @@ class Metrics:
                 dir=str(self.run_dir),
                 mode=config.log.wandb_mode,
                 config=config.model_dump(),
+                id=self._wandb_id(),
+                resume="allow" if config.log.wandb_mode == "online" else None,  # offline, each start is a run
             )
         except wandb.errors.Error as error:
             raise UserError(
                 "log.wandb_mode", config.log.wandb_mode, f"does not start ({error})", "log in, or set offline"
             ) from error
 
-    def _tensorboard(self) -> Any:
+    def _wandb_id(self) -> str:
+        """The same for every start of a run, so that a resumed one goes on in its own curves."""
+        path = self.run_dir / "wandb-id"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:8])
+        return path.read_text()
+
+    def _tensorboard(self, resumed_at: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(self.run_dir / "tensorboard")
+        purge = None if resumed_at is None else resumed_at + 1  # what came after is told anew
+        return SummaryWriter(self.run_dir / "tensorboard", purge_step=purge)
 
     def write(self, event: str, row: dict[str, Any]) -> None:
         # JSON knows no NaN: a loss that is none is written as null.
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self.file.write(json.dumps({"event": event, **clean}) + "\n")
-        self.file.flush()
+        self.file.write(json.dumps({"event": event, **clean}))
         numbers = {f"{event}/{k}": v for k, v in clean.items() if isinstance(v, int | float)}
         if self.wandb is not None:
             self.wandb.log(numbers, step=row["step"])
@@ -61,6 +74,35 @@ class Metrics:
             self.wandb.finish()
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+
+class RowFile:
+    """A file of lines. What a full disk refuses is kept, and tried again with the next line; `error` says why, until
+    it worked."""
+
+    def __init__(self, path: Path, keep: bool) -> None:
+        self.path = path
+        self.error: OSError | None = None
+        self._pending = b""
+        self._file = path.open("ab", buffering=0)
+        os.truncate(path, _whole_lines(path) if keep else 0)
+
+    def write(self, line: str) -> None:
+        self._pending += line.encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) or 0 :]
+            self.error = None
+        except OSError as error:
+            self.error = error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to the end of the last whole line: a killed run may have left a piece of one."""
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 def describe(stage: Stage) -> str:

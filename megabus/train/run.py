@@ -1,18 +1,20 @@
-"""A run: what it is made of, how it starts and how it ends."""
+"""A run: what it is made of, how it starts or goes on, and how it ends."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
-import yaml
 
-from megabus.checkpoint.save import save_model
+from megabus.checkpoint.restore import Found, find_checkpoint, restore
+from megabus.checkpoint.save import Saver
+from megabus.checkpoint.state import Progress
+from megabus.checkpoint.store import checkpoints_of
 from megabus.config import RunConfig, Stage, resolve_stages
+from megabus.data.order import align_up
 from megabus.data.sources import open_sources
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
@@ -24,27 +26,32 @@ from megabus.parallel.fragments import Fragments
 from megabus.train.corpora import Corpora
 from megabus.train.flops import count_parameters
 from megabus.train.metrics import Metrics, describe
+from megabus.train.resume import check_continues, data_order
+from megabus.train.run_dir import lock_run_dir, open_metrics
 from megabus.train.schedule import spent_share
-
-CHECKPOINT = "checkpoint"  # of the final state, in the run's directory
+from megabus.train.stop import StopRequests
+from megabus.train.watchdog import Watchdog
 
 
 @dataclass
 class Run:
-    """All that changes while a run goes on. `position` is the place in the data order, in tokens: it runs ahead
-    of `tokens` only where a longer sequence must start at a multiple of itself."""
+    """All that changes while a run goes on."""
 
     config: RunConfig
     stages: list[Stage]
     corpora: Corpora
     engine: Engine
-    monitor: KappaMonitor | None  # on rank 0
+    monitor: KappaMonitor
+    """Every rank has one; rank 0's alone is fed and asked."""
     metrics: Metrics | None  # on rank 0
-    step: int = 0
-    tokens: int = 0
-    position: int = 0
-    flops: float = 0.0
-    stage_start: tuple[int, float] = (0, 0.0)  # tokens and FLOPs at which the present stage began
+    saver: Saver
+    requests: StopRequests
+    watchdog: Watchdog
+    lock: IO[str] | None  # on rank 0
+    progress: Progress = field(default_factory=Progress)
+    saved_step: int | None = None  # of the newest checkpoint that is written, or being written
+    stopping: bool = False
+    told: bool = False  # that the metrics cannot be written
     view: KappaView | None = None
     pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))  # (clock, share)
 
@@ -54,55 +61,88 @@ class Run:
 
     @property
     def share(self) -> float:
-        return spent_share(self.config.train, self.step, self.tokens, self.flops)
+        now = self.progress
+        return spent_share(self.config.train, now.step, now.tokens, now.flops)
 
     @property
     def totals(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "flops": self.flops, "stage": self.stage.index}
+        now = self.progress
+        return {"step": now.step, "tokens": now.tokens, "flops": now.flops, "stage": self.stage.index}
 
     @property
     def can_grow(self) -> bool:
         return self.stage.index + 1 < len(self.stages)
 
 
-def start(config: RunConfig) -> Run:
-    """Check everything that can be checked, then build the first stage with its initial weights."""
+def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Run:
+    """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     with agreement():
         stages = resolve_stages(config, dist.get_world_size())
         corpora = Corpora(open_sources(config, stages))
         kappa = _kappa_settings(config)
+    root = checkpoints_of(config.run_dir)
+    lock = None
+    with agreement():
+        if dist.get_rank() == 0:
+            lock = lock_run_dir(Path(config.run_dir))
+    found = find_checkpoint(root, strict=config.resume == "strict")
+    changes: list[str] = []
+    with agreement():
+        if found is not None:
+            if config.resume == "never":
+                raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
+            changes = check_continues(found, config, stages, data_order(corpora.sources))
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
-        metrics = _open_sinks(config) if dist.get_rank() == 0 else None
-    engine = Engine(config, stages[0])
-    engine.write(initial_fragments(engine, config.train.seed))
-    run = Run(config, stages, corpora, engine, monitor=None, metrics=None)
-    if metrics is not None:
-        run.metrics, run.monitor = metrics, KappaMonitor(kappa)
-        run.metrics.write("start", run.totals | {"sizes": sizes(run.stage), "layout": str(run.stage.layout)})
-        print(f"{len(stages)} stage(s), first: {describe(run.stage)}, {count_parameters(run.stage.model):,} parameters")
+        metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
+    keep = config.checkpoint
+    saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, config.data.tokenizer)
+    engine = Engine(config, stages[found.state.stage if found else 0])
+    run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog, lock)
+    if found is not None:
+        go_on_from(run, found, "start", changes)
+    else:
+        engine.write(initial_fragments(engine, config.train.seed))
         watch_stage(run)
+        if run.metrics is not None:
+            run.metrics.write("start", run.totals | {"sizes": sizes(run.stage), "layout": str(run.stage.layout)})
+            parameters = f"{count_parameters(run.stage.model):,} parameters"
+            print(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}", flush=True)
     return run
 
 
-def _open_sinks(config: RunConfig) -> Metrics:
-    path = Path(config.run_dir)
-    if (path / CHECKPOINT).exists():
-        raise UserError("run_dir", path, "holds a finished run", "choose another run_dir, or remove that one")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        _set_aside(path / "metrics.jsonl")
-        _set_aside(path / "config.yaml")
-        (path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        return Metrics(config)
-    except OSError as error:
-        raise UserError("run_dir", path, f"cannot be written ({error.strerror})", "choose a writable place") from error
+def go_on_from(run: Run, found: Found, reason: str, changes: list[str]) -> None:
+    """Put the run, whose engine is of the checkpoint's stage, where the checkpoint was saved. Collective."""
+    restore(found, run.engine)
+    now = run.progress = replace(found.state.progress)
+    now.position = align_up(now.position, run.stage.seq_len)
+    run.saved_step = now.step
+    run.pace.clear()
+    run.monitor.load_state_dict(found.state.monitor)
+    run.monitor.retarget(run.stage.kappa, run.stage.max_tokens, run.stage.max_flops)
+    run.view = run.monitor.view(now.tokens, now.flops)
+    if run.metrics is not None:
+        row = {"reason": reason, "layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
+        run.metrics.write("resume", run.totals | row | {"changes": changes})
+        print(f"resuming at step {now.step}: {describe(run.stage)}, from {found.folder} ({found.state.layout})")
+        for change in changes:
+            print(f"changed since it was saved: {change}")
 
 
-def _set_aside(file: Path) -> None:
-    """Keep what a run that did not finish has left, under the first free name."""
-    if file.exists():
-        names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in count(1))
-        file.rename(next(name for name in names if not name.exists()))
+def roll_back(run: Run) -> None:
+    """Return to the newest checkpoint, and pass over the data up to here. Collective."""
+    failed, limit = run.progress, run.config.faults.max_rollbacks
+    problem = f"is not finite at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
+    remedy = "lower optimizer.lr or look at the data of those steps"
+    if failed.rollbacks >= limit:
+        raise UserError("train.loss", "nan", f"{problem}, after {limit} return(s) to a checkpoint", remedy)
+    found = find_checkpoint(run.saver.root, strict=run.config.resume == "strict")
+    if found is None:
+        raise UserError("train.loss", "nan", f"{problem}, and there is no checkpoint to return to", remedy)
+    run.engine.close()
+    run.engine = Engine(run.config, run.stages[found.state.stage])
+    go_on_from(run, found, "not finite", [])
+    run.progress.position = align_up(failed.position, run.stage.seq_len)
+    run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
 
 
 def _kappa_settings(config: RunConfig) -> KappaSettings:
@@ -137,18 +177,17 @@ def initial_fragments(engine: Engine, seed: int) -> Fragments:
 
 
 def watch_stage(run: Run) -> None:
-    """Point rank 0's monitor at the stage that the run is in now."""
-    if run.monitor is not None:
-        stage = run.stage
-        run.monitor.start_stage(
-            stage.index,
-            count_parameters(stage.model),
-            stage.kappa,
-            stage.max_tokens,
-            stage.max_flops,
-            tokens=run.tokens,
-            flops=run.flops,
-        )
+    """Point the monitor at the stage that the run is in now."""
+    stage, now = run.stage, run.progress
+    run.monitor.start_stage(
+        stage.index,
+        count_parameters(stage.model),
+        stage.kappa,
+        stage.max_tokens,
+        stage.max_flops,
+        tokens=now.tokens,
+        flops=now.flops,
+    )
 
 
 def sizes(stage: Stage) -> dict[str, int]:
@@ -161,13 +200,3 @@ def sizes(stage: Stage) -> dict[str, int]:
         "d_ff": model.d_ff,
         "n_params": count_parameters(model),
     }
-
-
-def finish(run: Run) -> Path:
-    """Save the canonical state and close everything."""
-    folder = Path(run.config.run_dir) / CHECKPOINT
-    save_model(run.engine, run.config, folder, run.totals)
-    if run.metrics is not None:
-        run.metrics.close()
-    run.engine.close()
-    return folder

@@ -1,0 +1,103 @@
+"""What a checkpoint directory must hold, to the byte: every file's name, size and SHA-256.
+
+The manifest is written in one canonical form and carries a hash of itself, so a change of any bit of any file,
+its own included, is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megabus.errors import UserError
+
+MANIFEST = "manifest.json"
+ANOTHER_COPY = "restore it from another copy"
+
+
+class DamagedError(UserError):
+    """A file of a checkpoint is missing or is not what was written. (What merely cannot be read is a `UserError`.)"""
+
+    def __init__(self, path: Path, how: str = "", remedy: str = ANOTHER_COPY) -> None:
+        super().__init__("checkpoint", path, how or "is damaged", remedy)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (Path(str(self.value)), self.problem, self.remedy)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a checkpoint as it was written; `rank` wrote it."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rank: int
+
+
+def settle(path: Path, rank: int) -> Entry:
+    """Make a written file durable, and measure it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Entry(path.name, path.stat().st_size, digest, rank)
+
+
+def write_manifest(folder: Path, entries: Iterable[Entry]) -> Path:
+    path = folder / MANIFEST
+    path.write_bytes(_text(entries))
+    return path
+
+
+def read_manifest(folder: Path) -> list[Entry]:
+    """The entries in order of names. Raises `DamagedError`, or `UserError` where it cannot be read."""
+    path = folder / MANIFEST
+    with _reading(path):
+        raw = path.read_bytes()
+    try:
+        entries = [Entry(**entry) for entry in json.loads(raw)["files"]]
+    except (KeyError, TypeError, ValueError):
+        raise DamagedError(path) from None
+    if _text(entries) != raw:
+        raise DamagedError(path)
+    return entries
+
+
+def check_file(folder: Path, entry: Entry) -> None:
+    """Raise `DamagedError` unless the file is there, of that size and with those bytes."""
+    path = folder / entry.name
+    with _reading(path):
+        found = path.stat().st_size
+        if found != entry.bytes:
+            raise DamagedError(path, f"is damaged ({found} bytes, not {entry.bytes})")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != entry.sha256:
+        raise DamagedError(path, "is damaged (its SHA-256 is not the manifest's)")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise DamagedError(path, "is missing") from None
+    except OSError as error:
+        raise UserError("checkpoint", path, f"cannot be read ({error.strerror})", "mend the file system") from error
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 of the manifest itself, by which `latest` names a checkpoint."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def _text(entries: Iterable[Entry]) -> bytes:
+    tree = {"files": [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.name)]}
+    digest = hashlib.sha256(json.dumps(tree).encode()).hexdigest()
+    return (json.dumps(tree | {"sha256": digest}, indent=1) + "\n").encode()

@@ -1,0 +1,100 @@
+"""Find the newest checkpoint that is whole, and fill an engine of any layout from it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megabus.checkpoint.manifest import DamagedError, Entry, check_file, read_manifest
+from megabus.checkpoint.shards import read_shards
+from megabus.checkpoint.state import SavedState, read_state
+from megabus.checkpoint.store import complete, latest_of, point_latest, set_aside
+from megabus.engine.engine import Engine
+from megabus.errors import UserError
+from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.parallel.fragments import Fragments
+from megabus.parallel.placement import Placement
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose files are all what its manifest says."""
+
+    folder: Path
+    state: SavedState
+    entries: list[Entry]
+
+
+def find_checkpoint(root: Path, strict: bool) -> Found | None:
+    """The newest good checkpoint under `root`; None where there is none of any kind. Collective.
+
+    Damage is told on rank 0's stderr, and the next older checkpoint is tried; the damaged ones are set aside once a
+    good one is found. `strict`: any damage raises `UserError` instead. Raises it too where all are damaged.
+    """
+    folders = rank_0_tells(lambda: _candidates(root, strict))
+    damaged: list[Path] = []
+    for folder in folders:
+        try:
+            found = _verified(folder)
+        except DamagedError as error:
+            if strict:
+                raise
+            damaged.append(folder)
+            _warn(str(error))
+            continue
+        rank_0_tells(partial(_tidy, root, found.folder, damaged))
+        return found
+    if damaged:
+        problem = f"holds no good one ({len(damaged)} damaged)"
+        raise UserError("checkpoint", root, problem, "restore one, or start anew in another run_dir")
+    return None
+
+
+def restore(found: Found, engine: Engine) -> None:
+    """Set the engine's masters and moments from a checkpoint of the same model, saved under any layout. Collective."""
+    fragments: Fragments = {
+        piece: {kind: torch.empty(len(piece)) for kind in found.state.kinds}
+        for piece in engine.placement.owned(engine.mesh.rank)
+    }
+    read_shards(found.folder, found.entries, Placement(found.state.model, found.state.layout), fragments)
+    engine.write(fragments, found.state.optimizer_step)
+
+
+def _candidates(root: Path, strict: bool) -> list[Path]:
+    folders = complete(root)
+    if folders:
+        try:
+            latest_of(root)
+        except DamagedError as error:
+            if strict:
+                raise
+            _warn(str(error))
+    return folders
+
+
+def _verified(folder: Path) -> Found:
+    """Every rank reads and hashes its share of the files."""
+    entries = rank_0_tells(lambda: read_manifest(folder))
+    with agreement():
+        for entry in entries[dist.get_rank() :: dist.get_world_size()]:
+            check_file(folder, entry)
+    return Found(folder, rank_0_tells(lambda: read_state(folder)), entries)
+
+
+def _tidy(root: Path, good: Path, damaged: list[Path]) -> None:
+    try:
+        for folder in damaged:
+            _warn(f"{folder} is set aside as {set_aside(folder).name}; {good.name} is used instead")
+        point_latest(good)
+    except OSError as error:
+        raise UserError("checkpoint", root, f"cannot be tidied ({error})", "make it writable") from error
+
+
+def _warn(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)

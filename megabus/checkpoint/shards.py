@@ -1,0 +1,152 @@
+"""Tensors of a checkpoint, through torch.distributed.checkpoint, in safetensors files: no pickle is on the disk.
+
+The logical tensor `weight/layers.0.attn.q` is that parameter's row-major flattening, and a rank's part of it is one
+interval. DCP calls such a part a chunk and cuts and joins chunks as a load asks, so any layout reads any other's.
+A rank writes one file a kind of tensor. Which rank wrote which chunk is not read from the files' headers, which
+would cost every rank as many opens as there are files: `Placement` of the saved layout tells.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from megabus.checkpoint.manifest import Entry
+from megabus.errors import UserError
+from megabus.parallel.fragments import KINDS, Fragments, Kind
+from megabus.parallel.placement import Piece, Placement
+from megabus.parallel.topology import coordinate
+
+
+def written_by(placement: Placement, rank: int, pieces: Iterable[Piece]) -> list[Piece]:
+    """Those of a rank's pieces that it saves: of tensor-parallel replicas the first."""
+    first = coordinate(placement.layout, rank).tp == 0
+    return [piece for piece in pieces if first or placement.specs[piece.name].sharded]
+
+
+def write_shards(
+    folder: Path, placement: Placement, fragments: Fragments, kinds: tuple[Kind, ...], group: dist.ProcessGroup
+) -> list[Path]:
+    """Write this rank's part of the fragments (on the CPU). Collective over `group`. This rank's files."""
+    rank = dist.get_rank()
+    chunks = {
+        _key(kind, piece.name): _Chunk(fragments[piece][kind], piece.start, placement.numel(piece.name))
+        for piece in written_by(placement, rank, fragments)
+        for kind in kinds
+    }
+    files = {_key(kind, name): 1 + kinds.index(kind) for name in placement.specs for kind in kinds}
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    save(chunks, storage_writer=writer, process_group=group)
+    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+
+
+def read_shards(folder: Path, entries: list[Entry], saved: Placement, into: Fragments, alone: bool = False) -> None:
+    """Fill `into` from a checkpoint that was saved under the placement `saved`. Collective, unless `alone`.
+
+    Raises `UserError` where a file is not what the manifest and the placement say.
+    """
+    chunks = {
+        _key(kind, piece.name): _Chunk(values, piece.start, saved.numel(piece.name))
+        for piece, tensors in into.items()
+        for kind, values in tensors.items()
+    }
+    reader = _Reader(folder, entries, saved, list(chunks))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # which `alone` says
+            load(chunks, storage_reader=reader, no_dist=alone)
+    except CheckpointException as error:
+        _, (cause, _) = next(iter(error.failures.items()))
+        problem = f"cannot be read ({cause})"
+        raise UserError("checkpoint", folder, problem, "restore it from another copy") from error
+
+
+def _key(kind: Kind, name: str) -> str:
+    return f"{kind}/{name}"
+
+
+def _parts(key: str) -> tuple[Kind, str]:
+    kind, _, name = key.partition("/")
+    return KINDS[[str(k) for k in KINDS].index(kind)], name
+
+
+class _File(NamedTuple):
+    """What DCP's reader asks of a chunk's place."""
+
+    relative_path: str
+
+
+class _Reader(HuggingFaceStorageReader):
+    """Knows from the placement which file holds which chunk."""
+
+    def __init__(self, folder: Path, entries: list[Entry], saved: Placement, keys: list[str]) -> None:
+        super().__init__(str(folder))
+        self.folder, self.saved, self.keys = folder, saved, keys
+        self.files: dict[int, list[Entry]] = {}
+        for entry in entries:  # in order of names: a rank's kinds in order
+            if entry.name.endswith(".safetensors"):
+                self.files.setdefault(entry.rank, []).append(entry)
+
+    def read_metadata(self) -> Metadata:
+        tensors: dict[str, Any] = {}
+        storage: dict[MetadataIndex, _File] = {}
+        for key in self.keys:
+            kind, name = _parts(key)
+            total, chunks = torch.Size((self.saved.numel(name),)), []
+            for rank, piece in self.saved.owners(name, 0, self.saved.numel(name), tp=0):
+                start, length = torch.Size((piece.start,)), torch.Size((len(piece),))
+                file = self.folder / self.files[rank][KINDS.index(kind)].name
+                chunks.append(ChunkStorageMetadata(start, length))
+                storage[MetadataIndex(key, start)] = _File(str(file))
+            tensors[key] = TensorStorageMetadata(TensorProperties(torch.float32), total, chunks)
+        return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(load_id=self.load_id))
+
+
+class _Chunk(Tensor):
+    """An interval of a long 1-D tensor, in DCP's protocol: it looks like the whole, and holds the part."""
+
+    start: int
+    local: Tensor
+
+    @staticmethod
+    def __new__(cls, local: Tensor, start: int, total: int) -> _Chunk:
+        chunk = Tensor._make_wrapper_subclass(cls, (total,), dtype=local.dtype, device=local.device)
+        chunk.local, chunk.start = local, start
+        return chunk
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(f"{func} on a chunk of a checkpoint")
+
+    def _bounds(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size((self.start,)), torch.Size((self.local.numel(),)))
+
+    def __create_write_items__(self, key: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        data = TensorWriteData(chunk=self._bounds(), properties=properties, size=self.size())
+        return [WriteItem(MetadataIndex(key, torch.Size((self.start,))), WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._bounds()]
+
+    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
+        return self.local

@@ -1,0 +1,72 @@
+"""Whether a checkpoint may go on under a configuration, and what has changed between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megabus.checkpoint.restore import Found
+from megabus.config import ModelConfig, RunConfig, Stage
+from megabus.data.batches import TokenSource
+from megabus.data.sources import Sources
+from megabus.errors import UserError
+
+# What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
+FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "data")
+FREE_KEYS = ("layout", "micro_batch_size", "recompute", "buffer_mb")
+
+
+def data_order(sources: Sources) -> dict[str, Any]:
+    """What the place of every token in training and validation depends on, as JSON has it."""
+
+    def facts(source: TokenSource) -> dict[str, Any]:
+        return {
+            "tokens": [corpus.n_tokens for corpus in source.corpora],
+            "blend": list(source.blend.counts),
+            "chunk_len": source.chunk_len,
+            "tokenizers": sorted(source.tokenizers),
+        }
+
+    return {"train": facts(sources.train), "valid": facts(sources.valid), "valid_tokens": sources.valid_tokens}
+
+
+def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: dict[str, Any]) -> list[str]:
+    """What has changed since the checkpoint was saved, a line for each change.
+
+    Raises `UserError` if the run of `config` has no such stage; with `resume: strict` also for any change but those
+    that leave the run's mathematics as they are (layout, micro batches, logging, saving, paths).
+    """
+    saved = found.state
+    if saved.stage >= len(stages):
+        problem = f"has {len(stages) - 1} growths, {found.folder.name} comes after growth {saved.stage}"
+        raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
+    section = f"growth.stages.{saved.stage - 1}" if saved.stage else "model"
+    now = _shape(stages[saved.stage].model)
+    for key, value in _shape(saved.model).items():
+        if now[key] != value:
+            problem = f"is {value} in {found.folder}"
+            raise UserError(f"{section}.{key}", now[key], problem, "set it back, or choose another run_dir")
+    changes = list(_changes(saved.config, config.model_dump(mode="json")))
+    changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(saved.data, data)]
+    if changes and config.resume == "strict":
+        key, was, is_now = changes[0]
+        raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
+    return [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
+    """All that an initialised model's function depends on."""
+    return model.model_dump(exclude={"init_std"}) | {"n_kv_heads": model.kv_heads}
+
+
+def _changes(was: Any, is_now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) of every leaf that differs and counts."""
+    if isinstance(was, dict) and isinstance(is_now, dict):
+        for name in was | is_now:
+            if name not in (FREE_KEYS if key else FREE):
+                yield from _changes(was.get(name), is_now.get(name), f"{key}.{name}".lstrip("."))
+    elif isinstance(was, list) and isinstance(is_now, list) and len(was) == len(is_now):
+        for number, pair in enumerate(zip(was, is_now, strict=True)):
+            yield from _changes(*pair, f"{key}.{number}")
+    elif was != is_now:
+        yield key, was, is_now

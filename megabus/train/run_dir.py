@@ -1,0 +1,59 @@
+"""A run's directory: who may write into it, and what an earlier start has left there."""
+
+from __future__ import annotations
+
+import fcntl
+from itertools import count
+from pathlib import Path
+from typing import IO
+
+import yaml
+
+from megabus.checkpoint.restore import Found
+from megabus.checkpoint.store import checkpoints_of, sweep
+from megabus.config import RunConfig
+from megabus.errors import UserError
+from megabus.train.metrics import Metrics
+
+
+def lock_run_dir(run_dir: Path) -> IO[str]:
+    """One run at a time writes into a run_dir. The kernel frees the lock however the process ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError("run_dir", run_dir, "is in use by another run", "wait for it, or choose another") from error
+    return file
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError("run_dir", run_dir, f"cannot be written ({error.strerror})", "choose a writable place")
+
+
+def open_metrics(config: RunConfig, found: Found | None) -> Metrics:
+    """Write down the configuration, and open the metrics: behind those of the run that `found` belongs to, or anew."""
+    path, text = Path(config.run_dir), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    try:
+        swept = sweep(checkpoints_of(path))
+        if swept:
+            print(f"deleted what a killed run left half-written: {', '.join(file.name for file in swept)}")
+        kept = path / "config.yaml"
+        if found is None:
+            _set_aside(path / "metrics.jsonl")
+        if found is None or not kept.exists() or kept.read_text() != text:
+            _set_aside(kept)
+            kept.write_text(text)
+        return Metrics(config, None if found is None else found.state.progress.step)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _set_aside(file: Path) -> None:
+    """Keep what an earlier start has left, under the first free name."""
+    if file.exists():
+        names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in count(1))
+        file.rename(next(name for name in names if not name.exists()))
