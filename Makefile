@@ -11,12 +11,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help demo test check parity format clean
+.PHONY: help demo test check parity chaos format clean
 help:
 	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes; replaces runs/demo"
 	@echo "make test    install what tests need, and run them"
 	@echo "make check   lint and types"
 	@echo "make parity  print the table of every layout against one process (2 minutes)"
+	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (10 minutes)"
 	@echo "make clean   remove the demo's run, text and the virtual environment"
 
 demo: $(VENV)/.installed data/demo/shakespeare-train.bin
@@ -38,6 +39,9 @@ format: $(VENV)/.installed-dev
 
 parity: $(VENV)/.installed
 	$(BIN)/python tools/parity.py
+
+chaos: $(VENV)/.installed
+	$(BIN)/python tools/chaos.py
 
 data/demo/shakespeare-train.bin: | $(VENV)/.installed
 	$(BIN)/python tools/demo_text.py

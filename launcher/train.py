@@ -20,6 +20,8 @@ from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
 
+LOST = "another rank has ended; its own log says why. The same command goes on from the newest checkpoint."
+
 
 class Parser(argparse.ArgumentParser):
     """Tells a wrong command line as any other bad input: once, not once a rank."""
@@ -62,7 +64,10 @@ def run() -> int:
         if rank == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except Exception:
+    except Exception as error:
+        if "by peer" in str(error):  # gloo's words for it, as a reset or a closed connection
+            print(f"rank {rank}: {LOST}", file=sys.stderr)
+            return 1
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
         return 1
 

@@ -2,7 +2,7 @@
 
 The plain, single-process face:
 
-    model = megabus.load("runs/demo/checkpoint")         # torch.nn.Module: tokens (B, T) -> logits (B, T, V)
+    model = megabus.load("runs/demo")                     # torch.nn.Module: tokens (B, T) -> logits (B, T, V)
     state = megabus.grow_state(model.state_dict(), model.config, larger_config, seed=0)
     model = megabus.build_model(config, seed=0)           # a fresh model of any size
 """

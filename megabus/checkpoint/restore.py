@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megabus.checkpoint.manifest import DamagedError, Entry, check_file, read_manifest
 from megabus.checkpoint.shards import read_shards
 from megabus.checkpoint.state import SavedState, read_state
-from megabus.checkpoint.store import complete, latest_of, point_latest, set_aside
+from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.parallel.agree import agreement, rank_0_tells
@@ -67,7 +67,7 @@ def restore(found: Found, engine: Engine) -> None:
 
 def _candidates(root: Path, strict: bool) -> list[Path]:
     folders = complete(root)
-    if folders:
+    if len(folders) > 1 or (root / LATEST).exists():  # a run killed right after its first one appeared has none
         try:
             latest_of(root)
         except DamagedError as error:

@@ -51,7 +51,7 @@ def train(config: RunConfig) -> Outcome:
                 roll_back(run)
             elif grown or run.progress.step % config.checkpoint.every == 0:
                 save(run)
-        return Outcome(finish(run), run.stopping)
+        return Outcome(finish(run), stopped=run.share < 1)
 
 
 def train_step(run: Run) -> None:
