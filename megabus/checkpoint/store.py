@@ -68,6 +68,8 @@ def publish(partial: Path, entries: Sequence[Entry]) -> Path:
     settle(write_manifest(partial, entries), rank=0)
     sync_directory(partial)
     folder = partial.with_suffix("")
+    if folder.exists():  # it appeared, but `latest` could not be moved: the disk was full
+        remove(folder)
     partial.rename(folder)
     sync_directory(folder.parent)
     point_latest(folder)
@@ -114,11 +116,9 @@ def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a directory; killed in the middle, it is no checkpoint any more."""
-    if not folder.name.endswith((".partial", ".deleted")):
-        gone = folder.with_suffix(".deleted")
-        shutil.rmtree(gone, ignore_errors=True)
-        folder = folder.rename(gone)
-    shutil.rmtree(folder)
+    gone = folder.with_suffix(".deleted")
+    shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(folder.rename(gone))
 
 
 def sweep(root: Path) -> list[Path]:
