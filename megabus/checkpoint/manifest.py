@@ -58,7 +58,7 @@ def write_manifest(folder: Path, entries: Iterable[Entry]) -> Path:
 def read_manifest(folder: Path) -> list[Entry]:
     """The entries in order of names. Raises `DamagedError`, or `UserError` where it cannot be read."""
     path = folder / MANIFEST
-    with _reading(path):
+    with reading(path):
         raw = path.read_bytes()
     try:
         entries = [Entry(**entry) for entry in json.loads(raw)["files"]]
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> list[Entry]:
 def check_file(folder: Path, entry: Entry) -> None:
     """Raise `DamagedError` unless the file is there, of that size and with those bytes."""
     path = folder / entry.name
-    with _reading(path):
+    with reading(path):
         found = path.stat().st_size
         if found != entry.bytes:
             raise DamagedError(path, f"is damaged ({found} bytes, not {entry.bytes})")
@@ -83,7 +83,7 @@ def check_file(folder: Path, entry: Entry) -> None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:

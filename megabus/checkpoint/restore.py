@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megabus.checkpoint.manifest import DamagedError, Entry, check_file, read_manifest
 from megabus.checkpoint.shards import read_shards
 from megabus.checkpoint.state import SavedState, read_state
-from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside
+from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside, step_of
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.parallel.agree import agreement, rank_0_tells
@@ -83,7 +83,10 @@ def _verified(folder: Path) -> Found:
     with agreement():
         for entry in entries[dist.get_rank() :: dist.get_world_size()]:
             check_file(folder, entry)
-    return Found(folder, rank_0_tells(lambda: read_state(folder)), entries)
+    state = rank_0_tells(lambda: read_state(folder))
+    if state.progress.step != step_of(folder):
+        raise DamagedError(folder, f"is the checkpoint of step {state.progress.step}", "give it its name back")
+    return Found(folder, state, entries)
 
 
 def _tidy(root: Path, good: Path, damaged: list[Path]) -> None:

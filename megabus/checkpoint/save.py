@@ -112,7 +112,7 @@ class Saver:
         save.write_s = time.perf_counter() - begun
 
     def _write(self, snapshot: Snapshot) -> tuple[Path, int]:
-        """All ranks raise one `UserError` if any cannot write; then nothing of the checkpoint is left."""
+        """All ranks raise one `UserError` if any cannot write; then nothing half-written is left."""
         rank, step = dist.get_rank(), snapshot.state.progress.step
         try:
             with self._together(step):

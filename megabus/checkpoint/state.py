@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from megabus.checkpoint.manifest import DamagedError
+from megabus.checkpoint.manifest import DamagedError, reading
 from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
@@ -64,8 +64,10 @@ def write_state(folder: Path, state: SavedState) -> Path:
 def read_state(folder: Path) -> SavedState:
     """The state of a checkpoint whose files were verified. Raises `UserError` where it has another format."""
     path = folder / STATE
+    with reading(path):
+        raw = path.read_bytes()
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(raw)
         if tree["format"] != FORMAT:
             problem = f"has format {tree['format']}, this megabus reads {FORMAT}"
             raise UserError("checkpoint", path, problem, "use the megabus that wrote it")

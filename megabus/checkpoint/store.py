@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megabus.checkpoint.manifest import DamagedError, Entry, digest_of, settle, write_manifest
 from megabus.data.indexed import sync_directory
+from megabus.errors import UserError
 
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -44,7 +45,10 @@ def step_of(folder: Path) -> int | None:
 
 def complete(root: Path) -> list[Path]:
     """The checkpoints that are complete by name, newest first."""
-    found = root.iterdir() if root.is_dir() else []
+    try:
+        found = list(root.iterdir()) if root.is_dir() else []
+    except OSError as error:
+        raise UserError("checkpoint", root, f"cannot be read ({error.strerror})", "mend the file system") from error
     return sorted((path for path in found if step_of(path) is not None), key=lambda p: step_of(p) or 0, reverse=True)
 
 
@@ -69,8 +73,9 @@ def publish(partial: Path, entries: Sequence[Entry]) -> Path:
     sync_directory(partial)
     folder = partial.with_suffix("")
     if folder.exists():  # it appeared, but `latest` could not be moved: the disk was full
-        remove(folder)
-    partial.rename(folder)
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
     sync_directory(folder.parent)
     point_latest(folder)
     return folder

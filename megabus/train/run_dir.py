@@ -10,7 +10,7 @@ from typing import IO
 import yaml
 
 from megabus.checkpoint.restore import Found
-from megabus.checkpoint.store import checkpoints_of, sweep
+from megabus.checkpoint.store import checkpoints_of, prune, sweep
 from megabus.config import RunConfig
 from megabus.errors import UserError
 from megabus.train.metrics import Metrics
@@ -38,6 +38,7 @@ def open_metrics(config: RunConfig, found: Found | None) -> Metrics:
     """Write down the configuration, and open the metrics: behind those of the run that `found` belongs to, or anew."""
     path, text = Path(config.run_dir), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     try:
+        prune(checkpoints_of(path), config.checkpoint.keep_last, config.checkpoint.keep_every)
         swept = sweep(checkpoints_of(path))
         if swept:
             print(f"deleted what a killed run left half-written: {', '.join(file.name for file in swept)}")
