@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from megabus.checkpoint.manifest import DamagedError, reading
+from megabus.checkpoint.manifest import FORMAT, reading
 from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
 
 STATE = "state.json"
-FORMAT = 1
 
 
 @dataclass
@@ -82,5 +81,6 @@ def read_state(folder: Path) -> SavedState:
             config=tree["config"],
             data=tree["data"],
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(path, f"is damaged ({type(error).__name__})") from error
+    except (KeyError, TypeError, ValueError) as error:  # its bytes are as they were written: another version's
+        problem = f"is not a state of format {FORMAT} ({type(error).__name__}: {error})"
+        raise UserError("checkpoint", path, problem, "use the megabus that wrote it") from error

@@ -11,7 +11,6 @@ ones are deleted after that. So at every instant the newest complete checkpoint 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from megabus.checkpoint.manifest import DamagedError, Entry, digest_of, settle, write_manifest
 from megabus.data.indexed import sync_directory
-from megabus.errors import UserError
+from megabus.errors import UserError, warn
 
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -112,7 +111,8 @@ def _pointer(folder: Path) -> str:
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete all complete checkpoints but the newest `keep_last`, and those whose step `keep_every` divides."""
+    """Delete all complete checkpoints but the newest `keep_last`, and those whose step `keep_every` divides. What
+    cannot be deleted is told, and tried again the next time."""
     for folder in complete(root)[keep_last:]:
         step = step_of(folder)
         if keep_every is None or step is None or step % keep_every:
@@ -121,16 +121,22 @@ def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a directory; killed in the middle, it is no checkpoint any more."""
-    gone = folder.with_suffix(".deleted")
-    shutil.rmtree(gone, ignore_errors=True)
-    shutil.rmtree(folder.rename(gone))
+    try:
+        gone = folder.with_suffix(".deleted")
+        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(folder.rename(gone))
+    except OSError as error:
+        warn(f"{folder} cannot be deleted ({error})")
 
 
 def sweep(root: Path) -> list[Path]:
     """Delete what a killed run has left half-written or half-deleted; what was deleted."""
     found = [path for path in root.iterdir() if path.suffix in (".partial", ".deleted")] if root.is_dir() else []
     for path in found:
-        shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:
+            warn(f"{path} cannot be deleted ({error})")
     return found
 
 

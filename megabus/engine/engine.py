@@ -104,7 +104,9 @@ class Engine:
         first_row, _ = shard_rows(head, model, layout.tp, self.mesh.at.tp)
 
         def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-            return vocab_parallel_cross_entropy(logits_BTV, targets_BT, first_row, self.mesh.tp)
+            loss = vocab_parallel_cross_entropy(logits_BTV, targets_BT, first_row, self.mesh.tp)
+            # DeepSpeed looks at gradients alone: a loss that is none must not have any.
+            return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
         if layout.pp == 1:
             return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute), loss)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -12,12 +14,12 @@ import torch.distributed as dist
 from megabus.checkpoint.restore import Found, find_checkpoint, restore
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
-from megabus.checkpoint.store import checkpoints_of
+from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.order import align_up
 from megabus.data.sources import open_sources
 from megabus.engine.engine import Engine
-from megabus.errors import UserError
+from megabus.errors import UserError, say
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
 from megabus.kappa.predictors import make_predictor
 from megabus.model.init import initial_rows
@@ -27,10 +29,12 @@ from megabus.train.corpora import Corpora
 from megabus.train.flops import count_parameters
 from megabus.train.metrics import Metrics, describe
 from megabus.train.resume import check_continues, data_order
-from megabus.train.run_dir import lock_run_dir, open_metrics
+from megabus.train.run_dir import check_shared, lock_run_dir, open_metrics
 from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
 from megabus.train.watchdog import Watchdog
+
+LAST_SAVE = 60.0  # seconds that a run which ends with an error waits for a save
 
 
 @dataclass
@@ -50,8 +54,9 @@ class Run:
     lock: IO[str] | None  # on rank 0
     progress: Progress = field(default_factory=Progress)
     saved_step: int | None = None  # of the newest checkpoint that is written, or being written
+    save_is_due: bool = False
     stopping: bool = False
-    told: bool = False  # that the metrics cannot be written
+    told_unwritten: bool = False  # that the metrics cannot be written
     view: KappaView | None = None
     pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))  # (clock, share)
 
@@ -85,18 +90,21 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Run:
     with agreement():
         if dist.get_rank() == 0:
             lock = lock_run_dir(Path(config.run_dir))
-    found = find_checkpoint(root, strict=config.resume == "strict")
+            if config.resume == "never" and complete(root):
+                raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
+    check_shared(Path(config.run_dir))
+    found = find_checkpoint(root, config.resume == "strict", watchdog.beat)
     changes: list[str] = []
     with agreement():
         if found is not None:
-            if config.resume == "never":
-                raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
             changes = check_continues(found, config, stages, data_order(corpora.sources))
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
-    saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, config.data.tokenizer)
+    tokenizer = config.data.tokenizer
+    saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.beat)
     engine = Engine(config, stages[found.state.stage if found else 0])
+    watchdog.beat()
     run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog, lock)
     if found is not None:
         go_on_from(run, found, "start", changes)
@@ -106,13 +114,30 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Run:
         if run.metrics is not None:
             run.metrics.write("start", run.totals | {"sizes": sizes(run.stage), "layout": str(run.stage.layout)})
             parameters = f"{count_parameters(run.stage.model):,} parameters"
-            print(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}", flush=True)
+            say(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}")
+    if dist.get_rank() == 0:  # of a run that was killed before it could
+        prune(root, keep.keep_last, keep.keep_every)
+    watchdog.beat()
     return run
+
+
+@contextmanager
+def started(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Iterator[Run]:
+    """A run from `start` until the block ends. After an error a save that is going on may still become a checkpoint."""
+    run = start(config, requests, watchdog)
+    try:
+        yield run
+    except UserError:
+        run.saver.let_end(LAST_SAVE)
+        raise
+    finally:
+        if run.lock is not None:
+            run.lock.close()
 
 
 def go_on_from(run: Run, found: Found, reason: str, changes: list[str]) -> None:
     """Put the run, whose engine is of the checkpoint's stage, where the checkpoint was saved. Collective."""
-    restore(found, run.engine)
+    restore(found, run.engine, run.watchdog.beat)
     now = run.progress = replace(found.state.progress)
     now.position = align_up(now.position, run.stage.seq_len)
     run.saved_step = now.step
@@ -123,9 +148,9 @@ def go_on_from(run: Run, found: Found, reason: str, changes: list[str]) -> None:
     if run.metrics is not None:
         row = {"reason": reason, "layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
         run.metrics.write("resume", run.totals | row | {"changes": changes})
-        print(f"resuming at step {now.step}: {describe(run.stage)}, from {found.folder} ({found.state.layout})")
+        say(f"resuming at step {now.step}: {describe(run.stage)}, from {found.folder} ({found.state.layout})")
         for change in changes:
-            print(f"changed since it was saved: {change}")
+            say(f"changed since it was saved: {change}")
 
 
 def roll_back(run: Run) -> None:
@@ -135,11 +160,12 @@ def roll_back(run: Run) -> None:
     remedy = "lower optimizer.lr or look at the data of those steps"
     if failed.rollbacks >= limit:
         raise UserError("train.loss", "nan", f"{problem}, after {limit} return(s) to a checkpoint", remedy)
-    found = find_checkpoint(run.saver.root, strict=run.config.resume == "strict")
+    found = find_checkpoint(run.saver.root, run.config.resume == "strict", run.watchdog.beat)
     if found is None:
         raise UserError("train.loss", "nan", f"{problem}, and there is no checkpoint to return to", remedy)
     run.engine.close()
     run.engine = Engine(run.config, run.stages[found.state.stage])
+    run.watchdog.beat()
     go_on_from(run, found, "not finite", [])
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
