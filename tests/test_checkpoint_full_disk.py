@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -181,11 +182,12 @@ def test_whatever_operation_fails_there_is_one_message_and_a_whole_checkpoint(re
         assert len(operations) >= 20
         assert set(operations) == {"mkdir", "rename", "write", "fsync", "remove", "rmdir"}
     else:
-        assert operations.count("fsync") == 2  # by torch, and ours
+        assert operations.count("fsync") == 1
     for number, (line, failed, names, _) in enumerate(ranks[0]):
         old, new = (folder_of(root, number + back).name for back in (1, 2))
-        if failed is None:
-            assert line == f"mkdir {new}.partial"  # which torch does once more, and need not
+        if failed is None:  # what torch does once more, and need not; and what deletes an older one
+            deletes = ".deleted" in line or re.fullmatch(r"rename step-\d+", line)
+            assert line == f"mkdir {new}.partial" or deletes
         else:
             assert failed.startswith(f"checkpoint = {root / new}: "), line
             assert "No space left on device" in failed

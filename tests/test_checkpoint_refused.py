@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import itertools
 import json
@@ -15,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 import megabus
+from megabus.checkpoint import manifest
 from megabus.checkpoint.restore import find_checkpoint, restore
 from megabus.checkpoint.state import FORMAT
 from megabus.checkpoint.store import checkpoints_of, folder_of
@@ -88,7 +88,7 @@ def failing_disk_of(rank):
             raise OSError(errno.EIO, "Input/output error")
 
         if dist.get_rank() == rank:
-            hashlib.file_digest = failing
+            manifest._sha256 = failing
 
     return spoil
 
@@ -139,8 +139,10 @@ def test_a_later_format_is_refused_and_not_taken_for_damage(root):
     check_refused(run_ranks(2, answers, root), path, problem)
     check_load_refuses(root, path, problem)
     path.write_text(json.dumps({"format": FORMAT, "state": "of another kind"}))
-    ck.attest(path.parent)  # the control: with this format it is damage, though it is what was written
-    assert {told[-1] for told, _ in run_ranks(2, answers, root)} == {folder_of(root, 1).name}
+    ck.attest(path.parent)  # what it says in this format is not what this megabus wrote, but it is what was written
+    check_refused(run_ranks(2, answers, root), path, f"is not a state of format {FORMAT} (KeyError")
+    path.write_text("{}")  # the control: without a hash that says so, it is damage
+    assert {told[-1] for told, _ in run_ranks(2, answers, root, None, (False,))} == {folder_of(root, 1).name}
 
 
 def restoring(root, spoil):

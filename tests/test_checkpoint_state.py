@@ -10,7 +10,6 @@ from dataclasses import asdict, fields, replace
 import checkpoints as ck
 import pytest
 
-from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.state import FORMAT, STATE, Progress, SavedState, read_state, write_state
 from megabus.config import Layout, RunConfig
 from megabus.errors import UserError
@@ -141,7 +140,9 @@ def test_another_format_is_refused_and_no_damage(tmp_path, number):
         lambda tree: tree.update(kinds=None),
     ],
 )
-def test_a_state_that_lacks_something_is_damaged(tmp_path, change):
+def test_a_state_that_lacks_something_is_another_versions(tmp_path, change):
+    """Its bytes were verified before: it is no damage, which would be set aside."""
     edited(tmp_path, change)
-    with pytest.raises(DamagedError, match=STATE):
+    with pytest.raises(UserError, match=rf"{STATE}: is not a state of format") as caught:
         read_state(tmp_path)
+    assert type(caught.value) is UserError

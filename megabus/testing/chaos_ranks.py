@@ -72,7 +72,8 @@ class Phase(IntEnum):
 
 ON_START = (Phase.JOIN, Phase.START, Phase.RESTORE)
 ON_GROWTH = (Phase.MOVE, Phase.BUILD, Phase.GROWN)
-ONLY_RANK_0 = (Phase.PUBLISH, Phase.LATEST, Phase.PRUNE)
+NAPS = {Phase.PUBLISH: 1, Phase.LATEST: 1, Phase.PRUNE: 2}  # within the phase, beside the one at its beginning
+ONLY_RANK_0 = tuple(NAPS)
 _MAIN, _WRITER, _STEP, _SAVING, _BEGAN, _NOTED, _SINCE, _SPENT = 0, 1, 2, 3, 4, 5, 6, 8
 _ROW = _SPENT + 2 * len(Phase)
 
@@ -251,7 +252,7 @@ def attempt(
 def _strike(board: Board, ranks: list[Any], aim: Aim, spans: Spans, deadline: float) -> bool:
     """Wait for the aim's instant and kill; False if it did not come."""
     span, background = spans.get(aim.phase, 0.0), aim.phase.in_background
-    delay = aim.share * (span if span > NAP else span + NAP)
+    delay = aim.share * (max(span, NAP) + NAP * NAPS.get(aim.phase, 0))
     while all(process.is_alive() for process in ranks) and time.monotonic() < deadline:
         if board.phase(aim.watched, background) == aim.phase and board.step(aim.watched, background) >= aim.step:
             time.sleep(delay)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -29,7 +29,7 @@ from megabus.train.corpora import Corpora
 from megabus.train.flops import count_parameters
 from megabus.train.metrics import Metrics, describe
 from megabus.train.resume import check_continues, data_order
-from megabus.train.run_dir import check_shared, lock_run_dir, open_metrics
+from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
 from megabus.train.watchdog import Watchdog
@@ -51,7 +51,6 @@ class Run:
     saver: Saver
     requests: StopRequests
     watchdog: Watchdog
-    lock: IO[str] | None  # on rank 0
     progress: Progress = field(default_factory=Progress)
     saved_step: int | None = None  # of the newest checkpoint that is written, or being written
     save_is_due: bool = False
@@ -79,17 +78,16 @@ class Run:
         return self.stage.index + 1 < len(self.stages)
 
 
-def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Run:
+def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: RunLock) -> Run:
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     with agreement():
         stages = resolve_stages(config, dist.get_world_size())
         corpora = Corpora(open_sources(config, stages))
         kappa = _kappa_settings(config)
     root = checkpoints_of(config.run_dir)
-    lock = None
     with agreement():
         if dist.get_rank() == 0:
-            lock = lock_run_dir(Path(config.run_dir))
+            lock.acquire()
             if config.resume == "never" and complete(root):
                 raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
     check_shared(Path(config.run_dir))
@@ -105,7 +103,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Run:
     saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.beat)
     engine = Engine(config, stages[found.state.stage if found else 0])
     watchdog.beat()
-    run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog, lock)
+    run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog)
     if found is not None:
         go_on_from(run, found, "start", changes)
     else:
@@ -124,15 +122,16 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Run:
 @contextmanager
 def started(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Iterator[Run]:
     """A run from `start` until the block ends. After an error a save that is going on may still become a checkpoint."""
-    run = start(config, requests, watchdog)
+    lock = RunLock(Path(config.run_dir))
     try:
-        yield run
-    except UserError:
-        run.saver.let_end(LAST_SAVE)
-        raise
+        run = start(config, requests, watchdog, lock)
+        try:
+            yield run
+        except UserError:
+            run.saver.let_end(LAST_SAVE)
+            raise
     finally:
-        if run.lock is not None:
-            run.lock.close()
+        lock.release()
 
 
 def go_on_from(run: Run, found: Found, reason: str, changes: list[str]) -> None:

@@ -44,20 +44,31 @@ def check_shared(run_dir: Path) -> None:
             raise UserError("run_dir", run_dir, problem, "put it on a file system that all nodes share")
 
 
-def lock_run_dir(run_dir: Path) -> IO[str]:
+class RunLock:
     """One run at a time writes into a run_dir. The kernel frees the lock however the process ends."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / LOCK).open("a")
-    except OSError as error:
-        raise _unwritable(run_dir, error) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError("run_dir", run_dir, "is in use by another run", "wait for it, or choose another") from error
-    except OSError as error:  # some file systems have none
-        warn(f"{run_dir} cannot be locked ({error.strerror}): see that no second run uses it")
-    return file
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Make the directory, and take the lock. Raises `UserError` if another run has it."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (self.run_dir / LOCK).open("a")
+        except OSError as error:
+            raise _unwritable(self.run_dir, error) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "wait for it, or choose another"
+            raise UserError("run_dir", self.run_dir, "is in use by another run", remedy) from error
+        except OSError as error:  # some file systems have none
+            warn(f"{self.run_dir} cannot be locked ({error.strerror}): see that no second run uses it")
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _unwritable(run_dir: Path, error: OSError) -> UserError:
