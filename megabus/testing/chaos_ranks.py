@@ -7,7 +7,6 @@ The parent reads along, kills ranks in the middle of a wanted phase, and afterwa
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import mmap
 import os
@@ -203,8 +202,6 @@ def prepare_parent() -> None:
     """Import once all that ranks need, so that a fork is all a start costs."""
     preload()
     import megabus.train.loop  # noqa: F401
-
-    gc.freeze()  # the ranks' collections pass over what they inherit
 
 
 def attempt(
