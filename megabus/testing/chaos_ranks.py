@@ -374,9 +374,9 @@ def _tell_phases(tell: _Reporter) -> None:
     def saves(_: object, snapshot: Any, __: object) -> None:
         board.tell_step(rank, snapshot.state.progress.step, in_background=True)
 
-    tell.wrap(loop, "start", Phase.START, then=lambda run: board.tell_began(rank, run.progress.step))
+    tell.wrap(run, "start", Phase.START, then=lambda begun: board.tell_began(rank, begun.progress.step))
     tell.wrap(run, "restore", Phase.RESTORE)
-    tell.wrap(loop, "train_step", Phase.STEP, lambda run: board.tell_step(rank, run.progress.step + 1))
+    tell.wrap(loop, "train_step", Phase.STEP, lambda now: board.tell_step(rank, now.progress.step + 1))
     tell.wrap(loop, "validate", Phase.VALIDATE)
     # A growth passes through three phases: each lasts from one call's end to the next one's, not for a call.
     tell.wrap(loop, "grow", Phase.MOVE)
