@@ -87,6 +87,14 @@ def test_a_stop_in_the_step_of_a_growth(config):
     assert [row["step"] for row in rows_of(run, "save")] == [3]
 
 
+def test_a_stop_in_the_last_step_is_the_end(config):
+    """Nothing is left to go on with: a scheduler must not queue it again."""
+    run = config({"dp": 2})
+    ranks = start(run, 2, stop_after(6))
+    assert [(told.numbers, told.stopped) for told in ranks] == [([1, 2, 3, 4, 5, 6], False)] * 2
+    assert checkpoints(run) == ["latest", "step-00000006"]
+
+
 # ---- through the launcher -----------------------------------------------------------------------------------
 
 

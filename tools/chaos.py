@@ -12,6 +12,7 @@ import argparse
 import itertools
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of both (default: %(default)s)")
     args = parser.parse_args(argv)
     begun = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is mounted is unmounted
     prepare_parent()
     from megabus.testing.chaos import SCHEDULES, describe, make_corpus, undisturbed
 

@@ -14,6 +14,9 @@ from megabus.errors import UserError
 from megabus.kappa.monitor import KappaView, bar
 
 
+STEP = "trainer/step"  # wandb's x axis
+
+
 class Metrics:
     """Rank 0's sinks. Every row is a flat-ish JSON object with `event` and the run's totals.
 
@@ -31,7 +34,7 @@ class Metrics:
         import wandb
 
         try:
-            return wandb.init(
+            run = wandb.init(
                 project="megabus",
                 name=self.run_dir.name,
                 dir=str(self.run_dir),
@@ -44,6 +47,10 @@ class Metrics:
             raise UserError(
                 "log.wandb_mode", config.log.wandb_mode, f"does not start ({error})", "log in, or set offline"
             ) from error
+        # A step of our own: wandb's may not go back, as ours does after a return to a checkpoint.
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP)
+        return run
 
     def _wandb_id(self) -> str:
         """The same for every start of a run, so that a resumed one goes on in its own curves."""
@@ -65,7 +72,7 @@ class Metrics:
         numbers = {f"{event}/{k}": v for k, v in clean.items() if isinstance(v, int | float)}
         try:
             if self.wandb is not None:
-                self.wandb.log(numbers, step=row["step"])
+                self.wandb.log(numbers | {STEP: row["step"]})
             if self.tensorboard is not None:
                 for key, value in numbers.items():
                     self.tensorboard.add_scalar(key, value, row["step"])
