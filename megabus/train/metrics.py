@@ -13,7 +13,6 @@ from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaView, bar
 
-
 STEP = "trainer/step"  # wandb's x axis
 
 
