@@ -102,7 +102,7 @@ def latest_of(root: Path) -> Path:
         whole = False
     if not whole:
         problem = "is missing, damaged, or names a checkpoint that is"
-        raise DamagedError(path, problem, "set resume=auto to use the newest good checkpoint")
+        raise DamagedError(path, problem, "resume=auto takes the newest good checkpoint")
     return folder
 
 

@@ -148,6 +148,8 @@ def go_on_from(run: Run, found: Found, reason: str, changes: list[str]) -> None:
         row = {"reason": reason, "layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
         run.metrics.write("resume", run.totals | row | {"changes": changes})
         say(f"resuming at step {now.step}: {describe(run.stage)}, from {found.folder} ({found.state.layout})")
+        if run.share >= 1:
+            say("the run has reached its budget already: raise train.max_* to go on")
         for change in changes:
             say(f"changed since it was saved: {change}")
 
