@@ -69,6 +69,8 @@ def _candidates(root: Path, strict: bool) -> list[Path]:
     folders = complete(root)
     if len(folders) > 1 or (root / LATEST).exists():  # a run killed right after its first one appeared has none
         try:
+            if strict and folders:
+                read_manifest(folders[0])  # else `latest`, which holds its hash, would be blamed for its damage
             latest_of(root)
         except DamagedError as error:
             if strict:

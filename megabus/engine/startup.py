@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -62,12 +63,16 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if gpu else "gloo"
+    # A rank that dies while ranks meet would keep the others for several times the time-out.
+    faulthandler.dump_traceback_later(timeout.total_seconds() + 5, exit=True)
     try:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except torch.distributed.DistNetworkError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         problem = f"the ranks cannot meet there ({str(error).splitlines()[0]})"
         raise UserError("MASTER_ADDR:MASTER_PORT", address, problem, "name a free port to the launcher") from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     reuse_process_groups(timeout)
 
 
