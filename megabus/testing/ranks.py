@@ -72,7 +72,7 @@ def _wait(ranks: list[Any], folder: Path, deadline: float, timeout: float) -> No
         if time.monotonic() > deadline:
             for process in ranks:
                 if process.is_alive():
-                    os.kill(process.pid, signal.SIGUSR1)
+                    os.kill(process.pid, signal.SIGUSR2)
             time.sleep(0.5)
             raise RuntimeError(f"ranks hung for {timeout} s:\n" + _texts(folder, "stack", len(ranks)))
         time.sleep(0.01)
@@ -89,7 +89,7 @@ def _texts(folder: Path, suffix: str, world: int) -> str:
 def _rank(rank: int, world: int, port: int, folder: Path, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
     with (folder / f"{rank}.stack").open("w") as stack:
-        faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=stack, all_threads=True)
         try:
             start_distributed()
             result = job(*args)
