@@ -93,7 +93,7 @@ def _key(kind: Kind, name: str) -> str:
 
 def _parts(key: str) -> tuple[Kind, str]:
     kind, _, name = key.partition("/")
-    return KINDS[[str(k) for k in KINDS].index(kind)], name
+    return cast(Kind, kind), name
 
 
 class _File(NamedTuple):

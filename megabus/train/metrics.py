@@ -99,7 +99,6 @@ class RowFile:
     it worked."""
 
     def __init__(self, path: Path, keep: bool) -> None:
-        self.path = path
         self.error: OSError | None = None
         self._pending = b""
         self._file = path.open("ab", buffering=0)

@@ -45,8 +45,7 @@ class Run:
     stages: list[Stage]
     corpora: Corpora
     engine: Engine
-    monitor: KappaMonitor
-    """Every rank has one; rank 0's alone is fed and asked."""
+    monitor: KappaMonitor  # every rank has one; rank 0's alone is fed and asked
     metrics: Metrics | None  # on rank 0
     saver: Saver
     requests: StopRequests
