@@ -40,7 +40,7 @@ def find_checkpoint(root: Path, strict: bool) -> Found | None:
     damaged: list[Path] = []
     for folder in folders:
         try:
-            found = _verified(folder)
+            found = verified(folder)
         except DamagedError as error:
             if strict:
                 raise
@@ -77,7 +77,7 @@ def _candidates(root: Path, strict: bool) -> list[Path]:
     return folders
 
 
-def _verified(folder: Path) -> Found:
+def verified(folder: Path) -> Found:
     """Every rank reads and hashes its share of the files."""
     entries = rank_0_tells(lambda: read_manifest(folder))
     with agreement():

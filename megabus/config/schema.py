@@ -253,6 +253,10 @@ class RunConfig(Section):
     resume: Literal["auto", "strict", "never"] = Field(
         "auto", description="strict refuses damaged checkpoints and a changed configuration; never refuses old runs"
     )
+    init_from: str | None = Field(
+        None,
+        description="run or checkpoint (tools/convert.py makes one of any Llama) whose weights a new run begins with",
+    )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
     train: TrainConfig

@@ -45,7 +45,7 @@ class TensorFileWriter:
         """Put values at entry `start` of a tensor's row-major flattening."""
         flat = values.detach().to(self.dtype).contiguous().reshape(-1)
         self._file.seek(self._base + self.starts[name] + start * self.dtype.itemsize)
-        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._file.write(flat.view(torch.uint8).numpy().data)
 
     def __enter__(self) -> TensorFileWriter:
         return self

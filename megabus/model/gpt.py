@@ -7,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from megabus.model.layers import Attention, Embedding, GatedMLP, Head, wide
+from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache, wide
 from megabus.model.params import Declare
 
 
@@ -41,8 +41,8 @@ class Block(nn.Module):
         self.norm_mlp = RMSNorm(declare, llama="post_attention_layernorm.weight")
         self.mlp = GatedMLP(declare, unit=False, std=std, out_std=out_std)
 
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        h_BTD = h_BTD + self.attn(self.norm_attn(h_BTD), lambda q, k: (q, k))
+    def forward(self, h_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
+        h_BTD = h_BTD + self.attn(self.norm_attn(h_BTD), lambda q, k: (q, k), cache)
         return h_BTD + self.mlp(self.norm_mlp(h_BTD))
 
 

@@ -52,12 +52,30 @@ def rope_tables(
         return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
 
 
-def rotate(x_BTHC: Tensor, frequencies: tuple[float, ...]) -> Tensor:
-    """RoPE (Su et al. 2021) on the pairs (i, i + C/2), in fp32 at least."""
+def rotate(x_BTHC: Tensor, frequencies: tuple[float, ...], start: int = 0) -> Tensor:
+    """RoPE (Su et al. 2021) on the pairs (i, i + C/2), in fp32 at least; x is at positions start, start + 1, ..."""
     x_BTHC = wide(x_BTHC)
-    cos, sin = rope_tables(x_BTHC.shape[1], frequencies, x_BTHC.device, x_BTHC.dtype)
+    stop = start + x_BTHC.shape[1]
+    length = -(-stop // 256) * 256 if start else stop  # while text is generated, not a new table each token
+    cos, sin = (t[start:stop] for t in rope_tables(length, frequencies, x_BTHC.device, x_BTHC.dtype))
     a, b = x_BTHC.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the `length` positions that a model has read, so that text grows by one position a call."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, attention: nn.Module, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer with those of the new positions behind them."""
+        if attention in self._kept:
+            pairs = zip(self._kept[attention], (k_BTKC, v_BTKC), strict=True)
+            k_BTKC, v_BTKC = (torch.cat(pair, dim=1) for pair in pairs)
+        self._kept[attention] = k_BTKC, v_BTKC
+        return k_BTKC, v_BTKC
 
 
 class Embedding(nn.Module):
@@ -110,18 +128,30 @@ class Attention(nn.Module):
         self.tp, self.scale = declare.tp, scale
         self.head_dim, self.frequencies = declare.model.head_dim, rope_frequencies(declare.model)
 
-    def forward(self, h_BTD: Tensor, shape_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(
+        self,
+        h_BTD: Tensor,
+        shape_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        cache: KVCache | None = None,
+    ) -> Tensor:
         B, T, _ = h_BTD.shape
+        start = 0 if cache is None else cache.length
         h_BTD = self.tp.enter(h_BTD)
         q_BTHC = F.linear(h_BTD, self.q).view(B, T, -1, self.head_dim)
         k_BTKC = F.linear(h_BTD, self.k).view(B, T, -1, self.head_dim)
         v_BTKC = F.linear(h_BTD, self.v).view(B, T, -1, self.head_dim)
-        q_BTHC, k_BTKC = shape_qk(rotate(q_BTHC, self.frequencies), rotate(k_BTKC, self.frequencies))
+        q_BTHC, k_BTKC = shape_qk(rotate(q_BTHC, self.frequencies, start), rotate(k_BTKC, self.frequencies, start))
+        k_BTKC, mask_TS = k_BTKC.to(h_BTD.dtype), None
+        if cache is not None:
+            k_BTKC, v_BTKC = cache.extend(self, k_BTKC, v_BTKC)
+        if start and T > 1:
+            mask_TS = torch.ones(T, start + T, dtype=torch.bool, device=h_BTD.device).tril(start)
         y_BHTC = F.scaled_dot_product_attention(
             q_BTHC.to(h_BTD.dtype).transpose(1, 2),
-            k_BTKC.to(h_BTD.dtype).transpose(1, 2),
+            k_BTKC.transpose(1, 2),
             v_BTKC.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask_TS,
+            is_causal=start == 0,
             scale=self.scale,
             enable_gqa=q_BTHC.shape[2] != k_BTKC.shape[2],
         )
