@@ -66,9 +66,9 @@ def no_key_gain(self, q, k):
     return layers.unit(q) * (self.s_qk * self.root_d).view(-1, q.shape[-1]), layers.unit(k)
 
 
-def turn_backwards(x, theta):
+def turn_backwards(x, frequencies, start):
     """Relative positions with the wrong sign."""
-    cos, sin = layers.rope_tables(x.shape[1], x.shape[-1], theta, x.device, x.dtype)
+    cos, sin = layers.rope_tables(x.shape[1], frequencies, x.device, x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
