@@ -142,9 +142,9 @@ def test_errors_leave_nothing(source, tmp_path):
             convert(source, options["out"], "checkpoint", options["layout"])
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     with OpenFiles() as files:
-        with pytest.raises(UserError, match="source = .*is no directory"):
+        with pytest.raises(UserError, match=r"source = .*is no directory"):
             open_source(tmp_path / "nowhere", files)
-        with pytest.raises(UserError, match="checkpoint = .*holds none"):
+        with pytest.raises(UserError, match=r"checkpoint = .*holds none"):
             open_source(tmp_path / "there", files)
 
 

@@ -37,7 +37,7 @@ def test_logits_are_equal(tmp_path, kind, limit):
     assert type(theirs).__name__ == {"ngpt": "NGPTForCausalLM", "gpt": "LlamaForCausalLM"}[kind]
     assert (tmp_path / "hf/model.safetensors").exists() == (limit == 10**9)
     assert (theirs(TOKENS).logits - ours(TOKENS)).abs().max() <= 1e-5
-    ours.get_parameter("layers.1.attn.out").mul_(1.01)
+    ours.get_parameter("layers.1.attn.out")[0, 0].add_(0.05)
     assert (theirs(TOKENS).logits - ours(TOKENS)).abs().max() > 1e-4  # control
 
 
@@ -155,8 +155,8 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path, model_type, normalization):
     words = ["cat", "dog", "sees", "hears", "the", "a", "naïve", "café", "runs", "and", "then", "ﬁne"]
     draw = torch.Generator().manual_seed(0)
     text = " ".join(words[int(i)] for i in torch.randint(len(words), (4000,), generator=draw))
-    path = train_tokenizer([text], 300, tmp_path / "tok", model_type, normalization)
-    source = MemorySource(model_config("ngpt", vocab_size=300))
+    path = train_tokenizer([text], 280, tmp_path / "tok", model_type, normalization)
+    source = MemorySource(model_config("ngpt", vocab_size=280))
     source.tokenizer = path
     convert(source, tmp_path / "hf", "hf")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(path)
@@ -173,4 +173,4 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path, model_type, normalization):
         assert theirs(sample)["input_ids"] == ids
         assert theirs.decode(ids) == ours.decode(ids)
     assert theirs.eos_token_id == ours.eod
-    assert len(theirs) == 300
+    assert len(theirs) == 280
