@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megabus.convert.convert import convert, open_source
@@ -49,6 +51,9 @@ def main() -> int:
         )
         seconds = time.perf_counter() - begun
         print(f"{args.out}: {nbytes / 1e9:.3f} GB in {seconds:.1f} s, {nbytes / 1e9 / seconds:.2f} GB/s")
+        if args.to == "checkpoint":
+            model = source.state.model.model_dump(exclude_none=True, exclude_defaults=True)
+            print(f"its section of a run's file:\n{yaml.safe_dump({'model': model}, sort_keys=False)}", end="")
         if args.verify:
             begun = time.perf_counter()
             total = verify(source, open_source(args.out, files), args.dtype if args.to == "hf" else "float32")
