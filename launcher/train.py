@@ -20,7 +20,8 @@ from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
 
-LOST = "another rank has ended; its own log says why. The same command goes on from the newest checkpoint."
+PEER_GONE = ("closed by peer", "reset by peer")  # gloo's words for it
+LOST = "lost the connection to another rank, which has probably ended: its log says why. The same command goes on."
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,9 +65,12 @@ def run() -> int:
         if rank == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
-        if "by peer" in str(error):  # gloo's words for it, as a reset or a closed connection
-            print(f"rank {rank}: {LOST}", file=sys.stderr)
+        if any(words in str(error) for words in PEER_GONE):
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            print(f"rank {rank}: {LOST} ({where.name}: {str(error).splitlines()[0]})", file=sys.stderr)
             return 1
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
         return 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Any
 
 
@@ -20,3 +22,15 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle their args, here the text, where __init__ wants its parts.
         return type(self), (self.key, str(self.value), self.problem, self.remedy)
+
+
+def say(text: str) -> None:
+    """Print a line. A log on a full disk must not end a run, so what cannot be printed is lost."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """The same on stderr, marked as a warning."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -299,6 +299,20 @@ def test_resume_is_bitwise():
         assert feed(after, losses[cut:], cut) == whole[cut:]
 
 
+def test_a_resumed_stage_has_the_target_and_caps_that_it_is_given():
+    """What it saw stays; what it aims at is new."""
+    watch = monitor(0.9, end=2.0, caps=(9000, None))
+    assert first_growth(feed(watch, [4.0, 3.5, 3.2])) is None
+    watch.retarget(0.5, 20_000, 1e9)
+    view = watch.view(2000, 12e6)
+    assert (view.kappa, view.start, view.evals, view.target) == (0.5, 4.0, 3, 3.0)
+    assert (view.max_tokens, view.max_flops) == (20_000, 1e9)
+    assert first_growth(feed(watch, [3.1, 2.9], 3)) == 1
+    watch.retarget(0.9, 6000, None)
+    (decision,) = feed(watch, [2.9], 6)
+    assert (decision.grow, decision.reason) == (True, "cap")
+
+
 def test_monitor_refuses_bad_settings_and_order():
     for bad in ({"kappa": 1.2}, {"smoothing": 1.0}, {"patience": 0}, {"min_evals": 0}, {"start": "now"}):
         with pytest.raises(UserError, match=next(iter(bad))):

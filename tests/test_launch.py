@@ -6,30 +6,25 @@ forked ranks, where they take a second.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
 import os
-import socket
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from launching import LAUNCHER, LIMIT, ROOT, START, environment, free_port, launch, launch_forked, the_error, tree
 
 import megabus
 from megabus.config import load_config
 from megabus.data.indexed import IndexedTokens, IndexedWriter, meta_path
 from megabus.errors import UserError
-from megabus.testing.ranks import run_ranks
 
-ROOT = Path(__file__).parents[1]
-LAUNCHER = ROOT / "launcher/train.py"
 VOCAB = 67
 CONFIG = {
     "model": {"vocab_size": VOCAB, "d_model": 36, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
@@ -38,16 +33,6 @@ CONFIG = {
     "eval": {"every": 2, "tokens": 256},
     "log": {"every": 1, "unit_norm_every": 1},
 }
-LIMIT = 30.0  # seconds from the error to the end of the last rank
-START = 60.0  # and what importing torch and DeepSpeed may take before it, on a busy machine
-
-
-class Ended(NamedTuple):
-    """How a rank ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -71,84 +56,6 @@ def config(tmp_path: Path, corpus: Path) -> Path:
     data = {"train": str(corpus), "valid": str(corpus)}
     path.write_text(yaml.safe_dump(CONFIG | {"run_dir": str(tmp_path / "run"), "data": data}))
     return path
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """Nothing of the test run's own: no PYTHONPATH, no ranks."""
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ}
-    return kept | {"OMP_NUM_THREADS": "1"} | extra
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def launch(*args: object, world: int = 2, limit: float = LIMIT) -> list[Ended]:
-    """One plain process a rank, with no launcher to end it; fails if one of them outlives `limit` seconds."""
-    port, ranks = free_port(), []
-    for rank in range(world):
-        ids = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, str(LAUNCHER), *map(str, args)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
-                env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **ids),
-            )
-        )
-    try:
-        texts = [rank.communicate(timeout=limit) for rank in ranks]
-        return [Ended(rank.returncode, *text) for rank, text in zip(ranks, texts, strict=True)]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-
-
-def launch_forked(*args: object, world: int = 2, folders: tuple[Path, ...] = ()) -> list[Ended]:
-    """The launcher's `run()` in forked ranks: the same, without starting Python anew.
-
-    folders: the working directory of each rank.
-    """
-    return [Ended(*ended) for ended in run_ranks(world, _run, args, folders, timeout=LIMIT)]
-
-
-def _run(args: tuple[object, ...], folders: tuple[Path, ...]) -> tuple[int, str, str]:
-    spec = importlib.util.spec_from_file_location("train_launcher", LAUNCHER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if folders:
-        os.chdir(folders[int(os.environ["RANK"])])
-    sys.argv = [str(LAUNCHER), *map(str, args)]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = module.run()
-    return code, out.getvalue(), err.getvalue()
-
-
-def the_error(ranks: list[Ended]) -> str:
-    """All ranks failed, and all that any of them said is one line of rank 0; that line."""
-    assert all(rank.code != 0 for rank in ranks)
-    assert [rank.err for rank in ranks[1:]] == [""] * (len(ranks) - 1)
-    line = ranks[0].err.removesuffix("\n")
-    assert line.startswith("error: ")
-    assert "\n" not in line
-    assert not any("error" in rank.out.lower() or "Traceback" in rank.out for rank in ranks)
-    return line
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """All that lies under a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 # ---- refused before torch is imported ----------------------------------------------------------------------
@@ -231,21 +138,22 @@ def test_a_corpus_shorter_than_a_sample(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_exists_is_left_alone(config: Path, tmp_path: Path) -> None:
-    """A finished run is refused; what an unfinished one has written is set aside, and nothing of it is lost."""
+    """`never` refuses a run that can go on. What one that cannot has written is set aside, and nothing is lost."""
     run, theirs = tmp_path / "run", {"metrics": '{"event": "start", "step": 0}\n', "config": "theirs"}
-    (run / "checkpoint").mkdir(parents=True)
+    run.mkdir()
     (run / "metrics.jsonl").write_text(theirs["metrics"])
     (run / "config.yaml").write_text(theirs["config"])
-    before = tree(tmp_path)
-    line = the_error(launch_forked("--config", config))
-    assert line.startswith(f"error: run_dir = {run}: holds a finished run")
-    assert tree(tmp_path) == before
-    (run / "checkpoint").rmdir()
-    ranks = launch_forked("--config", config, "train.max_steps=1", "growth.stages=[]", "growth.max_tokens=null")
-    assert all(rank.code == 0 for rank in ranks)
-    assert (run / "metrics-1.jsonl").read_text() == theirs["metrics"]
-    assert (run / "config-1.yaml").read_text() == theirs["config"]
-    assert (run / "checkpoint").is_dir()
+    for number in (1, 2):
+        ranks = launch_forked("--config", config, "train.max_steps=1", "resume=never")
+        assert all(rank.code == 0 for rank in ranks)
+        assert (run / f"metrics-{number}.jsonl").read_text() == theirs["metrics"]
+        assert (run / f"config-{number}.yaml").read_text() == theirs["config"]
+        theirs = {"metrics": (run / "metrics.jsonl").read_text(), "config": (run / "config.yaml").read_text()}
+        before = tree(tmp_path)
+        line = the_error(launch_forked("--config", config, "resume=never"))
+        assert line == f"error: run_dir = {run}: holds a run; choose another, or resume=auto"
+        assert tree(tmp_path) == before
+        shutil.rmtree(run / "checkpoints")
 
 
 def test_a_run_dir_that_cannot_be(config: Path, tmp_path: Path) -> None:
@@ -275,11 +183,17 @@ def test_a_loss_that_is_not_finite(config: Path, tmp_path: Path, options: list[s
     wild = ["optimizer.lr=1e30", "train.gradient_clipping=0", "optimizer.schedule=constant"]
     ranks = launch_forked("--config", config, *options, *wild)
     line = the_error(ranks)
-    assert line.startswith(("error: train.loss = nan: is not finite at step ", "error: train.grad_norm = "))
-    assert line.endswith("; lower optimizer.lr or look at the data of that step")
-    assert not (tmp_path / "run/checkpoint").exists()
-    steps = [row for row in rows(tmp_path / "run") if row["event"] == "step"]
-    assert all(row["loss"] is not None for row in steps)  # none of the refused step is written
+    assert re.fullmatch(
+        r"error: train.loss = nan: is not finite at step (\d), the last of 4 such steps in a row, and there is no "
+        r"checkpoint to return to; lower optimizer.lr or look at the data of those steps",
+        line,
+    )
+    assert not (tmp_path / "run/checkpoints").exists()
+    told = rows(tmp_path / "run")
+    steps = [row for row in told if row["event"] == "step"]
+    assert steps
+    assert all(row["loss"] is not None for row in steps)  # none of the refused steps is among them
+    assert len([row for row in told if row["event"] == "skip"]) == 4
 
 
 def test_a_loss_that_is_not_finite_ends_all_processes(config: Path) -> None:
@@ -328,7 +242,7 @@ def test_a_run_that_grows(config: Path, tmp_path: Path, starter: str, layout: st
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "GROWTH (cap)" in ended.stdout
-    assert f"checkpoint: {run / 'checkpoint'}" in ended.stdout
+    assert f"checkpoint: {run / 'checkpoints/step-00000006'}" in ended.stdout
 
     told = rows(run)
     assert told[0]["event"] == "start"
@@ -338,6 +252,7 @@ def test_a_run_that_grows(config: Path, tmp_path: Path, starter: str, layout: st
     assert steps[-1]["share"] == 1
     assert all(row["unit_error"] < 1e-6 for row in steps)
     assert [row["step"] for row in told if row["event"] == "eval"] == [0, 2, 4, 4, 6]
+    assert [row["step"] for row in told if row["event"] == "save"] == [4, 6]
     (growth,) = (row for row in told if row["event"] == "growth")
     assert (growth["from_stage"], growth["to_stage"], growth["step"], growth["reason"]) == (0, 1, 4, "cap")
     assert growth["loss_after"] == pytest.approx(growth["loss_before"], abs=1e-5)
@@ -345,14 +260,16 @@ def test_a_run_that_grows(config: Path, tmp_path: Path, starter: str, layout: st
 
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert load_config(run / "config.yaml") == load_config(config, overrides)
-    model = megabus.load(run / "checkpoint")
+    model = megabus.load(run)
     assert (model.config.d_model, model.config.n_layers) == (48, 3)
     logits = model(torch.arange(20)[None])
     assert logits.shape == (1, 20, VOCAB)
     assert logits.isfinite().all()
     assert logits.std() > 0
-    with pytest.raises(UserError):
-        megabus.load(run)
+    again = megabus.load(run / "checkpoints/step-00000006").state_dict()
+    assert all(torch.equal(again[name], values) for name, values in model.state_dict().items())
+    with pytest.raises(UserError, match="holds none"):
+        megabus.load(tmp_path)
 
 
 def test_plots_are_drawn_from_a_checkout(tmp_path: Path) -> None:

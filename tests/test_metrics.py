@@ -149,25 +149,38 @@ def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
     assert not {"eval/reason", "step/mfu"} & set(events.Tags()["scalars"])
 
 
+def test_tensorboard_tells_a_resumed_step_once(tmp_path: Path) -> None:
+    """Killed after step 31, resumed at step 30: what came after is told anew."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed_at, losses in ((None, {30: 3.0, 31: 2.5, 32: 2.25}), (30, {31: 2.0, 32: 1.5})):
+        metrics = Metrics(run_config(tmp_path, tensorboard=True), resumed_at)
+        for step, loss in losses.items():
+            metrics.write("step", STEP | {"step": step, "loss": loss})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("step/loss")] == [(30, 3.0), (31, 2.0), (32, 1.5)]
+    assert [row["step"] for row in told(tmp_path)] == [30, 31, 32, 31, 32]
+
+
 def test_no_sink_is_opened_unasked(tmp_path: Path) -> None:
     Metrics(run_config(tmp_path)).close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_wandb_offline_stays_on_this_machine(tmp_path: Path) -> None:
-    """In a process of its own: wandb starts threads and a service, and later tests fork."""
-    script = """
+def with_wandb(tmp_path: Path, body: str) -> Path:
+    """Run `body`, which has `metrics`, `STEP` and `run`; the run's directory.
+
+    In a process of its own: wandb starts threads and a service, and later tests fork.
+    """
+    script = f"""
 import json, sys
 from pathlib import Path
 from megabus.config import parse_config
 from megabus.train.metrics import Metrics
-metrics = Metrics(parse_config(json.loads(sys.argv[1])))
-metrics.write("step", json.loads(sys.argv[2]))
-metrics.write("eval", {"step": 30, "loss": 2.5})
-metrics.write("step", json.loads(sys.argv[2]) | {"step": 31})  # wandb keeps a step back till the next
-assert metrics.wandb.settings.mode == "offline"
-assert metrics.wandb.summary["step/loss"] == 3.14159
-assert metrics.wandb.summary["eval/loss"] == 2.5
+config, STEP = parse_config(json.loads(sys.argv[1])), json.loads(sys.argv[2])
+run, metrics = Path(config.run_dir), Metrics(config)
+{body}
 metrics.close()
 """
     run = tmp_path / "run"
@@ -185,6 +198,37 @@ metrics.close()
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)} | elsewhere | quiet | nowhere,
     )
     assert ended.returncode == 0, ended.stderr
+    return run
+
+
+def test_wandb_offline_stays_on_this_machine(tmp_path: Path) -> None:
+    body = """
+metrics.write("step", STEP)
+metrics.write("eval", {"step": 30, "loss": 2.5})
+metrics.write("step", STEP | {"step": 31})  # wandb keeps a step back till the next
+assert metrics.wandb.settings.mode == "offline"
+assert metrics.wandb.summary["step/loss"] == 3.14159
+assert metrics.wandb.summary["eval/loss"] == 2.5
+assert metrics.wandb.id == (run / "wandb-id").read_text() == metrics._wandb_id()  # also of the next start
+"""
+    run = with_wandb(tmp_path, body)
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     assert file.stat().st_size > 0
     assert len(told(run)) == 3
+
+
+def test_wandb_hears_of_earlier_steps(tmp_path: Path) -> None:
+    """A save ends some steps after the one that it is of, and a return to a checkpoint tells steps anew."""
+    body = """
+metrics.write("step", STEP)
+metrics.write("step", STEP | {"step": 31})
+metrics.write("save", {"step": 30, "bytes": 7})
+metrics.write("step", STEP | {"step": 32})
+metrics.write("resume", {"step": 30})
+metrics.write("step", STEP | {"step": 31, "loss": 9.0})
+metrics.write("step", STEP | {"step": 32, "loss": 8.0})
+metrics.write("step", STEP | {"step": 33, "loss": 7.0})
+assert metrics.wandb.summary["save/bytes"] == 7, metrics.wandb.summary
+assert metrics.wandb.summary["step/loss"] in (8.0, 7.0), metrics.wandb.summary
+"""
+    with_wandb(tmp_path, body)

@@ -2,74 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from small_runs import VOCAB, rows_of, run_config, write_corpus
 
 import megabus
-from megabus.config import parse_config
 from megabus.data.batches import TokenSource
-from megabus.data.indexed import IndexedWriter
 from megabus.testing.ranks import run_ranks
-
-VOCAB = 67
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Tokens with something to learn: each is mostly a function of the one before it."""
-    folder = tmp_path_factory.mktemp("corpus")
-    table = np.random.default_rng(0).integers(0, VOCAB, VOCAB)
-    for name, seed in (("train", 1), ("valid", 2)):
-        rng, tokens = np.random.default_rng(seed), [0]
-        for _ in range(20_000):
-            tokens.append(int(table[tokens[-1]] if rng.random() < 0.9 else rng.integers(VOCAB)))
-        with IndexedWriter(str(folder / name), np.dtype(np.uint16)) as writer:
-            writer.append(tokens)
-    return folder
-
-
-def run_config(corpus, run_dir, layouts, **changes):
-    stages = [
-        {"d_model": 52, "n_heads": 3, "d_ff": 90, "max_tokens": 1024},
-        {"n_layers": 5, "seq_len": 32, "micro_batch_size": 2, "lr": 3e-3},
-    ]
-    tree = {
-        "run_dir": str(run_dir),
-        "model": {"vocab_size": VOCAB, "d_model": 36, "n_layers": 3, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-        "layout": layouts[0],
-        "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_tokens": 4000},
-        "optimizer": {"lr": 1e-2},
-        "growth": {
-            "moments": "grow",
-            "max_tokens": 1024,
-            "trigger": {"predictor": "constant", "constant": 1.5, "kappa": 0.99},
-            "stages": [stage | {"layout": layout} for stage, layout in zip(stages, layouts[1:], strict=True)],
-        },
-        "data": {"train": str(corpus / "train"), "valid": str(corpus / "valid")},
-        "eval": {"every": 4, "tokens": 256},
-        "log": {"unit_norm_every": 1},
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        tree[section] = tree[section] | {name: value}
-    return parse_config(tree)
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def _train(config):
     from megabus.train.loop import train
 
     return str(train(config).checkpoint)
-
-
-def rows_of(config, event):
-    with open(f"{config.run_dir}/metrics.jsonl") as file:
-        return [row for row in map(json.loads, file) if row["event"] == event]
 
 
 LAYOUTS = {
@@ -144,7 +98,7 @@ def test_kappa_triggers_where_its_formula_says(corpus, tmp_path):
 
 
 def _nan_job(config):
-    """A weight that turns to NaN on one rank: all ranks must stop at the same step, with the same error."""
+    """A weight that turns to NaN on one rank for good: all ranks must stop at the same step, with the same error."""
     from megabus.engine.engine import Engine
     from megabus.errors import UserError
     from megabus.train.loop import train
@@ -158,7 +112,7 @@ def _nan_job(config):
         return step(self, batches, lr)
 
     Engine.train_step = poisoned
-    with pytest.raises(UserError, match=r"train\.(loss|grad_norm) = (nan|inf).*step 1") as caught:
+    with pytest.raises(UserError) as caught:
         train(config)
     dist.barrier()
     return str(caught.value)
@@ -169,6 +123,10 @@ def test_a_nan_on_one_rank_stops_all(corpus, tmp_path, layout):
     config = run_config(corpus, tmp_path / "nan", [layout, {"tp": 1}, {"tp": 1}])
     messages = run_ranks(2, _nan_job, config)
     assert messages[0] == messages[1]
+    told = "train.loss = nan: is not finite at step 4, the last of 4 such steps in a row, and there is no checkpoint to"
+    assert messages[0].startswith(told)
+    assert [row["step"] for row in rows_of(config, "skip")] == [1, 2, 3, 4]
+    assert not rows_of(config, "step")
     assert not (tmp_path / "nan/checkpoints").exists()
 
 

@@ -44,11 +44,12 @@ def checkpoint_at(path: str | Path) -> Path:
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model's configuration, and canonical name -> full fp32 master. Every file that is read is verified first."""
-    saved, entries = read_state(folder), read_manifest(folder)
+    entries = read_manifest(folder)
+    for entry in entries:  # before any of it is believed
+        check_file(folder, entry)
+    saved = read_state(folder)
     whole = Placement(saved.model, Layout(1, 1, 1))
     flat = {Piece(name, 0, whole.numel(name)): torch.empty(whole.numel(name)) for name in whole.specs}
-    for entry in entries:
-        check_file(folder, entry)
     placement = Placement(saved.model, saved.layout)
     read_shards(folder, entries, placement, {piece: {"weight": t} for piece, t in flat.items()}, alone=True)
     return saved.model, {

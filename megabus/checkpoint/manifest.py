@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,16 @@ from typing import Any
 from megabus.errors import UserError
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of manifest.json and state.json
+BLOCK = 1 << 24  # bytes hashed between two beats
 ANOTHER_COPY = "restore it from another copy"
+
+
+Beat = Callable[[], None]
+
+
+def idle() -> None:
+    """The beat of a caller whom no watchdog watches."""
 
 
 class DamagedError(UserError):
@@ -41,12 +50,12 @@ class Entry:
     rank: int
 
 
-def settle(path: Path, rank: int) -> Entry:
-    """Make a written file durable, and measure it."""
+def settle(path: Path, rank: int, beat: Beat = idle) -> Entry:
+    """Make a written file durable, and measure it. beat: called whenever some of it is done."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Entry(path.name, path.stat().st_size, digest, rank)
+    beat()
+    return Entry(path.name, path.stat().st_size, _sha256(path, beat), rank)
 
 
 def write_manifest(folder: Path, entries: Iterable[Entry]) -> Path:
@@ -58,32 +67,35 @@ def write_manifest(folder: Path, entries: Iterable[Entry]) -> Path:
 def read_manifest(folder: Path) -> list[Entry]:
     """The entries in order of names. Raises `DamagedError`, or `UserError` where it cannot be read."""
     path = folder / MANIFEST
-    with _reading(path):
+    with reading(path):
         raw = path.read_bytes()
     try:
-        entries = [Entry(**entry) for entry in json.loads(raw)["files"]]
-    except (KeyError, TypeError, ValueError):
-        raise DamagedError(path) from None
-    if _text(entries) != raw:
+        tree = json.loads(raw)
+        whole = _sealed({key: value for key, value in tree.items() if key != "sha256"}) == raw
+    except (AttributeError, ValueError):
+        whole = False
+    if not whole:
         raise DamagedError(path)
-    return entries
+    if tree.get("format") != FORMAT:
+        problem = f"has format {tree.get('format')}, this megabus reads {FORMAT}"
+        raise UserError("checkpoint", path, problem, "use the megabus that wrote it")
+    return [Entry(**entry) for entry in tree["files"]]
 
 
-def check_file(folder: Path, entry: Entry) -> None:
+def check_file(folder: Path, entry: Entry, beat: Beat = idle) -> None:
     """Raise `DamagedError` unless the file is there, of that size and with those bytes."""
     path = folder / entry.name
-    with _reading(path):
+    with reading(path):
         found = path.stat().st_size
         if found != entry.bytes:
             raise DamagedError(path, f"is damaged ({found} bytes, not {entry.bytes})")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _sha256(path, beat)
     if digest != entry.sha256:
         raise DamagedError(path, "is damaged (its SHA-256 is not the manifest's)")
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
@@ -97,7 +109,20 @@ def digest_of(folder: Path) -> str:
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
+def _sha256(path: Path, beat: Beat) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            beat()
+    return digest.hexdigest()
+
+
 def _text(entries: Iterable[Entry]) -> bytes:
-    tree = {"files": [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.name)]}
+    files = [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.name)]
+    return _sealed({"format": FORMAT, "files": files})
+
+
+def _sealed(tree: dict[str, Any]) -> bytes:
     digest = hashlib.sha256(json.dumps(tree).encode()).hexdigest()
     return (json.dumps(tree | {"sha256": digest}, indent=1) + "\n").encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,12 +9,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megabus.checkpoint.manifest import DamagedError, Entry, check_file, read_manifest
+from megabus.checkpoint.manifest import Beat, DamagedError, Entry, check_file, idle, read_manifest
 from megabus.checkpoint.shards import read_shards
 from megabus.checkpoint.state import SavedState, read_state
-from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside
+from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside, step_of
 from megabus.engine.engine import Engine
-from megabus.errors import UserError
+from megabus.errors import UserError, warn
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
@@ -30,7 +29,7 @@ class Found:
     entries: list[Entry]
 
 
-def find_checkpoint(root: Path, strict: bool) -> Found | None:
+def find_checkpoint(root: Path, strict: bool, beat: Beat = idle) -> Found | None:
     """The newest good checkpoint under `root`; None where there is none of any kind. Collective.
 
     Damage is told on rank 0's stderr, and the next older checkpoint is tried; the damaged ones are set aside once a
@@ -40,7 +39,7 @@ def find_checkpoint(root: Path, strict: bool) -> Found | None:
     damaged: list[Path] = []
     for folder in folders:
         try:
-            found = verified(folder)
+            found = verified(folder, beat)
         except DamagedError as error:
             if strict:
                 raise
@@ -55,13 +54,14 @@ def find_checkpoint(root: Path, strict: bool) -> Found | None:
     return None
 
 
-def restore(found: Found, engine: Engine) -> None:
+def restore(found: Found, engine: Engine, beat: Beat = idle) -> None:
     """Set the engine's masters and moments from a checkpoint of the same model, saved under any layout. Collective."""
     fragments: Fragments = {
         piece: {kind: torch.empty(len(piece)) for kind in found.state.kinds}
         for piece in engine.placement.owned(engine.mesh.rank)
     }
     read_shards(found.folder, found.entries, Placement(found.state.model, found.state.layout), fragments)
+    beat()
     engine.write(fragments, found.state.optimizer_step)
 
 
@@ -77,13 +77,22 @@ def _candidates(root: Path, strict: bool) -> list[Path]:
     return folders
 
 
-def verified(folder: Path) -> Found:
+def verified(folder: Path, beat: Beat = idle) -> Found:
     """Every rank reads and hashes its share of the files."""
     entries = rank_0_tells(lambda: read_manifest(folder))
-    with agreement():
-        for entry in entries[dist.get_rank() :: dist.get_world_size()]:
-            check_file(folder, entry)
-    return Found(folder, rank_0_tells(lambda: read_state(folder)), entries)
+    try:
+        with agreement():
+            for entry in entries[dist.get_rank() :: dist.get_world_size()]:
+                check_file(folder, entry, beat)
+    except DamagedError as error:
+        again = next(entry for entry in entries if entry.name == Path(str(error.value)).name)
+        rank_0_tells(lambda: check_file(folder, again, beat))
+        problem = f"reads well on rank 0, but for another rank it {error.problem}"
+        raise UserError("checkpoint", error.value, problem, "let all nodes share the file system") from error
+    state = rank_0_tells(lambda: read_state(folder))
+    if state.progress.step != step_of(folder):
+        raise DamagedError(folder, f"is the checkpoint of step {state.progress.step}", "give it its name back")
+    return Found(folder, state, entries)
 
 
 def _tidy(root: Path, good: Path, damaged: list[Path]) -> None:
@@ -97,4 +106,4 @@ def _tidy(root: Path, good: Path, damaged: list[Path]) -> None:
 
 def _warn(text: str) -> None:
     if dist.get_rank() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        warn(text)

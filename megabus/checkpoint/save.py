@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megabus.checkpoint.manifest import Entry, settle
+from megabus.checkpoint.manifest import Beat, Entry, idle, settle
 from megabus.checkpoint.shards import write_shards
 from megabus.checkpoint.state import SavedState, write_state
 from megabus.checkpoint.store import begin, folder_of, partial_of, prune, publish
@@ -24,6 +25,7 @@ from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
 
 TOKENIZER = "tokenizer.model"
+SLOWEST = timedelta(days=1)  # that a rank may take to write: whether that is too long is the watchdog's business
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,19 @@ class Saver:
     """
 
     def __init__(
-        self, root: Path, keep_last: int, keep_every: int | None, asynchronous: bool, tokenizer: str | None
+        self,
+        root: Path,
+        keep_last: int = 2,
+        keep_every: int | None = None,
+        asynchronous: bool = True,
+        tokenizer: str | None = None,
+        beat: Beat = idle,
     ) -> None:
         self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
-        self.asynchronous, self.tokenizer = asynchronous, tokenizer
-        self.group = dist.new_group(backend="gloo")
+        self.asynchronous, self.beat = asynchronous, beat
+        # Read once: what lies there later may be another.
+        self.tokenizer = Path(tokenizer).read_bytes() if tokenizer is not None and dist.get_rank() == 0 else None
+        self.group = dist.new_group(backend="gloo", timeout=SLOWEST)
         self._thread: threading.Thread | None = None
         self._save: Save | None = None
 
@@ -101,6 +111,11 @@ class Saver:
         """Whether `wait` would return a save at once, as far as this rank knows."""
         return self._thread is not None and not self._thread.is_alive()
 
+    def let_end(self, seconds: float) -> None:
+        """Before the process ends with an error: let a save that is going on become a checkpoint."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def _run(self, snapshot: Snapshot, save: Save) -> None:
         begun = time.perf_counter()
         try:
@@ -112,7 +127,7 @@ class Saver:
         save.write_s = time.perf_counter() - begun
 
     def _write(self, snapshot: Snapshot) -> tuple[Path, int]:
-        """All ranks raise one `UserError` if any cannot write; then nothing of the checkpoint is left."""
+        """All ranks raise one `UserError` if any cannot write; then nothing half-written is left."""
         rank, step = dist.get_rank(), snapshot.state.progress.step
         try:
             with self._together(step):
@@ -120,10 +135,11 @@ class Saver:
                     begin(self.root, step)
             partial = partial_of(self.root, step)
             with self._together(step):
-                files = write_shards(partial, snapshot.placement, snapshot.fragments, snapshot.state.kinds, self.group)
+                what = (snapshot.placement, snapshot.fragments, snapshot.state.kinds)
+                files = write_shards(partial, *what, self.group, self.beat)
                 if rank == 0:
                     files += self._write_rest(partial, snapshot.state)
-                mine = [settle(path, rank) for path in files]
+                mine = [settle(path, rank, self.beat) for path in files]
             entries: list[list[Entry]] = [[] for _ in range(dist.get_world_size())]
             dist.gather_object(mine, entries if rank == 0 else None, group=self.group)
             written = [entry for part in entries for entry in part]
@@ -134,16 +150,14 @@ class Saver:
             if rank == 0:
                 shutil.rmtree(partial_of(self.root, step), ignore_errors=True)
             raise
-        with self._together(step, "is written, but older ones cannot be deleted", "look at its directory's owner"):
-            if rank == 0:
-                prune(self.root, self.keep_last, self.keep_every)
+        if rank == 0:
+            prune(self.root, self.keep_last, self.keep_every)
         return folder_of(self.root, step), sum(entry.bytes for entry in written)
 
     @contextmanager
-    def _together(
-        self, step: int, problem: str = "cannot be written", remedy: str = "make room or choose another run_dir"
-    ) -> Iterator[None]:
+    def _together(self, step: int) -> Iterator[None]:
         """A failure of any rank's file system is a `UserError` of all ranks."""
+        problem, remedy = "cannot be written", "make room or choose another run_dir"
         with agreement(self.group):
             try:
                 yield
@@ -159,5 +173,6 @@ class Saver:
     def _write_rest(self, partial: Path, state: SavedState) -> list[Path]:
         files = [write_state(partial, state)]
         if self.tokenizer is not None:
-            files.append(Path(shutil.copyfile(self.tokenizer, partial / TOKENIZER)))
+            files.append(partial / TOKENIZER)
+            files[-1].write_bytes(self.tokenizer)
         return files

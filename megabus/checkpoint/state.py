@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from megabus.checkpoint.manifest import DamagedError
+from megabus.checkpoint.manifest import FORMAT, reading
 from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
 
 STATE = "state.json"
-FORMAT = 1
 
 
 @dataclass
@@ -64,8 +63,10 @@ def write_state(folder: Path, state: SavedState) -> Path:
 def read_state(folder: Path) -> SavedState:
     """The state of a checkpoint whose files were verified. Raises `UserError` where it has another format."""
     path = folder / STATE
+    with reading(path):
+        raw = path.read_bytes()
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(raw)
         if tree["format"] != FORMAT:
             problem = f"has format {tree['format']}, this megabus reads {FORMAT}"
             raise UserError("checkpoint", path, problem, "use the megabus that wrote it")
@@ -80,5 +81,6 @@ def read_state(folder: Path) -> SavedState:
             config=tree["config"],
             data=tree["data"],
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(path, f"is damaged ({type(error).__name__})") from error
+    except (KeyError, TypeError, ValueError) as error:  # its bytes are as they were written: another version's
+        problem = f"is not a state of format {FORMAT} ({type(error).__name__}: {error})"
+        raise UserError("checkpoint", path, problem, "use the megabus that wrote it") from error

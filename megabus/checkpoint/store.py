@@ -11,7 +11,6 @@ ones are deleted after that. So at every instant the newest complete checkpoint 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from megabus.checkpoint.manifest import DamagedError, Entry, digest_of, settle, write_manifest
 from megabus.data.indexed import sync_directory
+from megabus.errors import UserError, warn
 
 LATEST = "latest"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -44,7 +44,10 @@ def step_of(folder: Path) -> int | None:
 
 def complete(root: Path) -> list[Path]:
     """The checkpoints that are complete by name, newest first."""
-    found = root.iterdir() if root.is_dir() else []
+    try:
+        found = list(root.iterdir()) if root.is_dir() else []
+    except OSError as error:
+        raise UserError("checkpoint", root, f"cannot be read ({error.strerror})", "mend the file system") from error
     return sorted((path for path in found if step_of(path) is not None), key=lambda p: step_of(p) or 0, reverse=True)
 
 
@@ -69,8 +72,9 @@ def publish(partial: Path, entries: Sequence[Entry]) -> Path:
     sync_directory(partial)
     folder = partial.with_suffix("")
     if folder.exists():  # it appeared, but `latest` could not be moved: the disk was full
-        remove(folder)
-    partial.rename(folder)
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
     sync_directory(folder.parent)
     point_latest(folder)
     return folder
@@ -107,7 +111,8 @@ def _pointer(folder: Path) -> str:
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete all complete checkpoints but the newest `keep_last`, and those whose step `keep_every` divides."""
+    """Delete all complete checkpoints but the newest `keep_last`, and those whose step `keep_every` divides. What
+    cannot be deleted is told, and tried again the next time."""
     for folder in complete(root)[keep_last:]:
         step = step_of(folder)
         if keep_every is None or step is None or step % keep_every:
@@ -116,16 +121,22 @@ def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
 
 def remove(folder: Path) -> None:
     """Delete a directory; killed in the middle, it is no checkpoint any more."""
-    gone = folder.with_suffix(".deleted")
-    shutil.rmtree(gone, ignore_errors=True)
-    shutil.rmtree(folder.rename(gone))
+    try:
+        gone = folder.with_suffix(".deleted")
+        shutil.rmtree(gone, ignore_errors=True)
+        shutil.rmtree(folder.rename(gone))
+    except OSError as error:
+        warn(f"{folder} cannot be deleted ({error})")
 
 
 def sweep(root: Path) -> list[Path]:
     """Delete what a killed run has left half-written or half-deleted; what was deleted."""
     found = [path for path in root.iterdir() if path.suffix in (".partial", ".deleted")] if root.is_dir() else []
     for path in found:
-        shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+        try:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:
+            warn(f"{path} cannot be deleted ({error})")
     return found
 
 

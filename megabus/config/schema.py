@@ -238,7 +238,7 @@ class FaultsConfig(Section):
     max_rollbacks: Annotated[int, Field(ge=0)] = Field(
         2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
     )
-    hang_timeout: Positive = Field(
+    hang_timeout: Annotated[float, Field(gt=0, le=604_800)] = Field(
         600.0, description="seconds without progress before a rank shows its stacks and ends"
     )
     stop_exit_code: Annotated[int, Field(ge=0, le=255)] = Field(

@@ -142,6 +142,8 @@ def _check_run(config: RunConfig) -> None:
             f"and warmup_share {optim.warmup_share} exceed the run",
             "make them sum to 1 or less",
         )
+    if config.checkpoint.keep_every is not None:
+        divides("checkpoint.keep_every", config.checkpoint.keep_every, "checkpoint.every", config.checkpoint.every)
     _check_trigger(config)
 
 

@@ -110,7 +110,9 @@ class Engine:
             losses_BT = token_losses(logits_BTV, targets_BT, first_row, self.mesh.tp)
             if self._seen is not None:
                 self._seen.append(losses_BT.sum(1))
-            return self.reduce(losses_BT)
+            loss = self.reduce(losses_BT)
+            # DeepSpeed looks at gradients alone: a loss that is none must not have any.
+            return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
         if layout.pp == 1:
             return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute), loss)

@@ -68,7 +68,7 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         problem = f"the ranks cannot meet there ({str(error).splitlines()[0]})"
         raise UserError("MASTER_ADDR:MASTER_PORT", address, problem, "name a free port to the launcher") from error
-    reuse_process_groups()
+    reuse_process_groups(timeout)
 
 
 def _check_gpus(count: int) -> None:

@@ -14,17 +14,31 @@ from megabus.errors import UserError
 T = TypeVar("T")
 
 
+class OtherRankError(RuntimeError):
+    """Another rank failed; its own log has the traceback."""
+
+
+def _other(error: Exception) -> OtherRankError:
+    return OtherRankError(f"rank {dist.get_rank()} failed: {type(error).__name__}: {error}")
+
+
 @contextmanager
 def agreement(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a block on every rank; if any raises `UserError`, all raise the lowest such rank's. Collective over `group`,
-    which holds all ranks (None: the default group)."""
-    mine: UserError | None = None
+    which holds all ranks (None: the default group).
+
+    Any other exception is raised as it is where it happened, and as an `OtherRankError` elsewhere.
+    """
+    mine: Exception | None = None
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         mine = error
-    errors: list[UserError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, mine, group=group)
+    told = mine if mine is None or isinstance(mine, UserError) else _other(mine)
+    errors: list[UserError | OtherRankError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, told, group=group)
+    if mine is not None and not isinstance(mine, UserError):
+        raise mine
     first = next((error for error in errors if error is not None), None)
     if first is not None:
         raise first
@@ -41,12 +55,16 @@ def raise_together(error: UserError | None, device: torch.device) -> None:
 def rank_0_tells(make: Callable[[], T]) -> T:
     """What `make` answers on rank 0, on every rank; its `UserError` is raised by all. Collective."""
     message: list[Any] = [None, None]
+    mine: Exception | None = None
     if dist.get_rank() == 0:
         try:
             message[0] = make()
-        except UserError as error:
-            message[1] = error
+        except Exception as error:
+            mine = error
+            message[1] = error if isinstance(error, UserError) else _other(error)
     dist.broadcast_object_list(message, src=0)
+    if mine is not None:
+        raise mine
     if message[1] is not None:
         raise message[1]
     return message[0]

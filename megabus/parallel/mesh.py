@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,20 +19,19 @@ from megabus.parallel.topology import Coordinate, coordinate
 _groups: dict[tuple[int, ...], Any] = {}
 
 
-def reuse_process_groups() -> None:
+def reuse_process_groups(timeout: timedelta) -> None:
     """Make DeepSpeed ask for each set of ranks only once in a process's life.
 
     It makes a dozen groups for every engine; without this each growth would leak them, with their threads and
     sockets. All ranks ask in the same order, so a hit on one is a hit on all.
     """
-    make = ds_comm.new_group
-    if getattr(make, "reused", False):
+    if getattr(ds_comm.new_group, "reused", False):
         return
 
     def new_group(ranks: Any) -> Any:
         members = tuple(ranks)
         if members not in _groups:
-            _groups[members] = make(list(members))
+            _groups[members] = dist.new_group(list(members), timeout=timeout)
         return _groups[members]
 
     new_group.reused = True  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -27,11 +28,14 @@ def preload() -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")  # ranks of a test share no GPU, and are forked
     prepare_environment()
     import_deepspeed()
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed imports it late: 2 s a rank, here once
     import torch
 
     import megabus.engine.engine  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what is imported lives for ever: the ranks' collections, of which there are many, pass it over
 
 
 def run_ranks(world: int, job: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:

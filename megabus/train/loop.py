@@ -11,14 +11,15 @@ import torch.distributed as dist
 from megabus.config import RunConfig
 from megabus.data.order import align_up
 from megabus.engine.engine import StepResult
+from megabus.errors import say
 from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached
 from megabus.parallel.agree import on_any_rank
 from megabus.train.flops import flops_per_token, peak_flops
 from megabus.train.metrics import describe, step_line
-from megabus.train.run import Run, roll_back, sizes, start, watch_stage
-from megabus.train.saving import collect, finish, save, told_of_full_disk
+from megabus.train.run import Run, roll_back, sizes, started, watch_stage
+from megabus.train.saving import collect, finish, save, tell_unwritten
 from megabus.train.schedule import learning_rate, spent_share
 from megabus.train.stop import listening
 from megabus.train.watchdog import watched
@@ -35,21 +36,25 @@ class Outcome:
 def train(config: RunConfig) -> Outcome:
     """Train to the end of the budget, from the run's newest checkpoint if there is one. Collective."""
     run_dir, rank = Path(config.run_dir), dist.get_rank()
-    with listening(run_dir, rank == 0) as requests, watched(config.faults.hang_timeout, rank) as watchdog:
-        run = start(config, requests, watchdog)
+    with (
+        listening(run_dir, rank == 0) as requests,
+        watched(config.faults.hang_timeout, rank) as watchdog,
+        started(config, requests, watchdog) as run,
+    ):
         if run.progress.step == 0:
             observe(run, validate(run))
         while run.share < 1 and not run.stopping:
             train_step(run)
-            grown = False
+            run.save_is_due |= run.progress.step % config.checkpoint.every == 0
             if run.progress.step % config.eval.every == 0 or stage_is_spent(run) or run.share >= 1:
                 loss = validate(run)
                 signal = observe(run, loss)
-                if grown := signal.grow:
+                if signal.grow:
                     grow(run, signal, loss)
+                    run.save_is_due = True
             if heed(run):
                 roll_back(run)
-            elif grown or run.progress.step % config.checkpoint.every == 0:
+            elif run.save_is_due:
                 save(run)
         return Outcome(finish(run), stopped=run.share < 1)
 
@@ -66,40 +71,42 @@ def train_step(run: Run) -> None:
     now.tokens += stage.tokens_per_step
     now.position += stage.tokens_per_step
     now.flops += cost
-    now.nonfinite_in_a_row = 0 if result.is_finite else now.nonfinite_in_a_row + 1
-    now.nonfinite += not result.is_finite
+    # The same on all ranks: a decision to save or to return hangs on it.
+    (skipped,) = on_any_rank([not result.is_finite], run.engine.device)
+    now.nonfinite_in_a_row = now.nonfinite_in_a_row + 1 if skipped else 0
+    now.nonfinite += skipped
     unit_error = None
     if now.step % config.log.unit_norm_every == 0:
         unit_error = run.engine.unit_error()
     if run.metrics is not None:
         elapsed = time.perf_counter() - begun
-        if result.is_finite:
+        if not skipped:
             _log_step(run, result, lr, unit_error, elapsed, cost)
         else:
             run.metrics.write("skip", run.totals | {"loss": result.loss, "grad_norm": result.grad_norm})
-            print(f"step {now.step:>5} | loss {result.loss} |g| {result.grad_norm}: no update", flush=True)
+            say(f"step {now.step:>5} | loss {result.loss} |g| {result.grad_norm}: no update")
 
 
 def heed(run: Run) -> bool:
     """At the end of a step, what any rank knows becomes known to all; whether to return to the last checkpoint."""
     run.watchdog.beat()
     metrics = run.metrics
-    stop, ended, unwritten, unsound = on_any_rank(
+    unsound = run.progress.nonfinite_in_a_row > run.config.faults.max_skips
+    stop, ended, unwritten = on_any_rank(
         [
             run.requests.poll(),
             run.saver.ended,
-            metrics is not None and metrics.file.error is not None,
-            run.progress.nonfinite_in_a_row > run.config.faults.max_skips,
+            metrics is not None and metrics.error is not None,
         ],
         run.engine.device,
     )
     if stop and metrics is not None:
-        print(f"asked to stop by {run.requests.reason or 'a signal to another rank'}: saving", flush=True)
+        say(f"asked to stop by {run.requests.reason or 'a signal to another rank'}: saving")
     run.stopping |= stop
     if ended or unsound:
         collect(run)
     if unwritten:
-        told_of_full_disk(run)
+        tell_unwritten(run)
     return unsound
 
 
@@ -121,7 +128,7 @@ def _log_step(run: Run, result: StepResult, lr: float, unit_error: float | None,
     run.metrics.write("step", row)
     run.pace.append((time.monotonic(), run.share))
     if step % run.config.log.every == 0 or run.share >= 1:
-        print(step_line(row, run.stage, run.view if run.can_grow else None, _seconds_left(run)), flush=True)
+        say(step_line(row, run.stage, run.view if run.can_grow else None, _seconds_left(run)))
 
 
 def _seconds_left(run: Run) -> float:
@@ -135,6 +142,7 @@ def validate(run: Run) -> float:
 
 
 def _validation_loss(run: Run, seq_len: int) -> float:
+    run.watchdog.beat()
     batches = run.corpora.valid_batches(run.engine, seq_len)
     return run.engine.evaluate(batches, run.corpora.valid_steps(run.stage, seq_len), seq_len)
 
@@ -154,7 +162,7 @@ def observe(run: Run, loss: float) -> GrowthSignal:
         run.view = decision.view
         extra = decision.view.as_dict() if decision.view is not None else {}
         run.metrics.write("eval", run.totals | {"loss": loss} | extra)
-        print(f"step {now.step:>5} | validation loss {loss:.4f}", flush=True)
+        say(f"step {now.step:>5} | validation loss {loss:.4f}")
         # Where the learning rate falls, no law of the loss holds that kappa could go by: only a cap grows there.
         decaying = run.config.optimizer.schedule == "wsd" and run.share > 1 - run.config.optimizer.decay_share
         growing = decision.grow and run.can_grow and run.share < 1 and not (decaying and decision.reason == "kappa")
@@ -193,10 +201,9 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
             "bytes_kept": transition.kept,
         }
         run.metrics.write("growth", row)
-        print(
+        say(
             f"step {now.step:>5} | GROWTH ({signal.reason}) {describe(old)} -> {describe(new)} | loss {before:.6f} -> "
-            f"{after:.6f} | {stall:.1f} s, {transition.sent / 2**20:.1f} MiB sent",
-            flush=True,
+            f"{after:.6f} | {stall:.1f} s, {transition.sent / 2**20:.1f} MiB sent"
         )
     watch_stage(run)
     # The grown size's first loss is the start of its own kappa; it does not grow at once.

@@ -22,6 +22,7 @@ class Metrics:
 
     def __init__(self, config: RunConfig, resumed_at: int | None = None) -> None:
         self.run_dir = Path(config.run_dir)
+        self._other_error: OSError | None = None  # of wandb or TensorBoard
         self.file = RowFile(self.run_dir / "metrics.jsonl", keep=resumed_at is not None)
         self.wandb = self._wandb(config) if config.log.wandb else None
         self.tensorboard = self._tensorboard(resumed_at) if config.log.tensorboard else None
@@ -62,18 +63,29 @@ class Metrics:
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self.file.write(json.dumps({"event": event, **clean}))
         numbers = {f"{event}/{k}": v for k, v in clean.items() if isinstance(v, int | float)}
-        if self.wandb is not None:
-            self.wandb.log(numbers, step=row["step"])
-        if self.tensorboard is not None:
-            for key, value in numbers.items():
-                self.tensorboard.add_scalar(key, value, row["step"])
+        try:
+            if self.wandb is not None:
+                self.wandb.log(numbers, step=row["step"])
+            if self.tensorboard is not None:
+                for key, value in numbers.items():
+                    self.tensorboard.add_scalar(key, value, row["step"])
+        except OSError as error:  # these keep no row: it is lost
+            self._other_error = error
+
+    @property
+    def error(self) -> OSError | None:
+        """Why something could not be written."""
+        return self.file.error or self._other_error
 
     def close(self) -> None:
         self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        try:
+            if self.wandb is not None:
+                self.wandb.finish()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        except OSError as error:
+            self._other_error = error
 
 
 class RowFile:

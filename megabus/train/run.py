@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,12 +15,12 @@ from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.restore import Found, find_checkpoint, restore, verified
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
-from megabus.checkpoint.store import checkpoints_of
+from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.order import align_up
 from megabus.data.sources import open_sources
 from megabus.engine.engine import Engine
-from megabus.errors import UserError
+from megabus.errors import UserError, say
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
 from megabus.kappa.predictors import make_predictor
 from megabus.model.init import initial_rows
@@ -28,10 +30,12 @@ from megabus.train.corpora import Corpora
 from megabus.train.flops import count_parameters
 from megabus.train.metrics import Metrics, describe
 from megabus.train.resume import check_continues, check_same_model, data_order
-from megabus.train.run_dir import lock_run_dir, open_metrics
+from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
 from megabus.train.watchdog import Watchdog
+
+LAST_SAVE = 60.0  # seconds that a run which ends with an error waits for a save
 
 
 @dataclass
@@ -48,11 +52,11 @@ class Run:
     saver: Saver
     requests: StopRequests
     watchdog: Watchdog
-    lock: IO[str] | None  # on rank 0
     progress: Progress = field(default_factory=Progress)
     saved_step: int | None = None  # of the newest checkpoint that is written, or being written
+    save_is_due: bool = False
     stopping: bool = False
-    told: bool = False  # that the metrics cannot be written
+    told_unwritten: bool = False  # that the metrics cannot be written
     view: KappaView | None = None
     pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))  # (clock, share)
 
@@ -75,31 +79,33 @@ class Run:
         return self.stage.index + 1 < len(self.stages)
 
 
-def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Run:
+def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: RunLock) -> Run:
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     with agreement():
         stages = resolve_stages(config, dist.get_world_size())
         corpora = Corpora(open_sources(config, stages))
         kappa = _kappa_settings(config)
     root = checkpoints_of(config.run_dir)
-    lock = None
     with agreement():
         if dist.get_rank() == 0:
-            lock = lock_run_dir(Path(config.run_dir))
-    found = find_checkpoint(root, strict=config.resume == "strict")
+            lock.acquire()
+            if config.resume == "never" and complete(root):
+                raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
+    check_shared(Path(config.run_dir))
+    found = find_checkpoint(root, config.resume == "strict", watchdog.beat)
     origin = _origin(config.init_from, stages[0]) if config.init_from is not None and found is None else None
     changes: list[str] = []
     with agreement():
         if found is not None:
-            if config.resume == "never":
-                raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
             changes = check_continues(found, config, stages, data_order(corpora.sources))
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
-    saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, config.data.tokenizer)
+    tokenizer = config.data.tokenizer
+    saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.beat)
     engine = Engine(config, stages[found.state.stage if found else 0])
-    run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog, lock)
+    watchdog.beat()
+    run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog)
     if found is not None:
         go_on_from(run, found, "start", changes)
     else:
@@ -111,7 +117,10 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Run:
         if run.metrics is not None:
             run.metrics.write("start", run.totals | {"sizes": sizes(run.stage), "layout": str(run.stage.layout)})
             parameters = f"{count_parameters(run.stage.model):,} parameters"
-            print(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}", flush=True)
+            say(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}")
+    if dist.get_rank() == 0:  # of a run that was killed before it could
+        prune(root, keep.keep_last, keep.keep_every)
+    watchdog.beat()
     return run
 
 
@@ -122,9 +131,24 @@ def _origin(path: str, stage: Stage) -> Found:
     return replace(found, state=replace(found.state, kinds=("weight",), optimizer_step=0))
 
 
+@contextmanager
+def started(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Iterator[Run]:
+    """A run from `start` until the block ends. After an error a save that is going on may still become a checkpoint."""
+    lock = RunLock(Path(config.run_dir))
+    try:
+        run = start(config, requests, watchdog, lock)
+        try:
+            yield run
+        except UserError:
+            run.saver.let_end(LAST_SAVE)
+            raise
+    finally:
+        lock.release()
+
+
 def go_on_from(run: Run, found: Found, reason: str, changes: list[str]) -> None:
     """Put the run, whose engine is of the checkpoint's stage, where the checkpoint was saved. Collective."""
-    restore(found, run.engine)
+    restore(found, run.engine, run.watchdog.beat)
     now = run.progress = replace(found.state.progress)
     now.position = align_up(now.position, run.stage.seq_len)
     run.saved_step = now.step
@@ -135,9 +159,9 @@ def go_on_from(run: Run, found: Found, reason: str, changes: list[str]) -> None:
     if run.metrics is not None:
         row = {"reason": reason, "layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
         run.metrics.write("resume", run.totals | row | {"changes": changes})
-        print(f"resuming at step {now.step}: {describe(run.stage)}, from {found.folder} ({found.state.layout})")
+        say(f"resuming at step {now.step}: {describe(run.stage)}, from {found.folder} ({found.state.layout})")
         for change in changes:
-            print(f"changed since it was saved: {change}")
+            say(f"changed since it was saved: {change}")
 
 
 def roll_back(run: Run) -> None:
@@ -147,11 +171,12 @@ def roll_back(run: Run) -> None:
     remedy = "lower optimizer.lr or look at the data of those steps"
     if failed.rollbacks >= limit:
         raise UserError("train.loss", "nan", f"{problem}, after {limit} return(s) to a checkpoint", remedy)
-    found = find_checkpoint(run.saver.root, strict=run.config.resume == "strict")
+    found = find_checkpoint(run.saver.root, run.config.resume == "strict", run.watchdog.beat)
     if found is None:
         raise UserError("train.loss", "nan", f"{problem}, and there is no checkpoint to return to", remedy)
     run.engine.close()
     run.engine = Engine(run.config, run.stages[found.state.stage])
+    run.watchdog.beat()
     go_on_from(run, found, "not finite", [])
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1

@@ -3,31 +3,72 @@
 from __future__ import annotations
 
 import fcntl
+import uuid
 from itertools import count
 from pathlib import Path
 from typing import IO
 
+import torch.distributed as dist
 import yaml
 
 from megabus.checkpoint.restore import Found
 from megabus.checkpoint.store import checkpoints_of, sweep
 from megabus.config import RunConfig
-from megabus.errors import UserError
+from megabus.errors import UserError, say, warn
+from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.train.metrics import Metrics
 
+LOCK = ".lock"
 
-def lock_run_dir(run_dir: Path) -> IO[str]:
+
+def check_shared(run_dir: Path) -> None:
+    """Raise `UserError` on all ranks unless all see the same directory: each rank writes its own part of checkpoints.
+    Collective."""
+
+    def write() -> str:
+        token = uuid.uuid4().hex
+        try:
+            (run_dir / LOCK).write_text(token)
+        except OSError as error:
+            raise _unwritable(run_dir, error) from error
+        return token
+
+    token = rank_0_tells(write)
+    with agreement():
+        try:
+            seen = (run_dir / LOCK).read_text()
+        except OSError:
+            seen = ""
+        if seen != token:
+            problem = f"is not the same directory on rank {dist.get_rank()} as on rank 0"
+            raise UserError("run_dir", run_dir, problem, "put it on a file system that all nodes share")
+
+
+class RunLock:
     """One run at a time writes into a run_dir. The kernel frees the lock however the process ends."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise _unwritable(run_dir, error) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError("run_dir", run_dir, "is in use by another run", "wait for it, or choose another") from error
-    return file
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Make the directory, and take the lock. Raises `UserError` if another run has it."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (self.run_dir / LOCK).open("a")
+        except OSError as error:
+            raise _unwritable(self.run_dir, error) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "wait for it, or choose another"
+            raise UserError("run_dir", self.run_dir, "is in use by another run", remedy) from error
+        except OSError as error:  # some file systems have none
+            warn(f"{self.run_dir} cannot be locked ({error.strerror}): see that no second run uses it")
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _unwritable(run_dir: Path, error: OSError) -> UserError:
@@ -40,7 +81,7 @@ def open_metrics(config: RunConfig, found: Found | None) -> Metrics:
     try:
         swept = sweep(checkpoints_of(path))
         if swept:
-            print(f"deleted what a killed run left half-written: {', '.join(file.name for file in swept)}")
+            say(f"deleted what a killed run left half-written: {', '.join(file.name for file in swept)}")
         kept = path / "config.yaml"
         if found is None:
             _set_aside(path / "metrics.jsonl")

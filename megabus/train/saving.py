@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,56 +10,71 @@ import torch.distributed as dist
 from megabus.checkpoint.save import Save
 from megabus.checkpoint.state import SavedState
 from megabus.checkpoint.store import folder_of
-from megabus.errors import UserError
+from megabus.errors import UserError, warn
+from megabus.parallel.agree import agreement
 from megabus.parallel.fragments import KINDS
 from megabus.train.resume import data_order
 from megabus.train.run import Run
 
 
-def save(run: Run, last: bool = False) -> None:
+def save(run: Run) -> None:
     """Begin to save the run as it is now, after the save before has ended. Collective, at a step boundary.
 
-    Not in the middle of a series of non-finite steps, unless it is the run's last save: their cause may lie in the
-    weights, and the run must find an older checkpoint to return to.
+    Not in the middle of a series of non-finite steps: their cause may lie in the weights, and the run must find an
+    older checkpoint to return to. The save stays due.
     """
     collect(run)
-    if run.saved_step == run.progress.step or (run.progress.nonfinite_in_a_row and not last):
+    if run.progress.nonfinite_in_a_row or run.saved_step == run.progress.step:
         return
+    _begin(run)
+
+
+def _begin(run: Run) -> None:
     run.saver.start(_state(run), run.engine.placement, run.engine.read())
-    run.saved_step = run.progress.step
+    run.saved_step, run.save_is_due = run.progress.step, False
     run.watchdog.beat()
 
 
-def collect(run: Run) -> None:
-    """Wait for the save that is going on, if there is one, and tell of it. Collective."""
+def collect(run: Run) -> Save | None:
+    """Wait for the save that is going on, if there is one, and write down what became of it. Collective."""
     ended = run.saver.wait()
     if ended is None:
-        return
-    if ended.error is not None:
+        return None
+    run.watchdog.beat()
+    if run.metrics is not None:
+        row = {"step": ended.step, "stall_s": ended.stall_s, "write_s": ended.write_s, "bytes": ended.bytes}
+        run.metrics.write("save", row | {"error": None if ended.error is None else str(ended.error)})
+    if ended.error is None:
+        run.progress.rollbacks = 0  # there is a checkpoint beyond the trouble
+    else:
         run.saved_step = None
         if run.config.checkpoint.on_error == "stop":
             raise ended.error
-        _warn(run, f"{ended.error}; training goes on")
-    if run.metrics is not None:
-        _log(run, ended)
+        if run.metrics is not None and run.share < 1:
+            warn(f"{ended.error}; training goes on")
+    return ended
 
 
-def told_of_full_disk(run: Run) -> None:
-    """metrics.jsonl cannot be written. Its rows wait in memory; told once, or the end of the run as configured."""
-    path, error = Path(run.config.run_dir) / "metrics.jsonl", run.metrics.file.error if run.metrics else None
-    if run.config.checkpoint.on_error == "stop":
-        raise UserError("log", path, f"cannot be written ({error})", "make room")
-    if not run.told:
-        _warn(run, f"{path} cannot be written ({error}): its rows wait in memory")
-    run.told = True
+def tell_unwritten(run: Run) -> None:
+    """Metrics cannot be written. Told once, or the end of the run as configured. Collective."""
+    error = None if run.metrics is None else run.metrics.error
+    path = Path(run.config.run_dir) / "metrics.jsonl"
+    with agreement():
+        if error is not None and run.config.checkpoint.on_error == "stop":
+            raise UserError("log", path, f"cannot be written ({error})", "make room")
+    if error is not None and not run.told_unwritten:
+        warn(f"{path} or what else is logged cannot be written ({error}): its rows wait in memory")
+    run.told_unwritten = True
 
 
 def finish(run: Run) -> Path:
     """Save the last state, wait for it, and close everything; the newest checkpoint. Collective."""
-    save(run, last=True)
-    last = run.saver.wait()
-    if last is not None and run.metrics is not None:
-        _log(run, last)
+    collect(run)
+    # A run that is stopped amid non-finite steps leaves it to the next start to come here again.
+    amid = run.progress.nonfinite_in_a_row > 0 and run.share < 1 and run.saved_step is not None
+    if run.saved_step != run.progress.step and not amid:
+        _begin(run)
+    last = collect(run)
     if run.metrics is not None:
         run.metrics.close()
     run.engine.close()
@@ -68,7 +82,8 @@ def finish(run: Run) -> Path:
         raise last.error
     if dist.get_rank() == 0:
         run.requests.obeyed()
-    return folder_of(run.saver.root, run.progress.step)
+    assert run.saved_step is not None
+    return folder_of(run.saver.root, run.saved_step)
 
 
 def _state(run: Run) -> SavedState:
@@ -84,14 +99,3 @@ def _state(run: Run) -> SavedState:
         config=run.config.model_dump(mode="json"),
         data=data_order(run.corpora.sources),
     )
-
-
-def _log(run: Run, ended: Save) -> None:
-    assert run.metrics is not None
-    row = {"step": ended.step, "stall_s": ended.stall_s, "write_s": ended.write_s, "bytes": ended.bytes}
-    run.metrics.write("save", row | {"error": None if ended.error is None else str(ended.error)})
-
-
-def _warn(run: Run, text: str) -> None:
-    if run.metrics is not None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ class StopRequests:
         now = time.monotonic()
         if self.looks and self.reason is None and now - self._looked >= LOOK_EVERY:
             self._looked = now
-            if self.file.exists():
+            if _exists(self.file):
                 self.reason = f"the file {self.file}"
         return self.reason is not None
 
@@ -40,6 +40,13 @@ class StopRequests:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt  # asked twice from the keyboard: now
         self.reason = signal.Signals(number).name
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a file system that does not answer now asks for nothing
+        return False
 
 
 @contextmanager

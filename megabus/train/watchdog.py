@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
-GRACE = 5.0  # seconds between a rank's stacks and its end: the other ranks' time to show theirs
+GRACE = 30.0  # seconds between a rank's stacks and its end: time for ranks whose last beat was later
 
 
 class Watchdog:
@@ -42,8 +42,10 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._closed:
+        while True:
             self._beat.clear()
+            if self._closed:  # looked at after clearing: `close` sets it first
+                return
             if not self._beat.wait(self.timeout):
                 self._end()
 

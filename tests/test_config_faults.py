@@ -1,0 +1,73 @@
+"""What a YAML file may say of saving, resuming and accidents."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from megabus.config import load_config
+from megabus.errors import UserError
+
+BASE = {
+    "run_dir": "runs/test",
+    "model": {"vocab_size": 67, "d_model": 36, "n_layers": 3, "n_heads": 4, "head_dim": 6, "d_ff": 62},
+    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": 10},
+    "optimizer": {"lr": 1e-2},
+    "data": {"train": "a", "valid": "b"},
+}
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return path
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "resume=maybe",
+        "checkpoint.every=0",
+        "checkpoint.every=2.5",
+        "checkpoint.keep_last=0",
+        "checkpoint.keep_every=-1",
+        "checkpoint.asynchronous=later",
+        "checkpoint.on_error=skip",
+        "faults.max_skips=-1",
+        "faults.max_rollbacks=some",
+        "faults.hang_timeout=0",
+        "faults.hang_timeout=1e10",  # no clock of the machine's goes that far
+        "faults.stop_exit_code=256",
+        "faults.patience=1",
+    ],
+)
+def test_wrong_values(base, override):
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError) as caught:
+        load_config(base, [override])
+    assert str(caught.value).startswith(f"{key} = {value}: ")
+
+
+@pytest.mark.parametrize("override", ["resume=yes", "faults.max_skips=on", "checkpoint.keep_last=true"])
+def test_a_switch_is_no_number(base, override):
+    with pytest.raises(UserError, match=r" = True: .*is true or false where no switch is"):
+        load_config(base, [override])
+
+
+def test_what_they_are_when_left_out(base):
+    config = load_config(base, ["checkpoint.every=2e3", "checkpoint.asynchronous=no"])
+    assert config.resume == "auto"
+    assert config.checkpoint.model_dump() == {
+        "every": 2000,
+        "keep_last": 2,
+        "keep_every": None,
+        "asynchronous": False,
+        "on_error": "continue",
+    }
+    assert config.faults.model_dump() == {
+        "max_skips": 3,
+        "max_rollbacks": 2,
+        "hang_timeout": 600.0,
+        "stop_exit_code": 0,
+    }
