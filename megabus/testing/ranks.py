@@ -27,7 +27,10 @@ def preload() -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")  # ranks of a test share no GPU, and are forked
     prepare_environment()
     import_deepspeed()
+    # What torch and DeepSpeed import only when a first engine is made: seconds, in every rank of every job.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch
+    import torch._dynamo
 
     import megabus.engine.engine  # noqa: F401
 
