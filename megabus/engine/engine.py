@@ -129,12 +129,13 @@ class Engine:
         total = sum(p.numel() for p in matrices)
         return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on middle stages)."""
+    def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
+        """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on middle stages), of
+        `seq_len` tokens where that is not the stage's."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.module, PipelineModule):
-            self._expect_shape(self.stage.seq_len)
+            self._expect_shape(seq_len or self.stage.seq_len)
             loss = self.deepspeed.train_batch(iter(batches))
         else:
             losses = []
