@@ -59,12 +59,12 @@ def poisoned(corpus, folder, steps, rows=(ROWS - 1,)):
 
 def nan_loss():
     """A bad target makes the loss NaN where it is computed, and nowhere else."""
-    cross_entropy = engine_room.vocab_parallel_cross_entropy
+    cross_entropy = engine_room.token_losses
 
     def loss(logits, targets, *rest):
         return cross_entropy(logits, targets, *rest) * (math.nan if (targets == BAD).any() else 1.0)
 
-    engine_room.vocab_parallel_cross_entropy = loss
+    engine_room.token_losses = loss
 
 
 def nan_gradient(rank):
@@ -293,12 +293,12 @@ def test_a_loss_without_a_number_whose_gradient_is_one(corpus, tmp_path):
     """What is told as a step without an update is one."""
 
     def nan_told():
-        cross_entropy = engine_room.vocab_parallel_cross_entropy
+        cross_entropy = engine_room.token_losses
 
         def loss(logits, targets, *rest):
             return cross_entropy(logits, targets, *rest) + (math.nan if (targets == BAD).any() else 0.0)
 
-        engine_room.vocab_parallel_cross_entropy = loss
+        engine_room.token_losses = loss
 
     config = configured(poisoned(corpus, tmp_path / "bad", (3,)), tmp_path / "run", {"dp": 2}, 4)
     ranks = start(config, 2, nan_told)

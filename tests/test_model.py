@@ -11,7 +11,7 @@ import megabus
 from megabus import counter
 from megabus.model import init, layers, ngpt
 from megabus.model.decoder import Decoder, param_specs
-from megabus.model.loss import vocab_parallel_cross_entropy
+from megabus.model.loss import token_losses
 from megabus.model.params import global_shape, shard_rows, spec_of
 from megabus.model.tensor_parallel import Unsharded
 
@@ -28,7 +28,7 @@ def run_model(model, tokens, targets):
     """Logits, loss, and every gradient, by canonical name."""
     model.zero_grad()
     out = model(tokens)
-    loss = vocab_parallel_cross_entropy(out, targets, 0, Unsharded())
+    loss = token_losses(out, targets, 0, Unsharded()).mean()
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     return {"logits": out.detach(), "loss": loss.detach(), **grads}
@@ -66,9 +66,9 @@ def no_key_gain(self, q, k):
     return layers.unit(q) * (self.s_qk * self.root_d).view(-1, q.shape[-1]), layers.unit(k)
 
 
-def turn_backwards(x, theta):
+def turn_backwards(x, frequencies, start):
     """Relative positions with the wrong sign."""
-    cos, sin = layers.rope_tables(x.shape[1], x.shape[-1], theta, x.device, x.dtype)
+    cos, sin = layers.rope_tables(x.shape[1], frequencies, x.device, x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 

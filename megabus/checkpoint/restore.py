@@ -39,7 +39,7 @@ def find_checkpoint(root: Path, strict: bool, beat: Beat = idle) -> Found | None
     damaged: list[Path] = []
     for folder in folders:
         try:
-            found = _verified(folder, beat)
+            found = verified(folder, beat)
         except DamagedError as error:
             if strict:
                 raise
@@ -79,7 +79,7 @@ def _candidates(root: Path, strict: bool) -> list[Path]:
     return folders
 
 
-def _verified(folder: Path, beat: Beat) -> Found:
+def verified(folder: Path, beat: Beat = idle) -> Found:
     """Every rank reads and hashes its share of the files."""
     entries = rank_0_tells(lambda: read_manifest(folder))
     try:

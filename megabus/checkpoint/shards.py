@@ -58,7 +58,7 @@ def write_shards(
     """Write this rank's part of the fragments (on the CPU). Collective over `group`. This rank's files."""
     rank = dist.get_rank()
     chunks = {
-        _key(kind, piece.name): _Chunk(fragments[piece][kind], piece.start, placement.numel(piece.name))
+        tensor_key(kind, piece.name): _Chunk(fragments[piece][kind], piece.start, placement.numel(piece.name))
         for piece in written_by(placement, rank, fragments)
         for kind in kinds
     }
@@ -72,7 +72,7 @@ def read_shards(folder: Path, entries: list[Entry], saved: Placement, into: Frag
     Raises `UserError` where a file is not what the manifest and the placement say.
     """
     chunks = {
-        _key(kind, piece.name): _Chunk(values, piece.start, saved.numel(piece.name))
+        tensor_key(kind, piece.name): _Chunk(values, piece.start, saved.numel(piece.name))
         for piece, tensors in into.items()
         for kind, values in tensors.items()
     }
@@ -87,8 +87,18 @@ def read_shards(folder: Path, entries: list[Entry], saved: Placement, into: Frag
         raise UserError("checkpoint", folder, problem, "restore it from another copy") from error
 
 
-def _key(kind: Kind, name: str) -> str:
+def tensor_key(kind: Kind, name: str) -> str:
+    """A tensor's name in the files."""
     return f"{kind}/{name}"
+
+
+def files_by_rank(entries: Iterable[Entry]) -> dict[int, list[str]]:
+    """The files of tensors that each rank wrote: one a kind, in the order of `KINDS`, which is that of their names."""
+    files: dict[int, list[str]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        if entry.name.endswith(".safetensors"):
+            files.setdefault(entry.rank, []).append(entry.name)
+    return files
 
 
 def _parts(key: str) -> tuple[Kind, str]:
@@ -135,10 +145,7 @@ class _Reader(HuggingFaceStorageReader):
     def __init__(self, folder: Path, entries: list[Entry], saved: Placement, keys: list[str]) -> None:
         super().__init__(str(folder))
         self.folder, self.saved, self.keys = folder, saved, keys
-        self.files: dict[int, list[Entry]] = {}
-        for entry in entries:  # in order of names: a rank's kinds in order
-            if entry.name.endswith(".safetensors"):
-                self.files.setdefault(entry.rank, []).append(entry)
+        self.files = files_by_rank(entries)
 
     def read_metadata(self) -> Metadata:
         tensors: dict[str, Any] = {}
@@ -148,7 +155,7 @@ class _Reader(HuggingFaceStorageReader):
             total, chunks = torch.Size((self.saved.numel(name),)), []
             for rank, piece in self.saved.owners(name, 0, self.saved.numel(name), tp=0):
                 start, length = torch.Size((piece.start,)), torch.Size((len(piece),))
-                file = self.folder / self.files[rank][KINDS.index(kind)].name
+                file = self.folder / self.files[rank][KINDS.index(kind)]
                 chunks.append(ChunkStorageMetadata(start, length))
                 storage[MetadataIndex(key, start)] = _File(str(file))
             tensors[key] = TensorStorageMetadata(TensorProperties(torch.float32), total, chunks)

@@ -47,6 +47,20 @@ class Section(BaseModel):
         return value
 
 
+class RopeScaling(Section):
+    """How RoPE's frequencies are lowered for longer sequences, as imported Llama models have it.
+
+    linear: all by `factor`. llama3: those whose wave is longer than original_max_position / low_freq_factor by
+    `factor`, those shorter than original_max_position / high_freq_factor not, with a ramp between.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: Positive
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    original_max_position: Count = 8192
+
+
 class ModelConfig(Section):
     """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""
 
@@ -59,6 +73,7 @@ class ModelConfig(Section):
     head_dim: Count
     d_ff: Count
     rope_theta: Positive = 10000.0
+    rope_scaling: RopeScaling | None = None
     alpha_init: Positive = Field(0.05, description="ngpt: the initial eigen learning rate of every block")
     init_std: Positive = Field(0.02, description="gpt: standard deviation of the initial weights")
     norm_eps: Positive = Field(1e-5, description="gpt: added to the squared length of h, so growth keeps it")
@@ -237,6 +252,10 @@ class RunConfig(Section):
     run_dir: str
     resume: Literal["auto", "strict", "never"] = Field(
         "auto", description="strict refuses damaged checkpoints and a changed configuration; never refuses old runs"
+    )
+    init_from: str | None = Field(
+        None,
+        description="run or checkpoint (tools/convert.py makes one of any Llama) whose weights a new run begins with",
     )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()

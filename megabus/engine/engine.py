@@ -6,7 +6,7 @@ import contextlib
 import gc
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.unit_rows import UnitRows
 from megabus.model.decoder import Decoder
-from megabus.model.loss import vocab_parallel_cross_entropy
+from megabus.model.loss import token_losses
 from megabus.model.params import shard_rows, spec_of
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.mesh import Mesh
@@ -60,11 +60,14 @@ class DecoderWithLoss(nn.Module):
 class Engine:
     """A stage of the run, ready to train. Weights are undefined until `write` is called once.
 
+    reduce: from a micro batch's token losses (B, T) to its loss. Losses of micro batches are averaged, so only means
+    over B do not depend on how a batch is cut.
     Collective: every rank constructs it, and every rank makes every call.
     """
 
-    def __init__(self, config: RunConfig, stage: Stage) -> None:
-        self.config, self.stage = config, stage
+    def __init__(self, config: RunConfig, stage: Stage, reduce: Callable[[Tensor], Tensor] = torch.mean) -> None:
+        self.config, self.stage, self.reduce = config, stage, reduce
+        self._seen: list[Tensor] | None = None
         self.mesh = Mesh(stage.layout)
         self.placement = Placement(stage.model, stage.layout)
         self.module = self._module()
@@ -104,7 +107,10 @@ class Engine:
         first_row, _ = shard_rows(head, model, layout.tp, self.mesh.at.tp)
 
         def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-            loss = vocab_parallel_cross_entropy(logits_BTV, targets_BT, first_row, self.mesh.tp)
+            losses_BT = token_losses(logits_BTV, targets_BT, first_row, self.mesh.tp)
+            if self._seen is not None:
+                self._seen.append(losses_BT.sum(1))
+            loss = self.reduce(losses_BT)
             # DeepSpeed looks at gradients alone: a loss that is none must not have any.
             return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
@@ -123,12 +129,13 @@ class Engine:
         total = sum(p.numel() for p in matrices)
         return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on middle stages)."""
+    def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
+        """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on middle stages), of
+        `seq_len` tokens where that is not the stage's."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.module, PipelineModule):
-            self._expect_shape(self.stage.seq_len)
+            self._expect_shape(seq_len or self.stage.seq_len)
             loss = self.deepspeed.train_batch(iter(batches))
         else:
             losses = []
@@ -149,6 +156,14 @@ class Engine:
             return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=steps))
         self.deepspeed.eval()
         return float(self._mean([self.deepspeed(x.to(self.device), y.to(self.device)) for x, y in batches]))
+
+    def sequence_losses(self, batches: Sequence[Batch], steps: int, seq_len: int) -> Tensor | None:
+        """Each sequence's summed loss in nats, in the order of this data-parallel rank's batches; None on ranks before
+        the last pipeline stage."""
+        self._seen = []
+        self.evaluate(batches, steps, seq_len)
+        seen, self._seen = self._seen, None
+        return torch.cat(seen) if seen else None
 
     def _expect_shape(self, seq_len: int) -> None:
         """DeepSpeed's stages agree on the activations' shape once; tell them when it changes."""

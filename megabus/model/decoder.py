@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megabus.config.schema import ModelConfig
 from megabus.model import gpt, ngpt
+from megabus.model.layers import KVCache
 from megabus.model.params import Declare, ParamSpec, name_parameters, spec_of
 from megabus.model.tensor_parallel import TensorParallel, Unsharded
 
@@ -20,7 +21,8 @@ class Decoder(nn.Module):
     """Layers [first, last) of `config`'s model; the embedding comes with layer 0, the head with the last one.
 
     forward: token ids (B, T) int64, or h (B, T, D) from the stage before; returns h, or this tensor-parallel
-    rank's logits (B, T, vocabulary rows). Parameters start at zero (see `Declare`).
+    rank's logits (B, T, vocabulary rows). With a `cache` they follow what was read with it before.
+    Parameters start at zero (see `Declare`).
     """
 
     def __init__(
@@ -39,13 +41,15 @@ class Decoder(nn.Module):
         self.output = kind.Output(declare) if last == config.n_layers else None
         name_parameters(self, _layer_of)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         h_BTD = x if self.embed is None else self.embed(x)
         for block in self.layers.values():
             if self.recompute and self.training:
                 h_BTD = checkpoint(block, h_BTD, use_reentrant=False)
             else:
-                h_BTD = block(h_BTD)
+                h_BTD = block(h_BTD, cache)
+        if cache is not None:
+            cache.length += h_BTD.shape[1]
         return h_BTD if self.output is None else self.output(h_BTD)
 
 

@@ -7,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from megabus.model.layers import Attention, Embedding, GatedMLP, Head, wide
+from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache, wide
 from megabus.model.params import Declare
 
 
@@ -18,10 +18,10 @@ class RMSNorm(nn.Module):
     It equals the usual form with eps / D.
     """
 
-    def __init__(self, declare: Declare) -> None:
+    def __init__(self, declare: Declare, llama: str) -> None:
         super().__init__()
         self.root_d, self.eps = sqrt(declare.model.d_model), declare.model.norm_eps
-        self.gain = declare("embed", role="gain", multiplier=self.root_d)
+        self.gain = declare("embed", role="gain", multiplier=self.root_d, llama=llama)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         x = wide(h_BTD)
@@ -36,13 +36,13 @@ class Block(nn.Module):
         super().__init__()
         model = declare.model
         std, out_std = model.init_std, model.init_std / sqrt(2 * model.n_layers)
-        self.norm_attn = RMSNorm(declare)
+        self.norm_attn = RMSNorm(declare, llama="input_layernorm.weight")
         self.attn = Attention(declare, unit=False, std=std, out_std=out_std, scale=model.head_dim**-0.5)
-        self.norm_mlp = RMSNorm(declare)
+        self.norm_mlp = RMSNorm(declare, llama="post_attention_layernorm.weight")
         self.mlp = GatedMLP(declare, unit=False, std=std, out_std=out_std)
 
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        h_BTD = h_BTD + self.attn(self.norm_attn(h_BTD), lambda q, k: (q, k))
+    def forward(self, h_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
+        h_BTD = h_BTD + self.attn(self.norm_attn(h_BTD), lambda q, k: (q, k), cache)
         return h_BTD + self.mlp(self.norm_mlp(h_BTD))
 
 
@@ -51,7 +51,7 @@ class Output(nn.Module):
 
     def __init__(self, declare: Declare) -> None:
         super().__init__()
-        self.norm = RMSNorm(declare)
+        self.norm = RMSNorm(declare, llama="model.norm.weight")
         self.head = Head(declare, unit=False, std=declare.model.init_std)
 
     def forward(self, h_BTD: Tensor) -> Tensor:

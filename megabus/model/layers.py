@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from math import pi
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megabus.config.schema import ModelConfig
 from megabus.model.params import Declare, shard_rows, spec_of
 
 
@@ -23,24 +26,56 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(wide(x), dim=-1).to(x.dtype)
 
 
+def rope_frequencies(model: ModelConfig) -> tuple[float, ...]:
+    """Radians a position that each pair turns by, (C/2,): theta^(-2i/C), lowered as `rope_scaling` says."""
+    plain = [model.rope_theta ** (-i / model.head_dim) for i in range(0, model.head_dim, 2)]
+    scaling = model.rope_scaling
+    if scaling is None:
+        return tuple(plain)
+    if scaling.kind == "linear":
+        return tuple(f / scaling.factor for f in plain)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = [f * scaling.original_max_position / (2 * pi) for f in plain]  # over the original length
+    keep = [min(1.0, max(0.0, (n - low) / (high - low))) for n in turns]
+    return tuple(share * f + (1 - share) * f / scaling.factor for f, share in zip(plain, keep, strict=True))
+
+
 @lru_cache(maxsize=8)
 def rope_tables(
-    seq_len: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+    seq_len: int, frequencies: tuple[float, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of shape (T, 1, C/2): the angle of pair i at position t is t * theta^(-2i/C)."""
+    """cos and sin of shape (T, 1, C/2): the angle of pair i at position t is t * frequencies[i]."""
     # Never made under inference mode: a cached inference tensor could not serve a training step.
     with torch.inference_mode(False):
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
-        angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), theta**-exponent)
+        turns = torch.tensor(frequencies, dtype=torch.float64, device=device)
+        angle = torch.outer(torch.arange(seq_len, dtype=torch.float64, device=device), turns)
         return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
 
 
-def rotate(x_BTHC: Tensor, theta: float) -> Tensor:
-    """RoPE (Su et al. 2021) on the pairs (i, i + C/2), in fp32 at least."""
+def rotate(x_BTHC: Tensor, frequencies: tuple[float, ...], start: int = 0) -> Tensor:
+    """RoPE (Su et al. 2021) on the pairs (i, i + C/2), in fp32 at least; x is at positions start, start + 1, ..."""
     x_BTHC = wide(x_BTHC)
-    cos, sin = rope_tables(x_BTHC.shape[1], x_BTHC.shape[-1], theta, x_BTHC.device, x_BTHC.dtype)
+    stop = start + x_BTHC.shape[1]
+    length = -(-stop // 256) * 256 if start else stop  # while text is generated, not a new table each token
+    cos, sin = (t[start:stop] for t in rope_tables(length, frequencies, x_BTHC.device, x_BTHC.dtype))
     a, b = x_BTHC.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the `length` positions that a model has read, so that text grows by one position a call."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, attention: nn.Module, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer with those of the new positions behind them."""
+        if attention in self._kept:
+            pairs = zip(self._kept[attention], (k_BTKC, v_BTKC), strict=True)
+            k_BTKC, v_BTKC = (torch.cat(pair, dim=1) for pair in pairs)
+        self._kept[attention] = k_BTKC, v_BTKC
+        return k_BTKC, v_BTKC
 
 
 class Embedding(nn.Module):
@@ -48,7 +83,9 @@ class Embedding(nn.Module):
 
     def __init__(self, declare: Declare, *, unit: bool, std: float) -> None:
         super().__init__()
-        self.weight = declare("vocab", "embed", role="read", unit=unit, init=std, lookup=True)
+        self.weight = declare(
+            "vocab", "embed", role="read", unit=unit, init=std, lookup=True, llama="model.embed_tokens.weight"
+        )
         self.tp = declare.tp
         self.rows = shard_rows(spec_of(self.weight), declare.model, self.tp.size, self.tp.rank)
 
@@ -66,7 +103,7 @@ class Head(nn.Module):
 
     def __init__(self, declare: Declare, *, unit: bool, std: float) -> None:
         super().__init__()
-        self.weight = declare("vocab", "embed", role="read", unit=unit, init=std)
+        self.weight = declare("vocab", "embed", role="read", unit=unit, init=std, llama="lm_head.weight")
         self.tp = declare.tp
 
     def forward(self, h_BTD: Tensor) -> Tensor:
@@ -82,25 +119,39 @@ class Attention(nn.Module):
 
     def __init__(self, declare: Declare, *, unit: bool, std: float, out_std: float, scale: float) -> None:
         super().__init__()
-        self.q = declare("heads", "embed", role="read", unit=unit, init=std)
-        self.k = declare("kv_heads", "embed", role="read", unit=unit, init=std)
-        self.v = declare("kv_heads", "embed", role="read", unit=unit, init=std)
-        self.out = declare("heads", "embed", role="write", unit=unit, init=out_std, gate=not unit)
+        read: dict[str, Any] = {"role": "read", "unit": unit, "init": std}
+        write: dict[str, Any] = {"role": "write", "unit": unit, "init": out_std, "gate": not unit}
+        self.q = declare("heads", "embed", llama="self_attn.q_proj.weight", **read)
+        self.k = declare("kv_heads", "embed", llama="self_attn.k_proj.weight", **read)
+        self.v = declare("kv_heads", "embed", llama="self_attn.v_proj.weight", **read)
+        self.out = declare("heads", "embed", llama="self_attn.o_proj.weight", **write)
         self.tp, self.scale = declare.tp, scale
-        self.head_dim, self.theta = declare.model.head_dim, declare.model.rope_theta
+        self.head_dim, self.frequencies = declare.model.head_dim, rope_frequencies(declare.model)
 
-    def forward(self, h_BTD: Tensor, shape_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(
+        self,
+        h_BTD: Tensor,
+        shape_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        cache: KVCache | None = None,
+    ) -> Tensor:
         B, T, _ = h_BTD.shape
+        start = 0 if cache is None else cache.length
         h_BTD = self.tp.enter(h_BTD)
         q_BTHC = F.linear(h_BTD, self.q).view(B, T, -1, self.head_dim)
         k_BTKC = F.linear(h_BTD, self.k).view(B, T, -1, self.head_dim)
         v_BTKC = F.linear(h_BTD, self.v).view(B, T, -1, self.head_dim)
-        q_BTHC, k_BTKC = shape_qk(rotate(q_BTHC, self.theta), rotate(k_BTKC, self.theta))
+        q_BTHC, k_BTKC = shape_qk(rotate(q_BTHC, self.frequencies, start), rotate(k_BTKC, self.frequencies, start))
+        k_BTKC, mask_TS = k_BTKC.to(h_BTD.dtype), None
+        if cache is not None:
+            k_BTKC, v_BTKC = cache.extend(self, k_BTKC, v_BTKC)
+        if start and T > 1:
+            mask_TS = torch.ones(T, start + T, dtype=torch.bool, device=h_BTD.device).tril(start)
         y_BHTC = F.scaled_dot_product_attention(
             q_BTHC.to(h_BTD.dtype).transpose(1, 2),
-            k_BTKC.to(h_BTD.dtype).transpose(1, 2),
+            k_BTKC.transpose(1, 2),
             v_BTKC.transpose(1, 2),
-            is_causal=True,
+            attn_mask=mask_TS,
+            is_causal=start == 0,
             scale=self.scale,
             enable_gqa=q_BTHC.shape[2] != k_BTKC.shape[2],
         )
@@ -112,9 +163,11 @@ class GatedMLP(nn.Module):
 
     def __init__(self, declare: Declare, *, unit: bool, std: float, out_std: float) -> None:
         super().__init__()
-        self.up = declare("ffn", "embed", role="read", unit=unit, init=std)
-        self.gate = declare("ffn", "embed", role="read", unit=unit, init=std)
-        self.down = declare("ffn", "embed", role="write", unit=unit, init=out_std, gate=not unit)
+        read: dict[str, Any] = {"role": "read", "unit": unit, "init": std}
+        write: dict[str, Any] = {"role": "write", "unit": unit, "init": out_std, "gate": not unit}
+        self.up = declare("ffn", "embed", llama="mlp.up_proj.weight", **read)
+        self.gate = declare("ffn", "embed", llama="mlp.gate_proj.weight", **read)
+        self.down = declare("ffn", "embed", llama="mlp.down_proj.weight", **write)
         self.tp = declare.tp
 
     def forward(self, h_BTD: Tensor, gain_u: Tensor | None = None, gain_v: Tensor | None = None) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 from megabus.model.layers import wide
 from megabus.model.tensor_parallel import TensorParallel
 
+IGNORED = -100  # a target that is none: padding, or a prompt
+
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -19,26 +21,27 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         exp_NV = (logits - top_N[:, None]).exp()
         local_N = target_N - start
         here_N = (local_N >= 0) & (local_N < logits.shape[1])
+        counts_N = target_N != IGNORED
         local_N = local_N.clamp(0, logits.shape[1] - 1)
         own_N = (logits.gather(1, local_N[:, None])[:, 0] - top_N) * here_N
         total_N, own_N = tp.sum(torch.stack((exp_NV.sum(-1), own_N)))
-        ctx.save_for_backward(exp_NV.div_(total_N[:, None]), here_N, local_N)
+        ctx.save_for_backward(exp_NV.div_(total_N[:, None]), here_N, local_N, counts_N)
         ctx.dtype = logits_NV.dtype
-        return (total_N.log() - own_N).mean()
+        return (total_N.log() - own_N) * counts_N
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        probs_NV, here_N, local_N = ctx.saved_tensors
-        # d loss / d logit = (softmax - one_hot) / N, on this rank's rows.
+        probs_NV, here_N, local_N, counts_N = ctx.saved_tensors
+        # d loss / d logit = softmax - one_hot, on this rank's rows.
         grad_NV = probs_NV.scatter_add(1, local_N[:, None], -here_N[:, None].to(probs_NV.dtype))
-        return (grad_NV * (grads[0] / here_N.numel())).to(ctx.dtype), None, None, None
+        return (grad_NV * (grads[0] * counts_N)[:, None]).to(ctx.dtype), None, None, None
 
 
-def vocab_parallel_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, start: int, tp: TensorParallel) -> Tensor:
-    """Mean negative log-likelihood in nats, the same scalar on every rank (Shoeybi et al. 2019, section 3).
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor, start: int, tp: TensorParallel) -> Tensor:
+    """Negative log-likelihood of each target in nats, (B, T), the same on every rank; 0 where the target is IGNORED
+    (Shoeybi et al. 2019, section 3).
 
     logits: this rank's vocabulary rows, the first of which is global row `start`; targets: global token ids.
     """
-    return _VocabParallelCrossEntropy.apply(
-        logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), start, tp
-    )
+    flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
+    return _VocabParallelCrossEntropy.apply(flat, targets_BT.reshape(-1), start, tp).view_as(targets_BT)

@@ -9,7 +9,7 @@ from math import sqrt
 
 from torch import Tensor, nn
 
-from megabus.model.layers import Attention, Embedding, GatedMLP, Head, unit, wide
+from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache, unit, wide
 from megabus.model.params import Declare
 
 
@@ -40,8 +40,8 @@ class Block(nn.Module):
         gain_HC = (wide(self.s_qk) * self.root_d).square().view(-1, q_BTHC.shape[-1])
         return unit(q_BTHC) * gain_HC, unit(k_BTKC)
 
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        h_BTD = self._step(h_BTD, unit(self.attn(h_BTD, self.shape_qk)), self.alpha_attn)
+    def forward(self, h_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
+        h_BTD = self._step(h_BTD, unit(self.attn(h_BTD, self.shape_qk, cache)), self.alpha_attn)
         return self._step(h_BTD, unit(self.mlp(h_BTD, self.s_u, self.s_v * self.root_d)), self.alpha_mlp)
 
     def _step(self, h_BTD: Tensor, target_BTD: Tensor, alpha_D: Tensor) -> Tensor:

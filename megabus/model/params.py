@@ -31,6 +31,7 @@ class ParamSpec:
     multiplier: a gain acts as raw * multiplier (nGPT's init/scale); growth preserves that product.
     gate: what silences this layer when 0 (a zero gate makes the layer the identity).
     lookup: rows are picked, not multiplied with h, and so cost no FLOPs.
+    llama: its name in transformers' Llama, within its layer or the whole model; there write matrices are transposed.
     divides: this gain makes up for cloned write rows under `write: clone|noise` (HyperCloning's 1/c).
     name, layer: canonical name such as `layers.7.attn.out`, the same under every layout, and its layer's number.
     """
@@ -43,6 +44,7 @@ class ParamSpec:
     gate: bool = False
     lookup: bool = False
     divides: bool = False
+    llama: str = ""
     name: str = ""
     layer: int | None = None
 
@@ -100,7 +102,7 @@ class Declare:
     def __init__(self, model: ModelConfig, tp: TensorParallel) -> None:
         self.model, self.tp = model, tp
 
-    def __call__(self, *axes: Axis, role: Role, **facts: float | bool) -> nn.Parameter:
+    def __call__(self, *axes: Axis, role: Role, **facts: float | bool | str) -> nn.Parameter:
         spec = ParamSpec(axes, role, **facts)  # type: ignore[arg-type]
         start, stop = shard_rows(spec, self.model, self.tp.size, self.tp.rank)
         parameter = nn.Parameter(torch.zeros(stop - start, *global_shape(spec, self.model)[1:]))

@@ -129,6 +129,11 @@ class Placement:
         at = coordinate(self.layout, rank)
         return self._slots[at.pp, at.tp][name].piece
 
+    def share(self, name: str, rank: int) -> Piece:
+        """The interval of one parameter that a rank owns; empty if it owns nothing of it."""
+        at = coordinate(self.layout, rank)
+        return _share(self._slots[at.pp, at.tp][name], at.dp)
+
     def rows(self, name: str) -> int:
         return axis_sizes(self.model)[self.specs[name].rows]
 

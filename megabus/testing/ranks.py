@@ -30,6 +30,7 @@ def preload() -> None:
     import_deepspeed()
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed imports it late: 2 s a rank, here once
     import torch
+    import torch._dynamo
 
     import megabus.engine.engine  # noqa: F401
 

@@ -12,7 +12,7 @@ from megabus.data.sources import Sources
 from megabus.errors import UserError
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
-FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "data")
+FREE = ("run_dir", "init_from", "resume", "layout", "log", "checkpoint", "faults", "data")
 FREE_KEYS = ("layout", "micro_batch_size", "recompute", "buffer_mb")
 
 
@@ -40,18 +40,22 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     if saved.stage >= len(stages):
         problem = f"has {len(stages) - 1} growths, {found.folder.name} comes after growth {saved.stage}"
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
-    section = f"growth.stages.{saved.stage - 1}" if saved.stage else "model"
-    now = _shape(stages[saved.stage].model)
-    for key, value in _shape(saved.model).items():
-        if now[key] != value:
-            problem = f"is {value} in {found.folder}"
-            raise UserError(f"{section}.{key}", now[key], problem, "set it back, or choose another run_dir")
+    check_same_model(found, stages[saved.stage], "set it back, or choose another run_dir")
     changes = list(_changes(saved.config, config.model_dump(mode="json")))
     changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(saved.data, data)]
     if changes and config.resume == "strict":
         key, was, is_now = changes[0]
         raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
     return [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
+
+
+def check_same_model(found: Found, stage: Stage, remedy: str) -> None:
+    """Raise `UserError` unless the stage's model is the checkpoint's."""
+    section = f"growth.stages.{stage.index - 1}" if stage.index else "model"
+    now = _shape(stage.model)
+    for key, value in _shape(found.state.model).items():
+        if now[key] != value:
+            raise UserError(f"{section}.{key}", now[key], f"is {value} in {found.folder}", remedy)
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megabus.checkpoint.restore import Found, find_checkpoint, restore
+from megabus.checkpoint.load import checkpoint_at
+from megabus.checkpoint.restore import Found, find_checkpoint, restore, verified
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
@@ -23,12 +24,12 @@ from megabus.errors import UserError, say
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
 from megabus.kappa.predictors import make_predictor
 from megabus.model.init import initial_rows
-from megabus.parallel.agree import agreement
+from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
 from megabus.train.corpora import Corpora
 from megabus.train.flops import count_parameters
 from megabus.train.metrics import Metrics, describe
-from megabus.train.resume import check_continues, data_order
+from megabus.train.resume import check_continues, check_same_model, data_order
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
@@ -91,6 +92,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
                 raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
     check_shared(Path(config.run_dir))
     found = find_checkpoint(root, config.resume == "strict", watchdog.beat)
+    origin = _origin(config.init_from, stages[0]) if config.init_from is not None and found is None else None
     changes: list[str] = []
     with agreement():
         if found is not None:
@@ -106,7 +108,10 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     if found is not None:
         go_on_from(run, found, "start", changes)
     else:
-        engine.write(initial_fragments(engine, config.train.seed))
+        if origin is not None:
+            restore(origin, engine)
+        else:
+            engine.write(initial_fragments(engine, config.train.seed))
         watch_stage(run)
         if run.metrics is not None:
             run.metrics.write("start", run.totals | {"sizes": sizes(run.stage), "layout": str(run.stage.layout)})
@@ -116,6 +121,13 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         prune(root, keep.keep_last, keep.keep_every)
     watchdog.beat()
     return run
+
+
+def _origin(path: str, stage: Stage) -> Found:
+    """The checkpoint whose weights, but not moments, a new run begins with. Collective."""
+    found = verified(rank_0_tells(lambda: checkpoint_at(path)))
+    check_same_model(found, stage, "give the model that was saved")
+    return replace(found, state=replace(found.state, kinds=("weight",), optimizer_step=0))
 
 
 @contextmanager

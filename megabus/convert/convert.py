@@ -1,0 +1,87 @@
+"""From any form to any other: open what is there, write what is asked for, whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from megabus.checkpoint.store import checkpoints_of
+from megabus.config import Layout, ModelConfig
+from megabus.convert.checkpoint import write_checkpoint
+from megabus.convert.hugging_face import HuggingFaceSource, write_hugging_face
+from megabus.convert.shard_files import INDEX, ShardFileSource, write_shard_files
+from megabus.convert.source import CheckpointSource, OpenFiles, Source
+from megabus.convert.tensor_file import DTYPES
+from megabus.errors import UserError
+from megabus.model.decoder import param_specs
+from megabus.model.params import axis_sizes
+from megabus.parallel.placement import Placement
+
+Form = Literal["checkpoint", "shards", "hf"]
+
+
+def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> Source:
+    """What `path` is, is seen from what lies in it."""
+    if not path.is_dir():
+        raise UserError("source", path, "is no directory", "give a run, a checkpoint, shard files or a HF directory")
+    source: Source
+    if (path / INDEX).is_file():
+        source = ShardFileSource(path, files)
+    elif (path / "config.json").is_file():
+        source = HuggingFaceSource(path, files)
+    else:
+        source = CheckpointSource(path, files)
+    if weights_only:
+        source.state = replace(source.state, kinds=("weight",), optimizer_step=0)
+    return source
+
+
+def convert(
+    source: Source,
+    out: Path,
+    form: Form,
+    layout: tuple[int, int, int] = (1, 1, 1),
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
+) -> int:
+    """Write `out` in one of the forms; the bytes of its tensors. layout: (tp, pp, dp)."""
+    tp, pp, dp = layout
+    check_layout(source.state.model, Layout(tp, pp, dp))
+    if out.exists():
+        raise UserError("out", out, "exists", "choose another, or remove it")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if form == "checkpoint":
+            write_checkpoint(source, checkpoints_of(partial), Layout(tp, pp, dp))
+        elif form == "shards":
+            write_shard_files(source, partial, tp, pp)
+        else:
+            write_hugging_face(source, partial, dtype, max_shard_bytes)
+        partial.rename(out)
+    except OSError as error:
+        raise UserError("out", out, f"cannot be written ({error})", "make room or choose another place") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    placement = Placement(source.state.model, Layout(1, 1, 1))
+    entries = sum(placement.numel(name) for name in placement.specs)
+    return entries * (DTYPES[dtype][1].itemsize if form == "hf" else 4 * len(source.state.kinds))
+
+
+def check_layout(model: ModelConfig, layout: Layout) -> None:
+    """Raise `UserError` unless the model can be cut so."""
+    for key, value in (("--tp", layout.tp), ("--pp", layout.pp), ("--dp", layout.dp)):
+        if value < 1:
+            raise UserError(key, value, "is below 1", "give 1 or more")
+    sizes = axis_sizes(model)
+    cut = {spec.rows for spec in param_specs(model).values() if spec.sharded}
+    units = {"heads": model.n_heads, "kv_heads": model.kv_heads, "ffn": model.d_ff}
+    for axis in sorted(cut):
+        if units.get(axis, 0) % layout.tp or sizes[axis] < layout.tp:
+            raise UserError("--tp", layout.tp, f"does not divide {axis} = {units[axis]}", "choose a divisor")
+    if layout.pp > model.n_layers:
+        raise UserError("--pp", layout.pp, f"exceeds n_layers = {model.n_layers}", "choose fewer stages")

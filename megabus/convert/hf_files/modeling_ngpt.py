@@ -1,0 +1,169 @@
+"""The normalized GPT (Loshchilov et al. 2024, arXiv 2410.01131) for transformers, as megabus trains it.
+
+Goes with the weights; needs nothing but torch and transformers. Every matrix is a list of hidden_size-vectors of
+length 1, so `out` and `down` are (rows, hidden_size) and multiply from the right.
+"""
+
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_ngpt import NGPTConfig
+
+
+def unit(x):
+    return F.normalize(x.float(), dim=-1).to(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """x (B, heads, T, C) fp32; cos and sin (B, 1, T, C/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class NGPTAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q = nn.Parameter(torch.empty(queries, config.hidden_size))
+        self.k = nn.Parameter(torch.empty(keys, config.hidden_size))
+        self.v = nn.Parameter(torch.empty(keys, config.hidden_size))
+        self.out = nn.Parameter(torch.empty(queries, config.hidden_size))
+
+    def forward(self, h, gain, cos, sin, mask, cache):
+        batch, length, _ = h.shape
+        q, k, v = (
+            F.linear(h, matrix).view(batch, length, -1, self.head_dim).transpose(1, 2)
+            for matrix in (self.q, self.k, self.v)
+        )
+        q = (F.normalize(rotate(q.float(), cos, sin), dim=-1) * gain).to(h.dtype)
+        k = F.normalize(rotate(k.float(), cos, sin), dim=-1).to(h.dtype)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
+        causal = mask is None and length > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=sqrt(self.head_dim))
+        return y.transpose(1, 2).reshape(batch, length, -1) @ self.out
+
+
+class NGPTMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up, self.gate, self.down = (
+            nn.Parameter(torch.empty(config.intermediate_size, config.hidden_size)) for _ in range(3)
+        )
+
+    def forward(self, h, gain_u, gain_v):
+        return (F.linear(h, self.up) * gain_u * F.silu(F.linear(h, self.gate) * gain_v)) @ self.down
+
+
+class NGPTBlock(nn.Module):
+    """h <- Norm(h + alpha (Norm(attention or MLP) - h)); gains act as raw * init / scale."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.root, self.head_dim = sqrt(config.hidden_size), config.head_dim
+        self.alpha_scale = config.alpha_init * self.root
+        self.attn, self.mlp = NGPTAttention(config, layer), NGPTMLP(config)
+        self.s_qk = nn.Parameter(torch.empty(config.num_attention_heads * config.head_dim))
+        self.s_u = nn.Parameter(torch.empty(config.intermediate_size))
+        self.s_v = nn.Parameter(torch.empty(config.intermediate_size))
+        self.alpha_attn = nn.Parameter(torch.empty(config.hidden_size))
+        self.alpha_mlp = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, h, cos, sin, mask, cache):
+        gain = (self.s_qk.float() * self.root).square().view(1, -1, 1, self.head_dim)
+        h = self.step(h, unit(self.attn(h, gain, cos, sin, mask, cache)), self.alpha_attn)
+        return self.step(h, unit(self.mlp(h, self.s_u, self.s_v * self.root)), self.alpha_mlp)
+
+    def step(self, h, target, alpha):
+        return unit(h + alpha * self.alpha_scale * (target - h))
+
+
+class NGPTOutput(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.root = sqrt(config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.s_z = nn.Parameter(torch.empty(config.vocab_size))
+
+    def forward(self, h):
+        return self.head(h) * (self.s_z * self.root)
+
+
+class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = NGPTConfig
+    _supports_sdpa = True
+    _no_split_modules = ("NGPTBlock",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(NGPTBlock(config, layer) for layer in range(config.num_hidden_layers))
+        self.output = NGPTOutput(config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Unit rows and nGPT's initial gains, for a model that is not loaded."""
+        with torch.no_grad():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2:
+                    parameter.copy_(F.normalize(torch.randn_like(parameter), dim=-1))
+                else:
+                    small = name in ("s_qk", "s_z", "alpha_attn", "alpha_mlp")
+                    parameter.fill_(self.config.hidden_size**-0.5 if small else 1.0)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.output.head
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        h = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(h.shape[1], device=h.device) + seen)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=h,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        # fp64: what megabus trains with, whatever the precision of the rest.
+        frequencies = torch.tensor(self.config.rope_frequencies, dtype=torch.float64, device=h.device)
+        angle = position_ids[:, None, :, None].double() * frequencies
+        cos, sin = angle.cos().float(), angle.sin().float()
+        for block in self.layers:
+            h = block(h, cos, sin, mask, past_key_values)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.output(h[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)

@@ -1,0 +1,88 @@
+"""Where logical tensors are read from, by name and interval, whatever files hold them.
+
+Every form that weights come in is a `Source`; every form they are written in takes one. So each converts to each.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megabus.checkpoint.load import checkpoint_at
+from megabus.checkpoint.manifest import check_file, read_manifest
+from megabus.checkpoint.save import TOKENIZER
+from megabus.checkpoint.shards import files_by_rank, tensor_key
+from megabus.checkpoint.state import SavedState, read_state
+from megabus.model.params import global_shape
+from megabus.parallel.fragments import KINDS, Kind
+from megabus.parallel.placement import Placement
+
+
+class Source(Protocol):
+    """state: the model and all else that goes with it; tokenizer: its SentencePiece file, if there is one."""
+
+    state: SavedState
+    tokenizer: Path | None
+
+    def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
+        """Entries [start, stop) of a parameter's row-major flattening, fp32, (stop - start,)."""
+
+
+def whole(source: Source, name: str, kind: Kind = "weight") -> Tensor:
+    """A parameter in its logical shape."""
+    placement = Placement(source.state.model, source.state.layout)
+    values = source.read(kind, name, 0, placement.numel(name))
+    return values.view(global_shape(placement.specs[name], source.state.model))
+
+
+class OpenFiles:
+    """safetensors files by path, opened when they are first read (that maps them, and loads nothing)."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def __getitem__(self, path: Path) -> Any:
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._files[path]
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self._files.clear()
+
+
+class CheckpointSource:
+    """A run's newest checkpoint, or the one that `path` is; verified first, unless that is left out."""
+
+    def __init__(self, path: Path, files: OpenFiles, verify: bool = True) -> None:
+        self.folder, self.files = checkpoint_at(path), files
+        entries = read_manifest(self.folder)
+        if verify:
+            for entry in entries:
+                check_file(self.folder, entry)
+        self.state = read_state(self.folder)
+        self.placement = Placement(self.state.model, self.state.layout)
+        self.names = files_by_rank(entries)
+        tokenizer = self.folder / TOKENIZER
+        self.tokenizer = tokenizer if tokenizer.is_file() else None
+
+    def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
+        values = torch.empty(stop - start)
+        for rank, part in self.placement.owners(name, start, stop, tp=0):
+            chunk = self.placement.share(name, rank)
+            file = self.files[self.folder / self.names[rank][KINDS.index(kind)]]
+            there = file.get_slice(tensor_key(kind, name))[part.start - chunk.start : part.stop - chunk.start]
+            values[part.start - start : part.stop - start] = there
+        return values

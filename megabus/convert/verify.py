@@ -1,0 +1,31 @@
+"""Compare two sources tensor by tensor, a block at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from megabus.convert.source import Source
+from megabus.convert.tensor_file import DTYPES
+from megabus.errors import UserError
+from megabus.parallel.placement import Placement
+
+BLOCK = 1 << 24  # entries
+
+
+def verify(a: Source, b: Source, dtype: str = "float32") -> int:
+    """Compare all tensors of `b`, which was made from `a` in `dtype`; their fp32 bytes. Raises `UserError` at the first
+    bit that differs."""
+    placement, total, stored = Placement(a.state.model, a.state.layout), 0, DTYPES[dtype][1]
+    for kind in b.state.kinds:
+        for name in placement.specs:
+            numel = placement.numel(name)
+            for start in range(0, numel, BLOCK):
+                stop = min(start + BLOCK, numel)
+                left = a.read(kind, name, start, stop).to(stored).float().view(torch.int32)
+                right = b.read(kind, name, start, stop).view(torch.int32)
+                if not left.equal(right):
+                    entry = start + int((left != right).nonzero()[0])
+                    problem = f"{kind} differs from the original at entry {entry}"
+                    raise UserError("--verify", name, problem, "convert it again, and look at the disk")
+            total += 4 * numel
+    return total

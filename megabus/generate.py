@@ -1,0 +1,60 @@
+"""Sample text from a model in one process, a token at a time, with cached keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megabus.errors import UserError
+from megabus.model.decoder import Decoder
+from megabus.model.layers import KVCache
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: int | None = None,
+) -> Iterator[int]:
+    """Up to `max_tokens` token ids that follow `prompt`, ending before `stop`.
+
+    temperature: 0 takes the likeliest token each time. top_k: sample from the k likeliest. top_p: sample from the
+    fewest tokens whose probabilities sum to p (Holtzman et al. 2020). The same arguments give the same tokens.
+    """
+    _check(len(prompt) > 0, "prompt", "(empty)", "give at least one token")
+    _check(temperature >= 0, "temperature", temperature, "give 0 or more")
+    _check(top_k is None or top_k >= 1, "top_k", top_k, "give 1 or more")
+    _check(0 < top_p <= 1, "top_p", top_p, "give a share above 0, at most 1")
+    device = next(model.parameters()).device
+    draw, cache = torch.Generator().manual_seed(seed), KVCache()
+    new = torch.tensor([list(prompt)], device=device)
+    for _ in range(max_tokens):
+        logits_V = model(new, cache)[0, -1].float().cpu()
+        token = int(logits_V.argmax()) if temperature == 0 else _sample(logits_V / temperature, top_k, top_p, draw)
+        if token == stop:
+            return
+        yield token
+        new = torch.tensor([[token]], device=device)
+
+
+def _sample(logits_V: Tensor, top_k: int | None, top_p: float, draw: torch.Generator) -> int:
+    values, tokens = logits_V.sort(descending=True, stable=True)
+    if top_k is not None:
+        values, tokens = values[:top_k], tokens[:top_k]
+    shares = values.softmax(0)
+    before = shares.cumsum(0) - shares
+    shares = shares * (before < top_p)  # the first always stays
+    return int(tokens[torch.multinomial(shares, 1, generator=draw)])
+
+
+def _check(ok: bool, key: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise UserError(key, value, "is out of range", remedy)

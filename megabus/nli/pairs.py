@@ -1,0 +1,184 @@
+"""Labelled pairs of sentences: JSONL in SNLI's form, and SNLI, MNLI and their like through `datasets`."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megabus.data.order import permute
+from megabus.errors import UserError
+
+LABELS = ("entailment", "neutral", "contradiction")  # in the order of SNLI's and MNLI's label ids
+UNLABELLED = ("-", "-1")  # the annotators did not agree: in SNLI's files, and on the hub
+FIELDS = ("gold_label", "sentence1", "sentence2")  # SNLI 1.0 and MultiNLI 1.0 distribution
+COLUMNS = ("label", "premise", "hypothesis")  # the same on the hub
+
+
+class Pair(NamedTuple):
+    """label: its place in LABELS."""
+
+    label: int
+    premise: str
+    hypothesis: str
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Labelled pairs in their file's order; `skipped` counts those without a gold label, which are left out."""
+
+    name: str
+    pairs: list[Pair]
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def labels(self) -> list[int]:
+        return [pair.label for pair in self.pairs]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pairs of each label."""
+        counts = Counter(self.labels)
+        return {label: counts[place] for place, label in enumerate(LABELS)}
+
+    @property
+    def sha256(self) -> str:
+        """Of labels and sentences in order, whatever file they came in."""
+        digest = hashlib.sha256()
+        for pair in self.pairs:
+            digest.update(json.dumps(pair).encode() + b"\n")
+        return digest.hexdigest()
+
+    def first(self, limit: int | None) -> PairSet:
+        return PairSet(self.name, self.pairs[:limit], self.skipped)
+
+    def sample(self, limit: int | None, seed: int) -> PairSet:
+        """`limit` pairs drawn without replacement: the first ones of the seed's permutation."""
+        if limit is None or limit >= len(self):
+            return self
+        return PairSet(self.name, [self.pairs[permute(i, len(self), seed, 0)] for i in range(limit)], self.skipped)
+
+
+# ---- files
+
+
+def read_jsonl(path: Path, key: str) -> PairSet:
+    """Pairs of a file in SNLI's form, gzipped where its name ends with .gz. `key` names the file's option in errors."""
+    return _pair_set(str(path), _rows(path, key), FIELDS, key, path)
+
+
+def _rows(path: Path, key: str) -> Iterator[tuple[str, Any]]:
+    """(place, row) of each line that is not blank."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"line {number}", json.loads(line)
+    except FileNotFoundError as error:
+        raise UserError(key, path, "no such file", "check the path") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(key, path, f"cannot be read ({error})", "check the file") from error
+    except ValueError as error:  # of json, or of UTF-8
+        raise UserError(key, path, f"line {number} is not JSON ({error})", "mend the line") from error
+
+
+# ---- the hub
+
+
+class HubData(NamedTuple):
+    """Where a data set lies, which splits are reported, and on which one a fine-tuning is watched."""
+
+    path: str
+    reported: tuple[str, ...] = ("test",)
+    watched: str = "validation"
+
+
+HUB = {
+    "snli": HubData("stanfordnlp/snli"),
+    # Its test labels were never published, so its two validation splits are what papers report.
+    "mnli": HubData("nyu-mll/multi_nli", ("validation_matched", "validation_mismatched"), "validation_matched"),
+}
+
+
+def hub_data(name: str) -> HubData:
+    return HUB.get(name.lower(), HubData(name))
+
+
+class Hub:
+    """A data set of the hub, or a local directory of the same form (parquet files, or what `save_to_disk` wrote)."""
+
+    def __init__(self, name: str) -> None:
+        import datasets  # seconds to import, and local files do without
+
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised below anyway
+        datasets.disable_progress_bars()
+        self.name, path = name, hub_data(name).path
+        try:
+            if (Path(path) / "dataset_dict.json").is_file():
+                self._splits = datasets.load_from_disk(path)
+            else:
+                self._splits = datasets.load_dataset(path)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            remedy = "check the name and the connection, or give local files with --valid and --train"
+            raise UserError("--data", name, f"cannot be read ({error})", remedy) from error
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self._splits)
+
+    def read(self, split: str) -> PairSet:
+        if split not in self._splits:
+            raise UserError("--split", split, f"is no split of {self.name}", f"choose among {', '.join(self.splits)}")
+        data = self._splits[split]
+        missing = [column for column in COLUMNS if column not in data.column_names]
+        if missing:
+            problem = f"split {split} has no column {missing[0]}, its columns are {', '.join(data.column_names)}"
+            raise UserError("--data", self.name, problem, f"it needs {', '.join(COLUMNS)}")
+        names = getattr(data.features["label"], "names", None) or LABELS
+
+        def rows() -> Iterator[tuple[str, Any]]:
+            for number, row in enumerate(data.select_columns(list(COLUMNS))):
+                if isinstance(row["label"], int) and 0 <= row["label"] < len(names):
+                    row["label"] = names[row["label"]]
+                yield f"row {number}", row
+
+        return _pair_set(f"{self.name}/{split}", rows(), COLUMNS, "--data", self.name)
+
+
+# ---- both
+
+
+def _pair_set(name: str, rows: Iterator[tuple[str, Any]], fields: tuple[str, ...], key: str, value: object) -> PairSet:
+    """Check and keep the rows; `key` and `value` say in an error where they came from."""
+    pairs, skipped, place = [], 0, ""
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(key, value, f"{place} is no JSON object", f"each line needs {', '.join(fields)}")
+        for field in fields:
+            if field not in row:
+                raise UserError(key, value, f"{place} has no field {field}", f"each needs {', '.join(fields)}")
+        label, premise, hypothesis = (row[field] for field in fields)
+        if str(label) in UNLABELLED:
+            skipped += 1
+            continue
+        if label not in LABELS:
+            allowed = f"allowed are {', '.join(LABELS)}, and {UNLABELLED[0]} for none"
+            raise UserError(key, value, f"{place} has {fields[0]} {label!r}", allowed)
+        for field, text in zip(fields[1:], (premise, hypothesis), strict=True):
+            if not isinstance(text, str):
+                raise UserError(key, value, f"{place} has {field} {text!r}", "it must be text")
+        pairs.append(Pair(LABELS.index(label), premise, hypothesis))
+    if not pairs:
+        problem = f"holds no pair with a gold label ({skipped} without)" if place else "is empty"
+        raise UserError(key, value, problem, "give labelled pairs")
+    return PairSet(name, pairs, skipped)
