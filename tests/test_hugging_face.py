@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from sources import MemorySource, model_config
 
 import megabus
@@ -16,7 +17,6 @@ from megabus.convert.verify import verify
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
 
-transformers = pytest.importorskip("transformers")
 TOKENS = torch.randint(67, (3, 20), generator=torch.Generator().manual_seed(0))
 
 

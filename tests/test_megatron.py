@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets import indexed_dataset
 
 from megabus.data.batches import TokenSource
 from megabus.data.indexed import IndexedTokens, IndexedWriter
-
-indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
 
 
 @pytest.fixture

@@ -10,19 +10,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 from nli_data import rows_of, run_tool, write_rows, write_run
+from sklearn import metrics
 
 from megabus.errors import UserError
 from megabus.nli.baselines import (
     Baselines,
-    LogisticRegression,
-    TfIdf,
     hypothesis_only,
     majority,
-    n_grams,
     premise_and_hypothesis,
-    words_of,
 )
 from megabus.nli.metrics import bootstrap_macro_f1, confusion_matrix, macro_f1, measure, wilson_interval
 from megabus.nli.pairs import LABELS, Hub, Pair, PairSet, read_jsonl
@@ -265,13 +261,12 @@ def labels(n, seed, shares=(0.5, 0.3, 0.2)):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_are_scikit_learns(seed):
-    sk = pytest.importorskip("sklearn.metrics")
     gold = labels(60, seed)
     guess = np.where(labels(60, seed + 10) == 0, gold, labels(60, seed + 20, (0.9, 0.1, 0.0)))
     found = measure(gold, guess, seed=0)
-    assert found["confusion"] == sk.confusion_matrix(gold, guess, labels=[0, 1, 2]).tolist()
-    assert found["accuracy"] == pytest.approx(sk.accuracy_score(gold, guess))
-    scores = sk.precision_recall_fscore_support(gold, guess, labels=[0, 1, 2], zero_division=0)
+    assert found["confusion"] == metrics.confusion_matrix(gold, guess, labels=[0, 1, 2]).tolist()
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(gold, guess))
+    scores = metrics.precision_recall_fscore_support(gold, guess, labels=[0, 1, 2], zero_division=0)
     for label, *expected in zip(LABELS, *scores, strict=True):
         got = found["classes"][label]
         assert [got["precision"], got["recall"], got["f1"], got["gold"]] == pytest.approx(expected)
@@ -319,29 +314,6 @@ def test_features():
     assert hypothesis_only(pair._replace(premise="x")) == hypothesis_only(pair)
 
 
-def test_logistic_regression_is_scikit_learns():
-    text = pytest.importorskip("sklearn.feature_extraction.text")
-    linear = pytest.importorskip("sklearn.linear_model")
-    train, test = pair_set(120, 1), pair_set(50, 2)
-    noisy = [pair._replace(label=(pair.label + (i % 4 == 0)) % 3) for i, pair in enumerate(train.pairs)]
-    train = PairSet("train", noisy)
-
-    def features(pair):
-        return n_grams(words_of(pair.hypothesis), "")
-
-    vectorizer = text.TfidfVectorizer(analyzer=features, min_df=2)
-    matrix = vectorizer.fit_transform(train.pairs)
-    tf_idf = TfIdf(features, train.pairs)
-    order = [tf_idf.terms[term] for term in vectorizer.get_feature_names_out()]
-    rows = tf_idf(test.pairs).to_dense()[:, order].numpy()
-    assert rows == pytest.approx(vectorizer.transform(test.pairs).toarray())
-    model = linear.LogisticRegression(C=1.0, tol=1e-9, max_iter=1000).fit(matrix, train.labels)
-    ours = LogisticRegression(features, train)
-    assert ours.predict(test.pairs) == model.predict(vectorizer.transform(test.pairs)).tolist()
-    difference = ours.weight[order].T - torch.from_numpy(model.coef_)
-    assert difference.abs().max() < 1e-3
-
-
 def test_baselines():
     """The colour is in the hypothesis, so its n-grams suffice; unknown words and empty sentences are passed over."""
     train, test = pair_set(90, 1), pair_set(30, 2)
@@ -356,12 +328,22 @@ def test_baselines():
     assert majority([2, 1, 2, 1]) == 1  # the first of equally common ones
 
 
+@pytest.mark.parametrize("pairs", [[Pair(1, "a b", "c d")] * 4, [Pair(0, "a", "b"), Pair(1, "c", "d")]])
+def test_baselines_that_cannot_be_fitted_do_not_take_the_rest_along(pairs):
+    """One label only; no term in two pairs."""
+    baselines = Baselines(PairSet("train", pairs))
+    assert "cannot be fitted to these training pairs" in baselines.missing
+    found = baselines.predict(pair_set(5, 1))
+    assert found["hypothesis n-grams"] is None
+    assert len(found["majority of training pairs"]) == 5
+
+
 def test_the_table_and_the_picture(tmp_path):
     pairs = replace(pair_set(30, 2), skipped=2)
     values = np.eye(3)[np.array(pairs.labels)]
     scores = Scores(values, np.zeros(3), np.ones(3), n_cut=4, n_beyond=1)
     one = measure_set(pairs, scores, None, Baselines(None), seed=0)
-    text = table({"sets": {"dev": one}})
+    text = table({"sets": {"dev": one}, "baselines": {"missing": "no training pairs"}})
     assert text.startswith("dev: 30 pairs, 2 without a gold label left out, 4 premises cut to fit, 1 lost more")
     assert "not available: no training pairs" in text
     lines = text.splitlines()

@@ -47,7 +47,6 @@ def test_the_prompt_is_the_same():
 
 def test_lm_eval_finds_the_same_accuracy(tmp_path):
     """The documented command on an exported model without a network: a local file, and a data set of the hub's form."""
-    pytest.importorskip("lm_eval")
     run, rows = write_run(tmp_path), rows_of(40, seed=5)
     rows.insert(3, rows[0] | {"gold_label": "-"})
     pairs = write_rows(tmp_path / "dev.jsonl.gz", rows)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megabus.durable import sync
 from megabus.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -52,8 +52,7 @@ class Entry:
 
 def settle(path: Path, rank: int, beat: Beat = idle) -> Entry:
     """Make a written file durable, and measure it. beat: called whenever some of it is done."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     beat()
     return Entry(path.name, path.stat().st_size, _sha256(path, beat), rank)
 

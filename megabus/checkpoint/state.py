@@ -17,6 +17,7 @@ from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
 
 STATE = "state.json"
+LONGEST = 2048  # tokens, of a model whose run is not known
 
 
 @dataclass
@@ -50,6 +51,13 @@ class SavedState:
     monitor: dict[str, Any]
     config: dict[str, Any]
     data: dict[str, Any]
+
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence in any stage of the run: what the model can be asked to read."""
+        if not self.config:
+            return LONGEST
+        stages = self.config["growth"]["stages"]
+        return max(self.config["train"]["seq_len"], *(stage.get("seq_len") or 0 for stage in stages), 0)
 
 
 def write_state(folder: Path, state: SavedState) -> Path:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megabus.checkpoint.manifest import DamagedError, Entry, digest_of, settle, write_manifest
-from megabus.data.indexed import sync_directory
+from megabus.durable import sync
 from megabus.errors import UserError, warn
 
 LATEST = "latest"
@@ -69,13 +69,13 @@ def publish(partial: Path, entries: Sequence[Entry]) -> Path:
         if found != entry.bytes:
             raise OSError(f"{entry.name} has {found} bytes here, {entry.bytes} where rank {entry.rank} wrote it")
     settle(write_manifest(partial, entries), rank=0)
-    sync_directory(partial)
+    sync(partial)
     folder = partial.with_suffix("")
     if folder.exists():  # it appeared, but `latest` could not be moved: the disk was full
         shutil.rmtree(partial)
     else:
         partial.rename(folder)
-    sync_directory(folder.parent)
+    sync(folder.parent)
     point_latest(folder)
     return folder
 
@@ -88,7 +88,7 @@ def point_latest(folder: Path) -> None:
     fresh.write_text(_pointer(folder))
     settle(fresh, rank=0)
     fresh.replace(path)
-    sync_directory(folder.parent)
+    sync(folder.parent)
 
 
 def latest_of(root: Path) -> Path:

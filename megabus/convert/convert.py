@@ -14,6 +14,7 @@ from megabus.convert.hugging_face import HuggingFaceSource, write_hugging_face
 from megabus.convert.shard_files import INDEX, ShardFileSource, write_shard_files
 from megabus.convert.source import CheckpointSource, OpenFiles, Source
 from megabus.convert.tensor_file import DTYPES
+from megabus.durable import sync
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
 from megabus.model.params import axis_sizes
@@ -62,7 +63,10 @@ def convert(
             write_shard_files(source, partial, tp, pp)
         else:
             write_hugging_face(source, partial, dtype, max_shard_bytes)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
         partial.rename(out)
+        sync(out.parent)
     except OSError as error:
         raise UserError("out", out, f"cannot be written ({error})", "make room or choose another place") from error
     finally:

@@ -30,7 +30,6 @@ from megabus.parallel.fragments import Kind
 
 INDEX = "model.safetensors.index.json"
 NGPT_FILES = ("configuration_ngpt.py", "modeling_ngpt.py")
-LONGEST = 2048  # max_position_embeddings of a model whose run is not known
 
 
 def hf_name(spec: ParamSpec, model: ModelConfig) -> str:
@@ -89,14 +88,6 @@ def _dump(path: Path, tree: dict[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
-def _longest(state: SavedState) -> int:
-    """The run's longest sequence."""
-    if not state.config:
-        return LONGEST
-    lengths = [stage.get("seq_len") or 0 for stage in state.config["growth"]["stages"]]
-    return max(state.config["train"]["seq_len"], *lengths, 0)
-
-
 def _sizes(state: SavedState) -> dict[str, Any]:
     model = state.model
     return {
@@ -107,7 +98,7 @@ def _sizes(state: SavedState) -> dict[str, Any]:
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_dim,
-        "max_position_embeddings": _longest(state),
+        "max_position_embeddings": state.longest_sequence(),
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,

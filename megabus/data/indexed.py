@@ -25,6 +25,7 @@ from typing import IO
 
 import numpy as np
 
+from megabus.durable import sync
 from megabus.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -207,7 +208,7 @@ class IndexedWriter:
         _flush_to_disk(self._bin)
         for path, partial in self._partial.items():
             partial.replace(path)
-        sync_directory(self.bin_path.parent)
+        sync(self.bin_path.parent)
 
 
 def _partial_name(path: Path) -> Path:
@@ -217,12 +218,3 @@ def _partial_name(path: Path) -> Path:
 def _flush_to_disk(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Makes renames inside `path` survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,23 +6,20 @@ A model that does not beat the hypothesis alone has used what annotators left in
 
 from __future__ import annotations
 
-import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 
 from megabus.nli.pairs import LABELS, Pair, PairSet
 
 WORD = re.compile(r"\w+|[^\w\s]")
 C = 1.0  # inverse strength of the L2 penalty, scikit-learn's default
 MIN_PAIRS = 2  # that a term must be in: what is seen once is most of all terms, and says little
-MAX_ITERATIONS, HISTORY, TOLERANCE = 300, 10, 1e-6  # of L-BFGS; tolerance of the mean loss's gradient
+MAX_ITERATIONS, TOLERANCE = 1000, 1e-6  # of L-BFGS
 
 Features = Callable[[Pair], list[str]]
 
@@ -52,68 +49,19 @@ def premise_and_hypothesis(pair: Pair) -> list[str]:
     return n_grams(premise, "p:") + n_grams(hypothesis, "h:") + overlap
 
 
-class TfIdf:
-    """Term counts times ln((1 + n) / (1 + df)) + 1, rows of length 1, as scikit-learn's TfidfVectorizer; terms of fewer
-    than `min_pairs` pairs are unknown."""
-
-    def __init__(self, features: Features, train: Sequence[Pair], min_pairs: int = MIN_PAIRS) -> None:
-        self.features = features
-        # Not a set: its order changes from run to run, and with it that of the weights and the sums.
-        found = Counter(term for pair in train for term in dict.fromkeys(features(pair)))
-        counts = {term: df for term, df in found.items() if df >= min_pairs}
-        self.terms = {term: number for number, term in enumerate(counts)}
-        self.idf = [math.log((1 + len(train)) / (1 + df)) + 1 for df in counts.values()]
-
-    def __call__(self, pairs: Sequence[Pair]) -> Tensor:
-        """Sparse CSR rows (len(pairs), terms), fp64; unknown terms are passed over."""
-        terms: list[int] = []
-        weights: list[float] = []
-        starts = [0]
-        for pair in pairs:
-            counts = Counter(self.terms[term] for term in self.features(pair) if term in self.terms)
-            row = [(term, counts[term] * self.idf[term]) for term in sorted(counts)]
-            length = math.sqrt(sum(weight * weight for _, weight in row)) or 1.0
-            terms += [term for term, _ in row]
-            weights += [weight / length for _, weight in row]
-            starts.append(len(terms))
-        with warnings.catch_warnings(action="ignore"):  # torch calls CSR a beta feature
-            return torch.sparse_csr_tensor(
-                torch.tensor(starts),
-                torch.tensor(terms, dtype=torch.int64),
-                torch.tensor(weights, dtype=torch.float64),
-                (len(pairs), len(self.terms)),
-            )
+CLASSIFIERS = {"hypothesis n-grams": hypothesis_only, "premise + hypothesis n-grams": premise_and_hypothesis}
 
 
-class LogisticRegression:
-    """Multinomial, with an L2 penalty that spares the biases; minimised by L-BFGS from zero, so deterministic."""
+class Classifier:
+    """scikit-learn's logistic regression on TF-IDF rows; terms of fewer than MIN_PAIRS pairs are unknown."""
 
     def __init__(self, features: Features, train: PairSet) -> None:
-        self.tf_idf = TfIdf(features, train.pairs)
-        rows, gold = self.tf_idf(train.pairs), torch.tensor(train.labels)
-        columns = rows.to_sparse_coo().t().coalesce().to_sparse_csr()
-        self.weight = torch.zeros(len(self.tf_idf.terms), len(LABELS), dtype=torch.float64)
-        self.bias = torch.zeros(len(LABELS), dtype=torch.float64)
-        optimizer = torch.optim.LBFGS(
-            [self.weight, self.bias],
-            max_iter=MAX_ITERATIONS,
-            history_size=HISTORY,
-            tolerance_grad=TOLERANCE,
-            line_search_fn="strong_wolfe",
-        )
-        shrink = 1 / (C * len(train))
-
-        def closure() -> Tensor:
-            """The mean loss; its gradients by hand, a tenth of autograd's time over sparse rows."""
-            log_probs = (rows @ self.weight + self.bias).log_softmax(1)
-            excess = (log_probs.exp() - F.one_hot(gold, len(LABELS))) / len(train)
-            self.weight.grad, self.bias.grad = columns @ excess + shrink * self.weight, excess.sum(0)
-            return F.nll_loss(log_probs, gold) + shrink / 2 * self.weight.square().sum()
-
-        optimizer.step(closure)
+        self.tf_idf = TfidfVectorizer(analyzer=features, min_df=MIN_PAIRS)
+        self.regression = LogisticRegression(C=C, tol=TOLERANCE, max_iter=MAX_ITERATIONS)
+        self.regression.fit(self.tf_idf.fit_transform(train.pairs), train.labels)
 
     def predict(self, pairs: Sequence[Pair]) -> list[int]:
-        return (self.tf_idf(pairs) @ self.weight + self.bias).argmax(1).tolist()
+        return self.regression.predict(self.tf_idf.transform(pairs)).tolist()
 
 
 def majority(labels: Sequence[int]) -> int:
@@ -124,22 +72,22 @@ def majority(labels: Sequence[int]) -> int:
 
 class Baselines:
     """Fitted once, on the training pairs if there are any; else there is the majority alone, and it is told the
-    evaluation's own labels."""
+    evaluation's own labels. missing: why there are no classifiers, or None."""
 
     def __init__(self, train: PairSet | None) -> None:
-        self.train = train
-        self.fitted: dict[str, LogisticRegression] = {}
-        if train is not None:
-            self.fitted = {
-                "hypothesis n-grams": LogisticRegression(hypothesis_only, train),
-                "premise + hypothesis n-grams": LogisticRegression(premise_and_hypothesis, train),
-            }
+        self.train, self.missing = train, None if train is not None else "no training pairs"
+        self.fitted: dict[str, Classifier] = {}
+        try:
+            if train is not None:
+                self.fitted = {name: Classifier(features, train) for name, features in CLASSIFIERS.items()}
+        except ValueError as error:  # one label only, or no term that two pairs share: no reason to lose the rest
+            self.missing = f"cannot be fitted to these training pairs ({str(error).splitlines()[0]})"
 
     def predict(self, pairs: PairSet) -> dict[str, list[int] | None]:
-        """Predictions by the baseline's name; None for what needs training pairs."""
+        """Predictions by the baseline's name; None for what is missing."""
         source = "of training pairs" if self.train is not None else "of these pairs"
         label = majority((pairs if self.train is None else self.train).labels)
         found: dict[str, list[int] | None] = {f"majority {source}": [label] * len(pairs)}
-        if not self.fitted:
-            return found | {"hypothesis n-grams": None, "premise + hypothesis n-grams": None}
-        return found | {name: model.predict(pairs.pairs) for name, model in self.fitted.items()}
+        return found | {
+            name: self.fitted[name].predict(pairs.pairs) if name in self.fitted else None for name in CLASSIFIERS
+        }

@@ -33,7 +33,7 @@ def report(settings: Settings, outcome: Outcome, command: str) -> None:
         print(f"fitting the baselines to {len(train):,} pairs", flush=True)
     baselines = Baselines(train)
     results = describe(settings, outcome, command)
-    results["baselines"]["pairs"] = 0 if train is None else len(train)
+    results["baselines"] |= {"pairs": 0 if train is None else len(train), "missing": baselines.missing}
     results["sets"] = {}
     for number, pairs in enumerate(outcome.data.reported):
         tuned = None if outcome.fine_tuned is None else outcome.fine_tuned[number]
@@ -136,10 +136,11 @@ def prediction_rows(outcome: Outcome) -> list[Results]:
 
 
 def table(results: Results) -> str:
-    return "\n\n".join(_set_table(name, one) for name, one in results["sets"].items())
+    missing = results["baselines"]["missing"]
+    return "\n\n".join(_set_table(name, one, missing) for name, one in results["sets"].items())
 
 
-def _set_table(name: str, one: Results) -> str:
+def _set_table(name: str, one: Results, missing: str | None) -> str:
     """Every predictor's accuracy and macro-F1, then the classes and the confusion of the first."""
     notes = [f"{one['pairs']:,} pairs"]
     if one["without_gold_label"]:
@@ -150,9 +151,7 @@ def _set_table(name: str, one: Results) -> str:
         notes.append(f"{one['cut_beyond_the_premise']:,} lost more than the premise")
     rows = [["", "accuracy", "95% interval", "macro-F1", "95% interval"]]
     for who, numbers in one["results"].items():
-        rows.append(
-            [who, "not available: no training pairs", "", "", ""] if numbers is None else _numbers(who, numbers)
-        )
+        rows.append([who, f"not available: {missing}", "", "", ""] if numbers is None else _numbers(who, numbers))
     first, numbers = next(iter(one["results"].items()))
     classes = [[first, "precision", "recall", "F1", "pairs", *(f"→ {label}" for label in LABELS)]]
     for label, counts in zip(LABELS, numbers["confusion"], strict=True):

@@ -14,7 +14,6 @@ from megabus.nli.prompt import Template
 if TYPE_CHECKING:
     from megabus.checkpoint.state import SavedState  # which needs torch; settings are checked without
 
-LONGEST = 2048  # of a model whose run is not known, as an export to Hugging Face has it
 LARGEST_MICRO_BATCH = 16
 
 
@@ -126,7 +125,7 @@ def run_config(settings: Settings, state: SavedState, world: int) -> RunConfig:
             "model": state.model.model_dump(),
             "layout": {"tp": settings.tp, "pp": settings.pp, "dp": settings.dp},
             "train": {
-                "seq_len": settings.max_length or longest_sequence(state),
+                "seq_len": settings.max_length or state.longest_sequence(),
                 "micro_batch_size": micro,
                 "global_batch_size": batch,
                 "max_steps": 1,  # unused: the pairs and the epochs are the budget
@@ -139,14 +138,6 @@ def run_config(settings: Settings, state: SavedState, world: int) -> RunConfig:
             "data": {"train": str(settings.train or data), "valid": str(data)},
         }
     )
-
-
-def longest_sequence(state: SavedState) -> int:
-    """Of all stages of the run; exports give it as max_position_embeddings, which limits lm-evaluation-harness."""
-    if not state.config:
-        return LONGEST
-    stages = state.config["growth"]["stages"]
-    return max(state.config["train"]["seq_len"], *(stage.get("seq_len") or 0 for stage in stages), 0)
 
 
 def schedule_of(kind: str, lr: float, warmup_share: float) -> dict[str, Any]:
