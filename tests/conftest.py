@@ -1,9 +1,12 @@
 """Imports torch and DeepSpeed once: ranks are forked from here (see megabus.testing.ranks)."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub; unknown names are refused at once
 
 from megabus.testing.ranks import preload
 

@@ -172,8 +172,8 @@ def test_an_index_with_gaps_is_told(source, tmp_path):
         verify(source, open_source(tmp_path / "out", files))
 
 
-def test_the_command(source, tmp_path):
-    convert(source, tmp_path / "a", "checkpoint")
+def test_the_command(tmp_path):
+    convert(MemorySource(model_config("ngpt")), tmp_path / "a", "checkpoint")
     command = [sys.executable, ROOT / "tools/convert.py", tmp_path / "a", tmp_path / "b", "--to", "shards"]
     ended = subprocess.run([*command, "--tp", "2", "--verify"], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr

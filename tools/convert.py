@@ -50,7 +50,7 @@ def main() -> int:
             max_shard_bytes=int(args.max_shard_gb * 1e9),
         )
         seconds = time.perf_counter() - begun
-        print(f"{args.out}: {nbytes / 1e9:.3f} GB in {seconds:.1f} s, {nbytes / 1e9 / seconds:.2f} GB/s")
+        print(f"{args.out}: {nbytes / 1e9:.3f} GB in {seconds:.3g} s, {nbytes / 1e9 / seconds:.2f} GB/s")
         if args.to == "checkpoint":
             model = source.state.model.model_dump(exclude_none=True, exclude_defaults=True)
             print(f"its section of a run's file:\n{yaml.safe_dump({'model': model}, sort_keys=False)}", end="")

@@ -55,13 +55,14 @@ def main() -> int:
     )
     print(prompt, end="", flush=True)
     written: list[int] = []
+    text = ""
     for token in tokens:
         written.append(token)
         text = tokenizer.decode(ids + written)[len(tokenizer.decode(ids)) :]
         if not text.endswith("\ufffd"):  # a character's last byte is yet to come
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print()
+    print(text[len(shown) :])
     return 0
 
 

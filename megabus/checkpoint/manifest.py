@@ -19,7 +19,7 @@ from megabus.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of manifest.json and state.json
-BLOCK = 1 << 24  # bytes hashed between two beats
+BLOCK = 1 << 20  # bytes hashed between two beats
 ANOTHER_COPY = "restore it from another copy, or take the checkpoint before it, as resume=auto does"
 
 

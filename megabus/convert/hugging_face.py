@@ -20,7 +20,7 @@ from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
 from megabus.config.schema import RopeScaling
 from megabus.convert.hf_tokenizer import write_tokenizer
-from megabus.convert.source import OpenFiles, Source, whole
+from megabus.convert.source import OpenFiles, Source, blocks, whole
 from megabus.convert.tensor_file import DTYPES, TensorFileWriter
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
@@ -57,9 +57,13 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
         with TensorFileWriter(out / file, {hf_name(specs[n], model): shapes[n] for n in names}, dtype) as writer:
             total += writer.nbytes
             for name in names:
-                values = whole(source, name)
-                writer.write(hf_name(specs[name], model), values.T if transposed(specs[name], model) else values)
-                weight_map[hf_name(specs[name], model)] = file
+                key = hf_name(specs[name], model)
+                weight_map[key] = file
+                if transposed(specs[name], model):
+                    writer.write(key, whole(source, name).T)
+                    continue
+                for start, stop in blocks(0, torch.Size(shapes[name]).numel()):
+                    writer.write(key, source.read("weight", name, start, stop), start)
     if len(groups) > 1:
         _dump(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = _ngpt_config(source.state) if model.kind == "ngpt" else _llama_config(source.state)

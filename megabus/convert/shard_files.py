@@ -20,7 +20,7 @@ from megabus.checkpoint.save import TOKENIZER
 from megabus.checkpoint.shards import tensor_key
 from megabus.checkpoint.state import read_state, write_state
 from megabus.config import Layout
-from megabus.convert.source import OpenFiles, Source
+from megabus.convert.source import OpenFiles, Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter
 from megabus.errors import UserError
 from megabus.model.params import global_shape, shard_rows
@@ -55,7 +55,8 @@ def write_shard_files(source: Source, out: Path, tp: int, pp: int) -> None:
             with TensorFileWriter(out / file_name(tp_rank, pp_rank), shapes, "float32") as file:
                 for kind, name in keys:
                     (first, last), width = rows[name], placement.width(name)
-                    file.write(tensor_key(kind, name), source.read(kind, name, first * width, last * width))
+                    for start, stop in blocks(first * width, last * width):
+                        file.write(tensor_key(kind, name), source.read(kind, name, start, stop), start - first * width)
                     spec = placement.specs[name]
                     facts = {"axes": spec.axes, "shape": global_shape(spec, model), "shards": []}
                     entry = tensors.setdefault(tensor_key(kind, name), facts)

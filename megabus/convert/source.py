@@ -5,7 +5,10 @@ Every form that weights come in is a `Source`; every form they are written in ta
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -41,6 +44,16 @@ def whole(source: Source, name: str, kind: Kind = "weight") -> Tensor:
     return values.view(global_shape(placement.specs[name], source.state.model))
 
 
+THREADS = 4  # that hash files
+BLOCK = 1 << 21  # entries copied or compared at once: small enough that the allocator reuses their memory
+
+
+def blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) in pieces of at most BLOCK entries."""
+    for first in range(start, stop, BLOCK):
+        yield first, min(first + BLOCK, stop)
+
+
 class OpenFiles:
     """safetensors files by path, opened when they are first read (that maps them, and loads nothing)."""
 
@@ -70,8 +83,8 @@ class CheckpointSource:
         self.folder, self.files = checkpoint_at(path), files
         entries = read_manifest(self.folder)
         if verify:
-            for entry in entries:
-                check_file(self.folder, entry)
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(partial(check_file, self.folder), entries))
         self.state = read_state(self.folder)
         self.placement = Placement(self.state.model, self.state.layout)
         self.names = files_by_rank(entries)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from megabus.convert.source import Source
+from megabus.convert.source import Source, blocks
 from megabus.convert.tensor_file import DTYPES
 from megabus.errors import UserError
 from megabus.parallel.placement import Placement
-
-BLOCK = 1 << 24  # entries
 
 
 def verify(a: Source, b: Source, dtype: str = "float32") -> int:
@@ -19,8 +17,7 @@ def verify(a: Source, b: Source, dtype: str = "float32") -> int:
     for kind in b.state.kinds:
         for name in placement.specs:
             numel = placement.numel(name)
-            for start in range(0, numel, BLOCK):
-                stop = min(start + BLOCK, numel)
+            for start, stop in blocks(0, numel):
                 left = a.read(kind, name, start, stop).to(stored).float().view(torch.int32)
                 right = b.read(kind, name, start, stop).view(torch.int32)
                 if not left.equal(right):
