@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megabus.config.schema import ModelConfig
+from megabus.kernels.table import EAGER, Kernels
 from megabus.model import gpt, ngpt
 from megabus.model.layers import KVCache
 from megabus.model.params import Declare, ParamSpec, name_parameters, spec_of
@@ -31,11 +32,12 @@ class Decoder(nn.Module):
         layers: tuple[int, int] | None = None,
         tp: TensorParallel | None = None,
         recompute: bool = False,
+        kernels: Kernels = EAGER,
     ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         first, last = layers or (0, config.n_layers)
-        declare, kind = Declare(config, tp or Unsharded()), KINDS[config.kind]
+        declare, kind = Declare(config, tp or Unsharded(), kernels), KINDS[config.kind]
         self.embed = kind.embedding(declare) if first == 0 else None
         self.layers = nn.ModuleDict({str(i): kind.Block(declare) for i in range(first, last)})
         self.output = kind.Output(declare) if last == config.n_layers else None

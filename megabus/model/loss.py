@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabus.model.layers import wide
+from megabus.kernels.eager import wide
 from megabus.model.tensor_parallel import TensorParallel
 
 IGNORED = -100  # a target that is none: padding, or a prompt
