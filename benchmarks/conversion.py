@@ -3,9 +3,9 @@
 python benchmarks/conversion.py --json conversion.json
 
 Every conversion runs in turn with a copy of the files it reads, each synced to the disk, in a process of its own; of
-each the fastest of the rounds counts (how fast a virtual machine gets memory varies sevenfold). Memory is what a
-process allocates at its peak, above what it needs to start; pages of files that the kernel keeps, and can drop, are
-not counted.
+each, and of all copies of as many bytes, the fastest counts (how fast a virtual machine gets memory varies sevenfold).
+Memory is what a process allocates at its peak, above what it needs to start; pages of files that the kernel keeps, and
+can drop, are not counted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def main() -> int:
 def measure(model: ModelConfig, place: Path, rounds: int) -> list[dict[str, object]]:
     """Rows of the table; `place` is an empty directory on the disk that is meant."""
     write_checkpoint(Random(model), checkpoints_of(place / "run"), Layout(2, 2, 1))
+    llama = model.model_copy(update={"kind": "gpt"})
+    write_checkpoint(Random(llama), checkpoints_of(place / "gpt"), Layout(1, 1, 1))
     chain = [
         ("checkpoint TP2/PP2 → TP1/PP4/DP2", "run", "again", "--to checkpoint --pp 4 --dp 2"),
         ("checkpoint → shard files TP2/PP2", "run", "shards", "--to shards --tp 2 --pp 2"),
@@ -100,27 +103,33 @@ def measure(model: ModelConfig, place: Path, rounds: int) -> list[dict[str, obje
         ("checkpoint → Hugging Face, fp32", "run", "hf", "--to hf"),
         ("checkpoint → Hugging Face, bf16", "run", "hf16", "--to hf --dtype bfloat16"),
         ("Hugging Face, fp32 → checkpoint", "hf", "home", "--to checkpoint"),
+        ("gpt checkpoint → Llama, fp32", "gpt", "llama", "--to hf"),
+        ("Llama, fp32 → checkpoint TP2", "llama", "grown", "--to checkpoint --tp 2"),
     ]
     idle = run([sys.executable, "-c", "import torch, megabus.convert.convert; print('0 GB in 1 s')"])[1]
-    rows: list[dict[str, object]] = []
+    copies: dict[int, list[float]] = defaultdict(list)  # by the bytes that are read
+    found = []
     for name, source, out, options in chain:
         paths = [str(place / source), str(place / out)]
-        copied, converted = [], []
-        for _ in range(rounds):
-            copied.append(run([sys.executable, "-c", COPY, "copy", *paths])[0])
-            converted.append(run([sys.executable, "-c", CONVERT, "tools/convert.py", *paths, *options.split()]))
         read = sum(path.stat().st_size for path in (place / source).rglob("*") if path.is_file())
-        seconds, copy = min(seconds for seconds, _ in converted), min(copied)
+        converted = []
+        for _ in range(rounds):
+            copies[round(read / 1e7)].append(run([sys.executable, "-c", COPY, "copy", *paths])[0])
+            converted.append(run([sys.executable, "-c", CONVERT, "tools/convert.py", *paths, *options.split()]))
+        found.append((name, read, min(seconds for seconds, _ in converted), max(peak for _, peak in converted)))
+        print(f"  {name}: {found[-1][2]:.2f} s, copy {copies[round(read / 1e7)][-1]:.2f} s", flush=True)
+    rows: list[dict[str, object]] = []
+    for name, read, seconds, peak in found:
+        copy = min(copies[round(read / 1e7)])
         rows.append(
             {
                 "conversion": name,
                 "gb_per_s": read / 1e9 / seconds,
                 "copy_gb_per_s": read / 1e9 / copy,
                 "ratio": copy / seconds,
-                "peak_mb": (max(peak for _, peak in converted) - idle) / 1e6,
+                "peak_mb": (peak - idle) / 1e6,
             }
         )
-        print(f"  {name}: {seconds:.2f} s, copy {copy:.2f} s", flush=True)
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from megabus.model.decoder import Decoder
 from megabus.model.layers import KVCache
 
 
-@torch.inference_mode()
 def generate(
     model: Decoder,
     prompt: Sequence[int],
@@ -30,15 +29,29 @@ def generate(
     fewest tokens whose probabilities sum to p (Holtzman et al. 2020). The same arguments give the same tokens.
     """
     _check(len(prompt) > 0, "prompt", "(empty)", "give at least one token")
+    _check(max_tokens >= 1, "max_tokens", max_tokens, "give 1 or more")
     _check(temperature >= 0, "temperature", temperature, "give 0 or more")
     _check(top_k is None or top_k >= 1, "top_k", top_k, "give 1 or more")
     _check(0 < top_p <= 1, "top_p", top_p, "give a share above 0, at most 1")
-    device = next(model.parameters()).device
-    draw, cache = torch.Generator().manual_seed(seed), KVCache()
+    _check(0 <= seed < 2**63, "seed", seed, "give 0 to 2^63 - 1")
+    draw = torch.Generator().manual_seed(seed)
+
+    def choose(logits_V: Tensor) -> int:
+        if temperature == 0:
+            return int(logits_V.argmax())
+        return _sample((logits_V - logits_V.max()) / temperature, top_k, top_p, draw)
+
+    return _tokens(model, prompt, max_tokens, choose, stop)
+
+
+@torch.inference_mode()
+def _tokens(
+    model: Decoder, prompt: Sequence[int], max_tokens: int, choose: Callable[[Tensor], int], stop: int | None
+) -> Iterator[int]:
+    device, cache = next(model.parameters()).device, KVCache()
     new = torch.tensor([list(prompt)], device=device)
     for _ in range(max_tokens):
-        logits_V = model(new, cache)[0, -1].float().cpu()
-        token = int(logits_V.argmax()) if temperature == 0 else _sample(logits_V / temperature, top_k, top_p, draw)
+        token = choose(model(new, cache)[0, -1].double().cpu())
         if token == stop:
             return
         yield token

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sources import MemorySource, model_config
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import megabus
+from megabus.checkpoint.manifest import MANIFEST, settle, write_manifest
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout
 from megabus.convert import shard_files
@@ -65,6 +69,20 @@ def test_a_checkpoint_of_any_layout(source, tmp_path, layout):
     assert all(same(loaded[name], values) for name, values in source.weights().items())
 
 
+def test_torch_reads_a_converted_checkpoint_by_itself(source, tmp_path):
+    """torch.distributed.checkpoint finds every interval by what is written in the files, and needs nothing of us."""
+    convert(source, tmp_path / "out", "checkpoint", (2, 2, 2))
+    (folder,) = checkpoints_of(tmp_path / "out").glob("step-*")
+    state = {f"{kind}/{name}": torch.zeros(values.numel()) for (kind, name), values in source.tensors.items()}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert all(same(state[f"{kind}/{name}"], t.reshape(-1)) for (kind, name), t in source.tensors.items())
+
+
+def settled(folder):
+    """After a change that was meant."""
+    write_manifest(folder, [settle(file, 0) for file in folder.iterdir() if file.name != MANIFEST])
+
+
 def test_verify_sees_one_bit(source, tmp_path):
     convert(source, tmp_path / "out", "shards", (2, 1, 1))
     path = tmp_path / "out" / shard_files.file_name(1, 0)
@@ -72,6 +90,7 @@ def test_verify_sees_one_bit(source, tmp_path):
     key = next(key for key in tensors if key.startswith("exp_avg_sq/"))
     tensors[key].view(torch.int32).view(-1)[3] ^= 1
     save_file(tensors, path)
+    settled(tmp_path / "out")
     with OpenFiles() as files, pytest.raises(UserError, match=r"--verify = .*exp_avg_sq differs from the original"):
         verify(source, open_source(tmp_path / "out", files))
 
@@ -108,7 +127,9 @@ def test_there_and_back_through_every_form(source, tmp_path):
         convert(open_source(tmp_path / "d", files), tmp_path / "e", "checkpoint")
         back = open_source(tmp_path / "e", files)
         assert (back.state.kinds, back.state.model) == (("weight",), source.state.model)
-        assert verify(source, back) > 0
+        assert verify(source, back, kinds=("weight",)) > 0
+        with pytest.raises(UserError, match="are not all tensors of the original"):
+            verify(source, back)
 
 
 def test_weights_only(source, tmp_path):
@@ -123,9 +144,9 @@ def test_bfloat16_rounds_once_and_verifies(source, tmp_path):
     with OpenFiles() as files:
         convert(source, tmp_path / "out", "hf", dtype="bfloat16")
         back = open_source(tmp_path / "out", files)
-        assert verify(source, back, "bfloat16") > 0
+        assert verify(source, back, "bfloat16", ("weight",)) > 0
         with pytest.raises(UserError, match="differs"):
-            verify(source, back)
+            verify(source, back, kinds=("weight",))
 
 
 def test_errors_leave_nothing(source, tmp_path):
@@ -148,17 +169,54 @@ def test_errors_leave_nothing(source, tmp_path):
             open_source(tmp_path / "there", files)
 
 
-def test_a_killed_conversion_leaves_nothing_under_its_name(source, tmp_path):
+def test_a_full_disk_leaves_nothing(source, tmp_path):
     class Breaks(MemorySource):
         def read(self, kind, name, start, stop):
             if name.startswith("layers.1."):
                 raise OSError(28, "No space left on device")
             return super().read(kind, name, start, stop)
 
+    (tmp_path / "out.partial").mkdir()  # somebody else's
     for form in ("checkpoint", "shards", "hf"):
         with pytest.raises(UserError, match="No space left on device"):
             convert(Breaks(source.state.model), tmp_path / "out", form)
-        assert list(tmp_path.iterdir()) == []
+        assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "shards", "hf"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_source_is_named(source, tmp_path, form, damage):
+    convert(source, tmp_path / "a", form, (2, 1, 1) if form != "hf" else (1, 1, 1))
+    victim = max((tmp_path / "a").rglob("*.safetensors"))
+    if damage == "missing":
+        victim.unlink()
+        if form == "hf":
+            (victim.parent / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
+    else:
+        os.truncate(victim, victim.stat().st_size - 1)
+    with OpenFiles() as files, pytest.raises(UserError) as told:
+        convert(open_source(tmp_path / "a", files), tmp_path / "out", "checkpoint")
+    assert told.value.key in ("source", "weights", "checkpoint")
+    assert told.value.value == (tmp_path / "a" if told.value.key == "weights" else victim)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_shard_file_is_told(source, tmp_path):
+    """Also a replica that no reading of the tensors would need, and a state of another model."""
+    convert(source, tmp_path / "out", "shards", (2, 1, 1))
+    for victim in ("mp_rank_00_000.safetensors", "mp_rank_01_000.safetensors", "state.json", "index.json"):
+        path = tmp_path / "out" / victim
+        good = path.read_bytes()
+        path.write_bytes(good[:-5] + bytes([good[-5] ^ 1]) + good[-4:])
+        with OpenFiles() as files, pytest.raises(UserError, match=f"{victim}: is damaged"):
+            open_source(tmp_path / "out", files)
+        path.write_bytes(good)
+
+
+def test_options_of_other_forms_are_refused(tmp_path):
+    command = [sys.executable, ROOT / "tools/convert.py", tmp_path, tmp_path / "b", "--to", "hf", "--tp", "2"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (2, "error: --tp = 2: says nothing to --to hf; leave it out\n")
 
 
 def test_an_index_with_gaps_is_told(source, tmp_path):
@@ -168,6 +226,9 @@ def test_an_index_with_gaps_is_told(source, tmp_path):
     key = next(key for key, entry in tree["tensors"].items() if len({str(s["rows"]) for s in entry["shards"]}) == 2)
     tree["tensors"][key]["shards"].pop()
     path.write_text(json.dumps(tree))
+    write_manifest(
+        tmp_path / "out", [settle(file, 0) for file in (tmp_path / "out").iterdir() if file.name != MANIFEST]
+    )
     with OpenFiles() as files, pytest.raises(UserError, match=f"has gaps in {key}"):
         verify(source, open_source(tmp_path / "out", files))
 

@@ -77,6 +77,17 @@ def test_samples_have_the_models_shares():
     assert counts(p=0.7)[2:].sum() == 0 < counts(p=0.7)[1]
 
 
+def test_temperature_divides_the_logits():
+    """The shares of first tokens at temperature 0.1, whatever the seed; and none too small to divide by."""
+    decoder = model()
+    with torch.no_grad():
+        logits = decoder(torch.tensor([[5]]))[0, -1]
+    drawn = [next(generate(decoder, [5], 1, temperature=0.1, seed=seed)) for seed in range(1000)]
+    shares = torch.tensor(drawn).bincount(minlength=67) / 1000
+    assert (shares - (logits / 0.1).softmax(0)).abs().max() < 0.04 < (shares - logits.softmax(0)).abs().max()
+    assert next(generate(decoder, [5], 1, temperature=1e-42)) == int(logits.argmax())
+
+
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"prompt": []}])
 def test_bad_arguments(bad):
     options = {"prompt": [1]} | bad

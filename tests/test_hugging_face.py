@@ -66,6 +66,10 @@ def test_left_padding_changes_nothing(tmp_path):
     places = (mask.cumsum(1) - 1).clamp(min=0)
     padded = model(TOKENS, attention_mask=mask, position_ids=places).logits
     assert (padded[0, 5:] - model(TOKENS[:1, 5:]).logits[0]).abs().max() <= 1e-5
+    assert model(TOKENS, attention_mask=mask).logits.equal(padded)  # positions follow from the mask
+    begun = model(TOKENS[:, :12], attention_mask=mask[:, :12])
+    later = model(TOKENS[:, 12:], attention_mask=mask, past_key_values=begun.past_key_values).logits
+    assert (later - padded[:, 12:]).abs().max() <= 1e-5
     assert (padded[1:] - model(TOKENS[1:]).logits).abs().max() <= 1e-5
 
 
@@ -73,7 +77,10 @@ def test_the_loss_is_the_models(tmp_path):
     ours, theirs = exported(tmp_path, MemorySource(model_config("ngpt")))
     logits = ours(TOKENS)[:, :-1].flatten(0, 1)
     wanted = torch.nn.functional.cross_entropy(logits, TOKENS[:, 1:].flatten())
-    assert abs(float(theirs(TOKENS, labels=TOKENS).loss - wanted)) <= 1e-5
+    found = theirs(TOKENS, labels=TOKENS, output_hidden_states=True)
+    assert abs(float(found.loss - wanted)) <= 1e-5
+    assert len(found.hidden_states) == 4
+    assert theirs(TOKENS, return_dict=False)[0].equal(found.logits)
 
 
 def llama(tmp_path, **changes):
@@ -143,6 +150,64 @@ def test_what_is_no_llama_is_refused(tmp_path):
         open_source(tmp_path / "llama", files)
 
 
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_an_edited_export_is_not_read_as_if_it_were_not(tmp_path, kind):
+    """transformers keeps our own section of config.json when it saves a model whose RoPE was changed."""
+    exported(tmp_path, MemorySource(model_config(kind)))
+    path = tmp_path / "hf/config.json"
+    good = json.loads(path.read_text())
+    assert model_of(good | {"max_position_embeddings": 7, "bos_token_id": 3}, path).kind == kind
+    if kind == "ngpt":
+        for change in ({"alpha_init": 0.1}, {"rope_frequencies": [1.0, 0.5, 0.2]}):
+            with pytest.raises(UserError, match="was changed since megabus wrote it"):
+                model_of(good | change, path)
+        return
+    edited = good | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3}
+    model = model_of(edited, path)
+    assert (model.rope_theta, model.norm_eps) == (500.0, pytest.approx(1e-3 * 36))
+
+
+@torch.no_grad()
+def test_bf16_rounds_where_megabus_does(tmp_path):
+    ours, theirs = exported(tmp_path, MemorySource(model_config("ngpt")))
+    assert theirs.bfloat16()(TOKENS).logits.equal(ours.bfloat16()(TOKENS))
+
+
+def test_what_lies_beside_the_weights(tmp_path):
+    """No other form keeps a stock model's tokenizer, special tokens and context; --like takes them up again."""
+    ids = {"max_position_embeddings": 777, "bos_token_id": 3, "eos_token_id": [4, 5]}
+    llama(tmp_path, **ids)
+    (tmp_path / "llama/tokenizer.json").write_text("{}")
+    (tmp_path / "llama/tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # as Llama 3's, which SentencePiece cannot read
+    with OpenFiles() as files:
+        source = open_source(tmp_path / "llama", files)
+        assert source.tokenizer is None
+        assert {"tokenizer.json", "tokenizer.model", "bos_token_id", "eos_token_id"} <= set(source.left)
+        convert(source, tmp_path / "run", "checkpoint")
+        back = open_source(tmp_path / "run", files)
+        convert(back, tmp_path / "bare", "hf")
+        convert(back, tmp_path / "out", "hf", like=tmp_path / "llama")
+        other = MemorySource(model_config("gpt", vocab_size=66))
+        with pytest.raises(UserError, match=r"--like = .* has vocab_size 67, the model 66"):
+            convert(other, tmp_path / "no", "hf", like=tmp_path / "llama")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert {key: getattr(config, key) for key in ids} == ids
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    bare = transformers.AutoConfig.from_pretrained(tmp_path / "bare")
+    assert (bare.bos_token_id, bare.eos_token_id, bare.max_position_embeddings) == (None, None, 2048)
+
+
+def test_config_has_the_tokenizers_ids_and_the_runs_length(tmp_path):
+    path = train_tokenizer(["the cat sees the dog " * 50], 290, tmp_path / "tok", "bpe")
+    source = MemorySource(model_config("ngpt", vocab_size=290))
+    source.tokenizer = path
+    source.state.config = {"train": {"seq_len": 64}, "growth": {"stages": [{"seq_len": 96}, {"seq_len": None}]}}
+    convert(source, tmp_path / "hf", "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    tokenizer = Tokenizer(path)
+    assert (config["eos_token_id"], config["max_position_embeddings"]) == (tokenizer.eod, 96)
+
+
 def test_a_width_that_llama_cannot_have_is_refused(tmp_path):
     with pytest.raises(UserError, match="d_model = 37: transformers' Llama asks that n_heads = 4 divide it"):
         convert(MemorySource(model_config("gpt", d_model=37)), tmp_path / "out", "hf")
@@ -159,7 +224,7 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path, model_type, normalization):
     source = MemorySource(model_config("ngpt", vocab_size=280))
     source.tokenizer = path
     convert(source, tmp_path / "hf", "hf")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), Tokenizer(path)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True), Tokenizer(path)
     for sample in (
         text[:500],
         "  two  spaces\nand a\ttab ",
@@ -168,6 +233,7 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path, model_type, normalization):
         "\n\n",
         "北京 “quotes” ﬁ e\u0301",
         "dogcat, cats!",
+        "a <0x41> b<0x0A> <unk",
     ):
         ids = ours.encode(sample)
         assert theirs(sample)["input_ids"] == ids

@@ -188,7 +188,8 @@ def tuned(run, files, tmp_path_factory):
     found = {}
     for layout in LAYOUTS:
         folder = tmp_path_factory.mktemp("tuned") / "run"
-        settings = Settings(run, valid=files[0], train=files[1], save=folder, **TUNING)
+        micro = 2 if layout else None  # several micro batches a step, or one
+        settings = Settings(run, valid=files[0], train=files[1], save=folder, micro_batch_size=micro, **TUNING)
         found[str(layout)] = outcomes(settings, layout)[0]
     return found
 
@@ -210,8 +211,8 @@ def test_fine_tuning_does_not_depend_on_the_layout(tuned, layout):
     one, other = tuned["{}"], tuned[str(layout)]
     for a, b in zip(one.curve, other.curve, strict=True):
         assert (a["step"], a["lr"], a["valid_accuracy"]) == (b["step"], b["lr"], b["valid_accuracy"])
-        assert abs(a["valid_loss"] - b["valid_loss"]) <= 1e-5
-        assert a["step"] == 0 or abs(a["train_loss"] - b["train_loss"]) <= 1e-5
+        assert abs(a["valid_loss"] - b["valid_loss"]) <= 3e-5  # after 40 steps
+        assert a["step"] == 0 or abs(a["train_loss"] - b["train_loss"]) <= 3e-5
     assert (one.fine_tuned[0].log_likelihood.argmax(1) == other.fine_tuned[0].log_likelihood.argmax(1)).all()
     assert other.unit_error <= 1e-6
 

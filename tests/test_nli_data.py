@@ -188,6 +188,8 @@ COMMANDS = {
     "nothing": ([], "--data = (missing): there is nothing to evaluate; give it, or --valid FILE"),
     "two sources": (["--data", "snli", "--valid", "{file}"], "--data = snli: and --valid are two sources"),
     "split of a file": (["--valid", "{file}", "--split", "test"], "--split = test: is of --data, which is not given"),
+    "twice": (["--valid", "{file}", "--test", "{file}"], "--test = {file}: is --valid too; give it once"),
+    "split twice": (["--data", "x", "--split", "a", "a"], "--split = a: is given twice; give it once"),
     "no file": (["--valid", "nowhere"], "--valid = nowhere: no such file; check the path"),
     "nothing to tune on": (["--valid", "{file}", "--fine-tune"], "--train = (missing): there is nothing to fine-tune"),
     "save": (["--valid", "{file}", "--save", "x"], "--save = x: there is nothing new to save; add --fine-tune"),
@@ -344,7 +346,7 @@ def test_the_table_and_the_picture(tmp_path):
     scores = Scores(values, np.zeros(3), np.ones(3), n_cut=4, n_beyond=1)
     one = measure_set(pairs, scores, None, Baselines(None), seed=0)
     text = table({"sets": {"dev": one}, "baselines": {"missing": "no training pairs"}})
-    assert text.startswith("dev: 30 pairs, 2 without a gold label left out, 4 premises cut to fit, 1 lost more")
+    assert text.startswith("dev: 30 pairs, 2 others have no gold label, 4 premises cut to fit, 1 lost more")
     assert "not available: no training pairs" in text
     lines = text.splitlines()
     assert next(line for line in lines if line.startswith("zero-shot ")).split()[1] == "1.000"

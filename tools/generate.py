@@ -40,7 +40,10 @@ def main() -> int:
     if tokenizer.vocab_size != model.config.vocab_size:
         problem = f"has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}"
         raise UserError("--tokenizer", tokenizer.path, problem, "give the one that made its data")
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    try:
+        prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("standard input", error.object[:20], "is not UTF-8", "give text") from error
     # A document begins after the last one's end, so an empty prompt is that end.
     ids, shown = tokenizer.encode(prompt) or [tokenizer.eod], ""
     tokens = generate(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Literal
 
 from megabus.checkpoint.store import checkpoints_of
@@ -47,22 +49,25 @@ def convert(
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
+    like: Path | None = None,
 ) -> int:
-    """Write `out` in one of the forms; the bytes of its tensors. layout: (tp, pp, dp)."""
+    """Write `out` in one of the forms; the bytes of its tensors. layout: (tp, pp, dp); the rest is Hugging Face's: see
+    `write_hugging_face`."""
     tp, pp, dp = layout
     check_layout(source.state.model, Layout(tp, pp, dp))
     if out.exists():
         raise UserError("out", out, "exists", "choose another, or remove it")
-    partial = out.with_name(out.name + ".partial")
+    partial: Path | None = None
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        partial.chmod(0o777 & ~_umask())
         if form == "checkpoint":
             write_checkpoint(source, checkpoints_of(partial), Layout(tp, pp, dp))
         elif form == "shards":
             write_shard_files(source, partial, tp, pp)
         else:
-            write_hugging_face(source, partial, dtype, max_shard_bytes)
+            write_hugging_face(source, partial, dtype, max_shard_bytes, like)
         for path in (*partial.rglob("*"), partial):
             sync(path)
         partial.rename(out)
@@ -70,10 +75,17 @@ def convert(
     except OSError as error:
         raise UserError("out", out, f"cannot be written ({error})", "make room or choose another place") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     placement = Placement(source.state.model, Layout(1, 1, 1))
     entries = sum(placement.numel(name) for name in placement.specs)
     return entries * (DTYPES[dtype][1].itemsize if form == "hf" else 4 * len(source.state.kinds))
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def check_layout(model: ModelConfig, layout: Layout) -> None:

@@ -18,6 +18,8 @@ from megabus.checkpoint.save import TOKENIZER
 from megabus.errors import UserError
 
 SPACE = "▁"
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of SentencePiece's pieces
+NEVER = -1e9  # a score that no way through a text affords
 
 
 def write_tokenizer(model: Path, out: Path) -> dict[str, int | None]:
@@ -28,7 +30,8 @@ def write_tokenizer(model: Path, out: Path) -> dict[str, int | None]:
     kinds = {1: _unigram, 2: _bpe}
     if proto.trainer_spec.model_type not in kinds:
         raise UserError("tokenizer", model, "is neither unigram nor bpe", "export it yourself")
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    # These never match text in SentencePiece; tokenizers would try them.
+    pieces = [(piece.piece, NEVER if piece.type in (CONTROL, UNUSED) else piece.score) for piece in proto.pieces]
     named = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id(), "pad": processor.pad_id()}
     tree = {
         "version": "1.0",
@@ -36,7 +39,7 @@ def write_tokenizer(model: Path, out: Path) -> dict[str, int | None]:
         "padding": None,
         "added_tokens": _added(proto, set(named.values())),
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto)},
-        "pre_tokenizer": None,
+        "pre_tokenizer": _spelled_bytes() if proto.trainer_spec.model_type == 1 else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": _decoders(proto)},
         "model": kinds[proto.trainer_spec.model_type](pieces, processor.unk_id(), proto.trainer_spec.byte_fallback),
@@ -50,12 +53,11 @@ def write_tokenizer(model: Path, out: Path) -> dict[str, int | None]:
 
 
 def _added(proto: Any, special: set[int]) -> list[dict[str, Any]]:
-    """Control pieces, and what the user defined: matched in the raw text before all else."""
-    user_defined = 4
+    """Special tokens, and what the user defined: matched in the raw text before all else."""
     return [
         {
             "id": i,
-            "content": piece.piece.replace(SPACE, " ") if piece.type == user_defined else piece.piece,
+            "content": piece.piece.replace(SPACE, " ") if piece.type == USER_DEFINED else piece.piece,
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
@@ -63,7 +65,7 @@ def _added(proto: Any, special: set[int]) -> list[dict[str, Any]]:
             "special": i in special,
         }
         for i, piece in enumerate(proto.pieces)
-        if i in special or piece.type == user_defined
+        if i in special or piece.type == USER_DEFINED
     ]
 
 
@@ -90,6 +92,12 @@ def _decoders(proto: Any) -> list[dict[str, Any]]:
     if proto.normalizer_spec.add_dummy_prefix:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return steps
+
+
+def _spelled_bytes() -> dict[str, Any]:
+    """Cut text that spells a byte's piece after its <: the unigram model of tokenizers would read it as that byte."""
+    pattern = {"Regex": "<(?=0x[0-9A-F]{2}>)"}
+    return {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
 
 
 def _unigram(pieces: list[tuple[str, float]], unk: int, byte_fallback: bool) -> dict[str, Any]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import shutil
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from megabus.checkpoint.save import TOKENIZER
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
 from megabus.config.schema import RopeScaling
+from megabus.convert.hf_rest import KEYS, copy_rest, read_json, rest_of, tokenizer_of
 from megabus.convert.hf_tokenizer import write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
 from megabus.convert.tensor_file import DTYPES, TensorFileWriter
@@ -29,6 +31,8 @@ from megabus.model.params import ParamSpec, global_shape
 from megabus.parallel.fragments import Kind
 
 INDEX = "model.safetensors.index.json"
+# What says nothing about the mathematics, or is said twice (rope_parameters decides).
+FREE = {"architectures", "auto_map", "megabus", "rope_theta", "rope_scaling", "tie_word_embeddings", *KEYS}
 NGPT_FILES = ("configuration_ngpt.py", "modeling_ngpt.py")
 
 
@@ -43,9 +47,17 @@ def transposed(spec: ParamSpec, model: ModelConfig) -> bool:
     return model.kind == "gpt" and spec.is_matrix and spec.role == "write"
 
 
-def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: int) -> None:
-    """Fill the empty directory `out`; files of weights stay below max_shard_bytes unless one tensor is larger."""
+def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: int, like: Path | None = None) -> None:
+    """Fill the empty directory `out`; files of weights stay below max_shard_bytes unless one tensor is larger.
+
+    like: a Hugging Face directory whose tokenizer, special tokens and longest context are taken over.
+    """
     model, specs = source.state.model, param_specs(source.state.model)
+    config = _ngpt_config(source.state) if model.kind == "ngpt" else _llama_config(source.state)
+    if like is not None:
+        config |= copy_rest(like, out, model.vocab_size)
+    elif source.tokenizer is not None:
+        config |= write_tokenizer(source.tokenizer, out)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, spec in specs.items():
         shape = global_shape(spec, model)
@@ -59,16 +71,16 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
             for name in names:
                 key = hf_name(specs[name], model)
                 weight_map[key] = file
-                if transposed(specs[name], model):
-                    writer.write(key, whole(source, name).T)
-                    continue
-                for start, stop in blocks(0, torch.Size(shapes[name]).numel()):
-                    writer.write(key, source.read("weight", name, start, stop), start)
+                columns = whole(source, name).T if transposed(specs[name], model) else None
+                width = shapes[name][1] if columns is not None else 1
+                for start, stop in blocks(0, torch.Size(shapes[name]).numel(), width):
+                    if columns is None:
+                        writer.write(key, source.read("weight", name, start, stop), start)
+                    else:
+                        writer.write(key, columns[start // width : stop // width], start)
     if len(groups) > 1:
         _dump(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    config = _ngpt_config(source.state) if model.kind == "ngpt" else _llama_config(source.state)
-    ids = {} if source.tokenizer is None else write_tokenizer(source.tokenizer, out)
-    _dump(out / "config.json", config | {"dtype": dtype} | ids)
+    _dump(out / "config.json", config | {"dtype": dtype})
     if model.kind == "ngpt":
         for file in NGPT_FILES:
             with resources.as_file(resources.files("megabus.convert") / "hf_files" / file) as path:
@@ -145,6 +157,8 @@ def _llama_config(state: SavedState) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps / model.d_model,  # ours is added to |h|^2, theirs to its mean
         "rope_parameters": rope,
+        "rope_theta": model.rope_theta,  # the two by which transformers 4 and other readers know it
+        "rope_scaling": None if model.rope_scaling is None else rope,
         "attention_bias": False,
         "mlp_bias": False,
         "megabus": model.model_dump(),
@@ -155,36 +169,39 @@ def _llama_config(state: SavedState) -> dict[str, Any]:
 
 
 class HuggingFaceSource:
-    """A directory of either kind, ours or any Llama's."""
+    """A directory of either kind, ours or any Llama's. left: what of it no other form keeps."""
 
     def __init__(self, folder: Path, files: OpenFiles) -> None:
         self.folder, self.files = folder, files
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         model = model_of(config, folder)
         layout = Layout(1, 1, 1)
         self.state = SavedState(Progress(), 0, model, layout, 0, ("weight",), {}, {}, {})
         self.specs = param_specs(model)
         self.tied = bool(config.get("tie_word_embeddings"))
         single = folder / "model.safetensors"
-        if not single.exists():
-            self.weight_map = dict(_read_json(folder / INDEX)["weight_map"])
+        if single.exists():
+            self.weight_map = dict.fromkeys(files[single].keys(), single.name)
+        elif any(folder.glob("pytorch_model*.bin")):
+            problem, remedy = "are pickled, which may run any code", "save them with safe_serialization in transformers"
+            raise UserError("weights", folder, problem, remedy)
         else:
-            self.weight_map = dict.fromkeys(self.files[single].keys(), single.name)
-        tokenizer = folder / TOKENIZER
-        self.tokenizer = tokenizer if tokenizer.is_file() else None
-        self._last: tuple[str, Tensor] = ("", torch.empty(0))
+            found = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(found, dict):
+                raise UserError("weights", folder / INDEX, "has no weight_map", "restore it from another copy")
+            self.weight_map = found
+        self.tokenizer = tokenizer_of(folder)
+        self.left = rest_of(folder, config, self.tokenizer)
         self._check()
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
-        if self._last[0] != name:
-            self._last = (name, self._whole(name))
-        return self._last[1][start:stop]
-
-    def _whole(self, name: str) -> Tensor:
         spec = self.specs[name]
         key = self._key(spec)
-        values = self.files[self.folder / self.weight_map[key]].get_tensor(key).float()
-        return (values.T if transposed(spec, self.state.model) else values).contiguous().reshape(-1)
+        tensor = self.files[self.folder / self.weight_map[key]].get_slice(key)
+        width = prod(global_shape(spec, self.state.model)[1:])
+        first, last = start // width, -(-stop // width)
+        rows = tensor[:, first:last].T if transposed(spec, self.state.model) else tensor[first:last]
+        return rows.float().reshape(-1)[start - first * width : stop - first * width]
 
     def _key(self, spec: ParamSpec) -> str:
         key = hf_name(spec, self.state.model)
@@ -211,31 +228,39 @@ class HuggingFaceSource:
                 raise UserError("weights", self.folder, problem, "restore both from one copy")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        remedy = "give a Hugging Face directory with safetensors weights"
-        raise UserError("Hugging Face directory", path, f"cannot be read ({error})", remedy) from error
-    if not isinstance(tree, dict):
-        raise UserError("Hugging Face directory", path, "holds no keys", "restore it from another copy")
-    return tree
-
-
 def model_of(config: dict[str, Any], folder: Path) -> ModelConfig:
     """The model that a config.json describes. Raises `UserError` for what megabus does not compute."""
-    if "megabus" in config:
-        return ModelConfig.model_validate(config["megabus"])
-    if config.get("model_type") != "llama":
-        problem = f"is a {config.get('model_type')}"
-        raise UserError("config.json", folder, problem, "give a Llama or a megabus export")
-    refused = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+    try:
+        model = ModelConfig.model_validate(config["megabus"]) if "megabus" in config else None
+        if model is not None and _says_the_same(config, model):
+            return model
+        if config.get("model_type") == "llama":
+            return _llama_model(config)
+    except (KeyError, TypeError, ValidationError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError("config.json", folder, what, "restore it from another copy") from error
+    if model is not None:
+        problem = "was changed since megabus wrote it: its keys and its megabus section differ"
+        raise UserError("config.json", folder, problem, "set it back")
+    problem = f"is a {config.get('model_type')}"
+    raise UserError("config.json", folder, problem, "give a Llama or a megabus export")
+
+
+def _says_the_same(config: dict[str, Any], model: ModelConfig) -> bool:
+    """Whether the keys that transformers computes with are still those of the `megabus` section."""
+    state = SavedState(Progress(), 0, model, Layout(1, 1, 1), 0, ("weight",), {}, {}, {})
+    ours = _ngpt_config(state) if model.kind == "ngpt" else _llama_config(state)
+    return all(config.get(key) == value for key, value in ours.items() if key not in FREE)
+
+
+def _llama_model(config: dict[str, Any]) -> ModelConfig:
+    refused = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "partial_rotary_factor": 1.0}
     for key, wanted in refused.items():
-        if config.get(key, wanted) != wanted:
-            raise UserError(f"config.json {key}", config[key], "is not supported", f"only {wanted} is")
+        found = config.get(key, (config.get("rope_parameters") or {}).get(key, wanted))
+        if found != wanted:
+            raise UserError(f"config.json {key}", found, "is not supported", f"only {wanted} is")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or rope
     return ModelConfig(
         kind="gpt",
         vocab_size=config["vocab_size"],
@@ -246,7 +271,7 @@ def model_of(config: dict[str, Any], folder: Path) -> ModelConfig:
         head_dim=config.get("head_dim") or hidden // heads,
         d_ff=config["intermediate_size"],
         rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        rope_scaling=_scaling(scaling, config),
+        rope_scaling=_scaling(rope or config.get("rope_scaling") or {}, config),
         norm_eps=config.get("rms_norm_eps", 1e-6) * hidden,
         init_std=config.get("initializer_range") or 0.02,
     )

@@ -2,25 +2,28 @@
 
 Each file holds what that rank computes with, in its local shape: the rows that tensor parallelism gives it of every
 parameter of its layers, whole where it is replicated. `index.json` tells each tensor's axes and logical shape, and
-which rows [start, stop) lie in which files. Data parallelism leaves no trace here.
+which rows [start, stop) lie in which files; `manifest.json` has every file's SHA-256. Data parallelism leaves no trace.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megabus.checkpoint.manifest import check_file, read_manifest, settle, write_manifest
 from megabus.checkpoint.save import TOKENIZER
 from megabus.checkpoint.shards import tensor_key
 from megabus.checkpoint.state import read_state, write_state
 from megabus.config import Layout
-from megabus.convert.source import OpenFiles, Source, blocks
+from megabus.convert.source import THREADS, OpenFiles, Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter
 from megabus.errors import UserError
 from megabus.model.params import global_shape, shard_rows
@@ -66,6 +69,8 @@ def write_shard_files(source: Source, out: Path, tp: int, pp: int) -> None:
         shutil.copyfile(source.tokenizer, out / TOKENIZER)
     tree = {"format": FORMAT, "tp": tp, "pp": pp, "tensors": tensors}
     (out / INDEX).write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    with ThreadPoolExecutor(THREADS) as pool:
+        write_manifest(out, pool.map(partial(settle, rank=0), sorted(out.iterdir())))
 
 
 class ShardFileSource:
@@ -73,6 +78,8 @@ class ShardFileSource:
 
     def __init__(self, folder: Path, files: OpenFiles) -> None:
         self.folder, self.files = folder, files
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(partial(check_file, folder), read_manifest(folder)))
         path = folder / INDEX
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megabus.checkpoint.load import checkpoint_at
@@ -22,6 +22,7 @@ from megabus.checkpoint.manifest import check_file, read_manifest
 from megabus.checkpoint.save import TOKENIZER
 from megabus.checkpoint.shards import files_by_rank, tensor_key
 from megabus.checkpoint.state import SavedState, read_state
+from megabus.errors import UserError
 from megabus.model.params import global_shape
 from megabus.parallel.fragments import KINDS, Kind
 from megabus.parallel.placement import Placement
@@ -48,10 +49,11 @@ THREADS = 4  # that hash files
 BLOCK = 1 << 21  # entries copied or compared at once: small enough that the allocator reuses their memory
 
 
-def blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) in pieces of at most BLOCK entries."""
-    for first in range(start, stop, BLOCK):
-        yield first, min(first + BLOCK, stop)
+def blocks(start: int, stop: int, width: int = 1) -> Iterator[tuple[int, int]]:
+    """[start, stop) in pieces of about BLOCK entries, all but the last a multiple of `width`."""
+    step = max(1, BLOCK // width) * width
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
 
 
 class OpenFiles:
@@ -63,7 +65,11 @@ class OpenFiles:
 
     def __getitem__(self, path: Path) -> Any:
         if path not in self._files:
-            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            try:
+                self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                problem = f"cannot be read ({error})"
+                raise UserError("source", path, problem, "restore it from another copy") from error
         return self._files[path]
 
     def __enter__(self) -> OpenFiles:
@@ -77,14 +83,15 @@ class OpenFiles:
 
 
 class CheckpointSource:
-    """A run's newest checkpoint, or the one that `path` is; verified first, unless that is left out."""
+    """A run's newest checkpoint, or the one that `path` is; verified first."""
 
-    def __init__(self, path: Path, files: OpenFiles, verify: bool = True) -> None:
+    def __init__(self, path: Path, files: OpenFiles) -> None:
         self.folder, self.files = checkpoint_at(path), files
         entries = read_manifest(self.folder)
-        if verify:
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(partial(check_file, self.folder), entries))
+        for name in (entry.name for entry in entries if entry.name.endswith(".safetensors")):
+            self.files[self.folder / name]  # open from here on: a run that goes on may remove it
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(partial(check_file, self.folder), entries))
         self.state = read_state(self.folder)
         self.placement = Placement(self.state.model, self.state.layout)
         self.names = files_by_rank(entries)

@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class PairSet:
-    """Labelled pairs in their file's order; `skipped` counts those without a gold label, which are left out."""
+    """Labelled pairs in their file's order; `skipped` counts the file's others, which have no gold label."""
 
     name: str
     pairs: list[Pair]

@@ -19,31 +19,39 @@ from megabus.nli.metrics import CONFIDENCE, RESAMPLES, measure
 from megabus.nli.pairs import LABELS, PairSet
 from megabus.nli.run import Outcome
 from megabus.nli.score import CONTENT_FREE, Scores
-from megabus.nli.settings import Settings
+from megabus.nli.settings import RESULTS, Settings
 from megabus.train.flops import count_parameters
 
 Results = dict[str, Any]
 
 
 def report(settings: Settings, outcome: Outcome, command: str) -> None:
-    """Fit the baselines, measure everything, print the table, and write what --out asks for."""
+    """Measure everything, write what --out asks for, fit the baselines, and print the table."""
+    results = describe(settings, outcome, command)
     train = outcome.data.train
     if train is not None:
         train = train.sample(settings.baseline_pairs, settings.seed)
+        if settings.out is not None:  # fitting takes time and memory: what cost a fine-tuning is safe before
+            write(settings.out, results | measured(settings, outcome, Baselines(None)), outcome, settings.predictions)
         print(f"fitting the baselines to {len(train):,} pairs", flush=True)
     baselines = Baselines(train)
-    results = describe(settings, outcome, command)
+    results |= measured(settings, outcome, baselines)
     results["baselines"] |= {"pairs": 0 if train is None else len(train), "missing": baselines.missing}
-    results["sets"] = {}
-    for number, pairs in enumerate(outcome.data.reported):
-        tuned = None if outcome.fine_tuned is None else outcome.fine_tuned[number]
-        results["sets"][pairs.name] = measure_set(pairs, outcome.zero_shot[number], tuned, baselines, settings.seed)
     print(f"\n{table(results)}", flush=True)  # before anything can go wrong with files
     if settings.out is not None:
         write(settings.out, results, outcome, settings.predictions)
         print(f"\nwritten: {settings.out}")
     if outcome.saved is not None:
         print(f"saved:   {outcome.saved}")
+
+
+def measured(settings: Settings, outcome: Outcome, baselines: Baselines) -> Results:
+    """The sets of pairs by name, each with every predictor's numbers."""
+    sets: Results = {}
+    for number, pairs in enumerate(outcome.data.reported):
+        tuned = None if outcome.fine_tuned is None else outcome.fine_tuned[number]
+        sets[pairs.name] = measure_set(pairs, outcome.zero_shot[number], tuned, baselines, settings.seed)
+    return {"sets": sets}
 
 
 def describe(settings: Settings, outcome: Outcome, command: str) -> Results:
@@ -105,7 +113,7 @@ def write(out: Path, results: Results, outcome: Outcome, predictions: bool) -> N
     from megabus.nli.plots import plot_set
 
     try:
-        (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         if predictions:
             with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in prediction_rows(outcome))
@@ -144,7 +152,7 @@ def _set_table(name: str, one: Results, missing: str | None) -> str:
     """Every predictor's accuracy and macro-F1, then the classes and the confusion of the first."""
     notes = [f"{one['pairs']:,} pairs"]
     if one["without_gold_label"]:
-        notes.append(f"{one['without_gold_label']:,} without a gold label left out")
+        notes.append(f"{one['without_gold_label']:,} others have no gold label")
     if one["premises_cut"]:
         notes.append(f"{one['premises_cut']:,} premises cut to fit")
     if one["cut_beyond_the_premise"]:

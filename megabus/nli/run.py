@@ -94,7 +94,7 @@ def evaluate(settings: Settings) -> Outcome:
     with watched(settings.hang_timeout, rank) as watchdog:
         engine = Engine(config, stage, label_loss)
         weights = replace(found.state, kinds=("weight",), optimizer_step=0)
-        restore(replace(found, state=weights), engine)
+        restore(replace(found, state=weights), engine, watchdog.beat)
         _say(f"{found.folder}: {describe(stage)}, {count_parameters(stage.model):,} parameters, {settings.precision}")
         seconds = {"start": time.perf_counter() - begun}
         score = partial(_timed, seconds, "scoring", score_pairs, engine, encoder, beat=watchdog.beat)

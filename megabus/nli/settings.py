@@ -14,6 +14,7 @@ from megabus.nli.prompt import Template
 if TYPE_CHECKING:
     from megabus.checkpoint.state import SavedState  # which needs torch; settings are checked without
 
+RESULTS = "results.json"
 LARGEST_MICRO_BATCH = 16
 
 
@@ -64,6 +65,11 @@ class Settings:
             raise UserError("--data", "(missing)", "there is nothing to evaluate", "give it, or --valid FILE")
         if self.data is None and self.split is not None:
             raise UserError("--split", " ".join(self.split), "is of --data, which is not given", "leave it out")
+        if self.valid is not None and self.valid == self.test:
+            raise UserError("--test", self.test, "is --valid too", "give it once")
+        for split in self.split or ():
+            if self.split is not None and self.split.count(split) > 1:
+                raise UserError("--split", split, "is given twice", "give it once")
         for key, path in local.items():
             if path is not None and not path.is_file():
                 raise UserError(key, path, "no such file", "check the path")
@@ -74,6 +80,8 @@ class Settings:
             raise UserError("--save", self.save, "there is nothing new to save", "add --fine-tune")
         if self.save is not None and complete(checkpoints_of(self.save)):
             raise UserError("--save", self.save, "holds checkpoints already", "choose another, or remove it")
+        if self.out is not None and (self.out / RESULTS).exists():
+            raise UserError("--out", self.out, "holds results already", "choose another, or remove it")
         if self.predictions and self.out is None:
             raise UserError("--predictions", "given", "there is no directory to write them to", "give --out")
 

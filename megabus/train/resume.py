@@ -12,7 +12,7 @@ from megabus.data.sources import Sources
 from megabus.errors import UserError
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
-FREE = ("run_dir", "init_from", "resume", "layout", "log", "checkpoint", "faults", "data")
+FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "data")
 FREE_KEYS = ("layout", "micro_batch_size", "recompute", "buffer_mb")
 
 
@@ -37,6 +37,9 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     that leave the run's mathematics as they are (layout, micro batches, logging, saving, paths).
     """
     saved = found.state
+    if not saved.monitor:  # made by a conversion or an evaluation
+        problem = f"holds {found.folder.name}, weights without a run"
+        raise UserError("run_dir", config.run_dir, problem, "give it as init_from, with another run_dir")
     if saved.stage >= len(stages):
         problem = f"has {len(stages) - 1} growths, {found.folder.name} comes after growth {saved.stage}"
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")

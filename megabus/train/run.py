@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megabus.checkpoint.load import checkpoint_at
+from megabus.checkpoint.manifest import Beat
 from megabus.checkpoint.restore import Found, find_checkpoint, restore, verified
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
@@ -92,7 +93,9 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
                 raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
     check_shared(Path(config.run_dir))
     found = find_checkpoint(root, config.resume == "strict", watchdog.beat)
-    origin = _origin(config.init_from, stages[0]) if config.init_from is not None and found is None else None
+    origin = None
+    if config.init_from is not None and found is None:
+        origin = _origin(config.init_from, stages[0], watchdog.beat)
     changes: list[str] = []
     with agreement():
         if found is not None:
@@ -109,7 +112,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         go_on_from(run, found, "start", changes)
     else:
         if origin is not None:
-            restore(origin, engine)
+            restore(origin, engine, watchdog.beat)
         else:
             engine.write(initial_fragments(engine, config.train.seed))
         watch_stage(run)
@@ -123,9 +126,9 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     return run
 
 
-def _origin(path: str, stage: Stage) -> Found:
+def _origin(path: str, stage: Stage, beat: Beat) -> Found:
     """The checkpoint whose weights, but not moments, a new run begins with. Collective."""
-    found = verified(rank_0_tells(lambda: checkpoint_at(path)))
+    found = verified(rank_0_tells(lambda: checkpoint_at(path)), beat)
     check_same_model(found, stage, "give the model that was saved")
     return replace(found, state=replace(found.state, kinds=("weight",), optimizer_step=0))
 

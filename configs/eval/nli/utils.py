@@ -7,6 +7,8 @@ from pathlib import Path
 import datasets
 
 LABELS = ("entailment", "neutral", "contradiction")
+UNLABELLED = ("-", "-1")
+FIELDS = ("sentence1", "sentence2", "gold_label")
 
 
 def local_pairs(pairs=None, **_):
@@ -16,10 +18,15 @@ def local_pairs(pairs=None, **_):
     opened = gzip.open if Path(pairs).suffix == ".gz" else open
     with opened(pairs, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file if line.strip()]
+    for number, row in enumerate(rows, 1):
+        missing = [field for field in FIELDS if field not in row]
+        if missing or row["gold_label"] not in (*LABELS, *UNLABELLED):
+            problem = f"has no {missing[0]}" if missing else f"has gold_label {row['gold_label']!r}"
+            raise SystemExit(f"error: pairs = {pairs}: pair {number} {problem}; mend it")
     columns = {
         "premise": [row["sentence1"] for row in rows],
         "hypothesis": [row["sentence2"] for row in rows],
-        "label": [-1 if row["gold_label"] == "-" else LABELS.index(row["gold_label"]) for row in rows],
+        "label": [LABELS.index(row["gold_label"]) if row["gold_label"] in LABELS else -1 for row in rows],
     }
     return {"test": datasets.Dataset.from_dict(columns)}
 

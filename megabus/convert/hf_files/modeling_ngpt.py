@@ -13,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .configuration_ngpt import NGPTConfig
 
@@ -115,6 +116,8 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """Unit rows and nGPT's initial gains, for a model that is not loaded."""
         with torch.no_grad():
             for name, parameter in module.named_parameters(recurse=False):
+                if getattr(parameter, "_is_hf_initialized", False):
+                    continue  # loaded
                 if parameter.dim() == 2:
                     parameter.copy_(F.normalize(torch.randn_like(parameter), dim=-1))
                 else:
@@ -127,6 +130,7 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.output.head
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -136,6 +140,7 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds=None,
         labels=None,
         use_cache=None,
+        output_hidden_states=None,
         logits_to_keep=0,
         **kwargs,
     ):
@@ -145,6 +150,9 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            # Padding has no position: unlike in Llama, a shift of all positions changes the result.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -h.shape[1] :]
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(h.shape[1], device=h.device) + seen)[None]
@@ -159,11 +167,19 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
         frequencies = torch.tensor(self.config.rope_frequencies, dtype=torch.float64, device=h.device)
         angle = position_ids[:, None, :, None].double() * frequencies
         cos, sin = angle.cos().float(), angle.sin().float()
+        states = [h] if output_hidden_states else None
         for block in self.layers:
             h = block(h, cos, sin, mask, past_key_values)
+            if states is not None:
+                states.append(h)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.output(h[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=None if states is None else tuple(states),
+        )

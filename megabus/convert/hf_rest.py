@@ -1,0 +1,68 @@
+"""What lies beside the weights in a Hugging Face directory: tokenizer, special tokens, longest context."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from megabus.checkpoint.save import TOKENIZER
+from megabus.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    TOKENIZER,
+)
+KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        remedy = "give a Hugging Face directory with safetensors weights"
+        raise UserError("Hugging Face directory", path, f"cannot be read ({error})", remedy) from error
+    if not isinstance(tree, dict):
+        raise UserError("Hugging Face directory", path, "holds no keys", "restore it from another copy")
+    return tree
+
+
+def tokenizer_of(folder: Path) -> Path | None:
+    """Its SentencePiece model, if it has one. (Llama 3's tokenizer.model is none.)"""
+    path = folder / TOKENIZER
+    try:
+        sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        return None
+    return path
+
+
+def rest_of(folder: Path, config: dict[str, Any], tokenizer: Path | None) -> list[str]:
+    """Files and keys that only another Hugging Face directory can take up (`copy_rest`). None of a megabus export: its
+    own come from its SentencePiece model and its run."""
+    if "megabus" in config:
+        return []
+    files = [name for name in TOKENIZER_FILES if (folder / name).exists() and (tokenizer is None or name != TOKENIZER)]
+    return files + [key for key in KEYS if config.get(key) is not None]
+
+
+def copy_rest(like: Path, out: Path, vocab_size: int) -> dict[str, Any]:
+    """Copy `like`'s tokenizer files to `out`; its keys of config.json that go with them."""
+    config = read_json(like / "config.json")
+    if config.get("vocab_size") != vocab_size:
+        problem = f"has vocab_size {config.get('vocab_size')}, the model {vocab_size}"
+        raise UserError("--like", like, problem, "give the directory that the model came from")
+    for name in TOKENIZER_FILES:
+        if (like / name).is_file():
+            shutil.copyfile(like / name, out / name)
+    return {key: config[key] for key in KEYS if config.get(key) is not None}
