@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from megabus.config import RunConfig, Stage
 from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.unit_rows import UnitRows
+from megabus.kernels.table import select
 from megabus.model.decoder import Decoder
 from megabus.model.loss import token_losses
 from megabus.model.params import shard_rows, spec_of
@@ -70,6 +72,7 @@ class Engine:
         self._seen: list[Tensor] | None = None
         self.mesh = Mesh(stage.layout)
         self.placement = Placement(stage.model, stage.layout)
+        self.kernels = select(config.train.kernels, torch.device(get_accelerator().device_name()))
         self.module = self._module()
         groups = [
             {
@@ -115,10 +118,10 @@ class Engine:
             return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
         if layout.pp == 1:
-            return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute), loss)
+            return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute, self.kernels), loss)
         # One spec a stage: which layers a stage holds is megabus's decision, not DeepSpeed's partitioner's.
         stages = [stage_layers(model.n_layers, layout.pp, stage) for stage in range(layout.pp)]
-        specs = [LayerSpec(Decoder, model, layers, self.mesh.tp, recompute) for layers in stages]
+        specs = [LayerSpec(Decoder, model, layers, self.mesh.tp, recompute, self.kernels) for layers in stages]
         with contextlib.redirect_stdout(io.StringIO()):
             return PipelineModule(specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform")
 
@@ -127,7 +130,7 @@ class Engine:
         if not all(spec_of(p).unit for p in matrices):
             return None
         total = sum(p.numel() for p in matrices)
-        return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group)
+        return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group, self.kernels.unit_rows_)
 
     def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
         """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on middle stages), of
