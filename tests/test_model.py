@@ -15,7 +15,6 @@ from megabus.kernels import eager
 from megabus.kernels.table import EAGER
 from megabus.model import init, layers, ngpt
 from megabus.model.decoder import Decoder, param_specs
-from megabus.model.loss import token_losses
 from megabus.model.params import global_shape, shard_rows, spec_of
 from megabus.model.tensor_parallel import Unsharded
 
@@ -31,8 +30,8 @@ def lively(model_config):
 def run_model(model, tokens, targets):
     """Logits, loss, and every gradient, by canonical name."""
     model.zero_grad()
-    out = model(tokens)
-    loss = token_losses(out, targets, 0, Unsharded()).mean()
+    h = model.hidden(tokens)
+    out, (loss, _) = model.output(h), model.loss(h, targets)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     return {"logits": out.detach(), "loss": loss.detach(), **grads}

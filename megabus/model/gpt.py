@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megabus.kernels.eager import wide
 from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache
+from megabus.model.loss import Reduce
 from megabus.model.params import Declare
 
 
@@ -59,6 +60,9 @@ class Output(nn.Module):
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.head(self.norm(h_BTD))
+
+    def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        return self.head.loss(self.norm(h_BTD), None, targets_BT, reduce)
 
 
 def embedding(declare: Declare) -> Embedding:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabus.config.schema import ModelConfig
+from megabus.model.loss import Reduce, head_loss
 from megabus.model.params import Declare, shard_rows, spec_of
 
 
@@ -93,9 +94,15 @@ class Head(nn.Module):
         super().__init__()
         self.weight = declare("vocab", "embed", role="read", unit=unit, init=std, llama="lm_head.weight")
         self.tp = declare.tp
+        self.first_row, _ = shard_rows(spec_of(self.weight), declare.model, self.tp.size, self.tp.rank)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return F.linear(self.tp.enter(h_BTD), self.weight)
+
+    def loss(self, h_BTD: Tensor, gain_V: Tensor | None, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        """See `head_loss`: it never holds the logits."""
+        h_BTD = self.tp.enter(h_BTD)
+        return head_loss(h_BTD, self.weight, gain_V, targets_BT, reduce, self.first_row, self.tp)
 
 
 class Attention(nn.Module):

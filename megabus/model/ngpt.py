@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megabus.kernels.eager import wide
 from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache
+from megabus.model.loss import Reduce
 from megabus.model.params import Declare
 
 
@@ -61,6 +62,9 @@ class Output(nn.Module):
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.head(h_BTD) * (self.s_z * self.root_d)
+
+    def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        return self.head.loss(h_BTD, wide(self.s_z) * self.root_d, targets_BT, reduce)
 
 
 def embedding(declare: Declare) -> Embedding:
