@@ -24,9 +24,9 @@ from small_runs import (
     write_tokens,
 )
 
-import megabus.engine.engine as engine_room
 from megabus.data.batches import TokenSource
 from megabus.engine.engine import Engine, StepResult
+from megabus.model.decoder import Decoder
 from megabus.train import loop
 from megabus.train.plots import read_metrics
 
@@ -59,12 +59,13 @@ def poisoned(corpus, folder, steps, rows=(ROWS - 1,)):
 
 def nan_loss():
     """A bad target makes the loss NaN where it is computed, and nowhere else."""
-    cross_entropy = engine_room.token_losses
+    whole = Decoder.loss
 
-    def loss(logits, targets, *rest):
-        return cross_entropy(logits, targets, *rest) * (math.nan if (targets == BAD).any() else 1.0)
+    def loss(self, h, targets, reduce):
+        found, losses = whole(self, h, targets, reduce)
+        return found * (math.nan if (targets == BAD).any() else 1.0), losses
 
-    engine_room.token_losses = loss
+    Decoder.loss = loss
 
 
 def nan_gradient(rank):
@@ -293,12 +294,13 @@ def test_a_loss_without_a_number_whose_gradient_is_one(corpus, tmp_path):
     """What is told as a step without an update is one."""
 
     def nan_told():
-        cross_entropy = engine_room.token_losses
+        whole = Decoder.loss
 
-        def loss(logits, targets, *rest):
-            return cross_entropy(logits, targets, *rest) + (math.nan if (targets == BAD).any() else 0.0)
+        def loss(self, h, targets, reduce):
+            found, losses = whole(self, h, targets, reduce)
+            return found + (math.nan if (targets == BAD).any() else 0.0), losses
 
-        engine_room.token_losses = loss
+        Decoder.loss = loss
 
     config = configured(poisoned(corpus, tmp_path / "bad", (3,)), tmp_path / "run", {"dp": 2}, 4)
     ranks = start(config, 2, nan_told)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -9,9 +11,10 @@ from small_models import batch, config, lively_state, model_of
 
 import megabus
 from megabus import counter
+from megabus.kernels import eager
+from megabus.kernels.table import EAGER
 from megabus.model import init, layers, ngpt
 from megabus.model.decoder import Decoder, param_specs
-from megabus.model.loss import token_losses
 from megabus.model.params import global_shape, shard_rows, spec_of
 from megabus.model.tensor_parallel import Unsharded
 
@@ -27,8 +30,8 @@ def lively(model_config):
 def run_model(model, tokens, targets):
     """Logits, loss, and every gradient, by canonical name."""
     model.zero_grad()
-    out = model(tokens)
-    loss = token_losses(out, targets, 0, Unsharded()).mean()
+    h = model.hidden(tokens)
+    out, (loss, _) = model.output(h), model.loss(h, targets)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     return {"logits": out.detach(), "loss": loss.detach(), **grads}
@@ -62,22 +65,22 @@ def test_model_equals_the_reference(kind, kv, dtype, tolerance):
     assert worst(run_model(model.to(dtype), *data), wanted) < tolerance
 
 
-def no_key_gain(self, q, k):
-    return layers.unit(q) * (self.s_qk * self.root_d).view(-1, q.shape[-1]), layers.unit(k)
+def no_key_gain(self, q, k, cos, sin):
+    gain = (self.s_qk * self.root_d).view(-1, q.shape[-1])
+    return eager.rotate_unit(q, cos, sin, gain), eager.rotate_unit(k, cos, sin, None)
 
 
-def turn_backwards(x, frequencies, start):
+def turn_backwards(x, cos, sin):
     """Relative positions with the wrong sign."""
-    cos, sin = layers.rope_tables(x.shape[1], frequencies, x.device, x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 MISTAKES = [
     (ngpt.Block, "shape_qk", no_key_gain),
-    (layers, "rotate", turn_backwards),
-    (ngpt, "unit", lambda x: x),
-    (layers.F, "silu", torch.nn.functional.gelu),
+    (eager, "_rotated", turn_backwards),
+    (eager, "unit", lambda x: x),
+    (eager.F, "silu", torch.nn.functional.gelu),
 ]
 
 
@@ -138,13 +141,15 @@ def test_zero_rows_give_no_nan(kind):
 
 
 def test_an_unguarded_norm_gives_nan(monkeypatch):
-    monkeypatch.setattr(ngpt, "unit", lambda x: x / x.norm(dim=-1, keepdim=True))
+    monkeypatch.setattr(eager, "unit", lambda x: x / x.norm(dim=-1, keepdim=True))
     model_config = config()
     assert run_model(silence(lively(model_config)), *batch())["loss"].isnan()
 
 
-def alpha_gradients(model_config, power=1):
+def alpha_gradients(model_config, kernels=EAGER):
     model = lively(model_config)
+    for block in model.layers.values():
+        block.kernels = kernels
     with torch.no_grad():
         for block in model.layers.values():
             block.alpha_attn.zero_()
@@ -153,12 +158,11 @@ def alpha_gradients(model_config, power=1):
     return [float(x.abs().min()) for name, x in found.items() if "alpha" in name]
 
 
-def test_alpha_zero_still_learns(monkeypatch):
+def test_alpha_zero_still_learns():
     """Signed alpha: the layer is the identity, and can leave that state. |alpha| cannot."""
     assert min(alpha_gradients(config())) > 0
-    step = ngpt.Block._step
-    monkeypatch.setattr(ngpt.Block, "_step", lambda self, h, target, a: step(self, h, target, a.abs()))
-    assert max(alpha_gradients(config())) == 0
+    unsigned = replace(EAGER, residual=lambda h, x, alpha: eager.residual(h, x, alpha.abs()))
+    assert max(alpha_gradients(config(), unsigned)) == 0
 
 
 # ---- declarations

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megabus.engine import unit_rows
 from megabus.engine.unit_rows import UnitRows
+from megabus.kernels import eager
 from megabus.testing.ranks import run_ranks
 
 
@@ -31,7 +32,7 @@ def _normalise(rows, width, fault=None):
     if fault == "no all-reduce":
         unit_rows.dist = type("NoDist", (), {**vars(dist), "all_reduce": staticmethod(lambda *a, **k: None)})
     engine = _fake_engine(flat)
-    keeper = UnitRows(engine, 0, width, total, dist.group.WORLD)
+    keeper = UnitRows(engine, 0, width, total, dist.group.WORLD, eager.unit_rows_)
     flat.grad = torch.zeros_like(flat)
     engine.optimizer.optimizer.step()
     return flat.detach(), float(keeper.error()), keeper.n_cut

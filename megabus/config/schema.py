@@ -107,6 +107,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[1, 2] = 1
     gradient_clipping: NonNegative = Field(1.0, description="largest gradient norm; 0 clips nothing")
+    kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
+        "auto", description="form of what runs between matrix products; auto: triton on a GPU, eager on a CPU"
+    )
     recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
@@ -20,9 +21,10 @@ from megabus.config import RunConfig, Stage
 from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.unit_rows import UnitRows
+from megabus.kernels.table import select
 from megabus.model.decoder import Decoder
-from megabus.model.loss import token_losses
-from megabus.model.params import shard_rows, spec_of
+from megabus.model.layers import KVCache
+from megabus.model.params import spec_of
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.mesh import Mesh
 from megabus.parallel.placement import Placement
@@ -54,7 +56,14 @@ class DecoderWithLoss(nn.Module):
         self.decoder, self.loss = decoder, loss
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.loss(self.decoder(inputs_BT), targets_BT)
+        return self.loss(self.decoder.hidden(inputs_BT), targets_BT)
+
+
+class PipelineStage(Decoder):
+    """What the engine with a pipeline runs; the last one's hidden states are the loss's, which needs no logits."""
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.hidden(x, cache)
 
 
 class Engine:
@@ -70,6 +79,7 @@ class Engine:
         self._seen: list[Tensor] | None = None
         self.mesh = Mesh(stage.layout)
         self.placement = Placement(stage.model, stage.layout)
+        self.kernels = select(config.train.kernels, torch.device(get_accelerator().device_name()))
         self.module = self._module()
         groups = [
             {
@@ -100,25 +110,27 @@ class Engine:
     def device(self) -> torch.device:
         return torch.device(self.deepspeed.device)
 
+    @property
+    def decoder(self) -> Decoder:
+        """This rank's layers."""
+        return next(module for module in self.module.modules() if isinstance(module, Decoder))
+
     def _module(self) -> nn.Module:
         model, layout = self.stage.model, self.stage.layout
         recompute = self.config.train.recompute
-        head = next(spec for spec in self.placement.specs.values() if spec.axes == ("vocab", "embed"))
-        first_row, _ = shard_rows(head, model, layout.tp, self.mesh.at.tp)
 
-        def loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-            losses_BT = token_losses(logits_BTV, targets_BT, first_row, self.mesh.tp)
+        def loss(h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+            loss, losses_BT = self.decoder.loss(h_BTD, targets_BT, self.reduce)
             if self._seen is not None:
                 self._seen.append(losses_BT.sum(1))
-            loss = self.reduce(losses_BT)
             # DeepSpeed looks at gradients alone: a loss that is none must not have any.
             return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
         if layout.pp == 1:
-            return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute), loss)
+            return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute, self.kernels), loss)
         # One spec a stage: which layers a stage holds is megabus's decision, not DeepSpeed's partitioner's.
         stages = [stage_layers(model.n_layers, layout.pp, stage) for stage in range(layout.pp)]
-        specs = [LayerSpec(Decoder, model, layers, self.mesh.tp, recompute) for layers in stages]
+        specs = [LayerSpec(PipelineStage, model, layers, self.mesh.tp, recompute, self.kernels) for layers in stages]
         with contextlib.redirect_stdout(io.StringIO()):
             return PipelineModule(specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform")
 
@@ -127,7 +139,7 @@ class Engine:
         if not all(spec_of(p).unit for p in matrices):
             return None
         total = sum(p.numel() for p in matrices)
-        return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group)
+        return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group, self.kernels.unit_rows_)
 
     def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
         """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on middle stages), of

@@ -6,6 +6,7 @@ of vectors whatever matrices they belong to. Only its first and last vector can 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +20,20 @@ class UnitRows:
     """Keeps the rows of a flat partition unit.
 
     flat: this rank's partition, `total` real entries in all partitions together (the rest is padding at the end);
-    width: d_model; dp_group: the ranks that hold the other partitions.
+    width: d_model; dp_group: the ranks that hold the other partitions; unit_rows_: see `megabus.kernels.eager`.
     """
 
-    def __init__(self, engine: Any, group: int, width: int, total: int, dp_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        group: int,
+        width: int,
+        total: int,
+        dp_group: dist.ProcessGroup,
+        unit_rows_: Callable[[Tensor], None],
+    ) -> None:
         self.flat, self.width, self.dp_group = flat_partitions(engine)[group], width, dp_group
+        self.unit_rows_ = unit_rows_
         partition, dp, rank = self.flat.numel(), dist.get_world_size(dp_group), dist.get_rank(dp_group)
         start = min(rank * partition, total)
         stop = min(start + partition, total)
@@ -59,8 +69,7 @@ class UnitRows:
 
     @torch.no_grad()
     def normalise(self) -> None:
-        rows = self._rows()
-        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+        self.unit_rows_(self._rows())
         if self.n_cut:
             lengths = self._cut_lengths()
             for slot, part in self.cut:

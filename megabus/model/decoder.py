@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megabus.config.schema import ModelConfig
+from megabus.kernels.table import EAGER, Kernels
 from megabus.model import gpt, ngpt
 from megabus.model.layers import KVCache
+from megabus.model.loss import Reduce
 from megabus.model.params import Declare, ParamSpec, name_parameters, spec_of
 from megabus.model.tensor_parallel import TensorParallel, Unsharded
 
@@ -31,17 +33,23 @@ class Decoder(nn.Module):
         layers: tuple[int, int] | None = None,
         tp: TensorParallel | None = None,
         recompute: bool = False,
+        kernels: Kernels = EAGER,
     ) -> None:
         super().__init__()
         self.config, self.recompute = config, recompute
         first, last = layers or (0, config.n_layers)
-        declare, kind = Declare(config, tp or Unsharded()), KINDS[config.kind]
+        declare, kind = Declare(config, tp or Unsharded(), kernels), KINDS[config.kind]
         self.embed = kind.embedding(declare) if first == 0 else None
         self.layers = nn.ModuleDict({str(i): kind.Block(declare) for i in range(first, last)})
         self.output = kind.Output(declare) if last == config.n_layers else None
         name_parameters(self, _layer_of)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        h_BTD = self.hidden(x, cache)
+        return h_BTD if self.output is None else self.output(h_BTD)
+
+    def hidden(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the last block of these layers gives, (B, T, D)."""
         h_BTD = x if self.embed is None else self.embed(x)
         for block in self.layers.values():
             if self.recompute and self.training:
@@ -50,7 +58,12 @@ class Decoder(nn.Module):
                 h_BTD = block(h_BTD, cache)
         if cache is not None:
             cache.length += h_BTD.shape[1]
-        return h_BTD if self.output is None else self.output(h_BTD)
+        return h_BTD
+
+    def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce = torch.mean) -> tuple[Tensor, Tensor]:
+        """From what `hidden` gave on the last layers: (the reduced loss, the token losses (B, T)), see `head_loss`."""
+        assert self.output is not None, "these layers have no head"
+        return self.output.loss(h_BTD, targets_BT, reduce)
 
 
 def _layer_of(name: str) -> int | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from math import sqrt
 
-import torch
 from torch import Tensor, nn
 
-from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache, wide
+from megabus.kernels.eager import wide
+from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache
+from megabus.model.loss import Reduce
 from megabus.model.params import Declare
 
 
@@ -21,12 +22,11 @@ class RMSNorm(nn.Module):
     def __init__(self, declare: Declare, llama: str) -> None:
         super().__init__()
         self.root_d, self.eps = sqrt(declare.model.d_model), declare.model.norm_eps
+        self.rms_norm = declare.kernels.rms_norm
         self.gain = declare("embed", role="gain", multiplier=self.root_d, llama=llama)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        x = wide(h_BTD)
-        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + self.eps) * self.root_d
-        return x.to(h_BTD.dtype) * self.gain
+        return self.rms_norm(h_BTD, wide(self.gain) * self.root_d, self.eps)
 
 
 class Block(nn.Module):
@@ -40,9 +40,13 @@ class Block(nn.Module):
         self.attn = Attention(declare, unit=False, std=std, out_std=out_std, scale=model.head_dim**-0.5)
         self.norm_mlp = RMSNorm(declare, llama="post_attention_layernorm.weight")
         self.mlp = GatedMLP(declare, unit=False, std=std, out_std=out_std)
+        self.rotate = declare.kernels.rotate
+
+    def shape_qk(self, q_BTHC: Tensor, k_BTKC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rotate(q_BTHC, cos, sin), self.rotate(k_BTKC, cos, sin)
 
     def forward(self, h_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
-        h_BTD = h_BTD + self.attn(self.norm_attn(h_BTD), lambda q, k: (q, k), cache)
+        h_BTD = h_BTD + self.attn(self.norm_attn(h_BTD), self.shape_qk, cache)
         return h_BTD + self.mlp(self.norm_mlp(h_BTD))
 
 
@@ -56,6 +60,9 @@ class Output(nn.Module):
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.head(self.norm(h_BTD))
+
+    def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        return self.head.loss(self.norm(h_BTD), None, targets_BT, reduce)
 
 
 def embedding(declare: Declare) -> Embedding:

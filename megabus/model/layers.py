@@ -13,17 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabus.config.schema import ModelConfig
+from megabus.model.loss import Reduce, head_loss
 from megabus.model.params import Declare, shard_rows, spec_of
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in fp32 at least (fp64 stays fp64, for checks against a reference)."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def unit(x: Tensor) -> Tensor:
-    """x / |x| over the last axis, computed in fp32 at least; a zero vector stays zero instead of NaN."""
-    return F.normalize(wide(x), dim=-1).to(x.dtype)
 
 
 def rope_frequencies(model: ModelConfig) -> tuple[float, ...]:
@@ -52,14 +43,12 @@ def rope_tables(
         return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
 
 
-def rotate(x_BTHC: Tensor, frequencies: tuple[float, ...], start: int = 0) -> Tensor:
-    """RoPE (Su et al. 2021) on the pairs (i, i + C/2), in fp32 at least; x is at positions start, start + 1, ..."""
-    x_BTHC = wide(x_BTHC)
-    stop = start + x_BTHC.shape[1]
+def rope_at(start: int, stop: int, frequencies: tuple[float, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions [start, stop), (stop - start, 1, C/2), in fp32 at least, on the device of `like`."""
     length = -(-stop // 256) * 256 if start else stop  # while text is generated, not a new table each token
-    cos, sin = (t[start:stop] for t in rope_tables(length, frequencies, x_BTHC.device, x_BTHC.dtype))
-    a, b = x_BTHC.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    cos, sin = rope_tables(length, frequencies, like.device, dtype)
+    return cos[start:stop], sin[start:stop]
 
 
 class KVCache:
@@ -105,15 +94,21 @@ class Head(nn.Module):
         super().__init__()
         self.weight = declare("vocab", "embed", role="read", unit=unit, init=std, llama="lm_head.weight")
         self.tp = declare.tp
+        self.first_row, _ = shard_rows(spec_of(self.weight), declare.model, self.tp.size, self.tp.rank)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return F.linear(self.tp.enter(h_BTD), self.weight)
+
+    def loss(self, h_BTD: Tensor, gain_V: Tensor | None, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        """See `head_loss`: it never holds the logits."""
+        h_BTD = self.tp.enter(h_BTD)
+        return head_loss(h_BTD, self.weight, gain_V, targets_BT, reduce, self.first_row, self.tp)
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention, heads sharded; `shape_qk` is what sets the model kinds apart.
 
-    shape_qk: takes rotated q and k of shape (B, T, heads, C) in fp32 and this rank's q or k head numbers.
+    shape_qk: from q and k (B, T, heads, C), as the matrices give them, and RoPE's cos and sin to those that attend.
     scale: the softmax scale.
     """
 
@@ -131,7 +126,7 @@ class Attention(nn.Module):
     def forward(
         self,
         h_BTD: Tensor,
-        shape_qk: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        shape_qk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         cache: KVCache | None = None,
     ) -> Tensor:
         B, T, _ = h_BTD.shape
@@ -140,14 +135,14 @@ class Attention(nn.Module):
         q_BTHC = F.linear(h_BTD, self.q).view(B, T, -1, self.head_dim)
         k_BTKC = F.linear(h_BTD, self.k).view(B, T, -1, self.head_dim)
         v_BTKC = F.linear(h_BTD, self.v).view(B, T, -1, self.head_dim)
-        q_BTHC, k_BTKC = shape_qk(rotate(q_BTHC, self.frequencies, start), rotate(k_BTKC, self.frequencies, start))
-        k_BTKC, mask_TS = k_BTKC.to(h_BTD.dtype), None
+        q_BTHC, k_BTKC = shape_qk(q_BTHC, k_BTKC, *rope_at(start, start + T, self.frequencies, h_BTD))
+        mask_TS = None
         if cache is not None:
             k_BTKC, v_BTKC = cache.extend(self, k_BTKC, v_BTKC)
         if start and T > 1:
             mask_TS = torch.ones(T, start + T, dtype=torch.bool, device=h_BTD.device).tril(start)
         y_BHTC = F.scaled_dot_product_attention(
-            q_BTHC.to(h_BTD.dtype).transpose(1, 2),
+            q_BTHC.transpose(1, 2),
             k_BTKC.transpose(1, 2),
             v_BTKC.transpose(1, 2),
             attn_mask=mask_TS,
@@ -159,7 +154,7 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """u * SiLU(v) between two matrices, ffn units sharded; `gains` are applied to u and v."""
+    """u * SiLU(v) between two matrices, ffn units sharded; the gains, if any, multiply u and v."""
 
     def __init__(self, declare: Declare, *, unit: bool, std: float, out_std: float) -> None:
         super().__init__()
@@ -168,11 +163,9 @@ class GatedMLP(nn.Module):
         self.up = declare("ffn", "embed", llama="mlp.up_proj.weight", **read)
         self.gate = declare("ffn", "embed", llama="mlp.gate_proj.weight", **read)
         self.down = declare("ffn", "embed", llama="mlp.down_proj.weight", **write)
-        self.tp = declare.tp
+        self.tp, self.kernels = declare.tp, declare.kernels
 
-    def forward(self, h_BTD: Tensor, gain_u: Tensor | None = None, gain_v: Tensor | None = None) -> Tensor:
+    def forward(self, h_BTD: Tensor, gain_u_F: Tensor | None = None, gain_v_F: Tensor | None = None) -> Tensor:
         h_BTD = self.tp.enter(h_BTD)
-        u_BTF, v_BTF = F.linear(h_BTD, self.up), F.linear(h_BTD, self.gate)
-        if gain_u is not None and gain_v is not None:
-            u_BTF, v_BTF = u_BTF * gain_u, v_BTF * gain_v
-        return self.tp.leave((u_BTF * F.silu(v_BTF)) @ self.down)
+        x_BTF = self.kernels.gate(F.linear(h_BTD, self.up), F.linear(h_BTD, self.gate), gain_u_F, gain_v_F)
+        return self.tp.leave(x_BTF @ self.down)

@@ -1,47 +1,102 @@
-"""Cross-entropy over a vocabulary whose logits are spread over tensor-parallel ranks."""
+"""The loss of the next token from the hidden states, without ever holding their logits.
+
+The vocabulary is spread over tensor-parallel ranks (Shoeybi et al. 2019, section 3); tokens are taken in chunks, whose
+gradients are computed at once, while their logits exist. So nothing is computed twice, and memory holds one chunk.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megabus.model.layers import wide
+from megabus.kernels.eager import wide
 from megabus.model.tensor_parallel import TensorParallel
 
 IGNORED = -100  # a target that is none: padding, or a prompt
+CHUNK = 1 << 25  # logits held at a time: 128 MiB in fp32, and a few times that for what follows from them
+
+Reduce = Callable[[Tensor], Tensor]
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, target_N: Tensor, start: int, tp: TensorParallel) -> Tensor:
-        logits = wide(logits_NV)
-        top_N = tp.max(logits.amax(-1))
-        exp_NV = (logits - top_N[:, None]).exp()
-        local_N = target_N - start
-        here_N = (local_N >= 0) & (local_N < logits.shape[1])
-        counts_N = target_N != IGNORED
-        local_N = local_N.clamp(0, logits.shape[1] - 1)
-        own_N = (logits.gather(1, local_N[:, None])[:, 0] - top_N) * here_N
-        total_N, own_N = tp.sum(torch.stack((exp_NV.sum(-1), own_N)))
-        ctx.save_for_backward(exp_NV.div_(total_N[:, None]), here_N, local_N, counts_N)
-        ctx.dtype = logits_NV.dtype
-        return (total_N.log() - own_N) * counts_N
+def head_loss(
+    h_BTD: Tensor,
+    weight_VD: Tensor,
+    gain_V: Tensor | None,
+    targets_BT: Tensor,
+    reduce: Reduce,
+    start: int,
+    tp: TensorParallel,
+) -> tuple[Tensor, Tensor]:
+    """(reduce of the token losses, the token losses themselves (B, T) without gradients), the same on every rank.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        probs_NV, here_N, local_N, counts_N = ctx.saved_tensors
-        # d loss / d logit = softmax - one_hot, on this rank's rows.
-        grad_NV = probs_NV.scatter_add(1, local_N[:, None], -here_N[:, None].to(probs_NV.dtype))
-        return (grad_NV * (grads[0] * counts_N)[:, None]).to(ctx.dtype), None, None, None
-
-
-def token_losses(logits_BTV: Tensor, targets_BT: Tensor, start: int, tp: TensorParallel) -> Tensor:
-    """Negative log-likelihood of each target in nats, (B, T), the same on every rank; 0 where the target is IGNORED
-    (Shoeybi et al. 2019, section 3).
-
-    logits: this rank's vocabulary rows, the first of which is global row `start`; targets: global token ids.
+    The logits are gain * (h W^T). A token's loss is the negative log-likelihood of its target in nats, 0 where that is
+    IGNORED. weight and gain: this rank's vocabulary rows, the first of which is global row `start`; targets: global
+    token ids. reduce: any linear function of the token losses (a mean, a weighted sum) that gives one number.
     """
-    flat = logits_BTV.reshape(-1, logits_BTV.shape[-1])
-    return _VocabParallelCrossEntropy.apply(flat, targets_BT.reshape(-1), start, tp).view_as(targets_BT)
+    with torch.enable_grad():
+        ones = torch.ones_like(targets_BT, dtype=torch.promote_types(h_BTD.dtype, torch.float32), requires_grad=True)
+        (share_BT,) = torch.autograd.grad(reduce(ones), ones)  # what each token's loss counts for
+    flat = h_BTD.reshape(-1, h_BTD.shape[-1])
+    learns = torch.is_grad_enabled()  # inside the function it never is
+    parts = (targets_BT.reshape(-1), share_BT.reshape(-1), start, tp, learns)
+    loss, losses_N = _HeadLoss.apply(flat, weight_VD, gain_V, *parts)
+    return loss, losses_N.view_as(targets_BT)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        gain_V: Tensor | None,
+        targets_N: Tensor,
+        share_N: Tensor,
+        start: int,
+        tp: TensorParallel,
+        learns: bool,
+    ) -> tuple[Tensor, Tensor]:
+        losses_N = torch.empty_like(share_N)
+        grad_h = torch.empty_like(h_ND) if learns else None
+        grad_w = torch.zeros_like(weight_VD, dtype=share_N.dtype) if learns else None
+        grad_gain = torch.zeros_like(gain_V) if learns and gain_V is not None else None
+        for rows in torch.arange(len(h_ND)).split(max(1, CHUNK // len(weight_VD))):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            h, targets = h_ND[part], targets_N[part]
+            raw = F.linear(h, weight_VD)
+            logits = wide(raw) if gain_V is None else wide(raw) * gain_V
+            top = tp.max(logits.amax(-1))
+            local = targets - start
+            here = (local >= 0) & (local < len(weight_VD))
+            local = local.clamp(0, len(weight_VD) - 1)[:, None]
+            own = (logits.gather(1, local)[:, 0] - top) * here
+            exp = logits.sub_(top[:, None]).exp_()
+            total, own = tp.sum(torch.stack((exp.sum(-1), own)))
+            counts = targets != IGNORED
+            losses_N[part] = (total.log() - own) * counts
+            if grad_h is None or grad_w is None:
+                continue
+            # d loss / d logit = softmax - one_hot, on this rank's rows.
+            grad = exp.div_(total[:, None]).scatter_add_(1, local, -here[:, None].to(exp.dtype))
+            grad.mul_((share_N[part] * counts)[:, None])
+            if gain_V is not None and grad_gain is not None:
+                grad_gain += (grad * raw).sum(0)
+                grad.mul_(gain_V)
+            narrow = grad.to(h.dtype)
+            grad_h[part] = narrow @ weight_VD
+            grad_w += narrow.T @ h
+        ctx.save_for_backward(grad_h, grad_w, grad_gain)
+        ctx.dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(losses_N)
+        return (share_N * losses_N).sum(), losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad_h, grad_w, grad_gain = ctx.saved_tensors
+        scale = grads[0]
+        gain = None if grad_gain is None else grad_gain * scale
+        return (grad_h * scale).to(grad_h.dtype), (grad_w * scale).to(ctx.dtype), gain, None, None, None, None, None

@@ -9,7 +9,9 @@ from math import sqrt
 
 from torch import Tensor, nn
 
-from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache, unit, wide
+from megabus.kernels.eager import wide
+from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache
+from megabus.model.loss import Reduce
 from megabus.model.params import Declare
 
 
@@ -33,19 +35,20 @@ class Block(nn.Module):
         self.alpha_attn = declare("embed", role="gain", **alpha)
         self.alpha_mlp = declare("embed", role="gain", **alpha)
         self.root_d, self.alpha_scale = root_d, model.alpha_init * root_d
+        self.kernels = declare.kernels
 
-    def shape_qk(self, q_BTHC: Tensor, k_BTKC: Tensor) -> tuple[Tensor, Tensor]:
+    def shape_qk(self, q_BTHC: Tensor, k_BTKC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Norm(q) s_qk . Norm(k) s_qk (eqs. 15, 16), with both gains on q: the same product, and it stays
         defined when several query heads share a key head."""
         gain_HC = (wide(self.s_qk) * self.root_d).square().view(-1, q_BTHC.shape[-1])
-        return unit(q_BTHC) * gain_HC, unit(k_BTKC)
+        rotate_unit = self.kernels.rotate_unit
+        return rotate_unit(q_BTHC, cos, sin, gain_HC), rotate_unit(k_BTKC, cos, sin, None)
 
     def forward(self, h_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
-        h_BTD = self._step(h_BTD, unit(self.attn(h_BTD, self.shape_qk, cache)), self.alpha_attn)
-        return self._step(h_BTD, unit(self.mlp(h_BTD, self.s_u, self.s_v * self.root_d)), self.alpha_mlp)
-
-    def _step(self, h_BTD: Tensor, target_BTD: Tensor, alpha_D: Tensor) -> Tensor:
-        return unit(h_BTD + alpha_D * self.alpha_scale * (target_BTD - h_BTD))
+        residual = self.kernels.residual
+        h_BTD = residual(h_BTD, self.attn(h_BTD, self.shape_qk, cache), wide(self.alpha_attn) * self.alpha_scale)
+        x_BTD = self.mlp(h_BTD, wide(self.s_u), wide(self.s_v) * self.root_d)
+        return residual(h_BTD, x_BTD, wide(self.alpha_mlp) * self.alpha_scale)
 
 
 class Output(nn.Module):
@@ -59,6 +62,9 @@ class Output(nn.Module):
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.head(h_BTD) * (self.s_z * self.root_d)
+
+    def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+        return self.head.loss(h_BTD, wide(self.s_z) * self.root_d, targets_BT, reduce)
 
 
 def embedding(declare: Declare) -> Embedding:

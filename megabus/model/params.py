@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from megabus.config.schema import ModelConfig
+from megabus.kernels.table import Kernels
 from megabus.model.tensor_parallel import TensorParallel
 
 Axis = Literal["embed", "heads", "kv_heads", "ffn", "vocab"]
@@ -99,8 +100,8 @@ class Declare:
     Values are left at zero: a state (initial, grown or loaded) is written into them afterwards.
     """
 
-    def __init__(self, model: ModelConfig, tp: TensorParallel) -> None:
-        self.model, self.tp = model, tp
+    def __init__(self, model: ModelConfig, tp: TensorParallel, kernels: Kernels) -> None:
+        self.model, self.tp, self.kernels = model, tp, kernels
 
     def __call__(self, *axes: Axis, role: Role, **facts: float | bool | str) -> nn.Parameter:
         spec = ParamSpec(axes, role, **facts)  # type: ignore[arg-type]

@@ -170,9 +170,9 @@ def _logits(engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor | None:
             return torch.cat([engine.module.decoder(inputs) for inputs, _ in batches])
     seen, loss_fn = [], engine.module.loss_fn
 
-    def keep_logits(logits: Tensor, targets: Tensor) -> Tensor:
-        seen.append(logits)
-        return loss_fn(logits, targets)
+    def keep_logits(h: Tensor, targets: Tensor) -> Tensor:
+        seen.append(engine.decoder.output(h))
+        return loss_fn(h, targets)
 
     engine.module.loss_fn = keep_logits
     engine.evaluate(batches, engine.stage.grad_accum, engine.stage.seq_len)

@@ -1,0 +1,62 @@
+"""The functions in plain PyTorch: the definition that the other forms are tested against, and what runs anywhere.
+
+All compute in fp32 at least (fp64 stays fp64) and round once, to the dtype of their first argument. Gains are effective
+ones (raw * multiplier), in fp32 at least. Shapes: N tokens, D d_model, H heads, C head_dim, F ffn units.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32 at least (fp64 stays fp64, for checks against a reference)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the last axis in fp32 at least; a zero vector stays zero instead of NaN."""
+    return F.normalize(wide(x), dim=-1)
+
+
+def residual(h_ND: Tensor, x_ND: Tensor, alpha_D: Tensor) -> Tensor:
+    """Norm(h + alpha (Norm(x) - h)): nGPT's update of the hidden state (Loshchilov et al. 2024, eqs. 10 and 11)."""
+    h = wide(h_ND)
+    return unit(h + alpha_D * (unit(x_ND) - h)).to(h_ND.dtype)
+
+
+def rms_norm(h_ND: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+    """gain * h / sqrt(|h|^2 + eps); the gain carries sqrt(D) (Zhang & Sennrich 2019)."""
+    h = wide(h_ND)
+    return (h * torch.rsqrt(h.square().sum(-1, keepdim=True) + eps) * gain_D).to(h_ND.dtype)
+
+
+def rotate(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """RoPE (Su et al. 2021) on the pairs (i, i + C/2); cos and sin are (T, 1, C/2)."""
+    return _rotated(x_BTHC, cos_TC, sin_TC).to(x_BTHC.dtype)
+
+
+def rotate_unit(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor, gain_HC: Tensor | None) -> Tensor:
+    """gain * Norm(RoPE(x)) over each head's C entries (nGPT, eqs. 15 and 16); without a gain where it is None."""
+    y = unit(_rotated(x_BTHC, cos_TC, sin_TC))
+    return (y if gain_HC is None else y * gain_HC).to(x_BTHC.dtype)
+
+
+def _rotated(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    a, b = wide(x_BTHC).chunk(2, dim=-1)
+    return torch.cat((a * cos_TC - b * sin_TC, a * sin_TC + b * cos_TC), dim=-1)
+
+
+def gate(u_NF: Tensor, v_NF: Tensor, gain_u_F: Tensor | None, gain_v_F: Tensor | None) -> Tensor:
+    """u gain_u SiLU(v gain_v) (nGPT, eqs. 20 to 22); both gains are None for plain SwiGLU."""
+    u, v = wide(u_NF), wide(v_NF)
+    if gain_u_F is not None and gain_v_F is not None:
+        u, v = u * gain_u_F, v * gain_v_F
+    return (u * F.silu(v)).to(u_NF.dtype)
+
+
+def unit_rows_(rows: Tensor) -> None:
+    """Divide every row of (rows, D) by its length, in place; rows are fp32 masters and never zero."""
+    rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
