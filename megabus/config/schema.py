@@ -126,6 +126,9 @@ class OptimizerConfig(Section):
     warmup_share: Share = Field(0.0, description="share of the budget to warm up over; ngpt needs none")
     decay_share: Share = Field(0.2, description="wsd: the last share of the budget, over which lr falls")
     min_lr_ratio: Share = 0.0
+    implementation: Literal["torch", "deepspeed", "apex"] = Field(
+        "torch", description="of AdamW: torch's fused one, DeepSpeed's (built when first used), or NVIDIA apex's"
+    )
 
 
 class StageConfig(Section):

@@ -18,6 +18,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
 from megabus.config import RunConfig, Stage
+from megabus.engine.adam import make_adam
 from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.unit_rows import UnitRows
@@ -79,7 +80,8 @@ class Engine:
         self._seen: list[Tensor] | None = None
         self.mesh = Mesh(stage.layout)
         self.placement = Placement(stage.model, stage.layout)
-        self.kernels = select(config.train.kernels, torch.device(get_accelerator().device_name()))
+        device = torch.device(get_accelerator().device_name())
+        self.kernels = select(config.train.kernels, device)
         self.module = self._module()
         groups = [
             {
@@ -92,11 +94,8 @@ class Engine:
             # DeepSpeed's mark of a tensor-parallel shard; replicas must not carry it, or norms count them tp times.
             if spec_of(parameter).sharded:
                 parameter.model_parallel = True  # type: ignore[attr-defined]
-        optim = config.optimizer
-        adam = torch.optim.AdamW(
-            groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0.0, fused=True
-        )
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints on stdout from several places
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints on stdout from several places
+            adam = make_adam(config.optimizer, groups, device)
             self.deepspeed, *_ = deepspeed.initialize(
                 model=self.module,
                 optimizer=adam,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megabus.engine.adam import read_step, write_state
 from megabus.model.params import spec_of
 from megabus.parallel.fragments import MOMENTS, Fragments
 from megabus.parallel.placement import Piece, Placement
@@ -57,8 +58,7 @@ def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: i
 
 def optimizer_step_count(engine: Any) -> int:
     """Steps that Adam's bias correction has counted."""
-    state = inner_optimizer(engine).state.get(flat_partitions(engine)[0])
-    return int(state["step"]) if state else 0
+    return read_step(inner_optimizer(engine), flat_partitions(engine)[0])
 
 
 @torch.no_grad()
@@ -67,8 +67,7 @@ def write_fragments(engine: Any, module: nn.Module, placement: Placement, rank: 
     if step:
         inner = inner_optimizer(engine)
         for flat in flat_partitions(engine):
-            count = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
-            inner.state[flat] = {"step": count} | {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            write_state(inner, flat, {kind: torch.zeros_like(flat) for kind in MOMENTS}, step)
     for piece, tensors in read_fragments(engine, module, placement, rank).items():
         for kind, values in new[piece].items():
             tensors[kind].copy_(values)
