@@ -82,7 +82,8 @@ def main() -> int:
     placement = Placement(model, Layout(1, 1, 1))
     sizes = [4 * placement.numel(name) for name in placement.specs]
     print(f"{sum(sizes) / 1e9:.3f} GB of weights, the largest tensor {max(sizes) / 1e6:.0f} MB", flush=True)
-    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder:
         rows = measure(model, Path(folder), args.rounds)
     print(table(rows))
     if args.json:
