@@ -34,6 +34,7 @@ def trace_of(kind: str, layout: Layout, **train: object) -> parity.Trace:
 def test_layout_equals_one_process(kind, layout):
     trace = trace_of(kind, layout)
     assert parity.difference(trace, reference(kind)).worst <= LIMIT
+    assert trace.replica_error == 0
     if kind == "ngpt":
         assert trace.unit_error <= 1e-6
 

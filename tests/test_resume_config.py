@@ -209,6 +209,7 @@ FREE = [
     (["layout.dp=2", "train.micro_batch_size=4"], 2),
     (["train.micro_batch_size=8", "growth.stages.0.micro_batch_size=1"], 1),
     (["train.recompute=true", "growth.buffer_mb=1"], 1),
+    (["train.sequence_parallel=true", "layout.tp=2"], 2),
     (["log.every=1", "log.unit_norm_every=7", "log.tensorboard=true", "log.peak_tflops=1"], 1),
     (["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.asynchronous=false"], 1),
     (["faults.max_skips=0", "faults.hang_timeout=9", "faults.stop_exit_code=3"], 1),

@@ -1,12 +1,16 @@
 """Print how far every layout of 1, 2 and 4 ranks is from plain PyTorch in one process (fp32, gloo, CPU):
 
 python tools/parity.py
+
+The rows of the second table have `train.sequence_parallel: true`, and a seq_len that tp divides.
 """
 
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,13 +34,15 @@ def main() -> int:
         "masters",
         "unit rows",
     )
-    print(("{:<6}{:<14}{:<6}" + "{:>11}" * 6).format(*header))
     largest = 0.0
-    for kind in ("ngpt", "gpt"):
-        reference = plain_trace(parity_config(kind, LAYOUTS[0]))
-        for layout in LAYOUTS:
+    tables: list[dict[str, Any]] = [{}, {"seq_len": 12, "sequence_parallel": True}]
+    for train, kind in product(tables, ("ngpt", "gpt")):
+        if kind == "ngpt":
+            print(("\n{:<6}{:<14}{:<6}" + "{:>11}" * 6).format(*header))
+        reference = plain_trace(parity_config(kind, LAYOUTS[0], **train))
+        for layout in LAYOUTS if not train else [layout for layout in LAYOUTS if layout.tp > 1]:
             for zero in (1, 2) if layout.pp == 1 and layout.dp > 1 else (1,):
-                trace = engine_trace(parity_config(kind, layout, zero_stage=zero), layout)
+                trace = engine_trace(parity_config(kind, layout, zero_stage=zero, **train), layout)
                 d = difference(trace, reference)
                 numbers = (d.logits, d.grads, d.losses, d.grad_norms, d.masters)
                 unit = f"{trace.unit_error:>11.1e}" if kind == "ngpt" else f"{'-':>11}"

@@ -111,6 +111,10 @@ class TrainConfig(Section):
         "auto", description="form of what runs between matrix products; auto: triton on a GPU, eager on a CPU"
     )
     recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
+    sequence_parallel: bool = Field(
+        False,
+        description="cut activations between tensor-parallel regions along the sequence: less memory for layout.tp",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 

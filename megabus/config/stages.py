@@ -67,12 +67,14 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
         max_flops=config.growth.max_flops,
     )
     _check_stage(first, config, "", "train.")
+    _check_sequence_parallel(first, None, config, "train.")
     stages = [first]
     for number, change in enumerate(config.growth.stages):
         key = f"growth.stages.{number}."
         stages.append(_next_stage(stages[-1], change, key, world_size))
         check_pair(stages[-2].model, stages[-1].model, key)
         _check_stage(stages[-1], config, key, key)
+        _check_sequence_parallel(stages[-1], stages[-2], config, key)
     longest = max(stage.seq_len for stage in stages)
     for stage in stages:
         if longest % stage.seq_len:
@@ -198,3 +200,19 @@ def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str)
         )
     samples = stage.micro_batch_size * layout.dp
     divides(batch_key + "global_batch_size", stage.global_batch_size, "micro_batch_size*dp", samples)
+
+
+def _check_sequence_parallel(stage: Stage, before: Stage | None, config: RunConfig, key: str) -> None:
+    """Every sequence that the stage sees is cut in tp parts, and just after a growth it sees those of the stage before:
+    there the loss is measured once more."""
+    tp = stage.layout.tp
+    if not config.train.sequence_parallel:
+        return
+    if stage.seq_len % tp:
+        problem = f"is not divisible by layout.tp = {tp}, and train.sequence_parallel is true"
+        remedy = f"choose a multiple of {tp}, or set train.sequence_parallel to false"
+        raise UserError(key + "seq_len", stage.seq_len, problem, remedy)
+    if before is not None and before.seq_len % tp:
+        problem = f"does not divide the seq_len before this growth, {before.seq_len}, on which it is measured, and "
+        remedy = f"choose a divisor of {before.seq_len}, or set train.sequence_parallel to false"
+        raise UserError(key + "layout.tp", tp, problem + "train.sequence_parallel is true", remedy)

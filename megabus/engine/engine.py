@@ -78,7 +78,7 @@ class Engine:
     def __init__(self, config: RunConfig, stage: Stage, reduce: Callable[[Tensor], Tensor] = torch.mean) -> None:
         self.config, self.stage, self.reduce = config, stage, reduce
         self._seen: list[Tensor] | None = None
-        self.mesh = Mesh(stage.layout)
+        self.mesh = Mesh(stage.layout, config.train.sequence_parallel)
         self.placement = Placement(stage.model, stage.layout)
         device = torch.device(get_accelerator().device_name())
         self.kernels = select(config.train.kernels, device)

@@ -23,7 +23,8 @@ class Decoder(nn.Module):
     """Layers [first, last) of `config`'s model; the embedding comes with layer 0, the head with the last one.
 
     forward: token ids (B, T) int64, or h (B, T, D) from the stage before; returns h, or this tensor-parallel
-    rank's logits (B, T, vocabulary rows). With a `cache` they follow what was read with it before.
+    rank's logits (B, T, vocabulary rows). With a `cache` they follow what was read with it before. Under sequence
+    parallelism h, and only h, is (B, T / tp, D).
     Parameters start at zero (see `Declare`).
     """
 

@@ -22,11 +22,11 @@ class RMSNorm(nn.Module):
     def __init__(self, declare: Declare, llama: str) -> None:
         super().__init__()
         self.root_d, self.eps = sqrt(declare.model.d_model), declare.model.norm_eps
-        self.rms_norm = declare.kernels.rms_norm
+        self.tp, self.rms_norm = declare.tp, declare.kernels.rms_norm
         self.gain = declare("embed", role="gain", multiplier=self.root_d, llama=llama)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        return self.rms_norm(h_BTD, wide(self.gain) * self.root_d, self.eps)
+        return self.rms_norm(h_BTD, self.tp.shared(wide(self.gain)) * self.root_d, self.eps)
 
 
 class Block(nn.Module):

@@ -129,9 +129,9 @@ class Attention(nn.Module):
         shape_qk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         cache: KVCache | None = None,
     ) -> Tensor:
+        h_BTD = self.tp.enter(h_BTD)
         B, T, _ = h_BTD.shape
         start = 0 if cache is None else cache.length
-        h_BTD = self.tp.enter(h_BTD)
         q_BTHC = F.linear(h_BTD, self.q).view(B, T, -1, self.head_dim)
         k_BTKC = F.linear(h_BTD, self.k).view(B, T, -1, self.head_dim)
         v_BTKC = F.linear(h_BTD, self.v).view(B, T, -1, self.head_dim)

@@ -35,7 +35,7 @@ class Block(nn.Module):
         self.alpha_attn = declare("embed", role="gain", **alpha)
         self.alpha_mlp = declare("embed", role="gain", **alpha)
         self.root_d, self.alpha_scale = root_d, model.alpha_init * root_d
-        self.kernels = declare.kernels
+        self.tp, self.kernels = declare.tp, declare.kernels
 
     def shape_qk(self, q_BTHC: Tensor, k_BTKC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Norm(q) s_qk . Norm(k) s_qk (eqs. 15, 16), with both gains on q: the same product, and it stays
@@ -45,10 +45,11 @@ class Block(nn.Module):
         return rotate_unit(q_BTHC, cos, sin, gain_HC), rotate_unit(k_BTKC, cos, sin, None)
 
     def forward(self, h_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
-        residual = self.kernels.residual
-        h_BTD = residual(h_BTD, self.attn(h_BTD, self.shape_qk, cache), wide(self.alpha_attn) * self.alpha_scale)
+        residual, shared = self.kernels.residual, self.tp.shared
+        x_BTD = self.attn(h_BTD, self.shape_qk, cache)
+        h_BTD = residual(h_BTD, x_BTD, shared(wide(self.alpha_attn)) * self.alpha_scale)
         x_BTD = self.mlp(h_BTD, wide(self.s_u), wide(self.s_v) * self.root_d)
-        return residual(h_BTD, x_BTD, wide(self.alpha_mlp) * self.alpha_scale)
+        return residual(h_BTD, x_BTD, shared(wide(self.alpha_mlp)) * self.alpha_scale)
 
 
 class Output(nn.Module):

@@ -1,4 +1,4 @@
-"""What a model needs to know of tensor parallelism: four functions. `Unsharded` is a model on its own."""
+"""What a model needs to know of tensor parallelism: five functions. `Unsharded` is a model on its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ class TensorParallel(Protocol):
 
     enter: identity forward, sum over ranks backward (before row-sharded `read` matrices).
     leave: sum over ranks forward, identity backward (after row-sharded `write` matrices).
+    shared: identity; around every parameter that all ranks hold whole, where it acts on h between leave and enter.
     sum, max: reductions of detached tensors, in place.
+
+    Under sequence parallelism (Korthikanti et al. 2022) a rank holds T / size positions of h between leave and enter:
+    enter: all positions from those of each rank forward, sum over ranks and this rank's positions backward.
+    leave: sum over ranks and this rank's positions forward, all positions from those of each rank backward.
+    shared: identity forward, sum over ranks backward, for each rank has seen its own positions only.
     """
 
     size: int
@@ -20,6 +26,7 @@ class TensorParallel(Protocol):
 
     def enter(self, x: Tensor) -> Tensor: ...
     def leave(self, x: Tensor) -> Tensor: ...
+    def shared(self, parameter: Tensor) -> Tensor: ...
     def sum(self, x: Tensor) -> Tensor: ...
     def max(self, x: Tensor) -> Tensor: ...
 
@@ -34,6 +41,9 @@ class Unsharded:
 
     def leave(self, x: Tensor) -> Tensor:
         return x
+
+    def shared(self, parameter: Tensor) -> Tensor:
+        return parameter
 
     def sum(self, x: Tensor) -> Tensor:
         return x

@@ -46,14 +46,22 @@ def forget_process_groups() -> None:
 class ProcessGroupTP:
     """`megabus.model.tensor_parallel.TensorParallel` over a process group."""
 
-    def __init__(self, group: dist.ProcessGroup, size: int, rank: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, size: int, rank: int, sequence_parallel: bool = False) -> None:
         self.group, self.size, self.rank = group, size, rank
+        self.sequence_parallel = sequence_parallel and size > 1
 
     def enter(self, x: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return _Gather.apply(x, self)
         return x if self.size == 1 else _Enter.apply(x, self)
 
     def leave(self, x: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return _Scatter.apply(x, self)
         return x if self.size == 1 else _Leave.apply(x, self)
+
+    def shared(self, parameter: Tensor) -> Tensor:
+        return _Enter.apply(parameter, self) if self.sequence_parallel else parameter
 
     def sum(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.SUM)
@@ -66,6 +74,20 @@ class ProcessGroupTP:
             x = x.contiguous()
             dist.all_reduce(x, op=op, group=self.group)
         return x
+
+    # Collectives cut the first axis and T is the second: that costs a copy, and none where B is 1.
+    def gather(self, x_BtD: Tensor) -> Tensor:
+        """(B, T, D) from the T / size positions of each rank."""
+        parts = x_BtD.new_empty(self.size, *x_BtD.shape)
+        dist.all_gather_single(parts.flatten(0, 1), x_BtD.contiguous(), group=self.group)
+        return parts.transpose(0, 1).flatten(1, 2)
+
+    def scatter(self, x_BTD: Tensor) -> Tensor:
+        """The sum over ranks of this rank's T / size positions."""
+        parts = x_BTD.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
+        own_BtD = torch.empty_like(parts[0])
+        dist.reduce_scatter_single(own_BtD, parts.flatten(0, 1), group=self.group)
+        return own_BtD
 
 
 class _Enter(torch.autograd.Function):
@@ -90,15 +112,37 @@ class _Leave(torch.autograd.Function):
         return grads[0], None
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: ProcessGroupTP) -> Tensor:
+        ctx.tp = tp
+        return tp.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.tp.scatter(grads[0]), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: ProcessGroupTP) -> Tensor:
+        ctx.tp = tp
+        return tp.scatter(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.tp.gather(grads[0]), None
+
+
 class Mesh:
     """One layout of the world as process groups, seen from this rank. `grid` is the form DeepSpeed wants."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, sequence_parallel: bool = False) -> None:
         topology = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its ranks
             self.grid = PipelineParallelGrid(topology=topology)
         self.layout, self.topology = layout, topology
         self.rank = dist.get_rank()
         self.at: Coordinate = coordinate(layout, self.rank)
-        self.tp = ProcessGroupTP(self.grid.get_slice_parallel_group(), layout.tp, self.at.tp)
+        self.tp = ProcessGroupTP(self.grid.get_slice_parallel_group(), layout.tp, self.at.tp, sequence_parallel)
         self.dp_group = self.grid.get_data_parallel_group()

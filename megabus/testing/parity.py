@@ -29,7 +29,10 @@ LAYOUTS = [
 
 @dataclass
 class Trace:
-    """What a run of `STEPS` steps showed. Gradients are the first step's, before clipping; tensors are global."""
+    """What a run of `STEPS` steps showed. Gradients are the first step's, before clipping; tensors are global.
+
+    replica_error: 0 where the ranks that hold an entry of a gradient or master in common hold the same bits.
+    """
 
     logits: Tensor
     grads: dict[str, Tensor]
@@ -37,6 +40,7 @@ class Trace:
     grad_norms: list[float]
     masters: dict[str, Tensor]
     unit_error: float = 0.0
+    replica_error: float = 0.0
 
 
 def parity_config(kind: str, layout: Layout, **train: Any) -> RunConfig:
@@ -190,11 +194,15 @@ def engine_trace(config: RunConfig, layout: Layout) -> Trace:
     ranks = run_ranks(layout.world, engine_job, config)
     shapes = {name: global_shape(spec, config.model) for name, spec in param_specs(config.model).items()}
 
+    apart = [0.0]
+
     def whole(key: str) -> dict[str, Tensor]:
         full = {name: torch.full(shape, float("nan")).flatten() for name, shape in shapes.items()}
         for rank in ranks:
             for piece, values in rank[key].items():
-                full[piece.name][piece.start : piece.stop] = values
+                part = full[piece.name][piece.start : piece.stop]
+                apart.append(float((part - values)[~part.isnan()].abs().sum()))
+                part.copy_(values)
         return {name: values.view(shapes[name]) for name, values in full.items()}
 
     rows = torch.empty(config.train.global_batch_size, config.train.seq_len, config.model.vocab_size)
@@ -205,7 +213,8 @@ def engine_trace(config: RunConfig, layout: Layout) -> Trace:
         rows.view(-1, layout.dp, size, *rows.shape[1:])[:, dp] = mine
     first = ranks[0]
     unit = worst(rank["unit"] for rank in ranks)
-    return Trace(rows, whole("grads"), first["losses"], first["norms"], whole("masters"), unit)
+    grads, masters = whole("grads"), whole("masters")
+    return Trace(rows, grads, first["losses"], first["norms"], masters, unit, worst(apart))
 
 
 @dataclass(frozen=True)
