@@ -16,14 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import batch, config, lively_state, model_of
+from small_models import config, lively_state, loss_of, model_of
 
 from megabus.errors import UserError
 from megabus.kernels import eager, table
 from megabus.kernels.table import EAGER, FUNCTIONS, select
 from megabus.model.decoder import Decoder
-from megabus.model.loss import token_losses
-from megabus.model.tensor_parallel import Unsharded
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -247,7 +245,7 @@ def test_a_model_with_triton_is_the_model(kind):
     fused = Decoder(model_config, kernels=form_of("triton"))
     fused.load_state_dict(plain.state_dict())
     for model in (plain, fused):
-        token_losses(model(batch()[0]), batch()[1], 0, Unsharded()).mean().backward()
+        loss_of(model).backward()
     for (name, a), b in zip(plain.named_parameters(), fused.parameters(), strict=True):
         assert (a.grad - b.grad).abs().max() <= 1e-5 * a.grad.abs().max(), name
 
@@ -312,18 +310,14 @@ def packages(monkeypatch, *there):
     monkeypatch.setattr(table, "find_spec", lambda name: name if name in there else None)
 
 
-def test_auto_on_a_cpu_is_eager():
-    assert select("auto", CPU) is EAGER
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_auto_is_eager(device):
+    assert select("auto", device) is EAGER
 
 
 @TRITON_ONLY
-def test_auto_on_a_gpu_is_triton():
-    assert select("auto", CUDA).name == "triton"
-
-
-def test_auto_on_a_gpu_without_triton_is_eager(monkeypatch):
-    packages(monkeypatch)
-    assert select("auto", CUDA) is EAGER
+def test_triton_on_a_gpu():
+    assert select("triton", CUDA).name == "triton"
 
 
 REFUSED = [

@@ -108,7 +108,7 @@ class TrainConfig(Section):
     zero_stage: Literal[1, 2] = 1
     gradient_clipping: NonNegative = Field(1.0, description="largest gradient norm; 0 clips nothing")
     kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
-        "auto", description="form of what runs between matrix products; auto: triton on a GPU, eager on a CPU"
+        "auto", description="form of what runs between matrix products; auto takes eager"
     )
     recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
     sequence_parallel: bool = Field(
