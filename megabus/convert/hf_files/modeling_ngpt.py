@@ -19,7 +19,8 @@ from .configuration_ngpt import NGPTConfig
 
 
 def unit(x):
-    return F.normalize(x.float(), dim=-1).to(x.dtype)
+    """x / |x| in fp32."""
+    return F.normalize(x.float(), dim=-1)
 
 
 def rotate(x, cos, sin):
@@ -63,7 +64,8 @@ class NGPTMLP(nn.Module):
         )
 
     def forward(self, h, gain_u, gain_v):
-        return (F.linear(h, self.up) * gain_u * F.silu(F.linear(h, self.gate) * gain_v)) @ self.down
+        u, v = F.linear(h, self.up).float() * gain_u, F.linear(h, self.gate).float() * gain_v
+        return (u * F.silu(v)).to(h.dtype) @ self.down
 
 
 class NGPTBlock(nn.Module):
@@ -82,11 +84,12 @@ class NGPTBlock(nn.Module):
 
     def forward(self, h, cos, sin, mask, cache):
         gain = (self.s_qk.float() * self.root).square().view(1, -1, 1, self.head_dim)
-        h = self.step(h, unit(self.attn(h, gain, cos, sin, mask, cache)), self.alpha_attn)
-        return self.step(h, unit(self.mlp(h, self.s_u, self.s_v * self.root)), self.alpha_mlp)
+        h = self.step(h, self.attn(h, gain, cos, sin, mask, cache), self.alpha_attn)
+        return self.step(h, self.mlp(h, self.s_u.float(), self.s_v.float() * self.root), self.alpha_mlp)
 
-    def step(self, h, target, alpha):
-        return unit(h + alpha * self.alpha_scale * (target - h))
+    def step(self, h, x, alpha):
+        wide = h.float()
+        return unit(wide + alpha.float() * self.alpha_scale * (unit(x) - wide)).to(h.dtype)
 
 
 class NGPTOutput(nn.Module):
