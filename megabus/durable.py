@@ -1,4 +1,4 @@
-"""What was written survives a power cut."""
+"""What was written survives a power cut, and what was not is not mistaken for it."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def partial_name(path: Path) -> Path:
+    """Beside `path`, a name of this process's own for what will become it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")

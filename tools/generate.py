@@ -58,10 +58,10 @@ def main() -> int:
     )
     print(prompt, end="", flush=True)
     written: list[int] = []
-    text = ""
+    text, n_prompt = "", len(tokenizer.decode(ids))
     for token in tokens:
         written.append(token)
-        text = tokenizer.decode(ids + written)[len(tokenizer.decode(ids)) :]
+        text = tokenizer.decode(ids + written)[n_prompt:]
         if not text.endswith("\ufffd"):  # a character's last byte is yet to come
             print(text[len(shown) :], end="", flush=True)
             shown = text

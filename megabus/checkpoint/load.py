@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megabus.checkpoint.manifest import check_file, read_manifest
+from megabus.checkpoint.manifest import check_files, read_manifest
 from megabus.checkpoint.shards import read_shards
 from megabus.checkpoint.state import read_state
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
@@ -46,8 +46,7 @@ def checkpoint_at(path: str | Path) -> Path:
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model's configuration, and canonical name -> full fp32 master. Every file that is read is verified first."""
     entries = read_manifest(folder)
-    for entry in entries:  # before any of it is believed
-        check_file(folder, entry)
+    check_files(folder, entries)  # before any of it is believed
     saved = read_state(folder)
     whole = Placement(saved.model, Layout(1, 1, 1))
     flat = {Piece(name, 0, whole.numel(name)): torch.empty(whole.numel(name)) for name in whole.specs}

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from megabus.checkpoint.manifest import settle
+from megabus.checkpoint.manifest import THREADS, settle
 from megabus.checkpoint.save import TOKENIZER
 from megabus.checkpoint.shards import tensor_key, written_by
 from megabus.checkpoint.state import write_state
 from megabus.checkpoint.store import begin, publish
 from megabus.config import Layout
-from megabus.convert.source import THREADS, Source, blocks
+from megabus.convert.source import Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter
 from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Piece, Placement

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Literal
 
 from megabus.checkpoint.store import checkpoints_of
@@ -16,7 +14,7 @@ from megabus.convert.hugging_face import HuggingFaceSource, write_hugging_face
 from megabus.convert.shard_files import INDEX, ShardFileSource, write_shard_files
 from megabus.convert.source import CheckpointSource, OpenFiles, Source
 from megabus.convert.tensor_file import DTYPES
-from megabus.durable import sync
+from megabus.durable import partial_name, sync
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
 from megabus.model.params import axis_sizes
@@ -57,35 +55,27 @@ def convert(
     check_layout(source.state.model, Layout(tp, pp, dp))
     if out.exists():
         raise UserError("out", out, "exists", "choose another, or remove it")
-    partial: Path | None = None
+    partial = partial_name(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-        partial.chmod(0o777 & ~_umask())
-        if form == "checkpoint":
-            write_checkpoint(source, checkpoints_of(partial), Layout(tp, pp, dp))
-        elif form == "shards":
-            write_shard_files(source, partial, tp, pp)
-        else:
-            write_hugging_face(source, partial, dtype, max_shard_bytes, like)
-        for path in (*partial.rglob("*"), partial):
-            sync(path)
-        partial.rename(out)
-        sync(out.parent)
+        partial.mkdir(parents=True)
+        try:
+            if form == "checkpoint":
+                write_checkpoint(source, checkpoints_of(partial), Layout(tp, pp, dp))
+            elif form == "shards":
+                write_shard_files(source, partial, tp, pp)
+            else:
+                write_hugging_face(source, partial, dtype, max_shard_bytes, like)
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            partial.rename(out)
+            sync(out.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError("out", out, f"cannot be written ({error})", "make room or choose another place") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     placement = Placement(source.state.model, Layout(1, 1, 1))
     entries = sum(placement.numel(name) for name in placement.specs)
     return entries * (DTYPES[dtype][1].itemsize if form == "hf" else 4 * len(source.state.kinds))
-
-
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
 
 
 def check_layout(model: ModelConfig, layout: Layout) -> None:

@@ -1,7 +1,7 @@
 """Hugging Face directories, out and in.
 
 An nGPT is written with its own modelling files and our names; the `gpt` baseline as a stock LlamaForCausalLM, whose
-names stand in the parameters' declarations. Both ways memory holds one tensor.
+names stand in the parameters' declarations. Both ways memory holds a block; a matrix that is transposed, whole.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
     like: a Hugging Face directory whose tokenizer, special tokens and longest context are taken over.
     """
     model, specs = source.state.model, param_specs(source.state.model)
-    config = _ngpt_config(source.state) if model.kind == "ngpt" else _llama_config(source.state)
+    config = _config(source.state)
     if like is not None:
         config |= copy_rest(like, out, model.vocab_size)
     elif source.tokenizer is not None:
@@ -121,6 +121,10 @@ def _sizes(state: SavedState) -> dict[str, Any]:
     }
 
 
+def _config(state: SavedState) -> dict[str, Any]:
+    return _ngpt_config(state) if state.model.kind == "ngpt" else _llama_config(state)
+
+
 def _ngpt_config(state: SavedState) -> dict[str, Any]:
     return {
         "model_type": "megabus_ngpt",
@@ -175,8 +179,7 @@ class HuggingFaceSource:
         self.folder, self.files = folder, files
         config = read_json(folder / "config.json")
         model = model_of(config, folder)
-        layout = Layout(1, 1, 1)
-        self.state = SavedState(Progress(), 0, model, layout, 0, ("weight",), {}, {}, {})
+        self.state = _without_a_run(model)
         self.specs = param_specs(model)
         self.tied = bool(config.get("tie_word_embeddings"))
         single = folder / "model.safetensors"
@@ -248,9 +251,13 @@ def model_of(config: dict[str, Any], folder: Path) -> ModelConfig:
 
 def _says_the_same(config: dict[str, Any], model: ModelConfig) -> bool:
     """Whether the keys that transformers computes with are still those of the `megabus` section."""
-    state = SavedState(Progress(), 0, model, Layout(1, 1, 1), 0, ("weight",), {}, {}, {})
-    ours = _ngpt_config(state) if model.kind == "ngpt" else _llama_config(state)
+    ours = _config(_without_a_run(model))
     return all(config.get(key) == value for key, value in ours.items() if key not in FREE)
+
+
+def _without_a_run(model: ModelConfig) -> SavedState:
+    """Of weights alone."""
+    return SavedState(Progress(), 0, model, Layout(1, 1, 1), 0, ("weight",), {}, {}, {})
 
 
 def _llama_model(config: dict[str, Any]) -> ModelConfig:

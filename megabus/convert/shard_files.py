@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megabus.checkpoint.manifest import check_file, read_manifest, settle, write_manifest
+from megabus.checkpoint.manifest import THREADS, check_files, read_manifest, settle, write_manifest
 from megabus.checkpoint.save import TOKENIZER
 from megabus.checkpoint.shards import tensor_key
 from megabus.checkpoint.state import read_state, write_state
 from megabus.config import Layout
-from megabus.convert.source import THREADS, OpenFiles, Source, blocks
+from megabus.convert.source import OpenFiles, Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter
 from megabus.errors import UserError
 from megabus.model.params import global_shape, shard_rows
@@ -78,8 +78,7 @@ class ShardFileSource:
 
     def __init__(self, folder: Path, files: OpenFiles) -> None:
         self.folder, self.files = folder, files
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(partial(check_file, folder), read_manifest(folder)))
+        check_files(folder, read_manifest(folder))
         path = folder / INDEX
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))

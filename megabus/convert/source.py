@@ -6,9 +6,7 @@ Every form that weights come in is a `Source`; every form they are written in ta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megabus.checkpoint.load import checkpoint_at
-from megabus.checkpoint.manifest import check_file, read_manifest
+from megabus.checkpoint.manifest import check_files, read_manifest
 from megabus.checkpoint.save import TOKENIZER
 from megabus.checkpoint.shards import files_by_rank, tensor_key
 from megabus.checkpoint.state import SavedState, read_state
@@ -45,7 +43,6 @@ def whole(source: Source, name: str, kind: Kind = "weight") -> Tensor:
     return values.view(global_shape(placement.specs[name], source.state.model))
 
 
-THREADS = 4  # that hash files
 BLOCK = 1 << 21  # entries copied or compared at once: small enough that the allocator reuses their memory
 
 
@@ -90,8 +87,7 @@ class CheckpointSource:
         entries = read_manifest(self.folder)
         for name in (entry.name for entry in entries if entry.name.endswith(".safetensors")):
             self.files[self.folder / name]  # open from here on: a run that goes on may remove it
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(partial(check_file, self.folder), entries))
+        check_files(self.folder, entries)
         self.state = read_state(self.folder)
         self.placement = Placement(self.state.model, self.state.layout)
         self.names = files_by_rank(entries)

@@ -25,7 +25,7 @@ from typing import IO
 
 import numpy as np
 
-from megabus.durable import sync
+from megabus.durable import partial_name, sync
 from megabus.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -170,7 +170,7 @@ class IndexedWriter:
         return len(self._lengths)
 
     def __enter__(self) -> IndexedWriter:
-        self._partial = {path: _partial_name(path) for path in (self.bin_path, self.idx_path)}
+        self._partial = {path: partial_name(path) for path in (self.bin_path, self.idx_path)}
         self._bin = self._partial[self.bin_path].open("wb")
         return self
 
@@ -209,10 +209,6 @@ class IndexedWriter:
         for path, partial in self._partial.items():
             partial.replace(path)
         sync(self.bin_path.parent)
-
-
-def _partial_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def _flush_to_disk(file: IO[bytes]) -> None:

@@ -7,22 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS
+from megabus.train.plots import INK, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _FAINT = "#22282e", "#8b949e"
 _MODEL, _BASELINE = "#0b6e99", "#b9c2c9"
-_STYLE = {
-    "font.size": 10,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-}
 
 
 def plot_set(name: str, one: dict[str, Any], out_png: Path) -> Path:
@@ -32,7 +22,7 @@ def plot_set(name: str, one: dict[str, Any], out_png: Path) -> Path:
     from matplotlib.figure import Figure
 
     found = {who: numbers for who, numbers in one["results"].items() if numbers is not None}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11.0, 4.4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)  # draws into memory: no display, no pyplot state
         left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.35))
@@ -53,7 +43,7 @@ def _draw_confusion(axes: Axes, counts: list[list[int]], who: str) -> None:
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(counts):
         for j, count in enumerate(row):
-            colour = "white" if shares[i][j] > 0.55 else _INK
+            colour = "white" if shares[i][j] > 0.55 else INK
             axes.text(j, i, f"{count:,}\n{shares[i][j]:.0%}", ha="center", va="center", color=colour, fontsize=9)
     axes.set_xticks(range(len(LABELS)), LABELS)
     axes.set_yticks(range(len(LABELS)), LABELS, rotation=90, va="center")
@@ -72,7 +62,7 @@ def _draw_accuracies(axes: Axes, found: dict[str, dict[str, Any]]) -> None:
         [high - a for a, (_, high) in zip(accuracies, intervals, strict=True)],
     ]
     colours = [_MODEL if name.startswith(("zero-shot", "fine-tuned")) else _BASELINE for name in names]
-    axes.barh(range(len(names)), accuracies, xerr=errors, color=colours, ecolor=_INK, capsize=3, height=0.65)
+    axes.barh(range(len(names)), accuracies, xerr=errors, color=colours, ecolor=INK, capsize=3, height=0.65)
     for row, (accuracy, (_, high)) in enumerate(zip(accuracies, intervals, strict=True)):
         axes.text(high + 0.01, row, f"{accuracy:.3f}", va="center", fontsize=9)
     axes.set_yticks(range(len(names)), names)

@@ -30,7 +30,17 @@ _SHORT = {"d_model": "d", "n_layers": "L", "n_heads": "H", "n_kv_heads": "KV", "
 _REASON = {"kappa": "κ", "cap": "cap"}
 _X_LABEL = {"flops": "training compute (FLOPs)", "tokens": "tokens", "time": "training time (hours)"}
 _COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#5c6b73")
-_INK, _FAINT = "#22282e", "#8b949e"
+INK, FAINT = "#22282e", "#8b949e"
+STYLE = {  # of every picture of the project
+    "font.size": 10,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+}
 _HEIGHT = 4.6  # of the axes, in inches
 
 
@@ -74,18 +84,7 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
     if x not in _X_LABEL:
         raise UserError("x", x, "no such axis", f"use one of {', '.join(_X_LABEL)}")
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
-    style = {
-        "font.size": 10,
-        "axes.edgecolor": _FAINT,
-        "axes.labelcolor": _INK,
-        "text.color": _INK,
-        "xtick.color": _FAINT,
-        "ytick.color": _FAINT,
-        "xtick.labelcolor": _INK,
-        "ytick.labelcolor": _INK,
-        "axes.formatter.use_mathtext": True,
-    }
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE | {"axes.formatter.use_mathtext": True}):
         figure = Figure(figsize=(9.6, _HEIGHT), dpi=150)
         FigureCanvasAgg(figure)  # draws into memory: no display, no pyplot state
         axes = figure.add_axes((0.075, 0.1, 0.895, 0.8))
