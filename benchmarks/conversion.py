@@ -61,7 +61,7 @@ print(f"0 GB in {time.perf_counter() - begun} s")
 class Random:
     """Weights that no compression helps with."""
 
-    tokenizer = None
+    tokenizer: Path | None = None
 
     def __init__(self, model: ModelConfig) -> None:
         self.state = SavedState(Progress(step=1), 0, model, Layout(1, 1, 1), 1, ("weight",), {}, {}, {})

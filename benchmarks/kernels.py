@@ -121,12 +121,12 @@ class Clock:
             return time.perf_counter() - begun
         self.other.zero_()
         torch.cuda._sleep(2_000_000)  # about 1 ms, in which the host queues the whole job: its own time does not count
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         job()
-        ended.record()
+        stop.record()
         torch.cuda.synchronize(self.device)
-        return float(begun.elapsed_time(ended)) / 1e3
+        return float(start.elapsed_time(stop)) / 1e3
 
 
 def timed(clock: Clock, jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

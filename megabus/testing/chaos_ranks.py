@@ -29,7 +29,7 @@ from typing import Any
 from megabus.config import RunConfig
 from megabus.engine.startup import start_distributed, stop_distributed
 from megabus.errors import UserError
-from megabus.testing.ranks import _free_port, preload
+from megabus.testing.ranks import free_port, preload
 
 WORLD = 4
 POLL = 0.001  # seconds between two looks at what ranks are doing
@@ -217,7 +217,7 @@ def attempt(
     Ranks that have not after `limit` seconds are killed and told as hung. `prepare(rank, board)` is called in each
     rank before training. Without an aim, the run goes to its end. `log` None: what ranks print is lost.
     """
-    board, port, context = Board(WORLD), _free_port(), get_context("fork")
+    board, port, context = Board(WORLD), free_port(), get_context("fork")
     folder = Path(tempfile.mkdtemp(prefix="chaos-ends-"))
     args = (port, folder, config, board, log, aim, prepare)
     ranks = [context.Process(target=_rank, args=(rank, *args), daemon=True) for rank in range(WORLD)]

@@ -47,7 +47,7 @@ def run_ranks(world: int, job: Callable[..., Any], *args: Any, timeout: float = 
     """
     preload()
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-    port, context = _free_port(), get_context("fork")
+    port, context = free_port(), get_context("fork")
     ranks = [context.Process(target=_rank, args=(r, world, port, folder, job, args), daemon=True) for r in range(world)]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what a fork inherits unflushed would print again
@@ -102,7 +102,7 @@ def _rank(rank: int, world: int, port: int, folder: Path, job: Callable[..., Any
     os._exit(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,83 @@
+"""Measures what docs/performance.md shows.
+
+python -m benchmarks                          # on a CPU, some 20 minutes on 2 quiet cores; `make bench`
+python -m benchmarks --gpu                    # on NVIDIA GPUs
+python -m benchmarks --only layouts,growth
+
+Each figure is a ratio of two arms, whose processes stay alive and take turns; the median of the rounds' ratios counts.
+Writes the table to the screen and, with the machine and the date, to --json. On a CPU a rank computes on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import growth, others, preprocessing, training
+from benchmarks.table import Row, markdown
+
+Suite = Callable[[int, bool], list[Row]]
+CPU: dict[str, Suite] = {
+    "step": training.step_times,
+    "layouts": training.layouts,
+    "growth": growth.growths,
+    "preprocess": preprocessing.preprocessing,
+    "others": others.others,
+}
+GPU: dict[str, Suite] = {
+    "step": training.gpu_step_times,
+    "mfu": training.mfu,
+    "layouts": training.layouts,
+    "growth": growth.growths,
+}
+
+
+def machine() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = models[0].split(":")[1].strip() if models else platform.processor()
+    return f"{os.cpu_count()} cores, {name}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="the suite for NVIDIA GPUs")
+    parser.add_argument("--only", metavar="NAME,...", help="of " + ", ".join(sorted({*CPU, *GPU})))
+    parser.add_argument("--rounds", type=int, default=7, help="of every comparison (%(default)s)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    args = parser.parse_args()
+    if not args.gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    suites = GPU if args.gpu else CPU
+    names = args.only.split(",") if args.only else list(suites)
+    for name in names:
+        if name not in suites:
+            parser.error(f"--only: {name} is none of {', '.join(suites)}")
+    import torch
+
+    if args.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: there is no GPU that torch can use")
+    facts = {"machine": machine(), "torch": torch.__version__, "date": f"{datetime.datetime.now():%Y-%m-%d}"}
+    print(", ".join(facts.values()), flush=True)
+    rows: list[Row] = []
+    for name in names:
+        found = suites[name](args.rounds, args.small)
+        print(f"\n{name}\n\n{markdown(found)}", flush=True)
+        rows += found
+        if args.json:  # after every suite: a long run that is stopped keeps what it has
+            args.json.write_text(json.dumps(facts | {"rows": [row.as_dict() for row in rows]}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

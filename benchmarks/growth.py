@@ -1,0 +1,176 @@
+"""What a growth costs: its stall in steps' time, and beside saving, converting and starting anew.
+
+The figures are a run's own, from its metrics: `launcher/train.py` is started as a user starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import yaml
+
+from benchmarks.arms import Timing
+from benchmarks.table import Row, compare
+from megabus.engine.startup import on_gpu
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 20  # before a growth and after it
+
+DEMO = ROOT / "configs/demo.yaml"
+# About the size of configs/ngpt_64m.yaml, on the way to it.
+LARGE: dict[str, Any] = {
+    "model": {
+        "kind": "ngpt", "vocab_size": 32_000, "d_model": 384, "n_layers": 6, "n_heads": 6, "head_dim": 64, "d_ff": 1024
+    },
+    "layout": {"tp": 1, "pp": 1},
+    "train": {"seq_len": 256, "micro_batch_size": 1, "global_batch_size": 4},
+    "grown": {"d_model": 512, "n_heads": 8, "d_ff": 1408, "n_layers": 8, "layout": {"tp": 2, "pp": 1}},
+}  # fmt: skip
+
+
+def _demo() -> dict[str, Any]:
+    """The demo's first growth."""
+    tree = yaml.safe_load(DEMO.read_text())
+    train = {key: value for key, value in tree["train"].items() if not key.startswith("max_")}
+    stage = tree["growth"]["stages"][0]
+    grown = {key: value for key, value in stage.items() if key not in ("lr", "max_tokens")}
+    return {"model": tree["model"], "layout": tree["layout"], "train": train, "grown": grown}
+
+
+def growths(rounds: int, small: bool) -> list[Row]:
+    """The demo's first growth on 4 ranks, and a larger one on 2 with a new layout; on a GPU each on 1 rank."""
+    rows = []
+    cases = [("demo", _demo(), 4), ("35M to 58M", LARGE, 2)]
+    for name, case, world in cases[:1] if small else cases:
+        if on_gpu():
+            world = 1
+            case = case | {"layout": {}, "grown": {**case["grown"], "layout": {}}}
+        with tempfile.TemporaryDirectory() as folder:
+            found = [_round(Path(folder) / str(turn), case, world) for turn in range(min(rounds, 3))]
+        stalls, steps, others = ([one[i] for one in found] for i in range(3))
+        stall, step, other = Timing(stalls, 0), Timing(steps, 0), Timing(others, 0)
+        where = f"{name}, {world} ranks"
+        rows.append(compare(f"growth, {where}", "stall", "a step before it", stall, step, "<= 20"))
+        rows.append(compare(f"growth, {where}", "stall", "save, convert, start, load", stall, other, "<= 0.05"))
+    return rows
+
+
+def _round(folder: Path, case: dict[str, Any], world: int) -> tuple[float, float, float]:
+    """(stall, a step before it, the other way), in seconds."""
+    folder.mkdir(parents=True)
+    write_tokens(folder / "tokens", case["model"]["vocab_size"])
+    batch = case["train"]["seq_len"] * case["train"]["global_batch_size"]
+    live = _config(folder, "live", case, 2 * STEPS)
+    live["growth"] = {"moments": "grow", "max_tokens": STEPS * batch, "stages": [case["grown"]]}
+    rows = [json.loads(line) for line in _train(folder, live, world)]
+    growth = next(i for i, row in enumerate(rows) if row["event"] == "growth")
+    before = [_seconds(row, batch) for row in rows[:growth] if row["event"] == "step"][STEPS // 2 :]
+    after = [_seconds(row, batch) for row in rows[growth:] if row["event"] == "step"]
+    # What the first step has to warm up again counts as part of the stall.
+    stall = rows[growth]["stall_s"] + max(0.0, after[0] - median(after[1:]))
+    return stall, median(before), _the_other_way(folder, case, world)
+
+
+def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
+    """Seconds to save, grow on the disk, start the ranks again and load, up to the first step."""
+    small = _config(folder, "small", case, STEPS)
+    saves = [row for row in map(json.loads, _train(folder, small, world)) if row["event"] == "save"]
+    seconds = saves[-1]["stall_s"] + saves[-1]["write_s"]
+    sizes = {key: value for key, value in case["grown"].items() if key != "layout"}
+    begun = time.perf_counter()
+    grow = [sys.executable, "-m", "benchmarks.growth", str(folder / "small"), str(folder / "grown"), json.dumps(sizes)]
+    subprocess.run(grow, check=True, cwd=ROOT)
+    seconds += time.perf_counter() - begun
+    large = _config(folder, "large", case, 2) | {"layout": case["grown"]["layout"], "init_from": str(folder / "grown")}
+    large["model"] = case["model"] | sizes
+    begun = time.perf_counter()
+    for line in _train(folder, large, world):
+        if json.loads(line)["event"] == "step":
+            batch = case["train"]["seq_len"] * case["train"]["global_batch_size"]
+            return seconds + time.perf_counter() - begun - _seconds(json.loads(line), batch)
+    raise RuntimeError("no step was made")
+
+
+def _config(folder: Path, name: str, case: dict[str, Any], steps: int) -> dict[str, Any]:
+    tokens = str(folder / "tokens")
+    return {
+        "run_dir": str(folder / name),
+        "model": dict(case["model"]),
+        "layout": case["layout"],
+        "train": case["train"] | {"max_steps": steps},
+        "optimizer": {"lr": 1e-3},
+        "data": {"train": tokens, "valid": tokens},
+        "eval": {"every": 10 * steps, "tokens": 4 * case["train"]["seq_len"] * case["train"]["global_batch_size"]},
+        "checkpoint": {"every": 10 * steps},
+    }
+
+
+def _seconds(step: dict[str, Any], tokens: int) -> float:
+    return tokens / step["tokens_per_s"]
+
+
+def _train(folder: Path, config: dict[str, Any], world: int) -> Iterator[str]:
+    """The lines of a run's metrics, each as soon as it is there."""
+    path = folder / (Path(config["run_dir"]).name + ".yaml")
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command += ["launcher/train.py", "--config", str(path)]
+    log = path.with_suffix(".log")
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+    metrics, read, ended = Path(config["run_dir"]) / "metrics.jsonl", 0, False
+    while not ended:
+        ended = process.poll() is not None
+        text = metrics.read_text() if metrics.exists() else ""
+        whole = text.rfind("\n") + 1
+        yield from text[read:whole].splitlines()
+        read = max(read, whole)
+        time.sleep(0.005)
+    if process.returncode:
+        raise RuntimeError(f"{config['run_dir']} failed:\n{log.read_text()[-2000:]}")
+
+
+def write_tokens(prefix: Path, vocab_size: int, count: int = 1 << 20) -> None:
+    from megabus.data.indexed import IndexedWriter, dtype_for_vocab
+
+    dtype = dtype_for_vocab(vocab_size)
+    with IndexedWriter(str(prefix), dtype) as writer:
+        writer.append(np.random.default_rng(0).integers(0, vocab_size, count).astype(dtype))
+
+
+def grow_on_disk(run_dir: Path, out: Path, sizes: dict[str, int]) -> None:
+    """A run's newest checkpoint, with its model grown by the same function that grows a live one."""
+    import megabus
+    from megabus.checkpoint.load import checkpoint_at, load_weights
+    from megabus.checkpoint.state import read_state
+    from megabus.checkpoint.store import checkpoints_of
+    from megabus.config import Layout
+    from megabus.convert.checkpoint import write_checkpoint
+
+    folder = checkpoint_at(run_dir)
+    model, state = load_weights(folder)
+    larger = model.grown(**sizes)
+    grown = megabus.grow_state(state, model, larger, seed=0)
+
+    class Grown:
+        tokenizer: Path | None = None
+        state = replace(read_state(folder), model=larger, kinds=("weight",))
+
+        def read(self, kind: str, name: str, start: int, stop: int) -> Any:
+            return grown[name].reshape(-1)[start:stop]
+
+    write_checkpoint(Grown(), checkpoints_of(out), Layout(1, 1, 1))
+
+
+if __name__ == "__main__":
+    grow_on_disk(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -1,0 +1,147 @@
+"""Time of a training step: nGPT beside the baseline, kernels in their forms, layouts beside one process; MFU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.arms import Arm, Step, Timing, in_turn
+from benchmarks.table import Row, compare, seconds_row, speedup_row
+from megabus.config import Layout, ModelConfig, RunConfig, parse_config, resolve_stages
+
+ONE = Layout(1, 1, 1)
+CPU_SHAPES = [(96, 3), (256, 4), (512, 4)]  # d_model, layers
+FORMS = ("eager", "compiled")
+GPU_FORMS = ("eager", "compiled", "triton")
+
+
+def shape(kind: str, d_model: int, n_layers: int, vocab_size: int = 4096) -> dict[str, Any]:
+    """A model with a gated MLP of 8/3 d_model, rounded up to a multiple of 32."""
+    d_ff = -(-8 * d_model // 96) * 32
+    head_dim = min(32, d_model // 2)
+    heads = d_model // head_dim
+    sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": heads, "head_dim": head_dim, "d_ff": d_ff}
+    return {"kind": kind, "vocab_size": vocab_size, **sizes}
+
+
+def paper_shape(kind: str, size: str) -> dict[str, Any]:
+    """The nGPT paper's 0.5B and 1B models (arXiv 2410.01131, table 2)."""
+    d_model, n_layers, heads = {"0.5B": (1024, 24, 16), "1B": (1280, 36, 20)}[size]
+    sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": heads, "head_dim": 64, "d_ff": 4 * d_model}
+    return {"kind": kind, "vocab_size": 32_000, **sizes}
+
+
+def config_of(model: dict[str, Any], layout: Layout, seq_len: int, micro: int, batch: int, **train: Any) -> RunConfig:
+    batches = {"seq_len": seq_len, "micro_batch_size": micro, "global_batch_size": batch, "max_steps": 1_000_000}
+    return parse_config(
+        {
+            "run_dir": "unused",
+            "model": model,
+            "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
+            "train": batches | train,
+            "optimizer": {"lr": 1e-3},
+            "data": {"train": "unused", "valid": "unused"},
+        }
+    )
+
+
+def training_step(config: RunConfig) -> Step:
+    """On one rank: an engine with its first weights, and a step of it on random tokens."""
+    import torch
+    import torch.distributed as dist
+
+    from megabus.engine.engine import Engine
+    from megabus.train.run import initial_fragments
+
+    engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
+    engine.write(initial_fragments(engine, 0))
+    stage, generator = engine.stage, torch.Generator().manual_seed(engine.mesh.at.dp)
+    shape = (stage.grad_accum, stage.micro_batch_size, stage.seq_len + 1)
+    tokens = torch.randint(stage.model.vocab_size, shape, generator=generator).to(engine.device)
+    batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens] if engine.needs_data else []
+
+    def step() -> None:
+        if not engine.train_step(batches, 1e-3).is_finite:
+            raise RuntimeError("the loss is not finite: no step was made")
+
+    return step
+
+
+def arm(label: str, config: RunConfig, layout: Layout = ONE) -> Arm:
+    return Arm(label, layout.world, training_step, (config,))
+
+
+def step_times(rounds: int, small: bool) -> list[Row]:
+    """On a CPU: nGPT against the baseline, and compiled kernels against eager ones, in fp32 on one thread."""
+    rows = []
+    for d_model, n_layers in [(32, 2)] if small else CPU_SHAPES:
+        seq_len, micro = (16, 2) if small else (256, 4)
+        forms = FORMS[:1] if small else FORMS
+        arms = [
+            arm(f"{kind} {form}", config_of(shape(kind, d_model, n_layers), ONE, seq_len, micro, micro, kernels=form))
+            for form in forms
+            for kind in ("ngpt", "gpt")
+        ]
+        where = f"d{d_model} L{n_layers}, {micro} x {seq_len} tokens"
+        rows += _overheads(where, forms, in_turn(arms, rounds, max(1, 512 // d_model)), {"compiled": "<= 1.15"})
+    return rows
+
+
+def _overheads(where: str, forms: Sequence[str], timings: dict[str, Timing], targets: dict[str, str]) -> list[Row]:
+    rows = [
+        seconds_row(f"step, {where}", f"ngpt {form}", f"gpt {form}", timings, targets.get(form, "")) for form in forms
+    ]
+    return rows + [seconds_row(f"step, {where}", f"ngpt {form}", "ngpt eager", timings) for form in forms[1:]]
+
+
+def layouts(rounds: int, small: bool) -> list[Row]:
+    """Two ranks against one process on the same global batch, in micro batches of one sequence."""
+    from megabus.engine.startup import on_gpu
+
+    model, seq_len, batch = (shape("ngpt", 32, 2), 16, 4) if small else (shape("ngpt", 512, 4), 256, 16)
+    train: dict[str, Any] = {}
+    if on_gpu():
+        model, seq_len, train = paper_shape("ngpt", "0.5B"), 4096, {"precision": "bf16"}
+    targets = {Layout(1, 1, 2): ">= 1.7", Layout(1, 2, 1): ">= 1.4", Layout(2, 1, 1): ">= 1.3"}
+    all_layouts = [ONE, *targets]
+    arms = [arm(str(x), config_of(model, x, seq_len, 1, batch, **train), x) for x in all_layouts]
+    timings = in_turn(arms, rounds, 1)
+    where = f"d{model['d_model']} L{model['n_layers']}, {batch} x {seq_len} tokens"
+    return [speedup_row(f"speed, {where}", str(x), str(ONE), timings, target) for x, target in targets.items()]
+
+
+def gpu_step_times(rounds: int, small: bool) -> list[Row]:
+    """On a GPU in bf16: the 0.5B shape at 1k and 4k tokens of context, 16k tokens a step."""
+    rows = []
+    for seq_len in (1024, 4096):
+        micro = 16_384 // seq_len
+        options = {"precision": "bf16"}
+        arms = [
+            arm(
+                f"{kind} {form}",
+                config_of(paper_shape(kind, "0.5B"), ONE, seq_len, micro, micro, kernels=form, **options),
+            )
+            for form in GPU_FORMS
+            for kind in ("ngpt", "gpt")
+        ]
+        where = f"0.5B, {micro} x {seq_len} tokens"
+        targets = dict.fromkeys(GPU_FORMS[1:], "<= 1.03")
+        rows += _overheads(where, GPU_FORMS, in_turn(arms, rounds, 5), targets)
+    return rows
+
+
+def mfu(rounds: int, small: bool) -> list[Row]:
+    """On a GPU in bf16: the share of its dense peak at which a step's FLOPs are made (counted in `train/flops.py`)."""
+    from megabus.train.flops import flops_per_token, peak_flops
+
+    peak, rows = peak_flops(None, "bf16"), []
+    if peak is None:
+        raise RuntimeError("this GPU's peak is not known to megabus.train.flops")
+    for size in ("0.5B", "1B"):
+        config = config_of(paper_shape("ngpt", size), ONE, 4096, 4, 32, kernels="triton", precision="bf16")
+        timing = in_turn([arm(size, config)], rounds, 3)[size]
+        flops = 32 * 4096 * flops_per_token(ModelConfig(**paper_shape("ngpt", size)), 4096)
+        reached = Timing([flops / seconds for seconds in timing.seconds], timing.memory)
+        bound = Timing([peak] * rounds, 0)
+        rows.append(compare(f"MFU, {size}, 32 x 4096 tokens", "FLOP/s", "peak", reached, bound, ">= 0.5", "FLOP/s"))
+    return rows
