@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 
 from megabus.config import Layout, resolve_stages
+from megabus.engine.engine import Engine
 from megabus.model.params import spec_of
 from megabus.parallel.mesh import ProcessGroupTP
 from megabus.testing import parity
 from megabus.testing.ranks import run_ranks
+from megabus.train.run import initial_fragments
 
 LIMIT = 1e-5
 
@@ -39,9 +41,11 @@ def test_layout_equals_one_process(kind, layout):
         assert trace.unit_error <= 1e-6
 
 
+@pytest.mark.parametrize("overlap_comm", [False, True], ids=["", "overlap"])
 @pytest.mark.parametrize("layout", [Layout(1, 1, 4), Layout(2, 1, 2)], ids=str)
-def test_zero_2_equals_one_process(layout):
-    assert parity.difference(trace_of("ngpt", layout, zero_stage=2), reference("ngpt")).worst <= LIMIT
+def test_zero_2_equals_one_process(layout, overlap_comm):
+    trace = trace_of("ngpt", layout, zero_stage=2, overlap_comm=overlap_comm)
+    assert parity.difference(trace, reference("ngpt")).worst <= LIMIT
 
 
 @pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 1)], ids=str)
@@ -70,6 +74,34 @@ def test_bf16_stays_near_and_keeps_unit_masters(layout, zero):
     assert parity.difference(trace, reference("ngpt")).losses < 5e-3
     one = trace_of("ngpt", Layout(1, 1, 1), precision="bf16")
     assert parity.difference(trace, one).losses < 2e-3
+
+
+def _sums_job(config):
+    """(dtypes of the large all-reduces of a step, bytes of gradients in bf16 that are kept after its backward passes)."""
+    dtypes, kept, all_reduce = set(), [], dist.all_reduce
+    engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
+    engine.write(initial_fragments(engine, 0))
+
+    def spy(tensor, *args, **options):
+        if tensor.numel() > 1000:
+            dtypes.add(tensor.dtype)
+            kept.append(sum(p.grad.nbytes for p in engine.module.parameters() if p.grad is not None))
+        return all_reduce(tensor, *args, **options)
+
+    dist.all_reduce = spy
+    engine.train_step(parity.rank_batches(engine, parity.batch_of(config, 0)), 1e-3)
+    return dtypes, max(kept)
+
+
+@pytest.mark.parametrize(
+    ("layout", "zero"), [(Layout(1, 1, 2), 1), (Layout(1, 2, 2), 1), (Layout(1, 1, 2), 2)], ids=str
+)
+def test_bf16_gradients_add_up_in_fp32(layout, zero):
+    """Over micro batches and over ranks: DeepSpeed's own settings send and add them in bf16."""
+    config = parity.parity_config("ngpt", layout, precision="bf16", zero_stage=zero)
+    for dtypes, kept in run_ranks(layout.world, _sums_job, config):
+        assert dtypes == {torch.float32}
+        assert zero == 2 or kept == 0
 
 
 def _forgets_backward_sum(self, x):

@@ -106,6 +106,7 @@ class TrainConfig(Section):
     max_steps: Count | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     zero_stage: Literal[1, 2] = 1
+    overlap_comm: bool = Field(False, description="with zero_stage 2: reduce gradients while backward goes on (GPUs)")
     gradient_clipping: NonNegative = Field(1.0, description="largest gradient norm; 0 clips nothing")
     kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
         "auto", description="form of what runs between matrix products; auto takes eager"

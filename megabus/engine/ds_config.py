@@ -18,13 +18,17 @@ def deepspeed_config(config: RunConfig, stage: Stage) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": train.zero_stage,
+            # For what DeepSpeed reduces in buckets, which its optimizer for bf16 with ZeRO-1 and its pipeline do not.
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
-            "overlap_comm": False,
+            "overlap_comm": train.overlap_comm,
         },
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if train.precision == "bf16":
-        tree["bf16"] = {"enabled": True}
+        # Gradients go into their fp32 sum as soon as each is there, not after the backward pass: none is kept in bf16.
+        tree["bf16"] = {"enabled": True, "immediate_grad_update": True}
         tree["data_types"] = {"grad_accum_dtype": "fp32"}
+        # DeepSpeed would add the fp32 sums of the data-parallel ranks in bf16: an error that grows with dp.
+        tree["communication_data_type"] = "fp32"
     return tree

@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         h_BTD = x if self.embed is None else self.embed(x)
         for block in self.layers.values():
             if self.recompute and self.training:
-                h_BTD = checkpoint(block, h_BTD, use_reentrant=False)
+                h_BTD = checkpoint(block, h_BTD, use_reentrant=False, preserve_rng_state=False)
             else:
                 h_BTD = block(h_BTD, cache)
         if cache is not None:

@@ -12,12 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megabus.kernels.eager import wide
 from megabus.model.tensor_parallel import TensorParallel
 
 IGNORED = -100  # a target that is none: padding, or a prompt
-CHUNK = 1 << 25  # logits held at a time: 128 MiB in fp32, and a few times that for what follows from them
+CHUNK = 1 << 26  # logits held at a time: 256 MiB in fp32, and a few times that for what follows from them
+# Tokens taken at a time at least: every chunk adds to the head's whole fp32 gradient, which with few tokens and a large
+# vocabulary takes longer than the products.
+LEAST = 1024
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -64,8 +68,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_h = torch.empty_like(h_ND) if learns else None
         grad_w = torch.zeros_like(weight_VD, dtype=share_N.dtype) if learns else None
         grad_gain = torch.zeros_like(gain_V) if learns and gain_V is not None else None
-        for rows in torch.arange(len(h_ND)).split(max(1, CHUNK // len(weight_VD))):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        step = max(LEAST, CHUNK // len(weight_VD))
+        for part in (slice(first, first + step) for first in range(0, len(h_ND), step)):
             h, targets = h_ND[part], targets_N[part]
             raw = F.linear(h, weight_VD)
             logits = wide(raw) if gain_V is None else wide(raw) * gain_V
@@ -95,8 +99,11 @@ class _HeadLoss(torch.autograd.Function):
         return (share_N * losses_N).sum(), losses_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad_h, grad_w, grad_gain = ctx.saved_tensors
         scale = grads[0]
         gain = None if grad_gain is None else grad_gain * scale
-        return (grad_h * scale).to(grad_h.dtype), (grad_w * scale).to(ctx.dtype), gain, None, None, None, None, None
+        weight = torch.empty_like(grad_w, dtype=ctx.dtype)
+        torch.mul(grad_w, scale, out=weight)  # rounded as it is multiplied: no third copy of the head
+        return (grad_h * scale).to(grad_h.dtype), weight, gain, None, None, None, None, None

@@ -12,7 +12,15 @@ from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape
 
 # Dense bf16 tensor-core peaks in TFLOP/s without sparsity, from the vendors' data sheets.
-PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0}
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,  # after the other H100s: the first name that is part of the GPU's counts
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10G": 70.0,
+}
 
 
 @lru_cache(maxsize=64)

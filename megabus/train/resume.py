@@ -13,7 +13,7 @@ from megabus.errors import UserError
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
 FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "data")
-FREE_KEYS = ("layout", "micro_batch_size", "recompute", "sequence_parallel", "kernels", "buffer_mb")
+FREE_KEYS = ("layout", "micro_batch_size", "recompute", "overlap_comm", "sequence_parallel", "kernels", "buffer_mb")
 
 
 def data_order(sources: Sources) -> dict[str, Any]:
