@@ -107,6 +107,8 @@ def heed(run: Run) -> bool:
         collect(run)
     if unwritten:
         tell_unwritten(run)
+    else:
+        run.told_unwritten = False
     return unsound
 
 
