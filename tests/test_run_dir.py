@@ -20,6 +20,7 @@ from small_runs import (
     write_corpus,
 )
 
+import megabus.train.run as run_room
 from megabus.config import parse_config
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
@@ -116,3 +117,15 @@ def test_a_run_dir_that_is_read_anew(corpus, tmp_path):
     (rank,) = start(moved, 1)
     assert rank.numbers == [3]
     assert rows_of(moved, "resume")[0]["changes"] == []
+
+
+def test_old_checkpoints_that_rank_0_cannot_delete(corpus, tmp_path):
+    """The last thing that a start does, and rank 0 alone: all ranks end with what it says."""
+
+    def failing(*_):
+        raise UserError("checkpoint", "there", "cannot be read", "mend the file system")
+
+    def change():
+        run_room.prune = failing
+
+    assert refusal(configured(corpus, tmp_path / "run"), 2, change).startswith("checkpoint = there: cannot be read")

@@ -120,8 +120,9 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
             run.metrics.write("start", run.totals | {"sizes": sizes(run.stage), "layout": str(run.stage.layout)})
             parameters = f"{count_parameters(run.stage.model):,} parameters"
             say(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}")
-    if dist.get_rank() == 0:  # of a run that was killed before it could
-        prune(root, keep.keep_last, keep.keep_every)
+    with agreement():
+        if dist.get_rank() == 0:  # of a run that was killed before it could
+            prune(root, keep.keep_last, keep.keep_every)
     watchdog.beat()
     return run
 
