@@ -100,6 +100,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     with agreement():
         if found is not None:
             changes = check_continues(found, config, stages, data_order(corpora.sources))
+    lock.keep()
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
