@@ -1,4 +1,4 @@
-"""Start the launcher as its users do, or its `run()` in forked ranks; what each rank said, and how it ended."""
+"""Start the launcher as its users do, or its `main` in forked ranks; what each rank said, and how it ended."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import megabus.train.loop  # noqa: F401  here once: it takes a second
+from megabus.command import run_rank
 from megabus.testing.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,7 @@ def launch(*args: object, world: int = 2, limit: float = LIMIT) -> list[Ended]:
 
 
 def launch_forked(*args: object, world: int = 2, folders: tuple[Path, ...] = ()) -> list[Ended]:
-    """The launcher's `run()` in forked ranks: the same, without starting Python anew.
+    """The launcher's `main` in forked ranks: the same, without starting Python anew.
 
     folders: the working directory of each rank.
     """
@@ -85,7 +86,7 @@ def run_launcher(args: tuple[object, ...], folders: tuple[Path, ...] = ()) -> tu
     sys.argv = [str(LAUNCHER), *map(str, args)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:  # files: the watchdog needs them
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = module.run()
+            code = run_rank(module.main)
         out.seek(0)
         err.seek(0)
         return code, out.read(), err.read()

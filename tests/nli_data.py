@@ -16,6 +16,7 @@ from small_models import lively_state
 
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.checkpoint.store import checkpoints_of
+from megabus.command import run_rank
 from megabus.config import Layout, ModelConfig
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.data.tokenizer import train_tokenizer
@@ -75,7 +76,7 @@ def write_run(folder: Path, **sizes) -> Path:
 
 
 def run_tool(arguments):
-    """The tool's `run()` in this process: (exit code, stdout, stderr)."""
+    """The tool's `main` in this process: (exit code, stdout, stderr)."""
     path = Path(__file__).parents[1] / "tools/evaluate_nli.py"
     spec = importlib.util.spec_from_file_location("evaluate_nli", path)
     module = importlib.util.module_from_spec(spec)
@@ -84,6 +85,6 @@ def run_tool(arguments):
     out = io.StringIO()
     with tempfile.TemporaryFile("w+") as err:  # a real file: the watchdog asks for its number
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = module.run()
+            code = run_rank(module.main)
         err.seek(0)
         return code, out.getvalue(), err.read()

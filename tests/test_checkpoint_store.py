@@ -222,6 +222,17 @@ def test_prune_keeps_the_last_and_every_nth(tmp_path, keep_last, keep_every, kep
     assert names(tmp_path) == sorted(expected + [folder.name for folder in complete(tmp_path)])
 
 
+def test_prune_tells_what_it_cannot_read(tmp_path, monkeypatch, capsys):
+    """The checkpoint that was just published is good whatever becomes of older ones."""
+
+    def failing(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.iterdir", failing)
+    prune(tmp_path, 1, None)
+    assert capsys.readouterr().err.startswith(f"warning: checkpoint = {tmp_path}: cannot be read (Permission denied)")
+
+
 def test_remove_clears_what_an_earlier_one_left(tmp_path):
     (tmp_path / "step-00000003.deleted").mkdir()
     (tmp_path / "step-00000003.deleted/shard-0").write_text("half deleted")

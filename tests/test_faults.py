@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -57,13 +58,14 @@ def poisoned(corpus, folder, steps, rows=(ROWS - 1,)):
     return folder
 
 
-def nan_loss():
-    """A bad target makes the loss NaN where it is computed, and nowhere else."""
+def nan_loss(rank=None):
+    """A bad target makes the loss NaN where it is computed (None: on all such ranks), and nowhere else."""
     whole = Decoder.loss
 
     def loss(self, h, targets, reduce):
         found, losses = whole(self, h, targets, reduce)
-        return found * (math.nan if (targets == BAD).any() else 1.0), losses
+        bad = (targets == BAD).any() and rank in (None, dist.get_rank())
+        return found * (math.nan if bad else 1.0), losses
 
     Decoder.loss = loss
 
@@ -118,21 +120,29 @@ LAYOUTS = {
     "bf16 zero2 tp": ({"tp": 2}, {"train__precision": "bf16", "train__zero_stage": 2}),
     "bf16 pp gpt": ({"pp": 2}, {"train__precision": "bf16", "model__kind": "gpt"}),
 }
+FOUR = {
+    "zero2 tp dp": ({"tp": 2, "dp": 2}, {"train__zero_stage": 2}),
+    "pp dp": ({"pp": 2, "dp": 2}, {}),
+    "bf16 tp pp": ({"tp": 2, "pp": 2}, {"train__precision": "bf16"}),
+    "bf16 tp dp": ({"tp": 2, "dp": 2}, {"train__precision": "bf16"}),
+}
 
 
 # The loss is NaN where row 7 is read; the gradients of one rank, where rows 0 and 7 are.
 WAYS = [(name, nan_loss, (ROWS - 1,)) for name in LAYOUTS]
-WAYS += [(name, nan_gradient(rank), (0, ROWS - 1)) for name, rank in (("tp", 1), ("pp", 0), ("pp", 1), ("bf16", 0))]
+ONE = [("tp", 1), ("pp", 0), ("pp", 1), ("bf16", 0), *zip(FOUR, (3, 0, 1, 2), strict=True)]
+WAYS += [(name, nan_gradient(rank), (0, ROWS - 1)) for name, rank in ONE]
+WAYS += [("tp", partial(nan_loss, 1), (ROWS - 1,))]  # of a loss that both ranks compute
 
 
 @pytest.mark.parametrize(("name", "how", "rows"), WAYS)
 def test_such_a_step_is_skipped(corpus, tmp_path, name, how, rows):
     """Steps 3 and 4: masters, moments and weights of all ranks stay as they are, to the bit, and the run goes on as
     if there had been none."""
-    layout, options = LAYOUTS[name]
+    layout, options = (LAYOUTS | FOUR)[name]
     bad = poisoned(corpus, tmp_path / "bad", (3, 4), rows)
     config = configured(bad, tmp_path / "run", layout, **options)
-    ranks = start(config, 2, how)
+    ranks = start(config, math.prod(layout.values()), how)
     for rank in ranks:
         assert rank.numbers == [1, 2, 3, 4, 5, 6]
         digests = [step.digest for step in rank.steps]

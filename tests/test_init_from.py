@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from launching import tree
 from small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
 
 from megabus.convert.convert import convert, open_source
@@ -64,10 +65,13 @@ def test_a_llama_is_trained_and_grown(corpus, llama, tmp_path):
 
 
 def test_another_model_is_refused(corpus, llama, tmp_path):
-    config = config_of(corpus, tmp_path / "run", llama[1], model__d_ff=64)
+    before = tree(tmp_path)
+    config = config_of(corpus, tmp_path / "runs/run", llama[1], model__d_ff=64)
     assert "model.d_ff = 64: is 62 in" in refusal(config, 2)
+    assert tree(tmp_path) == before
+    (tmp_path / "run").mkdir()
     assert "checkpoint = " in refusal(config_of(corpus, tmp_path / "run", tmp_path / "nothing"), 2)
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert tree(tmp_path).keys() == before.keys() | {"run"}  # it was there
 
 
 def test_weights_are_no_run(corpus, llama):

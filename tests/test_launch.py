@@ -1,6 +1,6 @@
 """Runs as their users start them: what ends well, and what is refused in one line on rank 0 by all ranks.
 
-What needs no torch, and one of the rest, is a real process a rank; the other refusals run the same `run()` in
+What needs no torch, and one of the rest, is a real process a rank; the other refusals run the same `main` in
 forked ranks, where they take a second.
 """
 

@@ -57,6 +57,42 @@ def test_rows_wait_in_memory(corpus, tmp_path, capfd):
         assert untimed(rows_of(config, event)) == untimed(rows_of(undisturbed, event))
 
 
+class Tensorboard:
+    """One that takes a row, or does not."""
+
+    def __init__(self, full):
+        self.full = full
+
+    def add_scalar(self, *_):
+        if self.full:
+            raise OSError(28, "No space left on device")
+
+    def close(self):
+        pass
+
+
+def tensorboard(full):
+    def act(run):
+        run.metrics.tensorboard = Tensorboard(full)
+
+    return act
+
+
+@pytest.mark.parametrize("sink", ["rows", "tensorboard"])
+def test_each_outage_is_told_once(corpus, tmp_path, capfd, sink):
+    """Two of them, of two steps each, with room between."""
+    config = configured(corpus, tmp_path / "run")
+    metrics = tmp_path / "run/metrics.jsonl"
+    if sink == "rows":
+        full, good = written_to("/dev/full"), written_to(metrics)
+    else:
+        full, good = tensorboard(True), tensorboard(False)
+    start(config, 2, *(after_step(step, act, 0) for step, act in ((1, full), (3, good), (5, full), (7, good))))
+    warning = f"warning: {metrics} or what else is logged cannot be written ({FULL}): its rows wait in memory\n"
+    assert capfd.readouterr().err == 2 * warning
+    assert [row["step"] for row in rows_of(config, "step")] == list(range(1, 9))
+
+
 def test_a_run_that_shall_stop_stops(corpus, tmp_path):
     config = configured(corpus, tmp_path / "run", checkpoint={"on_error": "stop"})
     ranks = attempt(config, 2, after_step(2, written_to("/dev/full"), rank=0))

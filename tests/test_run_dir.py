@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from multiprocessing import get_context
 
@@ -20,10 +21,12 @@ from small_runs import (
     write_corpus,
 )
 
+import megabus.train.run as run_room
 from megabus.config import parse_config
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 from megabus.train.loop import train
+from megabus.train.run_dir import RunLock
 
 PATIENCE = 60.0  # seconds
 
@@ -84,6 +87,50 @@ def test_a_killed_run_leaves_no_lock(corpus, tmp_path):
     assert rank.numbers == [3, 4, 5, 6]
 
 
+def test_a_lock_that_is_refused_removes_what_it_made_and_no_more(tmp_path):
+    run = tmp_path / "runs/run"
+
+    def acquired():
+        lock = RunLock(run)
+        lock.acquire()
+        return lock
+
+    acquired().release()
+    assert tree(tmp_path) == {}
+    first = acquired()
+    for _ in range(2):
+        second = RunLock(run)
+        with pytest.raises(UserError, match="in use"):
+            second.acquire()
+        second.release()
+    assert tree(tmp_path).keys() == {"runs", "runs/run", "runs/run/.lock"}
+    (tmp_path / "runs/other").mkdir()
+    first.release()
+    assert tree(tmp_path).keys() == {"runs", "runs/other"}
+    kept = acquired()
+    kept.keep()
+    kept.release()
+    acquired().release()  # of the run that is there
+    assert tree(tmp_path).keys() == {"runs", "runs/other", "runs/run", "runs/run/.lock"}
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
+    """A run that is refused removes its lock while another one is about to take it."""
+    refused, run = RunLock(tmp_path / "run"), RunLock(tmp_path / "run")
+    refused.acquire()
+    flock = fcntl.flock
+
+    def late(*args):
+        refused.release()
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="in use"):
+        run.acquire()
+    run.release()
+    assert tree(tmp_path) == {}
+
+
 def _in_one_process(configs):
     """Whether each was refused, one after the other, with all errors still at hand."""
     errors = []
@@ -116,3 +163,15 @@ def test_a_run_dir_that_is_read_anew(corpus, tmp_path):
     (rank,) = start(moved, 1)
     assert rank.numbers == [3]
     assert rows_of(moved, "resume")[0]["changes"] == []
+
+
+def test_old_checkpoints_that_rank_0_cannot_delete(corpus, tmp_path):
+    """The last thing that a start does, and rank 0 alone: all ranks end with what it says."""
+
+    def failing(*_):
+        raise UserError("checkpoint", "there", "cannot be read", "mend the file system")
+
+    def change():
+        run_room.prune = failing
+
+    assert refusal(configured(corpus, tmp_path / "run"), 2, change).startswith("checkpoint = there: cannot be read")

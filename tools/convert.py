@@ -19,6 +19,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megabus.command import run
 from megabus.convert.convert import convert, open_source
 from megabus.convert.hugging_face import HuggingFaceSource
 from megabus.convert.source import OpenFiles
@@ -86,8 +87,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run(main))

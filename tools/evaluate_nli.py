@@ -13,35 +13,25 @@ import argparse
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megabus.command import RankParser, end_rank
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
 
 if TYPE_CHECKING:
     from megabus.nli.settings import Settings
 
-LOST = "another rank has ended; its own log says why"
 
-
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong command line as any other bad input: once, not once a rank."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError("command line", shlex.join(sys.argv[1:]), message, "see --help")
-
-
-def parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> RankParser:
+    parser = RankParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run, or one of its checkpoints")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the checkpoint's own when left out")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
     data = parser.add_argument_group("pairs")
     data.add_argument("--data", help="snli, mnli, a hub data set of their form, or a local directory of one")
@@ -122,9 +112,9 @@ def key_values(option: str, items: Sequence[str], keys: Sequence[str]) -> dict[s
     return found
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
     prepare_environment()
-    settings = settings_of(argv)
+    settings = settings_of(sys.argv[1:])
     start_distributed(timedelta(seconds=settings.hang_timeout + 60))  # later than the watchdog, which shows stacks
     from megabus.nli.report import report
     from megabus.nli.run import evaluate
@@ -137,26 +127,5 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run() -> int:
-    """`main`, with bad input told in one line, by rank 0 alone."""
-    rank = os.environ.get("RANK", "0")
-    try:
-        return main(sys.argv[1:])
-    except UserError as error:
-        if rank == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if "by peer" in str(error):  # gloo's words for it, as a reset or a closed connection
-            print(f"rank {rank}: {LOST}", file=sys.stderr)
-            return 1
-        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
-    code = run()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: after an error the communication threads would wait for ranks that are gone.
-    os._exit(code)
+    end_rank(main)

@@ -113,7 +113,12 @@ def _pointer(folder: Path) -> str:
 def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
     """Delete all complete checkpoints but the newest `keep_last`, and those whose step `keep_every` divides. What
     cannot be deleted is told, and tried again the next time."""
-    for folder in complete(root)[keep_last:]:
+    try:
+        older = complete(root)[keep_last:]
+    except UserError as error:
+        warn(str(error))
+        return
+    for folder in older:
         step = step_of(folder)
         if keep_every is None or step is None or step % keep_every:
             remove(folder)

@@ -23,7 +23,7 @@ from megabus.checkpoint.save import TOKENIZER
 from megabus.checkpoint.shards import tensor_key
 from megabus.checkpoint.state import read_state, write_state
 from megabus.config import Layout
-from megabus.convert.source import OpenFiles, Source, blocks
+from megabus.convert.source import OpenFiles, Source, blocks, tokenizer_beside
 from megabus.convert.tensor_file import TensorFileWriter
 from megabus.errors import UserError
 from megabus.model.params import global_shape, shard_rows
@@ -88,8 +88,7 @@ class ShardFileSource:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError("shard files", path, f"cannot be read ({error})", "convert them again") from error
         self.state = read_state(folder)
-        tokenizer = folder / TOKENIZER
-        self.tokenizer = tokenizer if tokenizer.is_file() else None
+        self.tokenizer = tokenizer_beside(folder)
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
         key, values, filled = tensor_key(kind, name), torch.empty(stop - start), 0

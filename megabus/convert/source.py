@@ -53,6 +53,12 @@ def blocks(start: int, stop: int, width: int = 1) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, stop)
 
 
+def tokenizer_beside(folder: Path) -> Path | None:
+    """The SentencePiece model that was saved with the weights, if there was one."""
+    path = folder / TOKENIZER
+    return path if path.is_file() else None
+
+
 class OpenFiles:
     """safetensors files by path, opened when they are first read (that maps them, and loads nothing)."""
 
@@ -91,8 +97,7 @@ class CheckpointSource:
         self.state = read_state(self.folder)
         self.placement = Placement(self.state.model, self.state.layout)
         self.names = files_by_rank(entries)
-        tokenizer = self.folder / TOKENIZER
-        self.tokenizer = tokenizer if tokenizer.is_file() else None
+        self.tokenizer = tokenizer_beside(self.folder)
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
         values = torch.empty(stop - start)

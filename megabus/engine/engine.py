@@ -46,6 +46,8 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
+        """The same on every rank: the norm is that of the whole world's gradients, which a loss that is none spoils on
+        whatever rank it is (`Engine._module`)."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 

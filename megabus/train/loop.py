@@ -71,8 +71,7 @@ def train_step(run: Run) -> None:
     now.tokens += stage.tokens_per_step
     now.position += stage.tokens_per_step
     now.flops += cost
-    # The same on all ranks: a decision to save or to return hangs on it.
-    (skipped,) = on_any_rank([not result.is_finite], run.engine.device)
+    skipped = not result.is_finite  # on all ranks or on none: a decision to save or to return hangs on it
     now.nonfinite_in_a_row = now.nonfinite_in_a_row + 1 if skipped else 0
     now.nonfinite += skipped
     unit_error = None
@@ -107,6 +106,8 @@ def heed(run: Run) -> bool:
         collect(run)
     if unwritten:
         tell_unwritten(run)
+    else:
+        run.told_unwritten = False
     return unsound
 
 

@@ -24,7 +24,7 @@ class Metrics:
 
     def __init__(self, config: RunConfig, resumed_at: int | None = None) -> None:
         self.run_dir = Path(config.run_dir)
-        self._other_error: OSError | None = None  # of wandb or TensorBoard
+        self._other_error: OSError | None = None  # of wandb or TensorBoard, until `forget_lost`
         self.file = RowFile(self.run_dir / "metrics.jsonl", keep=resumed_at is not None)
         self.wandb = self._wandb(config) if config.log.wandb else None
         self.tensorboard = self._tensorboard(resumed_at) if config.log.tensorboard else None
@@ -82,6 +82,10 @@ class Metrics:
     def error(self) -> OSError | None:
         """Why something could not be written."""
         return self.file.error or self._other_error
+
+    def forget_lost(self) -> None:
+        """Whoever asks has been told of the rows that wandb or TensorBoard lost; those of the file still wait."""
+        self._other_error = None
 
     def close(self) -> None:
         self.file.close()

@@ -56,7 +56,7 @@ class Run:
     saved_step: int | None = None  # of the newest checkpoint that is written, or being written
     save_is_due: bool = False
     stopping: bool = False
-    told_unwritten: bool = False  # that the metrics cannot be written
+    told_unwritten: bool = False  # that the metrics cannot be written, until they can
     view: KappaView | None = None
     pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))  # (clock, share)
 
@@ -100,6 +100,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     with agreement():
         if found is not None:
             changes = check_continues(found, config, stages, data_order(corpora.sources))
+    lock.keep()
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
@@ -120,8 +121,9 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
             run.metrics.write("start", run.totals | {"sizes": sizes(run.stage), "layout": str(run.stage.layout)})
             parameters = f"{count_parameters(run.stage.model):,} parameters"
             say(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}")
-    if dist.get_rank() == 0:  # of a run that was killed before it could
-        prune(root, keep.keep_last, keep.keep_every)
+    with agreement():
+        if dist.get_rank() == 0:  # of a run that was killed before it could
+            prune(root, keep.keep_last, keep.keep_every)
     watchdog.beat()
     return run
 

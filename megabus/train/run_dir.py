@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 import uuid
 from itertools import count
 from pathlib import Path
@@ -48,25 +50,46 @@ class RunLock:
     """One run at a time writes into a run_dir. The kernel frees the lock however the process ends."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.path = run_dir, run_dir / LOCK
         self._file: IO[str] | None = None
+        self._made: list[Path] = []  # what was not there before: the lock, then its directories, the innermost first
 
     def acquire(self) -> None:
         """Make the directory, and take the lock. Raises `UserError` if another run has it."""
         try:
+            absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (self.run_dir / LOCK).open("a")
+            self._file = self.path.open("a")
         except OSError as error:
             raise _unwritable(self.run_dir, error) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._is_there():  # a run that was refused has just removed the file
+                raise BlockingIOError
+            self._made = absent  # who has the lock may undo it
         except BlockingIOError as error:
             remedy = "wait for it, or choose another"
             raise UserError("run_dir", self.run_dir, "is in use by another run", remedy) from error
         except OSError as error:  # some file systems have none
             warn(f"{self.run_dir} cannot be locked ({error.strerror}): see that no second run uses it")
 
+    def _is_there(self) -> bool:
+        """Whether the file that is locked is the one that another run would lock."""
+        assert self._file is not None
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def keep(self) -> None:
+        """The run is not refused: what was made for it stays."""
+        self._made = []
+
     def release(self) -> None:
+        """Free the lock. What `acquire` made for a run that was refused goes, before another run can have the lock."""
+        with contextlib.suppress(OSError):  # another's file is there: so is the directory
+            for path in self._made:
+                path.rmdir() if path.is_dir() else path.unlink()
         if self._file is not None:
             self._file.close()
 

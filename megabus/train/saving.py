@@ -56,7 +56,7 @@ def collect(run: Run) -> Save | None:
 
 
 def tell_unwritten(run: Run) -> None:
-    """Metrics cannot be written. Told once, or the end of the run as configured. Collective."""
+    """Metrics cannot be written. Told once an outage, or the end of the run as configured. Collective."""
     error = None if run.metrics is None else run.metrics.error
     path = Path(run.config.run_dir) / "metrics.jsonl"
     with agreement():
@@ -65,6 +65,8 @@ def tell_unwritten(run: Run) -> None:
     if error is not None and not run.told_unwritten:
         warn(f"{path} or what else is logged cannot be written ({error}): its rows wait in memory")
     run.told_unwritten = True
+    if run.metrics is not None:
+        run.metrics.forget_lost()
 
 
 def finish(run: Run) -> Path:

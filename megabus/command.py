@@ -1,0 +1,68 @@
+"""A command: its arguments, and how its process ends. Nothing heavy is imported: bad input ends before torch is."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from megabus.errors import UserError
+
+PEER_GONE = ("closed by peer", "reset by peer")  # gloo's words for it
+LOST = "lost the connection to another rank, which has probably ended: its log says why. Start the same command again"
+
+
+class RankParser(argparse.ArgumentParser):
+    """Of a command with one process a rank: a wrong command line is told as any other bad input, not once a rank."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command line", shlex.join(sys.argv[1:]), message, "see --help")
+
+
+def run(main: Callable[[], int]) -> int:
+    """The exit code of `main`, with bad input told in one line, by rank 0 alone."""
+    try:
+        return main()
+    except UserError as error:
+        if _rank() == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_rank(main: Callable[[], int]) -> int:
+    """The same with every other end of a rank: a traceback says whose it is, and the loss of a peer needs none."""
+    try:
+        return run(main)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if any(words in str(error) for words in PEER_GONE):
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            told = f": {LOST} ({where.name}: {str(error).splitlines()[0]})"
+        else:
+            told = f" failed:\n{traceback.format_exc()}"
+        print(f"rank {_rank()}{told}", file=sys.stderr)
+        return 1
+
+
+def end_rank(main: Callable[[], int]) -> NoReturn:
+    """Run `main`, and end the process whatever became of it."""
+    code = run_rank(main)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk
+            stream.flush()
+    # Not sys.exit: after an error the communication threads would wait for ranks that are gone.
+    os._exit(code)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
