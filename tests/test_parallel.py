@@ -77,7 +77,7 @@ def test_bf16_stays_near_and_keeps_unit_masters(layout, zero):
 
 
 def _sums_job(config):
-    """(dtypes of the large all-reduces of a step, bytes of gradients in bf16 that are kept after its backward passes)."""
+    """(dtypes of the large all-reduces of a step, bytes of gradients that are kept in bf16 until then)."""
     dtypes, kept, all_reduce = set(), [], dist.all_reduce
     engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
     engine.write(initial_fragments(engine, 0))
@@ -102,6 +102,19 @@ def test_bf16_gradients_add_up_in_fp32(layout, zero):
     for dtypes, kept in run_ranks(layout.world, _sums_job, config):
         assert dtypes == {torch.float32}
         assert zero == 2 or kept == 0
+
+
+def _shared_gradient_job():
+    """The gradient that `enter` sums over ranks also goes elsewhere, unsummed."""
+    tp = ProcessGroupTP(dist.group.WORLD, 2, dist.get_rank())
+    x, z = (torch.zeros(3, requires_grad=True) for _ in range(2))
+    other = z * 1  # made before, so in backward it comes after
+    ((tp.enter(x) + other) * torch.arange(3.0)).sum().backward()
+    return x.grad.tolist(), z.grad.tolist()
+
+
+def test_a_sum_in_backward_leaves_the_gradient_that_others_hold():
+    assert run_ranks(2, _shared_gradient_job) == [([0.0, 2.0, 4.0], [0.0, 1.0, 2.0])] * 2
 
 
 def _forgets_backward_sum(self, x):

@@ -154,7 +154,7 @@ class Engine:
             losses = []
             self.deepspeed.train()
             for inputs, targets in batches:
-                micro = self.deepspeed(inputs.to(self.device), targets.to(self.device))
+                micro = self.deepspeed(self._on_device(inputs), self._on_device(targets))
                 self.deepspeed.backward(micro)
                 self.deepspeed.step()
                 losses.append(micro.detach())
@@ -168,7 +168,7 @@ class Engine:
             self._expect_shape(seq_len)
             return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=steps))
         self.deepspeed.eval()
-        return float(self._mean([self.deepspeed(x.to(self.device), y.to(self.device)) for x, y in batches]))
+        return float(self._mean([self.deepspeed(self._on_device(x), self._on_device(y)) for x, y in batches]))
 
     def sequence_losses(self, batches: Sequence[Batch], steps: int, seq_len: int) -> Tensor | None:
         """Each sequence's summed loss in nats, in the order of this data-parallel rank's batches; None on ranks before
@@ -183,6 +183,11 @@ class Engine:
         if seq_len != self._pipe_seq_len:
             self.deepspeed.reset_activation_shape()
             self._pipe_seq_len = seq_len
+
+    def _on_device(self, tokens: Tensor) -> Tensor:
+        """From pinned memory: a copy from other memory waits until the GPU has done all that it was given."""
+        on_gpu = self.device.type == "cuda" and not tokens.is_cuda
+        return tokens.pin_memory().to(self.device, non_blocking=True) if on_gpu else tokens
 
     def _mean(self, losses: list[Tensor]) -> Tensor:
         loss = torch.stack(losses).float().mean()
