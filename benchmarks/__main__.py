@@ -25,6 +25,7 @@ from benchmarks.table import Row, markdown
 Suite = Callable[[int, bool], list[Row]]
 CPU: dict[str, Suite] = {
     "step": training.step_times,
+    "blocks": training.blocks,
     "layouts": training.layouts,
     "growth": growth.growths,
     "preprocess": preprocessing.preprocessing,
@@ -32,6 +33,7 @@ CPU: dict[str, Suite] = {
 }
 GPU: dict[str, Suite] = {
     "step": training.gpu_step_times,
+    "blocks": training.blocks,
     "mfu": training.mfu,
     "layouts": training.layouts,
     "growth": growth.growths,

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.arms import Arm, Step, Timing, in_turn
 from benchmarks.table import Row, compare, seconds_row, speedup_row
 from megabus.config import Layout, ModelConfig, RunConfig, parse_config, resolve_stages
+from megabus.engine.startup import on_gpu
 
 ONE = Layout(1, 1, 1)
 CPU_SHAPES = [(96, 3), (256, 4), (512, 4)]  # d_model, layers
@@ -67,6 +68,17 @@ def training_step(config: RunConfig) -> Step:
     return step
 
 
+def compiled_blocks_step(config: RunConfig) -> Step:
+    """The same with every whole block under torch.compile, sizes fixed: what `train.kernels` does not offer."""
+    import torch
+
+    from megabus.model.decoder import KINDS
+
+    for kind in KINDS.values():
+        kind.Block.forward = torch.compile(kind.Block.forward, dynamic=False)  # in this rank's process alone
+    return training_step(config)
+
+
 def arm(label: str, config: RunConfig, layout: Layout = ONE) -> Arm:
     return Arm(label, layout.world, training_step, (config,))
 
@@ -94,10 +106,22 @@ def _overheads(where: str, forms: Sequence[str], timings: dict[str, Timing], tar
     return rows + [seconds_row(f"step, {where}", f"ngpt {form}", "ngpt eager", timings) for form in forms[1:]]
 
 
+def blocks(rounds: int, small: bool) -> list[Row]:
+    """Does compiling whole blocks win over compiling what lies between their matrix products?"""
+    model, seq_len, micro = (shape("ngpt", 32, 2), 16, 2) if small else (shape("ngpt", 256, 4), 256, 4)
+    train: dict[str, Any] = {}
+    if on_gpu():
+        model, seq_len, train = paper_shape("ngpt", "0.5B"), 4096, {"precision": "bf16"}
+    whole = config_of(model, ONE, seq_len, micro, micro, kernels="eager", **train)
+    arms = [arm(form, config_of(model, ONE, seq_len, micro, micro, kernels=form, **train)) for form in FORMS]
+    arms.append(Arm("whole blocks", 1, compiled_blocks_step, (whole,)))
+    timings = in_turn(arms, rounds, 2)
+    where = f"d{model['d_model']} L{model['n_layers']}, {micro} x {seq_len} tokens"
+    return [seconds_row(f"step, ngpt {where}", "whole blocks", form, timings) for form in FORMS]
+
+
 def layouts(rounds: int, small: bool) -> list[Row]:
     """Two ranks against one process on the same global batch, in micro batches of one sequence."""
-    from megabus.engine.startup import on_gpu
-
     model, seq_len, batch = (shape("ngpt", 32, 2), 16, 4) if small else (shape("ngpt", 512, 4), 256, 16)
     train: dict[str, Any] = {}
     if on_gpu():
