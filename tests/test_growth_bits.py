@@ -13,7 +13,7 @@ from small_models import GQA, KINDS, config, lively_state, loss_of, model_of
 import megabus
 from megabus import counter
 from megabus.growth import rules, writes
-from megabus.growth.rules import Growth, grow_rows
+from megabus.growth.rules import Growth, grow_blocks
 from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape, spec_of
 
@@ -35,7 +35,7 @@ def grown_in_parts(job, name, kind, old, cuts):
         needed = np.unique(parents)
         return old[needed][np.searchsorted(needed, parents)]
 
-    return torch.cat([grow_rows(job, name, kind, *span, fetch) for span in pairwise(cuts)])
+    return torch.cat([rows for span in pairwise(cuts) for _, rows in grow_blocks(job, name, kind, *span, fetch)])
 
 
 def parts_agree(job, kind, draw, single_rows=()):
@@ -82,8 +82,9 @@ def test_bits_do_not_depend_on_threads_or_blocks(monkeypatch, write):
     job, name = growth_job(after={"d_model": 400, "d_ff": 186}, write=write), "layers.0.mlp.down"
     old = lively_state(job.old)[name]
 
-    def grow():
-        return grow_rows(job, name, "weight", 0, 186, lambda parents: old[parents])
+    def grow(limit=rules.BLOCK_BYTES):
+        rows = grow_blocks(job, name, "weight", 0, 186, lambda parents: old[parents], limit)
+        return torch.cat([block for _, block in rows])
 
     grown = grow()
     assert grown.numel() > 2**16  # enough for PyTorch to share out among threads
@@ -93,9 +94,9 @@ def test_bits_do_not_depend_on_threads_or_blocks(monkeypatch, write):
     finally:
         torch.set_num_threads(1)
     blocks = []
-    monkeypatch.setattr(rules, "BLOCK_ELEMENTS", 400 * 7 + 5)
+    row = rules.row_bytes(job, param_specs(job.new)[name])
     monkeypatch.setattr(rules, "_weight", lambda *args, real=rules._weight: blocks.append(1) or real(*args))
-    assert torch.equal(grow(), grown)
+    assert torch.equal(grow(8 * row - 1), grown)
     assert len(blocks) == 27
 
 

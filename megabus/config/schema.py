@@ -186,9 +186,7 @@ class GrowthConfig(Section):
     channels: Literal["even", "uneven"] = "even"
     depth: Literal["identity", "split", "stack"] = "identity"
     moments: Literal["reset", "carry", "grow"] = "reset"
-    buffer_mb: Count = Field(
-        256, description="MiB that move at a time, all ranks together, while shards are redistributed"
-    )
+    buffer_mb: Count = Field(256, description="most MiB that growing takes on a rank beside its old and its new shard")
     max_tokens: Count | None = Field(None, description="cap of the first stage")
     max_flops: Positive | None = Field(None, description="cap of the first stage")
     trigger: KappaConfig = KappaConfig()

@@ -45,8 +45,8 @@ def read_step(optimizer: torch.optim.Optimizer, flat: Tensor) -> int:
 
 
 def write_state(optimizer: torch.optim.Optimizer, flat: Tensor, moments: dict[str, Tensor], step: int) -> None:
-    """Give a partition its moments and its count of updates."""
-    optimizer.state[flat] = dict(moments)
+    """Give a partition moments, beside those that it has, and its count of updates."""
+    optimizer.state[flat] = {**optimizer.state.get(flat, {}), **moments}
     if isinstance(optimizer, torch.optim.AdamW):
         optimizer.state[flat]["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
     elif type(optimizer).__module__.startswith("apex"):

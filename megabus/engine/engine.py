@@ -199,7 +199,7 @@ class Engine:
         return read_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank)
 
     def write(self, fragments: Fragments, optimizer_step: int = 0) -> None:
-        """Set this rank's masters, and moments where given; collective."""
+        """Set this rank's masters, and moments where given, which are taken out of `fragments`; collective."""
         write_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank, fragments, optimizer_step)
 
     @property

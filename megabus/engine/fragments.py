@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megabus.engine.adam import read_step, write_state
 from megabus.model.params import spec_of
-from megabus.parallel.fragments import MOMENTS, Fragments
+from megabus.parallel.fragments import KINDS, MOMENTS, Fragments, Kind
 from megabus.parallel.placement import Piece, Placement
 
 
@@ -50,7 +50,7 @@ def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: i
         fragments[piece] = {"weight": flat.detach()[part]}
         state = inner.state.get(flat)
         if state:
-            fragments[piece] |= {kind: state[kind][part] for kind in MOMENTS}
+            fragments[piece] |= {kind: state[kind][part] for kind in MOMENTS if kind in state}
     if owned:
         raise RuntimeError(f"DeepSpeed holds no part of {sorted(owned)}")
     return fragments
@@ -63,12 +63,13 @@ def optimizer_step_count(engine: Any) -> int:
 
 @torch.no_grad()
 def write_fragments(engine: Any, module: nn.Module, placement: Placement, rank: int, new: Fragments, step: int) -> None:
-    """Set masters (and moments, which `new` has if `step` is not 0) and refresh the model's weights."""
-    if step:
-        inner = inner_optimizer(engine)
-        for flat in flat_partitions(engine):
-            write_state(inner, flat, {kind: torch.zeros_like(flat) for kind in MOMENTS}, step)
-    for piece, tensors in read_fragments(engine, module, placement, rank).items():
-        for kind, values in new[piece].items():
-            tensors[kind].copy_(values)
+    """Set masters (and moments, which `new` has if `step` is not 0) and refresh the model's weights. Takes the tensors
+    out of `new`, one kind after the other, so that never more than one kind lies in memory twice."""
+    kinds: tuple[Kind, ...] = KINDS if step else ("weight",)
+    for kind in kinds:
+        if kind != "weight":
+            for flat in flat_partitions(engine):
+                write_state(inner_optimizer(engine), flat, {kind: torch.zeros_like(flat)}, step)
+        for piece, tensors in read_fragments(engine, module, placement, rank).items():
+            tensors[kind].copy_(new[piece].pop(kind))
     engine.optimizer.update_lp_params()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megabus.growth.plan import Move, Plan, Unit, runs
-from megabus.growth.rules import grow_rows
+from megabus.growth.rules import BLOCK_BYTES, grow_blocks
 from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.placement import Piece
 
@@ -24,101 +25,101 @@ class Mail:
     kept: int = 0
 
 
+@dataclass(frozen=True)
+class Table:
+    """Old rows that this rank needs, of one tensor: side by side in `values` (len(rows) * width,), which hold no more
+    than is needed of each."""
+
+    rows: np.ndarray
+    values: Tensor
+
+    def part(self, piece: Piece) -> Tensor:
+        """Where old entries lie; they are all within one run of rows."""
+        width = len(self.values) // len(self.rows)
+        start = int(np.searchsorted(self.rows, piece.start // width)) * width + piece.start % width
+        return self.values[start : start + len(piece)]
+
+    def fetch(self, parents: np.ndarray) -> Tensor:
+        """Old rows (B, width), or (B,) where the width is 1; any row at all for one that is not here."""
+        at = np.searchsorted(self.rows, parents).clip(max=len(self.rows) - 1)
+        values = self.values.view(len(self.rows), -1).squeeze(1)
+        return values[torch.from_numpy(at).to(values.device)]
+
+
+Tables = dict[tuple[Unit, Kind], Table]
+Tensors = Mapping[str, tuple[Piece, dict[Kind, Tensor]]]
+"""Fragments by the parameter's name."""
+
+
 def redistribute(
     plan: Plan, owned: Fragments, kinds: tuple[Kind, ...], rank: int, buffer_bytes: int
 ) -> tuple[Fragments, Mail]:
     """This rank's fragments under the new placement, grown from everybody's old ones. Collective.
 
-    owned: this rank's fragments under the old placement. kinds: which tensors go along.
+    owned: this rank's fragments under the old placement. kinds: which tensors go along. buffer_bytes: the most memory
+    to take beside `owned` and what is returned, as long as it holds two rows and what growing one takes
+    (`rules.row_bytes`).
     """
     device = next(iter(owned.values()))["weight"].device
-    grown: Fragments = {
-        piece: {kind: torch.empty(len(piece), device=device) for kind in kinds} for piece in plan.new.owned(rank)
+    grown: Fragments = {  # zeros: what is grown from nothing is not computed either
+        piece: {kind: torch.zeros(len(piece), device=device) for kind in kinds} for piece in plan.new.owned(rank)
     }
     mail = Mail()
     old = {piece.name: (piece, tensors) for piece, tensors in owned.items()}
     new = {piece.name: (piece, tensors) for piece, tensors in grown.items()}
-    for wave in plan.waves(buffer_bytes, len(kinds)):
-        moves = [(unit, list(plan.moves(unit, rank))) for unit in wave]
-        arrived = _exchange([m for _, unit_moves in moves for m in unit_moves], old, kinds, rank, device, mail)
-        for unit, unit_moves in moves:
-            _grow_unit(plan, unit, [m for m in unit_moves if m.dst == rank], arrived, new, kinds, device)
+    half = buffer_bytes // 2  # for the old rows of a wave; the other half for growing them
+    limit = min(half, BLOCK_BYTES) if device.type == "cpu" else half  # a GPU likes its blocks as large as can be
+    for wave in plan.waves(half, len(kinds)):
+        tables = _empty_tables(plan, wave, kinds, new, device)
+        moves = [(unit, kind, move) for unit in wave for kind in kinds for move in plan.moves(unit, kind, rank)]
+        _exchange(moves, old, tables, rank, mail)
+        while tables:
+            _grow_table(plan, *tables.popitem(), new, limit)
     return grown, mail
 
 
-def _exchange(
-    moves: list[Move],
-    old: Mapping[str, tuple[Piece, dict[Kind, Tensor]]],
-    kinds: tuple[Kind, ...],
-    rank: int,
-    device: torch.device,
-    mail: Mail,
-) -> dict[Piece, dict[Kind, Tensor]]:
-    """One message per pair of ranks. Returns what arrived, and views of what was here already."""
+def _heirs(plan: Plan, unit: Unit, new: Tensors) -> list[tuple[Piece, dict[Kind, Tensor]]]:
+    """This rank's part of the new parameters that grow from the unit's."""
+    return [new[name] for name in plan.heirs[unit.name] if name in new]
 
-    def own(piece: Piece, kind: Kind) -> Tensor:
-        whole, tensors = old[piece.name]
-        return tensors[kind][piece.start - whole.start : piece.stop - whole.start]
 
-    incoming: dict[int, list[Piece]] = {}
-    outgoing: dict[int, list[Piece]] = {}
-    arrived: dict[Piece, dict[Kind, Tensor]] = {}
-    for move in moves:
-        if move.src == move.dst == rank:
-            arrived[move.piece] = {kind: own(move.piece, kind) for kind in kinds}
-        elif move.dst == rank:
-            incoming.setdefault(move.src, []).append(move.piece)
+def _empty_tables(plan: Plan, wave: list[Unit], kinds: tuple[Kind, ...], new: Tensors, device: torch.device) -> Tables:
+    tables: Tables = {}
+    for unit, kind in product(wave, kinds):
+        rows = plan.need(unit, [piece for piece, _ in _heirs(plan, unit, new)], kind).rows
+        if len(rows):
+            tables[unit, kind] = Table(rows, torch.empty(len(rows) * plan.old.width(unit.name), device=device))
+    return tables
+
+
+def _grow_table(plan: Plan, what: tuple[Unit, Kind], table: Table, new: Tensors, limit: int) -> None:
+    """Turn a unit's old rows into all new rows that this rank owns of it."""
+    unit, kind = what
+    for piece, tensors in _heirs(plan, unit, new):
+        for low, high in runs(plan.children(unit, piece)):
+            for first, block in grow_blocks(plan.growth, piece.name, kind, low, high, table.fetch, limit):
+                _place(block.view(-1), first * plan.new.width(piece.name), piece, tensors[kind])
+
+
+def _exchange(moves: list[tuple[Unit, Kind, Move]], old: Tensors, tables: Tables, rank: int, mail: Mail) -> None:
+    """Fill the tables with what this rank has and what others send. Straight from masters into tables: no copies are
+    made to be sent. Between two ranks messages go in the order of moves."""
+    jobs = []
+    for unit, kind, move in moves:
+        if move.src == rank:
+            whole, tensors = old[unit.name]
+            letter = tensors[kind][move.piece.start - whole.start : move.piece.stop - whole.start]
+        if move.src == move.dst:
+            tables[unit, kind].part(move.piece).copy_(letter)
+            mail.kept += letter.nbytes
         elif move.src == rank:
-            outgoing.setdefault(move.dst, []).append(move.piece)
-    buffers = {src: torch.empty(sum(map(len, pieces)) * len(kinds), device=device) for src, pieces in incoming.items()}
-    letters = {
-        dst: torch.cat([own(piece, kind) for piece in pieces for kind in kinds]) for dst, pieces in outgoing.items()
-    }
-    jobs = [dist.P2POp(dist.irecv, buffer, src) for src, buffer in sorted(buffers.items())]
-    jobs += [dist.P2POp(dist.isend, letter, dst) for dst, letter in sorted(letters.items())]
+            jobs.append(dist.P2POp(dist.isend, letter, move.dst))
+            mail.sent += letter.nbytes
+        else:
+            jobs.append(dist.P2POp(dist.irecv, tables[unit, kind].part(move.piece), move.src))
     if jobs:
         for work in dist.batch_isend_irecv(jobs):
             work.wait()
-    mail.sent += sum(letter.nbytes for letter in letters.values())
-    mail.kept += sum(tensor.nbytes for tensors in arrived.values() for tensor in tensors.values())
-    for src, pieces in incoming.items():
-        views = iter(buffers[src].split([len(piece) for piece in pieces for _ in kinds]))
-        for piece in pieces:
-            arrived[piece] = {kind: next(views) for kind in kinds}
-    return arrived
-
-
-def _grow_unit(
-    plan: Plan,
-    unit: Unit,
-    moves: list[Move],
-    arrived: Mapping[Piece, dict[Kind, Tensor]],
-    new: Mapping[str, tuple[Piece, dict[Kind, Tensor]]],
-    kinds: tuple[Kind, ...],
-    device: torch.device,
-) -> None:
-    """Turn a unit's old rows into all new rows that this rank owns of it."""
-    heirs = [new[name] for name in plan.heirs[unit.name] if name in new]
-    if not moves:
-        return
-    needed = plan.needs(unit, [piece for piece, _ in heirs])
-    width = plan.old.width(unit.name)
-    is_matrix = plan.old.specs[unit.name].is_matrix
-    for kind in kinds:
-        table = torch.empty(len(needed) * width, device=device)
-        for move in moves:  # each lies within one run of needed rows
-            start = move.piece.start
-            at = int(np.searchsorted(needed, start // width)) * width + start % width
-            table[at : at + len(move.piece)] = arrived[move.piece][kind]
-        table = table.view(len(needed), width) if is_matrix else table
-
-        def fetch(parents: np.ndarray, table: Tensor = table) -> Tensor:
-            return table[torch.from_numpy(np.searchsorted(needed, parents)).to(device)]
-
-        for piece, tensors in heirs:
-            for low, high in runs(plan.children(unit, piece)):
-                rows = grow_rows(plan.growth, piece.name, kind, low, high, fetch).reshape(-1)
-                _place(rows, low * plan.new.width(piece.name), piece, tensors[kind])
 
 
 def _place(values: Tensor, start: int, piece: Piece, into: Tensor) -> None:

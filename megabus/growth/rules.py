@@ -6,7 +6,7 @@ numbers. Growing a shard therefore gives the same bits as cutting a shard from t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from megabus.model.decoder import param_specs
 from megabus.model.params import ParamSpec
 from megabus.parallel.fragments import Kind
 
-BLOCK_ELEMENTS = 1 << 18  # rows are grown in blocks of about this many entries: fp64 temporaries stay small
+BLOCK_BYTES = 1 << 24  # of temporaries: on CPUs larger blocks are no faster, and twice as large ones slower
 
 
 @dataclass(frozen=True)
@@ -46,35 +46,77 @@ class Growth:
     def rows(self, spec: ParamSpec) -> AxisMap:
         return axis_maps(self.old, self.new)[spec.rows]
 
+    def columns(self, spec: ParamSpec) -> np.ndarray:
+        """The old column that every new one copies: (d_model,); gains have the one."""
+        return axis_maps(self.old, self.new)["embed"].parent if spec.is_matrix else np.zeros(1, int)
 
-def grow_rows(
-    growth: Growth, name: str, kind: Kind, start: int, stop: int, fetch: Callable[[np.ndarray], Tensor]
-) -> Tensor:
-    """Rows [start, stop) of a new parameter's weight or Adam moment: (stop - start, d_model), gains (stop - start,).
+    def gate(self, spec: ParamSpec) -> float:
+        return self.layer_source(spec).gate(self.how.depth) if spec.gate else 1.0
+
+    def live(self, spec: ParamSpec, kind: Kind) -> np.ndarray:
+        """Which new rows are grown from anything at all; the others are zeros. (rows,) bool."""
+        rows = self.rows(spec)
+        return np.full(len(rows), self.gate(spec) != 0) if kind == "weight" else _share(self, spec, rows) != 0
+
+    def mixing(self, spec: ParamSpec, kind: Kind) -> np.ndarray:
+        """New rows of which every entry depends on all of the old row, not just on the column that it copies."""
+        copies = self.rows(spec).copies
+        return (copies > 1) & (kind == "weight" and _turns(self, spec))
+
+
+def grow_blocks(
+    growth: Growth,
+    name: str,
+    kind: Kind,
+    start: int,
+    stop: int,
+    fetch: Callable[[np.ndarray], Tensor],
+    limit: int = BLOCK_BYTES,
+) -> Iterator[tuple[int, Tensor]]:
+    """Rows [start, stop) of a new parameter's weight or Adam moment, block by block: (first row, rows (B, d_model)),
+    gains (B,).
 
     `fetch` returns old rows of the same kind for an array of old row numbers. For gains a row is one entry. Computed
-    in fp64, returned in the dtype of the old rows.
+    in fp64, returned in the dtype of the old rows. A block, its temporaries and the block before it take no more than
+    `limit` bytes, or what one row takes.
     """
     spec = param_specs(growth.new)[name]
-    width = growth.new.d_model if spec.is_matrix else 1
-    step = max(1, BLOCK_ELEMENTS // width)
-    blocks = []
+    rows = growth.rows(spec)
+    step = max(1, limit // row_bytes(growth, spec))
     for low in range(start, stop, step):
-        rows = growth.rows(spec)
         part = slice(low, min(low + step, stop))
         block = AxisMap(rows.parent[part], rows.copy[part], rows.copies[part])
-        fetched = fetch(block.parent)
-        old = fetched.double()
-        if kind == "weight":
-            grown = _weight(growth, spec, old, block, low)
-        else:
-            grown = _moment(growth, spec, kind, old, block, low)
-        blocks.append(grown.to(fetched.dtype))
-    return torch.cat(blocks)
+        yield low, _block(growth, spec, kind, block, low, fetch)
+
+
+def row_bytes(growth: Growth, spec: ParamSpec) -> int:
+    """The most memory that growing one row takes at a time, over any kind and manner (measured; a test holds it)."""
+    copies = int(growth.rows(spec).copies.max())
+    width = growth.new.d_model if spec.is_matrix else 1
+    entries = 12 + 2 * copies if copies > 1 and _turns(growth, spec) else 6
+    return 8 * (width * entries + 16)  # the last term: the row's numbers on its axes
+
+
+def _block(
+    growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap, low: int, fetch: Callable[[np.ndarray], Tensor]
+) -> Tensor:
+    fetched = fetch(rows.parent)
+    dtype, old = fetched.dtype, fetched.double()
+    del fetched
+    if kind == "weight":
+        return _weight(growth, spec, old, rows, low).to(dtype)
+    return _moment(growth, spec, kind, old, rows, low).to(dtype)
+
+
+def _turns(growth: Growth, spec: ParamSpec) -> bool:
+    """Whether copies of this parameter's rows are more than scaled copies."""
+    return spec.role == "write" and growth.how.write != "clone"
 
 
 def _weight(growth: Growth, spec: ParamSpec, old: Tensor, rows: AxisMap, low: int) -> Tensor:
-    gate = growth.layer_source(spec).gate(growth.how.depth) if spec.gate else 1.0
+    gate = growth.gate(spec)
+    if gate == 0:  # not a product: where nothing is needed, nothing is sent, and a row may hold any bits
+        return old.new_zeros(len(old), growth.new.d_model) if spec.is_matrix else torch.zeros_like(old)
     if spec.is_matrix:
         grown = _embed(growth, old, power=1)
         if spec.role == "write" and rows.copies.max() > 1:
@@ -92,7 +134,7 @@ def _embed(growth: Growth, old: Tensor, power: int) -> Tensor:
     embed = axis_maps(growth.old, growth.new)["embed"]
     parent = torch.from_numpy(embed.parent).to(old.device)
     scale = torch.from_numpy(channel_scale(embed, growth.how.channels) ** power).to(old.device)
-    return old[:, parent] * scale
+    return old[:, parent].mul_(scale)
 
 
 def _write(growth: Growth, spec: ParamSpec, w_BD: Tensor, rows: AxisMap, low: int) -> Tensor:
@@ -114,6 +156,18 @@ def _write(growth: Growth, spec: ParamSpec, w_BD: Tensor, rows: AxisMap, low: in
     return grown
 
 
+def _share(growth: Growth, spec: ParamSpec, rows: AxisMap) -> np.ndarray:
+    """What each new row gets of its parent's gradient: (rows,) fp64."""
+    if growth.how.moments == "reset":
+        return np.zeros(len(rows))
+    if growth.how.moments == "carry":
+        # On the embed axis there is no original to prefer: E spreads each channel over its copies.
+        original = (rows.copy == 0) | (spec.rows == "embed")
+        return original.astype(np.float64) * (growth.layer_source(spec).copy == 0)
+    shared = spec.role != "write" and spec.rows != "embed"
+    return 1.0 / rows.copies if shared else np.ones(len(rows))
+
+
 def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: AxisMap, low: int) -> Tensor:
     """Moments follow the gradient: m like g, v like g^2.
 
@@ -122,22 +176,13 @@ def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: Axis
     originals; `grow` maps everything; `reset` starts from zero.
     """
     power = 1 if kind == "exp_avg" else 2
-    layer = growth.layer_source(spec)
-    if growth.how.moments == "reset":
-        share = np.zeros(len(rows))
-    elif growth.how.moments == "carry":
-        # On the embed axis there is no original to prefer: E spreads each channel over its copies.
-        original = (rows.copy == 0) | (spec.rows == "embed")
-        share = original.astype(np.float64) * (layer.copy == 0)
-    else:
-        shared = spec.role != "write" and spec.rows != "embed"
-        share = 1.0 / rows.copies if shared else np.ones(len(rows))
-    factor = torch.from_numpy(share**power).to(old.device)
+    factor = torch.from_numpy(_share(growth, spec, rows) ** power).to(old.device)
+    dead = factor == 0  # their parents need not have been sent
     if spec.is_matrix:
-        return _embed(growth, old, power) * factor[:, None]
+        return _embed(growth, old, power).mul_(factor[:, None]).masked_fill_(dead[:, None], 0)
     scale = (spec.multiplier / growth.old_spec(spec).multiplier) ** power
     if spec.rows == "embed":
         embed = axis_maps(growth.old, growth.new)["embed"]
         a = channel_scale(embed, growth.how.channels)[low : low + len(rows)]
         factor = factor * torch.from_numpy(a ** (2 * power)).to(old.device)
-    return old * factor * scale
+    return (old * factor * scale).masked_fill_(dead, 0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from megabus.config.pair import check_pair
 from megabus.config.schema import GrowthConfig, ModelConfig
 from megabus.errors import UserError
-from megabus.growth.rules import Growth, grow_rows
+from megabus.growth.rules import Growth, grow_blocks
 from megabus.model.decoder import param_specs
 from megabus.model.params import axis_sizes, global_shape
 from megabus.parallel.fragments import Kind
@@ -46,7 +47,7 @@ def grow_state(
     for name, spec in param_specs(new_config).items():
         old = state[job.old_spec(spec).name]
         rows = axis_sizes(new_config)[spec.rows]
-        grown[name] = grow_rows(job, name, kind, 0, rows, old.__getitem__)
+        grown[name] = torch.cat([block for _, block in grow_blocks(job, name, kind, 0, rows, old.__getitem__)])
     return grown
 
 

@@ -35,9 +35,10 @@ def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
     reset = config.growth.moments == "reset" or engine.optimizer_step == 0
     kinds: tuple[Kind, ...] = ("weight",) if reset else KINDS
     optimizer_step = 0 if reset else engine.optimizer_step
-    buffer_bytes = config.growth.buffer_mb * 2**20
-    fragments, mail = redistribute(plan, engine.read(), kinds, engine.mesh.rank, buffer_bytes)
-    engine.close()
+    owned = {piece: {kind: tensors[kind] for kind in kinds} for piece, tensors in engine.read().items()}
+    engine.close()  # before the new shard is there: from now on only what travels is left of the old one
+    fragments, mail = redistribute(plan, owned, kinds, engine.mesh.rank, config.growth.buffer_mb * 2**20)
+    del owned
     grown = Engine(config, stage)
     grown.write(fragments, optimizer_step)
     totals = torch.tensor([mail.sent, mail.kept], device=grown.device)
