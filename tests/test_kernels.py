@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import config, lively_state, loss_of, model_of
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from megabus.errors import UserError
 from megabus.kernels import eager, table
+from megabus.kernels.compiled import _compile
 from megabus.kernels.table import EAGER, FUNCTIONS, select
 from megabus.model.decoder import Decoder
 
@@ -289,6 +291,24 @@ def test_arithmetic_in_bf16_is_noticed(monkeypatch, name):
 def test_compiled(name):
     torch._inductor.config.compile_threads = 1  # no pool of processes beside the tests' ranks
     compare(form_of("compiled"), CASES[name](Inputs(torch.bfloat16, 5, 48)))
+
+
+COINCIDE = [(6, 6, 6), (6, 12, 3), (12, 6, 5), (9, 18, 9), (8, 16, 16), (5, 22, 3)]  # rows (T), width (C), heads
+
+
+@pytest.mark.parametrize("name", [*CASES, "unit_rows_"])
+def test_sizes_that_coincide_are_compiled_once(name):
+    """A growth that parts two sizes which were equal must not change the code: a resumed run would compile other."""
+    counter = CompileCounterWithBackend("aot_eager")
+    function = name.split()[0]
+    kernels = replace(EAGER, **{function: _compile(getattr(eager, function), counter)})
+    for rows, width, heads in COINCIDE:
+        at = Inputs(torch.float32, rows, width, heads)
+        if name == "unit_rows_":
+            kernels.unit_rows_(at.matrix())
+        else:
+            compare(kernels, CASES[name](at))
+    assert counter.frame_count == 1
 
 
 @needs_compiler
