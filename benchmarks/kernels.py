@@ -32,6 +32,7 @@ from megabus.kernels.table import EAGER, Kernels, select, why_not
 
 SMALL = 4096  # rows that the fp64 check takes: enough for several tiles a program
 COPIED = 1 << 28  # bytes of the copy that bandwidth is measured with
+SLEEPS = [2_000_000 << doublings for doublings in range(11)]  # cycles: from about 1 ms to about 1 s
 
 
 @dataclass
@@ -119,14 +120,18 @@ class Clock:
             begun = time.perf_counter()
             job()
             return time.perf_counter() - begun
-        self.other.zero_()
-        torch.cuda._sleep(2_000_000)  # about 1 ms, in which the host queues the whole job: its own time does not count
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        job()
-        stop.record()
-        torch.cuda.synchronize(self.device)
-        return float(start.elapsed_time(stop)) / 1e3
+        for cycles in SLEEPS:
+            self.other.zero_()
+            torch.cuda._sleep(cycles)  # meanwhile the host queues the whole job: its own time must not count
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            job()
+            stop.record()
+            asleep = not start.query()  # still: so all is queued before the job begins, and it never waits for the host
+            torch.cuda.synchronize(self.device)
+            if asleep:
+                return float(start.elapsed_time(stop)) / 1e3
+        raise RuntimeError("the host cannot queue the job while the device sleeps: does the job wait for the device?")
 
 
 def timed(clock: Clock, jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

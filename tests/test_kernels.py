@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import config, lively_state, loss_of, model_of
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from megabus.errors import UserError
 from megabus.kernels import eager, table
+from megabus.kernels.compiled import _compile
 from megabus.kernels.table import EAGER, FUNCTIONS, select
 from megabus.model.decoder import Decoder
 
@@ -151,13 +153,26 @@ def test_no_row_and_one_row(form, name, rows):
 def test_zero_vectors_stay_zero(form, name, dtype):
     """As F.normalize has it, gradients included: they are those of a division by 1e-12, and finite."""
     function, given, rest = CASES[name](Inputs(dtype, 6, 10))
-    given[0][0] = 0
+    given[0][..., 0, :] = 0
+    given[0][..., 1, :] *= 1e-14  # shorter than 1e-12, and not zero: the division alone has a gradient
     if function in ("residual", "gate"):
         given[1][:2] = 0  # the first row is zero in both
+        given[1][2] *= 1e-14
     found = results(form_of(form), (function, given, rest))
-    assert not found[0][0].any()
+    assert not found[0][..., 0, :].any()
     assert all(x.isfinite().all() for x in found)
     compare(form_of(form), (function, given, rest))
+
+
+@pytest.mark.parametrize("form", SMALL)
+@pytest.mark.parametrize("name", CASES)
+def test_a_nan_turns_its_row_to_nans(form, name):
+    """Else a run that went wrong goes on unnoticed. (`maximum` drops NaNs on a GPU: compile_triton.py looks for it.)"""
+    function, given, rest = CASES[name](Inputs(torch.float32, 6, 10))
+    given[0][..., 0, 3] = torch.nan
+    found, wanted = (results(kernels, (function, given, rest)) for kernels in (form_of(form), EAGER))
+    assert wanted[0].isnan().any()
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(found, wanted, strict=True))
 
 
 LAYOUTS = {
@@ -218,9 +233,11 @@ def test_triton_leaves_fp64_to_the_eager_form(name):
 
 @TRITON_ONLY
 def test_triton_refuses_what_it_cannot_hold():
-    kernels, wide_row = form_of("triton"), torch.ones(1, 16385)
-    with pytest.raises(UserError, match=r"rows of 16385 exceed 16384; use compiled or eager"):
+    kernels, wide_row = form_of("triton"), torch.ones(1, 8193)
+    with pytest.raises(UserError, match=r"rows of 8193, padded to 16384, exceed 8192; use compiled or eager"):
         kernels.rms_norm(wide_row, wide_row[0], 1e-5)
+    with pytest.raises(UserError, match=r"rows of 72 x 160, padded to 32768, exceed 8192; use compiled or eager"):
+        kernels.rotate(torch.ones(1, 1, 72, 160), torch.ones(1, 1, 80), torch.ones(1, 1, 80))
     assert kernels.gate(wide_row, wide_row, None, None).shape == wide_row.shape  # no row is summed here
     with pytest.raises(ValueError, match=r"x: shape \(2, 4\), expected \(3, 4\)"):
         kernels.residual(torch.ones(3, 4), torch.ones(2, 4), torch.ones(4))
@@ -289,6 +306,24 @@ def test_arithmetic_in_bf16_is_noticed(monkeypatch, name):
 def test_compiled(name):
     torch._inductor.config.compile_threads = 1  # no pool of processes beside the tests' ranks
     compare(form_of("compiled"), CASES[name](Inputs(torch.bfloat16, 5, 48)))
+
+
+COINCIDE = [(6, 6, 6), (6, 12, 3), (12, 6, 5), (9, 18, 9), (8, 16, 16), (5, 22, 3)]  # rows (T), width (C), heads
+
+
+@pytest.mark.parametrize("name", [*CASES, "unit_rows_"])
+def test_sizes_that_coincide_are_compiled_once(name):
+    """A growth that parts two sizes which were equal must not change the code: a resumed run would compile other."""
+    counter = CompileCounterWithBackend("aot_eager")
+    function = name.split()[0]
+    kernels = replace(EAGER, **{function: _compile(getattr(eager, function), counter)})
+    for rows, width, heads in COINCIDE:
+        at = Inputs(torch.float32, rows, width, heads)
+        if name == "unit_rows_":
+            kernels.unit_rows_(at.matrix())
+        else:
+            compare(kernels, CASES[name](at))
+    assert counter.frame_count == 1
 
 
 @needs_compiler

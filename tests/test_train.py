@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small_runs import VOCAB, rows_of, run_config, write_corpus
+from small_runs import VOCAB, refusal, rows_of, run_config, write_corpus
 
 import megabus
+import megabus.train.run as run_room
+from megabus.config import resolve_stages
 from megabus.data.batches import TokenSource
+from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 
 
@@ -24,6 +28,34 @@ def _train(config):
     from megabus.train.loop import train
 
     return str(train(config).checkpoint)
+
+
+WIDE = [
+    ([{"d_model": 8200}], "growth.stages.0.d_model = 8200: makes rows of 8200, padded to 16384, exceed 8192, the most"),
+    ([{"n_layers": 4}, {"n_heads": 33}], "growth.stages.1.n_heads = 33: makes rows of 33 x 130, padded to 16384, "),
+]
+
+
+@pytest.mark.parametrize(("growths", "line"), WIDE)
+def test_kernels_that_cannot_hold_a_later_stage_are_refused_before_the_first(corpus, tmp_path, growths, line):
+    stages = [growth | {"max_tokens": 1024} for growth in growths[:-1]] + growths[-1:]
+    growth = {"max_tokens": 64, "trigger": {"predictor": "constant", "constant": 1.5}, "stages": stages}
+    train = {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_tokens": 4000, "kernels": "triton"}
+    config = run_config(corpus, tmp_path / "run", LAYOUTS["one"], growth=growth, train=train, model__head_dim=130)
+    told = refusal(config, 1)
+    assert told.startswith(line)
+    assert told.endswith("that train.kernels = triton holds; set train.kernels to compiled or eager")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("n_heads", "refused"), [(64, False), (66, True)])
+def test_kernels_see_a_rank_s_heads(corpus, tmp_path, n_heads, refused):
+    model = {"n_heads": n_heads, "head_dim": 130, "d_model": 64, "n_layers": 2, "d_ff": 64, "vocab_size": VOCAB}
+    layout = {"tp": 2, "pp": 1}
+    config = run_config(corpus, tmp_path, [layout] * 3, model=model, growth={}, train__kernels="triton")
+    expected = pytest.raises(UserError, match="33 x 130") if refused else nullcontext()
+    with expected:
+        run_room._check_kernels(config, resolve_stages(config, 2))
 
 
 LAYOUTS = {

@@ -1,23 +1,38 @@
 """The functions of `megabus.kernels.eager` through torch.compile: one pass forward, one backward, inputs recomputed.
 
-Every size is symbolic from the first call on. So a growth compiles nothing anew, and a run that is resumed after one
-computes with the same code, and the same bits, as the run that grew.
+Every size is a symbol of its own from the first call on, sizes of 1 apart. So a growth compiles nothing anew, and a run
+that is resumed after one computes with the code of the run that grew. What the compiler only guesses from the first
+sizes that it sees (on a GPU, how work is cut into blocks, and with it the order of sums) may still differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as shapes
 from torch import Tensor
 
 from megabus.kernels import eager
 from megabus.kernels.table import Kernels
 
+# Else sizes that happen to be equal at the first call (N = d_ff, T = C / 2) become one symbol, and must stay equal.
+OWN_SYMBOLS = shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True, fullgraph=True)
+
+def _compile(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    compiled = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        # Set for every call: any may be the one that compiles, and the setting is a thread's own, while with
+        # recomputation calls come from autograd's threads too. It costs some 10 us, a twentieth of the call itself.
+        with OWN_SYMBOLS:
+            return compiled(*args)
+
+    return call
 
 
 _residual, _rms_norm, _gate = (_compile(f) for f in (eager.residual, eager.rms_norm, eager.gate))

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ Choice = Literal["auto", "eager", "compiled", "triton"]
 # On a CPU, compiling (a minute, once a machine) pays only in runs of hours. On a GPU the other forms have not been run
 # yet: until they are measured there to be right and faster, nobody gets them without asking.
 AUTO: Choice = "eager"
+# A Triton kernel holds a row whole, in registers: twice as many entries would spill (tests/compile_triton.py looks).
+MAX_WIDTH = 8192
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,20 @@ def select(choice: Choice, device: torch.device) -> Kernels:
 
         return TRITON
     return EAGER
+
+
+def padded(*axes: int) -> int:
+    """Entries of a row of Triton's: each axis is filled up to a power of two."""
+    return prod(1 << (max(length, 1) - 1).bit_length() for length in axes)
+
+
+def why_not_wide(choice: Choice, *axes: int) -> str | None:
+    """Why a form cannot hold rows of so many entries along `axes` (d_model, or heads and head_dim), or None."""
+    width = padded(*axes)
+    if (AUTO if choice == "auto" else choice) != "triton" or width <= MAX_WIDTH:
+        return None
+    filled = f", padded to {width}," if width != prod(axes) else ""
+    return f"rows of {' x '.join(map(str, axes))}{filled} exceed {MAX_WIDTH}"
 
 
 def why_not(choice: Choice, device: torch.device) -> str | None:

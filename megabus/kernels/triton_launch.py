@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megabus.errors import UserError
+from megabus.kernels.table import padded, why_not_wide
 
-MAX_WIDTH = 16384  # a row is held in registers, whole
 TILE = 2048  # entries of a tile where rows are short: 16 a thread with 4 warps
 EPS = tl.constexpr(1e-12)  # as in F.normalize
 
@@ -30,11 +30,12 @@ def programs(device: torch.device) -> int:
     return int(4 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def blocks(width: int) -> tuple[int, int, int]:
-    """(BLOCK, the next power of two; ROWS of a tile; warps) for rows of `width` entries."""
-    if width > MAX_WIDTH:
-        raise UserError("train.kernels", "triton", f"rows of {width} exceed {MAX_WIDTH}", "use compiled or eager")
-    block: int = triton.next_power_of_2(max(width, 1))
+def blocks(*axes: int) -> tuple[int, int, int]:
+    """(BLOCK: entries of a row, each axis padded; ROWS of a tile; warps) for rows of that many entries along `axes`."""
+    problem = why_not_wide("triton", *axes)
+    if problem is not None:
+        raise UserError("train.kernels", "triton", problem, "use compiled or eager")
+    block = padded(*axes)
     return block, max(1, TILE // block), min(16, max(4, block // 512))
 
 
@@ -52,8 +53,8 @@ def expect(x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
 
 @triton.jit
 def inverse(length):
-    """1 / max(length, eps): a zero vector stays zero."""
-    return tl.div_rn(1.0, tl.maximum(length, EPS))
+    """1 / max(length, eps): a zero vector stays zero, and one with a NaN turns to NaNs (a plain maximum drops them)."""
+    return tl.div_rn(1.0, tl.maximum(length, EPS, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Arithmetic is in fp32, rounded once. A backward pass starts from the inputs and the rows' lengths: 4 bytes a row are
 kept, which saves it a reduction that the next one would have to wait for. Shapes: N rows, D entries each (any number).
-fp64 inputs take the eager form. Rows are held whole, so D above 16384 is refused.
+fp64 inputs take the eager form. Rows are held whole, so D above `table.MAX_WIDTH` is refused.
 """
 
 from __future__ import annotations

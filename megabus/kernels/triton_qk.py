@@ -3,7 +3,8 @@
 Arithmetic is in fp32, rounded once. A tile is ROWS tokens with all their heads, (ROWS, H, C/2) twice: the halves of
 each head's vector that RoPE turns together. So cos and sin are read once for all heads of a token. x, and the gradient
 from attention, are read by their strides (both come as transposed views); results are contiguous (B, T, H, C). A
-backward pass starts from the inputs alone. fp64 inputs take the eager form; H * C above 16384 is refused.
+backward pass starts from the inputs alone. fp64 inputs take the eager form. A token's heads are held whole, so H and C
+that multiply to more than `table.MAX_WIDTH`, each filled up to a power of two, are refused.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megabus.kernels import eager
-from megabus.kernels.triton_launch import TILE, blocks, expect, has_fp64, inverse, programs, through_unit
+from megabus.kernels.table import padded
+from megabus.kernels.triton_launch import blocks, expect, has_fp64, inverse, programs, through_unit
 
 
 @triton.jit
@@ -124,14 +126,9 @@ def _cut(x: Tensor) -> tuple[tuple[int, int, int, int], dict[str, int]]:
     B, T, H, C = x.shape
     if C % 2:
         raise ValueError(f"RoPE turns pairs of entries, and head_dim is {C}")
-    heads, half = triton.next_power_of_2(max(H, 1)), triton.next_power_of_2(max(C // 2, 1))
-    block, _, warps = blocks(2 * heads * half)
-    return (B * T, T, H, C // 2), {
-        "ROWS": max(1, TILE // block),
-        "HEADS": heads,
-        "BLOCK": half,
-        "num_warps": warps,
-    }
+    _, tile, warps = blocks(H, C)
+    constants = {"ROWS": tile, "HEADS": padded(H), "BLOCK": padded(C // 2), "num_warps": warps}
+    return (B * T, T, H, C // 2), constants
 
 
 def _readable(x: Tensor) -> Tensor:

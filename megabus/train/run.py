@@ -24,6 +24,7 @@ from megabus.engine.engine import Engine
 from megabus.errors import UserError, say
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
 from megabus.kappa.predictors import make_predictor
+from megabus.kernels.table import why_not_wide
 from megabus.model.init import initial_rows
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
@@ -83,6 +84,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     with agreement():
         stages = resolve_stages(config, dist.get_world_size())
+        _check_kernels(config, stages)
         corpora = Corpora(open_sources(config, stages))
         kappa = _kappa_settings(config)
     root = checkpoints_of(config.run_dir)
@@ -186,6 +188,18 @@ def roll_back(run: Run) -> None:
     go_on_from(run, found, "not finite", [])
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
+
+
+def _check_kernels(config: RunConfig, stages: list[Stage]) -> None:
+    """Raise `UserError` where a stage is too wide for the kernels: else a run would find out after it has grown."""
+    for stage in stages:
+        key, model = f"growth.stages.{stage.index - 1}." if stage.index else "model.", stage.model
+        rows = {"d_model": (model.d_model,), "n_heads": (model.n_heads // stage.layout.tp, model.head_dim)}
+        for name, axes in rows.items():
+            problem = why_not_wide(config.train.kernels, *axes)
+            if problem is not None:
+                problem = f"makes {problem}, the most that train.kernels = {config.train.kernels} holds"
+                raise UserError(key + name, getattr(model, name), problem, "set train.kernels to compiled or eager")
 
 
 def _kappa_settings(config: RunConfig) -> KappaSettings:
