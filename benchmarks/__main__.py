@@ -19,11 +19,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import growth, others, preprocessing, training
+from benchmarks import growth, kernels, others, preprocessing, training
 from benchmarks.table import Row, markdown
 
 Suite = Callable[[int, bool], list[Row]]
 CPU: dict[str, Suite] = {
+    "kernels": kernels.kernels,
     "step": training.step_times,
     "blocks": training.blocks,
     "layouts": training.layouts,
@@ -32,6 +33,7 @@ CPU: dict[str, Suite] = {
     "others": others.others,
 }
 GPU: dict[str, Suite] = {
+    "kernels": kernels.kernels,
     "step": training.gpu_step_times,
     "blocks": training.blocks,
     "mfu": training.mfu,

@@ -1,36 +1,29 @@
 """Time of each function of `megabus.kernels`, forward and backward, in eager, compiled and Triton form.
 
-python benchmarks/kernels.py --json kernels.json            # on a GPU if there is one, at the shapes of a 0.5B model
-
-The forms take turns, call by call, and the median of a form's calls counts. Each form is first checked against the
-eager definition in fp64 on the same device (`error`: of value and gradients, in units of one rounding to bf16 of the
-row's entry; fp32 gradients of gains in 1e-6 of their largest entry; 1 is what rounding alone may give). On a GPU the
-table also has the share of the bandwidth of a plain copy, measured there, at which the bytes move that have to move;
-before every call the cache is filled with something else, but the backward pass may find there what the forward pass
-left (50 MB on an H100), so only the larger shapes say what memory gives. Triton on a CPU is its interpreter: it is
-checked, not timed, and cuts bf16's lower bits off (error 2).
+The forms take turns, call by call. Each is first checked against the eager definition in fp64 on the same device: value
+and gradients in units of one rounding to bf16 of the row's entry, fp32 gradients of gains in 1e-6 of their largest. On a GPU
+there is also the bandwidth at which the bytes move that have to move, beside a plain copy's, measured there; before every
+call the cache is filled with something else, but the backward pass may find there what the forward pass left (50 MB on an
+H100), so only the larger shapes say what memory gives.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
 
+from benchmarks.arms import Timing
+from benchmarks.table import Row, compare, seconds_row
+from megabus.engine.startup import on_gpu
 from megabus.kernels.table import EAGER, Kernels, select, why_not
+from megabus.testing.ranks import run_ranks
 
 SMALL = 4096  # rows that the fp64 check takes: enough for several tiles a program
+ALLOWED = 1.5  # errors, where 1 is what one rounding may give
 COPIED = 1 << 28  # bytes of the copy that bandwidth is measured with
 SLEEPS = [2_000_000 << doublings for doublings in range(11)]  # cycles: from about 1 ms to about 1 s
 
@@ -134,15 +127,15 @@ class Clock:
         raise RuntimeError("the host cannot queue the job while the device sleeps: does the job wait for the device?")
 
 
-def timed(clock: Clock, jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median of each job's times; the jobs take turns."""
+def timed(clock: Clock, jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Each job's times; the jobs take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 3):
         for name, job in jobs.items():
             took = clock(job)
             if turn >= 3:  # the first calls compile and warm up
                 seconds[name].append(took)
-    return {name: statistics.median(took) for name, took in seconds.items()}
+    return {name: Timing(took, 0) for name, took in seconds.items()}
 
 
 def both_passes(kernels: Kernels, case: Case) -> Callable[[], object]:
@@ -159,69 +152,44 @@ def unit_rows(kernels: Kernels, rows: Tensor) -> Callable[[], object]:
     return lambda: kernels.unit_rows_(rows)
 
 
-def measure(device: torch.device, forms: list[Kernels], sizes: Sequence[Sequence[int]], rounds: int) -> list[dict]:
-    clock, rows = Clock(device), []
-    interpreted = device.type != "cuda"
-    bandwidth = 0.0
-    if clock.other is not None:
-        source, target = clock.other[: len(clock.other) // 2], clock.other[len(clock.other) // 2 :]
-        copy = timed(clock, {"copy": lambda: target.copy_(source)}, rounds)["copy"]
-        bandwidth = 2 * source.nbytes / copy
-        print(f"a copy moves {bandwidth / 1e9:.0f} GB/s", flush=True)
-    timed_forms = [form for form in forms if not (interpreted and form.name == "triton")]
-    for size in sizes:
-        found: list[tuple[str, str, int, dict, dict]] = []
-        for case in cases(device, *size):
-            errors = {form.name: error(form, case) for form in forms}
-            jobs = {form.name: both_passes(form, case) for form in timed_forms}
-            found.append((case.name, case.shape, case.moved, timed(clock, jobs, rounds), errors))
-        masters = torch.randn(size[0], size[1], device=device)
-        jobs = {form.name: unit_rows(form, masters) for form in timed_forms}
-        seconds = timed(clock, jobs, rounds)  # reads and writes 4 bytes an entry
-        found.append(("unit_rows_", f"{size[0]} x {size[1]}, fp32", 8 * masters.numel(), seconds, {}))
-        for name, shape, moved, seconds, errors in found:
-            for form in forms:
-                took = seconds.get(form.name)
-                share = moved / took / bandwidth if took and bandwidth else None
-                row = {"function": name, "shape": shape, "form": form.name, "seconds": took, "bytes": moved}
-                rows.append({**row, "share_of_copy": share, "error": errors.get(form.name)})
-            print(f"  {name}, {shape}", flush=True)
+def kernels(rounds: int, small: bool) -> list[Row]:
+    """At shapes of the 0.5B model on a GPU; at some that stay in a CPU's cache and some that do not on one thread."""
+    if on_gpu():
+        # tokens, d_model, heads, head_dim, ffn units
+        sizes = [(tokens, width, 16, 64, 4096) for tokens in (8192, 32768) for width in (1024, 1536)]
+        return _measure(torch.device("cuda"), sizes, 30)
+    sizes = [(64, 48, 3, 16, 96)] if small else [(256, 256, 8, 32, 704), (1024, 512, 16, 32, 1376)]
+    rows: list[Row] = run_ranks(1, _measure, torch.device("cpu"), sizes, rounds, timeout=600)[0]
     return rows
 
 
-def table(rows: Sequence[dict]) -> str:
-    lines = ["| function | shape | form | µs | share of a copy's bandwidth | error |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        took = "–" if row["seconds"] is None else f"{row['seconds'] * 1e6:.1f}"
-        share = "–" if row["share_of_copy"] is None else f"{row['share_of_copy']:.0%}"
-        off = "–" if row["error"] is None else f"{row['error']:.2f}"
-        lines.append(f"| {row['function']} | {row['shape']} | {row['form']} | {took} | {share} | {off} |")
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--forms", default="eager,compiled,triton", help="which (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=30, help="calls of each form that count (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the table here too")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    forms = []
-    for name in args.forms.split(","):
-        problem = why_not(name, device)
-        print(f"{name} is left out: {problem}") if problem else forms.append(select(name, device))
-    gpu = device.type == "cuda"
-    # tokens, d_model, heads, head_dim, ffn units
-    large = [(tokens, width, 16, 64, 4096) for tokens in (8192, 32768) for width in (1024, 1536)]
-    rows = measure(device, forms, large if gpu else [(64, 48, 3, 16, 96)], args.rounds)
-    print(table(rows))
-    if args.json:
-        name = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} CPU cores"
-        facts = {"device": name, "torch": torch.__version__, "rows": rows}
-        args.json.write_text(json.dumps(facts, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _measure(device: torch.device, sizes: Sequence[Sequence[int]], rounds: int) -> list[Row]:
+    clock, rows = Clock(device), []
+    forms = [select(form, device) for form in ("eager", "compiled", "triton") if why_not(form, device) is None]
+    copy, copied = None, 0
+    if clock.other is not None:
+        source, target = clock.other[: len(clock.other) // 2], clock.other[len(clock.other) // 2 :]
+        copied = 2 * source.nbytes
+        copy = timed(clock, {"copy": lambda: target.copy_(source)}, rounds)["copy"]
+    for size in sizes:
+        found = []
+        for case in cases(device, *size):
+            for form in forms:
+                if (off := error(form, case)) > ALLOWED:
+                    raise RuntimeError(
+                        f"{form.name} {case.name}, {case.shape}: {off:.1f} times as far off as rounding goes"
+                    )
+            found.append((case.name, case.shape, case.moved, {form.name: both_passes(form, case) for form in forms}))
+        masters = torch.randn(size[0], size[1], device=device)  # of which 4 bytes an entry are read and written
+        jobs = {form.name: unit_rows(form, masters) for form in forms}
+        found.append(("unit_rows_", f"{size[0]} x {size[1]}, fp32", 8 * masters.numel(), jobs))
+        for name, shape, moved, jobs in found:
+            timings = timed(clock, jobs, rounds)
+            rows += [seconds_row(f"{name}, {shape}", form.name, "eager", timings) for form in forms[1:]]
+            if copy is not None:
+                reached = Timing([moved / seconds / 1e9 for seconds in timings[forms[-1].name].seconds], 0)
+                possible = Timing([copied / seconds / 1e9 for seconds in copy.seconds], 0)
+                target_share = ">= 0.8" if name == "residual" else ""
+                what = f"{name}, {shape}, bytes a second"
+                rows.append(compare(what, forms[-1].name, "a copy", reached, possible, target_share, "GB/s"))
+    return rows

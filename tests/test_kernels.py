@@ -1,7 +1,7 @@
 """Every form of the functions between matrix products, against the eager definition in fp64.
 
 Triton runs under its interpreter (see conftest.py), which is no proof of what its compiler makes: the last test
-compiles for a GPU, and `benchmarks/kernels.py` checks the values on one.
+compiles for a GPU, and `python -m benchmarks --gpu --only kernels` checks the values on one.
 """
 
 from __future__ import annotations
