@@ -1,10 +1,10 @@
 """Time of each function of `megabus.kernels`, forward and backward, in eager, compiled and Triton form.
 
 The forms take turns, call by call. Each is first checked against the eager definition in fp64 on the same device: value
-and gradients in units of one rounding to bf16 of the row's entry, fp32 gradients of gains in 1e-6 of their largest. On a GPU
-there is also the bandwidth at which the bytes move that have to move, beside a plain copy's, measured there; before every
-call the cache is filled with something else, but the backward pass may find there what the forward pass left (50 MB on an
-H100), so only the larger shapes say what memory gives.
+and gradients in units of one rounding to bf16 of the row's entry, fp32 gradients of gains in 1e-6 of their largest. On a
+GPU there is also the bandwidth at which the bytes move that have to move, beside a plain copy's, measured there; before
+every call the cache is filled with something else, but the backward pass may find there what the forward pass left (50
+MB on an H100), so only the larger shapes say what memory gives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megabus.kernels.table import EAGER, Kernels, select, why_not
 from megabus.testing.ranks import run_ranks
 
 SMALL = 4096  # rows that the fp64 check takes: enough for several tiles a program
-ALLOWED = 1.5  # errors, where 1 is what one rounding may give
+ALLOWED = 3.0  # error, where 1 is what one rounding may give, and sums of gains' gradients have several
 COPIED = 1 << 28  # bytes of the copy that bandwidth is measured with
 SLEEPS = [2_000_000 << doublings for doublings in range(11)]  # cycles: from about 1 ms to about 1 s
 
