@@ -18,7 +18,7 @@ help:
 	@echo "make check   lint and types"
 	@echo "make parity  print the table of every layout against one process (2 minutes)"
 	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (10 minutes)"
-	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); half an hour"
+	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
 	@echo "make clean   remove the demo's run, text and the virtual environment"
 
 demo: $(VENV)/.installed data/demo/shakespeare-train.bin
