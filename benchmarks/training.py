@@ -120,6 +120,20 @@ def blocks(rounds: int, small: bool) -> list[Row]:
     return [seconds_row(f"step, ngpt {where}", "whole blocks", form, timings) for form in FORMS]
 
 
+def products(world: int) -> Step:
+    """A rank's share of some products of matrices: how much faster two processes are that have nothing to tell."""
+    import torch
+
+    device = "cuda" if on_gpu() else "cpu"
+    x_ND, weight_DD = torch.randn(256, 512, device=device), torch.randn(512, 512, device=device)
+
+    def step() -> None:
+        for _ in range(4096 // world):
+            x_ND @ weight_DD
+
+    return step
+
+
 def layouts(rounds: int, small: bool) -> list[Row]:
     """Two ranks against one process on the same global batch, in micro batches of one sequence."""
     model, seq_len, batch = (shape("ngpt", 32, 2), 16, 4) if small else (shape("ngpt", 512, 4), 256, 16)
@@ -129,9 +143,14 @@ def layouts(rounds: int, small: bool) -> list[Row]:
     targets = {Layout(1, 1, 2): ">= 1.7", Layout(1, 2, 1): ">= 1.4", Layout(2, 1, 1): ">= 1.3"}
     all_layouts = [ONE, *targets]
     arms = [arm(str(x), config_of(model, x, seq_len, 1, batch, **train), x) for x in all_layouts]
+    arms += [Arm(f"products, {world} process{'es' * (world - 1)}", world, products, (world,)) for world in (1, 2)]
     timings = in_turn(arms, rounds, 1)
+    bound = speedup_row("speed of matrix products, nothing sent", arms[-1].label, arms[-2].label, timings)
     where = f"d{model['d_model']} L{model['n_layers']}, {batch} x {seq_len} tokens"
-    return [speedup_row(f"speed, {where}", str(x), str(ONE), timings, target) for x, target in targets.items()]
+    return [
+        bound,
+        *(speedup_row(f"speed, {where}", str(x), str(ONE), timings, target) for x, target in targets.items()),
+    ]
 
 
 def gpu_step_times(rounds: int, small: bool) -> list[Row]:

@@ -64,4 +64,8 @@ def rotate_unit(x: Tensor, cos_TC: Tensor, sin_TC: Tensor, gain_HC: Tensor | Non
     return _rotate_unit(x, cos_TC, sin_TC, _plain(gain_HC))
 
 
-COMPILED = Kernels("compiled", residual, rms_norm, _rotate, rotate_unit, gate, _unit_rows_)
+def unit_rows_(rows: Tensor) -> None:
+    (_unit_rows_ if rows.is_cuda else eager.unit_rows_)(rows)  # PyTorch's own is faster on a CPU
+
+
+COMPILED = Kernels("compiled", residual, rms_norm, _rotate, rotate_unit, gate, unit_rows_)

@@ -67,12 +67,14 @@ class _HeadLoss(torch.autograd.Function):
         losses_N = torch.empty_like(share_N)
         grad_h = torch.empty_like(h_ND) if learns else None
         grad_w = torch.zeros_like(weight_VD, dtype=share_N.dtype) if learns else None
-        grad_gain = torch.zeros_like(gain_V) if learns and gain_V is not None else None
+        scaled_VD = weight_VD if gain_V is None else (weight_VD * gain_V[:, None]).to(weight_VD.dtype)
         step = max(LEAST, CHUNK // len(weight_VD))
         for part in (slice(first, first + step) for first in range(0, len(h_ND), step)):
             h, targets = h_ND[part], targets_N[part]
             raw = F.linear(h, weight_VD)
-            logits = wide(raw) if gain_V is None else wide(raw) * gain_V
+            logits = wide(raw)
+            if gain_V is not None:
+                logits = raw.mul_(gain_V) if raw.dtype == gain_V.dtype else raw * gain_V
             top = tp.max(logits.amax(-1))
             local = targets - start
             here = (local >= 0) & (local < len(weight_VD))
@@ -84,15 +86,17 @@ class _HeadLoss(torch.autograd.Function):
             losses_N[part] = (total.log() - own) * counts
             if grad_h is None or grad_w is None:
                 continue
-            # d loss / d logit = softmax - one_hot, on this rank's rows.
-            grad = exp.div_(total[:, None]).scatter_add_(1, local, -here[:, None].to(exp.dtype))
-            grad.mul_((share_N[part] * counts)[:, None])
-            if gain_V is not None and grad_gain is not None:
-                grad_gain += (grad * raw).sum(0)
-                grad.mul_(gain_V)
+            # d loss / d logit = share (softmax - one_hot), on this rank's rows.
+            share = share_N[part] * counts
+            grad = exp.mul_((share / total)[:, None]).scatter_add_(1, local, -(share * here)[:, None])
             narrow = grad.to(h.dtype)
-            grad_h[part] = narrow @ weight_VD
+            grad_h[part] = narrow @ scaled_VD
             grad_w += narrow.T @ h
+        grad_gain = None
+        if gain_V is not None and grad_w is not None:
+            # logit = gain (h w): both gradients follow from that by gain w, without another pass over the logits.
+            grad_gain = (grad_w * weight_VD).sum(-1)
+            grad_w.mul_(gain_V[:, None])
         ctx.save_for_backward(grad_h, grad_w, grad_gain)
         ctx.dtype = weight_VD.dtype
         ctx.mark_non_differentiable(losses_N)
