@@ -24,8 +24,6 @@ from benchmarks.table import Row, compare
 from megabus.engine.startup import on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 20  # before a growth and after it
-
 DEMO = ROOT / "configs/demo.yaml"
 # About the size of configs/ngpt_64m.yaml, on the way to it.
 LARGE: dict[str, Any] = {
@@ -35,6 +33,7 @@ LARGE: dict[str, Any] = {
     "layout": {"tp": 1, "pp": 1},
     "train": {"seq_len": 256, "micro_batch_size": 1, "global_batch_size": 4},
     "grown": {"d_model": 512, "n_heads": 8, "d_ff": 1408, "n_layers": 8, "layout": {"tp": 2, "pp": 1}},
+    "steps": 6,  # before the growth and after it
 }  # fmt: skip
 
 
@@ -44,7 +43,7 @@ def _demo() -> dict[str, Any]:
     train = {key: value for key, value in tree["train"].items() if not key.startswith("max_")}
     stage = tree["growth"]["stages"][0]
     grown = {key: value for key, value in stage.items() if key not in ("lr", "max_tokens")}
-    return {"model": tree["model"], "layout": tree["layout"], "train": train, "grown": grown}
+    return {"model": tree["model"], "layout": tree["layout"], "train": train, "grown": grown, "steps": 20}
 
 
 def growths(rounds: int, small: bool) -> list[Row]:
@@ -56,7 +55,7 @@ def growths(rounds: int, small: bool) -> list[Row]:
             world = 1
             case = case | {"layout": {}, "grown": {**case["grown"], "layout": {}}}
         with tempfile.TemporaryDirectory() as folder:
-            found = [_round(Path(folder) / str(turn), case, world) for turn in range(min(rounds, 3))]
+            found = [_round(Path(folder) / str(turn), case, world) for turn in range(min(rounds, 2))]
         stalls, steps, others = ([one[i] for one in found] for i in range(3))
         stall, step, other = Timing(stalls, 0), Timing(steps, 0), Timing(others, 0)
         where = f"{name}, {world} ranks"
@@ -70,11 +69,11 @@ def _round(folder: Path, case: dict[str, Any], world: int) -> tuple[float, float
     folder.mkdir(parents=True)
     write_tokens(folder / "tokens", case["model"]["vocab_size"])
     batch = case["train"]["seq_len"] * case["train"]["global_batch_size"]
-    live = _config(folder, "live", case, 2 * STEPS)
-    live["growth"] = {"moments": "grow", "max_tokens": STEPS * batch, "stages": [case["grown"]]}
+    live = _config(folder, "live", case, 2 * case["steps"])
+    live["growth"] = {"moments": "grow", "max_tokens": case["steps"] * batch, "stages": [case["grown"]]}
     rows = [json.loads(line) for line in _train(folder, live, world)]
     growth = next(i for i, row in enumerate(rows) if row["event"] == "growth")
-    before = [_seconds(row, batch) for row in rows[:growth] if row["event"] == "step"][STEPS // 2 :]
+    before = [_seconds(row, batch) for row in rows[:growth] if row["event"] == "step"][case["steps"] // 2 :]
     after = [_seconds(row, batch) for row in rows[growth:] if row["event"] == "step"]
     # What the first step has to warm up again counts as part of the stall.
     stall = rows[growth]["stall_s"] + max(0.0, after[0] - median(after[1:]))
@@ -83,7 +82,7 @@ def _round(folder: Path, case: dict[str, Any], world: int) -> tuple[float, float
 
 def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
     """Seconds to save, grow on the disk, start the ranks again and load, up to the first step."""
-    small = _config(folder, "small", case, STEPS)
+    small = _config(folder, "small", case, case["steps"])
     saves = [row for row in map(json.loads, _train(folder, small, world)) if row["event"] == "save"]
     seconds = saves[-1]["stall_s"] + saves[-1]["write_s"]
     sizes = {key: value for key, value in case["grown"].items() if key != "layout"}
