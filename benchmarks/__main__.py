@@ -29,8 +29,8 @@ CPU: dict[str, Suite] = {
     "blocks": training.blocks,
     "layouts": training.layouts,
     "growth": growth.growths,
-    "preprocess": preprocessing.preprocessing,
     "others": others.others,
+    "preprocess": preprocessing.preprocessing,  # last: `datasets` starts threads, and the others' ranks are forked
 }
 GPU: dict[str, Suite] = {
     "kernels": kernels.kernels,

@@ -57,7 +57,11 @@ class Ranks:
             there.close()  # or its end would go unnoticed
             self.pipes.append(here)
             self.processes.append(process)
-        self._answers()
+        try:
+            self._answers()
+        except RuntimeError:
+            self.kill()
+            raise
 
     def __call__(self, steps: int) -> float:
         """Seconds a step."""

@@ -2,9 +2,9 @@
 
 The forms take turns, call by call. Each is first checked against the eager definition in fp64 on the same device:
 value and gradients in units of one rounding to bf16 of the row's entry, fp32 gradients of gains in 1e-6 of their
-largest. On a GPU there is also the bandwidth at which the bytes move that have to move, beside a plain copy's, measured there; before
-every call the cache is filled with something else, but the backward pass may find there what the forward pass left (50
-MB on an H100), so only the larger shapes say what memory gives.
+largest. On a GPU there is also the bandwidth at which the bytes move that have to move, beside a plain copy's, measured
+there; before every call the cache is filled with something else, but the backward pass may find there what the forward
+pass left (50 MB on an H100), so only the larger shapes say what memory gives.
 """
 
 from __future__ import annotations

@@ -120,7 +120,13 @@ def blocks(rounds: int, small: bool) -> list[Row]:
     return [seconds_row(f"step, ngpt {where}", "whole blocks", form, timings) for form in FORMS]
 
 
-def products(world: int) -> Step:
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def products(world: int, count: int) -> Step:
     """A rank's share of some products of matrices: how much faster two processes are that have nothing to tell."""
     import torch
 
@@ -128,24 +134,28 @@ def products(world: int) -> Step:
     x_ND, weight_DD = torch.randn(256, 512, device=device), torch.randn(512, 512, device=device)
 
     def step() -> None:
-        for _ in range(4096 // world):
+        for _ in range(count // world):
             x_ND @ weight_DD
 
     return step
 
 
 def layouts(rounds: int, small: bool) -> list[Row]:
-    """Two ranks against one process on the same global batch, in micro batches of one sequence."""
-    model, seq_len, batch = (shape("ngpt", 32, 2), 16, 4) if small else (shape("ngpt", 512, 4), 256, 16)
+    """Two ranks against one process on the same global batch, in micro batches of four sequences; none on one GPU."""
+    model, seq_len, batch = (shape("ngpt", 32, 2), 16, 8) if small else (shape("ngpt", 512, 4), 256, 32)
     train: dict[str, Any] = {}
     if on_gpu():
         model, seq_len, train = paper_shape("ngpt", "0.5B"), 4096, {"precision": "bf16"}
     targets = {Layout(1, 1, 2): ">= 1.7", Layout(1, 2, 1): ">= 1.4", Layout(2, 1, 1): ">= 1.3"}
+    targets = {layout: target for layout, target in targets.items() if not on_gpu() or layout.world <= gpus()}
+    if not targets:
+        return []
     all_layouts = [ONE, *targets]
-    arms = [arm(str(x), config_of(model, x, seq_len, 1, batch, **train), x) for x in all_layouts]
-    arms += [Arm(f"products, {world} process{'es' * (world - 1)}", world, products, (world,)) for world in (1, 2)]
+    arms = [arm(str(x), config_of(model, x, seq_len, 4, batch, **train), x) for x in all_layouts]
+    one, two = "products, 1 process", "products, 2 processes"
+    arms += [Arm(label, n, products, (n, 64 if small else 2048)) for n, label in ((1, one), (2, two))]
     timings = in_turn(arms, rounds, 1)
-    bound = speedup_row("speed of matrix products, nothing sent", arms[-1].label, arms[-2].label, timings)
+    bound = speedup_row("speed of matrix products, nothing sent", two, one, timings)
     where = f"d{model['d_model']} L{model['n_layers']}, {batch} x {seq_len} tokens"
     return [
         bound,

@@ -29,19 +29,20 @@ class RankParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit code of `main`, with bad input told in one line, by rank 0 alone."""
+    """The exit code of `main`, with bad input told in one line."""
     try:
         return main()
     except UserError as error:
-        if _rank() == "0":
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def run_rank(main: Callable[[], int]) -> int:
-    """The same with every other end of a rank: a traceback says whose it is, and the loss of a peer needs none."""
+    """The same of a rank: rank 0 alone tells bad input, a traceback says whose it is, a peer's loss needs none."""
     try:
-        return run(main)
+        return run(main) if _rank() == "0" else main()
+    except UserError:
+        return 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:

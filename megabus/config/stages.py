@@ -199,7 +199,7 @@ def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str)
             "set it to 1",
         )
     if config.train.overlap_comm and config.train.zero_stage != 2:
-        problem = "needs train.zero_stage = 2: ZeRO-1 reduces once a step, after the last backward pass"
+        problem = "needs train.zero_stage = 2: in bf16 ZeRO-1 reduces after the last backward pass"
         raise UserError("train.overlap_comm", True, problem, "set train.zero_stage to 2, or overlap_comm to false")
     samples = stage.micro_batch_size * layout.dp
     divides(batch_key + "global_batch_size", stage.global_batch_size, "micro_batch_size*dp", samples)

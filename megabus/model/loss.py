@@ -18,9 +18,9 @@ from megabus.kernels.eager import wide
 from megabus.model.tensor_parallel import TensorParallel
 
 IGNORED = -100  # a target that is none: padding, or a prompt
-CHUNK = 1 << 26  # logits held at a time: 256 MiB in fp32, and a few times that for what follows from them
+CHUNK = 1 << 26  # logits held at a time: 256 MiB in fp32, and about as much for what follows from them
 # Tokens taken at a time at least: every chunk adds to the head's whole fp32 gradient, which with few tokens and a large
-# vocabulary takes longer than the products.
+# vocabulary takes longer than the products. From 65,536 rows of it on this holds more than CHUNK.
 LEAST = 1024
 
 Reduce = Callable[[Tensor], Tensor]
@@ -67,13 +67,16 @@ class _HeadLoss(torch.autograd.Function):
         losses_N = torch.empty_like(share_N)
         grad_h = torch.empty_like(h_ND) if learns else None
         grad_w = torch.zeros_like(weight_VD, dtype=share_N.dtype) if learns else None
-        scaled_VD = weight_VD if gain_V is None else (weight_VD * gain_V[:, None]).to(weight_VD.dtype)
+        scaled_VD = weight_VD
+        if learns and gain_V is not None:
+            scaled_VD = torch.mul(weight_VD, gain_V[:, None], out=torch.empty_like(weight_VD))
         step = max(LEAST, CHUNK // len(weight_VD))
         for part in (slice(first, first + step) for first in range(0, len(h_ND), step)):
             h, targets = h_ND[part], targets_N[part]
             raw = F.linear(h, weight_VD)
-            logits = wide(raw)
-            if gain_V is not None:
+            if gain_V is None:
+                logits = wide(raw)
+            else:
                 logits = raw.mul_(gain_V) if raw.dtype == gain_V.dtype else raw * gain_V
             top = tp.max(logits.amax(-1))
             local = targets - start
@@ -92,10 +95,12 @@ class _HeadLoss(torch.autograd.Function):
             narrow = grad.to(h.dtype)
             grad_h[part] = narrow @ scaled_VD
             grad_w += narrow.T @ h
+            del raw, logits, exp, grad, narrow  # before anything else of the head's size is made
         grad_gain = None
         if gain_V is not None and grad_w is not None:
             # logit = gain (h w): both gradients follow from that by gain w, without another pass over the logits.
-            grad_gain = (grad_w * weight_VD).sum(-1)
+            blocks = zip(grad_w.split(LEAST), weight_VD.split(LEAST), strict=True)
+            grad_gain = torch.cat([(grad * weight).sum(-1) for grad, weight in blocks])
             grad_w.mul_(gain_V[:, None])
         ctx.save_for_backward(grad_h, grad_w, grad_gain)
         ctx.dtype = weight_VD.dtype

@@ -13,10 +13,11 @@ from megabus.model.params import global_shape
 
 # Dense bf16 tensor-core peaks in TFLOP/s without sparsity, from the vendors' data sheets.
 PEAK_TFLOPS = {
+    "H200 NVL": 835.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
-    "H100": 989.0,  # after the other H100s: the first name that is part of the GPU's counts
+    "H100": 989.0,  # after the others of its kind: the first name that is part of the GPU's counts
     "A100": 312.0,
     "L40S": 362.0,
     "A10G": 70.0,
