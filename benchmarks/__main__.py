@@ -39,6 +39,7 @@ GPU: dict[str, Suite] = {
     "mfu": training.mfu,
     "layouts": training.layouts,
     "growth": growth.growths,
+    "others": others.others,
 }
 
 
