@@ -31,9 +31,8 @@ data: {train: a, valid: b}
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(BASE)
-    return path
+    (tmp_path / "base.yaml").write_text(BASE)
+    return tmp_path / "base.yaml"
 
 
 def refusal(base: Path, *overrides: str, world: int = 1) -> str:
@@ -388,9 +387,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_we_ship_resolve(path: Path) -> None:
     config = load_config(path)
-    stages = resolve_stages(config, smallest_world(config))
-    assert len(stages) == len(config.growth.stages) + 1
-    sizes = [count_parameters(stage.model) for stage in stages]
+    sizes = [count_parameters(stage.model) for stage in resolve_stages(config, smallest_world(config))]
+    assert len(sizes) == len(config.growth.stages) + 1
     assert sizes == sorted(sizes)
 
 
