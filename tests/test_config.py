@@ -396,6 +396,5 @@ def test_a_configuration_survives_its_own_dump(base: Path) -> None:
     """A run writes its configuration down: read again it is the same."""
     config = load_config(base, ["data.train=[{path: a, weight: 0.3}]", "growth.trigger.reference=[[1e6, 3]]"])
     assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
-    for path in CONFIGS:
-        shipped = load_config(path)
+    for shipped in map(load_config, CONFIGS):
         assert parse_config(yaml.safe_load(yaml.safe_dump(shipped.model_dump(mode="json")))) == shipped
