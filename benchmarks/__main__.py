@@ -17,6 +17,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import growth, kernels, others, preprocessing, training
@@ -42,6 +43,8 @@ GPU: dict[str, Suite] = {
     "others": others.others,
 }
 
+MISSING: dict[str, Callable[[], str | None]] = {"others": others.missing, "preprocess": preprocessing.missing}
+
 
 def machine() -> str:
     import torch
@@ -54,20 +57,34 @@ def machine() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpu", action="store_true", help="the suite for NVIDIA GPUs")
-    parser.add_argument("--only", metavar="NAME,...", help="of " + ", ".join(sorted({*CPU, *GPU})))
-    parser.add_argument("--rounds", type=int, default=7, help="of every comparison (%(default)s)")
-    parser.add_argument("--small", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(CPU)}; with --gpu of {', '.join(GPU)}")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="of a comparison (%(default)s); growth at most 2, preprocess 3"
+    )
+    parser.add_argument("--small", action="store_true", help="tiny sizes, no targets: does it run at all?")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()
     if not args.gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     suites = GPU if args.gpu else CPU
-    names = args.only.split(",") if args.only else list(suites)
+    names = [name.strip() for name in args.only.split(",")] if args.only else list(suites)
     for name in names:
         if name not in suites:
-            parser.error(f"--only: {name} is none of {', '.join(suites)}")
+            parser.error(f"--only: {name!r} is none of {', '.join(suites)}")
+        if (problem := MISSING.get(name, lambda: None)()) is not None:
+            parser.error(f"{name}: {problem}")
+    if args.rounds < 1:
+        parser.error(f"--rounds: {args.rounds} is none")
+    if args.json:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.open("a").close()
+        except OSError as error:
+            parser.error(f"--json: {args.json} cannot be written ({error.strerror})")
     import torch
 
     if args.gpu and not torch.cuda.is_available():
@@ -77,6 +94,7 @@ def main() -> int:
     rows: list[Row] = []
     for name in names:
         found = suites[name](args.rounds, args.small)
+        found = [replace(row, target="") for row in found] if args.small else found
         print(f"\n{name}\n\n{markdown(found)}", flush=True)
         rows += found
         if args.json:  # after every suite: a long run that is stopped keeps what it has

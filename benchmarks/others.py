@@ -15,10 +15,15 @@ from megabus.engine.startup import on_gpu
 PACKAGE = "nGPT-pytorch"
 
 
+def missing() -> str | None:
+    """Why it cannot run."""
+    if find_spec("nGPT_pytorch") is None:
+        return f"{PACKAGE} is not installed: pip install -r requirements-bench.txt"
+    return None
+
+
 def others(rounds: int, small: bool) -> list[Row]:
     """Its d_ff is 8/3 d_model, which 384 makes a whole number; all learn with AdamW, clip and normalise."""
-    if find_spec("nGPT_pytorch") is None:
-        raise SystemExit(f"{PACKAGE} is not installed: pip install -r requirements-bench.txt")
     d_model, n_layers, vocab_size, seq_len, micro = (48, 2, 128, 16, 2) if small else (384, 4, 4096, 256, 4)
     train: dict[str, Any] = {}
     if on_gpu():

@@ -37,12 +37,16 @@ with open(out, "wb") as file:
 """
 
 
+def missing() -> str | None:
+    """Why it cannot run."""
+    absent = [path for path in (TEXT, TOKENIZER) if not path.exists()]
+    return f"{absent[0]} is not there: make demo writes it" if absent else None
+
+
 def preprocessing(rounds: int, small: bool) -> list[Row]:
     """Whole commands, start to end; the ids of both must be the same."""
     import datasets
 
-    if not TOKENIZER.exists():
-        raise SystemExit(f"{TOKENIZER} is not there: make demo writes it")
     documents = TEXT.read_text().split("\n\n\n") * (1 if small else COPIES)
     with tempfile.TemporaryDirectory() as name:
         folder, workers = Path(name), str(len(os.sched_getaffinity(0)))

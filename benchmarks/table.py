@@ -59,7 +59,7 @@ def compare(what: str, one: str, other: str, a: Timing, b: Timing, target: str =
 
 def markdown(rows: Sequence[Row]) -> str:
     lines = [
-        "| what | A | B | A | B | A / B | rounds | target | memory a rank, A and B |",
+        "| what | A | B | of A | of B | A / B | in the rounds | target | memory a rank, A and B |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -7,12 +7,14 @@ import contextlib
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megabus.errors import UserError
 
+PATIENCE = 5.0  # seconds that a rank leaves rank 0 to tell bad input in
 PEER_GONE = ("closed by peer", "reset by peer")  # gloo's words for it
 LOST = "lost the connection to another rank, which has probably ended: its log says why. Start the same command again"
 
@@ -42,6 +44,8 @@ def run_rank(main: Callable[[], int]) -> int:
     try:
         return run(main) if _rank() == "0" else main()
     except UserError:
+        # A launcher ends all ranks when one has ended: were this the first, rank 0 could not tell why.
+        time.sleep(PATIENCE)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -35,7 +35,10 @@ def test_the_entry_point_measures_and_writes(tmp_path):
         assert row["one"] in done.stdout
     wrong = subprocess.run([*command[:3], "--only", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
-    assert "nothing is none of" in wrong.stderr
+    assert "'nothing' is none of" in wrong.stderr
+    for option, problem in (("--rounds=0", "is none"), ("--json=/proc/nowhere/x", "cannot be written")):
+        wrong = subprocess.run([*command[:3], option], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (wrong.returncode, problem in wrong.stderr) == (2, True)
 
 
 def test_ratios_are_of_rounds():

@@ -9,6 +9,7 @@ import sys
 import pytest
 from launching import ROOT
 
+from megabus import command
 from megabus.command import RankParser, run, run_rank
 from megabus.errors import UserError
 
@@ -25,9 +26,12 @@ def raising(error):
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_bad_input_is_told_by_rank_0(monkeypatch, capsys, rank):
     monkeypatch.setenv("RANK", rank)
+    waited = []
+    monkeypatch.setattr(command.time, "sleep", waited.append)
     for runner, tells in ((run, True), (run_rank, rank == "0")):  # a tool of one process may be called by any rank
         assert runner(raising(UserError("key", 3, "is odd", "give 4"))) == 2
         assert capsys.readouterr() == ("", "error: key = 3: is odd; give 4\n" if tells else "")
+    assert waited == ([] if rank == "0" else [command.PATIENCE])  # the others must not end before rank 0 has told
 
 
 def test_other_ends_of_a_rank(monkeypatch, capsys):

@@ -114,6 +114,14 @@ def test_a_lock_that_is_refused_removes_what_it_made_and_no_more(tmp_path):
     assert tree(tmp_path).keys() == {"runs", "runs/other", "runs/run", "runs/run/.lock"}
 
 
+def test_software_that_is_not_there_is_refused_before_anything_is_written(corpus, tmp_path):
+    config = configured(corpus, tmp_path / "run")
+    optimizer = config.optimizer.model_copy(update={"implementation": "apex"})
+    line = refusal(config.model_copy(update={"optimizer": optimizer}), 2)
+    assert line.startswith("optimizer.implementation = apex: cannot be used here")
+    assert "run" not in tree(tmp_path)
+
+
 def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
     """A run that is refused removes its lock while another one is about to take it."""
     refused, run = RunLock(tmp_path / "run"), RunLock(tmp_path / "run")

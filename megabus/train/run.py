@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import Beat
@@ -20,11 +22,12 @@ from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.order import align_up
 from megabus.data.sources import open_sources
+from megabus.engine.adam import make_adam
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, say
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
 from megabus.kappa.predictors import make_predictor
-from megabus.kernels.table import why_not_wide
+from megabus.kernels.table import select, why_not_wide
 from megabus.model.init import initial_rows
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
@@ -84,6 +87,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     with agreement():
         stages = resolve_stages(config, dist.get_world_size())
+        _check_software(config)
         _check_kernels(config, stages)
         corpora = Corpora(open_sources(config, stages))
         kappa = _kappa_settings(config)
@@ -188,6 +192,17 @@ def roll_back(run: Run) -> None:
     go_on_from(run, found, "not finite", [])
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
+
+
+def _check_software(config: RunConfig) -> None:
+    """Raise `UserError` where the kernels or the optimizer cannot run here, before anything is written."""
+    device = torch.device(get_accelerator().device_name())
+    select(config.train.kernels, device)
+    if config.optimizer.implementation == "torch":
+        return
+    if dist.get_rank() == 0 and config.optimizer.implementation == "deepspeed":
+        say("building DeepSpeed's Adam, if it has not been built yet: a minute or more")
+    make_adam(config.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(8, device=device))]}], device)
 
 
 def _check_kernels(config: RunConfig, stages: list[Stage]) -> None:
