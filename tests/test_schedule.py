@@ -159,6 +159,7 @@ def test_deepspeed_numerics(base: Path) -> None:
     assert plain["zero_optimization"]["stage"] == 2
     assert not {"bf16", "fp16", "data_types"} & set(plain)
     half = deepspeed_config(*stages_of(base, "train.precision=bf16", world=1)[0])
-    assert half["bf16"] == {"enabled": True}
+    assert half["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert half["communication_data_type"] == "fp32"
     assert half["data_types"] == {"grad_accum_dtype": "fp32"}
     assert half["gradient_clipping"] == 1.0
