@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.arms import Arm, Step, in_turn
 from benchmarks.plain_ngpt import PlainNGPT
 from benchmarks.table import Row, seconds_row
-from benchmarks.training import ONE, arm, config_of
+from benchmarks.training import FORMS, GPU_FORMS, ONE, arm, config_of
 from megabus.engine.startup import on_gpu
 
 PACKAGE = "nGPT-pytorch"
@@ -32,7 +32,7 @@ def others(rounds: int, small: bool) -> list[Row]:
     head_dim = d_model // 12
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": 12, "head_dim": head_dim, "d_ff": d_model * 8 // 3}
     model = {"kind": "ngpt", "vocab_size": vocab_size, **sizes}
-    forms = ("eager",) if small else ("eager", "compiled", "triton") if on_gpu() else ("eager", "compiled")
+    forms = FORMS[:1] if small else GPU_FORMS if on_gpu() else FORMS
     ours = [arm(f"megabus {f}", config_of(model, ONE, seq_len, micro, micro, kernels=f, **train)) for f in forms]
     compiled = () if small else (True,)
     theirs = [
@@ -54,7 +54,7 @@ def plain_step(model: dict[str, Any], seq_len: int, micro: int, compiled: bool) 
 
 
 def package_step(model: dict[str, Any], seq_len: int, micro: int) -> Step:
-    """The registry's, in the mode that its README calls the faster one: weights are normalised after the step."""
+    """The registry's, with its weights normalised after the step, as ours are, and not wherever they are used."""
     import torch
     from nGPT_pytorch import nGPT
 
