@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import growth, kernels, others, preprocessing, training
+from benchmarks import growth_stall, kernels, others, preprocessing, training
 from benchmarks.table import Row, markdown
 
 Suite = Callable[[int, bool], list[Row]]
@@ -29,7 +29,7 @@ CPU: dict[str, Suite] = {
     "step": training.step_times,
     "blocks": training.blocks,
     "layouts": training.layouts,
-    "growth": growth.growths,
+    "growth": growth_stall.growths,
     "others": others.others,
     "preprocess": preprocessing.preprocessing,  # last: `datasets` starts threads, and the others' ranks are forked
 }
@@ -39,7 +39,7 @@ GPU: dict[str, Suite] = {
     "blocks": training.blocks,
     "mfu": training.mfu,
     "layouts": training.layouts,
-    "growth": growth.growths,
+    "growth": growth_stall.growths,
     "others": others.others,
 }
 

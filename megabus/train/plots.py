@@ -102,28 +102,28 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
     return Path(out_png)
 
 
-def _positions(rows: Sequence[Row], x: XAxis) -> list[float]:
+def places(rows: Sequence[Row], x: XAxis) -> list[float]:
     """Each row's place on the axis. Time, in hours, is tokens over the logged speed, plus growth stalls.
 
     A step row with tokens_per_s null (the first, say) adds no time.
     """
     if x != "time":
         return [float(row[x]) for row in rows]
-    hours, tokens, places = 0.0, 0, []
+    hours, tokens, found = 0.0, 0, []
     for row in rows:
         if row["event"] == "step" and row["tokens"] > tokens:
             hours += (row["tokens"] - tokens) / (row["tokens_per_s"] or math.inf) / 3600
             tokens = row["tokens"]
         hours += row.get("stall_s", 0.0) / 3600
-        places.append(hours)
-    return places
+        found.append(hours)
+    return found
 
 
 def _series(rows: Sequence[Row], event: str, x: XAxis) -> tuple[list[float], list[float]]:
     """(x, loss) of the rows of one kind with a finite loss."""
     pairs = [
         (at, row["loss"])
-        for at, row in zip(_positions(rows, x), rows, strict=True)
+        for at, row in zip(places(rows, x), rows, strict=True)
         if row["event"] == event and row["loss"] is not None and math.isfinite(row["loss"])
     ]
     return [at for at, _ in pairs], [loss for _, loss in pairs]
@@ -140,8 +140,8 @@ def _draw_run(axes: Axes, rows: Sequence[Row], name: str, colour: str, x: XAxis,
 
 def _growths(rows: Sequence[Row], x: XAxis) -> list[tuple[float, str]]:
     """(x, label) of each growth."""
-    places = zip(_positions(rows, x), rows, strict=True)
-    return [(at, _growth_text(row)) for at, row in places if row["event"] == "growth"]
+    pairs = zip(places(rows, x), rows, strict=True)
+    return [(at, _growth_text(row)) for at, row in pairs if row["event"] == "growth"]
 
 
 def _growth_text(row: Row) -> str:

@@ -1,0 +1,68 @@
+"""Does growing pay? Runs an experiment's arms, and reports what they say.
+
+python -m benchmarks.growth list benchmarks/growth/screen.yaml              # the runs, and what they cost
+python -m benchmarks.growth run benchmarks/growth/screen.yaml --jobs 2      # goes on where it was stopped
+python -m benchmarks.growth report benchmarks/growth/screen.yaml --out docs/growth
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from benchmarks.__main__ import machine
+from benchmarks.growth.experiment import Experiment, jobs, load_experiment
+from benchmarks.growth.results import Results
+from benchmarks.growth.runner import Runner
+from megabus.command import run
+from megabus.errors import UserError, say
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("list", "run", "report"))
+    parser.add_argument("experiment", type=Path, help="YAML; see benchmarks/growth/")
+    parser.add_argument("--results", type=Path, help="default: results/NAME.jsonl beside the experiment")
+    parser.add_argument("--work", type=Path, default=Path("runs/growth"), help="where runs live (%(default)s)")
+    parser.add_argument("--only", metavar="ARM,...", help="run only these arms")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
+    parser.add_argument("--hours", type=float, help="stop after so long; what is going on saves and can go on")
+    parser.add_argument("--out", type=Path, help="report: a directory for tables and pictures")
+    args = parser.parse_args()
+    experiment = load_experiment(args.experiment)
+    results = Results(args.results or args.experiment.parent / "results" / f"{experiment.name}.jsonl")
+    only = tuple(args.only.split(",")) if args.only else ()
+    for name in only:
+        if name not in experiment.arms:
+            raise UserError("--only", name, "is no arm", f"name some of {', '.join(experiment.arms)}")
+    if args.jobs < 1:
+        raise UserError("--jobs", args.jobs, "runs nothing", "give 1 or more")
+    if args.what == "list":
+        return _list(experiment, results)
+    if args.what == "run":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: runs save
+        done = Runner(experiment, results, args.work, machine()).run(args.jobs, only, args.hours)
+        return 0 if done else 75
+    from benchmarks.growth.report import report
+
+    say(report(experiment, results, args.out))
+    return 0
+
+
+def _list(experiment: Experiment, results: Results) -> int:
+    total = left = 0.0
+    for job in jobs(experiment, results.loss_of):
+        result, flops = results.get(job), job.budget * experiment.budget
+        total += flops
+        left += 0 if result else flops
+        print(f"{job.label:<48} {flops:.2e} FLOPs  {f'loss {result.loss:.4f}' if result else 'to do'}")
+    print(f"{total:.2e} FLOPs in all, {left:.2e} to do, before what runs share is counted once")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,206 @@
+"""An experiment's YAML: arms, each a run's configuration laid over a common one, with seeds, budgets and learning rates.
+
+A run of an arm is a `Job`. Which jobs there are depends on results: an arm whose rate is to be tuned gets its other
+seeds at the rate that did best.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from megabus.config import RunConfig, parse_config, resolve_stages
+from megabus.config.schema import Positive, Section
+from megabus.errors import UserError
+
+NOT_THE_MATHEMATICS = ("run_dir", "resume", "log", "checkpoint", "faults")
+
+
+class Rate(Section):
+    """An arm's learning rate: `value`, or the best of `tune`, or that `of` another arm."""
+
+    value: Positive | None = None
+    tune: list[Positive] | None = None
+    of: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Rate:
+        if sum(x is not None for x in (self.value, self.tune, self.of)) != 1:
+            raise ValueError("give a number, `tune: [...]`, or `of: ARM`")
+        return self
+
+
+def _rate(value: Any) -> Any:
+    return value if isinstance(value, dict) else {"value": value}
+
+
+class Arm(Section):
+    """One way to train. Budgets are in units of the experiment's."""
+
+    about: str = Field(description="a few words for tables")
+    like: str | None = Field(None, description="arm whose `set` this one's is laid over")
+    set: dict[str, Any] = Field(default_factory=dict, description="keys of a run's configuration")
+    lr: Annotated[Rate, BeforeValidator(_rate)]
+    budgets: list[Positive] = [1.0]
+    seeds: list[int] | None = None
+
+
+class Experiment(Section):
+    """`base` is a run's configuration without run_dir; `budget` the FLOPs of a run of budget 1.
+
+    tune_budget: what a run that tunes a learning rate may spend, with the first of `seeds`.
+    reference: the arm against whose loss over FLOPs others are held.
+    """
+
+    name: str
+    budget: Positive
+    seeds: list[int]
+    tune_budget: Positive = 1.0
+    reference: str
+    ranks: int = Field(1, ge=1, description="processes of a run")
+    base: dict[str, Any]
+    arms: dict[str, Arm]
+
+    def tree(self, arm: str) -> dict[str, Any]:
+        """What an arm's runs have in common."""
+        spec = self.arms[arm]
+        return overlaid(self.tree(spec.like) if spec.like else self.base, spec.set)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. `budget` in units of the experiment's; `tuning`: it is there to find a learning rate."""
+
+    experiment: str
+    arm: str
+    seed: int
+    lr: float
+    budget: float
+    tree: Mapping[str, Any]
+    tuning: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm}-lr{self.lr:g}-seed{self.seed}-x{self.budget:g}"
+
+    def config(self, run_dir: Path) -> RunConfig:
+        return parse_config({**self.tree, "run_dir": str(run_dir)})
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that the run's mathematics was asked to be: a result counts only for what was asked."""
+        keys = self.config(Path("unused")).model_dump(mode="json", exclude_unset=True, exclude={*NOT_THE_MATHEMATICS})
+        return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+
+
+Losses = Callable[[Job], float | None]
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read and check an experiment, every arm's configuration included. Raises `UserError`."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        experiment = Experiment.model_validate(tree)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError("experiment", path, f"cannot be read ({error})", "name a YAML file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {key}", first["input"], first["msg"], "mend it") from None
+    _check_names(experiment, path)
+    for name in experiment.arms:
+        job = make_job(experiment, name, experiment.seeds[0], 1e-3, 1.0)
+        try:
+            resolve_stages(job.config(Path("unused")), experiment.ranks)
+        except UserError as error:
+            raise UserError(f"{path}: arms.{name}: {error.key}", error.value, error.problem, error.remedy) from None
+    return experiment
+
+
+def _check_names(experiment: Experiment, path: Path) -> None:
+    known = ", ".join(experiment.arms)
+    if experiment.reference not in experiment.arms:
+        raise UserError(f"{path}: reference", experiment.reference, "is no arm", f"name one of {known}")
+    if not experiment.seeds:
+        raise UserError(f"{path}: seeds", "[]", "is empty", "give at least one")
+    for name, arm in experiment.arms.items():
+        for key, start in (("like", arm.like), ("lr.of", arm.lr.of)):
+            seen, other = {name}, start
+            while other is not None:
+                if other not in experiment.arms:
+                    raise UserError(f"{path}: arms.{name}.{key}", other, "is no arm", f"name one of {known}")
+                if other in seen:
+                    raise UserError(f"{path}: arms.{name}.{key}", other, "comes back to itself", "name another arm")
+                seen.add(other)
+                other = experiment.arms[other].like if key == "like" else experiment.arms[other].lr.of
+
+
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections are merged, values and lists are replaced, and null takes a key away."""
+    merged = copy.deepcopy(dict(below))
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = overlaid(merged[key], value)
+        elif value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def make_job(experiment: Experiment, arm: str, seed: int, lr: float, budget: float, *, tuning: bool = False) -> Job:
+    flops = budget * experiment.budget
+    settings = {"train": {"seed": seed, "max_flops": flops}, "optimizer": {"lr": lr}}
+    return Job(experiment.name, arm, seed, lr, budget, overlaid(experiment.tree(arm), settings), tuning)
+
+
+def tuning_jobs(experiment: Experiment, arm: str) -> list[Job]:
+    """The runs that an arm's learning rate is chosen from; none where it is given."""
+    rate = experiment.arms[arm].lr
+    if rate.of is not None:
+        return tuning_jobs(experiment, rate.of)
+    seed, budget = experiment.seeds[0], experiment.tune_budget
+    return [make_job(experiment, arm, seed, lr, budget, tuning=True) for lr in rate.tune or ()]
+
+
+def best_rate(experiment: Experiment, arm: str, loss_of: Losses) -> float | None:
+    """An arm's learning rate; None while runs that it is chosen from are not done. A run that failed, whose loss is
+    infinite, is never the best."""
+    rate = experiment.arms[arm].lr
+    if rate.of is not None:
+        return best_rate(experiment, rate.of, loss_of)
+    if rate.value is not None:
+        return rate.value
+    losses = [(loss_of(job), job.lr) for job in tuning_jobs(experiment, arm)]
+    done = [(loss, lr) for loss, lr in losses if loss is not None]
+    return min(done)[1] if len(done) == len(losses) else None
+
+
+def jobs(experiment: Experiment, loss_of: Losses) -> Iterator[Job]:
+    """All jobs that can be known by now, in the order in which to run them: learning rates, then seed by seed, and of a
+    seed small budgets first, which larger ones go on from."""
+    seen = set()
+
+    def fresh(job: Job) -> bool:
+        new = job.digest not in seen
+        seen.add(job.digest)
+        return new
+
+    for arm in experiment.arms:
+        yield from filter(fresh, tuning_jobs(experiment, arm))
+    rates = {arm: best_rate(experiment, arm, loss_of) for arm in experiment.arms}
+    for number in range(max(len(spec.seeds or experiment.seeds) for spec in experiment.arms.values())):
+        for arm, spec in experiment.arms.items():
+            seeds, lr = spec.seeds or experiment.seeds, rates[arm]
+            if lr is not None and number < len(seeds):
+                for budget in sorted(spec.budgets):
+                    yield from filter(fresh, [make_job(experiment, arm, seeds[number], lr, budget)])

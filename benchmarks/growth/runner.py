@@ -1,0 +1,180 @@
+"""Runs jobs side by side, each with the launcher that a user starts; stops in time, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from benchmarks.growth.experiment import Experiment, Job, jobs
+from benchmarks.growth.prefix import common, go_on_from_others, keep_what_others_may_need
+from benchmarks.growth.results import Results, failed, result_of
+from megabus.checkpoint.store import checkpoints_of, complete
+from megabus.config import RunConfig
+from megabus.errors import UserError, say, warn
+
+ROOT = Path(__file__).resolve().parents[2]
+POLL = 0.5  # seconds
+STOPPED = 75  # the exit code of a run that saved because it was asked to stop
+BAD_INPUT = 2
+TRIES = 2  # of a run that ended with an error which is not of its own making
+
+
+@dataclass
+class Going:
+    """A run that is going on."""
+
+    job: Job
+    slot: int
+    process: subprocess.Popen[bytes]
+
+
+class Runner:
+    """`machine`: named in results. `work`: the directory of runs, a name an experiment."""
+
+    def __init__(self, experiment: Experiment, results: Results, work: Path, machine: str) -> None:
+        self.experiment, self.results, self.machine = experiment, results, machine
+        self.work = work / experiment.name
+        self.going: list[Going] = []
+        self.tries: dict[str, int] = {}
+
+    def run(self, side_by_side: int, only: Sequence[str] = (), hours: float | None = None) -> bool:
+        """Run what is not done, at most so many at a time, for at most so long; whether all is done."""
+        deadline = None if hours is None else time.monotonic() + hours * 3600
+        with self._alone():
+            try:
+                while deadline is None or time.monotonic() < deadline:
+                    self._collect()
+                    open_jobs = list(self._open(only))
+                    while open_jobs and len(self.going) < side_by_side:
+                        self._start(open_jobs.pop(0))
+                    if not self.going:
+                        return True
+                    time.sleep(POLL)
+                say(
+                    f"{hours:g} hour(s) are over: stopping {len(self.going)} run(s), which the same command goes on with"
+                )
+            finally:
+                self._stop()
+        return False
+
+    def folder(self, job: Job) -> Path:
+        return self.work / f"{job.label}-{job.digest[:8]}"
+
+    def _open(self, only: Sequence[str]) -> Iterator[Job]:
+        """What is neither done nor going on. Those that could share more with a run that is going on than with any that
+        is done come last."""
+        at_work = [going.job for going in self.going]
+        waiting: list[Job] = []
+        for job in jobs(self.experiment, self.results.loss_of):
+            wanted = not only or job.arm in only
+            if not wanted or self.results.get(job) or any(job.digest == other.digest for other in at_work):
+                continue
+            if any(common(self._config(other), self._config(job)).growths >= 0 for other in at_work):
+                waiting.append(job)
+            else:
+                yield job
+        yield from waiting
+
+    def _config(self, job: Job) -> RunConfig:
+        return job.config(self.folder(job))
+
+    def _others(self, job: Job) -> Iterator[tuple[Path, RunConfig]]:
+        for other in jobs(self.experiment, self.results.loss_of):
+            if other.digest != job.digest and self.folder(other).is_dir():
+                yield self.folder(other), self._config(other)
+
+    def _start(self, job: Job) -> None:
+        run_dir, config = self.folder(job), self._config(job)
+        if not complete(checkpoints_of(run_dir)):
+            origin = go_on_from_others(run_dir, config, self._others(job))
+            if origin is not None:
+                say(f"{job.label}: the same as {origin.parents[1].name} up to {origin.name}")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tree = config.model_dump(mode="json", exclude_unset=True)
+        tree["faults"] = tree.get("faults", {}) | {"stop_exit_code": STOPPED}
+        tree["checkpoint"] = tree.get("checkpoint", {}) | {"keep_last": 1_000_000}
+        path = run_dir / "job.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        slot = next(n for n in range(len(self.going) + 1) if all(going.slot != n for going in self.going))
+        command = [sys.executable, "launcher/train.py", "--config", str(path)]
+        with (run_dir / "log").open("ab") as log:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(slot), stdout=log, stderr=log, start_new_session=True
+            )
+        self.going.append(Going(job, slot, process))
+        say(f"{clock()} {job.label}: started")
+
+    def _collect(self) -> None:
+        for going in list(self.going):
+            code = going.process.poll()
+            if code is not None:
+                self.going.remove(going)
+                self._ended(going.job, code)
+
+    def _ended(self, job: Job, code: int) -> None:
+        run_dir, date = self.folder(job), f"{datetime.date.today()}"
+        if code == 0:
+            result = result_of(job, run_dir, self.machine, date)
+            self.results.add(result)
+            keep_what_others_may_need(run_dir, self._config(job))
+            done = sum(1 for other in jobs(self.experiment, self.results.loss_of) if self.results.get(other))
+            say(f"{clock()} {job.label}: loss {result.loss:.4f}, {result.hours * 60:.1f} min ({done} runs done)")
+        elif code == STOPPED:
+            say(f"{clock()} {job.label}: stopped and saved")
+        else:
+            told = (run_dir / "log").read_text(errors="replace").strip().splitlines()
+            why = next((line for line in reversed(told) if line.startswith("error: ")), told[-1] if told else "")
+            if code == BAD_INPUT and "train.loss = nan" in why:
+                self.results.add(failed(job, why, self.machine, date))
+                warn(f"{job.label} failed: {why}")
+                return
+            self.tries[job.digest] = self.tries.get(job.digest, 0) + 1
+            if code == BAD_INPUT or self.tries[job.digest] >= TRIES:
+                raise UserError("run", run_dir, f"ended with code {code}: {why}", f"read {run_dir / 'log'}")
+            warn(f"{job.label} ended with code {code} and is started again: {why}")
+
+    def _stop(self) -> None:
+        """Let every run save and end."""
+        for going in self.going:
+            going.process.send_signal(signal.SIGTERM)
+        for going in self.going:
+            going.process.wait()
+        self._collect()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One runner at a time for a file of results."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError("experiment", self.work, "is being run by another process", "wait for it") from error
+            yield
+
+
+def environment(slot: int) -> dict[str, str]:
+    """Of a run of one process: one thread, and one of the GPUs if there are any."""
+    import torch
+
+    from megabus.testing.ranks import free_port
+
+    gpus = torch.cuda.device_count()
+    place = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"DS_ACCELERATOR": "cpu"}
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    return {**os.environ, **rank, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **place}
+
+
+def clock() -> str:
+    return f"{datetime.datetime.now():%H:%M:%S}"
