@@ -88,14 +88,8 @@ def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
     seconds = saves[-1]["stall_s"]  # at the end of a run, until it is written
     sizes = {key: value for key, value in case["grown"].items() if key != "layout"}
     begun = time.perf_counter()
-    grow = [
-        sys.executable,
-        "-m",
-        "benchmarks.growth_stall",
-        str(folder / "small"),
-        str(folder / "grown"),
-        json.dumps(sizes),
-    ]
+    module, paths = "benchmarks.growth_stall", [str(folder / "small"), str(folder / "grown")]
+    grow = [sys.executable, "-m", module, *paths, json.dumps(sizes)]
     threads = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # it may use all cores
     subprocess.run(grow, check=True, cwd=ROOT, env=threads)
     seconds += time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""An experiment's YAML: arms, each a run's configuration laid over a common one, with seeds, budgets and learning rates.
+"""An experiment's YAML: arms, each a run's configuration laid over a common one; seeds, budgets and learning rates.
 
 A run of an arm is a `Job`. Which jobs there are depends on results: an arm whose rate is to be tuned gets its other
 seeds at the rate that did best.
@@ -50,15 +50,17 @@ class Arm(Section):
     like: str | None = Field(None, description="arm whose `set` this one's is laid over")
     set: dict[str, Any] = Field(default_factory=dict, description="keys of a run's configuration")
     lr: Annotated[Rate, BeforeValidator(_rate)]
-    budgets: list[Positive] = [1.0]
+    budgets: list[Positive] = Field(default_factory=lambda: [1.0])
     seeds: list[int] | None = None
+    drawn: bool = Field(False, description="among the curves of the picture (six at most)")
 
 
 class Experiment(Section):
     """`base` is a run's configuration without run_dir; `budget` the FLOPs of a run of budget 1.
 
     tune_budget: what a run that tunes a learning rate may spend, with the first of `seeds`.
-    reference: the arm against whose loss over FLOPs others are held.
+    reference: the arm against whose loss over FLOPs others are held; versus: the one whose final losses others are
+    compared with.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Experiment(Section):
     seeds: list[int]
     tune_budget: Positive = 1.0
     reference: str
+    versus: str
     ranks: int = Field(1, ge=1, description="processes of a run")
     base: dict[str, Any]
     arms: dict[str, Arm]
@@ -128,8 +131,9 @@ def load_experiment(path: Path) -> Experiment:
 
 def _check_names(experiment: Experiment, path: Path) -> None:
     known = ", ".join(experiment.arms)
-    if experiment.reference not in experiment.arms:
-        raise UserError(f"{path}: reference", experiment.reference, "is no arm", f"name one of {known}")
+    for key in ("reference", "versus"):
+        if (name := getattr(experiment, key)) not in experiment.arms:
+            raise UserError(f"{path}: {key}", name, "is no arm", f"name one of {known}")
     if not experiment.seeds:
         raise UserError(f"{path}: seeds", "[]", "is empty", "give at least one")
     for name, arm in experiment.arms.items():

@@ -1,4 +1,4 @@
-"""What runs have in common is computed once: a run goes on from another's checkpoint where both are the same up to there.
+"""What runs have in common is computed once: a run goes on from another's checkpoint, up to which both are the same.
 
 A run repeats another bit for bit as long as their configurations mean the same: a larger budget changes nothing before
 the learning rate falls, another manner of growing nothing before the first growth. So the other run's checkpoint of
@@ -85,7 +85,7 @@ def _but(section: Any, *keys: str) -> dict[str, Any]:
 
 
 def go_on_from_others(run_dir: Path, config: RunConfig, others: Iterable[tuple[Path, RunConfig]]) -> Path | None:
-    """Give a run that has not begun the furthest checkpoint that is its own in all but name. The checkpoint, or None."""
+    """Give a run that has not begun the furthest checkpoint that is its own in all but name; that, or None."""
     best: tuple[float, Path, Path] | None = None
     for other_dir, other in others:
         shared = common(other, config)
@@ -110,7 +110,7 @@ def keep_what_others_may_need(run_dir: Path, config: RunConfig) -> None:
     """Of a finished run keep the last state, and of every stage the last one before the learning rate fell."""
     tail = config.optimizer.decay_share if config.optimizer.schedule == "wsd" else 0.0
     limit = (config.train.max_flops or 0.0) * (1 - tail)
-    newest, *older = complete(checkpoints_of(run_dir))
+    _, *older = complete(checkpoints_of(run_dir))
     kept: set[int] = set()
     for folder in older:
         state = read_state(folder)

@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. loss: on the validation tokens at its end, infinity if it failed. growths: rows of the metrics."""
+    """What a run did. loss: on the validation tokens at its end, infinity if it failed. growths: from the metrics."""
 
     experiment: str
     arm: str

@@ -61,9 +61,7 @@ class Runner:
                     if not self.going:
                         return True
                     time.sleep(POLL)
-                say(
-                    f"{hours:g} hour(s) are over: stopping {len(self.going)} run(s), which the same command goes on with"
-                )
+                say(f"{hours:g} hour(s) are over: {len(self.going)} run(s) stop, and go on with the same command")
             finally:
                 self._stop()
         return False
