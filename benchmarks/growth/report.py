@@ -77,7 +77,7 @@ def tuning_table(experiment: Experiment, results: Results) -> str:
 def arms_table(experiment: Experiment, found: Sequence[Group]) -> str:
     """A line for each arm and budget: its final loss, how it differs from `versus` seed by seed, and S."""
     lines = [
-        f"| arm | | budget | parameters | seeds | final loss | less than {experiment.versus} by | S | tokens | minutes |",
+        f"| arm | | budget | parameters | seeds | loss | less than {experiment.versus} by | S | tokens | minutes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group in found:
@@ -157,9 +157,8 @@ def _mean(value: Spread) -> str:
 def _difference(value: Spread | None) -> str:
     if value is None:
         return "–"
-    return f"{value.mean:+.4f}" + (
-        "" if value.interval is None else f" ({value.interval[0]:+.4f} to {value.interval[1]:+.4f})"
-    )
+    interval = "" if value.interval is None else f" ({value.interval[0]:+.4f} to {value.interval[1]:+.4f})"
+    return f"{value.mean:+.4f}{interval}"
 
 
 def _saving(found: tuple[Spread, Bound] | None) -> str:

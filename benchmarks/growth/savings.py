@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 # Student's t, 97.5%, by degrees of freedom: for 95% intervals over few seeds.
@@ -42,7 +43,7 @@ def saving(loss: float, flops: float, reference: Sequence[tuple[float, float]]) 
     points = _falling(reference)
     if not points:
         return None
-    for (c0, l0), (c1, l1) in zip(points, points[1:], strict=False):
+    for (c0, l0), (c1, l1) in pairwise(points):
         if l1 <= loss <= l0:
             way = (l0 - loss) / (l0 - l1)
             return Saving(math.exp(math.log(c0) + way * (math.log(c1) - math.log(c0))) / flops)
