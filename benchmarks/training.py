@@ -184,12 +184,12 @@ def gpu_step_times(rounds: int, small: bool) -> list[Row]:
 
 
 def mfu(rounds: int, small: bool) -> list[Row]:
-    """On a GPU in bf16: the share of its dense peak at which a step's FLOPs are made (counted in `train/flops.py`)."""
-    from megabus.train.flops import flops_per_token, peak_flops
+    """On a GPU in bf16: the share of its dense peak at which a step's FLOPs are made (counted in `model/cost.py`)."""
+    from megabus.model.cost import flops_per_token, peak_flops
 
     peak, rows = peak_flops(None, "bf16"), []
     if peak is None:
-        raise RuntimeError("this GPU's peak is not known to megabus.train.flops")
+        raise RuntimeError("this GPU's peak is not known to megabus.model.cost")
     for size in ("0.5B", "1B"):
         config = config_of(paper_shape("ngpt", size), ONE, 4096, 4, 32, kernels="triton", precision="bf16")
         timing = in_turn([arm(size, config)], rounds, 3)[size]

@@ -12,7 +12,7 @@ import yaml
 
 from megabus.config import RunConfig, load_config, parse_config, resolve_stages
 from megabus.errors import UserError
-from megabus.train.flops import count_parameters
+from megabus.model.cost import count_parameters
 
 ROOT = Path(__file__).parents[1]
 BASE = """

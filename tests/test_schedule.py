@@ -11,8 +11,8 @@ from test_config import BASE
 from megabus.config import ModelConfig, RunConfig, Stage, load_config, resolve_stages
 from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.ds_config import deepspeed_config
+from megabus.model.cost import count_parameters, flops_per_token, peak_flops
 from megabus.model.init import build_model
-from megabus.train.flops import count_parameters, flops_per_token, peak_flops
 from megabus.train.schedule import learning_rate, spent_share
 
 

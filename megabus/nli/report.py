@@ -14,13 +14,13 @@ import torch
 
 import megabus
 from megabus.errors import UserError
+from megabus.model.cost import count_parameters
 from megabus.nli.baselines import MIN_PAIRS, Baselines, C
 from megabus.nli.metrics import CONFIDENCE, RESAMPLES, measure
 from megabus.nli.pairs import LABELS, PairSet
 from megabus.nli.run import Outcome
 from megabus.nli.score import CONTENT_FREE, Scores
 from megabus.nli.settings import RESULTS, Settings
-from megabus.train.flops import count_parameters
 
 Results = dict[str, Any]
 

@@ -20,13 +20,13 @@ from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.tokenizer import Tokenizer
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
+from megabus.model.cost import count_parameters
 from megabus.nli.finetune import Row, Tuning, fine_tune, label_loss, steps_of
 from megabus.nli.pairs import Hub, PairSet, hub_data, read_jsonl
 from megabus.nli.prompt import Encoder
 from megabus.nli.score import Scores, score_pairs
 from megabus.nli.settings import Settings, run_config
 from megabus.parallel.agree import agreement, rank_0_tells
-from megabus.train.flops import count_parameters
 from megabus.train.metrics import describe
 from megabus.train.watchdog import watched
 

@@ -28,11 +28,11 @@ from megabus.errors import UserError, say
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
 from megabus.kappa.predictors import make_predictor
 from megabus.kernels.table import select, why_not_wide
+from megabus.model.cost import count_parameters
 from megabus.model.init import initial_rows
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
 from megabus.train.corpora import Corpora
-from megabus.train.flops import count_parameters
 from megabus.train.metrics import Metrics, describe
 from megabus.train.resume import check_continues, check_same_model, data_order
 from megabus.train.run_dir import RunLock, check_shared, open_metrics

@@ -1,0 +1,167 @@
+"""Which sizes to grow through and when, before anything is trained: from a law of losses and what each size costs.
+
+The law L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, arXiv 2203.15556) says what a model of N
+parameters reaches with D tokens. A growth keeps the loss. What it gives is assumed here: **the grown model goes on as a
+model of its size that has come to the same loss**, so its loss falls along its own law from where it equals the
+smaller one's. docs/growth.md compares that with what happened.
+
+From loss a to loss b a size N then takes F(N) (D(N, b) - D(N, a)) FLOPs, with F its FLOPs per token and D(N, L) the
+tokens at which its law gives L. At each loss the best of some sizes is the one for which F dD/dL is least, so sizes and
+the losses at which to grow follow from each other. Which sizes to take is searched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megabus.config.fractions import fraction_of
+from megabus.config.schema import ModelConfig, ScalingLaw
+from megabus.model.cost import count_parameters, flops_per_token
+
+STEPS = 60  # of a bisection: more than fp64 resolves
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model under a law. Losses in nats per token."""
+
+    model: ModelConfig
+    seq_len: int
+    law: ScalingLaw
+
+    @property
+    def flops_per_token(self) -> float:
+        return flops_per_token(self.model, self.seq_len)
+
+    @property
+    def floor(self) -> float:
+        """What it reaches with endless tokens."""
+        return self.law.E + self.law.A * count_parameters(self.model) ** -self.law.alpha
+
+    def loss(self, tokens: float) -> float:
+        return self.floor + self.law.B * tokens**-self.law.beta
+
+    def tokens(self, loss: float) -> float:
+        """Tokens to reach a loss from scratch; infinity for one that it never reaches."""
+        above = loss - self.floor
+        return (self.law.B / above) ** (1 / self.law.beta) if above > 0 else math.inf
+
+    def flops(self, loss: float) -> float:
+        return self.flops_per_token * self.tokens(loss)
+
+    def price(self, loss: float) -> float:
+        """FLOPs per nat at a loss: F |dD/dL|; infinity where it does not get."""
+        above = loss - self.floor
+        return self.flops(loss) / (self.law.beta * above) if above > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A size, the losses between which it trains (the first starts at infinity), and what it takes for that."""
+
+    model: ModelConfig
+    start: float
+    end: float
+    tokens: float
+    flops: float
+    floor: float
+
+    @property
+    def kappa(self) -> float | None:
+        """Share of what the size could give, with endless tokens, that it has given when it grows; None for the first,
+        whose start is no finite loss."""
+        return (self.start - self.end) / (self.start - self.floor) if math.isfinite(self.start) else None
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """stages: in order, the last of the final size. scratch_flops: what the final size takes alone to the same loss."""
+
+    stages: list[PlannedStage]
+    loss: float
+    scratch_flops: float
+
+    @property
+    def flops(self) -> float:
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def saving(self) -> float:
+        """Predicted S: scratch's FLOPs over all of the plan's, at equal loss."""
+        return self.scratch_flops / self.flops
+
+
+def plan_stages(sizes: Sequence[Size], loss: float) -> GrowthPlan:
+    """The way from nothing to `loss` through all of `sizes`, which grow; each where the next becomes cheaper per nat.
+
+    Sizes that are never the cheapest are left out. Raises ValueError if the last never reaches the loss.
+    """
+    last = sizes[-1]
+    if last.floor >= loss:
+        raise ValueError(f"the final size never gets below {last.floor:.3f}, and {loss:.3f} is asked for")
+    kept: list[Size] = []
+    ends: list[float] = []  # where each kept size grows
+    for size in sizes:
+        while kept:
+            end = _equal_price(kept[-1], size, loss)
+            if not ends or end < ends[-1]:
+                break
+            kept.pop()  # by the time that it would begin, the next is cheaper already
+            ends.pop()
+        if kept:
+            ends.append(_equal_price(kept[-1], size, loss))
+        kept.append(size)
+    stages, start = [], math.inf
+    for size, end in zip(kept, [*ends, loss], strict=True):
+        if end >= start or end < loss:
+            continue
+        tokens = size.tokens(end) - (size.tokens(start) if math.isfinite(start) else 0.0)
+        stages.append(PlannedStage(size.model, start, end, tokens, tokens * size.flops_per_token, size.floor))
+        start = end
+    return GrowthPlan(stages, loss, last.flops(loss))
+
+
+def _equal_price(small: Size, large: Size, lowest: float) -> float:
+    """The loss at which the larger size becomes cheaper per nat; `lowest` if it does not before."""
+    low = max(lowest, small.floor)
+    if small.price(low) <= large.price(low):
+        return lowest
+    high = low + 1.0
+    while small.price(high) > large.price(high):
+        high += high - low
+        if high - low > 1e6:
+            return math.inf  # the larger one is cheaper from the start
+    for _ in range(STEPS):
+        middle = 0.5 * (low + high)
+        if small.price(middle) > large.price(middle):
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def plan_growth(
+    final: ModelConfig, seq_len: int, tokens: float, law: ScalingLaw, max_stages: int = 3, tp: int = 1, pp: int = 1
+) -> GrowthPlan:
+    """The cheapest plan of at most `max_stages` sizes to the loss that `final` reaches alone with `tokens` tokens.
+
+    Sizes are fractions of the final one (`fraction_of`), from a sixth up.
+    """
+    last = Size(final, seq_len, law)
+    loss = last.loss(tokens)
+    models: dict[ModelConfig, None] = {}
+    for twelfths in range(2, 12):
+        model = fraction_of(final, twelfths / 12, tp, pp)
+        if model != final:
+            models[model] = None
+    smaller = [Size(model, seq_len, law) for model in models]
+    best = plan_stages([last], loss)
+    for count in range(1, max_stages):
+        for chosen in itertools.combinations(smaller, count):
+            plan = plan_stages([*chosen, last], loss)
+            if plan.flops < best.flops:
+                best = plan
+    return best

@@ -1,0 +1,147 @@
+"""Plan a growth before it is trained: sizes, when to grow, and what that is predicted to save.
+
+python tools/plan_growth.py configs/gpt_64m.yaml                   # stages for this final size, to paste
+python tools/plan_growth.py configs/ngpt_64m.yaml                  # when the file's own stages should grow
+python tools/plan_growth.py configs/demo.yaml --fit runs/a runs/b ...  # with a law fitted to finished runs
+python tools/plan_growth.py runs/demo/config.yaml --compare runs/demo  # beside what happened
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+
+from megabus.command import run
+from megabus.config import RunConfig, Stage, load_config, resolve_stages
+from megabus.config.pair import SIZES
+from megabus.config.schema import ModelConfig, ScalingLaw
+from megabus.errors import UserError
+from megabus.growth.planner import GrowthPlan, Size, plan_growth, plan_stages
+from megabus.kappa.law_fit import fit_law
+from megabus.model.cost import count_parameters, flops_per_token
+from megabus.train.plots import read_metrics
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="YAML of a run; its last size is the final one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    parser.add_argument("--world", type=int, help="ranks of the run; the least that the layout allows when left out")
+    parser.add_argument("--propose", action="store_true", help="propose sizes, whatever stages the file has")
+    parser.add_argument("--max-stages", type=int, default=3, help="sizes that a proposal has at most (%(default)s)")
+    parser.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes")
+    parser.add_argument("--compare", metavar="RUN_DIR", help="a run of these stages: what happened")
+    args = parser.parse_intermixed_args()
+    if args.max_stages < 1:
+        raise UserError("--max-stages", args.max_stages, "is no number of sizes", "give 1 or more")
+    config = load_config(args.config, args.overrides)
+    layout = config.layout
+    stages = resolve_stages(config, args.world or layout.tp * layout.pp * (layout.dp or 1))
+    last = stages[-1]
+    law = _fitted(args.fit) if args.fit else config.growth.trigger.scaling_law
+    tokens = _tokens(config, last)
+    print(f"law: L(N, D) = {law.E:.4g} + {law.A:.4g} / N^{law.alpha:.3g} + {law.B:.4g} / D^{law.beta:.3g}")
+    if len(stages) == 1 or args.propose:
+        plan = plan_growth(last.model, last.seq_len, tokens, law, args.max_stages, last.layout.tp, last.layout.pp)
+    else:
+        sizes = [Size(stage.model, stage.seq_len, law) for stage in stages]
+        plan = plan_stages(sizes, sizes[-1].loss(tokens))
+    ratio = tokens / count_parameters(last.model)
+    print(f"to the loss of the final size from scratch with {tokens:.3g} tokens ({ratio:.2g} a parameter)\n")
+    print(_table(plan, _happened(args.compare)))
+    print(
+        f"\npredicted: loss {plan.loss:.4f}, {plan.scratch_flops:.3g} FLOPs from scratch, {plan.flops:.3g} growing: "
+        f"S = {plan.saving:.2f}"
+    )
+    if plan.stages[-1].model != last.model:
+        print("the last growth comes after that: by this law the final size is too large for so few tokens")
+    if len(stages) == 1 or args.propose:
+        print(f"\n{_yaml(plan, last.model)}")
+    return 0
+
+
+def _tokens(config: RunConfig, last: Stage) -> float:
+    """Tokens that the final size from scratch would get of the run's budget."""
+    train, cost = config.train, flops_per_token(last.model, last.seq_len)
+    budgets = [
+        float(train.max_tokens) if train.max_tokens else math.inf,
+        train.max_flops / cost if train.max_flops else math.inf,
+        float(train.max_steps * last.tokens_per_step) if train.max_steps else math.inf,
+    ]
+    return min(budgets)
+
+
+def _fitted(run_dirs: Sequence[str]) -> ScalingLaw:
+    points = []
+    for run_dir in run_dirs:
+        rows = read_metrics(run_dir)
+        losses = [row["loss"] for row in rows if row["event"] == "eval" and row["loss"] is not None]
+        if any(row["event"] == "growth" for row in rows):
+            raise UserError("--fit", run_dir, "has grown: a law is of fixed sizes", "leave it out")
+        if not losses or rows[0]["event"] != "start":
+            raise UserError("--fit", run_dir, "has no validation loss", "give finished runs")
+        points.append((rows[0]["sizes"]["n_params"], rows[-1]["tokens"], losses[-1]))
+    fitted = fit_law(points)
+    print(f"fitted to {fitted.n_points} runs, {fitted.rms:.4f} nats rms")
+    return ScalingLaw(**fitted.coefficients)
+
+
+def _happened(run_dir: str | None) -> list[tuple[int, float, float | None]]:
+    """(parameters, tokens, last loss) of every size that a run has had."""
+    if run_dir is None:
+        return []
+    rows, found, begun = read_metrics(run_dir), [], 0
+    for row in rows:
+        if row["event"] == "growth":
+            found.append((row["old"]["n_params"], row["tokens"] - begun, row["loss_before"]))
+            begun = row["tokens"]
+    losses = [row["loss"] for row in rows if row["event"] == "eval"]
+    growths = [row for row in rows if row["event"] == "growth"]
+    sizes = growths[-1]["new"] if growths else rows[0]["sizes"]
+    found.append((sizes["n_params"], rows[-1]["tokens"] - begun, losses[-1] if losses else None))
+    return found
+
+
+def _table(plan: GrowthPlan, happened: Sequence[tuple[int, float, float | None]]) -> str:
+    header = f"{'sizes':<28} {'params':>8} {'tokens':>9} {'FLOPs':>9} {'share':>6} {'loss at end':>11} {'kappa':>6}"
+    lines = [header + (f"   {'tokens':>9} {'loss at end':>11}  (what happened)" if happened else "")]
+    by_size = {size: rest for size, *rest in happened}
+    for stage in plan.stages:
+        model = stage.model
+        sizes = f"d{model.d_model} L{model.n_layers} H{model.n_heads} ff{model.d_ff}"
+        n, kappa = count_parameters(model), "–" if stage.kappa is None else f"{stage.kappa:.2f}"
+        line = f"{sizes:<28} {n / 1e6:>7.2f}M {stage.tokens:>9.2e} {stage.flops:>9.2e} {stage.flops / plan.flops:>6.0%}"
+        line += f" {stage.end:>11.4f} {kappa:>6}"
+        if n in by_size:
+            tokens, loss = by_size[n]
+            line += f"   {tokens:>9.2e} {'–' if loss is None else f'{loss:.4f}':>11}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _yaml(plan: GrowthPlan, final: ModelConfig) -> str:
+    """The sections of a configuration that follow the plan; every stage's tokens as its cap."""
+    models = [stage.model for stage in plan.stages]
+    caps = [int(stage.tokens) for stage in plan.stages]
+    if models[-1] != final:
+        models.append(final)
+    names = [name for name in SIZES if getattr(final, name) is not None]
+    first, *grown = [{name: getattr(model, name) for name in names} for model in models]
+    for sizes, cap in zip(grown[:-1], caps[1:], strict=False):  # the last stage ends with the run
+        sizes["max_tokens"] = cap
+    tree: dict[str, object] = {"model": final.model_dump(exclude_unset=True) | first}
+    tree["train"] = {"max_flops": float(f"{plan.flops:.4g}"), "max_tokens": None, "max_steps": None}
+    if grown:
+        tree["growth"] = {"max_tokens": caps[0], "stages": grown}
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
