@@ -111,10 +111,7 @@ Losses = Callable[[Job], float | None]
 def load_experiment(path: Path) -> Experiment:
     """Read and check an experiment, every arm's configuration included. Raises `UserError`."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-        experiment = Experiment.model_validate(tree)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError("experiment", path, f"cannot be read ({error})", "name a YAML file") from error
+        experiment = Experiment.model_validate(_read(path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -127,6 +124,18 @@ def load_experiment(path: Path) -> Experiment:
         except UserError as error:
             raise UserError(f"{path}: arms.{name}: {error.key}", error.value, error.problem, error.remedy) from None
     return experiment
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's keys, laid over those of the experiment beside it that it `extends`."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError("experiment", path, f"cannot be read ({error})", "name a YAML file") from error
+    if not isinstance(tree, dict):
+        raise UserError("experiment", path, "holds no keys", "start from benchmarks/growth/screen.yaml")
+    below = tree.pop("extends", None)
+    return tree if below is None else overlaid(_read(path.parent / below), tree)
 
 
 def _check_names(experiment: Experiment, path: Path) -> None:
