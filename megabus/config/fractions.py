@@ -24,5 +24,6 @@ def fraction_of(model: ModelConfig, fraction: float, tp: int = 1, pp: int = 1) -
 
 
 def _part(whole: int, fraction: float, unit: int, least: int = 1) -> int:
-    """The multiple of `unit` nearest to a fraction of `whole`, no less than one unit and no more than the whole."""
-    return min(whole, max(unit, least, round(whole * fraction / unit) * unit))
+    """The multiple of `unit` nearest to a fraction of `whole` (all of it at 1), no less than one unit and no more than the whole."""
+    rounded = whole if fraction >= 1 else round(whole * fraction / unit) * unit
+    return min(whole, max(unit, least, rounded))
