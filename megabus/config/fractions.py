@@ -24,6 +24,6 @@ def fraction_of(model: ModelConfig, fraction: float, tp: int = 1, pp: int = 1) -
 
 
 def _part(whole: int, fraction: float, unit: int, least: int = 1) -> int:
-    """The multiple of `unit` nearest to a fraction of `whole` (all of it at 1), no less than one unit and no more than the whole."""
+    """The multiple of `unit` nearest to a fraction of `whole`: one unit or more, and all of it at fraction 1."""
     rounded = whole if fraction >= 1 else round(whole * fraction / unit) * unit
     return min(whole, max(unit, least, rounded))
