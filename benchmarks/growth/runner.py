@@ -55,9 +55,8 @@ class Runner:
             try:
                 while deadline is None or time.monotonic() < deadline:
                     self._collect()
-                    open_jobs = list(self._open(only))
-                    while open_jobs and len(self.going) < side_by_side:
-                        self._start(open_jobs.pop(0))
+                    while len(self.going) < side_by_side and (job := next(self._open(only), None)) is not None:
+                        self._start(job)
                     if not self.going:
                         return True
                     time.sleep(POLL)
