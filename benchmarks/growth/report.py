@@ -42,11 +42,14 @@ def groups(experiment: Experiment, results: Results) -> list[Group]:
 
 def report(experiment: Experiment, results: Results, out: Path | None) -> str:
     """The tables; with `out` they and the pictures are written there, named after the experiment."""
+    from benchmarks.growth.predicted import law_table
+
     found = groups(experiment, results)
     parts = [
         "## Learning rates", tuning_table(experiment, results),
         "## Arms", arms_table(experiment, found),
         "## Growths", growth_table(experiment, found),
+        "## Against a law", law_table(experiment, found),
     ]  # fmt: skip
     text = "\n\n".join(parts) + "\n"
     if out is not None:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megabus.config.auto import AUTO, written_out
 from megabus.config.schema import RunConfig, Section
 from megabus.errors import UserError
 
@@ -34,8 +35,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(tree: dict[str, Any]) -> RunConfig:
-    """Validate a plain tree of keys and values."""
+    """Validate a plain tree of keys and values; `growth: auto` is written out."""
     try:
+        if tree.get("growth") == AUTO:
+            tree = tree | written_out(RunConfig.model_validate(tree | {"growth": {}}))
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise _first(error, RunConfig) from None

@@ -1,0 +1,52 @@
+"""`growth: auto`: how to grow when nothing is said about it. `model` is then the size to end with.
+
+What it stands for was measured (docs/growth.md). It is written out before anything else sees it: a run, its saved
+configuration and its checkpoints know plain stages only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megabus.config.fractions import fraction_of
+from megabus.config.pair import SIZES
+from megabus.config.schema import ModelConfig, RunConfig, TrainConfig
+
+AUTO = "auto"
+# Of the final size, and the most that the stage may take of the run's FLOPs and of its tokens. The last takes the rest.
+SIZES_OF_AUTO = ((1 / 2, 0.15, 0.35), (3 / 4, 0.30, 0.30))
+MANNER = {"write": "tilt", "channels": "even", "depth": "identity", "moments": "grow"}
+TRIGGER = {"kappa": 0.8, "predictor": "fit"}
+
+
+def written_out(config: RunConfig) -> dict[str, Any]:
+    """What `growth: auto` means for a run of this final size, layout and budget: its `model` and `growth` sections.
+
+    Sizes that are no smaller than the next are left out, so a model of one layer and few channels may not grow at all.
+    """
+    final, layout = config.model, config.layout
+    models, caps = [], []
+    for fraction, flops, tokens in SIZES_OF_AUTO:
+        model = fraction_of(final, fraction, layout.tp, layout.pp)
+        if model != final and model not in models:
+            models.append(model)
+            caps.append(_cap(config.train, flops, tokens))
+    models.append(final)
+    stages = [_sizes(model) | cap for model, cap in zip(models[1:], [*caps[1:], {}], strict=True)] if caps else []
+    growth: dict[str, Any] = {**MANNER, "trigger": dict(TRIGGER), "stages": stages}
+    return {
+        "model": final.model_dump(exclude_unset=True) | _sizes(models[0]),
+        "growth": growth | (caps[0] if caps else {}),
+    }
+
+
+def _sizes(model: ModelConfig) -> dict[str, int]:
+    return {name: value for name in SIZES if (value := getattr(model, name)) is not None}
+
+
+def _cap(train: TrainConfig, flops: float, tokens: float) -> dict[str, float]:
+    """A stage's cap, in what the run's budget is counted in."""
+    if train.max_flops:
+        return {"max_flops": flops * train.max_flops}
+    total = train.max_tokens or (train.max_steps or 0) * train.global_batch_size * train.seq_len
+    return {"max_tokens": max(1, int(tokens * total))} if total else {}
