@@ -1,4 +1,4 @@
-"""What a law of losses, fitted to the experiment's own runs of fixed sizes, would have planned; beside what happened."""
+"""What a law of losses, fitted to the experiment's own runs of fixed sizes, would have planned, and what happened."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     except UserError as error:
         return f"No law yet: {error.value} {error.problem}."
     law = ScalingLaw(**fitted.coefficients)
+    form = f"{law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}"
+    arms = ", ".join(dict.fromkeys(g.arm for g in fixed))
     lines = [
-        f"L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}, from {fitted.n_points} "
-        f"runs of fixed sizes ({', '.join(dict.fromkeys(g.arm for g in fixed))}), {fitted.rms:.4f} nats rms.",
+        f"L(N, D) = {form}, from {fitted.n_points} runs of fixed sizes ({arms}), {fitted.rms:.4f} nats rms.",
         "",
-        "| arm | budget | loss | FLOPs by the law, growing when it says | FLOPs taken | tokens a size by the law | taken |",
+        "| arm | budget | loss | FLOPs by the law | FLOPs taken | tokens of each size by the law | taken |",
         "|---|---|---|---|---|---|---|",
     ]
     for group in found:
