@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -9,6 +11,7 @@ from megabus.config import load_config, parse_config, resolve_stages
 from megabus.config.auto import AUTO, MANNER, SIZES_OF_AUTO
 from megabus.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 FINAL = {"vocab_size": 66, "d_model": 96, "n_layers": 4, "n_heads": 8, "n_kv_heads": 4, "head_dim": 12, "d_ff": 250}
 
 
@@ -80,5 +83,4 @@ def test_errors_name_the_key():
     with pytest.raises(UserError, match=r"model\.d_modle"):
         parse_config(tree(model=FINAL | {"d_modle": 3}))
     with pytest.raises(UserError, match=r"growth\.write"):
-        path = "configs/demo.yaml"
-        load_config(path, ["growth=auto", "growth.write=clone"])
+        load_config(ROOT / "configs/demo.yaml", ["growth=auto", "growth.write=clone"])
