@@ -179,6 +179,13 @@ class KappaConfig(Section):
     min_evals: Count = Field(8, description="evaluations a stage must see before kappa may trigger (fit: 5 or more)")
 
 
+class BoostConfig(Section):
+    """A larger learning rate for the rows and layers that a growth has added, until they have caught up."""
+
+    factor: Positive = Field(2.0, description="share of the learning rate that they begin with")
+    tokens: Count = Field(1_000_000, description="tokens after the growth over which it falls linearly to 1")
+
+
 class GrowthConfig(Section):
     """How to grow (BUS, bootstrapped model upscaling) and through which stages."""
 
@@ -186,6 +193,7 @@ class GrowthConfig(Section):
     channels: Literal["even", "uneven"] = "even"
     depth: Literal["identity", "split", "stack"] = "identity"
     moments: Literal["reset", "carry", "grow"] = "reset"
+    boost: BoostConfig | None = None
     buffer_mb: Count = Field(256, description="most MiB that growing takes on a rank beside its old and its new shard")
     max_tokens: Count | None = Field(None, description="cap of the first stage")
     max_flops: Positive | None = Field(None, description="cap of the first stage")

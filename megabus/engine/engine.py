@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megabus.config import RunConfig, Stage
 from megabus.engine.adam import make_adam
+from megabus.engine.boost import Boost
 from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.unit_rows import UnitRows
@@ -104,6 +105,8 @@ class Engine:
                 config=deepspeed_config(config, stage),
                 mpu=None if isinstance(self.module, PipelineModule) else self.mesh.grid,
             )
+        # Before unit rows: hooks run in this order, and the rows that a boost has moved are to be unit afterwards.
+        self.boost = Boost(self.deepspeed, self.module, self.placement, self.mesh.rank)
         self.unit_rows = self._unit_rows()
         self._pipe_seq_len = stage.seq_len
 
@@ -227,6 +230,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine; the process groups stay for the next one."""
+        self.boost.remove()
         if self.unit_rows is not None:
             self.unit_rows.remove()
         self.deepspeed.destroy()
@@ -234,7 +238,7 @@ class Engine:
             # The last loss's graph holds hooks that hold the engine: a cycle through C++, which gc cannot see.
             for name in ("loss", "total_loss", "fwd_outputs", "pipe_buffers"):
                 setattr(self.deepspeed, name, None)
-        del self.deepspeed, self.module, self.unit_rows
+        del self.deepspeed, self.module, self.unit_rows, self.boost
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

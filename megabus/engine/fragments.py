@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megabus.engine.adam import read_step, write_state
-from megabus.model.params import spec_of
+from megabus.model.params import ParamSpec, spec_of
 from megabus.parallel.fragments import KINDS, MOMENTS, Fragments, Kind
 from megabus.parallel.placement import Piece, Placement
 
@@ -26,14 +27,21 @@ def flat_partitions(engine: Any) -> list[Tensor]:
     return optimizer.single_partition_of_fp32_groups
 
 
-def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: int) -> Fragments:
-    """Views of what this rank owns, in canonical order; moments only once there are some.
+class Place(NamedTuple):
+    """Where a piece that this rank owns lies: in which group's flat partition, and where in it."""
+
+    spec: ParamSpec
+    piece: Piece
+    group: int
+    part: slice
+
+
+def places(module: nn.Module, placement: Placement, rank: int) -> Iterator[Place]:
+    """All that this rank owns, in canonical order.
 
     Raises RuntimeError where DeepSpeed's partitions are not what `Placement` computes: growth and checkpoints
     rest on that arithmetic, so a changed DeepSpeed must stop here.
     """
-    flats, inner = flat_partitions(engine), inner_optimizer(engine)
-    fragments: Fragments = {}
     owned = {piece.name: piece for piece in placement.owned(rank)}
     for parameter in module.parameters():
         spec, mapping = spec_of(parameter), parameter._hp_mapping  # type: ignore[attr-defined]
@@ -43,16 +51,22 @@ def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: i
             found = Piece(spec.name, start, start + mapping.lp_fragment_address.numel)
         if found != piece:
             raise RuntimeError(f"DeepSpeed gives this rank {found}, megabus expected {piece}")
-        if piece is None:
-            continue
-        flat, offset = flats[mapping.param_group_index], mapping.hp_fragment_address.start
-        part = slice(offset, offset + len(piece))
-        fragments[piece] = {"weight": flat.detach()[part]}
-        state = inner.state.get(flat)
-        if state:
-            fragments[piece] |= {kind: state[kind][part] for kind in MOMENTS if kind in state}
+        if piece is not None:
+            offset = mapping.hp_fragment_address.start
+            yield Place(spec, piece, mapping.param_group_index, slice(offset, offset + len(piece)))
     if owned:
         raise RuntimeError(f"DeepSpeed holds no part of {sorted(owned)}")
+
+
+def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: int) -> Fragments:
+    """Views of what this rank owns, in canonical order; moments only once there are some. Errors: see `places`."""
+    flats, inner = flat_partitions(engine), inner_optimizer(engine)
+    fragments: Fragments = {}
+    for _, piece, group, part in places(module, placement, rank):
+        fragments[piece] = {"weight": flats[group].detach()[part]}
+        state = inner.state.get(flats[group])
+        if state:
+            fragments[piece] |= {kind: state[kind][part] for kind in MOMENTS if kind in state}
     return fragments
 
 

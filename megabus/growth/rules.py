@@ -53,6 +53,12 @@ class Growth:
     def gate(self, spec: ParamSpec) -> float:
         return self.layer_source(spec).gate(self.how.depth) if spec.gate else 1.0
 
+    def added(self, spec: ParamSpec, rows: AxisMap | None = None) -> np.ndarray:
+        """Which new rows (or which of `rows`) the growth has added to those that were there: (rows,) bool."""
+        rows = self.rows(spec) if rows is None else rows
+        # On the embed axis nothing is new, for there is no original to prefer: E spreads each channel over its copies.
+        return ((rows.copy != 0) & (spec.rows != "embed")) | (self.layer_source(spec).copy != 0)
+
     def live(self, spec: ParamSpec, kind: Kind) -> np.ndarray:
         """Which new rows are grown from anything at all; the others are zeros. (rows,) bool."""
         rows = self.rows(spec)
@@ -161,9 +167,7 @@ def _share(growth: Growth, spec: ParamSpec, rows: AxisMap) -> np.ndarray:
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
     if growth.how.moments == "carry":
-        # On the embed axis there is no original to prefer: E spreads each channel over its copies.
-        original = (rows.copy == 0) | (spec.rows == "embed")
-        return original.astype(np.float64) * (growth.layer_source(spec).copy == 0)
+        return (~growth.added(spec, rows)).astype(np.float64)
     shared = spec.role != "write" and spec.rows != "embed"
     return 1.0 / rows.copies if shared else np.ones(len(rows))
 

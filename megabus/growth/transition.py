@@ -25,13 +25,24 @@ class Transition:
     kept: int
 
 
-def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
-    """Grow `engine` into `stage` and close it. Collective, at a step boundary.
+def stage_engine(config: RunConfig, stage: Stage, before: Stage | None) -> Engine:
+    """An engine for a stage, which knows the rows that growing from the stage `before` adds (None: it is the first).
+    Collective; its weights are undefined until they are written."""
+    engine = Engine(config, stage)
+    if before is not None and config.growth.boost is not None:
+        engine.boost.set_rows(_growth(config, before, stage).added)
+    return engine
 
-    The seed is the run's: directions are keyed by parameter, row and new shape, so no two growths share any.
-    """
-    new = Placement(stage.model, stage.layout)
-    plan = Plan(engine.placement, new, Growth(engine.stage.model, stage.model, config.growth, config.train.seed))
+
+def _growth(config: RunConfig, old: Stage, new: Stage) -> Growth:
+    """The seed is the run's: directions are keyed by parameter, row and new shape, so no two growths share any."""
+    return Growth(old.model, new.model, config.growth, config.train.seed)
+
+
+def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
+    """Grow `engine` into `stage` and close it. Collective, at a step boundary."""
+    before, new = engine.stage, Placement(stage.model, stage.layout)
+    plan = Plan(engine.placement, new, _growth(config, before, stage))
     reset = config.growth.moments == "reset" or engine.optimizer_step == 0
     kinds: tuple[Kind, ...] = ("weight",) if reset else KINDS
     optimizer_step = 0 if reset else engine.optimizer_step
@@ -39,7 +50,7 @@ def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
     engine.close()  # before the new shard is there: from now on only what travels is left of the old one
     fragments, mail = redistribute(plan, owned, kinds, engine.mesh.rank, config.growth.buffer_mb * 2**20)
     del owned
-    grown = Engine(config, stage)
+    grown = stage_engine(config, stage, before)
     grown.write(fragments, optimizer_step)
     totals = torch.tensor([mail.sent, mail.kept], device=grown.device)
     dist.all_reduce(totals)

@@ -20,7 +20,7 @@ from megabus.parallel.agree import on_any_rank
 from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, roll_back, sizes, started, watch_stage
 from megabus.train.saving import collect, finish, save, tell_unwritten
-from megabus.train.schedule import learning_rate, spent_share
+from megabus.train.schedule import boost_factor, learning_rate, spent_share
 from megabus.train.stop import listening
 from megabus.train.watchdog import watched
 
@@ -66,6 +66,9 @@ def train_step(run: Run) -> None:
     # At the step's middle: a warm-up does not begin, nor a decay end, with a step of learning rate 0.
     middle = spent_share(config.train, now.step + 0.5, now.tokens + stage.tokens_per_step / 2, now.flops + cost / 2)
     lr = learning_rate(config.optimizer, stage.lr, middle)
+    if stage.index:  # the first stage has grown from nothing
+        since = now.tokens + stage.tokens_per_step / 2 - now.stage_tokens
+        run.engine.boost.factor = boost_factor(config.growth.boost, since)
     result = run.engine.train_step(run.corpora.train_batches(run.engine, now.position), lr)
     now.step += 1
     now.tokens += stage.tokens_per_step
@@ -126,6 +129,8 @@ def _log_step(run: Run, result: StepResult, lr: float, unit_error: float | None,
         "unit_error": unit_error,
         "share": run.share,
     }
+    if run.engine.boost.factor != 1:
+        row["boost"] = run.engine.boost.factor
     run.metrics.write("step", row)
     run.pace.append((time.monotonic(), run.share))
     if step % run.config.log.every == 0 or run.share >= 1:

@@ -25,6 +25,7 @@ from megabus.data.sources import open_sources
 from megabus.engine.adam import make_adam
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, say
+from megabus.growth.transition import stage_engine
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
 from megabus.kappa.predictors import make_predictor
 from megabus.kernels.table import select, why_not_wide
@@ -112,7 +113,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     keep = config.checkpoint
     tokenizer = config.data.tokenizer
     saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.beat)
-    engine = Engine(config, stages[found.state.stage if found else 0])
+    engine = _engine(config, stages, found.state.stage if found else 0)
     watchdog.beat()
     run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog)
     if found is not None:
@@ -132,6 +133,10 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
             prune(root, keep.keep_last, keep.keep_every)
     watchdog.beat()
     return run
+
+
+def _engine(config: RunConfig, stages: list[Stage], index: int) -> Engine:
+    return stage_engine(config, stages[index], stages[index - 1] if index else None)
 
 
 def _origin(path: str, stage: Stage, beat: Beat) -> Found:
@@ -187,7 +192,7 @@ def roll_back(run: Run) -> None:
     if found is None:
         raise UserError("train.loss", "nan", f"{problem}, and there is no checkpoint to return to", remedy)
     run.engine.close()
-    run.engine = Engine(run.config, run.stages[found.state.stage])
+    run.engine = _engine(run.config, run.stages, found.state.stage)
     run.watchdog.beat()
     go_on_from(run, found, "not finite", [])
     run.progress.position = align_up(failed.position, run.stage.seq_len)

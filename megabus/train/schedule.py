@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import cos, pi
 
-from megabus.config.schema import OptimizerConfig, TrainConfig
+from megabus.config.schema import BoostConfig, OptimizerConfig, TrainConfig
 
 
 def spent_share(train: TrainConfig, step: float, tokens: float, flops: float) -> float:
@@ -28,3 +28,11 @@ def learning_rate(optim: OptimizerConfig, lr: float, share: float) -> float:
     if optim.schedule == "wsd" and share > 1 - optim.decay_share:
         return lr * (low + (1 - low) * (1 - share) / optim.decay_share)
     return lr
+
+
+def boost_factor(boost: BoostConfig | None, tokens: float) -> float:
+    """What the learning rate of added rows is multiplied by, `tokens` tokens after the growth that has added them:
+    boost.factor at first, then linear to 1 over boost.tokens."""
+    if boost is None or tokens >= boost.tokens:
+        return 1.0
+    return boost.factor + (1 - boost.factor) * tokens / boost.tokens
