@@ -163,13 +163,16 @@ class Runner:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One runner at a time for a file of results."""
+        """One runner at a time for a file of results, and for a directory of runs."""
         self.work.mkdir(parents=True, exist_ok=True)
-        with (self.work / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError("experiment", self.work, "is being run by another process", "wait for it") from error
+        self.results.path.parent.mkdir(parents=True, exist_ok=True)
+        with (self.work / ".lock").open("a") as lock, self.results.path.open("a") as written:
+            for file in (lock, written):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    problem = "is being used by another runner"
+                    raise UserError("experiment", file.name, problem, "wait for it") from error
             yield
 
 
