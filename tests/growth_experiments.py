@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -148,3 +149,7 @@ def tensors(run_dir: Path) -> dict[str, bytes]:
     found = {path.name: path.read_bytes() for path in last.iterdir() if path.suffix != ".json"}
     assert found
     return {last.name: b""} | found
+
+
+def json_line(row) -> str:
+    return json.dumps(row) + "\n"

@@ -57,7 +57,9 @@ def result_of(job: Job, run_dir: Path, machine: str, date: str) -> Result:
     evals = [(row, at) for row, at in zip(rows, hours, strict=True) if row["event"] == "eval"]
     if not evals or evals[-1][0]["loss"] is None:  # an earlier loss is not what the run ended with
         return failed(job, "the last validation loss is not finite", machine, date)
-    curve = [Point(row["flops"], row["tokens"], round(at, 6), row["loss"]) for row, at in evals if row["loss"] is not None]
+    curve = [
+        Point(row["flops"], row["tokens"], round(at, 6), row["loss"]) for row, at in evals if row["loss"] is not None
+    ]
     growths = [{key: row[key] for key in GROWTH_FACTS} for row in rows if row["event"] == "growth"]
     sizes = growths[-1]["new"] if growths else rows[0]["sizes"]
     last = rows[-1]
