@@ -114,8 +114,10 @@ def test_a_second_runner_is_refused(tmp_path):
 
 
 def test_runs_of_several_processes_are_refused(tmp_path):
+    base = small.spec()["base"]
+    base["train"]["micro_batch_size"] = 4
     with pytest.raises(UserError, match="ranks = 2: cannot be run"):
-        small.new_runner(small.load(tmp_path, small.spec(ranks=2)), tmp_path)
+        small.new_runner(small.load(tmp_path, small.spec(ranks=2, base=base)), tmp_path)
 
 
 def ending(monkeypatch, text, code):
