@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ class Rate(Section):
     """An arm's learning rate: `value`, or the best of `tune`, or that `of` another arm."""
 
     value: Positive | None = None
-    tune: list[Positive] | None = None
+    tune: list[Positive] | None = Field(None, min_length=1)
     of: str | None = None
 
     @model_validator(mode="after")
@@ -145,6 +146,10 @@ def _check_names(experiment: Experiment, path: Path) -> None:
             raise UserError(f"{path}: {key}", name, "is no arm", f"name one of {known}")
     if not experiment.seeds:
         raise UserError(f"{path}: seeds", "[]", "is empty", "give at least one")
+    for name, arm in experiment.arms.items():  # a run that counts twice makes intervals too narrow
+        for key, values in (("seeds", arm.seeds or experiment.seeds), ("budgets", arm.budgets)):
+            if len(set(values)) < len(values):
+                raise UserError(f"{path}: arms.{name}.{key}", values, "names one twice", "name it once")
     for name, arm in experiment.arms.items():
         for key, start in (("like", arm.like), ("lr.of", arm.lr.of)):
             seen, other = {name}, start
@@ -161,8 +166,9 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     """Sections are merged, values and lists are replaced, and null takes a key away."""
     merged = copy.deepcopy(dict(below))
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = overlaid(merged[key], value)
+        if isinstance(value, dict):
+            was = merged.get(key)
+            merged[key] = overlaid(was if isinstance(was, dict) else {}, value)
         elif value is None:
             merged.pop(key, None)
         else:
@@ -176,6 +182,12 @@ def make_job(experiment: Experiment, arm: str, seed: int, lr: float, budget: flo
     return Job(experiment.name, arm, seed, lr, budget, overlaid(experiment.tree(arm), settings), tuning)
 
 
+def rates_from(experiment: Experiment, arm: str) -> str:
+    """The arm whose runs an arm's learning rate comes from."""
+    of = experiment.arms[arm].lr.of
+    return arm if of is None else rates_from(experiment, of)
+
+
 def tuning_jobs(experiment: Experiment, arm: str) -> list[Job]:
     """The runs that an arm's learning rate is chosen from; none where it is given."""
     rate = experiment.arms[arm].lr
@@ -187,15 +199,17 @@ def tuning_jobs(experiment: Experiment, arm: str) -> list[Job]:
 
 def best_rate(experiment: Experiment, arm: str, loss_of: Losses) -> float | None:
     """An arm's learning rate; None while runs that it is chosen from are not done. A run that failed, whose loss is
-    infinite, is never the best."""
+    infinite, is never the best: None too where all failed."""
     rate = experiment.arms[arm].lr
     if rate.of is not None:
         return best_rate(experiment, rate.of, loss_of)
     if rate.value is not None:
         return rate.value
     losses = [(loss_of(job), job.lr) for job in tuning_jobs(experiment, arm)]
-    done = [(loss, lr) for loss, lr in losses if loss is not None]
-    return min(done)[1] if len(done) == len(losses) else None
+    if any(loss is None for loss, _ in losses):
+        return None
+    finite = [(loss, lr) for loss, lr in losses if loss is not None and math.isfinite(loss)]
+    return min(finite)[1] if finite else None
 
 
 def jobs(experiment: Experiment, loss_of: Losses) -> Iterator[Job]:

@@ -35,7 +35,8 @@ def draw_curves(experiment: Experiment, found: Sequence[Group], path: Path) -> N
     axes.set_ylabel("validation loss (nats per token)", labelpad=6)
     low, high = axes.get_ylim()
     axes.set_ylim(low, min(high, low + 2.2))
-    axes.legend(loc="upper right", frameon=True, framealpha=0.92, edgecolor="none", fontsize=9)
+    if axes.lines:
+        axes.legend(loc="upper right", frameon=True, framealpha=0.92, edgecolor="none", fontsize=9)
     _save(figure, path)
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ ASIDE = ("run_dir", "resume", "log", "checkpoint", "faults", "train", "optimizer
 
 @dataclass(frozen=True)
 class Common:
-    """Two runs are the same in stages 0 to `growths`, while they have spent no more than `flops`."""
+    """Two runs are the same in stages 0 to `growths`, while they have spent less than `flops`: the smaller one's last
+    state has seen an evaluation more."""
 
     growths: int
     flops: float
 
     def holds(self, state: SavedState) -> bool:
-        return state.stage <= self.growths and state.progress.flops <= self.flops
+        return state.stage <= self.growths and state.progress.flops < self.flops
 
 
 NOTHING = Common(-1, 0.0)
@@ -42,9 +44,20 @@ def common(done: RunConfig, new: RunConfig) -> Common:
         return NOTHING
     if _but(done.train, "max_flops") != _but(new.train, "max_flops") or done.optimizer != new.optimizer:
         return NOTHING
+    if _order(done) != _order(new):
+        return NOTHING
     flops = _constant_until(done, new)
     growths = _common_growths(done, new)
     return Common(growths, flops) if growths >= 0 else NOTHING
+
+
+def _order(config: RunConfig) -> tuple[int, int, list[str]]:
+    """What of stages yet to come counts from the start: the length of the data's chunks, and of the validation."""
+    sizes, stages = config.train, config.growth.stages
+    longest = max(sizes.seq_len, *(stage.seq_len or 0 for stage in stages), 0)
+    unit = longest * lcm(sizes.micro_batch_size, *(stage.micro_batch_size or 1 for stage in stages))
+    layouts = {f"{layout}" for layout in (config.layout, *(stage.layout for stage in stages)) if layout is not None}
+    return longest, -(-config.eval.tokens // unit) * unit, sorted(layouts)
 
 
 def _constant_until(done: RunConfig, new: RunConfig) -> float:
@@ -52,7 +65,7 @@ def _constant_until(done: RunConfig, new: RunConfig) -> float:
     budgets, optimizer = (done.train.max_flops, new.train.max_flops), new.optimizer
     if budgets[0] == budgets[1]:
         return float("inf")
-    flat = optimizer.schedule == "constant" or (optimizer.schedule == "wsd" and optimizer.warmup_share == 0)
+    flat = optimizer.schedule in ("constant", "wsd") and optimizer.warmup_share == 0
     if None in budgets or not flat or new.train.max_tokens or new.train.max_steps:
         return 0.0
     tail = optimizer.decay_share if optimizer.schedule == "wsd" else 0.0
@@ -64,10 +77,10 @@ def _common_growths(done: RunConfig, new: RunConfig) -> int:
     a, b = done.growth, new.growth
     grow = {*MANNER, "stages", "buffer_mb"}
     watched = a.model_dump(exclude=grow) == b.model_dump(exclude=grow)
-    if not watched:
-        return 0 if not b.stages and not a.stages else -1
-    if not a.stages or not b.stages:
-        return 0 if not b.stages else -1  # what never grows is the same until the other does
+    if not b.stages:
+        return 0  # nothing is watched for, and what never grows is the same until the other does
+    if not watched or not a.stages:
+        return -1
     if any(getattr(a, key) != getattr(b, key) for key in MANNER if key in type(a).model_fields):
         return 0
     same = 0
@@ -97,11 +110,13 @@ def go_on_from_others(run_dir: Path, config: RunConfig, others: Iterable[tuple[P
         return None
     _, folder, other_dir = best
     root = checkpoints_of(run_dir)
-    root.mkdir(parents=True)
-    target = root / folder.name
-    shutil.copytree(folder, target.with_suffix(".partial"), copy_function=os.link)  # a checkpoint never changes
-    target.with_suffix(".partial").rename(target)
+    root.mkdir(parents=True, exist_ok=True)
     shutil.copy(other_dir / "metrics.jsonl", run_dir)  # what came after the checkpoint is taken back by resuming
+    target = root / folder.name
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed here
+    shutil.copytree(folder, partial, copy_function=os.link)  # a checkpoint never changes
+    partial.rename(target)  # last, for with it the run has begun
     point_latest(target)
     return folder
 

@@ -56,7 +56,7 @@ def report(experiment: Experiment, results: Results, out: Path | None) -> str:
         from benchmarks.growth.pictures import draw_arms, draw_curves
 
         out.mkdir(parents=True, exist_ok=True)
-        (out / f"{experiment.name}.md").write_text(f"# {experiment.name}\n\n{text}")
+        (out / f"{experiment.name}.md").write_text(f"# {experiment.name}\n\n{text}", encoding="utf-8")
         draw_curves(experiment, found, out / f"{experiment.name}-curves.png")
         draw_arms(experiment, found, out / f"{experiment.name}-arms.png")
     return text
@@ -141,11 +141,14 @@ def growth_table(experiment: Experiment, found: Sequence[Group]) -> str:
             sizes = f"d {runs[0][1]['old']['d_model']} → {runs[0][1]['new']['d_model']}"
             tokens = statistics.fmean(g["tokens"] for _, g in runs)
             why = ", ".join(sorted({"κ" if g["reason"] == "kappa" else g["reason"] for _, g in runs}))
-            jumps = [g["loss_after"] - g["loss_before"] for _, g in runs]
-            before = statistics.fmean(g["loss_before"] for _, g in runs)
+            pairs = [(g["loss_before"], g["loss_after"]) for _, g in runs]
+            sound = [(before, after) for before, after in pairs if before is not None and after is not None]
+            jump = "–"
+            if sound:
+                jump = f"{statistics.fmean(b for b, _ in sound):.4f} {statistics.fmean(a - b for b, a in sound):+.1e}"
             share = f"{min(shares):.0%}" + (f" to {max(shares):.0%}" if max(shares) - min(shares) > 0.005 else "")
             cells = [group.arm, f"{group.budget:g}", sizes, share, f"{tokens / 1e6:.2f}M", why]
-            lines.append(f"| {' | '.join(cells)} | {before:.4f} {statistics.fmean(jumps):+.1e} |")
+            lines.append(f"| {' | '.join(cells)} | {jump} |")
     return "\n".join(lines)
 
 

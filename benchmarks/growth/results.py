@@ -54,10 +54,12 @@ def result_of(job: Job, run_dir: Path, machine: str, date: str) -> Result:
     """Read from a finished run's metrics."""
     rows = read_metrics(run_dir)
     hours = places(rows, "time")
-    evals = [
-        (row, at) for row, at in zip(rows, hours, strict=True) if row["event"] == "eval" and row["loss"] is not None
+    evals = [(row, at) for row, at in zip(rows, hours, strict=True) if row["event"] == "eval"]
+    if not evals or evals[-1][0]["loss"] is None:  # an earlier loss is not what the run ended with
+        return failed(job, "the last validation loss is not finite", machine, date)
+    curve = [
+        Point(row["flops"], row["tokens"], round(at, 6), row["loss"]) for row, at in evals if row["loss"] is not None
     ]
-    curve = [Point(row["flops"], row["tokens"], round(at, 6), row["loss"]) for row, at in evals]
     growths = [{key: row[key] for key in GROWTH_FACTS} for row in rows if row["event"] == "growth"]
     sizes = growths[-1]["new"] if growths else rows[0]["sizes"]
     last = rows[-1]
@@ -100,8 +102,8 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._found: dict[str, Result] = {}
-        for number, line in enumerate(path.read_text().splitlines(keepends=True) if path.exists() else [], 1):
-            if line.endswith("\n"):
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+            if line.endswith(b"\n"):
                 try:
                     tree = json.loads(line)
                     tree["curve"] = [Point(*point) for point in tree["curve"]]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.growth.experiment import Experiment, Job, jobs
+from benchmarks.growth.experiment import Experiment, Job, jobs, rates_from
 from benchmarks.growth.prefix import common, go_on_from_others, keep_what_others_may_need
 from benchmarks.growth.results import Results, failed, result_of
 from megabus.checkpoint.store import checkpoints_of, complete
@@ -37,6 +37,8 @@ class Going:
     job: Job
     slot: int
     process: subprocess.Popen[bytes]
+    said: int  # bytes of its log that are of earlier starts
+    stopping: bool = False
 
 
 class Runner:
@@ -44,7 +46,9 @@ class Runner:
 
     def __init__(self, experiment: Experiment, results: Results, work: Path, machine: str) -> None:
         self.experiment, self.results, self.machine = experiment, results, machine
-        self.work = work / experiment.name
+        self.work = (work / experiment.name).resolve()  # runs have another working directory
+        if experiment.ranks != 1:
+            raise UserError("ranks", experiment.ranks, "cannot be run: a run here is one process", "set it to 1")
         self.going: list[Going] = []
         self.tries: dict[str, int] = {}
 
@@ -53,13 +57,14 @@ class Runner:
         deadline = None if hours is None else time.monotonic() + hours * 3600
         with self._alone():
             try:
+                changed = True  # else there is nothing new to start: asking costs a quarter of a core
                 while deadline is None or time.monotonic() < deadline:
-                    self._collect()
-                    while len(self.going) < side_by_side and (job := next(self._open(only), None)) is not None:
+                    while changed and len(self.going) < side_by_side and (job := next(self._open(only), None)):
                         self._start(job)
                     if not self.going:
                         return True
                     time.sleep(POLL)
+                    changed = self._collect()
                 say(f"{hours:g} hour(s) are over: {len(self.going)} run(s) stop, and go on with the same command")
             finally:
                 self._stop()
@@ -73,8 +78,9 @@ class Runner:
         is done come last."""
         at_work = [going.job for going in self.going]
         waiting: list[Job] = []
+        sources = {rates_from(self.experiment, arm) for arm in only}
         for job in jobs(self.experiment, self.results.loss_of):
-            wanted = not only or job.arm in only
+            wanted = not only or job.arm in only or (job.tuning and job.arm in sources)
             if not wanted or self.results.get(job) or any(job.digest == other.digest for other in at_work):
                 continue
             if any(common(self._config(other), self._config(job)).growths >= 0 for other in at_work):
@@ -106,20 +112,23 @@ class Runner:
         slot = next(n for n in range(len(self.going) + 1) if all(going.slot != n for going in self.going))
         command = [sys.executable, "launcher/train.py", "--config", str(path)]
         with (run_dir / "log").open("ab") as log:
+            said = log.tell()
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(slot), stdout=log, stderr=log, start_new_session=True
             )
-        self.going.append(Going(job, slot, process))
+        self.going.append(Going(job, slot, process, said))
         say(f"{clock()} {job.label}: started")
 
-    def _collect(self) -> None:
-        for going in list(self.going):
-            code = going.process.poll()
-            if code is not None:
-                self.going.remove(going)
-                self._ended(going.job, code)
+    def _collect(self) -> bool:
+        """Whether any run has ended."""
+        ended = [going for going in self.going if going.process.poll() is not None]
+        for going in ended:
+            self.going.remove(going)
+            self._ended(going, going.process.returncode)
+        return bool(ended)
 
-    def _ended(self, job: Job, code: int) -> None:
+    def _ended(self, going: Going, code: int) -> None:
+        job = going.job
         run_dir, date = self.folder(job), f"{datetime.date.today()}"
         if code == 0:
             result = result_of(job, run_dir, self.machine, date)
@@ -127,10 +136,12 @@ class Runner:
             keep_what_others_may_need(run_dir, self._config(job))
             done = sum(1 for other in jobs(self.experiment, self.results.loss_of) if self.results.get(other))
             say(f"{clock()} {job.label}: loss {result.loss:.4f}, {result.hours * 60:.1f} min ({done} runs done)")
+        elif code == -signal.SIGTERM and going.stopping:
+            say(f"{clock()} {job.label}: stopped before it could hear of it, and begins where it began")
         elif code == STOPPED:
             say(f"{clock()} {job.label}: stopped and saved")
         else:
-            told = (run_dir / "log").read_text(errors="replace").strip().splitlines()
+            told = (run_dir / "log").read_bytes()[going.said :].decode(errors="replace").strip().splitlines()
             why = next((line for line in reversed(told) if line.startswith("error: ")), told[-1] if told else "")
             if code == BAD_INPUT and "train.loss = nan" in why:
                 self.results.add(failed(job, why, self.machine, date))
@@ -144,6 +155,7 @@ class Runner:
     def _stop(self) -> None:
         """Let every run save and end."""
         for going in self.going:
+            going.stopping = True
             going.process.send_signal(signal.SIGTERM)
         for going in self.going:
             going.process.wait()
@@ -151,13 +163,16 @@ class Runner:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One runner at a time for a file of results."""
+        """One runner at a time for a file of results, and for a directory of runs."""
         self.work.mkdir(parents=True, exist_ok=True)
-        with (self.work / ".lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError("experiment", self.work, "is being run by another process", "wait for it") from error
+        self.results.path.parent.mkdir(parents=True, exist_ok=True)
+        with (self.work / ".lock").open("a") as lock, self.results.path.open("a") as written:
+            for file in (lock, written):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    problem = "is being used by another runner"
+                    raise UserError("experiment", file.name, problem, "wait for it") from error
             yield
 
 

@@ -61,12 +61,17 @@ def _falling(reference: Sequence[tuple[float, float]]) -> list[tuple[float, floa
     return points
 
 
+def quantile(freedom: int) -> float:
+    """Student's t, 97.5%; beyond the table by its series in 1/degrees of freedom, right to a thousandth."""
+    return T975.get(freedom) or 1.95996 + 2.37227 / freedom + 2.82250 / freedom**2 + 2.55585 / freedom**3
+
+
 def spread(values: Sequence[float]) -> Spread:
     mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return Spread(mean, None, None, 1)
     std = statistics.stdev(values)
-    half = T975.get(n - 1, 1.96) * std / math.sqrt(n)
+    half = quantile(n - 1) * std / math.sqrt(n)
     return Spread(mean, std, (mean - half, mean + half), n)
 
 
