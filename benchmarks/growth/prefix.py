@@ -129,7 +129,7 @@ def keep_what_others_may_need(run_dir: Path, config: RunConfig) -> None:
     kept: set[int] = set()
     for folder in older:
         state = read_state(folder)
-        if state.progress.flops <= limit and state.stage not in kept:
+        if state.progress.flops < limit and state.stage not in kept:
             kept.add(state.stage)
         else:
             remove(folder)
