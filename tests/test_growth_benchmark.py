@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import growth_experiments as small
 import pytest
 
 from benchmarks.growth.experiment import best_rate, jobs, load_experiment, make_job, overlaid
+from benchmarks.growth.groups import difference, groups
 from benchmarks.growth.prefix import Common, common
-from benchmarks.growth.report import difference, groups, report
+from benchmarks.growth.report import report
 from benchmarks.growth.results import Results, result_of
 from benchmarks.growth.savings import Saving, overall, quantile, saving, spread
 from megabus.config import parse_config
@@ -321,3 +323,32 @@ def test_a_report(tmp_path, seeds, failed):
     for name in ("curves", "arms"):
         assert (tmp_path / f"out/tiny-{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
     report(experiment, Results(tmp_path / "none.jsonl"), tmp_path / "out")  # of nothing at all
+
+
+def test_a_law_is_held_against_what_grew(tmp_path):
+    """Runs of two fixed sizes that follow a law give its coefficients back, and the plan for what has grown."""
+    size = {"d_model": 24, "n_heads": 1, "d_ff": 40}
+    stages = {
+        "growth": {"max_tokens": 1024, "trigger": small.TRIGGER, "stages": [{"d_model": 36, "n_heads": 2, "d_ff": 62}]}
+    }
+    arms = {
+        "scratch": small.arm(budgets=[1, 2, 4]),
+        "little": small.arm(budgets=[1, 2, 4], set={"model": size}),
+        "grown": small.arm(set={"model": size, **stages}),
+        "other": small.arm(budgets=[1, 2, 4], set={"model": {"kind": "gpt"}}),  # of another kind: no part of the law
+    }
+    experiment = small.load(tmp_path, small.spec(arms=arms))
+    results = Results(tmp_path / "r.jsonl")
+    for arm, n in (("scratch", 2e6), ("little", 4e5), ("other", 1e6)):
+        for budget in (1.0, 2.0, 4.0):
+            tokens = int(1e6 * budget)
+            loss = 1.2 + 80 * n**-0.3 + 200 * tokens**-0.4 + (arm == "other")
+            row = small.result(experiment, arm, 0, budget, loss=loss)
+            results.add(replace(row, n_params=int(n), tokens=tokens))
+    assert "No law yet" in report(experiment, Results(tmp_path / "none.jsonl"), None)
+    growth = GROWTH | {"tokens": 4000}
+    results.add(replace(small.result(experiment, "grown", loss=9.0, growths=[growth]), tokens=10_000))
+    text = report(experiment, results, None)
+    assert "from 6 runs of fixed sizes (scratch, little), 0.0000 nats rms" in text
+    row = next(line for line in text.splitlines() if line.startswith("| grown | 1 | 9.0000 |"))
+    assert row.endswith("| 0.00M, 0.01M |")  # what was taken

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from megabus.config.schema import Positive, Section
 from megabus.errors import UserError
 
 NOT_THE_MATHEMATICS = ("run_dir", "resume", "log", "checkpoint", "faults")
+MOST_DRAWN = 6  # curves that can be told apart
 
 
 class Rate(Section):
@@ -146,6 +147,9 @@ def _check_names(experiment: Experiment, path: Path) -> None:
             raise UserError(f"{path}: {key}", name, "is no arm", f"name one of {known}")
     if not experiment.seeds:
         raise UserError(f"{path}: seeds", "[]", "is empty", "give at least one")
+    drawn = [name for name, arm in experiment.arms.items() if arm.drawn]
+    if len(drawn) > MOST_DRAWN:
+        raise UserError(f"{path}: arms", ", ".join(drawn), "are drawn", f"draw {MOST_DRAWN} at most")
     for name, arm in experiment.arms.items():  # a run that counts twice makes intervals too narrow
         for key, values in (("seeds", arm.seeds or experiment.seeds), ("budgets", arm.budgets)):
             if len(set(values)) < len(values):
@@ -182,12 +186,6 @@ def make_job(experiment: Experiment, arm: str, seed: int, lr: float, budget: flo
     return Job(experiment.name, arm, seed, lr, budget, overlaid(experiment.tree(arm), settings), tuning)
 
 
-def rates_from(experiment: Experiment, arm: str) -> str:
-    """The arm whose runs an arm's learning rate comes from."""
-    of = experiment.arms[arm].lr.of
-    return arm if of is None else rates_from(experiment, of)
-
-
 def tuning_jobs(experiment: Experiment, arm: str) -> list[Job]:
     """The runs that an arm's learning rate is chosen from; none where it is given."""
     rate = experiment.arms[arm].lr
@@ -212,9 +210,10 @@ def best_rate(experiment: Experiment, arm: str, loss_of: Losses) -> float | None
     return min(finite)[1] if finite else None
 
 
-def jobs(experiment: Experiment, loss_of: Losses) -> Iterator[Job]:
-    """All jobs that can be known by now, in the order in which to run them: learning rates, then seed by seed, and of a
-    seed small budgets first, which larger ones go on from."""
+def jobs(experiment: Experiment, loss_of: Losses, only: Sequence[str] = ()) -> Iterator[Job]:
+    """All jobs of the arms (of those in `only`) that can be known by now, in the order in which to run them: learning
+    rates, then seed by seed, and of a seed small budgets first, which larger ones go on from."""
+    arms = {arm: spec for arm, spec in experiment.arms.items() if not only or arm in only}
     seen = set()
 
     def fresh(job: Job) -> bool:
@@ -222,11 +221,11 @@ def jobs(experiment: Experiment, loss_of: Losses) -> Iterator[Job]:
         seen.add(job.digest)
         return new
 
-    for arm in experiment.arms:
+    for arm in arms:
         yield from filter(fresh, tuning_jobs(experiment, arm))
-    rates = {arm: best_rate(experiment, arm, loss_of) for arm in experiment.arms}
-    for number in range(max(len(spec.seeds or experiment.seeds) for spec in experiment.arms.values())):
-        for arm, spec in experiment.arms.items():
+    rates = {arm: best_rate(experiment, arm, loss_of) for arm in arms}
+    for number in range(max(len(spec.seeds or experiment.seeds) for spec in arms.values())):
+        for arm, spec in arms.items():
             seeds, lr = spec.seeds or experiment.seeds, rates[arm]
             if lr is not None and number < len(seeds):
                 for budget in sorted(spec.budgets):

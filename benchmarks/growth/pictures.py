@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.growth.experiment import Experiment
-from benchmarks.growth.report import Group, difference
+from benchmarks.growth.experiment import MOST_DRAWN, Experiment
+from benchmarks.growth.groups import Group, difference
 from megabus.errors import UserError
 from megabus.train.plots import FAINT, INK, STYLE
 
@@ -18,15 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#5c6b73")
-MOST_CURVES = len(COLOURS)
 
 
 def draw_curves(experiment: Experiment, found: Sequence[Group], path: Path) -> None:
     """The arms with `drawn`, at their largest budget: mean over seeds, a band from the lowest to the highest, a tick at
     each growth; dots are decayed losses of other budgets."""
-    names = [name for name, arm in experiment.arms.items() if arm.drawn][:MOST_CURVES]
+    names = [name for name, arm in experiment.arms.items() if arm.drawn]
     figure, axes = _figure(9.6, 5.0)
-    for colour, name in zip(COLOURS, names, strict=False):
+    for colour, name in zip(COLOURS[:MOST_DRAWN], names, strict=False):
         mine = [group for group in found if group.arm == name and group.finite]
         if mine:
             _draw_arm(axes, mine, colour, f"{name}: {experiment.arms[name].about}")

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.growth.experiment import Experiment, make_job
-from benchmarks.growth.report import Group
+from benchmarks.growth.groups import Group
 from megabus.config import Stage, resolve_stages
 from megabus.config.schema import ScalingLaw
 from megabus.errors import UserError
@@ -23,9 +23,9 @@ def stages_of(experiment: Experiment, group: Group) -> list[Stage]:
 
 def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     """The fitted law, and for every arm that grows the plan of its sizes to the loss that it ended with."""
-    kind = experiment.tree(experiment.versus)["model"]["kind"]
     fixed = [g for g in found if g.finite and not any(run.growths for run in g.runs)]
-    fixed = [g for g in fixed if experiment.tree(g.arm)["model"]["kind"] == kind]
+    kinds = {g.arm: stages_of(experiment, g)[0].model.kind for g in found}
+    fixed = [g for g in fixed if kinds[g.arm] == kinds.get(experiment.versus)]
     points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.finite]
     try:
         fitted = fit_law([(float(n), float(d), loss) for n, d, loss in points])

@@ -5,45 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.growth.experiment import Experiment, best_rate, make_job, tuning_jobs
-from benchmarks.growth.results import Result, Results
-from benchmarks.growth.savings import Bound, Saving, Spread, overall, saving, spread
-
-
-@dataclass(frozen=True)
-class Group:
-    """An arm's runs of one budget at its learning rate, one a seed, in the order of seeds."""
-
-    arm: str
-    budget: float
-    lr: float
-    runs: list[Result]
-
-    @property
-    def finite(self) -> list[Result]:
-        return [run for run in self.runs if math.isfinite(run.loss)]
-
-
-def groups(experiment: Experiment, results: Results) -> list[Group]:
-    """All that has results, by arm and budget in the experiment's order."""
-    found = []
-    for arm, spec in experiment.arms.items():
-        lr = best_rate(experiment, arm, results.loss_of)
-        for budget in sorted(spec.budgets) if lr is not None else ():
-            wanted = [make_job(experiment, arm, seed, lr or 0.0, budget) for seed in spec.seeds or experiment.seeds]
-            runs = [result for job in wanted if (result := results.get(job)) is not None]
-            if runs:
-                found.append(Group(arm, budget, lr or 0.0, runs))
-    return found
+from benchmarks.growth.experiment import Experiment, best_rate, tuning_jobs
+from benchmarks.growth.groups import Group, difference, groups, savings_of
+from benchmarks.growth.predicted import law_table
+from benchmarks.growth.results import Results
+from benchmarks.growth.savings import Bound, Spread, spread
 
 
 def report(experiment: Experiment, results: Results, out: Path | None) -> str:
     """The tables; with `out` they and the pictures are written there, named after the experiment."""
-    from benchmarks.growth.predicted import law_table
-
     found = groups(experiment, results)
     parts = [
         "## Learning rates", tuning_table(experiment, results),
@@ -97,37 +69,12 @@ def arms_table(experiment: Experiment, found: Sequence[Group]) -> str:
             f"{len(runs)}" + (f", {failures} failed" if failures else ""),
             _mean(spread([run.loss for run in runs])),
             _difference(difference(experiment, found, group)),
-            _saving(savings_of(experiment, found, group)),
+            _saving(savings_of(experiment, found, group), len(runs)),
             f"{statistics.fmean(run.tokens for run in runs) / 1e6:.2f}M",
             f"{60 * statistics.fmean(run.hours for run in runs):.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def difference(experiment: Experiment, found: Sequence[Group], group: Group) -> Spread | None:
-    """By how much a group's final losses lie below those of `versus`, over the seeds that both have."""
-    other = next((g for g in found if g.arm == experiment.versus and g.budget == group.budget), None)
-    if other is None or other is group:
-        return None
-    losses = {run.seed: run.loss for run in other.finite}
-    gains = [losses[run.seed] - run.loss for run in group.finite if run.seed in losses]
-    return spread(gains) if gains else None
-
-
-def savings_of(experiment: Experiment, found: Sequence[Group], group: Group) -> tuple[Spread, Bound] | None:
-    """S over the seeds that the reference has runs of; None for the reference itself and without any."""
-    if group.arm == experiment.reference:
-        return None
-    savings: list[Saving] = []
-    for run in group.finite:
-        reference = [
-            (r.flops, r.loss) for g in found if g.arm == experiment.reference for r in g.finite if r.seed == run.seed
-        ]
-        one = saving(run.loss, run.flops, reference)
-        if one is not None:
-            savings.append(one)
-    return overall(savings) if savings else None
 
 
 def growth_table(experiment: Experiment, found: Sequence[Group]) -> str:
@@ -167,9 +114,10 @@ def _difference(value: Spread | None) -> str:
     return f"{value.mean:+.4f}{interval}"
 
 
-def _saving(found: tuple[Spread, Bound] | None) -> str:
+def _saving(found: tuple[Spread, Bound] | None, seeds: int) -> str:
+    """With its interval, and how many seeds it is of where that is not all."""
     if found is None:
         return "–"
     value, bound = found
     interval = "" if value.interval is None else f" ({value.interval[0]:.2f} to {value.interval[1]:.2f})"
-    return f"{bound}{value.mean:.2f}{interval}"
+    return f"{bound}{value.mean:.2f}{interval}" + ("" if value.n == seeds else f", {value.n} seed{'s' * (value.n > 1)}")

@@ -45,6 +45,7 @@ class Result:
     machine: str
     date: str
     failure: str = ""
+    commit: str = ""  # of the code that ended the run
 
 
 GROWTH_FACTS = ("step", "tokens", "flops", "reason", "old", "new", "loss_before", "loss_after", "stall_s")

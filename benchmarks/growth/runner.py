@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
-from benchmarks.growth.experiment import Experiment, Job, jobs, rates_from
+from benchmarks.growth.experiment import Experiment, Job, jobs
 from benchmarks.growth.prefix import common, go_on_from_others, keep_what_others_may_need
 from benchmarks.growth.results import Results, failed, result_of
 from megabus.checkpoint.store import checkpoints_of, complete
@@ -45,7 +45,7 @@ class Runner:
     """`machine`: named in results. `work`: the directory of runs, a name an experiment."""
 
     def __init__(self, experiment: Experiment, results: Results, work: Path, machine: str) -> None:
-        self.experiment, self.results, self.machine = experiment, results, machine
+        self.experiment, self.results, self.machine, self.commit = experiment, results, machine, commit()
         self.work = (work / experiment.name).resolve()  # runs have another working directory
         if experiment.ranks != 1:
             raise UserError("ranks", experiment.ranks, "cannot be run: a run here is one process", "set it to 1")
@@ -78,10 +78,8 @@ class Runner:
         is done come last."""
         at_work = [going.job for going in self.going]
         waiting: list[Job] = []
-        sources = {rates_from(self.experiment, arm) for arm in only}
-        for job in jobs(self.experiment, self.results.loss_of):
-            wanted = not only or job.arm in only or (job.tuning and job.arm in sources)
-            if not wanted or self.results.get(job) or any(job.digest == other.digest for other in at_work):
+        for job in jobs(self.experiment, self.results.loss_of, only):
+            if self.results.get(job) or any(job.digest == other.digest for other in at_work):
                 continue
             if any(common(self._config(other), self._config(job)).growths >= 0 for other in at_work):
                 waiting.append(job)
@@ -131,7 +129,7 @@ class Runner:
         job = going.job
         run_dir, date = self.folder(job), f"{datetime.date.today()}"
         if code == 0:
-            result = result_of(job, run_dir, self.machine, date)
+            result = replace(result_of(job, run_dir, self.machine, date), commit=self.commit)
             self.results.add(result)
             keep_what_others_may_need(run_dir, self._config(job))
             done = sum(1 for other in jobs(self.experiment, self.results.loss_of) if self.results.get(other))
@@ -186,6 +184,13 @@ def environment(slot: int) -> dict[str, str]:
     place = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"DS_ACCELERATOR": "cpu"}
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     return {**os.environ, **rank, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **place}
+
+
+def commit() -> str:
+    """Of this checkout, marked where it has changes; empty where it is none."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def clock() -> str:
