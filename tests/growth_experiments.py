@@ -119,7 +119,7 @@ def _launch(command, cwd, env, log):
 
 
 def forking(monkeypatch):
-    monkeypatch.setattr(runner.subprocess, "Popen", Forked)
+    monkeypatch.setattr(runner, "Popen", Forked)
     monkeypatch.setattr(runner, "POLL", 0.02)
 
 

@@ -128,7 +128,7 @@ def ending(monkeypatch, text, code):
         started.append(command)
         return true([sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"], **options)
 
-    monkeypatch.setattr(runner.subprocess, "Popen", popen)
+    monkeypatch.setattr(runner, "Popen", popen)
     monkeypatch.setattr(runner, "POLL", 0.02)
     return started
 

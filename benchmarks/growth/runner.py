@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import Popen
 
 import yaml
 
@@ -36,7 +37,7 @@ class Going:
 
     job: Job
     slot: int
-    process: subprocess.Popen[bytes]
+    process: Popen[bytes]
     said: int  # bytes of its log that are of earlier starts
     stopping: bool = False
 
@@ -111,9 +112,7 @@ class Runner:
         command = [sys.executable, "launcher/train.py", "--config", str(path)]
         with (run_dir / "log").open("ab") as log:
             said = log.tell()
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(slot), stdout=log, stderr=log, start_new_session=True
-            )
+            process = Popen(command, cwd=ROOT, env=environment(slot), stdout=log, stderr=log, start_new_session=True)
         self.going.append(Going(job, slot, process, said))
         say(f"{clock()} {job.label}: started")
 
