@@ -7,7 +7,7 @@ from math import sqrt
 import pytest
 import torch
 from growing import CHANNELS, FRACTION, WIDTH, WIDTH_IDS, WIDTHS, flat_scale, how, isometry, row_matrices
-from small_models import GQA, KINDS, config, lively_state, loss_of, model_of
+from small_models import GQA, KINDS, batch, config, lively_state, loss_of, model_of
 
 import megabus
 from megabus.growth import rules
@@ -95,20 +95,51 @@ def test_carried_moments_stay_with_originals(kind):
             assert gap(carried[name], E.square() @ source * sqrt(52 / 36) ** power) < 1e-6, name
 
 
-@pytest.mark.parametrize("moments", ["grow", "carry"])
+@pytest.mark.parametrize(("moments", "write"), [("grow", "clone"), ("carry", "clone"), ("carry", "tilt")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_moments_are_the_first_ones_squared(kind, moments):
+def test_second_moments_are_the_first_ones_squared(kind, moments, write):
     """m of g and v of g^2 stay so on every entry: Adam's step does not feel a family's share."""
     old, new = config(kind, GQA), config(kind, GQA, FRACTION, {"n_heads": 9, "n_kv_heads": 3})
     first = {name: g.float() for name, g in gradients(old, lively_state(old)).items()}
     second = {name: m.square() for name, m in first.items()}
-    manner = how(moments=moments, channels="uneven")
+    manner = how(moments=moments, channels="uneven", write=write)
     m, v = (
         megabus.grow_state(state, old, new, 1, manner, what)
         for state, what in ((first, "exp_avg"), (second, "exp_avg_sq"))
     )
     assert all(torch.allclose(v[name], m[name].square(), rtol=1e-5, atol=0) for name in m)
     assert not torch.allclose(v["layers.0.mlp.up"], m["layers.0.mlp.up"].abs(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("write", "low", "high"), [("tilt", 0.6, 1.5), ("clone", 0.99, 1.01)])
+def test_squares_of_copied_rows_are_what_they_become(kind, write, low, high):
+    """Mean squares of gradients after a doubling of heads and units, over those that `grow` makes of the ones before:
+    a tilted copy's gradient is no smaller than its parent's, a clone's half of it (a quarter of the square)."""
+    old, new = config(kind, GQA), config(kind, GQA, {"n_heads": 8, "n_kv_heads": 4, "d_ff": 124})
+    state, manner = lively_state(old), how(moments="grow", write=write)
+    grown = megabus.grow_state(state, old, new, 1, manner)
+    before, after = (mean_squares(*pair) for pair in ((old, state), (new, grown)))
+    mapped = megabus.grow_state(before, old, new, 1, manner, "exp_avg_sq")
+    names = [n for n, spec in param_specs(new).items() if spec.role == "read" and spec.rows != "vocab"]
+    ratios = [float(after[n].sum() / mapped[n].sum()) for n in names if ".0." in n]
+    assert len(ratios) == 5
+    assert low < min(ratios) <= max(ratios) < high
+    other = {"tilt": "clone", "clone": "tilt"}[write]  # with the other's share the ratios would be 4 times as far
+    wrong = megabus.grow_state(before, old, new, 1, how(moments="grow", write=other), "exp_avg_sq")
+    assert not any(low < float(after[n].sum() / wrong[n].sum()) < high for n in names if ".0." in n)
+
+
+def mean_squares(model_config, state):
+    """Over batches: (shape) of each parameter, fp32."""
+    found = {}
+    for seed in range(12):
+        model = model_of(model_config, state)
+        tokens, targets = batch(4, 31, seed)
+        model.loss(model.hidden(tokens), targets)[0].backward()
+        for name, p in model.named_parameters():
+            found[name] = found.get(name, 0) + p.grad.square().float() / 12
+    return found
 
 
 def test_reset_moments_are_zero():

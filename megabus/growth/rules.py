@@ -62,7 +62,7 @@ class Growth:
     def live(self, spec: ParamSpec, kind: Kind) -> np.ndarray:
         """Which new rows are grown from anything at all; the others are zeros. (rows,) bool."""
         rows = self.rows(spec)
-        return np.full(len(rows), self.gate(spec) != 0) if kind == "weight" else _share(self, spec, rows) != 0
+        return np.full(len(rows), self.gate(spec) != 0) if kind == "weight" else _share(self, spec, kind, rows) != 0
 
     def mixing(self, spec: ParamSpec, kind: Kind) -> np.ndarray:
         """New rows of which every entry depends on all of the old row, not just on the column that it copies."""
@@ -162,13 +162,17 @@ def _write(growth: Growth, spec: ParamSpec, w_BD: Tensor, rows: AxisMap, low: in
     return grown
 
 
-def _share(growth: Growth, spec: ParamSpec, rows: AxisMap) -> np.ndarray:
-    """What each new row gets of its parent's gradient: (rows,) fp64."""
+def _share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap) -> np.ndarray:
+    """What each new row gets of its parent's gradient, for the mean or for the root of the mean square: (rows,) fp64."""
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
     if growth.how.moments == "carry":
         return (~growth.added(spec, rows)).astype(np.float64)
     shared = spec.role != "write" and spec.rows != "embed"
+    # A tilted copy sees delta . w_k where its parent saw delta . w. On average over directions that is a share 1/n of
+    # it, but w_k is as long as w: the square is as large (a test measures it).
+    if kind == "exp_avg_sq" and growth.how.write == "tilt":
+        shared = False
     return 1.0 / rows.copies if shared else np.ones(len(rows))
 
 
@@ -176,11 +180,11 @@ def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: Axis
     """Moments follow the gradient: m like g, v like g^2.
 
     A loss that is a function of E w has gradient a * g on the copies of an entry; copies of a read row (or of
-    its gain) share their family's gradient, while each copy of a write row sees all of it. `carry` keeps only
-    originals; `grow` maps everything; `reset` starts from zero.
+    its gain) share their family's gradient (in the mean: see `_share`), while each copy of a write row sees all of it.
+    `carry` keeps only originals; `grow` maps everything; `reset` starts from zero.
     """
     power = 1 if kind == "exp_avg" else 2
-    factor = torch.from_numpy(_share(growth, spec, rows) ** power).to(old.device)
+    factor = torch.from_numpy(_share(growth, spec, kind, rows) ** power).to(old.device)
     dead = factor == 0  # their parents need not have been sent
     if spec.is_matrix:
         return _embed(growth, old, power).mul_(factor[:, None]).masked_fill_(dead[:, None], 0)
