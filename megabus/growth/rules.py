@@ -163,7 +163,7 @@ def _write(growth: Growth, spec: ParamSpec, w_BD: Tensor, rows: AxisMap, low: in
 
 
 def _share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap) -> np.ndarray:
-    """What each new row gets of its parent's gradient, for the mean or for the root of the mean square: (rows,) fp64."""
+    """What each new row gets of its parent's gradient, in the mean or in the root mean square: (rows,) fp64."""
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
     if growth.how.moments == "carry":
