@@ -96,8 +96,13 @@ class Forked:
     def poll(self):
         return self._process.exitcode
 
-    def wait(self):
-        self._process.join()
+    def wait(self, timeout=None):
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise runner.TimeoutExpired("launcher", timeout)
+
+    def kill(self):
+        self._process.kill()
 
     def send_signal(self, number):
         if self._process.is_alive():

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megabus.config import load_config, parse_config, resolve_stages
-from megabus.config.auto import AUTO, MANNER, SIZES_OF_AUTO
+from megabus.config.auto import AUTO, HOW, SIZES_OF_AUTO
 from megabus.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def test_it_ends_with_the_given_size():
         (96, 4, 8, 4, 250),
     ]
     assert [stage.max_tokens for stage in stages] == [int(t * 100_000) for _, _, t in SIZES_OF_AUTO] + [None]
-    assert {key: getattr(config.growth, key) for key in MANNER} == MANNER
+    assert {key: getattr(config.growth, key) for key in HOW} == HOW
 
 
 def test_caps_are_in_the_budgets_unit():
@@ -49,6 +49,8 @@ def test_caps_are_in_the_budgets_unit():
     assert by_flops.growth.max_flops == SIZES_OF_AUTO[0][1] * 1e9
     assert by_flops.growth.stages[0].max_flops == SIZES_OF_AUTO[1][1] * 1e9
     assert by_flops.growth.max_tokens is None
+    both = parse_config(tree(train=train | {"max_flops": 1e30})).growth  # whichever binds
+    assert (both.max_flops, both.max_tokens) == (SIZES_OF_AUTO[0][1] * 1e30, int(SIZES_OF_AUTO[0][2] * 100_000))
     by_steps = parse_config(tree(train=train | {"max_tokens": None, "max_steps": 1000}))
     assert by_steps.growth.max_tokens == int(SIZES_OF_AUTO[0][2] * 64_000)
 
@@ -74,7 +76,8 @@ def test_what_is_saved_is_plain(tmp_path):
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert AUTO not in path.read_text().replace("resume: auto", "").replace("kernels: auto", "")
     assert load_config(path) == config
-    assert load_config(path, ["growth=auto"]) != config  # now the first size is the one to end with
+    with pytest.raises(UserError, match=r"growth = auto: would end with the file's first size"):
+        load_config(path, ["growth=auto"])
 
 
 def test_errors_name_the_key():
@@ -83,4 +86,5 @@ def test_errors_name_the_key():
     with pytest.raises(UserError, match=r"model\.d_modle"):
         parse_config(tree(model=FINAL | {"d_modle": 3}))
     with pytest.raises(UserError, match=r"growth\.write"):
-        load_config(ROOT / "configs/demo.yaml", ["growth=auto", "growth.write=clone"])
+        load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto", "growth.write=clone"])
+    assert len(load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto"]).growth.stages) == 2

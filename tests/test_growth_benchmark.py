@@ -6,10 +6,12 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import growth_experiments as small
 import pytest
 
+from benchmarks.growth import prefix
 from benchmarks.growth.experiment import best_rate, jobs, load_experiment, make_job, overlaid
 from benchmarks.growth.groups import difference, groups
 from benchmarks.growth.prefix import Common, common
@@ -280,6 +282,7 @@ def test_what_runs_have_in_common(done, new, expected):
 # ---- the report
 
 
+EXPERIMENTS = Path(prefix.__file__).parent
 ARMS = {
     "scratch": small.arm(lr={"tune": [0.01, 0.02]}, budgets=[1, 2], drawn=True),
     "grown": small.arm(drawn=True, set={"model": {"d_ff": 64}}),
@@ -318,7 +321,7 @@ def test_a_report(tmp_path, seeds, failed):
             assert gain.std == pytest.approx(0.01 / 3**0.5)
             assert "| 3 | 3.2967 ± 0.1002 | +0.2033 (+0.1890 to +0.2177) | 1.42 (" in row
     for line in text.splitlines():
-        assert not line.startswith("|") or line.count("|") in (5, 11, 8)
+        assert not line.startswith("|") or line.count("|") in (5, 12, 8)
     assert (tmp_path / "out/tiny.md").read_text(encoding="utf-8") == f"# tiny\n\n{text}"
     for name in ("curves", "arms"):
         assert (tmp_path / f"out/tiny-{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -352,3 +355,11 @@ def test_a_law_is_held_against_what_grew(tmp_path):
     assert "from 6 runs of fixed sizes (scratch, little), 0.0000 nats rms" in text
     row = next(line for line in text.splitlines() if line.startswith("| grown | 1 | 9.0000 |"))
     assert row.endswith("| 0.00M, 0.01M |")  # what was taken
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_experiments_that_come_along_can_be_run(path):
+    """Every arm of each, with its budgets: what extends another follows its changes."""
+    experiment = load_experiment(path)
+    assert experiment.name == path.stem
+    assert len(list(jobs(experiment, lambda job: 3.0))) > 10

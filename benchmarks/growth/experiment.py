@@ -71,7 +71,6 @@ class Experiment(Section):
     tune_budget: Positive = 1.0
     reference: str
     versus: str
-    ranks: int = Field(1, ge=1, description="processes of a run")
     base: dict[str, Any]
     arms: dict[str, Arm]
 
@@ -122,7 +121,7 @@ def load_experiment(path: Path) -> Experiment:
     for name in experiment.arms:
         job = make_job(experiment, name, experiment.seeds[0], 1e-3, 1.0)
         try:
-            resolve_stages(job.config(Path("unused")), experiment.ranks)
+            resolve_stages(job.config(Path("unused")), world_size=1)
         except UserError as error:
             raise UserError(f"{path}: arms.{name}: {error.key}", error.value, error.problem, error.remedy) from None
     return experiment

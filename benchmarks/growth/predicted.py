@@ -18,7 +18,7 @@ from megabus.kappa.law_fit import fit_law
 
 def stages_of(experiment: Experiment, group: Group) -> list[Stage]:
     job = make_job(experiment, group.arm, experiment.seeds[0], group.lr, group.budget)
-    return resolve_stages(job.config(Path("unused")), experiment.ranks)
+    return resolve_stages(job.config(Path("unused")), world_size=1)
 
 
 def law_table(experiment: Experiment, found: Sequence[Group]) -> str:

@@ -15,12 +15,13 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
+from benchmarks.growth.experiment import NOT_THE_MATHEMATICS
 from megabus.checkpoint.state import SavedState, read_state
 from megabus.checkpoint.store import checkpoints_of, complete, point_latest, remove
 from megabus.config import RunConfig
 
 MANNER = ("write", "channels", "depth", "moments", "boost")  # what does nothing before the first growth
-ASIDE = ("run_dir", "resume", "log", "checkpoint", "faults", "train", "optimizer", "growth")
+ASIDE = (*NOT_THE_MATHEMATICS, "train", "optimizer", "growth")  # what `common` looks at by itself
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _common_growths(done: RunConfig, new: RunConfig) -> int:
         return 0  # nothing is watched for, and what never grows is the same until the other does
     if not watched or not a.stages:
         return -1
-    if any(getattr(a, key) != getattr(b, key) for key in MANNER if key in type(a).model_fields):
+    if any(getattr(a, key) != getattr(b, key) for key in MANNER):
         return 0
     same = 0
     for one, other in zip(a.stages, b.stages, strict=False):
@@ -121,13 +122,12 @@ def go_on_from_others(run_dir: Path, config: RunConfig, others: Iterable[tuple[P
     return folder
 
 
-def keep_what_others_may_need(run_dir: Path, config: RunConfig) -> None:
-    """Of a finished run keep the last state, and of every stage the last one before the learning rate fell."""
+def keep_what_others_may_need(run_dir: Path, config: RunConfig, newest: int = 1) -> None:
+    """Keep a run's `newest` states, and of every stage the last one before the learning rate fell."""
     tail = config.optimizer.decay_share if config.optimizer.schedule == "wsd" else 0.0
     limit = (config.train.max_flops or 0.0) * (1 - tail)
-    _, *older = complete(checkpoints_of(run_dir))
     kept: set[int] = set()
-    for folder in older:
+    for folder in complete(checkpoints_of(run_dir))[newest:]:
         state = read_state(folder)
         if state.progress.flops < limit and state.stage not in kept:
             kept.add(state.stage)

@@ -50,27 +50,30 @@ def tuning_table(experiment: Experiment, results: Results) -> str:
 
 
 def arms_table(experiment: Experiment, found: Sequence[Group]) -> str:
-    """A line for each arm and budget: its final loss, how it differs from `versus` seed by seed, and S."""
+    """A line for each arm and budget: its final loss, how it differs from `versus` seed by seed, and S (of a model that
+    ends smaller than the reference too: see the parameters)."""
     lines = [
-        f"| arm | | budget | parameters | seeds | loss | less than {experiment.versus} by | S | tokens | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| arm | | budget | parameters | seeds | loss | less than {experiment.versus} by | S | tokens | a parameter "
+        "| minutes of steps |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for group in found:
         runs = group.finite
         failures = len(group.runs) - len(runs)
         if not runs:
-            lines.append(f"| {group.arm} | | {group.budget:g} | – | {failures} failed | – | – | – | – | – |")
+            lines.append(f"| {group.arm} | | {group.budget:g} | – | {failures} failed | – | – | – | – | – | – |")
             continue
         cells = [
             group.arm,
             experiment.arms[group.arm].about,
             f"{group.budget:g}",
-            f"{runs[0].n_params / 1e6:.2f}M",
+            ", ".join(f"{n / 1e6:.2f}M" for n in sorted({run.n_params for run in runs})),
             f"{len(runs)}" + (f", {failures} failed" if failures else ""),
             _mean(spread([run.loss for run in runs])),
             _difference(difference(experiment, found, group)),
             _saving(savings_of(experiment, found, group), len(runs)),
             f"{statistics.fmean(run.tokens for run in runs) / 1e6:.2f}M",
+            f"{statistics.fmean(run.tokens / run.n_params for run in runs):.2g}",
             f"{60 * statistics.fmean(run.hours for run in runs):.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, TimeoutExpired
 
 import yaml
 
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.5  # seconds
 STOPPED = 75  # the exit code of a run that saved because it was asked to stop
 BAD_INPUT = 2
+TIDY = 60.0  # seconds
+LONGEST_STOP = 300.0  # seconds that runs get to save in
 TRIES = 2  # of a run that ended with an error which is not of its own making
 
 
@@ -39,6 +41,7 @@ class Going:
     slot: int
     process: Popen[bytes]
     said: int  # bytes of its log that are of earlier starts
+    commit: str
     stopping: bool = False
 
 
@@ -46,12 +49,11 @@ class Runner:
     """`machine`: named in results. `work`: the directory of runs, a name an experiment."""
 
     def __init__(self, experiment: Experiment, results: Results, work: Path, machine: str) -> None:
-        self.experiment, self.results, self.machine, self.commit = experiment, results, machine, commit()
+        self.experiment, self.results, self.machine = experiment, results, machine
         self.work = (work / experiment.name).resolve()  # runs have another working directory
-        if experiment.ranks != 1:
-            raise UserError("ranks", experiment.ranks, "cannot be run: a run here is one process", "set it to 1")
         self.going: list[Going] = []
         self.tries: dict[str, int] = {}
+        self.tidied = time.monotonic()
 
     def run(self, side_by_side: int, only: Sequence[str] = (), hours: float | None = None) -> bool:
         """Run what is not done, at most so many at a time, for at most so long; whether all is done."""
@@ -66,6 +68,7 @@ class Runner:
                         return True
                     time.sleep(POLL)
                     changed = self._collect()
+                    self._tidy()
                 say(f"{hours:g} hour(s) are over: {len(self.going)} run(s) stop, and go on with the same command")
             finally:
                 self._stop()
@@ -113,35 +116,49 @@ class Runner:
         with (run_dir / "log").open("ab") as log:
             said = log.tell()
             process = Popen(command, cwd=ROOT, env=environment(slot), stdout=log, stderr=log, start_new_session=True)
-        self.going.append(Going(job, slot, process, said))
+        self.going.append(Going(job, slot, process, said, commit()))
         say(f"{clock()} {job.label}: started")
 
     def _collect(self) -> bool:
         """Whether any run has ended."""
         ended = [going for going in self.going if going.process.poll() is not None]
-        for going in ended:
+        errors: list[UserError] = []
+        for going in ended:  # all of them, before any error is told
             self.going.remove(going)
-            self._ended(going, going.process.returncode)
+            try:
+                self._ended(going, going.process.returncode)
+            except UserError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
         return bool(ended)
+
+    def _tidy(self) -> None:
+        """Now and then delete checkpoints of runs that go on: kept all, a large model's would fill the disk."""
+        if time.monotonic() - self.tidied > TIDY:
+            self.tidied = time.monotonic()
+            for going in self.going:
+                keep_what_others_may_need(self.folder(going.job), self._config(going.job), newest=2)
 
     def _ended(self, going: Going, code: int) -> None:
         job = going.job
         run_dir, date = self.folder(job), f"{datetime.date.today()}"
         if code == 0:
-            result = replace(result_of(job, run_dir, self.machine, date), commit=self.commit)
+            result = replace(result_of(job, run_dir, self.machine, date), commit=going.commit)
             self.results.add(result)
             keep_what_others_may_need(run_dir, self._config(job))
             done = sum(1 for other in jobs(self.experiment, self.results.loss_of) if self.results.get(other))
             say(f"{clock()} {job.label}: loss {result.loss:.4f}, {result.hours * 60:.1f} min ({done} runs done)")
-        elif code == -signal.SIGTERM and going.stopping:
+        elif code in (-signal.SIGTERM, -signal.SIGKILL) and going.stopping:
             say(f"{clock()} {job.label}: stopped before it could hear of it, and begins where it began")
         elif code == STOPPED:
             say(f"{clock()} {job.label}: stopped and saved")
         else:
             told = (run_dir / "log").read_bytes()[going.said :].decode(errors="replace").strip().splitlines()
             why = next((line for line in reversed(told) if line.startswith("error: ")), told[-1] if told else "")
-            if code == BAD_INPUT and "train.loss = nan" in why:
-                self.results.add(failed(job, why, self.machine, date))
+            if code == BAD_INPUT and why.startswith("error: train.loss = "):
+                self.results.add(replace(failed(job, why, self.machine, date), commit=going.commit))
+                keep_what_others_may_need(run_dir, self._config(job))
                 warn(f"{job.label} failed: {why}")
                 return
             self.tries[job.digest] = self.tries.get(job.digest, 0) + 1
@@ -154,8 +171,14 @@ class Runner:
         for going in self.going:
             going.stopping = True
             going.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + LONGEST_STOP
         for going in self.going:
-            going.process.wait()
+            try:
+                going.process.wait(max(0.1, deadline - time.monotonic()))
+            except TimeoutExpired:
+                warn(f"{going.job.label} does not stop: killed; it goes on from its last checkpoint")
+                going.process.kill()
+                going.process.wait()
         self._collect()
 
     @contextmanager

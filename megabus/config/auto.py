@@ -1,11 +1,12 @@
 """`growth: auto`: how to grow when nothing is said about it. `model` is then the size to end with.
 
-What it stands for was measured (docs/growth.md). It is written out before anything else sees it: a run, its saved
-configuration and its checkpoints know plain stages only.
+It is written out before anything else sees it: a run, its saved configuration and its checkpoints know plain stages
+only. docs/growth.md says what of it has been measured.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megabus.config.fractions import fraction_of
@@ -15,7 +16,7 @@ from megabus.config.schema import ModelConfig, RunConfig, TrainConfig
 AUTO = "auto"
 # Of the final size, and the most that the stage may take of the run's FLOPs and of its tokens. The last takes the rest.
 SIZES_OF_AUTO = ((1 / 2, 0.15, 0.35), (3 / 4, 0.30, 0.30))
-MANNER = {"write": "tilt", "channels": "even", "depth": "identity", "moments": "grow"}
+HOW = {"write": "tilt", "channels": "even", "depth": "identity", "moments": "grow"}
 TRIGGER = {"kappa": 0.8, "predictor": "fit"}
 
 
@@ -33,7 +34,7 @@ def written_out(config: RunConfig) -> dict[str, Any]:
             caps.append(_cap(config.train, flops, tokens))
     models.append(final)
     stages = [_sizes(model) | cap for model, cap in zip(models[1:], [*caps[1:], {}], strict=True)] if caps else []
-    growth: dict[str, Any] = {**MANNER, "trigger": dict(TRIGGER), "stages": stages}
+    growth: dict[str, Any] = {**HOW, "trigger": dict(TRIGGER), "stages": stages}
     return {
         "model": final.model_dump(exclude_unset=True) | _sizes(models[0]),
         "growth": growth | (caps[0] if caps else {}),
@@ -45,8 +46,8 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def _cap(train: TrainConfig, flops: float, tokens: float) -> dict[str, float]:
-    """A stage's cap, in what the run's budget is counted in."""
-    if train.max_flops:
-        return {"max_flops": flops * train.max_flops}
-    total = train.max_tokens or (train.max_steps or 0) * train.global_batch_size * train.seq_len
-    return {"max_tokens": max(1, int(tokens * total))} if total else {}
+    """A stage's caps, one for each budget of the run."""
+    cap: dict[str, float] = {"max_flops": flops * train.max_flops} if train.max_flops else {}
+    steps = train.max_steps * train.global_batch_size * train.seq_len if train.max_steps else math.inf
+    total = min(train.max_tokens or math.inf, steps)
+    return cap | ({} if math.isinf(total) else {"max_tokens": max(1, int(tokens * total))})

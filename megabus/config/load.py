@@ -29,8 +29,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError("--config", path, f"not valid YAML ({error})", "mend the file") from error
     if not isinstance(tree, dict):
         raise UserError("--config", path, "holds no keys", "start from configs/demo.yaml")
+    had_stages = isinstance(tree.get("growth"), dict) and bool(tree["growth"].get("stages"))
     for override in overrides:
         _apply(tree, override)
+    if had_stages and tree.get("growth") == AUTO:
+        problem = "would end with the file's first size, and the file names larger ones"
+        raise UserError("growth", AUTO, problem, "write it into a file whose model section is the size to end with")
     return parse_config(tree)
 
 

@@ -182,7 +182,7 @@ class KappaConfig(Section):
 class BoostConfig(Section):
     """A larger learning rate for the rows and layers that a growth has added, until they have caught up."""
 
-    factor: Positive = Field(2.0, description="share of the learning rate that they begin with")
+    factor: Positive = Field(2.0, description="multiple of the learning rate that they begin with")
     tokens: Count = Field(1_000_000, description="tokens after the growth over which it falls linearly to 1")
 
 
