@@ -132,10 +132,7 @@ def plan_stages(sizes: Sequence[Size], loss: float, *, reach_final: bool = True)
     if not reach_final or final >= LAST_SHARE * sum(stage.flops for stage in stages):
         return GrowthPlan(stages, loss, last.flops(loss))
     before, ends = _cheapest(sizes[:-1], loss)  # of the smaller ones, on the way to wherever the final one begins
-    low, high = (
-        0.0,
-        last.tokens(loss),
-    )  # the final size begins with the loss that it has from scratch after so many tokens
+    low, high = 0.0, last.tokens(loss)  # from scratch, to the loss that the final size begins with
     for _ in range(STEPS):
         middle = 0.5 * (low + high)
         begin = last.loss(middle)

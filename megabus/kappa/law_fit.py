@@ -76,7 +76,7 @@ def _best_exponents(squares: Callable[[tuple[float, float]], float]) -> tuple[fl
     A finer grid moves along while its best lies at its border: errors of the exponents make up for each other, so the
     valley is long and narrow.
     """
-    best = min(itertools.product(map(float, EXPONENTS), repeat=2), key=squares)
+    best = min(((float(a), float(b)) for a, b in itertools.product(EXPONENTS, EXPONENTS)), key=squares)
     for step in FINER:
         least = squares(best)
         for _ in range(MOVES):
