@@ -329,7 +329,7 @@ def test_a_report(tmp_path, seeds, failed):
 
 
 def test_a_law_is_held_against_what_grew(tmp_path):
-    """Runs of two fixed sizes that follow a law give its coefficients back, and the plan for what has grown."""
+    """Runs of three fixed sizes that follow a law give its coefficients back, and the plan for what has grown."""
     size = {"d_model": 24, "n_heads": 1, "d_ff": 40}
     stages = {
         "growth": {"max_tokens": 1024, "trigger": small.TRIGGER, "stages": [{"d_model": 36, "n_heads": 2, "d_ff": 62}]}
@@ -337,24 +337,32 @@ def test_a_law_is_held_against_what_grew(tmp_path):
     arms = {
         "scratch": small.arm(budgets=[1, 2, 4]),
         "little": small.arm(budgets=[1, 2, 4], set={"model": size}),
+        "middle": small.arm(budgets=[1, 2, 4], set={"model": size | {"d_ff": 50}}),
         "grown": small.arm(set={"model": size, **stages}),
         "other": small.arm(budgets=[1, 2, 4], set={"model": {"kind": "gpt"}}),  # of another kind: no part of the law
     }
     experiment = small.load(tmp_path, small.spec(arms=arms))
     results = Results(tmp_path / "r.jsonl")
-    for arm, n in (("scratch", 2e6), ("little", 4e5), ("other", 1e6)):
+    for arm, n in (("scratch", 2e6), ("little", 4e5), ("middle", 9e5), ("other", 1e6)):
         for budget in (1.0, 2.0, 4.0):
             tokens = int(1e6 * budget)
-            loss = 1.2 + 80 * n**-0.3 + 200 * tokens**-0.4 + (arm == "other")
+            loss = 1.2 + 80 * n**-0.31 + 200 * tokens**-0.337 + (arm == "other")
             row = small.result(experiment, arm, 0, budget, loss=loss)
             results.add(replace(row, n_params=int(n), tokens=tokens))
     assert "No law yet" in report(experiment, Results(tmp_path / "none.jsonl"), None)
     growth = GROWTH | {"tokens": 4000}
     results.add(replace(small.result(experiment, "grown", loss=9.0, growths=[growth]), tokens=10_000))
     text = report(experiment, results, None)
-    assert "from 6 runs of fixed sizes (scratch, little), 0.0000 nats rms" in text
+    form = "L(N, D) = 1.200 + 80 / N^0.310 + 200 / D^0.337"
+    assert f"{form}, from 9 runs of fixed sizes (scratch, little, middle), 0.0000 nats rms" in text
     row = next(line for line in text.splitlines() if line.startswith("| grown | 1 | 9.0000 |"))
     assert row.endswith("| 0.00M, 0.01M |")  # what was taken
+    flat = Results(tmp_path / "flat.jsonl")
+    for result in results:
+        flat.add(result if result.growths else replace(result, loss=3.0))
+    assert "No law yet: 9 run(s) of 3 size(s) and 3 token count(s) tell no law: A comes out 0" in report(
+        experiment, flat, None
+    )
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.name)

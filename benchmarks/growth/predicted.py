@@ -29,9 +29,11 @@ def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.finite]
     try:
         fitted = fit_law([(float(n), float(d), loss) for n, d, loss in points])
+        law = ScalingLaw(**fitted.coefficients)
     except UserError as error:
         return f"No law yet: {error.value} {error.problem}."
-    law = ScalingLaw(**fitted.coefficients)
+    except ValueError as error:  # of a coefficient that no configuration takes
+        return f"No law yet: {' '.join(str(error).split())}."
     form = f"{law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}"
     arms = ", ".join(dict.fromkeys(g.arm for g in fixed))
     lines = [
@@ -46,7 +48,8 @@ def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
         stages = stages_of(experiment, group)
         loss = statistics.fmean(run.loss for run in group.finite)
         try:
-            plan = plan_stages([Size(stage.model, stage.seq_len, law) for stage in stages], loss)
+            sizes = [Size(stage.model, stage.seq_len, law) for stage in stages]
+            plan = plan_stages(sizes, loss, reach_final=False)
         except ValueError as error:
             lines.append(f"| {group.arm} | {group.budget:g} | {loss:.4f} | {error} | | | |")
             continue

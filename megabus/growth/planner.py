@@ -8,6 +8,11 @@ smaller one's. docs/growth.md compares that with what happened.
 From loss a to loss b a size N then takes F(N) (D(N, b) - D(N, a)) FLOPs, with F its FLOPs per token and D(N, L) the
 tokens at which its law gives L. At each loss the best of some sizes is the one for which F dD/dL is least, so sizes and
 the losses at which to grow follow from each other. Which sizes to take is searched.
+
+The law is of finished runs, whose learning rate has decayed. Here it is read as a trajectory: a run that goes on has at
+D tokens the loss of one that ends there. A run's own curve lies above that until its decay, and what a loss is reached
+with at the end is what this predicts. For the same reason a run should end with its final size, which its learning rate
+decays at: see `LAST_SHARE`.
 """
 
 from __future__ import annotations
@@ -16,12 +21,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megabus.config.fractions import fraction_of
 from megabus.config.schema import ModelConfig, ScalingLaw
 from megabus.model.cost import count_parameters, flops_per_token
 
 STEPS = 60  # of a bisection: more than fp64 resolves
+LAST_SHARE = 0.2  # of a plan's FLOPs, that the final size gets at least: wsd's decay_share when nothing else is given
 
 
 @dataclass(frozen=True)
@@ -32,22 +39,27 @@ class Size:
     seq_len: int
     law: ScalingLaw
 
-    @property
+    @cached_property
     def flops_per_token(self) -> float:
         return flops_per_token(self.model, self.seq_len)
 
-    @property
+    @cached_property
     def floor(self) -> float:
         """What it reaches with endless tokens."""
         return self.law.E + self.law.A * count_parameters(self.model) ** -self.law.alpha
 
     def loss(self, tokens: float) -> float:
-        return self.floor + self.law.B * tokens**-self.law.beta
+        return self.floor + self.law.B * tokens**-self.law.beta if tokens > 0 else math.inf
 
     def tokens(self, loss: float) -> float:
         """Tokens to reach a loss from scratch; infinity for one that it never reaches."""
         above = loss - self.floor
-        return (self.law.B / above) ** (1 / self.law.beta) if above > 0 else math.inf
+        if above <= 0:
+            return math.inf
+        try:
+            return (self.law.B / above) ** (1 / self.law.beta)
+        except OverflowError:  # a small beta, next to the floor
+            return math.inf
 
     def flops(self, loss: float) -> float:
         return self.flops_per_token * self.tokens(loss)
@@ -70,15 +82,20 @@ class PlannedStage:
     floor: float
 
     @property
-    def kappa(self) -> float | None:
-        """Share of what the size could give, with endless tokens, that it has given when it grows; None for the first,
-        whose start is no finite loss."""
+    def way(self) -> float | None:
+        """Share of the way to its floor, from where it starts, that it has gone when it ends; None for the first, which
+        starts from no finite loss.
+
+        No kappa to configure: growth.trigger's is of the way to the loss predicted at the stage's cap, and from the
+        loss that the run or the stage starts with.
+        """
         return (self.start - self.end) / (self.start - self.floor) if math.isfinite(self.start) else None
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """stages: in order, the last of the final size. scratch_flops: what the final size takes alone to the same loss."""
+    """stages: in order; the last is of the final size, unless the plan was free to end before it (`reach_final`).
+    loss: at the end, in nats per token. scratch_flops: what the final size takes alone to the same loss."""
 
     stages: list[PlannedStage]
     loss: float
@@ -94,16 +111,47 @@ class GrowthPlan:
         return self.scratch_flops / self.flops
 
 
-def plan_stages(sizes: Sequence[Size], loss: float) -> GrowthPlan:
+def plan_stages(sizes: Sequence[Size], loss: float, *, reach_final: bool = True) -> GrowthPlan:
     """The way from nothing to `loss` through all of `sizes`, which grow; each where the next becomes cheaper per nat.
 
-    Sizes that are never the cheapest are left out. Raises ValueError if the last never reaches the loss.
+    Sizes that are never the cheapest are left out. With few tokens the final size is one of these: then a smaller model
+    is the better choice, and `reach_final=False` returns the plan that says so. With `reach_final` the final size gets
+    `LAST_SHARE` of the plan's FLOPs or more: if it would get less, it begins at the loss at which it gets just that,
+    and what the smaller sizes would have done from there on is dropped. No plan with such a last share is cheaper,
+    since the FLOPs only rise from the free plan's loss to begin at upwards. It costs what the final size takes more for
+    that last way than the others would, and never more than the final size from scratch, as whose `saving` is 1.
+
+    Raises ValueError if the last never reaches the loss.
     """
     last = sizes[-1]
-    if last.floor >= loss:
+    if math.isinf(last.tokens(loss)):
         raise ValueError(f"the final size never gets below {last.floor:.3f}, and {loss:.3f} is asked for")
+    kept, ends = _cheapest(sizes, loss)
+    stages = _staged(kept, ends, loss)
+    final = stages[-1].flops if not ends or ends[-1] > loss else 0.0  # what the last size gets
+    if not reach_final or final >= LAST_SHARE * sum(stage.flops for stage in stages):
+        return GrowthPlan(stages, loss, last.flops(loss))
+    before, ends = _cheapest(sizes[:-1], loss)  # of the smaller ones, on the way to wherever the final one begins
+    low, high = 0.0, last.tokens(loss)  # from scratch, to the loss that the final size begins with
+    for _ in range(STEPS):
+        middle = 0.5 * (low + high)
+        begin = last.loss(middle)
+        final = (last.tokens(loss) - middle) * last.flops_per_token
+        smaller = sum(stage.flops for stage in _staged(before, ends, begin))
+        if final >= LAST_SHARE * (smaller + final):
+            low = middle
+        else:
+            high = middle
+    begin, tokens = last.loss(low), last.tokens(loss) - low
+    stages = _staged(before, ends, begin)
+    stages.append(PlannedStage(last.model, begin, loss, tokens, tokens * last.flops_per_token, last.floor))
+    return GrowthPlan(stages, loss, last.flops(loss))
+
+
+def _cheapest(sizes: Sequence[Size], loss: float) -> tuple[list[Size], list[float]]:
+    """The sizes that are the cheapest per nat somewhere above `loss`, and the losses at which each becomes the next."""
     kept: list[Size] = []
-    ends: list[float] = []  # where each kept size grows
+    ends: list[float] = []
     for size in sizes:
         while kept:
             end = _equal_price(kept[-1], size, loss)
@@ -114,14 +162,20 @@ def plan_stages(sizes: Sequence[Size], loss: float) -> GrowthPlan:
         if kept:
             ends.append(_equal_price(kept[-1], size, loss))
         kept.append(size)
+    return kept, ends
+
+
+def _staged(kept: Sequence[Size], ends: Sequence[float], loss: float) -> list[PlannedStage]:
+    """The stages of these sizes down to `loss`, each to its end, those that would begin below it left out."""
     stages, start = [], math.inf
-    for size, end in zip(kept, [*ends, loss], strict=True):
-        if end >= start or end < loss:
+    for size, planned in zip(kept, [*ends, loss], strict=True):
+        end = max(planned, loss)
+        if end >= start:
             continue
         tokens = size.tokens(end) - (size.tokens(start) if math.isfinite(start) else 0.0)
         stages.append(PlannedStage(size.model, start, end, tokens, tokens * size.flops_per_token, size.floor))
         start = end
-    return GrowthPlan(stages, loss, last.flops(loss))
+    return stages
 
 
 def _equal_price(small: Size, large: Size, lowest: float) -> float:
@@ -144,11 +198,20 @@ def _equal_price(small: Size, large: Size, lowest: float) -> float:
 
 
 def plan_growth(
-    final: ModelConfig, seq_len: int, tokens: float, law: ScalingLaw, max_stages: int = 3, tp: int = 1, pp: int = 1
+    final: ModelConfig,
+    seq_len: int,
+    tokens: float,
+    law: ScalingLaw,
+    max_stages: int = 3,
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    reach_final: bool = True,
 ) -> GrowthPlan:
     """The cheapest plan of at most `max_stages` sizes to the loss that `final` reaches alone with `tokens` tokens.
 
-    Sizes are fractions of the final one (`fraction_of`), from a sixth up.
+    Sizes are fractions of the final one (`fraction_of`), from a sixth up. With `reach_final` the final size always
+    trains, at the cost that `plan_stages` names. Raises ValueError where tokens, by the law, no longer change the loss.
     """
     last = Size(final, seq_len, law)
     loss = last.loss(tokens)
@@ -161,7 +224,7 @@ def plan_growth(
     best = plan_stages([last], loss)
     for count in range(1, max_stages):
         for chosen in itertools.combinations(smaller, count):
-            plan = plan_stages([*chosen, last], loss)
+            plan = plan_stages([*chosen, last], loss, reach_final=reach_final)
             if plan.flops < best.flops:
                 best = plan
     return best
