@@ -166,3 +166,8 @@ def _without_metadata(data: bytes) -> bytes:
     header = json.loads(data[8:end])
     header.pop("__metadata__", None)
     return json.dumps(header, sort_keys=True).encode() + data[end:]
+
+
+def kept(folder: Path) -> list[Path]:
+    """The whole checkpoints in a run's directory of them."""
+    return [path for path in folder.glob("step-*") if path.suffix == ""]
