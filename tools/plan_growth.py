@@ -21,7 +21,7 @@ import yaml
 
 from megabus.command import run
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
-from megabus.config.pair import SIZES
+from megabus.config.pair import sizes_of
 from megabus.config.schema import ModelConfig, ScalingLaw
 from megabus.errors import UserError
 from megabus.growth.planner import GrowthPlan, Size, plan_growth, plan_stages
@@ -188,8 +188,7 @@ def _yaml(plan: GrowthPlan) -> str:
     models = [stage.model for stage in plan.stages]
     caps = [max(1, int(stage.tokens)) for stage in plan.stages]
     final = models[-1]
-    names = [name for name in SIZES if getattr(final, name) is not None]
-    first, *grown = [{name: getattr(model, name) for name in names} for model in models]
+    first, *grown = [sizes_of(model) for model in models]
     for sizes, cap in zip(grown[:-1], caps[1:], strict=False):  # the last stage ends with the run
         sizes["max_tokens"] = cap
     tree: dict[str, object] = {"model": final.model_dump(exclude_unset=True) | first}

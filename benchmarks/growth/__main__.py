@@ -2,7 +2,7 @@
 
 python -m benchmarks.growth list benchmarks/growth/screen.yaml              # the runs, and what they cost
 python -m benchmarks.growth run benchmarks/growth/screen.yaml --jobs 2      # goes on where it was stopped
-python -m benchmarks.growth report benchmarks/growth/screen.yaml --out docs/growth
+python -m benchmarks.growth report benchmarks/growth/screen.yaml --out runs/growth
 """
 
 from __future__ import annotations

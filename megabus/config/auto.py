@@ -10,8 +10,8 @@ import math
 from typing import Any
 
 from megabus.config.fractions import fraction_of
-from megabus.config.pair import SIZES
-from megabus.config.schema import ModelConfig, RunConfig, TrainConfig
+from megabus.config.pair import sizes_of
+from megabus.config.schema import RunConfig, TrainConfig
 
 AUTO = "auto"
 # Of the final size, and the most that the stage may take of the run's FLOPs and of its tokens. The last takes the rest.
@@ -33,16 +33,12 @@ def written_out(config: RunConfig) -> dict[str, Any]:
             models.append(model)
             caps.append(_cap(config.train, flops, tokens))
     models.append(final)
-    stages = [_sizes(model) | cap for model, cap in zip(models[1:], [*caps[1:], {}], strict=True)] if caps else []
+    stages = [sizes_of(model) | cap for model, cap in zip(models[1:], [*caps[1:], {}], strict=True)] if caps else []
     growth: dict[str, Any] = {**HOW, "trigger": dict(TRIGGER), "stages": stages}
     return {
-        "model": final.model_dump(exclude_unset=True) | _sizes(models[0]),
+        "model": final.model_dump(exclude_unset=True) | sizes_of(models[0]),
         "growth": growth | (caps[0] if caps else {}),
     }
-
-
-def _sizes(model: ModelConfig) -> dict[str, int]:
-    return {name: value for name in SIZES if (value := getattr(model, name)) is not None}
 
 
 def _cap(train: TrainConfig, flops: float, tokens: float) -> dict[str, float]:

@@ -9,6 +9,11 @@ SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
 KEPT = ("kind", "vocab_size", "head_dim", "rope_theta", "rope_scaling", "alpha_init", "norm_eps")
 
 
+def sizes_of(model: ModelConfig) -> dict[str, int]:
+    """What growth changes of a model, by the names of a stage's keys; n_kv_heads where the model says it."""
+    return {name: size for name in SIZES if (size := getattr(model, name)) is not None}
+
+
 def check_pair(old: ModelConfig, new: ModelConfig, key: str) -> None:
     """Raise `UserError` unless `old` can grow into `new`; `key` is what the names of `new`'s keys begin with."""
     for name in KEPT:
