@@ -20,7 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from megabus.config import RunConfig, parse_config, resolve_stages
-from megabus.config.schema import Positive, Section
+from megabus.config.schema import Positive, Section, Share
 from megabus.errors import UserError
 
 NOT_THE_MATHEMATICS = ("run_dir", "resume", "log", "checkpoint", "faults")
@@ -51,6 +51,7 @@ class Arm(Section):
     about: str = Field(description="a few words for tables")
     like: str | None = Field(None, description="arm whose `set` this one's is laid over")
     set: dict[str, Any] = Field(default_factory=dict, description="keys of a run's configuration")
+    caps: list[Share] | None = Field(None, description="of the stages but the last: shares of a run's FLOPs")
     lr: Annotated[Rate, BeforeValidator(_rate)]
     budgets: list[Positive] = Field(default_factory=lambda: [1.0])
     seeds: list[int] | None = None
@@ -78,6 +79,14 @@ class Experiment(Section):
         """What an arm's runs have in common."""
         spec = self.arms[arm]
         return overlaid(self.tree(spec.like) if spec.like else self.base, spec.set)
+
+
+    def caps(self, arm: str) -> list[float]:
+        """An arm's own caps, or those of the arm that it is like."""
+        spec = self.arms[arm]
+        if spec.caps is not None:
+            return spec.caps
+        return self.caps(spec.like) if spec.like else []
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,11 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 def make_job(experiment: Experiment, arm: str, seed: int, lr: float, budget: float, *, tuning: bool = False) -> Job:
     flops = budget * experiment.budget
     settings = {"train": {"seed": seed, "max_flops": flops}, "optimizer": {"lr": lr}}
-    return Job(experiment.name, arm, seed, lr, budget, overlaid(experiment.tree(arm), settings), tuning)
+    tree = overlaid(experiment.tree(arm), settings)
+    growth, caps = tree.get("growth") or {}, experiment.caps(arm)
+    for stage, cap in zip([growth, *growth.get("stages", ())], caps, strict=False):
+        stage["max_flops"] = cap * flops
+    return Job(experiment.name, arm, seed, lr, budget, tree, tuning)
 
 
 def tuning_jobs(experiment: Experiment, arm: str) -> list[Job]:
