@@ -54,6 +54,9 @@ def two(**second):
         ({"arms": two(seeds=[1, 1])}, ["arms.b.seeds", "names one twice"]),
         ({"arms": two(budgets=[1, 1.0])}, ["arms.b.budgets", "names one twice"]),
         ({"seeds": []}, ["seeds = []: is empty"]),
+        ({"arms": two(set={"growth": small.TWICE}, caps=[0.2, 0.2])}, ["arms.b.caps", "do not end 1 stage"]),
+        ({"arms": two(set={"growth": small.TWICE}, caps=[1.0])}, ["arms.b.caps", "before the run does"]),
+        ({"arms": two(set={"growth": small.TWICE}, caps=[1.5])}, ["arms.b.caps", "less than or equal to 1"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, changes, words):
@@ -141,6 +144,29 @@ def test_the_digest_is_of_the_mathematics(tmp_path):
     experiment = small.load(tmp_path, small.spec())
     jobs_ = [make_job(experiment, "scratch", *args) for args in ((1, 0.01, 1.0), (0, 0.02, 1.0), (0, 0.01, 2.0))]
     assert len({job.digest for job in jobs_} | {plain}) == 4
+
+
+def test_caps_are_shares_of_each_budget(tmp_path):
+    """Of the arm's own, or of the one that it is like; the experiment's own stages stay as they were."""
+    stages = [{"d_model": 52, "n_heads": 3, "d_ff": 90}, {"d_ff": 100}]
+    arms = two(set={"growth": {"stages": stages}}, caps=[0.25, 0.5]) | {
+        "c": small.arm(like="b"),
+        "d": small.arm(like="b", set={"growth": {"stages": stages[:1]}}, caps=[0.75]),
+        "e": small.arm(like="b", set={"growth": None}),
+    }
+    experiment = small.load(tmp_path, small.spec(arms=arms))
+
+    def caps(arm, budget):
+        growth = make_job(experiment, arm, 0, 0.01, budget).config(tmp_path).growth
+        return [
+            each and each / small.UNIT for each in (growth.max_flops, *(stage.max_flops for stage in growth.stages))
+        ]
+
+    assert caps("b", 1.0) == caps("c", 1.0) == [0.25, 0.5, None]
+    assert caps("b", 2.0) == [0.5, 1.0, None]
+    assert caps("d", 1.0) == [0.75, None]
+    assert caps("e", 1.0) == caps("scratch", 1.0) == [None]
+    assert "max_flops" not in str(experiment.tree("b"))
 
 
 # ---- results

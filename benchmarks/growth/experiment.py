@@ -80,7 +80,6 @@ class Experiment(Section):
         spec = self.arms[arm]
         return overlaid(self.tree(spec.like) if spec.like else self.base, spec.set)
 
-
     def caps(self, arm: str) -> list[float]:
         """An arm's own caps, or those of the arm that it is like."""
         spec = self.arms[arm]
@@ -129,6 +128,7 @@ def load_experiment(path: Path) -> Experiment:
     _check_names(experiment, path)
     for name in experiment.arms:
         job = make_job(experiment, name, experiment.seeds[0], 1e-3, 1.0)
+        _check_caps(experiment, name, job, path)
         try:
             resolve_stages(job.config(Path("unused")), world_size=1)
         except UserError as error:
@@ -172,6 +172,13 @@ def _check_names(experiment: Experiment, path: Path) -> None:
                     raise UserError(f"{path}: arms.{name}.{key}", other, "comes back to itself", "name another arm")
                 seen.add(other)
                 other = experiment.arms[other].like if key == "like" else experiment.arms[other].lr.of
+
+
+def _check_caps(experiment: Experiment, arm: str, job: Job, path: Path) -> None:
+    caps, sizes = experiment.caps(arm), len((job.tree.get("growth") or {}).get("stages", ()))
+    if caps and sizes and (len(caps) != sizes or sum(caps) >= 1):
+        problem = f"do not end {sizes} stage(s) before the run does"
+        raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give one a growth, of less than 1 in all")
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
