@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -47,27 +48,44 @@ def read_spans(path: Path) -> tuple[str, list[bytes]]:
     return digest.hexdigest()[:16], blocks
 
 
-def fingerprints(config: RunConfig, sources: Sources, vocab_size: int, summing: bool) -> list[Print]:
-    """Of both files of every corpus, in the configuration's order. summing: compare whole sums of small files too.
+def fingerprints(sources: Sources) -> list[Print]:
+    """Of both files of every corpus, in the configuration's order.
 
-    Raises `UserError` for a file that cannot be read, whose sum is not the one that tools/preprocess.py wrote beside
-    it, or with a token outside the vocabulary in what was read of it.
+    Raises `UserError` for a file that cannot be read, and for a token outside the vocabulary in what was read of it.
     """
     prints: list[Print] = []
     for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
-        for prefix, corpus in zip(source.prefixes, source.corpora, strict=True):
+        for corpus in source.corpora:
             for path in (corpus.idx_path, corpus.bin_path):
-                try:
+                with _readable(key, path):
                     digest, blocks = read_spans(path)
-                    if path == corpus.bin_path and summing:
-                        _check_sum(key, prefix, path)
-                except OSError as error:
-                    problem = f"cannot be read ({error.strerror})"
-                    raise UserError(key, path, problem, "mend the file or its permissions") from error
                 if path == corpus.bin_path:
-                    _check_tokens(key, corpus, blocks, vocab_size)
+                    _check_tokens(key, corpus, blocks, source.vocab_size)
                 prints.append((str(path), digest))
     return prints
+
+
+def check_sums(sources: Sources) -> None:
+    """Raises `UserError` for a small file whose SHA-256 is not the one that tools/preprocess.py wrote beside it."""
+    for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
+        for prefix, corpus in zip(source.prefixes, source.corpora, strict=True):
+            path, expected = corpus.bin_path, (read_meta(prefix) or {}).get("bin_sha256")
+            if expected is None or path.stat().st_size > SUMMED:
+                continue
+            with _readable(key, path), path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                problem = f"has SHA-256 {found[:12]}..., its .meta.json says {expected[:12]}..."
+                raise UserError(key, path, problem, f"copy it again, or {REBUILD}")
+
+
+@contextmanager
+def _readable(key: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise UserError(key, path, problem, "mend the file or its permissions") from error
 
 
 def _check_tokens(key: str, corpus: IndexedTokens, blocks: Sequence[bytes], vocab_size: int) -> None:
@@ -78,17 +96,6 @@ def _check_tokens(key: str, corpus: IndexedTokens, blocks: Sequence[bytes], voca
             problem = f"has a token {low if low < 0 else high}, outside [0, {vocab_size})"
             remedy = "set the model's vocab_size to the tokenizer's"
             raise UserError(key, corpus.bin_path, problem, remedy)
-
-
-def _check_sum(key: str, prefix: str, path: Path) -> None:
-    expected = (read_meta(prefix) or {}).get("bin_sha256")
-    if expected is None or path.stat().st_size > SUMMED:
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        problem = f"has SHA-256 {found[:12]}..., its .meta.json says {expected[:12]}..."
-        raise UserError(key, path, problem, f"copy it again, or {REBUILD}")
 
 
 def data_row(ranks: Sequence[Sequence[Print]], n_tokens: int) -> Row:

@@ -22,7 +22,7 @@ from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.sources import Sources, open_sources
 from megabus.errors import UserError, say
 from megabus.parallel.agree import agreement, rank_0_tells
-from megabus.preflight.files import Print, data_row, disk_row, fingerprints
+from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints
 from megabus.preflight.identity import identity_rows, read_identity
 from megabus.preflight.links import LATENCY_SLACK, Link, best_of, by_kind, faulty_links, links_rows, measure, neighbours
 from megabus.preflight.machine import Machine, compute_row, machine_rows, read_machine, slow_ranks, speed
@@ -31,7 +31,7 @@ from megabus.preflight.table import Row, ranks_text, refused, render
 
 T = TypeVar("T")
 ABSENT = 60.0  # seconds that ranks wait for one that does not come, at most
-PASSES = 3  # what looks slow is measured so often, and the best figure counts: a busy moment is no slow rank
+PASSES = 5  # what looks slow is measured so often, and the best figure counts: a busy moment is no slow rank
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Local:
 
     software: UserError | None
     data: UserError | None
+    sums: UserError | None  # of whole files, which rank 0 alone reads
     prints: list[Print]
     machine: Machine | None
 
@@ -81,7 +82,8 @@ def _checked(
         identity = read_identity(config, of_rank_0)
     identities = _to_rank_0(identity, group)
     if not _judged(rows, lambda: identity_rows(identities)):
-        return None  # what follows assumes that all ranks do the same
+        rows.append(Row("all else", "not checked: it assumes that all ranks agree", skipped=True))
+        return None
     with agreement(group):
         stages = resolve_stages(config, dist.get_world_size())
     reserved = _fault(reserve)
@@ -109,9 +111,13 @@ def _look(config: RunConfig, stages: list[Stage], full: bool) -> tuple[Sources |
     def data() -> None:
         opened.append(open_sources(config, stages))
         if full:
-            prints.extend(fingerprints(config, opened[0], config.model.vocab_size, summing=dist.get_rank() == 0))
+            prints.extend(fingerprints(opened[0]))
 
-    faults = _fault(software), _fault(data)
+    def sums() -> None:
+        if full and opened and dist.get_rank() == 0:
+            check_sums(opened[0])
+
+    faults = _fault(software), _fault(data), _fault(sums)
     machine = read_machine(config, stages, dist.get_rank()) if full else None
     return (opened[0] if opened else None), Local(*faults, prints, machine)
 
@@ -130,6 +136,8 @@ def _local_rows(
     unread = _first("data", [local.data for local in found])
     if unread is not None or sources is None or not full:
         yield unread or Row("data", "opened")
+    elif found[0].sums is not None:
+        yield refused("data", found[0].sums)
     else:
         yield data_row([local.prints for local in found], sources.train.n_tokens + sources.valid.n_tokens)
     if reserved is not None:

@@ -23,9 +23,10 @@ from megabus.parallel.topology import rank_of
 from megabus.preflight.slow import Pair, blame, usual
 from megabus.preflight.table import Row, ranks_text, refused, warned
 
-SIZES = (8, 64 * 2**10, 4 * 2**20)  # bytes; the next one is tried where the one before took less than CLIMB seconds
-CLIMB = 0.01
-TRIES, ENOUGH = 20, 0.04  # exchanges of a size, and seconds after which there is no further one
+SIZES = (8, 64 * 2**10, 4 * 2**20)  # bytes; the last is left out where the one before took CLIMB seconds or more
+CLIMB = 0.02
+# Exchanges of a size: so many, fewer once they took ENOUGH seconds, but LEAST unless they took TOO_LONG.
+TRIES, ENOUGH, LEAST, TOO_LONG = 20, 0.04, 6, 0.5
 SLOW = 4.0  # times below the usual bandwidth, or above the usual latency
 LATENCY_SLACK = {"cpu": 10e-3, "cuda": 1e-3}  # seconds above the usual latency that mean nothing: a busy machine's
 
@@ -90,25 +91,27 @@ def _measure_pair(pair: Pair, rank: int, device: torch.device, silence: timedelt
     """The lower rank decides how long each size is exchanged, and says so in the first byte of its messages."""
     leads = rank == pair[0]
     peer = pair[1] if leads else pair[0]
-    flag = torch.zeros(1, dtype=torch.uint8, device=device)
+    flag = _bytes(1, device)
     exchange(peer, flag, torch.empty_like(flag), silence)  # connects
-    times: list[float] = []
-    for number, size in enumerate(SIZES):
-        times.append(_repeat(peer, leads, torch.zeros(size, dtype=torch.uint8, device=device), silence))
-        if number + 1 < len(SIZES):
-            answer = torch.empty_like(flag)
-            flag.fill_(times[-1] < CLIMB)
-            exchange(peer, flag, answer, silence)
-            if not (flag if leads else answer).item():
-                break
+    times = [_repeat(peer, leads, _bytes(size, device), silence) for size in SIZES[:2]]
+    answer = torch.empty_like(flag)
+    flag.fill_(times[-1] < CLIMB)
+    exchange(peer, flag, answer, silence)
+    if (flag if leads else answer).item():
+        times.append(_repeat(peer, leads, _bytes(SIZES[2], device), silence))
     return Link(pair, times[0], SIZES[len(times) - 1] / times[-1])
+
+
+def _bytes(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
 def _repeat(peer: int, leads: bool, out: Tensor, silence: timedelta) -> float:
     """Seconds of the fastest exchange: what else the machine does only makes others slower."""
     into, best, spent = torch.empty_like(out), float("inf"), 0.0
     for number in range(1, TRIES + 1):
-        out[0] = number < TRIES and spent < ENOUGH  # whether another one follows
+        limit = ENOUGH if number >= LEAST else TOO_LONG
+        out[0] = number < TRIES and spent < limit  # whether another one follows
         get_accelerator().synchronize()
         begun = time.perf_counter()
         exchange(peer, out, into, silence)

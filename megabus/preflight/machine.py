@@ -118,9 +118,8 @@ def machine_rows(ranks: Sequence[Machine]) -> list[Row]:
 def _devices_row(ranks: Sequence[Machine]) -> Row:
     common, odd = odd_ones([(machine.device, machine.count) for machine in ranks])
     free = [machine.free for machine in ranks]
-    text = f"{common[1]} x {common[0]} a machine, {size_text(min(free))} free" + (
-        f" to {size_text(max(free))}" if size_text(min(free)) != size_text(max(free)) else ""
-    )
+    least, most = size_text(min(free)), size_text(max(free))
+    text = f"{common[1]} x {common[0]} a machine, {least if least == most else f'{least} to {most}'} free"
     if not odd:
         return Row("devices", text)
     other = ranks[odd[0]]

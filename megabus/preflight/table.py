@@ -22,10 +22,13 @@ class Row:
     text: str
     warning: bool = False
     error: UserError | None = None
+    skipped: bool = False
 
     @property
     def state(self) -> str:
-        return "refused" if self.error is not None else "warning" if self.warning else "ok"
+        if self.error is not None:
+            return "refused"
+        return "warning" if self.warning else "skipped" if self.skipped else "ok"
 
 
 def refused(check: str, error: UserError) -> Row:
