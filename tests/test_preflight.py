@@ -14,7 +14,7 @@ from launching import launch_forked, the_error, tree
 from megabus.config.stages import Layout, resolve_stages
 from megabus.errors import UserError
 from megabus.parallel.placement import Placement
-from megabus.preflight import files, flight, links
+from megabus.preflight import files, flight
 from megabus.preflight.identity import pinned
 from megabus.preflight.links import Link, best_of, by_kind, links_rows, neighbours, slow_links
 from megabus.preflight.machine import Machine, compute_row, least_bytes, machine_rows, slow_ranks
@@ -66,10 +66,13 @@ def test_nothing_is_assumed_of_ranks_that_disagree(tmp_path):
     assert not row_of(ranks[0].out, "data")
 
 
-def _absent(folder, patience):
-    config = run_config(folder, {"faults.hang_timeout": 2 * patience})
+PATIENCE = 4.0
+
+
+def _absent(folder):
+    flight.ABSENT, config = PATIENCE, run_config(folder, {})
     if dist.get_rank() == 2:
-        time.sleep(patience + 3)
+        time.sleep(PATIENCE + 3)
         return None
     try:
         check_only(config)
@@ -83,19 +86,18 @@ def _absent(folder, patience):
 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     write_corpora(tmp_path)
-    told = run_ranks(4, _absent, tmp_path, 5.0)
-    assert told[0].startswith("ranks = 4: rank 2 did not come to the preflight in 5 s; look at")
+    told = run_ranks(4, _absent, tmp_path)
+    assert told[0].startswith("ranks = 4: rank 2 did not come to the preflight in 4 s; look at")
     assert all(text != "passed" for text in told)
 
 
 def _silent(folder):
     """Rank 1 never answers rank 0: no message of the links reaches it."""
-    rank = dist.get_rank()
-    if rank == 1:
-        links.exchange = lambda *_: time.sleep(7)
-        flight.measure = lambda *_: time.sleep(7)
+    flight.ABSENT = PATIENCE
+    if dist.get_rank() == 1:
+        flight.measure = lambda *_: time.sleep(PATIENCE + 3)
     try:
-        check_only(run_config(folder, {"faults.hang_timeout": 8.0, "layout.tp": 1, "layout.pp": 2, "growth": {}}))
+        check_only(run_config(folder, {"layout": {"dp": 2}, "growth": {}}))
     except (UserError, RuntimeError) as error:
         return str(error)
     return "passed"

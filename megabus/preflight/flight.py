@@ -94,8 +94,7 @@ def _checked(
     good = _judged(rows, lambda: _local_rows(config, stages, found, reserved, sources, full))
     if full:
         hosts = [identity.host for identity in identities]
-        good = _measure(config, stages, group, rows, hosts, [local.machine for local in found])
-        beat()
+        good = _measure(config, stages, group, rows, hosts, [local.machine for local in found], beat)
     return (stages, sources) if good and sources is not None else None
 
 
@@ -170,6 +169,7 @@ def _measure(
     rows: list[Row],
     hosts: Sequence[str],
     machines: Sequence[Machine | None],
+    beat: Callable[[], None],
 ) -> bool:
     """How fast ranks compute and messages go. hosts, machines: on rank 0, of every rank."""
     device, floor = torch.device(get_accelerator().current_device_name()), config.preflight.min_bandwidth
@@ -187,14 +187,18 @@ def _measure(
         return bool(slow) or any(faulty_links(of_kind, slack, floor) for of_kind in by_kind(links, hosts).values())
 
     for _ in range(PASSES):
+        beat()
         _meet(config, group, "to the measurements")
+        beat()
         with agreement(group):
             mine = speed(device)
         own = measure(rounds, device, timedelta(seconds=_patience(config)))
+        beat()
         _meet(config, group, "through the measurement of links")
         measured = _to_rank_0((mine, own), group)
         if not rank_0_tells(doubtful):
             break
+    beat()
     return _judged(rows, lambda: [compute_row(speeds, known), *links_rows(links, hosts, slack, floor)])
 
 
@@ -233,7 +237,7 @@ def _meet(config: RunConfig, group: dist.ProcessGroup, when: str) -> None:
 
 def _patience(config: RunConfig) -> float:
     """Seconds to wait for a rank: less than the watchdog does, which shows stacks and not who is missing."""
-    return min(ABSENT, config.faults.hang_timeout / 2)
+    return min(ABSENT, 0.8 * config.faults.hang_timeout)
 
 
 def _to_rank_0(mine: T, group: dist.ProcessGroup) -> list[T]:

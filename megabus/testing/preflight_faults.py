@@ -9,9 +9,11 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -139,7 +141,7 @@ def _other_torch(rank: int, folder: Path) -> None:
 
 
 def _deepspeed_of_all(rank: int, folder: Path) -> None:
-    identity.deepspeed.__version__ = "0.17.0"
+    deepspeed.__version__ = "0.17.0"
 
 
 def _without_index(folder: Path) -> dict[str, Any]:
@@ -207,10 +209,10 @@ def _slow_messages(*pairs: tuple[int, int], seconds: float = 0.03) -> Callable[[
     def change(rank: int, folder: Path) -> None:
         true_exchange = links.exchange
 
-        def slowly(peer: int, *args: Any) -> None:
+        def slowly(peer: int, out: torch.Tensor, into: torch.Tensor, silence: timedelta) -> None:
             if (rank, peer) in pairs:
                 time.sleep(seconds)
-            true_exchange(peer, *args)
+            true_exchange(peer, out, into, silence)
 
         links.exchange = slowly
 
