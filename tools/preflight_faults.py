@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="megabus-preflight-") as folder:
         ranks = check(NONE, Path(folder) / "sound")
         sound = all(rank.error is None for rank in ranks) and "nothing refused, no warning(s)" in ranks[0].out
-        print(f"a sound run: {'passed' if sound else 'NOT PASSED'}\n\n{ranks[0].out}", flush=True)
+        print(
+            f"a sound run: {'passed' if sound else 'NOT PASSED'}\n\n{ranks[0].out.replace(folder, '...')}", flush=True
+        )
         for number, fault in enumerate(FAULTS, start=1):
             ranks = check(fault, Path(folder) / str(number))
             wrong = problems(fault, ranks)
