@@ -51,14 +51,13 @@ def read_spans(path: Path) -> tuple[str, list[bytes]]:
 def fingerprints(sources: Sources) -> list[Print]:
     """Of both files of every corpus, in the configuration's order.
 
-    Raises `UserError` for a file that cannot be read, and for a token outside the vocabulary in what was read of it.
+    Raises `UserError` for a token outside the vocabulary in what was read of it.
     """
     prints: list[Print] = []
     for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
         for corpus in source.corpora:
             for path in (corpus.idx_path, corpus.bin_path):
-                with _readable(key, path):
-                    digest, blocks = read_spans(path)
+                digest, blocks = read_spans(path)
                 if path == corpus.bin_path:
                     _check_tokens(key, corpus, blocks, source.vocab_size)
                 prints.append((str(path), digest))
@@ -72,7 +71,7 @@ def check_sums(sources: Sources) -> None:
             path, expected = corpus.bin_path, (read_meta(prefix) or {}).get("bin_sha256")
             if expected is None or path.stat().st_size > SUMMED:
                 continue
-            with _readable(key, path), path.open("rb") as file:
+            with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
                 problem = f"has SHA-256 {found[:12]}..., its .meta.json says {expected[:12]}..."
@@ -80,12 +79,13 @@ def check_sums(sources: Sources) -> None:
 
 
 @contextmanager
-def _readable(key: str, path: Path) -> Iterator[None]:
+def readable() -> Iterator[None]:
+    """What the system refuses while token files are read is a `UserError`."""
     try:
         yield
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-        raise UserError(key, path, problem, "mend the file or its permissions") from error
+        raise UserError("data", error.filename, problem, "mend the file or its permissions") from error
 
 
 def _check_tokens(key: str, corpus: IndexedTokens, blocks: Sequence[bytes], vocab_size: int) -> None:

@@ -22,7 +22,7 @@ from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.sources import Sources, open_sources
 from megabus.errors import UserError, say
 from megabus.parallel.agree import agreement, rank_0_tells
-from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints
+from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints, readable
 from megabus.preflight.identity import identity_rows, read_identity
 from megabus.preflight.links import LATENCY_SLACK, Link, best_of, by_kind, faulty_links, links_rows, measure, neighbours
 from megabus.preflight.machine import Machine, compute_row, machine_rows, read_machine, slow_ranks, speed
@@ -108,13 +108,15 @@ def _look(config: RunConfig, stages: list[Stage], full: bool) -> tuple[Sources |
         check_kernels(config, stages)
 
     def data() -> None:
-        opened.append(open_sources(config, stages))
-        if full:
-            prints.extend(fingerprints(opened[0]))
+        with readable():
+            opened.append(open_sources(config, stages))
+            if full:
+                prints.extend(fingerprints(opened[0]))
 
     def sums() -> None:
         if full and opened and dist.get_rank() == 0:
-            check_sums(opened[0])
+            with readable():
+                check_sums(opened[0])
 
     faults = _fault(software), _fault(data), _fault(sums)
     machine = read_machine(config, stages, dist.get_rank()) if full else None
@@ -229,9 +231,8 @@ def _meet(config: RunConfig, group: dist.ProcessGroup, when: str) -> None:
         absent = re.search(r"Ranks ([\d, ]+) failed", str(error))
         if rank != 0 or absent is None:
             raise
-        problem = (
-            f"{ranks_text([int(number) for number in absent[1].split(',')])} did not come {when} in {patience:g} s"
-        )
+        names = ranks_text([int(number) for number in absent[1].split(",")])
+        problem = f"{names} did not come {when} within {patience:g} s, or ended before"
         raise UserError("ranks", dist.get_world_size(), problem, "look at their logs and machines") from error
 
 
