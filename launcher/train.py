@@ -2,6 +2,8 @@
 
 deepspeed --num_accelerators 4 launcher/train.py --config configs/demo.yaml [key=value ...]
 torchrun --nproc-per-node 4 launcher/train.py --config configs/demo.yaml [key=value ...]
+
+With --preflight-only nothing is trained: it shows what the preflight finds (docs/preflight.md), and leaves nothing.
 """
 
 from __future__ import annotations
@@ -23,11 +25,18 @@ def main() -> int:
     parser = RankParser(description="Train a model that grows while it trains.")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    parser.add_argument("--preflight-only", action="store_true", help="check everything, train nothing")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
     resolve_stages(config, int(os.environ["WORLD_SIZE"]))  # bad input ends here, before anything heavy is imported
     # Later than the watchdog, which shows where the ranks hang.
     start_distributed(timedelta(seconds=config.faults.hang_timeout + 60))
+    if args.preflight_only:
+        from megabus.train.run import check_only
+
+        check_only(config)
+        stop_distributed()
+        return 0
     from megabus.train.loop import train
 
     outcome = train(config)

@@ -71,6 +71,7 @@ def run_config(corpus, run_dir, layouts, **changes):
         "data": {"train": str(corpus / "train"), "valid": str(corpus / "valid")},
         "eval": {"every": 4, "tokens": 256},
         "log": {"unit_norm_every": 1},
+        "preflight": {"enabled": False},  # half a second of every start
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")

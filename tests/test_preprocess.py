@@ -1,6 +1,7 @@
 """tools/preprocess.py and tools/demo_text.py, offline."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -117,6 +118,7 @@ def test_sidecar_and_eod(tmp_path, model):
         "n_documents": 2,
         "n_tokens": IndexedTokens(tmp_path / "with").n_tokens,
         "dtype": "uint16",
+        "bin_sha256": hashlib.sha256((tmp_path / "with.bin").read_bytes()).hexdigest(),
     }
 
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from small_runs import VOCAB, refusal, rows_of, run_config, write_corpus
 
 import megabus
-import megabus.train.run as run_room
 from megabus.config import resolve_stages
 from megabus.data.batches import TokenSource
 from megabus.errors import UserError
+from megabus.preflight.software import check_kernels
 from megabus.testing.ranks import run_ranks
 
 
@@ -55,7 +55,7 @@ def test_kernels_see_a_rank_s_heads(corpus, tmp_path, n_heads, refused):
     config = run_config(corpus, tmp_path, [layout] * 3, model=model, growth={}, train__kernels="triton")
     expected = pytest.raises(UserError, match="33 x 130") if refused else nullcontext()
     with expected:
-        run_room._check_kernels(config, resolve_stages(config, 2))
+        check_kernels(config, resolve_stages(config, 2))
 
 
 LAYOUTS = {

@@ -258,6 +258,7 @@ def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, flo
             "n_documents": writer.n_documents,
             "n_tokens": writer.n_tokens,
             "dtype": dtype.name,
+            "bin_sha256": writer.sha256,
         }
         meta_path(f"{prefix}{suffix}").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return sum(writer.n_documents for writer in writers), progress.n_tokens, rate

@@ -263,6 +263,13 @@ class FaultsConfig(Section):
     )
 
 
+class PreflightConfig(Section):
+    """What is looked at before training. Versions, code and configuration are compared over ranks in any case."""
+
+    enabled: bool = Field(True, description="compare and measure machines, files, memory and links, and show a table")
+    min_bandwidth: Positive | None = Field(None, description="GB/s that a link between neighbours must carry each way")
+
+
 class RunConfig(Section):
     """A whole run: everything that a YAML file may hold."""
 
@@ -284,3 +291,4 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
+    preflight: PreflightConfig = PreflightConfig()

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
@@ -164,6 +165,12 @@ class IndexedWriter:
         self._limits = np.iinfo(self.dtype)
         self._lengths = array("i")
         self.n_tokens = 0
+        self._sum = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens in `.bin` so far."""
+        return self._sum.hexdigest()
 
     @property
     def n_documents(self) -> int:
@@ -179,7 +186,9 @@ class IndexedWriter:
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.size and not self._limits.min <= ids.min() <= ids.max() <= self._limits.max:
             raise ValueError(f"token ids {ids.min()}..{ids.max()} do not fit in {self.dtype}")
-        self._bin.write(ids.astype(self.dtype.newbyteorder("<")).tobytes())
+        data = ids.astype(self.dtype.newbyteorder("<")).tobytes()
+        self._bin.write(data)
+        self._sum.update(data)
         self._lengths.append(ids.size)
         self.n_tokens += ids.size
 

@@ -122,6 +122,7 @@ def run_config(corpus: Path, run_dir: Path, schedule: str, **checkpoint: Any) ->
             "log": {"unit_norm_every": 1},
             "checkpoint": {"every": SAVE_EVERY, "keep_last": KEEP_LAST} | checkpoint,
             "faults": {"hang_timeout": 15.0},
+            "preflight": {"enabled": False},
         }
     )
 

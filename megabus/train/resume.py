@@ -12,7 +12,7 @@ from megabus.data.sources import Sources
 from megabus.errors import UserError
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
-FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "data")
+FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "preflight", "data")
 FREE_KEYS = ("layout", "micro_batch_size", "recompute", "overlap_comm", "sequence_parallel", "kernels", "buffer_mb")
 
 

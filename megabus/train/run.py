@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import Beat
@@ -19,27 +17,25 @@ from megabus.checkpoint.restore import Found, find_checkpoint, restore, verified
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
-from megabus.config import RunConfig, Stage, resolve_stages
+from megabus.config import RunConfig, Stage
 from megabus.data.order import align_up
-from megabus.data.sources import open_sources
-from megabus.engine.adam import make_adam
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, say
 from megabus.growth.transition import stage_engine
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
 from megabus.kappa.predictors import make_predictor
-from megabus.kernels.table import select, why_not_wide
 from megabus.model.cost import count_parameters
 from megabus.model.init import initial_rows
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
+from megabus.preflight.flight import preflight
 from megabus.train.corpora import Corpora
 from megabus.train.metrics import Metrics, describe
 from megabus.train.resume import check_continues, check_same_model, data_order
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
-from megabus.train.watchdog import Watchdog
+from megabus.train.watchdog import Watchdog, watched
 
 LAST_SAVE = 60.0  # seconds that a run which ends with an error waits for a save
 
@@ -86,19 +82,11 @@ class Run:
 
 def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: RunLock) -> Run:
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
+    full = config.preflight.enabled
+    stages, sources = preflight(config, lambda: _reserve(config, lock), watchdog.beat, full)
     with agreement():
-        stages = resolve_stages(config, dist.get_world_size())
-        _check_software(config)
-        _check_kernels(config, stages)
-        corpora = Corpora(open_sources(config, stages))
         kappa = _kappa_settings(config)
-    root = checkpoints_of(config.run_dir)
-    with agreement():
-        if dist.get_rank() == 0:
-            lock.acquire()
-            if config.resume == "never" and complete(root):
-                raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
-    check_shared(Path(config.run_dir))
+    corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
     found = find_checkpoint(root, config.resume == "strict", watchdog.beat)
     origin = None
     if config.init_from is not None and found is None:
@@ -133,6 +121,26 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
             prune(root, keep.keep_last, keep.keep_every)
     watchdog.beat()
     return run
+
+
+def check_only(config: RunConfig) -> None:
+    """The preflight of a run that is not started: nothing is left behind. Collective."""
+    lock = RunLock(Path(config.run_dir))
+    try:
+        with watched(config.faults.hang_timeout, dist.get_rank()) as watchdog:
+            preflight(config, lambda: _reserve(config, lock), watchdog.beat, full=True)
+    finally:
+        lock.release()
+
+
+def _reserve(config: RunConfig, lock: RunLock) -> None:
+    """Make the run_dir this run's; raises `UserError` on all ranks if it cannot be. Collective."""
+    with agreement():
+        if dist.get_rank() == 0:
+            lock.acquire()
+            if config.resume == "never" and complete(checkpoints_of(config.run_dir)):
+                raise UserError("run_dir", config.run_dir, "holds a run", "choose another, or resume=auto")
+    check_shared(Path(config.run_dir))
 
 
 def _engine(config: RunConfig, stages: list[Stage], index: int) -> Engine:
@@ -197,29 +205,6 @@ def roll_back(run: Run) -> None:
     go_on_from(run, found, "not finite", [])
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
-
-
-def _check_software(config: RunConfig) -> None:
-    """Raise `UserError` where the kernels or the optimizer cannot run here, before anything is written."""
-    device = torch.device(get_accelerator().device_name())
-    select(config.train.kernels, device)
-    if config.optimizer.implementation == "torch":
-        return
-    if dist.get_rank() == 0 and config.optimizer.implementation == "deepspeed":
-        say("building DeepSpeed's Adam, if it has not been built yet: a minute or more")
-    make_adam(config.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(8, device=device))]}], device)
-
-
-def _check_kernels(config: RunConfig, stages: list[Stage]) -> None:
-    """Raise `UserError` where a stage is too wide for the kernels: else a run would find out after it has grown."""
-    for stage in stages:
-        key, model = f"growth.stages.{stage.index - 1}." if stage.index else "model.", stage.model
-        rows = {"d_model": (model.d_model,), "n_heads": (model.n_heads // stage.layout.tp, model.head_dim)}
-        for name, axes in rows.items():
-            problem = why_not_wide(config.train.kernels, *axes)
-            if problem is not None:
-                problem = f"makes {problem}, the most that train.kernels = {config.train.kernels} holds"
-                raise UserError(key + name, getattr(model, name), problem, "set train.kernels to compiled or eager")
 
 
 def _kappa_settings(config: RunConfig) -> KappaSettings:

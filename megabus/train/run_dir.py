@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 import uuid
 from itertools import count
 from pathlib import Path
@@ -24,8 +25,8 @@ LOCK = ".lock"
 
 
 def check_shared(run_dir: Path) -> None:
-    """Raise `UserError` on all ranks unless all see the same directory: each rank writes its own part of checkpoints.
-    Collective."""
+    """Raise `UserError` on all ranks unless all see the same directory and may write into it: each rank writes its own
+    part of checkpoints. Collective."""
 
     def write() -> str:
         token = uuid.uuid4().hex
@@ -44,6 +45,11 @@ def check_shared(run_dir: Path) -> None:
         if seen != token:
             problem = f"is not the same directory on rank {dist.get_rank()} as on rank 0"
             raise UserError("run_dir", run_dir, problem, "put it on a file system that all nodes share")
+        try:
+            with tempfile.TemporaryFile(dir=run_dir):
+                pass
+        except OSError as error:
+            raise _unwritable(run_dir, error, f" by rank {dist.get_rank()}") from error
 
 
 class RunLock:
@@ -94,8 +100,8 @@ class RunLock:
             self._file.close()
 
 
-def _unwritable(run_dir: Path, error: OSError) -> UserError:
-    return UserError("run_dir", run_dir, f"cannot be written ({error.strerror})", "choose a writable place")
+def _unwritable(run_dir: Path, error: OSError, by: str = "") -> UserError:
+    return UserError("run_dir", run_dir, f"cannot be written{by} ({error.strerror})", "choose a writable place")
 
 
 def open_metrics(config: RunConfig, found: Found | None) -> Metrics:

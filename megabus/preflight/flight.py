@@ -1,0 +1,273 @@
+"""All checks in their order, judged by rank 0, told by it, and decided together.
+
+Every rank sends rank 0 two small messages, 1 KB of what it is and some 100 bytes a token file of what it found, and one
+of 40 bytes a link: at 1,024 ranks a few MB arrive there, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from megabus.config import RunConfig, Stage, resolve_stages
+from megabus.data.sources import Sources, open_sources
+from megabus.errors import UserError, say
+from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints, readable
+from megabus.preflight.identity import identity_rows, read_identity
+from megabus.preflight.links import LATENCY_SLACK, Link, best_of, by_kind, faulty_links, links_rows, measure, neighbours
+from megabus.preflight.machine import Machine, compute_row, machine_rows, read_machine, slow_ranks, speed
+from megabus.preflight.software import check_kernels, check_software
+from megabus.preflight.table import Row, ranks_text, refused, render
+
+T = TypeVar("T")
+ABSENT = 60.0  # seconds that ranks wait for one that does not come, at most
+PASSES = 5  # what looks slow is measured so often, and the best figure counts: a busy moment is no slow rank
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a rank found by itself: a `UserError` of each check that failed."""
+
+    software: UserError | None
+    data: UserError | None
+    sums: UserError | None  # of whole files, which rank 0 alone reads
+    prints: list[Print]
+    machine: Machine | None
+
+
+def preflight(
+    config: RunConfig, reserve: Callable[[], None], beat: Callable[[], None], full: bool
+) -> tuple[list[Stage], Sources]:
+    """The run's stages and its opened corpora, if nothing speaks against training. Collective.
+
+    reserve: a collective that makes the run_dir this run's, or raises `UserError` on all ranks.
+    full: compare and measure everything, and let rank 0 print the table. Without it only what a start needs anyway is
+    looked at, and whether all ranks run the same code with the same configuration.
+    Raises the first fault on all ranks.
+    """
+    begun, rows = time.monotonic(), list[Row]()
+    with _talking() as group:
+        try:
+            ready = _checked(config, reserve, beat, full, group, rows)
+        finally:
+            if full and dist.get_rank() == 0 and rows:
+                say(render(rows, time.monotonic() - begun))
+    rank_0_tells(lambda: _raise_first(rows))
+    assert ready is not None
+    return ready
+
+
+def _checked(
+    config: RunConfig,
+    reserve: Callable[[], None],
+    beat: Callable[[], None],
+    full: bool,
+    group: dist.ProcessGroup,
+    rows: list[Row],
+) -> tuple[list[Stage], Sources] | None:
+    """Fill rank 0's rows. The answer is None where a row is a refusal."""
+    _meet(config, group, "to the preflight")
+    of_rank_0 = rank_0_tells(lambda: config.model_dump(mode="json"))
+    with agreement(group):
+        identity = read_identity(config, of_rank_0)
+    identities = _to_rank_0(identity, group)
+    if not _judged(rows, lambda: identity_rows(identities)):
+        rows.append(Row("all else", "not checked: it assumes that all ranks agree", skipped=True))
+        return None
+    with agreement(group):
+        stages = resolve_stages(config, dist.get_world_size())
+    reserved = _fault(reserve)
+    with agreement(group):
+        sources, local = _look(config, stages, full)
+    beat()
+    found = _to_rank_0(local, group)
+    good = _judged(rows, lambda: _local_rows(config, stages, found, reserved, sources, full))
+    if full:
+        hosts = [identity.host for identity in identities]
+        good = _measure(config, stages, group, rows, hosts, [local.machine for local in found], beat)
+    return (stages, sources) if good and sources is not None else None
+
+
+def _look(config: RunConfig, stages: list[Stage], full: bool) -> tuple[Sources | None, Local]:
+    """This rank alone."""
+    opened: list[Sources] = []
+    prints: list[Print] = []
+
+    def software() -> None:
+        check_software(config)
+        check_kernels(config, stages)
+
+    def data() -> None:
+        with readable():
+            opened.append(open_sources(config, stages))
+            if full:
+                prints.extend(fingerprints(opened[0]))
+
+    def sums() -> None:
+        if full and opened and dist.get_rank() == 0:
+            with readable():
+                check_sums(opened[0])
+
+    faults = _fault(software), _fault(data), _fault(sums)
+    machine = read_machine(config, stages, dist.get_rank()) if full else None
+    return (opened[0] if opened else None), Local(*faults, prints, machine)
+
+
+def _local_rows(
+    config: RunConfig,
+    stages: list[Stage],
+    found: Sequence[Local],
+    reserved: UserError | None,
+    sources: Sources | None,
+    full: bool,
+) -> Iterator[Row]:
+    yield _first("software", [local.software for local in found]) or Row(
+        "software", f"kernels {config.train.kernels} and optimizer {config.optimizer.implementation} run here"
+    )
+    unread = _first("data", [local.data for local in found])
+    if unread is not None or sources is None or not full:
+        yield unread or Row("data", "opened")
+    elif found[0].sums is not None:
+        yield refused("data", found[0].sums)
+    else:
+        yield data_row([local.prints for local in found], sources.train.n_tokens + sources.valid.n_tokens)
+    if reserved is not None:
+        yield refused("run_dir", reserved)
+    else:
+        yield Row("run_dir", f"{config.run_dir} is writable, and the same directory for all ranks")
+        if full:
+            yield disk_row(config, stages)
+    if full:
+        yield from machine_rows([local.machine for local in found if local.machine is not None])
+
+
+def _first(check: str, faults: Sequence[UserError | None]) -> Row | None:
+    """The fault of the lowest rank that has one; it says which ranks do, if not all."""
+    ranks = [rank for rank, fault in enumerate(faults) if fault is not None]
+    if not ranks:
+        return None
+    fault = faults[ranks[0]]
+    assert fault is not None
+    if len(ranks) < len(faults):
+        where = f"{fault.problem} (on {ranks_text(ranks)} only)"
+        fault = UserError(fault.key, fault.value, where, fault.remedy)
+    return refused(check, fault)
+
+
+def _measure(
+    config: RunConfig,
+    stages: Sequence[Stage],
+    group: dist.ProcessGroup,
+    rows: list[Row],
+    hosts: Sequence[str],
+    machines: Sequence[Machine | None],
+    beat: Callable[[], None],
+) -> bool:
+    """How fast ranks compute and messages go. hosts, machines: on rank 0, of every rank."""
+    device, floor = torch.device(get_accelerator().current_device_name()), config.preflight.min_bandwidth
+    slack = LATENCY_SLACK[device.type]
+    rounds, known = neighbours([stage.layout for stage in stages]), [machine for machine in machines if machine]
+    speeds, links = [0.0] * len(hosts), list[Link]()
+
+    def doubtful() -> bool:
+        """Whether anything is slow in the best of all passes so far."""
+        nonlocal speeds, links
+        speeds = [max(before, now) for before, (now, _) in zip(speeds, measured, strict=True)]
+        now = [link for _, own in measured for link in own]
+        links = best_of(links, now) if links else now
+        slow = slow_ranks(speeds, [machine.device for machine in known])
+        return bool(slow) or any(faulty_links(of_kind, slack, floor) for of_kind in by_kind(links, hosts).values())
+
+    for _ in range(PASSES):
+        beat()
+        _meet(config, group, "to the measurements")
+        beat()
+        with agreement(group):
+            mine = speed(device)
+        own = measure(rounds, device, timedelta(seconds=_patience(config)))
+        beat()
+        _meet(config, group, "through the measurement of links")
+        measured = _to_rank_0((mine, own), group)
+        if not rank_0_tells(doubtful):
+            break
+    beat()
+    return _judged(rows, lambda: [compute_row(speeds, known), *links_rows(links, hosts, slack, floor)])
+
+
+# ---- what ranks say to each other
+
+
+@contextmanager
+def _talking() -> Iterator[dist.ProcessGroup]:
+    """A group of all ranks that talks over sockets: on GPUs one of its own, so that nothing waits for a device."""
+    if dist.get_backend() == "gloo":
+        yield dist.distributed_c10d._get_default_group()
+        return
+    group = dist.new_group(backend="gloo")
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _meet(config: RunConfig, group: dist.ProcessGroup, when: str) -> None:
+    """Wait for all ranks. Rank 0 names those that do not come; should it be rank 0 itself, the others fail."""
+    rank, patience = dist.get_rank(), _patience(config)
+    # Rank 0 gives up first: the others then lose the connection to it, and need not guess why.
+    limit = timedelta(seconds=patience if rank == 0 else 1.5 * patience)
+    try:
+        dist.monitored_barrier(group, limit, wait_all_ranks=rank == 0)
+    except RuntimeError as error:
+        absent = re.search(r"Ranks ([\d, ]+) failed", str(error))
+        if rank != 0 or absent is None:
+            raise
+        names = ranks_text([int(number) for number in absent[1].split(",")])
+        problem = f"{names} did not come {when} within {patience:g} s, or ended before"
+        raise UserError("ranks", dist.get_world_size(), problem, "look at their logs and machines") from error
+
+
+def _patience(config: RunConfig) -> float:
+    """Seconds to wait for a rank: less than the watchdog does, which shows stacks and not who is missing."""
+    return min(ABSENT, 0.8 * config.faults.hang_timeout)
+
+
+def _to_rank_0(mine: T, group: dist.ProcessGroup) -> list[T]:
+    """Every rank's, on rank 0; nothing elsewhere."""
+    everyone: list[T | None] = [None] * dist.get_world_size()
+    root = dist.get_rank() == 0
+    dist.gather_object(mine, everyone if root else None, group=group)
+    return [each for each in everyone if each is not None] if root else []
+
+
+def _judged(rows: list[Row], judge: Callable[[], Iterator[Row] | Sequence[Row]]) -> bool:
+    """Rank 0 adds rows; whether nothing is refused, on all ranks."""
+
+    def add() -> bool:
+        rows.extend(judge())
+        return all(row.error is None for row in rows)
+
+    return rank_0_tells(add)
+
+
+def _raise_first(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.error is not None:
+            raise row.error
+
+
+def _fault(check: Callable[[], object]) -> UserError | None:
+    try:
+        check()
+    except UserError as error:
+        return error
+    return None

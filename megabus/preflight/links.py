@@ -1,0 +1,223 @@
+"""How fast messages go between neighbours in every tp, pp and dp group, over the backend that training uses.
+
+All pairs of a round are disjoint and exchange at the same time: three rounds a dimension measure a world of any size.
+A link is slow beside the others of its kind, those within a machine or those between machines; nothing else is known of
+what it should do, unless the configuration says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from megabus.config.stages import Layout
+from megabus.errors import UserError
+from megabus.parallel.topology import rank_of
+from megabus.preflight.slow import Pair, blame, usual
+from megabus.preflight.table import Row, ranks_text, refused, warned
+
+SIZES = (8, 64 * 2**10, 4 * 2**20)  # bytes; the last is left out where the one before took CLIMB seconds or more
+CLIMB = 0.02
+# Exchanges of a size: so many, fewer once they took ENOUGH seconds, but LEAST unless they took TOO_LONG.
+TRIES, ENOUGH, LEAST, TOO_LONG = 20, 0.04, 6, 0.5
+SLOW = 4.0  # times below the usual bandwidth, or above the usual latency
+LATENCY_SLACK = {"cpu": 10e-3, "cuda": 1e-3}  # seconds above the usual latency that mean nothing: a busy machine's
+
+
+@dataclass(frozen=True)
+class Link:
+    """One pair: seconds of an exchange of 8 bytes, and bytes per second each way while both send."""
+
+    pair: Pair
+    latency: float
+    bandwidth: float
+
+
+def neighbours(layouts: Sequence[Layout]) -> list[list[Pair]]:
+    """Rounds of disjoint pairs that hold every two neighbours of any tp or dp ring or pipeline of the layouts once."""
+    seen: set[Pair] = set()
+    rounds: list[list[Pair]] = []
+    for layout in dict.fromkeys(layouts):
+        for groups, closed in _groups(layout):
+            colours: list[list[Pair]] = [[], [], []]
+            for ranks in groups:
+                for colour, pair in _ring(ranks, closed):
+                    if pair not in seen:
+                        seen.add(pair)
+                        colours[colour].append(pair)
+            rounds += [pairs for pairs in colours if pairs]
+    return rounds
+
+
+def _groups(layout: Layout) -> Iterator[tuple[list[list[int]], bool]]:
+    """The groups of each dimension, and whether the last rank of one talks to its first."""
+    tp, pp, dp = range(layout.tp), range(layout.pp), range(layout.dp)
+    yield [[rank_of(layout, p, d, t) for t in tp] for p in pp for d in dp], True
+    yield [[rank_of(layout, p, d, t) for p in pp] for d in dp for t in tp], False
+    yield [[rank_of(layout, p, d, t) for d in dp] for p in pp for t in tp], True
+
+
+def _ring(ranks: list[int], closed: bool) -> Iterator[tuple[int, Pair]]:
+    """(colour, pair): pairs of one colour are disjoint."""
+    size = len(ranks)
+    for i in range(size if closed and size > 2 else size - 1):
+        a, b = ranks[i], ranks[(i + 1) % size]
+        yield (2 if size % 2 and i == size - 1 else i % 2), (min(a, b), max(a, b))
+
+
+def measure(rounds: Sequence[Sequence[Pair]], device: torch.device, silence: timedelta) -> list[Link]:
+    """The links whose lower rank this is. Every rank goes through the rounds in order.
+
+    Raises `UserError` on a rank whose neighbour has not answered for `silence`.
+    """
+    rank, links = dist.get_rank(), []
+    for pairs in rounds:
+        pair = next((pair for pair in pairs if rank in pair), None)
+        if pair is not None:
+            link = _measure_pair(pair, rank, device, silence)
+            if rank == pair[0]:
+                links.append(link)
+    return links
+
+
+def _measure_pair(pair: Pair, rank: int, device: torch.device, silence: timedelta) -> Link:
+    """The lower rank decides how long each size is exchanged, and says so in the first byte of its messages."""
+    leads = rank == pair[0]
+    peer = pair[1] if leads else pair[0]
+    flag = _bytes(1, device)
+    exchange(peer, flag, torch.empty_like(flag), silence)  # connects
+    times = [_repeat(peer, leads, _bytes(size, device), silence) for size in SIZES[:2]]
+    answer = torch.empty_like(flag)
+    flag.fill_(times[-1] < CLIMB)
+    exchange(peer, flag, answer, silence)
+    if (flag if leads else answer).item():
+        times.append(_repeat(peer, leads, _bytes(SIZES[2], device), silence))
+    return Link(pair, times[0], SIZES[len(times) - 1] / times[-1])
+
+
+def _bytes(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+def _repeat(peer: int, leads: bool, out: Tensor, silence: timedelta) -> float:
+    """Seconds of the fastest exchange: what else the machine does only makes others slower."""
+    into, best, spent = torch.empty_like(out), float("inf"), 0.0
+    for number in range(1, TRIES + 1):
+        limit = ENOUGH if number >= LEAST else TOO_LONG
+        out[0] = number < TRIES and spent < limit  # whether another one follows
+        get_accelerator().synchronize()
+        begun = time.perf_counter()
+        exchange(peer, out, into, silence)
+        elapsed = time.perf_counter() - begun
+        best, spent = min(best, elapsed), spent + elapsed
+        if not (out if leads else into)[0].item():
+            break
+    return best
+
+
+def exchange(peer: int, out: Tensor, into: Tensor, silence: timedelta) -> None:
+    """Send `out` to a rank and receive `into` from it. Raises `UserError` if it does not answer."""
+    jobs = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, into, peer)]
+    try:
+        for work in dist.batch_isend_irecv(jobs):
+            work.wait(silence)
+    except RuntimeError as error:
+        if "timed out" not in str(error).lower():
+            raise
+        pair = f"{dist.get_rank()}-{peer}"
+        problem = f"carries nothing: rank {peer} has not answered for {silence.total_seconds():g} s"
+        raise UserError("link", pair, problem, "look at that machine and its network") from error
+    get_accelerator().synchronize()
+
+
+def best_of(before: Sequence[Link], again: Sequence[Link]) -> list[Link]:
+    """Of two measurements of the same links the better figures."""
+    later = {link.pair: link for link in again}
+    return [
+        replace(
+            link,
+            latency=min(link.latency, later[link.pair].latency),
+            bandwidth=max(link.bandwidth, later[link.pair].bandwidth),
+        )
+        for link in before
+    ]
+
+
+def slow_links(links: Sequence[Link], slack: float) -> dict[Pair, Link]:
+    """Of links of one kind those far below the others."""
+    if not links:
+        return {}
+    bandwidth = usual([link.bandwidth for link in links])
+    latency = 1 / usual([1 / link.latency for link in links])
+    return {
+        link.pair: link
+        for link in links
+        if link.bandwidth * SLOW < bandwidth or link.latency > max(SLOW * latency, latency + slack)
+    }
+
+
+def below_floor(links: Sequence[Link], floor: float | None) -> set[Pair]:
+    return {link.pair for link in links if floor is not None and link.bandwidth < floor * 1e9}
+
+
+def faulty_links(links: Sequence[Link], slack: float, floor: float | None) -> bool:
+    return bool(slow_links(links, slack) or below_floor(links, floor))
+
+
+def by_kind(links: Sequence[Link], hosts: Sequence[str]) -> dict[str, list[Link]]:
+    kinds: dict[str, list[Link]] = {"within machines": [], "between machines": []}
+    for link in links:
+        same = hosts[link.pair[0]] == hosts[link.pair[1]]
+        kinds["within machines" if same else "between machines"].append(link)
+    return {kind: found for kind, found in kinds.items() if found}
+
+
+def links_rows(links: Sequence[Link], hosts: Sequence[str], slack: float, floor: float | None) -> list[Row]:
+    """hosts: the machine of each rank; floor: GB/s that each link must carry."""
+    if not links:
+        return [Row("links", "one rank has no neighbour")]
+    rows = []
+    for kind, found in by_kind(links, hosts).items():
+        check, slowest = f"links {kind}", min(found, key=lambda link: link.bandwidth)
+        below = below_floor(found, floor)
+        if below:
+            problem = f"is more than the {slowest.bandwidth / 1e9:.2g} GB/s of link {_name(slowest.pair)}"
+            who = _culprits(below, found, hosts)
+            remedy = f"look at {who}, or lower it"
+            rows.append(refused(check, UserError("preflight.min_bandwidth", floor, problem, remedy)))
+            continue
+        slow = slow_links(found, slack)
+        text = f"{len(found)}: {_figures(found)}"
+        if slow:
+            who = _culprits(set(slow), found, hosts)
+            rows.append(warned(check, f"{who} slow, {_figures(list(slow.values()))}; of all {text}"))
+        else:
+            rows.append(Row(check, text))
+    return rows
+
+
+def _culprits(slow: set[Pair], found: Sequence[Link], hosts: Sequence[str]) -> str:
+    ranks, rest = blame(slow, [link.pair for link in found])
+    parts = [f"{ranks_text(ranks)} ({', '.join(sorted({hosts[rank] for rank in ranks}))})"] if ranks else []
+    if rest:
+        parts.append("link " + ", ".join(map(_name, rest[:5])) + (f" and {len(rest) - 5} others" if rest[5:] else ""))
+    return " and ".join(parts)
+
+
+def _name(pair: Pair) -> str:
+    return f"{pair[0]}-{pair[1]}"
+
+
+def _figures(links: Sequence[Link]) -> str:
+    bandwidths = sorted(link.bandwidth / 1e9 for link in links)
+    latencies = sorted(link.latency * 1e6 for link in links)
+    if len(links) == 1:
+        return f"{bandwidths[0]:.2g} GB/s, {latencies[0]:.0f} µs"
+    return f"{bandwidths[0]:.2g} to {bandwidths[-1]:.2g} GB/s, {latencies[0]:.0f} to {latencies[-1]:.0f} µs"

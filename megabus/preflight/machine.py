@@ -1,0 +1,163 @@
+"""A rank's device: what it is, how fast it computes, and whether its share of the training state fits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from megabus.config import RunConfig, Stage
+from megabus.errors import UserError
+from megabus.parallel.placement import Placement
+from megabus.parallel.topology import coordinate
+from megabus.preflight.slow import usual
+from megabus.preflight.table import Row, odd_ones, ranks_text, refused, size_text, warned
+
+SLOW = 2.0  # times below the usual speed; two ranks that share a core are no reason to warn
+MATMULS = 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank computes on. need: bytes that the rank takes there at least, in the largest of its stages."""
+
+    host: str
+    device: str
+    count: int  # GPUs of the machine, or its cores
+    free: int  # bytes: of this rank's GPU, or of the machine's memory, which its ranks share
+    need: int
+    stage: int  # the stage that needs it
+    on_gpu: bool
+
+
+def read_machine(config: RunConfig, stages: Sequence[Stage], rank: int) -> Machine:
+    need, stage = max((least_bytes(config, stage, rank), stage.index) for stage in stages)
+    if get_accelerator().device_name() == "cuda":
+        device, count, free = torch.cuda.get_device_name(), torch.cuda.device_count(), torch.cuda.mem_get_info()[0]
+    else:
+        device, count, free = _processor(), len(os.sched_getaffinity(0)), free_memory()
+    return Machine(platform.node(), device, count, free, need, stage, get_accelerator().device_name() == "cuda")
+
+
+def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
+    """Bytes that a rank's weights, gradients, masters and moments take in a stage: no run takes less.
+
+    Activations, buffers and what the libraries need come on top.
+    """
+    placement, at = Placement(stage.model, stage.layout), coordinate(stage.layout, rank)
+    names = [name for name in placement.specs if placement.stage(name) == at.pp]
+    shard = sum(len(placement.shard(name, rank)) for name in names)
+    owned = sum(len(piece) for piece in placement.owned(rank))
+    gradients = shard if config.train.zero_stage == 1 else owned
+    weight = 2 if config.train.precision == "bf16" else 4
+    return weight * shard + 4 * gradients + 12 * owned
+
+
+def free_memory() -> int:
+    """Bytes of the machine's memory that its ranks may still take, less where their control group allows less."""
+    free = psutil.virtual_memory().available
+    root = Path("/sys/fs/cgroup")
+    try:
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/"))
+    except (OSError, StopIteration):  # no Linux, or the first version of control groups
+        return free
+    folder = root / own.removeprefix("0::/")
+    for group in (folder, *folder.parents):
+        if root not in (group, *group.parents):
+            break
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        except (OSError, KeyError):  # the root has no limit, and not every container shows them
+            continue
+        if limit != "max":
+            free = min(free, int(limit) - used)
+    return max(free, 0)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def speed(device: torch.device) -> float:
+    """FLOP/s of the fastest of some matrix products, in what GPUs or CPUs train in. A few ms."""
+    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    a, b = torch.ones(n, n, device=device, dtype=dtype), torch.ones(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(MATMULS):
+        get_accelerator().synchronize()
+        begun = time.perf_counter()
+        matmul(a, b)
+        get_accelerator().synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * n**3 / best
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a @ b
+
+
+def machine_rows(ranks: Sequence[Machine]) -> list[Row]:
+    return [_devices_row(ranks), _memory_row(ranks)]
+
+
+def _devices_row(ranks: Sequence[Machine]) -> Row:
+    common, odd = odd_ones([(machine.device, machine.count) for machine in ranks])
+    free = [machine.free for machine in ranks]
+    least, most = size_text(min(free)), size_text(max(free))
+    text = f"{common[1]} x {common[0]} a machine, {least if least == most else f'{least} to {most}'} free"
+    if not odd:
+        return Row("devices", text)
+    other = ranks[odd[0]]
+    alike = [rank for rank in odd if (ranks[rank].device, ranks[rank].count) == (other.device, other.count)]
+    return warned("devices", f"{other.count} x {other.device} on {ranks_text(alike)} ({other.host}), else {text}")
+
+
+def _memory_row(ranks: Sequence[Machine]) -> Row:
+    """On GPUs each rank has its own memory; on CPUs the ranks of a machine share it."""
+    places: dict[object, list[int]] = defaultdict(list)
+    for rank, machine in enumerate(ranks):
+        places[(machine.host, rank) if machine.on_gpu else machine.host].append(rank)
+    tightest, most = 0.0, ""
+    for members in places.values():
+        need, free = sum(ranks[rank].need for rank in members), min(ranks[rank].free for rank in members)
+        largest = max((ranks[rank] for rank in members), key=lambda machine: machine.need)
+        where = f"{ranks_text(members)} ({largest.host})"
+        what = f"weights, gradients, masters and moments of stage {largest.stage} on {where}"
+        if need > free:
+            key = f"growth.stages.{largest.stage - 1}" if largest.stage else "model"
+            problem = f"{what} take {size_text(need)} at least, and {size_text(free)} are free"
+            remedy = "use more ranks, a higher tp or pp, or a smaller model"
+            return refused("memory", UserError(key, f"stage {largest.stage}", problem, remedy))
+        if need / free >= tightest:
+            tightest, most = need / free, f"{what} take {size_text(need)} at least, {size_text(free)} are free"
+    return Row("memory", most)
+
+
+def slow_ranks(speeds: Sequence[float], devices: Sequence[str]) -> list[int]:
+    """Ranks far slower than others with the same kind of device."""
+    usuals = {kind: usual([s for s, d in zip(speeds, devices, strict=True) if d == kind]) for kind in set(devices)}
+    return [rank for rank, s in enumerate(speeds) if s * SLOW < usuals[devices[rank]]]
+
+
+def compute_row(speeds: Sequence[float], machines: Sequence[Machine]) -> Row:
+    slow = slow_ranks(speeds, [machine.device for machine in machines])
+    text = f"{min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GFLOP/s a rank"
+    if not slow:
+        return Row("compute", text)
+    hosts = ", ".join(sorted({machines[rank].host for rank in slow}))
+    return warned("compute", f"{ranks_text(slow)} ({hosts}) slow: {text}, most {usual(speeds) / 1e9:.1f}")

@@ -1,0 +1,70 @@
+"""The findings of a preflight, a row a check, as rank 0 prints them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+from megabus.errors import UserError
+
+H = TypeVar("H", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a check found. A row with an error is a refusal; a warning stops nothing."""
+
+    check: str
+    text: str
+    warning: bool = False
+    error: UserError | None = None
+    skipped: bool = False
+
+    @property
+    def state(self) -> str:
+        if self.error is not None:
+            return "refused"
+        return "warning" if self.warning else "skipped" if self.skipped else "ok"
+
+
+def refused(check: str, error: UserError) -> Row:
+    return Row(check, f"{error.key} = {error.value}: {error.problem}", error=error)
+
+
+def warned(check: str, text: str) -> Row:
+    return Row(check, text, warning=True)
+
+
+def render(rows: Sequence[Row], seconds: float) -> str:
+    """The table, and a line that sums it up."""
+    lines = [("check", "state", "found"), *((row.check, row.state, " ".join(row.text.split())) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    lines.insert(1, ("─" * widths[0], "─" * widths[1], "─" * 5))
+    body = [f"{check:<{widths[0]}}  {state:<{widths[1]}}  {text}" for check, state, text in lines]
+    count = Counter(row.state for row in rows)
+    told = f"{count['refused'] or 'nothing'} refused, {count['warning'] or 'no'} warning(s)"
+    return "\n".join([*body, f"preflight: {len(rows)} checks in {seconds:.1f} s, {told}"])
+
+
+def odd_ones(values: Sequence[H]) -> tuple[H, list[int]]:
+    """The commonest value (of several the one of the lowest rank), and the ranks that have another."""
+    common = Counter(values).most_common(1)[0][0]
+    return common, [rank for rank, value in enumerate(values) if value != common]
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 0, 2, 5-9`."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(sorted(ranks)), lambda item: item[1] - item[0])]
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
+
+
+def size_text(n_bytes: float) -> str:
+    """`12.3 MiB`."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(int(math.log(max(n_bytes, 1), 1024)), len(units) - 1)
+    return f"{n_bytes / 1024**power:.{min(power, 1)}f} {units[power]}"
