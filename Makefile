@@ -11,14 +11,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help demo test check parity chaos preflight bench format clean
+.PHONY: help demo test check parity chaos preflight-faults bench format clean
 help:
 	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes; replaces runs/demo"
 	@echo "make test    install what tests need, and run them"
 	@echo "make check   lint and types"
 	@echo "make parity  print the table of every layout against one process (2 minutes)"
 	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (10 minutes)"
-	@echo "make preflight  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
+	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
 	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
 	@echo "make clean   remove the demo's run, text and the virtual environment"
 
@@ -45,7 +45,7 @@ parity: $(VENV)/.installed
 chaos: $(VENV)/.installed
 	$(BIN)/python tools/chaos.py
 
-preflight: $(VENV)/.installed
+preflight-faults: $(VENV)/.installed
 	$(BIN)/python tools/preflight_faults.py
 
 bench: $(VENV)/.installed data/demo/shakespeare-train.bin
