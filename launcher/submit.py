@@ -134,7 +134,7 @@ def submit(script: str, logs: Path) -> str:
             raise UserError("sbatch", error.returncode, error.stderr.strip(), "change the options") from error
         problem = f"cannot be run ({error.strerror})"
         raise UserError("sbatch", "sbatch", problem, "submit where slurm is installed, or see --dry-run") from error
-    return said.stdout.strip()
+    return said.stdout.strip().split(";")[0]  # behind it a federation writes the cluster
 
 
 def _member(args: argparse.Namespace, base: RunConfig, number: int, changes: list[str], world: int) -> Member:
@@ -159,17 +159,17 @@ def _forced(config: RunConfig) -> list[str]:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
+    return _at_least(0, text)
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    return _at_least(1, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least}")
+    return int(text)
 
 
 if __name__ == "__main__":
