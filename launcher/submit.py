@@ -10,6 +10,7 @@ docs/cluster.md says what the job does and what its exit codes mean.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -128,8 +129,9 @@ def submit(script: str, logs: Path) -> str:
     try:
         said = subprocess.run(["sbatch", "--parsable"], input=script, text=True, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        for path in made:
-            path.rmdir()
+        with contextlib.suppress(OSError):  # another has put something there meanwhile
+            for path in made:
+                path.rmdir()
         if isinstance(error, subprocess.CalledProcessError):
             raise UserError("sbatch", error.returncode, error.stderr.strip(), "change the options") from error
         problem = f"cannot be run ({error.strerror})"

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-
 import submit
+import yaml
 from slurm.render import fill, seconds
 from slurm.sweep import expand, folder
 

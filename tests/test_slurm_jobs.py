@@ -17,6 +17,7 @@ from small_runs import rows_of, run_config, start, untimed, write_corpus
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"slurm is not installed: no {', '.join(missing())}")
 
+SMALL = ("--gpus-per-node", "0", "--ranks-per-node", "1")
 # Where node names lead nowhere.
 HERE = ("--setup", "export MASTER_ADDR=127.0.0.1")
 
@@ -40,8 +41,7 @@ def submit(cluster: Cluster, tmp_path):
         path = tmp_path / "it's a config.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         ended = subprocess.run(
-            [sys.executable, str(ROOT / "launcher/submit.py"), "--gpus-per-node", "0", "--config", path.name]
-            + ["--ranks-per-node", "1", *HERE, *arguments],
+            [sys.executable, str(ROOT / "launcher/submit.py"), "--config", path.name, *SMALL, *HERE, *arguments],
             cwd=tmp_path,
             env=cluster.environment,
             capture_output=True,
@@ -78,7 +78,7 @@ def trainers(config) -> list[int]:
 def test_the_limit_comes_near_on_two_nodes(cluster, submit, corpus, tmp_path):
     """Told in time, the run saves; the job is queued again, and ends with the numbers of one that went through."""
     layouts = [{"dp": 2}, {"tp": 2}, {"pp": 2}]
-    sizes = {"train__max_tokens": 128 * 400, "growth__max_tokens": 1024, "eval__every": 100}
+    sizes = {"train__max_tokens": 128 * 120, "growth__max_tokens": 1024, "eval__every": 40}
     run = run_config(corpus, tmp_path / "run of it's own", layouts, **sizes)
     job = submit(run, "--nodes", "2", "--time", "1", "--grace", "58")
     metrics, stop = Path(run.run_dir) / "metrics.jsonl", Path(run.run_dir) / "stop"
