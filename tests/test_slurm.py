@@ -37,6 +37,11 @@ def here(tmp_path, monkeypatch):
     Path("config.yaml").write_text(yaml.safe_dump(CONFIG | {"run_dir": "runs/x"}))
 
 
+def in_yaml(text):
+    quoted = text.replace("'", "''")
+    return f"'{quoted}'"
+
+
 def command(monkeypatch, *arguments):
     """The exit code of the command line."""
     monkeypatch.setattr(sys, "argv", ["submit.py", "--config", "config.yaml", *arguments])
@@ -186,7 +191,7 @@ def test_options_for_sbatch(rendered, tmp_path):
     odd = directives(
         rendered(
             *CPU,
-            f"run_dir='{run_dir.replace(chr(39), chr(39) * 2)}'",  # as YAML quotes it
+            f"run_dir={in_yaml(run_dir)}",
             "--no-requeue",
             *("--array", "train.seed=1,2,3", "--at-once", "2", "--grace", "60", "--time", "1-0"),
             *(
@@ -284,21 +289,25 @@ def started(tmp_path):
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_every_character_arrives(job, in_bash, tmp_path, launcher):
     """Arguments are what they were, through the script, srun and the shell on the node, and give the same config."""
-    overrides = [f"data.valid='{ODD.replace(chr(39), chr(39) * 2)}'", "train.seed=3"]
-    in_bash(job("--launcher", launcher, *overrides))
+    run_dir = ODD.replace("\\", "").replace("/", "")
+    overrides = [f"data.valid={in_yaml(ODD)}", "train.seed=3", f"run_dir={in_yaml(run_dir)}"]
+    Path(run_dir, "slurm").mkdir(parents=True)
+    ended = in_bash(job("--launcher", launcher, *overrides))
+    assert f"start 1 of {run_dir} on node-a node-b" in ended.stdout
     directory, *environment, port = started(tmp_path)[:5]
     assert (directory, environment, port) == (str(tmp_path), ["1", "cpu", "node-a"], "10031")
     arguments = started(tmp_path)[5:]
     at = arguments.index(str(ROOT / "launcher/train.py"))
-    assert arguments[at + 1 :] == ["--config", "config.yaml", *overrides, 'run_dir="runs/x"']
-    assert load_config("config.yaml", arguments[at + 3 :]).data.valid == ODD
+    assert arguments[at + 1 : -1] == ["--config", "config.yaml", *overrides]
+    config = load_config("config.yaml", arguments[at + 3 :])
+    assert (config.data.valid, config.run_dir) == (ODD, run_dir)
     if launcher == "torchrun":
         assert arguments[:at] == [
             *("-m", "torch.distributed.run", "--nnodes=2", "--node-rank=0", "--nproc-per-node=2"),
             *("--rdzv-backend=static", "--master-addr=node-a", "--master-port=10031"),
         ]
     else:
-        hosts = tmp_path / "runs/x/slurm/31.hosts"
+        hosts = tmp_path / run_dir / "slurm/31.hosts"
         assert hosts.read_text() == "node-a slots=2\nnode-b slots=2\n"
         assert arguments[:at] == [
             *("-m", "deepspeed.launcher.runner", f"--hostfile={hosts}", "--no_ssh", "--node_rank=0"),
@@ -310,7 +319,7 @@ def test_every_character_arrives(job, in_bash, tmp_path, launcher):
 
 
 def test_every_member_gets_its_own(job, in_bash, tmp_path):
-    script = job(f"--array=data.valid=a,'{ODD.replace(chr(39), chr(39) * 2)}'", "faults.stop_exit_code=75")
+    script = job(f"--array=data.valid=a,{in_yaml(ODD)}", "faults.stop_exit_code=75")
     in_bash(script, SLURM_ARRAY_TASK_ID="1", SLURM_RESTART_COUNT="2")
     arguments = started(tmp_path)[4:]
     assert arguments[0] == "10233"
@@ -358,6 +367,7 @@ def test_what_comes_after(job, in_bash, tmp_path, trainer, code, requeued):
 def test_no_requeue(job, in_bash, tmp_path):
     script = job("--no-requeue", "--setup", 'echo $$ >"$HERE/pid"')
     assert in_bash(script, "exit 3").returncode == 3
+    assert in_bash(script, "exit 0").returncode == 1  # nothing says that it is finished
     assert in_bash(script, "kill -USR1 $(cat pid); sleep 1;" + TELL.format("stopped", 0)).returncode == 75
     assert not (tmp_path / "requeued.txt").exists()
 

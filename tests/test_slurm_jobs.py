@@ -77,16 +77,18 @@ def trainers(config) -> list[int]:
 
 def test_the_limit_comes_near_on_two_nodes(cluster, submit, corpus, tmp_path):
     """Told in time, the run saves; the job is queued again, and ends with the numbers of one that went through."""
-    layouts = [{"dp": 2}, {"tp": 2}, {"pp": 2}]
+    layouts = [{"tp": 2}, {"dp": 2}, {"pp": 2}]
     sizes = {"train__max_tokens": 128 * 120, "growth__max_tokens": 1024, "eval__every": 40}
     run = run_config(corpus, tmp_path / "run of it's own", layouts, **sizes)
-    job = submit(run, "--nodes", "2", "--time", "1", "--grace", "58")
+    job = submit(run, "--nodes", "2", "--time", "60", "--grace", "58")
     metrics, stop = Path(run.run_dir) / "metrics.jsonl", Path(run.run_dir) / "stop"
     until(lambda: metrics.exists() and '"growth"' in metrics.read_text(), "the first growth")
     ranks = trainers(run)
     assert len(ranks) == 2
     for rank in ranks:  # the machine is slow until the signal comes
         os.kill(rank, signal.SIGSTOP)
+    hours, minutes, _ = map(int, cluster.job(job)["RunTime"].split(":"))
+    cluster.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={hours * 60 + minutes + 1}")
     until(stop.exists, "slurm's signal")
     cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # of the second start
     for rank in ranks:
