@@ -1,4 +1,4 @@
-"""Jobs for slurm, without slurm: what is refused, sweeps, quoting, and the job script in a real bash.
+"""Jobs for slurm, without slurm: what is refused, quoting, and the job script in a real bash.
 
 The script runs here with stand-ins for srun and scontrol; test_slurm_jobs.py runs it under slurm itself.
 """
@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 import submit
 import yaml
-from slurm.render import fill, seconds
-from slurm.sweep import expand, folder
+from slurm.render import fill
 
 from megabus.command import run
 from megabus.config import load_config
-from megabus.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -99,41 +97,6 @@ def test_what_was_refused_is_right_otherwise(rendered):
     for arguments in (["--nodes", "6", *CPU], [*CPU, "--time", "6"], [*CPU, "resume=never", "--no-requeue"]):
         rendered(*arguments)
     rendered(*CPU, "--array", "train.micro_batch_size=2,4", "--array", "optimizer.lr=1e-3,1", "--at-once", "2")
-
-
-@pytest.mark.parametrize(
-    ("time", "expected"),
-    [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("2-3", 183600), ("1-2:03", 93780), ("1-2:03:04", 93784)],
-)
-def test_time_limits(time, expected):
-    assert seconds(time) == expected
-
-
-# ---- sweeps -------------------------------------------------------------------------------------------------
-
-
-def test_a_sweep_is_all_combinations():
-    Path("members").write_text("# two\n\ntrain.seed=1 data.train='a b'\ntrain.seed=2  # the other\n")
-    layouts = "growth.stages=[{d_model: 48, n_heads: 4}],[]"
-    assert expand(["members", layouts]) == [
-        ["train.seed=1", "data.train=a b", "growth.stages=[{d_model: 48, n_heads: 4}]"],
-        ["train.seed=1", "data.train=a b", "growth.stages=[]"],
-        ["train.seed=2", "growth.stages=[{d_model: 48, n_heads: 4}]"],
-        ["train.seed=2", "growth.stages=[]"],
-    ]
-    assert expand(["data.train='a,b',\"c,d\""]) == [["data.train='a,b'"], ['data.train="c,d"']]
-    Path("empty").write_text("# none\n")
-    with pytest.raises(UserError, match="has no member"):
-        expand(["empty"])
-    Path("torn").write_text("a='b\n")
-    with pytest.raises(UserError, match="No closing quotation"):
-        expand(["torn"])
-
-
-def test_folders_of_a_sweep():
-    assert folder(3, ["optimizer.lr=1e-3", "train.seed=2"]) == "3_optimizer.lr=1e-3,train.seed=2"
-    assert folder(0, [f"data.train={ODD}/../x"]) == "0_data.train=it_s_a_run_o_HOME_id_1_50_.._x"
-    assert len(folder(0, ["x" * 500])) == 100
 
 
 # ---- quoting ------------------------------------------------------------------------------------------------

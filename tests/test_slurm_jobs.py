@@ -101,7 +101,9 @@ def test_the_limit_comes_near_on_two_nodes(cluster, submit, corpus, tmp_path):
     assert "the time limit is near" in said
     assert f"asked to stop by the file {stop}: saving" in said
     assert "saved before the time limit: queued again" in said
-    assert len(rows_of(run, "start")) == 2
+    (resumed,) = rows_of(run, "resume")
+    assert 8 <= resumed["step"] < 120  # between the first growth and the end
+    assert not resumed["changes"]
     assert not stop.exists()
     assert sorted(path.name for path in (Path(run.run_dir) / "slurm").iterdir()) == [f"{job}.log"]
 
@@ -112,17 +114,16 @@ def test_the_limit_comes_near_on_two_nodes(cluster, submit, corpus, tmp_path):
 
 
 def test_a_sweep_with_deepspeed(cluster, submit, corpus, tmp_path):
-    """Without ssh, on two nodes each; every member's numbers are those of a run of its own."""
+    """Both members at the same time; the numbers of each are those of a run of its own."""
     run = run_config(corpus, tmp_path / "sweep", [{}, {}, {}], train__max_tokens=128 * 6, log__unit_norm_every=3)
-    sweep = ("--array", "optimizer.lr=1e-2,3e-3", "--at-once", "1")
-    job = submit(run, "--nodes", "2", "--launcher", "deepspeed", *sweep)
+    job = submit(run, "--launcher", "deepspeed", "--array", "optimizer.lr=1e-2,3e-3")
     for index, lr in enumerate((1e-2, 3e-3)):
         assert cluster.ended(f"{job}_{index}")["JobState"] == "COMPLETED", log(run, f"{job}_{index}")
         member = f"{run.run_dir}/{index}_optimizer.lr={('1e-2', '3e-3')[index]}"
         alone = run.model_copy(
             update={"run_dir": f"{tmp_path}/{index}", "optimizer": run.optimizer.model_copy(update={"lr": lr})}
         )
-        start(alone, 2)
+        start(alone, 1)
         assert told(alone.model_copy(update={"run_dir": member})) == told(alone)
         assert "deepspeed.launcher.launch" in log(run, f"{job}_{index}")
 
@@ -181,12 +182,18 @@ def test_a_cancelled_run_saves_and_is_gone(cluster, submit, corpus, tmp_path, st
 
 
 def test_asked_by_hand_to_save_and_queue_again(cluster, submit, corpus, tmp_path, stand_in):
+    """As by the time limit; a job that depends on this one waits for its end, not for that of a start."""
     run = run_config(corpus, tmp_path / "run", [{}, {}, {}])
     job = submit(run, *stand_in(TRAINER))
     until(lambda: "trainer on n" in _log_so_far(run, job), "the trainer")
+    starts = f"grep --count 'trainer on' '{run.run_dir}/slurm/{job}.log' >'{tmp_path}/after'"
+    ask = ("sbatch", "--parsable", "--output=/dev/null", f"--dependency=afterok:{job}", f"--wrap={starts}")
+    after = cluster.ask(*ask).strip()
     cluster.ask("scancel", "--batch", "--signal=USR1", job)
     end = cluster.ended(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1")
+    assert cluster.ended(after)["JobState"] == "COMPLETED"
+    assert (tmp_path / "after").read_text() == "2\n"  # what depends on the job has waited for its last start
 
 
 def test_a_preempted_run_starts_again(cluster, submit, corpus, tmp_path, stand_in):
