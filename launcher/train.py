@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megabus.command import RankParser, end_rank
+from megabus.command import RankParser, end_rank, tell_outcome
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 
@@ -42,11 +42,13 @@ def main() -> int:
     outcome = train(config)
     if os.environ["RANK"] == "0" and outcome.stopped:
         print(f"stopped and saved: {outcome.checkpoint}; the same command goes on from there")
+        tell_outcome("stopped")
     elif os.environ["RANK"] == "0":
         from megabus.train.plots import plot_loss, summary_table
 
         picture = plot_loss([config.run_dir], Path(config.run_dir) / "loss.png")
         print(f"\n{summary_table(config.run_dir)}\n\nplot:       {picture}\ncheckpoint: {outcome.checkpoint}")
+        tell_outcome("finished")
     stop_distributed()
     return config.faults.stop_exit_code if outcome.stopped else 0
 

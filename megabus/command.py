@@ -10,12 +10,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megabus.errors import UserError
 
 PATIENCE = 5.0  # seconds that a rank leaves rank 0 to tell bad input in
 PEER_GONE = ("closed by peer", "reset by peer")  # gloo's words for it
+OUTCOME = "MEGABUS_OUTCOME"  # names a file to leave the outcome in
 LOST = "lost the connection to another rank, which has probably ended: its log says why. Start the same command again"
 
 
@@ -36,7 +38,19 @@ def run(main: Callable[[], int]) -> int:
         return main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        tell_outcome("refused")
         return 2
+
+
+def tell_outcome(word: str) -> None:
+    """Leave how a run ended, "finished", "stopped" or "refused", where the one who started it has asked for it.
+
+    Launchers do not pass exit codes on: torchrun's is 1 for all, and a code other than 0 makes both torchrun and
+    deepspeed kill the ranks that have not ended yet. Called by rank 0.
+    """
+    if os.environ.get(OUTCOME):
+        with contextlib.suppress(OSError):  # a full disk: no outcome is read as a failure
+            Path(os.environ[OUTCOME]).write_text(f"{word}\n")
 
 
 def run_rank(main: Callable[[], int]) -> int:

@@ -34,6 +34,19 @@ def test_bad_input_is_told_by_rank_0(monkeypatch, capsys, rank):
     assert waited == ([] if rank == "0" else [command.PATIENCE])  # the others must not end before rank 0 has told
 
 
+def test_the_outcome_is_left_where_it_is_asked_for(monkeypatch, tmp_path):
+    """By rank 0 alone; a place that cannot be written ends no run. What is no bad input leaves none."""
+    file, bad = tmp_path / "outcome", raising(UserError("key", 3, "is odd", "give 4"))
+    monkeypatch.setattr(command, "PATIENCE", 0)
+    for rank, main, left in (("1", bad, False), ("0", raising(OSError()), False), ("0", bad, True)):
+        monkeypatch.setenv("RANK", rank)
+        for place in (file, tmp_path / "nowhere/outcome"):
+            monkeypatch.setenv("MEGABUS_OUTCOME", str(place))
+            assert run_rank(main) == (1 if main is not bad else 2)
+        assert file.exists() == left
+    assert file.read_text() == "refused\n"
+
+
 def test_other_ends_of_a_rank(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert run_rank(lambda: 75) == 75

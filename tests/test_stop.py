@@ -103,9 +103,11 @@ def _launched(args):
     return run_launcher(args)
 
 
-def test_the_exit_code_says_that_the_run_goes_on(config, tmp_path):
-    """By a signal, then by a file that waits already; then to the end."""
+def test_the_exit_code_says_that_the_run_goes_on(config, tmp_path, monkeypatch):
+    """By a signal, then by a file that waits already; then to the end. So says the outcome, where a file is named."""
     run = config({"dp": 2}, faults__stop_exit_code=75)
+    outcome = tmp_path / "outcome"
+    monkeypatch.setenv("MEGABUS_OUTCOME", str(outcome))
     path, folder = tmp_path / "config.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(run.model_dump(mode="json")))
 
@@ -118,10 +120,12 @@ def test_the_exit_code_says_that_the_run_goes_on(config, tmp_path):
     signalled = [Ended(*rank) for rank in run_ranks(2, _launched, ("--config", path))]
     told(signalled, 75, goes_on.format(folder, 2))
     assert "asked to stop by a signal to another rank: saving" in signalled[0].out
+    assert outcome.read_text() == "stopped\n"
     (folder / "stop").touch()
     told(launch_forked("--config", path), 75, goes_on.format(folder, 3))
     assert not (folder / "stop").exists()
     told(launch_forked("--config", path), 0, f"checkpoint: {folder}/checkpoints/step-00000006\n")
+    assert outcome.read_text() == "finished\n"
     assert (folder / "loss.png").exists()
     assert [row["step"] for row in rows_of(run, "step")] == [1, 2, 3, 4, 5, 6]
 

@@ -1,0 +1,1 @@
+"""Training runs as slurm jobs: the job script, how it is filled in, and sweeps."""
