@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
-    """Columns under a ruled header: those numbered in `left` to the left, the others, which hold numbers, to the right."""
+    """Columns under a ruled header: those numbered in `left` to the left, the others, being numbers, to the right."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["─" * width for width in widths])

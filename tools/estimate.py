@@ -62,7 +62,9 @@ def main() -> int:
         try:
             Path(args.json).write_text(values + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError("--json", args.json, f"cannot be written ({error.strerror})", "name another file") from error
+            raise UserError(
+                "--json", args.json, f"cannot be written ({error.strerror})", "name another file"
+            ) from error
     print(values if args.json == "-" else tables(estimates, chosen))
     return 0
 

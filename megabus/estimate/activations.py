@@ -1,7 +1,7 @@
 """What a micro batch takes of memory: the model's own code, run on tensors that have shapes and no entries.
 
-So there is no formula here that could differ from the model. Layers are alike, and only one is run; each further one
-adds what it saves, which grows linearly with the micro batch.
+So of blocks and head there is no formula here that could differ from the model. Layers are alike, and only one is run;
+each further one adds what it saves.
 """
 
 from __future__ import annotations
@@ -67,48 +67,66 @@ class Footprint:
 
 def footprint(shape: Shape, layers: int, first: bool, last: bool) -> Footprint:
     """Of a pipeline stage of `layers` blocks, with the embedding if it is the `first`, the head if the `last`."""
-    one, more = _run(shape, first, last), (layers - 1) * layer_bytes(shape)
-    return Footprint(one.saved + more, one.peak + more)
+    one = _run(shape, last)
+    more = (layers - 1) * layer_bytes(shape) + (_embedding_saves(shape) if first else 0)
+    peak = one.peak + more
+    return Footprint(one.saved + more, max(peak, _embedding_peak(shape)) if first else peak)
 
 
-@lru_cache(maxsize=1024)
 def layer_bytes(shape: Shape) -> int:
-    """What a block saves for backward. Beside what each token saves there is what each gain does, whatever the batch."""
-    if shape.batch <= 2:
-        return _run(shape, False, False, layers=2).saved - _run(shape, False, False).saved
-    one, two = (layer_bytes(replace(shape, batch=n)) for n in (1, 2))
-    return one + (shape.batch - 1) * (two - one)
+    """What a further block saves for backward, with what it gives to the next."""
+    return _run(shape, False).saved
+
+
+def _embedding_saves(shape: Shape) -> int:
+    """h, and which tokens are whose: row numbers and a mask."""
+    return shape.boundary + (9 * shape.batch * shape.seq_len if shape.tp > 1 else 0)
+
+
+def _embedding_peak(shape: Shape) -> int:
+    """In its backward, when all layers are done: the gradient of h, and that of the weight with its fp32 form."""
+    weight = -(-shape.model.vocab_size // shape.tp) * shape.model.d_model
+    return 2 * shape.boundary + weight * (shape.dtype.itemsize + (4 if shape.dtype.itemsize < 4 else 0))
 
 
 @lru_cache(maxsize=1024)
-def _run(shape: Shape, first: bool, last: bool, layers: int = 1) -> Footprint:
-    model = shape.model.model_copy(update={"n_layers": layers + (not first) + (not last)})
-    begin = 0 if first else 1
+def _run(shape: Shape, last: bool) -> Footprint:
+    """Of one block, with the head if it is the last. What a block takes is that of its tokens and a constant, so larger
+    micro batches follow from two; the head takes tokens in chunks, and does not."""
+    if last or shape.batch <= 2:
+        return _trace(shape, last)
+    one, two = (_trace(replace(shape, batch=n), False) for n in (1, 2))
+    more = shape.batch - 1
+    return Footprint(one.saved + more * (two.saved - one.saved), one.peak + more * (two.peak - one.peak))
+
+
+def _trace(shape: Shape, last: bool) -> Footprint:
+    model = shape.model.model_copy(update={"n_layers": 2 if last else 3})
     tp = _ShapesOnly(shape.tp, shape.rank, shape.sequence_parallel)
     with META:
-        decoder = Decoder(model, (begin, begin + layers), tp, shape.recompute, FUSED if shape.fused else EAGER)
+        decoder = Decoder(model, (1, 2), tp, shape.recompute, FUSED if shape.fused else EAGER)
         decoder.to(shape.dtype)
-        tokens = torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64)
+        targets = torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64)
         length = shape.seq_len // (shape.tp if tp.sequence_parallel else 1)
         h = torch.zeros(shape.batch, length, model.d_model, dtype=shape.dtype, requires_grad=True)
     tables = rope_at(0, shape.seq_len, rope_frequencies(model), h)  # shared by all layers, counted on their own
     for parameter in decoder.parameters():
         parameter.register_post_accumulate_grad_hook(_hand_over)
-    with LiveBytes([*decoder.parameters(), *tables, tokens, h], "meta") as live, patch.object(F, "scaled_dot_product_attention", _flash):
-        out = decoder.hidden(tokens if first else h)
+    known = [*decoder.parameters(), *tables, targets, h]
+    with LiveBytes(known, "meta") as live, patch.object(F, "scaled_dot_product_attention", _flash):
+        out = decoder.hidden(h)
+        saved = live.now
         if last:
-            loss, _ = decoder.loss(out, tokens)
+            loss, _ = decoder.loss(out, targets)
             del out
-            saved = live.now
             loss.backward()
         else:
-            saved = live.now
             out.backward(torch.empty_like(out))
     return Footprint(saved, live.peak)
 
 
 def _hand_over(parameter: Tensor) -> None:
-    """What DeepSpeed does with a gradient that is there: it goes into sums that are counted elsewhere, by way of fp32."""
+    """What DeepSpeed does with a gradient: it goes into sums, which are counted elsewhere, by way of fp32."""
     assert parameter.grad is not None
     parameter.grad.float()
     parameter.grad = None

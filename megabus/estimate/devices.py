@@ -23,9 +23,9 @@ class Link:
 class Device:
     """One device in its node.
 
-    memory: bytes. reserve: of these, what drivers and communication libraries take, and fragments. bf16, fp32: peak FLOP/s
-    of dense matrix products. efficiency: share of the peak that a layer's products reach. memory_bandwidth: bytes a
-    second. intra, inter: between two devices of a node, and of two nodes (a device's share of its node's network).
+    memory: bytes. reserve: of these, what drivers and communication libraries take, and fragments. bf16, fp32: peak
+    FLOP/s of dense matrix products. efficiency: share of the peak that a layer's products reach. memory_bandwidth: bytes
+    a second. intra, inter: between two devices of a node, and of two nodes (a device's share of its node's network).
     """
 
     name: str
@@ -95,5 +95,7 @@ DEVICES = {
 
 def device(name: str) -> Device:
     if name not in DEVICES:
-        raise UserError("--gpu", name, "is not in the table", f"use one of {', '.join(DEVICES)}, and flags for the rest")
+        raise UserError(
+            "--gpu", name, "is not in the table", f"use one of {', '.join(DEVICES)}, and flags for the rest"
+        )
     return DEVICES[name]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from megabus.config import Layout, RunConfig, Stage, resolve_stages
 from megabus.errors import UserError
 from megabus.estimate.devices import Device
-from megabus.estimate.memory import RankMemory, memory_at
+from megabus.estimate.memory import RankMemory, memory_at, states_at
 from megabus.estimate.step_time import StepTime, step_time
 from megabus.parallel.placement import Placement
 
-MICRO_BATCHES = (1, 2, 4, 8)  # sizes tried beside the stage's own
+MICRO_BATCHES = (1, 2, 4)  # sizes tried beside the stage's own
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Choice:
 
 
 def pipeline_memory(config: RunConfig, stage: Stage) -> list[RankMemory]:
-    """Of every pipeline stage's fullest rank: the last of its tensor-parallel ones, which has most of the vocabulary."""
+    """Of every pipeline stage's fullest rank: its last tensor-parallel one, which has most of the vocabulary."""
     placement = Placement(stage.model, stage.layout)
     return [memory_at(config, stage, placement, pp, stage.layout.tp - 1) for pp in range(stage.layout.pp)]
 
@@ -38,8 +38,8 @@ def fullest(config: RunConfig, stage: Stage, placement: Placement, room: float) 
     """
     worst = None
     for pp in sorted({0, stage.layout.pp - 1}):
-        memory = memory_at(config, stage, placement, pp, stage.layout.tp - 1)
-        if memory.total > room:
+        at = (config, stage, placement, pp, stage.layout.tp - 1)
+        if states_at(*at).total > room or (memory := memory_at(*at)).total > room:
             return None
         worst = memory if worst is None or memory.total > worst.total else worst
     return worst

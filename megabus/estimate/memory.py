@@ -1,4 +1,4 @@
-"""What a rank holds in memory while it trains a stage: states as DeepSpeed lays them out, activations as the model does.
+"""What a rank holds while it trains a stage: states as DeepSpeed lays them out, activations as the model does.
 
 Sizes are in bytes. P: entries of the weights that a rank computes with, each group padded by ZeRO; p = P / dp: entries
 that it owns; O: entries of the parameters that it owns any part of. Which tensors DeepSpeed 0.19 really holds was read
@@ -7,7 +7,7 @@ in its code and is compared with what ranks hold by `benchmarks/memory.py` and b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megabus.config import RunConfig, Stage
 from megabus.engine import ds_config
@@ -54,7 +54,13 @@ def rank_memory(config: RunConfig, stage: Stage, rank: int) -> RankMemory:
 
 
 def memory_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0) -> RankMemory:
-    """The same of the rank at these coordinates. Data-parallel neighbours differ in O alone, which bf16 has no use for."""
+    """The same of the rank at these coordinates. Data-parallel neighbours differ in O alone, and that in fp32."""
+    states = states_at(config, stage, placement, pp, tp, dp)
+    return replace(states, activations=activation_bytes(config, stage, pp, tp))
+
+
+def states_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0) -> RankMemory:
+    """The same without activations: no model is run, not even one without entries."""
     train, layout = config.train, stage.layout
     groups = placement.groups(pp, tp)
     entries, owned = sum(g.entries for g in groups), sum(g.partition for g in groups)
@@ -89,15 +95,16 @@ def memory_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp
         update = touched + FP32 * owned
     if config.growth.boost is not None and stage.index:
         update += 2 * FP32 * owned  # the rows that it moves, before and after Adam; at most all
+    left = _left_in_pipeline(stage, pp) * shape_of(config, stage, tp).boundary
     return RankMemory(
         weights=weight * padded,
         masters=FP32 * owned,
         moments=2 * FP32 * owned,
         gradients=gradients,
         buckets=buckets,
-        activations=activation_bytes(config, stage, pp, tp),
-        reduction=reduction,
-        update=update,
+        activations=0,
+        reduction=reduction + left,
+        update=update + left,
     )
 
 
@@ -122,14 +129,20 @@ def in_flight(layout_pp: int, pp: int, grad_accum: int) -> int:
 
 
 def activation_bytes(config: RunConfig, stage: Stage, pp: int, tp: int) -> int:
-    """The most that forward and backward hold on a pipeline stage, beside weights, gradients and buckets."""
+    """The most that forward and backward hold on a pipeline stage, beside weights, gradients and buckets.
+
+    Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last stage besides what its
+    other buffer keeps of the micro batch before (counted on ranks, as was `_left_in_pipeline`).
+    """
     layout, shape = stage.layout, shape_of(config, stage, tp)
     first, last = pp == 0, pp == layout.pp - 1
     begin, end = stage_layers(stage.model.n_layers, layout.pp, pp)
     one = footprint(shape, end - begin, first, last)
     alive = in_flight(layout.pp, pp, stage.grad_accum)
-    kept = 0 if layout.pp == 1 else _pipe_buffers(first, last, alive) * shape.boundary
-    return one.peak + (alive - 1) * one.saved + kept
+    kept = 0
+    if layout.pp > 1 and not first:
+        kept = 4 + min(2, stage.grad_accum) if last else 2 * alive
+    return one.peak + (alive - 1) * one.saved + kept * shape.boundary
 
 
 def _all_but_one_layer(config: RunConfig, stage: Stage, pp: int, tp: int) -> int:
@@ -137,6 +150,9 @@ def _all_but_one_layer(config: RunConfig, stage: Stage, pp: int, tp: int) -> int
     return (end - begin - 1) * layer_bytes(shape_of(config, stage, tp))
 
 
-def _pipe_buffers(first: bool, last: bool, alive: int) -> int:
-    """Tensors of the size of h that DeepSpeed's pipeline keeps beside what is saved for backward."""
-    return 0
+def _left_in_pipeline(stage: Stage, pp: int) -> int:
+    """Tensors of the size of h that DeepSpeed's pipeline still holds when all micro batches are done: what it receives
+    into, and on the last stage three for each of its two buffers that was used."""
+    if stage.layout.pp == 1:
+        return 0
+    return 1 + 3 * min(2, stage.grad_accum) if pp == stage.layout.pp - 1 else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from megabus.config import RunConfig, Stage
@@ -148,7 +149,9 @@ def _layouts(one: StageEstimate, device: Device) -> str:
     header = ["place", "layout", "micro batch", "step", "bubble", "memory", ""]
     rows = [_layout_row(i + 1, choice, stage) for i, choice in enumerate(ranking.best)]
     own = "does not fit" if ranking.own is None else f"is number {ranking.own}"
-    line = f"stage {stage.index}: of {ranking.accepted} layouts and micro batch sizes the fastest that fit, {PREDICTED}; "
+    line = (
+        f"stage {stage.index}: of {ranking.accepted} layouts and micro batch sizes the fastest that fit, {PREDICTED}; "
+    )
     line += f"{stage.layout} with micro batches of {stage.micro_batch_size} {own}"
     return f"{line}\n\n" + (aligned(header, rows, {1, 6}) if rows else f"none fits a {device.name}")
 
@@ -163,7 +166,7 @@ def _layout_row(place: int, choice: Choice, stage: Stage) -> list[str]:
 def _growths(estimates: Sequence[StageEstimate]) -> str:
     header = ["growth", "layouts", "sent", "received", "memory", "move", "grow", "rebuild", "stall"]
     rows, looked_at = [], 0
-    for before, after in zip(estimates, estimates[1:], strict=False):
+    for before, after in pairwise(estimates):
         growth = after.growth
         assert growth is not None
         looked_at = growth.looked_at
