@@ -24,8 +24,8 @@ class Device:
     """One device in its node.
 
     memory: bytes. reserve: of these, what drivers and communication libraries take, and fragments. bf16, fp32: peak
-    FLOP/s of dense matrix products. efficiency: share of the peak that a layer's products reach. memory_bandwidth: bytes
-    a second. intra, inter: between two devices of a node, and of two nodes (a device's share of its node's network).
+    FLOP/s of dense matrix products. efficiency: share of it that a layer's products reach. memory_bandwidth: bytes a
+    second. intra, inter: between two devices of a node, and of two nodes (a device's share of its node's network).
     """
 
     name: str

@@ -87,7 +87,8 @@ def states_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp
             gone = _all_but_one_layer(config, stage, pp, tp) if stage.grad_accum == 1 else 0
             gradients = max(0, FP32 * entries - gone)
             # Pipelines take a second bucket for the reduction.
-            reduction = FP32 * entries + buckets * (2 if layout.pp > 1 else 1)
+            unsent = FP32 * max(0, entries - room)  # when the first bucket comes back and takes its place
+            reduction = max(FP32 * entries, touched + unsent) + buckets * (2 if layout.pp > 1 else 1)
         else:
             # The sums so far, and a new copy of this micro batch's gradients once a bucket is full.
             gradients = touched * ((stage.grad_accum > 1) + (entries > room))
