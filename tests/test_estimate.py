@@ -17,7 +17,7 @@ from megabus.errors import UserError
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
 from megabus.estimate.devices import Link, device
-from megabus.estimate.growth import received_bytes, sent_bytes, transition
+from megabus.estimate.growth import received_bytes, sent_messages, transition
 from megabus.estimate.layouts import candidates, fullest, rank_layouts
 from megabus.estimate.memory import rank_memory, states_at
 from megabus.estimate.step_time import links, ring, step_time
@@ -142,8 +142,8 @@ def test_traffic_of_each_rank_is_the_plan_s(layouts, depth):
     for rank in range(world):
         owned = owned_entries(plan.old, rank)
         assert received[rank] == sum(len(needed_entries(plan, rank, k) - owned) for k in KINDS) * ELEMENT_BYTES
-    sent = [sent_bytes(plan, rank, KINDS) for rank in range(world)]
-    assert sum(sent) == sum(received) == plan.traffic(KINDS).sent > 0
+    sent = [sent_messages(plan, rank, KINDS) for rank in range(world)]
+    assert sum(map(sum, sent)) == sum(received) == plan.traffic(KINDS).sent > 0
     still = replace(plan, new=Placement(plan.new.model, plan.old.layout))
     assert received != [received_bytes(still, rank, KINDS) for rank in range(world)]
 
@@ -154,7 +154,9 @@ def test_growth_of_the_large_run(large):
     share = 12 * count_parameters(stages[1].model) / 1024
     assert 0.1 * share < found.received < 3 * share
     assert found.stall == pytest.approx(found.move + found.grow + 3.0)
-    assert found.move >= max(found.sent, found.received) / device("h100").inter.bandwidth
+    inter, plain = device("h100").inter, max(found.sent, found.received) / device("h100").inter.bandwidth
+    assert found.move == pytest.approx(plain + found.messages * inter.latency)
+    assert found.messages >= 3  # of the three kinds of tensor
 
 
 # ---- time

@@ -6,7 +6,7 @@ each further one adds what it saves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 from unittest.mock import patch
@@ -58,19 +58,21 @@ class Shape:
 class Footprint:
     """Bytes of one micro batch on a pipeline stage, without its weights and gradients.
 
-    saved: after forward, for backward. peak: the most while forward and backward run.
+    saved: after forward, for backward. peak: the most while forward and backward run; later: the most of it from the
+    first gradient of a weight on.
     """
 
     saved: int
     peak: int
+    later: int
 
 
 def footprint(shape: Shape, layers: int, first: bool, last: bool) -> Footprint:
     """Of a pipeline stage of `layers` blocks, with the embedding if it is the `first`, the head if the `last`."""
     one = _run(shape, last)
     more = (layers - 1) * layer_bytes(shape) + (_embedding_saves(shape) if first else 0)
-    peak = one.peak + more
-    return Footprint(one.saved + more, max(peak, _embedding_peak(shape)) if first else peak)
+    least = _embedding_peak(shape) if first else 0
+    return Footprint(one.saved + more, max(one.peak + more, least), max(one.later + more, least))
 
 
 def layer_bytes(shape: Shape) -> int:
@@ -96,8 +98,8 @@ def _run(shape: Shape, last: bool) -> Footprint:
     if last or shape.batch <= 2:
         return _trace(shape, last)
     one, two = (_trace(replace(shape, batch=n), False) for n in (1, 2))
-    more = shape.batch - 1
-    return Footprint(one.saved + more * (two.saved - one.saved), one.peak + more * (two.peak - one.peak))
+    pairs = zip(astuple(one), astuple(two), strict=True)
+    return Footprint(*(a + (shape.batch - 1) * (b - a) for a, b in pairs))
 
 
 def _trace(shape: Shape, last: bool) -> Footprint:
@@ -110,10 +112,21 @@ def _trace(shape: Shape, last: bool) -> Footprint:
         length = shape.seq_len // (shape.tp if tp.sequence_parallel else 1)
         h = torch.zeros(shape.batch, length, model.d_model, dtype=shape.dtype, requires_grad=True)
     tables = rope_at(0, shape.seq_len, rope_frequencies(model), h)  # shared by all layers, counted on their own
-    for parameter in decoder.parameters():
-        parameter.register_post_accumulate_grad_hook(_hand_over)
     known = [*decoder.parameters(), *tables, targets, h]
-    with LiveBytes(known, "meta") as live, patch.object(F, "scaled_dot_product_attention", _flash):
+    live, before = LiveBytes(known, "meta"), 0
+
+    def hand_over(parameter: Tensor) -> None:
+        """What DeepSpeed does with a gradient: it goes into sums, which are counted elsewhere, by way of fp32."""
+        nonlocal before
+        if before == 0:
+            before, live.peak = live.peak, live.now
+        assert parameter.grad is not None
+        parameter.grad.float()
+        parameter.grad = None
+
+    for parameter in decoder.parameters():
+        parameter.register_post_accumulate_grad_hook(hand_over)
+    with live, patch.object(F, "scaled_dot_product_attention", _flash):
         out = decoder.hidden(h)
         saved = live.now
         if last:
@@ -122,14 +135,7 @@ def _trace(shape: Shape, last: bool) -> Footprint:
             loss.backward()
         else:
             out.backward(torch.empty_like(out))
-    return Footprint(saved, live.peak)
-
-
-def _hand_over(parameter: Tensor) -> None:
-    """What DeepSpeed does with a gradient: it goes into sums, which are counted elsewhere, by way of fp32."""
-    assert parameter.grad is not None
-    parameter.grad.float()
-    parameter.grad = None
+    return Footprint(saved, max(before, live.peak), live.peak)
 
 
 class _ShapesOnly(ProcessGroupTP):

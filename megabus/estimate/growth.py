@@ -20,10 +20,11 @@ ALL_RANKS = 16  # of larger worlds some ranks stand for all
 @dataclass(frozen=True)
 class Transition:
     """sent, received: bytes of the rank that sends or gets most; looked_at: ranks that were looked at for it, of all.
-    memory: bytes at the worst moment, at most. move, grow, rebuild: seconds."""
+    messages: the most that one sends. memory: bytes at the worst moment, at most. move, grow, rebuild: seconds."""
 
     sent: int
     received: int
+    messages: int
     looked_at: int
     memory: int
     move: float
@@ -60,33 +61,36 @@ def received_bytes(plan: Plan, rank: int, kinds: Sequence[Kind]) -> int:
     return entries * ELEMENT_BYTES
 
 
-def sent_bytes(plan: Plan, rank: int, kinds: Sequence[Kind]) -> int:
-    """What a rank sends to others of the old entries that it has."""
-    entries = 0
+def sent_messages(plan: Plan, rank: int, kinds: Sequence[Kind]) -> list[int]:
+    """Bytes of what a rank sends to others of the old entries that it has, message by message, in no order (a small
+    buffer cuts some)."""
+    messages: list[int] = []
     for piece in plan.old.owned(rank):
         width = plan.old.width(piece.name)
         unit = Unit(piece.name, piece.start // width, -(-piece.stop // width))
         for kind in kinds:
             moves = plan.moves(unit, kind, rank)
-            entries += sum(len(move.piece) for move in moves if move.src == rank != move.dst)
-    return entries * ELEMENT_BYTES
+            messages += [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank != move.dst]
+    return messages
 
 
 def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuild: float) -> Transition:
     """Of the growth from one stage to the next. rebuild: seconds that new engines take, for which there is no model."""
     plan, kinds, world = growth_plan(config, old, new), moved_kinds(config), new.layout.world
-    # One of each odd stride: ranks of every pipeline stage, tensor-parallel and data-parallel place among them.
+    # Spread over pipeline stages and data-parallel places.
     ranks = sorted({0, world - 1, *(i * world // ALL_RANKS for i in range(ALL_RANKS))})
     received = max(received_bytes(plan, rank, kinds) for rank in ranks)
-    sent = max(sent_bytes(plan, rank, kinds) for rank in ranks)
+    messages = [sent_messages(plan, rank, kinds) for rank in ranks]
+    sent, most = max(map(sum, messages)), max(map(len, messages))
     link = device.inter if world > device.nodes_of else device.intra
     grown = max(sum(map(len, plan.new.owned(rank))) for rank in ranks) * len(kinds) * FP32
     return Transition(
         sent=sent,
         received=received,
+        messages=most,
         looked_at=len(ranks),
         memory=transition_bytes(config, plan, new),
-        move=link.seconds(max(sent, received), len(ranks)),
+        move=link.seconds(max(sent, received), most),
         grow=8 * grown / device.memory_bandwidth,  # some passes in fp64 over what is made
         rebuild=rebuild,
     )

@@ -164,14 +164,14 @@ def _layout_row(place: int, choice: Choice, stage: Stage) -> list[str]:
 
 
 def _growths(estimates: Sequence[StageEstimate]) -> str:
-    header = ["growth", "layouts", "sent", "received", "memory", "move", "grow", "rebuild", "stall"]
+    header = ["growth", "layouts", "sent", "received", "messages", "memory", "move", "grow", "rebuild", "stall"]
     rows, looked_at = [], 0
     for before, after in pairwise(estimates):
         growth = after.growth
         assert growth is not None
         looked_at = growth.looked_at
         row = [f"{before.stage.index} to {after.stage.index}", f"{before.stage.layout} to {after.stage.layout}"]
-        row += [_bytes(n) for n in (growth.sent, growth.received, growth.memory)]
+        row += [_bytes(growth.sent), _bytes(growth.received), f"{growth.messages:,}", _bytes(growth.memory)]
         rows.append([*row, *(_seconds(s) for s in (growth.move, growth.grow, growth.rebuild, growth.stall))])
     world = estimates[0].stage.layout.world
     who = f"the most of {looked_at} ranks of {world}" if looked_at < world else "of the rank with most"
