@@ -54,7 +54,7 @@ def rank_memory(config: RunConfig, stage: Stage, rank: int) -> RankMemory:
 
 
 def memory_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0) -> RankMemory:
-    """The same of the rank at these coordinates. Data-parallel neighbours differ in what they own of parameters alone."""
+    """The same of the rank at these coordinates; its data-parallel neighbours have much the same."""
     states, sums = states_at(config, stage, placement, pp, tp, dp), _sums(config, stage, placement, pp, tp, dp)
     one = _footprint(config, stage, pp, tp)
     begin, end = stage_layers(stage.model.n_layers, stage.layout.pp, pp)
@@ -130,8 +130,8 @@ def _sums(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: in
         late = touched if entries > room else 0
         gradients, reduction = touched * several + late, buckets + sums + last // layout.dp
         return _Sums(gradients, buckets, reduction, update, late, late_buckets=True)
-    # ZeRO-1: all gradients. When a bucket comes back what is owned of it moves on, beside what is not sent yet. Pipelines
-    # take a second bucket for that.
+    # ZeRO-1: all gradients. When a bucket comes back what is owned of it moves on, beside what is not sent yet.
+    # Pipelines take a second bucket for that.
     whole = FP32 * entries
     reduction = max(whole, touched + FP32 * max(0, entries - room)) + buckets * (2 if layout.pp > 1 else 1)
     return _Sums(whole, buckets, reduction, update, late=0 if several else whole, late_buckets=not several)
