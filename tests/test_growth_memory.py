@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from live_bytes import LiveBytes
 from plans import needed_entries, owned_entries
 
 from megabus.config import GrowthConfig, Layout, ModelConfig
+from megabus.estimate.live_bytes import LiveBytes
 from megabus.growth.plan import ELEMENT_BYTES, Plan
 from megabus.growth.redistribute import redistribute
 from megabus.growth.rules import Growth, row_bytes

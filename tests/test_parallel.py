@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megabus.config import Layout, resolve_stages
 from megabus.engine.engine import Engine
 from megabus.model.params import spec_of
-from megabus.parallel.mesh import ProcessGroupTP
+from megabus.parallel.tensor_parallel import ProcessGroupTP
 from megabus.testing import parity
 from megabus.testing.ranks import run_ranks
 from megabus.train.run import initial_fragments

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megabus.config import Layout, parse_config, resolve_stages
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
-from megabus.parallel.mesh import ProcessGroupTP
+from megabus.parallel.tensor_parallel import ProcessGroupTP
 from megabus.testing import parity
 from megabus.testing.ranks import run_ranks
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from megabus.config import RunConfig, Stage
 
+BUCKET_ENTRIES = 50_000_000  # of gradients, that DeepSpeed's buckets have room for
+
 
 def deepspeed_config(config: RunConfig, stage: Stage) -> dict[str, Any]:
     train = config.train
@@ -19,8 +21,8 @@ def deepspeed_config(config: RunConfig, stage: Stage) -> dict[str, Any]:
         "zero_optimization": {
             "stage": train.zero_stage,
             # For what DeepSpeed reduces in buckets, which its optimizer for bf16 with ZeRO-1 and its pipeline do not.
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
+            "reduce_bucket_size": BUCKET_ENTRIES,
+            "allgather_bucket_size": BUCKET_ENTRIES,
             "overlap_comm": train.overlap_comm,
         },
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},

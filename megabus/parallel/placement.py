@@ -43,6 +43,15 @@ class _Slot:
 
 
 @dataclass(frozen=True)
+class ZeroGroup:
+    """A parameter group of a (stage, tp) rank: the entries that it computes with, and those that it owns, which is a
+    partition with its padding."""
+
+    entries: int
+    partition: int
+
+
+@dataclass(frozen=True)
 class Placement:
     """A model under a layout."""
 
@@ -95,10 +104,21 @@ class Placement:
                     width = self.width(name)
                     group[name] = (Piece(name, start * width, stop * width), total)
                     total += (stop - start) * width
-            unit = ZERO_ALIGNMENT * self.layout.dp
-            partition = -(-total // unit) * ZERO_ALIGNMENT
+            partition = self._partition(total)
             slots |= {name: _Slot(piece, offset, partition) for name, (piece, offset) in group.items()}
         return slots
+
+    def _partition(self, entries: int) -> int:
+        return -(-entries // (ZERO_ALIGNMENT * self.layout.dp)) * ZERO_ALIGNMENT
+
+    def groups(self, pp: int, tp: int) -> tuple[ZeroGroup, ZeroGroup]:
+        """Of the matrices, and of the gains, of every rank at (pp, tp)."""
+        entries = {True: 0, False: 0}
+        for name in self._stages[pp]:
+            start, stop = shard_rows(self.specs[name], self.model, self.layout.tp, tp)
+            entries[self.specs[name].is_matrix] += (stop - start) * self.width(name)
+        matrices, gains = (ZeroGroup(n, self._partition(n)) for n in (entries[True], entries[False]))
+        return matrices, gains
 
     def owned(self, rank: int) -> list[Piece]:
         """The non-empty intervals of masters (and moments) that a rank owns, in canonical order."""

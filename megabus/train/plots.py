@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megabus.errors import UserError
+from megabus.table import aligned, si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,7 +177,7 @@ def _dress(axes: Axes, runs: Sequence[Sequence[Row]], x: XAxis, log_x: bool) -> 
         axes.set_xscale("log")
         axes.set_xlim(left=0.9 * min(at for at, loss in seen if loss <= high + pad))
     elif x == "tokens":
-        axes.xaxis.set_major_formatter(lambda tokens, _: _si(tokens))
+        axes.xaxis.set_major_formatter(lambda tokens, _: si(tokens))
     axes.set_xlabel(_X_LABEL[x], labelpad=6)
     axes.set_ylabel("loss (nats per token)", labelpad=6)
     axes.grid(color="#e6e9ec", linewidth=0.8)
@@ -290,7 +291,7 @@ def summary_table(run_dir: str | Path) -> str:
     header = ["stage", "sizes", "params", "layout", "steps", "tokens", "FLOPs", "valid loss"]
     header += ["growth", "loss at growth", "stall"]
     left = {1, 3, 7, 8, 9}
-    lines = [header]
+    lines = []
     for span in _spans(read_metrics(run_dir)):
         sizes = " ".join(f"{_SHORT[key]}{span.sizes[key]}" for key in _SHORT if key in span.sizes)
         grown = span.growth
@@ -298,10 +299,10 @@ def summary_table(run_dir: str | Path) -> str:
             [
                 str(span.stage),
                 sizes or "–",
-                _si(span.sizes.get("n_params")),
+                si(span.sizes.get("n_params")),
                 span.layout,
                 f"{span.steps:,}",
-                _si(span.tokens),
+                si(span.tokens),
                 f"{span.flops:.2e}",
                 f"{_loss(span.first_loss)} → {_loss(span.last_loss)}",
                 _reason(grown) if grown else "–",
@@ -309,25 +310,8 @@ def summary_table(run_dir: str | Path) -> str:
                 f"{grown['stall_s']:.1f} s" if grown else "–",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["─" * width for width in widths])
-
-    def aligned(line: list[str]) -> str:
-        cells = enumerate(zip(line, widths, strict=True))
-        return "  ".join(f"{cell:<{w}}" if i in left else f"{cell:>{w}}" for i, (cell, w) in cells).rstrip()
-
-    return "\n".join(aligned(line) for line in lines)
+    return aligned(header, lines, left)
 
 
 def _loss(loss: float | None) -> str:
     return "–" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
-
-
-def _si(number: float | None) -> str:
-    """12.3M, 1.3B: three digits and a suffix."""
-    if number is None:
-        return "–"
-    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= 0.9995 * scale:  # what rounds up to 1000 belongs to the next suffix
-            return f"{number / scale:.3g}{suffix}"
-    return f"{number:.3g}"

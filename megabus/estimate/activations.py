@@ -1,0 +1,199 @@
+"""What a micro batch takes of memory: the model's own code, run on tensors that have shapes and no entries.
+
+So of blocks and head there is no formula here that could differ from the model. Layers are alike, and only one is run;
+each further one adds what it saves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megabus.config.schema import ModelConfig
+from megabus.estimate.live_bytes import LiveBytes
+from megabus.kernels.table import EAGER, Kernels
+from megabus.model.decoder import Decoder
+from megabus.model.layers import rope_at, rope_frequencies
+from megabus.parallel.tensor_parallel import ProcessGroupTP
+
+META = torch.device("meta")
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One micro batch on one rank. sequence_parallel and tp: see `ProcessGroupTP`; rank: which tensor-parallel one."""
+
+    model: ModelConfig
+    tp: int
+    rank: int
+    batch: int
+    seq_len: int
+    precision: Precision
+    recompute: bool
+    sequence_parallel: bool
+    fused: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    @property
+    def boundary(self) -> int:
+        """Bytes of h between two pipeline stages."""
+        return self.batch * self.seq_len * self.model.d_model * self.dtype.itemsize // (self.tp if self._cut else 1)
+
+    @property
+    def _cut(self) -> bool:
+        return self.sequence_parallel and self.tp > 1
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one micro batch on a pipeline stage, without its weights and gradients.
+
+    saved: after forward, for backward. peak: the most while forward and backward run; later: the most of it from the
+    first gradient of a weight on.
+    """
+
+    saved: int
+    peak: int
+    later: int
+
+
+def footprint(shape: Shape, layers: int, first: bool, last: bool) -> Footprint:
+    """Of a pipeline stage of `layers` blocks, with the embedding if it is the `first`, the head if the `last`."""
+    one = _run(shape, last)
+    more = (layers - 1) * layer_bytes(shape) + (_embedding_saves(shape) if first else 0)
+    least = _embedding_peak(shape) if first else 0
+    return Footprint(one.saved + more, max(one.peak + more, least), max(one.later + more, least))
+
+
+def layer_bytes(shape: Shape) -> int:
+    """What a further block saves for backward, with what it gives to the next."""
+    return _run(shape, False).saved
+
+
+def _embedding_saves(shape: Shape) -> int:
+    """h, and which tokens are whose: row numbers and a mask."""
+    return shape.boundary + (9 * shape.batch * shape.seq_len if shape.tp > 1 else 0)
+
+
+def _embedding_peak(shape: Shape) -> int:
+    """In its backward, when all layers are done: the gradient of h, and that of the weight with its fp32 form."""
+    weight = -(-shape.model.vocab_size // shape.tp) * shape.model.d_model
+    return 2 * shape.boundary + weight * (shape.dtype.itemsize + (4 if shape.dtype.itemsize < 4 else 0))
+
+
+@lru_cache(maxsize=1024)
+def _run(shape: Shape, last: bool) -> Footprint:
+    """Of one block, with the head if it is the last. What a block takes is that of its tokens and a constant, so larger
+    micro batches follow from two; the head takes tokens in chunks, and does not."""
+    if last or shape.batch <= 2:
+        return _trace(shape, last)
+    one, two = (_trace(replace(shape, batch=n), False) for n in (1, 2))
+    pairs = zip(astuple(one), astuple(two), strict=True)
+    return Footprint(*(a + (shape.batch - 1) * (b - a) for a, b in pairs))
+
+
+def _trace(shape: Shape, last: bool) -> Footprint:
+    model = shape.model.model_copy(update={"n_layers": 2 if last else 3})
+    tp = _ShapesOnly(shape.tp, shape.rank, shape.sequence_parallel)
+    with META:
+        decoder = Decoder(model, (1, 2), tp, shape.recompute, FUSED if shape.fused else EAGER)
+        decoder.to(shape.dtype)
+        targets = torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64)
+        length = shape.seq_len // (shape.tp if tp.sequence_parallel else 1)
+        h = torch.zeros(shape.batch, length, model.d_model, dtype=shape.dtype, requires_grad=True)
+    tables = rope_at(0, shape.seq_len, rope_frequencies(model), h)  # shared by all layers, counted on their own
+    known = [*decoder.parameters(), *tables, targets, h]
+    live, before = LiveBytes(known, "meta"), 0
+
+    def hand_over(parameter: Tensor) -> None:
+        """What DeepSpeed does with a gradient: it goes into sums, which are counted elsewhere, by way of fp32."""
+        nonlocal before
+        if before == 0:
+            before, live.peak = live.peak, live.now
+        assert parameter.grad is not None
+        parameter.grad.float()
+        parameter.grad = None
+
+    for parameter in decoder.parameters():
+        parameter.register_post_accumulate_grad_hook(hand_over)
+    with live, patch.object(F, "scaled_dot_product_attention", _flash):
+        out = decoder.hidden(h)
+        saved = live.now
+        if last:
+            loss, _ = decoder.loss(out, targets)
+            del out
+            loss.backward()
+        else:
+            out.backward(torch.empty_like(out))
+    return Footprint(saved, max(before, live.peak), live.peak)
+
+
+class _ShapesOnly(ProcessGroupTP):
+    """Tensor parallelism that takes memory and sends nothing."""
+
+    def __init__(self, size: int, rank: int, sequence_parallel: bool) -> None:
+        super().__init__(None, size, rank, sequence_parallel)  # type: ignore[arg-type]
+
+    def _all_reduce(self, x: Tensor, op: Any) -> None:
+        pass
+
+    def _all_gather(self, all_: Tensor, own: Tensor) -> None:
+        pass
+
+    def _reduce_scatter(self, own: Tensor, all_: Tensor) -> None:
+        pass
+
+
+def _flash(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, **_: Any) -> Tensor:
+    """Attention as the kernels have it that never hold the scores; a device without entries has none of them."""
+    return _Attention.apply(q_BHTC, k_BKTC, v_BKTC)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves q, k, v, its result and a logarithm for each query, (B, H, T) fp32 (Dao et al. 2022, section 3.1)."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
+        y_BHTC = torch.empty_like(q_BHTC)  # of the same strides: heads lie within positions
+        ctx.save_for_backward(q_BHTC, k_BKTC, v_BKTC, y_BHTC, q_BHTC.new_empty(q_BHTC.shape[:3], dtype=torch.float32))
+        return y_BHTC
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+class _Fused(torch.autograd.Function):
+    """One pass forward that makes its result and nothing else, one backward that reads the inputs again."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        assert inputs[0] is not None
+        return torch.empty_like(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        return tuple(torch.empty_like(x) if need else None for x, need in needed)
+
+
+def _fused(*inputs: Any) -> Tensor:
+    return _Fused.apply(*(x for x in inputs if x is None or isinstance(x, Tensor)))
+
+
+def _in_place(rows: Tensor) -> None:
+    pass
+
+
+FUSED = Kernels("fused", _fused, _fused, _fused, _fused, _fused, _in_place)

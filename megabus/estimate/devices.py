@@ -1,0 +1,101 @@
+"""Devices and the links between them, as vendors' data sheets have them, and what is assumed where those are silent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megabus.errors import UserError
+from megabus.model.cost import PEAK_TFLOPS
+
+
+@dataclass(frozen=True)
+class Link:
+    """A message of n bytes takes latency + n / bandwidth: seconds, and bytes a second one way (Hockney 1994)."""
+
+    latency: float
+    bandwidth: float
+
+    def seconds(self, n_bytes: float, messages: float = 1) -> float:
+        return messages * self.latency + n_bytes / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device in its node.
+
+    memory: bytes. reserve: of these, what drivers and communication libraries take, and fragments. bf16, fp32: peak
+    FLOP/s of dense matrix products. efficiency: share of it that a layer's products reach. memory_bandwidth: bytes a
+    second. intra, inter: between two devices of a node, and of two nodes (a device's share of its node's network).
+    """
+
+    name: str
+    memory: float
+    reserve: float
+    bf16: float
+    fp32: float
+    efficiency: float
+    memory_bandwidth: float
+    intra: Link
+    inter: Link
+    nodes_of: int
+    source: str
+
+    def peak(self, precision: str) -> float:
+        return self.bf16 if precision == "bf16" else self.fp32
+
+
+# Assumed, for no data sheet says them: latencies of a collective's step, the share of the peak, and the reserve.
+# NVLink's data-sheet figure is the sum of both ways; half of it is one way's. A link rarely gives more than 4/5 of it.
+NVLINK, NETWORK = 5e-6, 10e-6
+EFFICIENCY, RESERVE, WIRE = 0.6, 4e9, 0.8
+
+
+def _gpu(name: str, chip: str, gb: float, fp32: float, hbm: float, intra: float, inter: float, source: str) -> Device:
+    """gb, hbm, intra, inter in GB and GB/s, fp32 in TFLOP/s."""
+    return Device(
+        name=name,
+        memory=gb * 1e9,
+        reserve=RESERVE,
+        bf16=PEAK_TFLOPS[chip] * 1e12,
+        fp32=fp32 * 1e12,
+        efficiency=EFFICIENCY,
+        memory_bandwidth=hbm * 1e9,
+        intra=Link(NVLINK, intra * WIRE * 1e9),
+        inter=Link(NETWORK, inter * WIRE * 1e9),
+        nodes_of=8,
+        source=source,
+    )
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _gpu(
+            "a100", "A100", 80, 19.5, 2039, 300, 25, "NVIDIA A100 SXM 80GB data sheet; NVLink 600 GB/s, HDR InfiniBand"
+        ),
+        _gpu("h100", "H100", 80, 67, 3350, 450, 50, "NVIDIA H100 SXM data sheet; NVLink 900 GB/s, NDR InfiniBand"),
+        _gpu("h200", "H200", 141, 67, 4800, 450, 50, "NVIDIA H200 SXM data sheet; NVLink 900 GB/s, NDR InfiniBand"),
+        _gpu("l40s", "L40S", 48, 91.6, 864, 32, 25, "NVIDIA L40S data sheet; PCIe 4.0 x16, HDR InfiniBand"),
+        Device(
+            name="cpu",
+            memory=12e9,
+            reserve=1e9,
+            bf16=20e9,
+            fp32=40e9,
+            efficiency=1.0,
+            memory_bandwidth=10e9,
+            intra=Link(1e-4, 1e9),
+            inter=Link(1e-3, 1e8),
+            nodes_of=2,
+            source="no data sheet: one core with some GB, assumed throughout",
+        ),
+    )
+}
+
+
+def device(name: str) -> Device:
+    if name not in DEVICES:
+        raise UserError(
+            "--gpu", name, "is not in the table", f"use one of {', '.join(DEVICES)}, and flags for the rest"
+        )
+    return DEVICES[name]

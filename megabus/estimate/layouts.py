@@ -1,0 +1,118 @@
+"""Which layouts of a world a stage could have: all that megabus accepts, by predicted time, as far as they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megabus.config import Layout, RunConfig, Stage, resolve_stages
+from megabus.errors import UserError
+from megabus.estimate.devices import Device
+from megabus.estimate.memory import RankMemory, memory_at, states_at
+from megabus.estimate.step_time import StepTime, step_time
+from megabus.parallel.placement import Placement
+
+MICRO_BATCHES = (1, 2, 4)  # sizes tried beside the stage's own
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A stage in some layout; memory is that of its fullest rank."""
+
+    stage: Stage
+    time: StepTime
+    memory: RankMemory
+
+
+def pipeline_memory(config: RunConfig, stage: Stage) -> list[RankMemory]:
+    """Of every pipeline stage's fullest rank: its last tensor-parallel one, which has most of the vocabulary."""
+    placement = Placement(stage.model, stage.layout)
+    return [memory_at(config, stage, placement, pp, stage.layout.tp - 1) for pp in range(stage.layout.pp)]
+
+
+def fullest(config: RunConfig, stage: Stage, placement: Placement, room: float) -> RankMemory | None:
+    """The memory of the fullest rank, or None where one does not fit into `room` bytes.
+
+    Only the two ends of a pipeline are looked at: the first stage has the embedding, most micro batches in flight and
+    no fewer layers than any, the last one has the head.
+    """
+    worst = None
+    for pp in sorted({0, stage.layout.pp - 1}):
+        at = (config, stage, placement, pp, stage.layout.tp - 1)
+        if states_at(*at).total > room or (memory := memory_at(*at)).total > room:
+            return None
+        worst = memory if worst is None or memory.total > worst.total else worst
+    return worst
+
+
+def candidates(config: RunConfig, stage: Stage, device: Device) -> Iterator[Stage]:
+    """Every layout of the same world with each micro batch size, as far as the checks of a run pass; tensor parallelism
+    within nodes."""
+    world, sizes = stage.layout.world, sorted({*MICRO_BATCHES, stage.micro_batch_size})
+    for tp in _divisors(world):
+        if tp > device.nodes_of:
+            break
+        for pp in _divisors(world // tp):
+            for micro in sizes:
+                try:
+                    yield _restaged(config, stage, Layout(tp, pp, world // (tp * pp)), micro)
+                except UserError:
+                    continue
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _restaged(config: RunConfig, stage: Stage, layout: Layout, micro: int) -> Stage:
+    """The stage in another layout, through the checks of a run that consists of it. Raises `UserError`."""
+    batch = {"seq_len": stage.seq_len, "micro_batch_size": micro, "global_batch_size": stage.global_batch_size}
+    alone = config.model_copy(
+        update={
+            "model": stage.model,
+            "layout": config.layout.model_copy(update={"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}),
+            "train": config.train.model_copy(update=batch),
+            "growth": config.growth.model_copy(update={"stages": [], "max_tokens": None, "max_flops": None}),
+        }
+    )
+    return replace(resolve_stages(alone, layout.world)[0], index=stage.index)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """best: the fastest that fit, fastest first; accepted: how many layouts and micro batch sizes pass the checks;
+    own: the configured one's place among those that fit, from 1, or None where it does not fit."""
+
+    best: list[Choice]
+    accepted: int
+    own: int | None
+
+
+def rank_layouts(config: RunConfig, stage: Stage, device: Device, top: int) -> Ranking:
+    """Each layout once, with its fastest micro batch size that fits; the configured one with its own."""
+    placements: dict[Layout, Placement] = {}
+    timed = []
+    for choice in candidates(config, stage, device):
+        placement = placements.setdefault(choice.layout, Placement(choice.model, choice.layout))
+        timed.append((step_time(config, choice, placement, device), choice))
+    timed.sort(key=lambda pair: (pair[0].total, pair[1].micro_batch_size))
+    room = device.memory - device.reserve
+    own = fullest(config, stage, Placement(stage.model, stage.layout), room)
+    mine = step_time(config, stage, Placement(stage.model, stage.layout), device).total
+    best: list[Choice] = []
+    taken: set[Layout] = set()
+    faster = 0
+    for time, choice in timed:
+        undecided = own is not None and time.total < mine
+        if len(best) >= top and not undecided:
+            break
+        if choice.layout in taken:
+            continue
+        memory = fullest(config, choice, placements[choice.layout], room)
+        if memory is None:
+            continue
+        taken.add(choice.layout)
+        faster += undecided and choice.layout != stage.layout
+        if len(best) < top:
+            best.append(Choice(choice, time, memory))
+    return Ranking(best, len(timed), None if own is None else faster + 1)

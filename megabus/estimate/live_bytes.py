@@ -1,0 +1,49 @@
+"""Bytes of the tensors that a piece of code holds at a time."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts storages that operations read or make, from their first use until they are freed: `now`, and the `peak`
+    since it was last set.
+
+    known: tensors that were there before, not to be counted. device: the kind of device whose tensors count; those of
+    `meta` take nothing, and have the sizes of what they stand for. Scratch memory inside an operation is not seen.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = (), device: str = "cpu") -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.device = device
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_iter((args, kwargs, found)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device:
+                self.count(tensor)
+        return found
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor from now on, if it is not counted yet."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size

@@ -1,0 +1,182 @@
+"""What a rank holds while it trains a stage: states as DeepSpeed lays them out, activations as the model does.
+
+Sizes are in bytes. P: entries of the weights that a rank computes with, each group padded by ZeRO; p = P / dp: entries
+that it owns; O: entries of the parameters that it owns any part of. Which tensors DeepSpeed 0.19 really holds was read
+in its code and is compared with what ranks hold by `benchmarks/memory.py` and by tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megabus.config import RunConfig, Stage
+from megabus.engine import ds_config
+from megabus.estimate.activations import Footprint, Shape, footprint, layer_bytes
+from megabus.parallel.placement import Placement
+from megabus.parallel.topology import coordinate, rank_of, stage_layers
+
+FP32 = 4
+# DeepSpeed adds up the fp32 sums of bf16 training in one buffer for all groups, unless the first is larger than this.
+WHOLE_REDUCTION = 500_000_000
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes. Weights, masters and moments are always there; of what else there is, the worst of three moments counts.
+
+    gradients: sums of gradients while micro batches run; buckets: what they are sent from, then; activations: the most
+    that forward and backward hold beside these, in-flight micro batches and what pipelines keep of h included.
+    reduction: all that is there beside the states while gradients are summed over ranks; update: while Adam steps.
+    """
+
+    weights: int
+    masters: int
+    moments: int
+    gradients: int
+    buckets: int
+    activations: int
+    reduction: int
+    update: int
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.masters + self.moments
+
+    @property
+    def total(self) -> int:
+        return self.states + max(self.gradients + self.buckets + self.activations, self.reduction, self.update)
+
+
+def rank_memory(config: RunConfig, stage: Stage, rank: int) -> RankMemory:
+    """Of a rank of the world while it trains `stage` of `config`."""
+    at = coordinate(stage.layout, rank)
+    return memory_at(config, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
+
+
+def memory_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0) -> RankMemory:
+    """The same of the rank at these coordinates; its data-parallel neighbours have much the same."""
+    states, sums = states_at(config, stage, placement, pp, tp, dp), _sums(config, stage, placement, pp, tp, dp)
+    one = _footprint(config, stage, pp, tp)
+    begin, end = stage_layers(stage.model.n_layers, stage.layout.pp, pp)
+    gone = (end - begin - 1) * layer_bytes(shape_of(config, stage, tp))
+    early = one.peak - one.later if sums.late_buckets else 0
+    return replace(
+        states,
+        gradients=states.gradients - min(sums.late, gone),
+        buckets=states.buckets - min(states.buckets, early),
+        activations=activation_bytes(config, stage, pp, tp),
+    )
+
+
+def states_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0) -> RankMemory:
+    """The same without activations, and so no more than that: no model is run, not even one without entries."""
+    sums = _sums(config, stage, placement, pp, tp, dp)
+    owned = sum(group.partition for group in placement.groups(pp, tp))
+    left = _left_in_pipeline(stage, pp) * shape_of(config, stage, tp).boundary
+    boosted = config.growth.boost is not None and stage.index
+    return RankMemory(
+        weights=_itemsize(config) * owned * stage.layout.dp,
+        masters=FP32 * owned,
+        moments=2 * FP32 * owned,
+        gradients=sums.gradients,
+        buckets=sums.buckets,
+        activations=0,
+        reduction=sums.reduction + left,
+        # The rows that a boost moves, before and after Adam; at most all.
+        update=sums.update + left + (2 * FP32 * owned if boosted else 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """What DeepSpeed's optimizers hold of gradients; see `RankMemory`.
+
+    late: of `gradients`, what is made as the activations go; late_buckets: whether buckets are only there from a micro
+    batch's first gradient on.
+    """
+
+    gradients: int
+    buckets: int
+    reduction: int
+    update: int
+    late: int = 0
+    late_buckets: bool = False
+
+
+def _sums(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int) -> _Sums:
+    train, layout, several = config.train, stage.layout, stage.grad_accum > 1
+    groups = placement.groups(pp, tp)
+    entries, owned = sum(g.entries for g in groups), FP32 * sum(g.partition for g in groups)
+    room = ds_config.BUCKET_ENTRIES
+    buckets = room * _itemsize(config) * (2 if train.overlap_comm else 1)
+    if train.precision == "bf16" and train.zero_stage == 1:
+        # BF16_Optimizer: whole fp32 sums, never given back; both groups in one message, copied to be sent.
+        whole = owned * layout.dp
+        copied = whole if groups[0].partition * layout.dp <= WHOLE_REDUCTION else 0
+        return _Sums(gradients=whole, buckets=0, reduction=whole + copied, update=whole)
+    rank = rank_of(layout, pp, dp, tp)
+    pieces = placement.owned(rank)
+    norm = 2 * FP32 * max(map(len, pieces), default=0)  # of one parameter, in fp64
+    touched = FP32 * sum(len(placement.shard(piece.name, rank)) for piece in pieces)
+    last = FP32 * (entries % room if entries > room else entries)  # in the last bucket
+    if train.precision == "bf16":
+        # ZeRO-2 with fp32 sums of the partition: a bucket of bf16, which is summed over ranks in fp32.
+        reduction = owned + buckets + last + last // layout.dp
+        return _Sums(gradients=owned, buckets=buckets, reduction=reduction, update=owned + norm, late_buckets=True)
+    update = touched + max(owned, norm)
+    if train.zero_stage == 2:
+        # The sums so far, and once a bucket is full this micro batch's too.
+        sums = touched * (1 + several)
+        late = touched if entries > room else 0
+        gradients, reduction = touched * several + late, buckets + sums + last // layout.dp
+        return _Sums(gradients, buckets, reduction, update, late, late_buckets=True)
+    # ZeRO-1: all gradients. When a bucket comes back what is owned of it moves on, beside what is not sent yet.
+    # Pipelines take a second bucket for that.
+    whole = FP32 * entries
+    reduction = max(whole, touched + FP32 * max(0, entries - room)) + buckets * (2 if layout.pp > 1 else 1)
+    return _Sums(whole, buckets, reduction, update, late=0 if several else whole, late_buckets=not several)
+
+
+def _itemsize(config: RunConfig) -> int:
+    return 2 if config.train.precision == "bf16" else FP32
+
+
+def shape_of(config: RunConfig, stage: Stage, tp: int) -> Shape:
+    train = config.train
+    assert train.precision != "fp16"  # resolve_stages refuses it
+    fused = train.kernels in ("compiled", "triton")
+    sizes = (stage.layout.tp, tp, stage.micro_batch_size, stage.seq_len)
+    return Shape(stage.model, *sizes, train.precision, train.recompute, train.sequence_parallel, fused)
+
+
+def in_flight(layout_pp: int, pp: int, grad_accum: int) -> int:
+    """Micro batches of which a pipeline stage holds the activations at a time (1F1B)."""
+    return min(layout_pp - pp, grad_accum)
+
+
+def activation_bytes(config: RunConfig, stage: Stage, pp: int, tp: int) -> int:
+    """The most that forward and backward hold on a pipeline stage, beside weights, gradients and buckets.
+
+    Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last stage besides what its
+    other buffer keeps of the micro batch before (counted on ranks, as was `_left_in_pipeline`).
+    """
+    layout, one = stage.layout, _footprint(config, stage, pp, tp)
+    first, last = pp == 0, pp == layout.pp - 1
+    alive = in_flight(layout.pp, pp, stage.grad_accum)
+    kept = 0
+    if layout.pp > 1 and not first:
+        kept = 4 + min(2, stage.grad_accum) if last else 2 * alive
+    return one.peak + (alive - 1) * one.saved + kept * shape_of(config, stage, tp).boundary
+
+
+def _footprint(config: RunConfig, stage: Stage, pp: int, tp: int) -> Footprint:
+    begin, end = stage_layers(stage.model.n_layers, stage.layout.pp, pp)
+    return footprint(shape_of(config, stage, tp), end - begin, pp == 0, pp == stage.layout.pp - 1)
+
+
+def _left_in_pipeline(stage: Stage, pp: int) -> int:
+    """Tensors of the size of h that DeepSpeed's pipeline still holds when all micro batches are done: what it receives
+    into, and on the last stage three for each of its two buffers that was used."""
+    if stage.layout.pp == 1:
+        return 0
+    return 1 + 3 * min(2, stage.grad_accum) if pp == stage.layout.pp - 1 else 1

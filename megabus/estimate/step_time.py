@@ -1,0 +1,106 @@
+"""How long a step takes, from FLOPs and an alpha-beta model of the links. Predicted: no GPU has been measured.
+
+What lies between matrix products has no term of its own: `Device.efficiency` stands for it. Nothing overlaps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megabus.config import RunConfig, Stage
+from megabus.config.stages import Layout
+from megabus.estimate.devices import Device, Link
+from megabus.model.cost import flops_per_token
+from megabus.parallel.placement import Placement
+from megabus.parallel.topology import rank_of, stage_layers
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step. compute, tensor, pipeline: of the slowest pipeline stage, over all micro batches; bubble: its
+    waiting; data: gradients summed over ranks and weights gathered; update: Adam. model_flops: of the whole step."""
+
+    compute: float
+    tensor: float
+    pipeline: float
+    bubble: float
+    data: float
+    update: float
+    model_flops: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor + self.pipeline + self.bubble + self.data + self.update
+
+    def mfu(self, device: Device, precision: str, world: int) -> float:
+        return self.model_flops / (self.total * world * device.peak(precision))
+
+
+def ring(link: Link, ranks: int, n_bytes: float, passes: int) -> float:
+    """Seconds of a ring collective: 2 passes for an all-reduce, 1 for a gather or a scatter of `n_bytes` in all."""
+    steps = ranks - 1
+    return passes * link.seconds(n_bytes * steps / ranks, steps)
+
+
+def links(layout: Layout, device: Device) -> tuple[Link, Link, Link]:
+    """Of tensor-parallel, pipeline and data-parallel neighbours.
+
+    Ranks fill nodes in order. A data-parallel ring that crosses nodes has as many rails as it has ranks in each.
+    """
+    node = device.nodes_of
+    tensor = device.intra if _together(0, layout.tp - 1, node) else device.inter
+    pipe = device.intra if layout.pp == 1 or _together(0, rank_of(layout, 1, 0, 0), node) else device.inter
+    if _together(0, layout.dp * layout.tp - 1, node):
+        return tensor, pipe, device.intra
+    rails = max(1, min(layout.dp, node // layout.tp))
+    width = min(device.intra.bandwidth, rails * device.inter.bandwidth)
+    return tensor, pipe, Link(device.inter.latency, width)
+
+
+def _together(one: int, other: int, node: int) -> bool:
+    return one // node == other // node
+
+
+def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Device) -> StepTime:
+    """Of one optimizer step of a stage."""
+    layout, model, train = stage.layout, stage.model, config.train
+    precision, micro = train.precision, stage.grad_accum
+    itemsize = 2 if precision == "bf16" else FP32
+    tokens = stage.micro_batch_size * stage.seq_len
+    tensor, pipe, data = links(layout, device)
+    per_token = flops_per_token(model, stage.seq_len)
+    head = 6.0 * model.vocab_size * model.d_model
+    block = (per_token - head) / model.n_layers
+    speed = device.peak(precision) * device.efficiency * layout.tp
+    h_bytes = tokens * model.d_model * itemsize
+    slowest = (0.0, 0.0)
+    for pp in range(layout.pp):
+        begin, end = stage_layers(model.n_layers, layout.pp, pp)
+        flops = (end - begin) * block * (4 / 3 if train.recompute else 1.0) + (head if pp == layout.pp - 1 else 0.0)
+        # A block sums h over ranks twice forward and twice backward, and twice more where it is recomputed; under
+        # sequence parallelism each sum is a scatter and a gather, which is as much. Embedding and head: once more each.
+        sums = (end - begin) * (6 if train.recompute else 4) + (pp == 0) + (pp == layout.pp - 1)
+        slowest = max(slowest, (flops * tokens / speed, sums * ring(tensor, layout.tp, h_bytes, 2)))
+    compute, sent = slowest
+    cut = layout.tp if train.sequence_parallel else 1
+    hops = 0.0 if layout.pp == 1 else 2 * pipe.seconds(h_bytes / cut)
+    one = compute + sent + hops
+    groups = [group for pp in {0, layout.pp - 1} for group in placement.groups(pp, 0)]
+    entries = max(sum(g.entries for g in groups[:2]), sum(g.entries for g in groups[-2:]))
+    # DeepSpeed sums whole gradients on every rank: ZeRO-1 once a step, ZeRO-2 after every micro batch. In fp32 always.
+    reductions = 1 if train.zero_stage == 1 else micro
+    reduced = reductions * ring(data, layout.dp, FP32 * entries, 2)
+    gathered = ring(data, layout.dp, itemsize * entries, 1)
+    # Reads of gradient, master and two moments, and writes of the last three, and of the weight.
+    update = entries / layout.dp * (7 * FP32 + itemsize) / device.memory_bandwidth
+    return StepTime(
+        compute=micro * compute,
+        tensor=micro * sent,
+        pipeline=micro * hops,
+        bubble=(layout.pp - 1) * one,
+        data=reduced + gathered,
+        update=update,
+        model_flops=per_token * stage.tokens_per_step,
+    )

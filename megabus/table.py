@@ -1,0 +1,28 @@
+"""Tables for terminals."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
+    """Columns under a ruled header: those numbered in `left` to the left, the others, being numbers, to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["─" * width for width in widths])
+
+    def one(line: Sequence[str]) -> str:
+        cells = enumerate(zip(line, widths, strict=True))
+        return "  ".join(f"{cell:<{w}}" if i in left else f"{cell:>{w}}" for i, (cell, w) in cells).rstrip()
+
+    return "\n".join(one(line) for line in lines)
+
+
+def si(number: float | None) -> str:
+    """12.3M, 1.3B: three digits and a suffix."""
+    if number is None:
+        return "–"
+    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= 0.9995 * scale:  # what rounds up to 1000 belongs to the next suffix
+            return f"{number / scale:.3g}{suffix}"
+    return f"{number:.3g}"
