@@ -40,7 +40,7 @@ EVAL_EVERY = 4
 SAVE_EVERY = 3
 KEEP_LAST = 2
 KILLS_A_RUN = 4
-TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "stall_s")  # of rows: no two runs agree in them
+TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "stall_s", "environment")  # of rows: no two runs agree in them
 AIMS = (
     Phase.STEP,
     Phase.SHARDS,
