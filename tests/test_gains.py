@@ -117,16 +117,17 @@ def test_a_run_tells_gains_and_memory(tmp_path):
     evals, told, memory = (rows_of(run, event) for event in ("eval", "gains", "memory"))
     assert [row["step"] for row in told] == [row["step"] for row in evals] == [row["step"] for row in memory]
     for row in told:
-        assert row["gains"].keys() == {"s_qk", "s_u", "s_v", "alpha_attn", "alpha_mlp", "output.s_z"}
-        for values in row["gains"].values():
+        kinds = {key: value for key, value in row.items() if isinstance(value, dict)}
+        assert kinds.keys() == {"s_qk", "s_u", "s_v", "alpha_attn", "alpha_mlp", "output.s_z"}
+        for values in kinds.values():
             assert all(low <= high for low, high in pairwise(values[f"p{p}"] for p in PERCENTS))
-    first, last = told[0]["gains"], told[-1]["gains"]
+    first, last = told[0], told[-1]
     assert first["alpha_attn"]["p0"] == pytest.approx(0.05) == first["alpha_attn"]["p100"]  # effective, not raw
     assert first["s_v"]["p50"] == pytest.approx(6.0)  # 1 * sqrt(36)
     assert last["alpha_attn"] != first["alpha_attn"]
     # Growth keeps effective values: the last of a size are the first of the next (s_v carries sqrt(d_model)).
     (growth, *_) = rows_of(run, "growth")
-    before, after = (row["gains"] for row in told if row["step"] == growth["step"])
+    before, after = (row for row in told if row["step"] == growth["step"])
     assert after["alpha_mlp"]["p100"] == pytest.approx(before["alpha_mlp"]["p100"])
     assert after["s_v"]["p100"] == pytest.approx(before["s_v"]["p100"])
 

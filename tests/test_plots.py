@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megabus.errors import UserError
-from megabus.train.plots import plot_loss, read_metrics, summary_table
+from megabus.train.history import read_metrics
+from megabus.train.plots import plot_loss, summary_table
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"d_model": 96, "n_layers": 4, "n_heads": 3, "n_kv_heads": 3, "d_ff": 384, "n_params": 2_160_000}

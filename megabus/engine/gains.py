@@ -50,8 +50,8 @@ def gain_percentiles(
 
 @torch.no_grad()
 def order_statistics(values: Sequence[Tensor], sizes: Sequence[int]) -> list[list[float]]:
-    """For each list of fp32 values, spread over the ranks in any way, those at `PERCENTS` of its sorted whole, which has
-    `sizes` entries: the lower neighbour where a percentile falls between two. NaNs come last. Collective.
+    """For each list of fp32 values, spread over the ranks in any way, those at `PERCENTS` of its sorted whole, which
+    has `sizes` entries: the lower neighbour where a percentile falls between two. NaNs come last. Collective.
 
     A radix selection: floats are ordered as their bits are (negative ones the other way round), so four counts of
     256 digits find any of them exactly. What is sent depends neither on the model's size nor on the world's.

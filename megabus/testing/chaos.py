@@ -33,7 +33,7 @@ from megabus.testing.chaos_ranks import (
     Spans,
     attempt,
 )
-from megabus.train.plots import read_metrics
+from megabus.train.history import read_metrics
 
 VOCAB = 300
 EVAL_EVERY = 4

@@ -182,7 +182,7 @@ def _gauge(run: Run) -> None:
     """What is too dear for every step, beside a validation: how the gains lie, and what memory the ranks take."""
     gains, memory = run.engine.gain_percentiles(), peak_memory(run.engine.device)
     if run.metrics is not None:
-        run.metrics.write("gains", run.totals | {"gains": gains})
+        run.metrics.write("gains", run.totals | gains)
         run.metrics.write("memory", run.totals | memory)
 
 
