@@ -188,7 +188,7 @@ from pathlib import Path
 from megabus.config import parse_config
 from megabus.train.metrics import Metrics
 config, STEP, MEMORY = parse_config(json.loads(sys.argv[1])), *map(json.loads, sys.argv[2:])
-GAINS = {"step": 31, "s_qk": {"p0": 0.5, "p100": 1.5}}
+GAINS = dict(step=31, s_qk=dict(p0=0.5, p100=1.5))
 run, metrics = Path(config.run_dir), Metrics(config)
 {body}
 metrics.close()

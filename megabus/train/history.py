@@ -92,15 +92,15 @@ def read_metrics(run_dir: str | Path) -> list[Row]:
 def places(rows: Sequence[Row], x: XAxis) -> list[float]:
     """Each row's place on the axis. Time, in hours, is tokens over the logged speed, plus growth stalls.
 
-    A step row with tokens_per_s null (the first, say) adds no time.
+    A step row without tokens_per_s (the first, say) adds no time.
     """
     if x != "time":
         return [float(row[x]) for row in rows]
     hours, tokens, found = 0.0, 0, []
     for row in rows:
         if row["event"] == "step" and row["tokens"] > tokens:
-            hours += (row["tokens"] - tokens) / (row["tokens_per_s"] or math.inf) / 3600
+            hours += (row["tokens"] - tokens) / (row.get("tokens_per_s") or math.inf) / 3600
             tokens = row["tokens"]
-        hours += row.get("stall_s", 0.0) / 3600
+        hours += (row.get("stall_s") or 0.0) / 3600
         found.append(hours)
     return found
