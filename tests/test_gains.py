@@ -140,7 +140,7 @@ def test_a_run_tells_gains_and_memory(tmp_path):
 
 def test_a_run_tells_what_it_runs_on(tmp_path):
     corpus = write_corpus(tmp_path)
-    run = run_config(corpus, tmp_path / "run", [{"tp": 2}] * 3, train__max_tokens=256)
+    run = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, train__max_tokens=256)
     start(run, 2)
     start(run, 2)  # a resume tells it again: it may be another machine
     (begun,), (resumed,) = rows_of(run, "start"), rows_of(run, "resume")

@@ -71,9 +71,10 @@ def _floats(values: Sequence[float | None]) -> list[float]:
 
 
 def _manner(shape: str) -> dict[str, Any]:
-    return {
+    manners: dict[str, dict[str, Any]] = {
         "line": {"linewidth": 1.5},
         "thin": {"linewidth": 1.0, "alpha": 0.75},
         "range": {"linewidth": 0.7, "alpha": 0.3},
         "dashed": {"linewidth": 1.1, "linestyle": (0, (4, 2))},
-    }[shape]
+    }
+    return manners[shape]

@@ -39,7 +39,7 @@
   function ticks(low, high, log, count) {
     if (log) {
       const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
-      const steps = last - first <= 2 ? [1, 2, 5] : [1];
+      const steps = high / low < 8 ? [1, 1.5, 2, 3, 4, 5, 7] : last - first <= 2 ? [1, 2, 5] : [1];
       const every = Math.max(1, Math.ceil((last - first) / count));
       const found = [];
       for (let e = first; e <= last; e += every) for (const s of steps) found.push(s * 10 ** e);
