@@ -278,6 +278,11 @@ BAD = {
         "metrics: loss = low: of the step row of step 1 is no number",
     ),
     "a growth of nothing": ('{"event": "growth", "step": 1, "tokens": 1, "flops": 1}\n', "is no dict"),
+    "a size in words": (
+        json.dumps(growth_row(1, 0) | {"new": {"d_model": "many"}}) + "\n",
+        "metrics: d_model = many: of the growth row of step 1 is no size",
+    ),
+    "bytes in words": (json.dumps(growth_row(1, 0) | {"bytes_sent": "many"}) + "\n", "metrics: bytes_sent = many: of"),
     "no text": ("\udcff\n", "cannot be read"),
 }
 

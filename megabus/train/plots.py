@@ -256,7 +256,7 @@ def stage_table(rows: Sequence[Row]) -> list[list[str]]:
                 f"{span.flops:.2e}",
                 f"{_loss(span.first_loss)} → {_loss(span.last_loss)}",
                 why(grown) if grown else "–",
-                f"{_loss(grown['loss_before'])} → {_loss(grown['loss_after'])}" if grown else "–",
+                f"{_loss(grown.get('loss_before'))} → {_loss(grown.get('loss_after'))}" if grown else "–",
                 f"{grown['stall_s']:.1f} s" if grown else "–",
             ]
         )
