@@ -23,7 +23,14 @@ from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 
 VOCAB = 67
-TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "stall_s", "write_s")  # all that a run cannot repeat
+TIMES = (
+    "tokens_per_s",
+    "tokens_per_s_per_gpu",
+    "mfu",
+    "stall_s",
+    "write_s",
+    "environment",
+)  # all that a run cannot repeat
 
 Change = Callable[[], None]  # of a rank's code, made in the forked rank
 

@@ -29,7 +29,7 @@ from megabus.data.batches import TokenSource
 from megabus.engine.engine import Engine, StepResult
 from megabus.model.decoder import Decoder
 from megabus.train import loop
-from megabus.train.plots import read_metrics
+from megabus.train.history import read_metrics
 
 BAD = VOCAB - 1
 T, ROWS = 16, 8

@@ -259,6 +259,8 @@ def test_a_run_that_grows(config: Path, tmp_path: Path, starter: str, layout: st
     assert steps[-1]["loss"] < steps[0]["loss"]
 
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"report:     {run / 'report.html'}\n" in ended.stdout
+    assert "gain:alpha_attn" in (run / "report.html").read_text()
     assert load_config(run / "config.yaml") == load_config(config, overrides)
     model = megabus.load(run)
     assert (model.config.d_model, model.config.n_layers) == (48, 3)

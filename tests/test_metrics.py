@@ -41,6 +41,10 @@ STEP = {
 }
 
 
+GAINS = {"step": 31, "s_qk": {"p0": 0.5, "p50": math.nan, "p100": 1.5}}
+MEMORY = {"step": 31, "max_bytes": 2**30, "max_rank": 3, "of": "GPU"}
+
+
 def run_config(run_dir: Path, **log: object) -> RunConfig:
     return parse_config(TREE | {"run_dir": str(run_dir), "log": log})
 
@@ -140,12 +144,17 @@ def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
     metrics.write("step", STEP)
     metrics.write("step", STEP | {"step": 31, "loss": math.nan})
     metrics.write("eval", {"step": 31, "loss": 2.5, "reason": "kappa"})
+    metrics.write("gains", GAINS)
+    metrics.write("memory", MEMORY)
     metrics.close()
     (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     events = EventAccumulator(str(file)).Reload()
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("step/loss")] == [(30, 3.14159)]
     assert [(e.step, e.value) for e in events.Scalars("eval/loss")] == [(31, 2.5)]
     assert [e.step for e in events.Scalars("step/lr")] == [30, 31]
+    for name, value in (("gains/s_qk/p0", 0.5), ("gains/s_qk/p100", 1.5), ("memory/max_bytes", 2.0**30)):
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(31, value)]
+    assert not {"gains/s_qk/p50", "memory/of"} & set(events.Tags()["scalars"])
     assert not {"eval/reason", "step/mfu"} & set(events.Tags()["scalars"])
 
 
@@ -178,7 +187,8 @@ import json, sys
 from pathlib import Path
 from megabus.config import parse_config
 from megabus.train.metrics import Metrics
-config, STEP = parse_config(json.loads(sys.argv[1])), json.loads(sys.argv[2])
+config, STEP, MEMORY = parse_config(json.loads(sys.argv[1])), *map(json.loads, sys.argv[2:])
+GAINS = dict(step=31, s_qk=dict(p0=0.5, p100=1.5))
 run, metrics = Path(config.run_dir), Metrics(config)
 {body}
 metrics.close()
@@ -190,7 +200,7 @@ metrics.close()
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # whatever should be sent would not arrive
     tree = run_config(run, wandb=True).model_dump_json()
     ended = subprocess.run(
-        [sys.executable, "-c", script, tree, json.dumps(STEP)],
+        [sys.executable, "-c", script, tree, json.dumps(STEP), json.dumps(MEMORY)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -205,7 +215,11 @@ def test_wandb_offline_stays_on_this_machine(tmp_path: Path) -> None:
     body = """
 metrics.write("step", STEP)
 metrics.write("eval", {"step": 30, "loss": 2.5})
+metrics.write("gains", GAINS)
+metrics.write("memory", MEMORY)
 metrics.write("step", STEP | {"step": 31})  # wandb keeps a step back till the next
+assert metrics.wandb.summary["gains/s_qk/p100"] == 1.5, metrics.wandb.summary
+assert metrics.wandb.summary["memory/max_bytes"] == 2**30
 assert metrics.wandb.settings.mode == "offline"
 assert metrics.wandb.summary["step/loss"] == 3.14159
 assert metrics.wandb.summary["eval/loss"] == 2.5
@@ -214,7 +228,7 @@ assert metrics.wandb.id == (run / "wandb-id").read_text() == metrics._wandb_id()
     run = with_wandb(tmp_path, body)
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     assert file.stat().st_size > 0
-    assert len(told(run)) == 3
+    assert len(told(run)) == 5
 
 
 def test_wandb_hears_of_earlier_steps(tmp_path: Path) -> None:

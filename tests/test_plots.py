@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megabus.errors import UserError
-from megabus.train.plots import plot_loss, read_metrics, summary_table
+from megabus.train.history import read_metrics
+from megabus.train.plots import MOST_FLAGS, plot_loss, summary_table
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"d_model": 96, "n_layers": 4, "n_heads": 3, "n_kv_heads": 3, "d_ff": 384, "n_params": 2_160_000}
@@ -159,6 +160,13 @@ def test_growth_labels_never_overlap(tmp_path, monkeypatch, x, log_x):
     flat = [box.translated(0, -box.y0) for box in boxes]
     assert any(a.overlaps(b) for a, b in itertools.combinations(flat, 2))  # control: in one row they would
     assert all(box.y0 >= axes.bbox.y1 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_growths_without_number_have_lines_but_no_labels(tmp_path, monkeypatch):
+    for n, labels in ((MOST_FLAGS, MOST_FLAGS), (MOST_FLAGS + 1, 0)):
+        axes = drawn(monkeypatch, [grown_run(tmp_path, f"run{n}", tuple(range(1, n + 1)))], "unused.png").axes[0]
+        assert len(axes.lines) == 2 + n
+        assert len(axes.texts) == labels
 
 
 def test_curves_are_the_metrics(tmp_path, monkeypatch):

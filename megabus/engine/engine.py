@@ -22,6 +22,7 @@ from megabus.engine.adam import make_adam
 from megabus.engine.boost import Boost
 from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
+from megabus.engine.gains import gain_percentiles
 from megabus.engine.unit_rows import UnitRows
 from megabus.kernels.table import select
 from megabus.model.decoder import Decoder
@@ -216,6 +217,10 @@ class Engine:
         worst = self.unit_rows.error()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return float(worst)
+
+    def gain_percentiles(self) -> dict[str, dict[str, float]]:
+        """By kind of gain, percentiles of its effective values over the world's masters; see there. Collective."""
+        return gain_percentiles(self.placement, self.read(), self.mesh.rank, self.device)
 
     def micro_rows(self, micro_step: int) -> range:
         """Rows of the global batch that this data-parallel rank computes in a micro step."""

@@ -62,6 +62,11 @@ class ParamSpec:
         """Tensor parallelism cuts the rows, never a vector; `embed` is never cut."""
         return self.rows != "embed"
 
+    @property
+    def namesake(self) -> str:
+        """Its name within whatever layer it is in (`attn.out`), or in the whole model."""
+        return self.name if self.layer is None else self.name.split(f".{self.layer}.", 1)[1]
+
     def in_layer(self, layer: int) -> str:
         """The canonical name of this parameter's namesake in another layer."""
         return self.name if self.layer is None else self.name.replace(f".{self.layer}.", f".{layer}.", 1)

@@ -33,14 +33,14 @@ from megabus.testing.chaos_ranks import (
     Spans,
     attempt,
 )
-from megabus.train.plots import read_metrics
+from megabus.train.history import read_metrics
 
 VOCAB = 300
 EVAL_EVERY = 4
 SAVE_EVERY = 3
 KEEP_LAST = 2
 KILLS_A_RUN = 4
-TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "stall_s")  # of rows: no two runs agree in them
+TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "stall_s", "environment")  # of rows: no two runs agree in them
 AIMS = (
     Phase.STEP,
     Phase.SHARDS,

@@ -17,6 +17,7 @@ from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached
 from megabus.model.cost import flops_per_token, peak_flops
 from megabus.parallel.agree import on_any_rank
+from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, roll_back, sizes, started, watch_stage
 from megabus.train.saving import collect, finish, save, tell_unwritten
@@ -173,7 +174,16 @@ def observe(run: Run, loss: float) -> GrowthSignal:
         decaying = run.config.optimizer.schedule == "wsd" and run.share > 1 - run.config.optimizer.decay_share
         growing = decision.grow and run.can_grow and run.share < 1 and not (decaying and decision.reason == "kappa")
         signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing, now.step)
+    _gauge(run)
     return broadcast_decision(signal, device=run.engine.device)
+
+
+def _gauge(run: Run) -> None:
+    """What is too dear for every step, beside a validation: how the gains lie, and what memory the ranks take."""
+    gains, memory = run.engine.gain_percentiles(), peak_memory(run.engine.device)
+    if run.metrics is not None:
+        run.metrics.write("gains", run.totals | gains)
+        run.metrics.write("memory", run.totals | memory)
 
 
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,9 @@ class Metrics:
         return SummaryWriter(self.run_dir / "tensorboard", purge_step=purge)
 
     def write(self, event: str, row: dict[str, Any]) -> None:
-        # JSON knows no NaN: a loss that is none is written as null.
-        clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        clean = _clean(row)
         self.file.write(json.dumps({"event": event, **clean}))
-        numbers = {f"{event}/{k}": v for k, v in clean.items() if isinstance(v, int | float)}
+        numbers = dict(_numbers(event, clean))
         try:
             if self.wandb is not None:
                 self.wandb.log(numbers | {STEP: row["step"]})
@@ -96,6 +96,22 @@ class Metrics:
                 self.tensorboard.close()
         except OSError as error:
             self._other_error = error
+
+
+def _clean(value: Any) -> Any:
+    """JSON knows no NaN: a loss that is none is written as null."""
+    if isinstance(value, dict):
+        return {key: _clean(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, int | float]]:
+    """`event/key`, and `event/key/inner` of what is nested: all numbers of a row."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(f"{key}/{name}", inner)
+    elif isinstance(value, int | float):
+        yield key, value
 
 
 class RowFile:

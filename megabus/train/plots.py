@@ -1,36 +1,25 @@
-"""Pictures and tables of runs, from the `metrics.jsonl` that each run directory holds.
-
-One JSON object a line, told apart by `event`, each with the run's totals step, tokens and flops:
-`step` and `eval` rows add loss (nats per token; step rows tokens_per_s too); `growth` rows from_stage,
-to_stage, the sizes `old` and `new`, old_layout, new_layout, loss_before, loss_after, reason and stall_s;
-an optional `start` row stage, sizes and layout, so that the table knows a run that has not grown.
-Other events are passed over.
-"""
+"""Pictures and tables of runs, from what they have told (`megabus/train/history.py`)."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from megabus.errors import UserError
 from megabus.table import aligned, si
+from megabus.train.history import Row, XAxis, places, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
-XAxis = Literal["flops", "tokens", "time"]
-
-_EVENTS = ("start", "step", "eval", "growth")
 _SHORT = {"d_model": "d", "n_layers": "L", "n_heads": "H", "n_kv_heads": "KV", "d_ff": "ff"}
 _REASON = {"kappa": "κ", "cap": "cap"}
-_X_LABEL = {"flops": "training compute (FLOPs)", "tokens": "tokens", "time": "training time (hours)"}
-_COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#5c6b73")
+X_LABEL = {"flops": "training compute (FLOPs)", "tokens": "tokens", "time": "training time (hours)"}
+COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#5c6b73")
 INK, FAINT = "#22282e", "#8b949e"
 STYLE = {  # of every picture of the project
     "font.size": 10,
@@ -43,34 +32,7 @@ STYLE = {  # of every picture of the project
     "ytick.labelcolor": INK,
 }
 _HEIGHT = 4.6  # of the axes, in inches
-
-
-def read_metrics(run_dir: str | Path) -> list[Row]:
-    """The rows of a run in order. Raises `UserError` where there are none, or a line is not a JSON object.
-
-    A last line without its newline is still being written and is left out. A `resume` row takes back all rows
-    of later steps: the resumed run tells them anew.
-    """
-    path = Path(run_dir) / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError("run_dir", run_dir, "holds no metrics.jsonl", "name the directory of a megabus run")
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-            event, step = row["event"], row["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            problem = f"line {number} is no metrics row ({type(error).__name__})"
-            raise UserError("metrics", path, problem, "remove the line") from error
-        if event == "resume":
-            rows = [row for row in rows if row["step"] <= step]
-        elif event in _EVENTS:
-            rows.append(row)
-    if not rows:
-        raise UserError("metrics", path, "is empty", "wait for the first logged step")
-    return rows
+MOST_FLAGS = 40  # labels of growths that a picture has room for
 
 
 # ---- the picture
@@ -82,8 +44,8 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if x not in _X_LABEL:
-        raise UserError("x", x, "no such axis", f"use one of {', '.join(_X_LABEL)}")
+    if x not in X_LABEL:
+        raise UserError("x", x, "no such axis", f"use one of {', '.join(X_LABEL)}")
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
     with mpl.rc_context(STYLE | {"axes.formatter.use_mathtext": True}):
         figure = Figure(figsize=(9.6, _HEIGHT), dpi=150)
@@ -91,7 +53,7 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
         axes = figure.add_axes((0.075, 0.1, 0.895, 0.8))
         labels = []
         for i, (run_dir, rows) in enumerate(zip(run_dirs, runs, strict=True)):
-            colour = _COLOURS[i % len(_COLOURS)]
+            colour = COLOURS[i % len(COLOURS)]
             _draw_run(axes, rows, Path(run_dir).resolve().name, colour, x, log_x)
             labels += [(at, text, colour) for at, text in _growths(rows, x)]
         _dress(axes, runs, x, log_x)
@@ -101,23 +63,6 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
         except (OSError, ValueError) as error:
             raise UserError("picture", out_png, f"cannot be written ({error})", "name a writable .png") from error
     return Path(out_png)
-
-
-def places(rows: Sequence[Row], x: XAxis) -> list[float]:
-    """Each row's place on the axis. Time, in hours, is tokens over the logged speed, plus growth stalls.
-
-    A step row with tokens_per_s null (the first, say) adds no time.
-    """
-    if x != "time":
-        return [float(row[x]) for row in rows]
-    hours, tokens, found = 0.0, 0, []
-    for row in rows:
-        if row["event"] == "step" and row["tokens"] > tokens:
-            hours += (row["tokens"] - tokens) / (row["tokens_per_s"] or math.inf) / 3600
-            tokens = row["tokens"]
-        hours += row.get("stall_s", 0.0) / 3600
-        found.append(hours)
-    return found
 
 
 def _series(rows: Sequence[Row], event: str, x: XAxis) -> tuple[list[float], list[float]]:
@@ -142,18 +87,18 @@ def _draw_run(axes: Axes, rows: Sequence[Row], name: str, colour: str, x: XAxis,
 def _growths(rows: Sequence[Row], x: XAxis) -> list[tuple[float, str]]:
     """(x, label) of each growth."""
     pairs = zip(places(rows, x), rows, strict=True)
-    return [(at, _growth_text(row)) for at, row in pairs if row["event"] == "growth"]
+    return [(at, growth_text(row)) for at, row in pairs if row["event"] == "growth"]
 
 
-def _growth_text(row: Row) -> str:
+def growth_text(row: Row) -> str:
     """`d 96→144, L 4→6 (κ)`: what changed in width and depth, else in whatever did, and why."""
     changed = [key for key, value in row["new"].items() if row["old"].get(key) != value and key != "n_params"]
     shown = [key for key in ("d_model", "n_layers") if key in changed] or changed[:2]
     sizes = ", ".join(f"{_SHORT.get(key, key)} {row['old'].get(key, '–')}→{row['new'][key]}" for key in shown)
-    return f"{sizes or 'same size'} ({_reason(row)})"
+    return f"{sizes or 'same size'} ({why(row)})"
 
 
-def _reason(growth: Row) -> str:
+def why(growth: Row) -> str:
     reason: str = growth["reason"]
     return _REASON.get(reason, reason)
 
@@ -178,7 +123,7 @@ def _dress(axes: Axes, runs: Sequence[Sequence[Row]], x: XAxis, log_x: bool) -> 
         axes.set_xlim(left=0.9 * min(at for at, loss in seen if loss <= high + pad))
     elif x == "tokens":
         axes.xaxis.set_major_formatter(lambda tokens, _: si(tokens))
-    axes.set_xlabel(_X_LABEL[x], labelpad=6)
+    axes.set_xlabel(X_LABEL[x], labelpad=6)
     axes.set_ylabel("loss (nats per token)", labelpad=6)
     axes.grid(color="#e6e9ec", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -207,6 +152,10 @@ def _lay_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, s
     axes.set_xlim(axes.get_xlim())  # settle the scale: places on the page depend on it
     # (x, text, colour, left, right, lane); left and right in points on the page
     flags: list[tuple[float, str, str, float, float, int]] = []
+    if len(labels) > MOST_FLAGS:  # they would be taller than the curves
+        for at, _, colour in labels:
+            axes.axvline(at, zorder=1, color=colour, linewidth=0.6, alpha=0.5)
+        labels = []
     for at, text, colour in sorted(labels, reverse=True):
         flag = axes.text(0, 0, text, fontsize=8.5, transform=axes.transAxes)
         width = flag.get_window_extent().width * pixel
@@ -261,11 +210,14 @@ def _spans(rows: Sequence[Row]) -> Iterator[_Span]:
     """Cut a run at its growth events."""
     start = next((row for row in rows if row["event"] == "start"), {})
     sizes, layout, stage = start.get("sizes", {}), start.get("layout", "–"), start.get("stage", 0)
-    origin = {"step": 0, "tokens": 0, "flops": 0}
-    while rows:
-        cut = next((i for i, row in enumerate(rows) if row["event"] == "growth"), None)
+    origin: Row = {"step": 0, "tokens": 0, "flops": 0}
+    first = 0
+    for cut in [*(i for i, row in enumerate(rows) if row["event"] == "growth"), None]:
         growth = None if cut is None else rows[cut]
-        here, rows = (rows, []) if cut is None else (rows[:cut], rows[cut + 1 :])
+        here = rows[first:cut]
+        first = len(rows) if cut is None else cut + 1
+        if growth is None and not here:
+            return
         if growth:
             sizes, layout, stage = growth["old"], growth.get("old_layout", layout), growth["from_stage"]
         end = growth or here[-1]
@@ -286,14 +238,13 @@ def _spans(rows: Sequence[Row]) -> Iterator[_Span]:
             origin = growth
 
 
-def summary_table(run_dir: str | Path) -> str:
-    """One line per stage: what it was, what it spent, what it learned, how it ended; aligned columns."""
+def stage_table(rows: Sequence[Row]) -> list[list[str]]:
+    """A header, then a line per stage: what it was, what it spent, what it learned, how it ended."""
     header = ["stage", "sizes", "params", "layout", "steps", "tokens", "FLOPs", "valid loss"]
     header += ["growth", "loss at growth", "stall"]
-    left = {1, 3, 7, 8, 9}
-    lines = []
-    for span in _spans(read_metrics(run_dir)):
-        sizes = " ".join(f"{_SHORT[key]}{span.sizes[key]}" for key in _SHORT if key in span.sizes)
+    lines = [header]
+    for span in _spans(rows):
+        sizes = short_sizes(span.sizes)
         grown = span.growth
         lines.append(
             [
@@ -305,12 +256,23 @@ def summary_table(run_dir: str | Path) -> str:
                 si(span.tokens),
                 f"{span.flops:.2e}",
                 f"{_loss(span.first_loss)} → {_loss(span.last_loss)}",
-                _reason(grown) if grown else "–",
-                f"{_loss(grown['loss_before'])} → {_loss(grown['loss_after'])}" if grown else "–",
+                why(grown) if grown else "–",
+                f"{_loss(grown.get('loss_before'))} → {_loss(grown.get('loss_after'))}" if grown else "–",
                 f"{grown['stall_s']:.1f} s" if grown else "–",
             ]
         )
-    return aligned(header, lines, left)
+    return lines
+
+
+def summary_table(run_dir: str | Path) -> str:
+    """`stage_table` of a run in aligned columns."""
+    header, *lines = stage_table(read_metrics(run_dir))
+    return aligned(header, lines, left={1, 3, 7, 8, 9})
+
+
+def short_sizes(sizes: dict[str, Any]) -> str:
+    """`d96 L4 H3 KV3 ff384`."""
+    return " ".join(f"{short}{sizes[key]}" for key, short in _SHORT.items() if key in sizes)
 
 
 def _loss(loss: float | None) -> str:

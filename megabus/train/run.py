@@ -30,6 +30,7 @@ from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
 from megabus.preflight.flight import preflight
 from megabus.train.corpora import Corpora
+from megabus.train.environment import environment
 from megabus.train.metrics import Metrics, describe
 from megabus.train.resume import check_continues, check_same_model, data_order
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
@@ -103,9 +104,10 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.beat)
     engine = _engine(config, stages, found.state.stage if found else 0)
     watchdog.beat()
+    machine = environment(engine.device)
     run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog)
     if found is not None:
-        go_on_from(run, found, "start", changes)
+        go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
     else:
         if origin is not None:
             restore(origin, engine, watchdog.beat)
@@ -113,7 +115,8 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
             engine.write(initial_fragments(engine, config.train.seed))
         watch_stage(run)
         if run.metrics is not None:
-            run.metrics.write("start", run.totals | {"sizes": sizes(run.stage), "layout": str(run.stage.layout)})
+            row = {"sizes": sizes(run.stage), "layout": str(run.stage.layout), "environment": machine}
+            run.metrics.write("start", run.totals | row)
             parameters = f"{count_parameters(run.stage.model):,} parameters"
             say(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}")
     with agreement():
@@ -169,8 +172,11 @@ def started(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> It
         lock.release()
 
 
-def go_on_from(run: Run, found: Found, reason: str, changes: list[str]) -> None:
-    """Put the run, whose engine is of the checkpoint's stage, where the checkpoint was saved. Collective."""
+def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
+    """Put the run, whose engine is of the checkpoint's stage, where the checkpoint was saved. Collective.
+
+    why: what is written down of it: `reason`, `changes` (see `check_continues`), and with a start `environment`.
+    """
     restore(found, run.engine, run.watchdog.beat)
     now = run.progress = replace(found.state.progress)
     now.position = align_up(now.position, run.stage.seq_len)
@@ -180,12 +186,12 @@ def go_on_from(run: Run, found: Found, reason: str, changes: list[str]) -> None:
     run.monitor.retarget(run.stage.kappa, run.stage.max_tokens, run.stage.max_flops)
     run.view = run.monitor.view(now.tokens, now.flops)
     if run.metrics is not None:
-        row = {"reason": reason, "layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
-        run.metrics.write("resume", run.totals | row | {"changes": changes})
+        layouts = {"layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
+        run.metrics.write("resume", run.totals | layouts | why)
         say(f"resuming at step {now.step}: {describe(run.stage)}, from {found.folder} ({found.state.layout})")
         if run.share >= 1:
             say("the run has reached its budget already: raise train.max_* to go on")
-        for change in changes:
+        for change in why["changes"]:
             say(f"changed since it was saved: {change}")
 
 
@@ -202,7 +208,7 @@ def roll_back(run: Run) -> None:
     run.engine.close()
     run.engine = _engine(run.config, run.stages, found.state.stage)
     run.watchdog.beat()
-    go_on_from(run, found, "not finite", [])
+    go_on_from(run, found, {"reason": "not finite", "changes": [], "from_step": failed.step})
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
 

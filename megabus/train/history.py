@@ -1,0 +1,106 @@
+"""What a run has told: the rows of its `metrics.jsonl`, as written, and what of them counts.
+
+One JSON object a line, told apart by `event`, each with `step` and all but `save` with the run's totals tokens and
+flops: `step` and `eval` rows add loss (nats per token; step rows tokens_per_s too); `growth` rows from_stage,
+to_stage, the sizes `old` and `new`, old_layout, new_layout, loss_before, loss_after, reason and stall_s; an optional
+`start` row stage, sizes and layout, so that a run that has not grown is known. See `train/loop.py` for the others:
+`gains`, `memory`, `skip`, `save`, `resume`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megabus.errors import UserError
+
+Row = dict[str, Any]
+XAxis = Literal["flops", "tokens", "time"]
+
+_CURVES = ("start", "step", "eval", "growth")
+_CHUNK = 4096  # lines that are parsed at once, so that their keys are the same objects: half the memory
+
+
+def read_rows(run_dir: str | Path) -> list[Row]:
+    """All rows of a run in the order they were written. Raises `UserError` where there is no file of them, or a line is
+    no JSON object with an event and a step. A last line without its newline is still being written and is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError("run_dir", run_dir, "holds no metrics.jsonl", "name the directory of a megabus run")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("metrics", path, f"cannot be read ({error})", "name the directory of a megabus run") from error
+    rows: list[Row] = []
+    for first in range(0, len(lines), _CHUNK):
+        rows += _parsed(path, first, lines[first : first + _CHUNK])
+    return rows
+
+
+def _parsed(path: Path, first: int, lines: list[str]) -> list[Row]:
+    try:
+        rows = json.loads(f"[{','.join(lines)}]")
+        if len(rows) == len(lines) and all(_is_row(row) for row in rows):
+            return rows
+    except ValueError:
+        pass  # the line that is none is named below
+    rows = []
+    for number, line in enumerate(lines, first + 1):
+        try:
+            row = json.loads(line)
+            if not _is_row(row):
+                raise TypeError
+        except (ValueError, TypeError) as error:
+            problem = f"line {number} is no metrics row ({type(error).__name__})"
+            raise UserError("metrics", path, problem, "remove the line") from error
+        rows.append(row)
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("event"), str) and isinstance(row.get("step"), int)
+
+
+def what_counts(rows: Sequence[Row]) -> list[Row]:
+    """A `resume` row takes back all rows of later steps: the resumed run tells them anew."""
+    counted: list[Row] = []
+    for row in rows:
+        if row["event"] == "resume":
+            counted = [earlier for earlier in counted if earlier["step"] <= row["step"]]
+        else:
+            counted.append(row)
+    return counted
+
+
+def curve_rows(rows: Sequence[Row]) -> list[Row]:
+    """The `start`, `step`, `eval` and `growth` rows."""
+    return [row for row in rows if row["event"] in _CURVES]
+
+
+def read_metrics(run_dir: str | Path) -> list[Row]:
+    """The `start`, `step`, `eval` and `growth` rows of a run that count, in order. Raises `UserError` where there are
+    none (see also `read_rows`)."""
+    rows = curve_rows(what_counts(read_rows(run_dir)))
+    if not rows:
+        raise UserError("metrics", Path(run_dir) / "metrics.jsonl", "is empty", "wait for the first logged step")
+    return rows
+
+
+def places(rows: Sequence[Row], x: XAxis) -> list[float]:
+    """Each row's place on the axis. Time, in hours, is tokens over the logged speed, plus growth stalls.
+
+    A step row without tokens_per_s (the first, say) adds no time.
+    """
+    if x != "time":
+        return [float(row[x]) for row in rows]
+    hours, tokens, found = 0.0, 0, []
+    for row in rows:
+        if row["event"] == "step" and row["tokens"] > tokens:
+            hours += (row["tokens"] - tokens) / (row.get("tokens_per_s") or math.inf) / 3600
+            tokens = row["tokens"]
+        hours += (row.get("stall_s") or 0.0) / 3600
+        found.append(hours)
+    return found

@@ -1,0 +1,1 @@
+"""One page about runs, for a browser without a network: curves, growths, faults, configuration."""

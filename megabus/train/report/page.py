@@ -1,0 +1,147 @@
+"""The page: one HTML file with all it needs inside, made by a template that escapes whatever comes from files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import megabus
+from megabus.errors import UserError
+from megabus.train.plots import COLOURS, plot_loss, stage_table
+from megabus.train.report.curves import PANELS, Curve, Drawn, Panel, drawn, gain_panels
+from megabus.train.report.pictures import plot_curves
+from megabus.train.report.run_facts import (
+    RunFacts,
+    faults,
+    final_figures,
+    growth_marks,
+    growth_table,
+    read_run,
+    shortened,
+)
+
+_FILES = Path(__file__).parent / "page"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page and its pictures show. thinned: by run."""
+
+    runs: list[RunFacts]
+    panels: list[Panel]
+    thinned: list[Drawn]
+
+
+def gather(run_dirs: Sequence[str | Path]) -> Report:
+    """Read the runs. Raises `UserError` for what is none, or holds what no run writes."""
+    runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
+    panels = [*PANELS, *gain_panels([run.rows for run in runs])]
+    return Report(runs, panels, [drawn(run.tracks, panels) for run in runs])
+
+
+def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Path:
+    """Write `report.html`, and beside it `loss.png` and `curves.png`; the page. Raises `UserError` for runs that cannot
+    be read (then nothing is written) and a folder that cannot be written."""
+    report, out = gather(run_dirs), Path(out_dir)
+    page = render(report)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = out / "report.html.partial"
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(out / "report.html")
+    except OSError as error:
+        raise UserError("--out", out, f"cannot be written ({error.strerror})", "name a writable folder") from error
+    plot_loss(run_dirs, out / "loss.png")
+    plot_curves([run.name for run in report.runs], report.panels, report.thinned, out / "curves.png")
+    return out / "report.html"
+
+
+def names_of(run_dirs: Sequence[str | Path]) -> list[str]:
+    """The last part of each path, and as many before it as tell it from the others."""
+    paths = [Path(run_dir).resolve() for run_dir in run_dirs]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise UserError("run_dir", twice, "is given twice", "name each run once")
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def render(report: Report) -> str:
+    """The HTML."""
+    runs, panels, thinned = report.runs, report.panels, report.thinned
+    shown = [i for i in range(len(panels)) if any(curve for run in thinned for curve in run.curves[i])]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FILES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found = [list(faults(run)) for run in runs]
+    data = {
+        "runs": [
+            {
+                "name": run.name,
+                "growths": growth_marks(run),
+                "faults": [_fault_mark(run, fault) for fault in found[number][:1000]],
+                "places": thinned[number].places,
+                "curves": {panels[i].key: thinned[number].curves[i] for i in shown},
+            }
+            for number, run in enumerate(runs)
+        ],
+        "panels": [
+            {
+                "key": panels[i].key,
+                "title": panels[i].title,
+                "unit": panels[i].unit,
+                "log": panels[i].log,
+                "lines": [{"event": o.event, "label": o.label, "shape": o.shape} for o in panels[i].lines],
+            }
+            for i in shown
+        ],
+    }
+    return environment.get_template("report.html").render(
+        version=megabus.__version__,
+        runs=runs,
+        n_colours=len(COLOURS),
+        panels=[(panels[i], _in_words(runs, panels[i], [run.curves[i] for run in thinned])) for i in shown],
+        missing=[panel for i, panel in enumerate(panels) if i not in shown],
+        finals=_beside([final_figures(run) for run in runs]),
+        stages=[stage_table(run.curve_rows) for run in runs],
+        growths=[shortened(growth_table(run)) for run in runs],
+        faults=[shortened(of_run) for of_run in found],
+        config=_beside([run.config for run in runs]),
+        environment=_beside([run.environment for run in runs]),
+        data=data,
+    )
+
+
+def _beside(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str], bool]]:
+    """(key, value of each run, whether they differ) in the order in which the keys come up."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    rows = [(key, [table.get(key, "–") for table in tables]) for key in keys]
+    return [(key, values, len(set(values)) > 1) for key, values in rows]
+
+
+def _fault_mark(run: RunFacts, fault: dict[str, Any]) -> dict[str, Any]:
+    row = fault["row"]
+    axes = ("tokens", "flops", "time")
+    return {x: run.tracks.place(row, x) for x in axes} | {"text": f"{fault['what']} at step {row['step']:,}"}  # type: ignore[arg-type]
+
+
+def _in_words(runs: Sequence[RunFacts], panel: Panel, curves: Sequence[list[Curve | None]]) -> str:
+    """What a diagram shows, for whoever does not see it: where the main line of each run begins and ends."""
+    told = []
+    for run, of_run in zip(runs, curves, strict=True):
+        main = next((curve for curve in reversed(of_run) if curve is not None and "y" in curve), None)
+        values = [y for y in main["y"] if y is not None] if main else []
+        if values:
+            told.append(f"{run.name}: from {values[0]:.4g} to {values[-1]:.4g}")
+    return f"{panel.title} ({panel.unit or 'no unit'}). " + "; ".join(told)

@@ -1,0 +1,235 @@
+"""What a report says of a run in words and figures: what it ended with, how it grew, what went wrong, on what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megabus.errors import UserError
+from megabus.table import si
+from megabus.train.history import Row, curve_rows, read_rows, what_counts
+from megabus.train.metrics import clock
+from megabus.train.plots import growth_text, short_sizes, stage_table, why
+from megabus.train.report.curves import Tracks
+
+MOST_ROWS = 100  # of a table; what lies between the first and the last half is left to metrics.jsonl
+_GROWTH = {"old": dict, "new": dict, "reason": str, "from_stage": int, "to_stage": int, "stall_s": float}
+_GROWTH_NUMBERS = ("loss_before", "loss_after", "unit_error", "bytes_sent", "bytes_kept")  # or null
+
+
+@dataclass
+class RunFacts:
+    """A run, read. rows: those that count; told: all that were written, in order."""
+
+    name: str
+    folder: Path
+    told: list[Row]
+    rows: list[Row]
+    tracks: Tracks
+    config: dict[str, str]
+    environment: dict[str, str]
+
+    @property
+    def curve_rows(self) -> list[Row]:
+        """What `megabus.train.plots` draws and tabulates."""
+        return curve_rows(self.rows)
+
+    @property
+    def growths(self) -> list[Row]:
+        return self.tracks.rows("growth")
+
+
+def read_run(run_dir: str | Path, name: str) -> RunFacts:
+    """Read a run directory. Raises `UserError` for what is none, or holds what no run writes."""
+    folder = Path(run_dir)
+    told = read_rows(folder)
+    path = folder / "metrics.jsonl"
+    rows = what_counts(told)
+    if not curve_rows(rows):
+        raise UserError("metrics", path, "is empty", "wait for the first logged step")
+    run = RunFacts(name, folder, told, rows, Tracks(rows, path), _config(folder), _environment(told))
+    for row in run.growths:
+        for key, kind in _GROWTH.items():
+            if not isinstance(row.get(key), kind):
+                problem = f"of the growth row of step {row['step']} is no {kind.__name__}"
+                raise UserError(f"metrics: {key}", row.get(key), problem, f"mend {path}")
+        for size, value in (row["old"] | row["new"]).items():
+            if not isinstance(value, int):
+                problem = f"of the growth row of step {row['step']} is no size"
+                raise UserError(f"metrics: {size}", value, problem, f"mend {path}")
+    for key in _GROWTH_NUMBERS:
+        run.tracks.column("growth", key)
+    return run
+
+
+def _config(folder: Path) -> dict[str, str]:
+    """`dotted.key: value` of config.yaml; empty where there is none."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return {}
+    try:
+        return dict(_flat("", yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError("config", path, f"cannot be read ({error})", "mend or remove it") from error
+
+
+def _environment(told: Sequence[Row]) -> dict[str, str]:
+    """As it was at the last start."""
+    found = [row["environment"] for row in told if isinstance(row.get("environment"), dict)]
+    if not found:
+        return {}
+    shown = dict(_flat("", found[-1]))
+    memory = found[-1].get("memory_bytes")
+    if isinstance(memory, int):
+        shown["memory_bytes"] = f"{memory / 2**30:.1f} GiB"
+    return shown | {"starts": str(len(found))}
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _flat(f"{key}.{name}".lstrip("."), inner)
+    elif isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value):
+        for number, inner in enumerate(value):
+            yield from _flat(f"{key}.{number}", inner)
+    elif isinstance(value, list):
+        yield key, ", ".join(map(str, value)) or "–"
+    else:
+        yield key, "–" if value is None else str(value)
+
+
+# ---- figures
+
+
+def final_figures(run: RunFacts) -> dict[str, str]:
+    """What the run ended with, or where it is."""
+    tracks = run.tracks
+    last = run.curve_rows[-1] if run.curve_rows else {}
+    share = _last(tracks.column("step", "share"))
+    losses, unit = tracks.column("eval", "loss"), tracks.column("step", "unit_error")
+    train, mfu = tracks.column("step", "loss"), tracks.column("step", "mfu")
+    memory = tracks.column("memory", "max_bytes")
+    stages = stage_table(run.curve_rows)
+    hours = tracks.place(last, "time") if last else 0.0
+    tokens = last.get("tokens", 0)
+    return {
+        "state": "not begun"
+        if share is None
+        else "finished"
+        if share >= 1
+        else f"{math.floor(100 * share)}% of its budget",
+        "last sizes": stages[-1][1] if len(stages) > 1 else "–",
+        "parameters": stages[-1][2] if len(stages) > 1 else "–",
+        "growths": str(len(run.growths)),
+        "steps": f"{last.get('step', 0):,}",
+        "tokens": si(tokens),
+        "FLOPs": f"{last.get('flops', 0):.3g}",
+        "time in steps and growths": clock(3600 * hours),
+        "validation loss, last": _figure(_last(losses), "{:.4f}"),
+        "validation loss, best": _figure(_reduce(np.nanmin, losses), "{:.4f}"),
+        "training loss, last steps": _figure(_reduce(np.nanmean, train[-max(1, len(train) // 50) :]), "{:.4f}"),
+        "tokens/s over all": _figure(tokens / hours / 3600 if hours else None, "{:,.0f}"),
+        "MFU, mean": _figure(_reduce(np.nanmean, mfu), "{:.1%}"),
+        "stall of growths": _figure(sum(float(row.get("stall_s") or 0) for row in run.growths), "{:.1f} s"),
+        "sent by growths": _bytes(sum(row.get("bytes_sent") or 0 for row in run.growths)),
+        "largest error of a unit row": _figure(_reduce(np.nanmax, unit), "{:.1e}"),
+        "peak memory of a rank": _bytes(_reduce(np.nanmax, memory)),
+        "faults": str(len(faults(run))),
+    }
+
+
+def _last(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else None
+
+
+def _reduce(how: Any, values: np.ndarray) -> float | None:
+    return float(how(values)) if np.isfinite(values).any() else None
+
+
+def _figure(number: Any, form: str) -> str:
+    return "–" if not isinstance(number, int | float) or not math.isfinite(number) else form.format(number)
+
+
+def _bytes(number: float | None) -> str:
+    if number is None:
+        return "–"
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+# ---- growths and faults
+
+
+def growth_table(run: RunFacts) -> list[dict[str, str]]:
+    """A line per growth, with its number on the curves."""
+    return [
+        {
+            "#": str(number),
+            "step": f"{row['step']:,}",
+            "tokens": si(row["tokens"]),
+            "sizes": f"{short_sizes(row['old'])} → {short_sizes(row['new'])}",
+            "parameters": f"{si(row['old'].get('n_params'))} → {si(row['new'].get('n_params'))}",
+            "layout": f"{row.get('old_layout', '–')} → {row.get('new_layout', '–')}",
+            "why": why(row),
+            "loss before": _figure(row.get("loss_before"), "{:.6f}"),
+            "loss after": _figure(row.get("loss_after"), "{:.6f}"),
+            "stall": _figure(row.get("stall_s"), "{:.2f} s"),
+            "sent": _bytes(row.get("bytes_sent")),
+            "kept": _bytes(row.get("bytes_kept")),
+            "unit rows": _figure(row.get("unit_error"), "{:.1e}"),
+        }
+        for number, row in enumerate(run.growths, 1)
+    ]
+
+
+def growth_marks(run: RunFacts) -> list[dict[str, Any]]:
+    """Where each growth lies on every axis, and what it is called."""
+    axes = ("tokens", "flops", "time")
+    at = {x: run.tracks.at("growth", x) for x in axes}  # type: ignore[arg-type]
+    return [{x: float(at[x][i]) for x in axes} | {"text": growth_text(row)} for i, row in enumerate(run.growths)]
+
+
+def faults(run: RunFacts) -> list[dict[str, Any]]:
+    """All that went wrong, and every start after the first, in order, what was taken back included: `row`, `what` and
+    `details`."""
+    return list(_faults(run.told))
+
+
+def _faults(told: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    last = 0  # the step that the run had come to
+    for row in told:
+        if row["event"] == "skip":
+            given = (
+                f"loss {_figure(row.get('loss'), '{:.4f}')}, gradient norm {_figure(row.get('grad_norm'), '{:.3g}')}"
+            )
+            yield {"row": row, "what": "skipped step", "details": f"no update: {given}"}
+        elif row["event"] == "save" and row.get("error") is not None:
+            yield {"row": row, "what": "failed save", "details": str(row["error"])}
+        elif row["event"] == "resume":
+            back = f"to step {row['step']:,}, from step {last:,}"
+            if row.get("reason") == "not finite":
+                yield {"row": row, "what": "rollback", "details": f"{back}, past the data that failed"}
+            else:
+                layouts = f"{row.get('saved_layout', '–')} → {row.get('layout', '–')}"
+                changes = "".join(f"; {change}" for change in row.get("changes") or [])
+                yield {"row": row, "what": "resume", "details": f"{back}; {layouts}{changes}"}
+            last = row["step"]
+        if row["event"] in ("step", "skip"):
+            last = row["step"]
+
+
+def shortened(table: list[Any]) -> tuple[list[Any], list[Any], int]:
+    """The first and the last rows of a long table, and how many lie between."""
+    if len(table) <= MOST_ROWS:
+        return table, [], 0
+    half = MOST_ROWS // 2
+    return table[:half], table[-half:], len(table) - 2 * half
