@@ -13,17 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that an uninstalled checkout works too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
 
 from megabus.command import run
 from megabus.config.schema import RunConfig
 from megabus.errors import UserError
 
-PAGE = ROOT / "docs/configuration.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs/configuration.md"
 MARK = "<!-- what follows is written by tools/config_reference.py: edit megabus/config/schema.py instead -->\n"
 ANY = "N"  # stands in a key for the number of a list's entry
-KINDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "object": "mapping"}
+KINDS = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "true or false",
+    "object": "mapping",
+}
 BOUNDS = {"exclusiveMinimum": "> ", "minimum": "≥ ", "exclusiveMaximum": "< ", "maximum": "≤ "}
 
 Json = dict[str, Any]

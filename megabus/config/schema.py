@@ -56,7 +56,9 @@ class RopeScaling(Section):
 
     kind: Literal["linear", "llama3"] = Field(description="how, see above")
     factor: Positive = Field(description="what frequencies are divided by")
-    low_freq_factor: Positive = Field(1.0, description="llama3: longer waves than its share are scaled by all of factor")
+    low_freq_factor: Positive = Field(
+        1.0, description="llama3: longer waves than its share are scaled by all of factor"
+    )
     high_freq_factor: Positive = Field(4.0, description="llama3: shorter waves than its share stay as they are")
     original_max_position: Count = Field(8192, description="llama3: tokens, the longest sequence before scaling")
 
@@ -100,7 +102,9 @@ class TrainConfig(Section):
 
     seq_len: Count = Field(description="tokens of a sequence; a divisor of the run's longest")
     micro_batch_size: Count = Field(description="sequences that a rank computes at once")
-    global_batch_size: Count = Field(description="sequences of a step over all ranks; a multiple of micro_batch_size*dp")
+    global_batch_size: Count = Field(
+        description="sequences of a step over all ranks; a multiple of micro_batch_size*dp"
+    )
     max_tokens: Count | None = Field(None, description="budget in tokens")
     max_flops: Positive | None = Field(None, description="budget in FLOPs of training, validation not counted")
     max_steps: Count | None = Field(None, description="budget in optimizer steps")
@@ -155,7 +159,9 @@ class StageConfig(Section):
     lr: Positive | None = Field(None, description="highest learning rate; the schedule goes on")
     kappa: Share | None = Field(None, description="share to reach before the next growth; not in the last stage")
     max_tokens: Count | None = Field(None, description="cap of this stage, in tokens of its own; not in the last stage")
-    max_flops: Positive | None = Field(None, description="cap of this stage, in FLOPs of its own; not in the last stage")
+    max_flops: Positive | None = Field(
+        None, description="cap of this stage, in FLOPs of its own; not in the last stage"
+    )
 
 
 class ScalingLaw(Section):
@@ -177,9 +183,13 @@ class KappaConfig(Section):
     )
     constant: float | list[float] | None = Field(None, description="final loss in nats; one, or one a stage")
     scaling_law: ScalingLaw = ScalingLaw()
-    reference: list[tuple[Positive, float]] | None = Field(None, description="[parameters, final loss] of models that were trained")
+    reference: list[tuple[Positive, float]] | None = Field(
+        None, description="[parameters, final loss] of models that were trained"
+    )
     start: Literal["stage", "run"] = Field("stage", description="whose first validation loss is `start`")
-    smoothing: Decay = Field(0.0, description="of validation losses: decay of their moving average; 0 takes them as they are")
+    smoothing: Decay = Field(
+        0.0, description="of validation losses: decay of their moving average; 0 takes them as they are"
+    )
     patience: Count = Field(1, description="evaluations in a row that must meet the target")
     max_std: Positive = Field(0.25, description="vaguest prediction to act on, as a share of start - mp")
     min_evals: Count = Field(8, description="evaluations a stage must see before kappa may trigger (fit: 5 or more)")
