@@ -6,7 +6,7 @@ import ast
 import functools
 import re
 import shlex
-import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,8 @@ import yaml
 from megabus.config import load_config, resolve_stages
 
 ROOT = Path(__file__).resolve().parents[1]
-TRACKED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-# Outside a clone: what a release holds.
-DOCUMENTS = [ROOT / name for name in TRACKED] or [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("docs", "launcher", "tools", "configs", "benchmarks", "megabus", "tests")
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(page for name in FOLDERS for page in sorted((ROOT / name).rglob("*.md")))]
 PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "launcher").glob("*.py")])
 MESSAGES = ROOT / "docs/troubleshooting.md"
 
@@ -125,6 +124,41 @@ def test_the_architecture_names_real_places():
     assert not missing
     folders = {path.name for path in (ROOT / "megabus").iterdir() if (path / "__init__.py").exists()}
     assert folders == set(re.findall(r"^\| `(\w+)/`", text, re.MULTILINE))
+
+
+def upward(folders: list[str], imports: dict[str, set[str]]) -> list[str]:
+    """Imports from a folder that stands below the importing one in the table."""
+    return [
+        f"{folder} imports {other}"
+        for at, folder in enumerate(folders)
+        for other in sorted(imports[folder] & set(folders[at + 1 :]))
+    ]
+
+
+def imports_of(folder: str) -> set[str]:
+    text = "\n".join(file.read_text() for file in (ROOT / "megabus" / folder).rglob("*.py"))
+    return set(re.findall(r"^\s*(?:from|import) megabus\.(\w+)", text, re.MULTILINE)) - {folder}
+
+
+def test_arrows_only_run_downwards():
+    """No folder of the table imports one that stands below it, and what it is said not to know it does not."""
+    rows = dict(re.findall(r"^\| `(\w+)/` \|.*\| ([^|]*) \|$", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE))
+    folders, imports = list(rows), {name: imports_of(name) for name in rows}
+    assert upward(folders, imports) == []
+    assert [name for name, knows in rows.items() if knows == "–" and imports[name] & set(folders)] == []
+    assert upward(folders, imports | {"model": {"kernels", "engine"}}) == ["model imports engine"]
+
+
+def test_the_citation_is_whole():
+    """What the form CFF 1.2.0 requires of a file and of its references."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    assert [reference["url"][-10:] for reference in citation["references"]] == ["2410.01131", "2409.12903"]
+    assert all({"type", "title", "authors"} <= reference.keys() for reference in citation["references"])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert "Apache License" in (ROOT / "LICENSE").read_text()[:100]
 
 
 # ---- whole files that a page tells to write ------------------------------------------------------------------
