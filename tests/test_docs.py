@@ -181,6 +181,19 @@ def test_the_guides_configurations_are_valid(page, world, tmp_path):
     assert runs
 
 
+def test_commands_that_train_a_file_of_ours_are_accepted():
+    """With their overrides, in whatever document."""
+    seen = 0
+    for document in DOCUMENTS:
+        for line in commands(document.read_text()):
+            file = re.search(r"launcher/train\.py --config (configs/\S+)(.*)", line)
+            if file is not None and "key=value" not in line:
+                overrides = [word for word in shlex.split(file[2], comments=True) if "=" in word]
+                assert load_config(ROOT / file[1], overrides).run_dir
+                seen += 1
+    assert seen >= 3
+
+
 def test_the_llama_guide_speaks_of_one_model():
     """The sizes that it makes, imports, and grows to are the same wherever they stand."""
     text = (ROOT / "docs/grow_your_llama.md").read_text()
