@@ -54,25 +54,27 @@ class RopeScaling(Section):
     `factor`, those shorter than original_max_position / high_freq_factor not, with a ramp between.
     """
 
-    kind: Literal["linear", "llama3"]
-    factor: Positive
-    low_freq_factor: Positive = 1.0
-    high_freq_factor: Positive = 4.0
-    original_max_position: Count = 8192
+    kind: Literal["linear", "llama3"] = Field(description="how, see above")
+    factor: Positive = Field(description="what frequencies are divided by")
+    low_freq_factor: Positive = Field(
+        1.0, description="llama3: longer waves than its share are scaled by all of factor"
+    )
+    high_freq_factor: Positive = Field(4.0, description="llama3: shorter waves than its share stay as they are")
+    original_max_position: Count = Field(8192, description="llama3: tokens, the longest sequence before scaling")
 
 
 class ModelConfig(Section):
     """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""
 
-    kind: Literal["ngpt", "gpt"] = "ngpt"
-    vocab_size: Count
-    d_model: Count
-    n_layers: Count
-    n_heads: Count
+    kind: Literal["ngpt", "gpt"] = Field("ngpt", description="never changes in a run")
+    vocab_size: Count = Field(description="pieces of the tokenizer; never changes in a run")
+    d_model: Count = Field(description="channels of the residual stream")
+    n_layers: Count = Field(description="blocks of attention and MLP; at least layout.pp")
+    n_heads: Count = Field(description="query heads; divisible by n_kv_heads and by layout.tp")
     n_kv_heads: Count | None = Field(None, description="key/value heads (GQA); n_heads when left out")
-    head_dim: Count
-    d_ff: Count
-    rope_theta: Positive = 10000.0
+    head_dim: Count = Field(description="entries of a head, even; never changes in a run")
+    d_ff: Count = Field(description="hidden units of the MLP; divisible by layout.tp")
+    rope_theta: Positive = Field(10000.0, description="base of RoPE's frequencies")
     rope_scaling: RopeScaling | None = None
     alpha_init: Positive = Field(0.05, description="ngpt: the initial eigen learning rate of every block")
     init_std: Positive = Field(0.02, description="gpt: standard deviation of the initial weights")
@@ -88,24 +90,28 @@ class ModelConfig(Section):
 
 
 class LayoutConfig(Section):
-    """Degrees of tensor, pipeline and data parallelism; dp is what is left of the world when left out."""
+    """Degrees of tensor, pipeline and data parallelism: tp x pp x dp is the number of ranks."""
 
-    tp: Count = 1
-    pp: Count = 1
-    dp: Count | None = None
+    tp: Count = Field(1, description="tensor parallelism: ranks that share every layer's matrices")
+    pp: Count = Field(1, description="pipeline parallelism: groups of layers, each on ranks of its own")
+    dp: Count | None = Field(None, description="data parallelism: copies; what is left of the ranks when left out")
 
 
 class TrainConfig(Section):
     """Batches, budget and numerics. A budget is needed; the first one reached ends the run."""
 
-    seq_len: Count
-    micro_batch_size: Count
-    global_batch_size: Count
-    max_tokens: Count | None = None
-    max_flops: Positive | None = None
-    max_steps: Count | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    zero_stage: Literal[1, 2] = 1
+    seq_len: Count = Field(description="tokens of a sequence; a divisor of the run's longest")
+    micro_batch_size: Count = Field(description="sequences that a rank computes at once")
+    global_batch_size: Count = Field(
+        description="sequences of a step over all ranks; a multiple of micro_batch_size*dp"
+    )
+    max_tokens: Count | None = Field(None, description="budget in tokens")
+    max_flops: Positive | None = Field(None, description="budget in FLOPs of training, validation not counted")
+    max_steps: Count | None = Field(None, description="budget in optimizer steps")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of weights and activations, masters are fp32; fp16 is refused"
+    )
+    zero_stage: Literal[1, 2] = Field(1, description="ZeRO: 2 cuts gradients too, and needs layout.pp = 1")
     overlap_comm: bool = Field(False, description="with zero_stage 2: reduce gradients while backward goes on (GPUs)")
     gradient_clipping: NonNegative = Field(1.0, description="largest gradient norm; 0 clips nothing")
     kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
@@ -116,21 +122,23 @@ class TrainConfig(Section):
         False,
         description="cut activations between tensor-parallel regions along the sequence: less memory for layout.tp",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of initial weights, data order and growth")
 
 
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, a function of the share of the budget that is spent."""
 
-    lr: Positive
-    beta1: Decay = 0.9
-    beta2: Decay = 0.95
-    eps: Positive = 1e-8
+    lr: Positive = Field(description="highest learning rate of the first stage")
+    beta1: Decay = Field(0.9, description="decay of Adam's first moment")
+    beta2: Decay = Field(0.95, description="decay of Adam's second moment")
+    eps: Positive = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegative = Field(0.0, description="on matrices only; ngpt has none")
-    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
+    schedule: Literal["constant", "cosine", "wsd"] = Field(
+        "wsd", description="course of lr over the budget; wsd (warm-up, stable, decay) falls at its end only"
+    )
     warmup_share: Share = Field(0.0, description="share of the budget to warm up over; ngpt needs none")
     decay_share: Share = Field(0.2, description="wsd: the last share of the budget, over which lr falls")
-    min_lr_ratio: Share = 0.0
+    min_lr_ratio: Share = Field(0.0, description="cosine and wsd: share of lr that they end at")
     implementation: Literal["torch", "deepspeed", "apex"] = Field(
         "torch", description="of AdamW: torch's fused one, DeepSpeed's (built when first used), or NVIDIA apex's"
     )
@@ -139,41 +147,49 @@ class OptimizerConfig(Section):
 class StageConfig(Section):
     """One growth: the sizes to grow to, and whatever else changes with them; what is left out stays."""
 
-    d_model: Count | None = None
-    n_layers: Count | None = None
-    n_heads: Count | None = None
-    n_kv_heads: Count | None = None
-    d_ff: Count | None = None
+    d_model: Count | None = Field(None, description="channels; no fewer than before, as for all sizes")
+    n_layers: Count | None = Field(None, description="blocks")
+    n_heads: Count | None = Field(None, description="query heads")
+    n_kv_heads: Count | None = Field(None, description="key/value heads; grow them with n_heads")
+    d_ff: Count | None = Field(None, description="hidden units of the MLP")
     layout: LayoutConfig | None = None
-    seq_len: Count | None = None
-    micro_batch_size: Count | None = None
-    global_batch_size: Count | None = None
-    lr: Positive | None = None
-    kappa: Share | None = None
-    max_tokens: Count | None = Field(None, description="cap of this stage")
-    max_flops: Positive | None = Field(None, description="cap of this stage")
+    seq_len: Count | None = Field(None, description="tokens of a sequence; a divisor of the run's longest")
+    micro_batch_size: Count | None = Field(None, description="sequences that a rank computes at once")
+    global_batch_size: Count | None = Field(None, description="sequences of a step over all ranks")
+    lr: Positive | None = Field(None, description="highest learning rate; the schedule goes on")
+    kappa: Share | None = Field(None, description="share to reach before the next growth; not in the last stage")
+    max_tokens: Count | None = Field(None, description="cap of this stage, in tokens of its own; not in the last stage")
+    max_flops: Positive | None = Field(
+        None, description="cap of this stage, in FLOPs of its own; not in the last stage"
+    )
 
 
 class ScalingLaw(Section):
     """Chinchilla's form L(N, D) = E + A/N^alpha + B/D^beta; the defaults are Hoffmann et al. 2022."""
 
-    E: float = 1.69
-    A: Positive = 406.4
-    B: Positive = 410.7
-    alpha: Positive = 0.34
-    beta: Positive = 0.28
+    E: float = Field(1.69, description="loss that no size and no data go below, in nats")
+    A: Positive = Field(406.4, description="weight of the size's term")
+    B: Positive = Field(410.7, description="weight of the data's term")
+    alpha: Positive = Field(0.34, description="exponent of N, the parameters")
+    beta: Positive = Field(0.28, description="exponent of D, the tokens")
 
 
 class KappaConfig(Section):
     """When to grow: at the share kappa of the improvement that the present size is predicted to give."""
 
-    kappa: Share = 0.8
-    predictor: Literal["constant", "scaling_law", "reference", "fit"] = "fit"
-    constant: float | list[float] | None = Field(None, description="final loss; one, or one a stage")
+    kappa: Share = Field(0.8, description="share of the predicted improvement to reach before growing")
+    predictor: Literal["constant", "scaling_law", "reference", "fit"] = Field(
+        "fit", description="what predicts a size's final loss: a power law fitted to its own curve, or the keys below"
+    )
+    constant: float | list[float] | None = Field(None, description="final loss in nats; one, or one a stage")
     scaling_law: ScalingLaw = ScalingLaw()
-    reference: list[tuple[Positive, float]] | None = Field(None, description="[parameters, final loss] rows")
-    start: Literal["stage", "run"] = "stage"
-    smoothing: Decay = Field(0.0, description="EMA of validation losses")
+    reference: list[tuple[Positive, float]] | None = Field(
+        None, description="[parameters, final loss] of models that were trained"
+    )
+    start: Literal["stage", "run"] = Field("stage", description="whose first validation loss is `start`")
+    smoothing: Decay = Field(
+        0.0, description="of validation losses: decay of their moving average; 0 takes them as they are"
+    )
     patience: Count = Field(1, description="evaluations in a row that must meet the target")
     max_std: Positive = Field(0.25, description="vaguest prediction to act on, as a share of start - mp")
     min_evals: Count = Field(8, description="evaluations a stage must see before kappa may trigger (fit: 5 or more)")
@@ -189,21 +205,29 @@ class BoostConfig(Section):
 class GrowthConfig(Section):
     """How to grow (BUS, bootstrapped model upscaling) and through which stages."""
 
-    write: Literal["tilt", "clone", "noise"] = "tilt"
-    channels: Literal["even", "uneven"] = "even"
-    depth: Literal["identity", "split", "stack"] = "identity"
-    moments: Literal["reset", "carry", "grow"] = "reset"
+    write: Literal["tilt", "clone", "noise"] = Field(
+        "tilt", description="copies of write rows: tilted (exact, breaks symmetry), plain clones, clones with noise"
+    )
+    channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
+    depth: Literal["identity", "split", "stack"] = Field(
+        "identity", description="new layers: silent copies (exact), copies that share the gate, plain copies"
+    )
+    moments: Literal["reset", "carry", "grow"] = Field(
+        "reset", description="Adam's moments: afresh, the originals' kept, all mapped"
+    )
     boost: BoostConfig | None = None
     buffer_mb: Count = Field(256, description="most MiB that growing takes on a rank beside its old and its new shard")
-    max_tokens: Count | None = Field(None, description="cap of the first stage")
-    max_flops: Positive | None = Field(None, description="cap of the first stage")
+    max_tokens: Count | None = Field(None, description="cap of the first stage, in tokens")
+    max_flops: Positive | None = Field(None, description="cap of the first stage, in FLOPs")
     trigger: KappaConfig = KappaConfig()
     stages: list[StageConfig] = Field(default_factory=list)
 
 
 class Corpus(Section):
+    """One of the token files that are blended. Their weights need not sum to 1."""
+
     path: str = Field(description="prefix of a .bin/.idx pair")
-    weight: Positive = 1.0
+    weight: Positive = Field(1.0, description="its part of the samples, beside the others' weights")
 
 
 def _corpora(value: Any) -> Any:
@@ -213,8 +237,8 @@ def _corpora(value: Any) -> Any:
 class DataConfig(Section):
     """Token files made by tools/preprocess.py. `train` is one prefix or a weighted blend."""
 
-    train: Annotated[list[Corpus], BeforeValidator(_corpora)]
-    valid: str
+    train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
+    valid: str = Field(description="prefix of the .bin/.idx pair to validate on")
     tokenizer: str | None = Field(None, description="SentencePiece model, copied beside checkpoints")
 
     @property
@@ -223,17 +247,21 @@ class DataConfig(Section):
 
 
 class EvalConfig(Section):
+    """When the validation loss is measured, and on how much."""
+
     every: Count = Field(50, description="steps between validations")
     tokens: Count = Field(65536, description="validation tokens each time, always the same ones")
 
 
 class LogConfig(Section):
-    every: Count = 10
+    """What is told of the run, beside RUN_DIR/metrics.jsonl, which is always written."""
+
+    every: Count = Field(10, description="steps between lines of the log; the metrics have every step")
     unit_norm_every: Count = Field(10, description="steps between measurements of the masters' unit rows")
-    wandb: bool = False
-    wandb_mode: Literal["offline", "online"] = "offline"
-    tensorboard: bool = False
-    peak_tflops: Positive | None = Field(None, description="of one device, for MFU; known for common GPUs")
+    wandb: bool = Field(False, description="send metrics to Weights & Biases too (needs wandb)")
+    wandb_mode: Literal["offline", "online"] = Field("offline", description="offline writes to disk, to sync later")
+    tensorboard: bool = Field(False, description="write metrics for TensorBoard too (needs tensorboard)")
+    peak_tflops: Positive | None = Field(None, description="of one device, in TFLOP/s, for MFU; known for common GPUs")
 
 
 class CheckpointConfig(Section):
@@ -273,7 +301,7 @@ class PreflightConfig(Section):
 class RunConfig(Section):
     """A whole run: everything that a YAML file may hold."""
 
-    run_dir: str
+    run_dir: str = Field(description="directory of metrics, checkpoints and the rest; all nodes must share it")
     resume: Literal["auto", "strict", "never"] = Field(
         "auto", description="strict refuses damaged checkpoints and a changed configuration; never refuses old runs"
     )
