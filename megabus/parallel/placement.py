@@ -159,7 +159,8 @@ class Placement:
     def share(self, name: str, rank: int) -> Piece:
         """The interval of one parameter that a rank owns; empty if it owns nothing of it."""
         at = coordinate(self.layout, rank)
-        return _share(self._slots(at.pp, at.tp)[name], at.dp)
+        slot = self._slots(at.pp, at.tp).get(name)
+        return Piece(name, 0, 0) if slot is None else _share(slot, at.dp)
 
     def rows(self, name: str) -> int:
         return self._sizes[self.specs[name].rows]
