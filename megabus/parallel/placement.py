@@ -75,6 +75,10 @@ class Placement:
         first = next(i for i, name in enumerate(names) if self.specs[name].layer is not None)
         return set(names[:first])
 
+    def names(self, stage: int) -> list[str]:
+        """The parameters of a pipeline stage, in canonical order."""
+        return self._stages[stage]
+
     @cached_property
     def _stages(self) -> list[list[str]]:
         stages: list[list[str]] = [[] for _ in range(self.layout.pp)]
