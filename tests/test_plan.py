@@ -19,8 +19,8 @@ from megabus.parallel.placement import Piece, Placement
 torch.set_num_threads(1)
 
 
-def units(plan):
-    return [Unit(name, 0, plan.old.rows(name)) for name in plan.old.specs]
+def world_of(plan):
+    return range(plan.old.layout.world)
 
 
 def test_runs():
@@ -53,7 +53,8 @@ def faults(plan, moves, kind="weight"):
 
 
 def all_moves(plan, kind="weight"):
-    return [move for unit in units(plan) for move in plan.moves(unit, kind)]
+    units = [Unit(name, 0, plan.old.rows(name)) for name in plan.old.specs]
+    return [move for unit in units for rank in world_of(plan) for move in plan.moves(rank, unit, kind)]
 
 
 @pytest.mark.parametrize("kind", ["weight", "exp_avg"])
@@ -85,72 +86,97 @@ def test_the_checks_of_moves_notice(fault):
     assert fault in faults(plan, changed(plan)[fault])
 
 
+def unpaired(schedules):
+    """Pairs of ranks of which one does not send, in some wave, just what the other awaits there, in the same order: so
+    messages need no labels, and no rank waits for one that waits for it."""
+    found = set()
+    for number, waves in enumerate(itertools.zip_longest(*schedules)):
+        sent, awaited = {}, {}
+        for rank, wave in enumerate(waves):
+            for _, kind, move in wave.moves if wave else []:
+                if move.src == rank:
+                    sent.setdefault((number, move.src, move.dst), []).append((kind, move.piece))
+                if move.dst == rank:
+                    awaited.setdefault((number, move.src, move.dst), []).append((kind, move.piece))
+        found |= {key for key in sent.keys() | awaited.keys() if sent.get(key) != awaited.get(key)}
+    return found
+
+
+def schedules_of(plan, table_bytes, kinds=("weight",)):
+    return [plan.schedule(rank, table_bytes, kinds) for rank in world_of(plan)]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_rank_sees_its_part_of_the_same_moves(seed):
-    """In the same order, so that messages need no labels; over units of a few rows too."""
+def test_a_rank_sends_what_others_await_wave_by_wave(seed):
     plan = random_pair(seed)
-    for unit in itertools.chain(*plan.waves(500, 1)):
-        whole = list(plan.moves(unit))
-        for rank in range(plan.old.layout.world):
-            assert list(plan.moves(unit, rank=rank)) == [m for m in whole if rank in (m.src, m.dst)]
+    assert not unpaired(schedules_of(plan, 500, ("weight", "exp_avg")))
+
+
+@pytest.mark.parametrize("fault", ["lost", "late", "out of order"])
+def test_the_check_of_pairs_notices(fault):
+    plan = grown_plan(Layout(1, 2, 2), Layout(2, 1, 2))
+    schedules = schedules_of(plan, 500)
+    assert not unpaired(schedules)
+    number, wave = next((n, w) for n, w in enumerate(schedules[1]) if sum(m.src != m.dst for *_, m in w.moves) > 1)
+    at = [i for i, (*_, move) in enumerate(wave.moves) if move.src != move.dst]
+    if fault == "out of order":
+        pairs = itertools.combinations(at, 2)
+        i, j = next((i, j) for i, j in pairs if wave.moves[i][2].src == wave.moves[j][2].src)
+        wave.moves[i], wave.moves[j] = wave.moves[j], wave.moves[i]
+    else:
+        part = wave.moves.pop(at[0])
+        if fault == "late":
+            schedules[1][number + 1].moves.append(part)
+    assert unpaired(schedules)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_new_row_is_grown_from_one_unit(seed):
-    """Children of all units are all rows of all pieces, once; and heirs are all new parameters, once."""
+    """Children of a rank's units are all rows of its pieces, once; and heirs are all new parameters, once."""
     plan = random_pair(seed)
     assert sorted(itertools.chain(*plan.heirs.values())) == sorted(plan.new.specs)
-    split = list(itertools.chain(*plan.waves(300, 1)))
     for rank in range(plan.new.layout.world):
+        split = list(itertools.chain(*plan.waves(rank, 300, 1)))
         for piece in plan.new.owned(rank):
             width = plan.new.width(piece.name)
             source = plan.growth.old_spec(plan.new.specs[piece.name]).name
-            rows = [row for u in split if u.name == source for row in plan.children(u, piece).tolist()]
+            rows = sorted(row for u in split if u.name == source for row in plan.children(u, piece).tolist())
             assert rows == list(range(piece.start // width, -(-piece.stop // width)))
 
 
 @pytest.mark.parametrize("tensors", [1, 3])
 @pytest.mark.parametrize("budget", [1, 300, 4096, 2**28])
 @pytest.mark.parametrize("seed", SEEDS[:4])
-def test_waves_cover_all_rows_once_and_fit_the_buffer(seed, budget, tensors):
+def test_waves_bring_all_needed_rows_once_and_fit_the_buffer(seed, budget, tensors):
     plan = random_pair(seed)
-    waves = list(plan.waves(budget, tensors))
-    rows = Counter((u.name, row) for wave in waves for u in wave for row in range(u.start, u.stop))
-    assert rows == Counter((name, row) for name in plan.old.specs for row in range(plan.old.rows(name)))
-
-    def costs(wave):
-        """Bytes of the rows that each rank needs of a wave's units, unit by unit."""
-        for rank in range(plan.old.layout.world):
-            needed = {(name, i // plan.old.width(name)) for name, i in touched[rank]}
-            counts = [sum((u.name, row) in needed for row in range(u.start, u.stop)) for u in wave]
-            yield [n * plan.old.width(u.name) * ELEMENT_BYTES * tensors for u, n in zip(wave, counts, strict=True)]
-
-    touched = [needed_entries(plan, rank, None) for rank in range(plan.old.layout.world)]
-    for wave in waves:
-        for cost in costs(wave):
-            alone = sum(c > 0 for c in cost) == 1 and max(u.stop - u.start for u in wave) == 1
-            assert sum(cost) <= budget or alone  # a row that no buffer could hold
-    in_line, room = 1, budget  # if no two ranks could be busy with different units
-    for unit in plan._units(max(1, budget // (ELEMENT_BYTES * tensors))):
-        cost = (unit.stop - unit.start) * plan.old.width(unit.name)
-        if cost * ELEMENT_BYTES * tensors > room < budget:
-            in_line, room = in_line + 1, budget
-        room -= cost * ELEMENT_BYTES * tensors
-    assert len(waves) <= in_line
-    assert len(waves) == 1 or budget < 2**28
+    for rank in world_of(plan):
+        needed = {(name, i // plan.old.width(name)) for name, i in needed_entries(plan, rank, None)}
+        waves = [
+            [(u.name, row) for u in wave for row in range(u.start, u.stop) if (u.name, row) in needed]
+            for wave in plan.waves(rank, budget, tensors)
+        ]
+        assert Counter(itertools.chain(*waves)) == Counter(needed)
+        sizes = [[plan.old.width(name) * ELEMENT_BYTES * tensors for name, _ in wave] for wave in waves]
+        for wave in sizes:
+            assert sum(wave) <= budget or len(wave) == 1  # a row that no buffer could hold
+        for wave, following in itertools.pairwise(sizes):
+            assert sum(wave) + following[0] > budget  # none is opened before it must be
+        assert len(waves) <= 1 or budget < 2**28
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_splitting_into_waves_changes_no_traffic(seed):
     plan = random_pair(seed)
     sent = kept = 0
-    for unit in itertools.chain(*plan.waves(300, 1)):
-        for move in plan.moves(unit):
+    for rank, waves in enumerate(schedules_of(plan, 300)):
+        for _, _, move in itertools.chain(*(wave.moves for wave in waves)):
             if move.src == move.dst:
                 kept += len(move.piece)
-            else:
+            elif move.dst == rank:
                 sent += len(move.piece)
     assert plan.traffic() == Traffic(sent * ELEMENT_BYTES, kept * ELEMENT_BYTES)
+    each = [plan.traffic(ranks=[rank]) for rank in world_of(plan)]
+    assert plan.traffic() == Traffic(sum(t.sent for t in each), sum(t.kept for t in each))
 
 
 @pytest.mark.parametrize("seed", SEEDS)

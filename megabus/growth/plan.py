@@ -1,16 +1,20 @@
 """Which old entries travel from which rank to which, when a model grows, is laid out anew, or both.
 
-Pure: a plan is computed from two placements alone, on every rank alike, so that senders and receivers agree
-without a word. Old rows travel (they are narrower than new ones) and are grown where they arrive. A rank gets
-every old entry that its new ones are made of, no other, and none twice, however many copies it makes of it.
+Pure: a plan is computed from two placements alone, so that senders and receivers agree without a word. Old rows
+travel (they are narrower than new ones) and are grown where they arrive. A rank gets every old entry that its new
+ones are made of, no other, and none twice, however many copies it makes of it.
+
+The receiver decides: what arrives in which wave follows from its own new pieces. A sender finds those who need what
+it owns and repeats their reckoning, so a rank computes no more than what it and its correspondents hold, in a world
+of whatever size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import zip_longest
 
 import numpy as np
 
@@ -25,7 +29,7 @@ ELEMENT_BYTES = 4  # masters and moments are fp32
 
 @dataclass(frozen=True)
 class Unit:
-    """Old rows [start, stop) of one old parameter: what moves together."""
+    """Old rows [start, stop) of one old parameter: what moves together to a rank, as far as that needs them."""
 
     name: str
     start: int
@@ -39,6 +43,21 @@ class Move:
     src: int
     dst: int
     piece: Piece
+
+
+Part = tuple[Unit, Kind, Move]
+"""A move with what it is part of: the unit of its destination, and which tensor."""
+
+
+@dataclass(frozen=True)
+class Wave:
+    """What a rank does at a time: it takes in `units`, and these are its own moves, sent, received and kept.
+
+    Between two ranks the moves of a wave are in the same order on both.
+    """
+
+    units: list[Unit]
+    moves: list[Part]
 
 
 @dataclass(frozen=True)
@@ -89,34 +108,67 @@ class Plan:
             heirs[self.growth.old_spec(spec).name].append(name)
         return heirs
 
-    def waves(self, table_bytes: int, tensors: int) -> list[list[Unit]]:
-        """All units in groups, such that what a rank needs of a group takes it at most `table_bytes`, for `tensors`
-        tensors each; a single row may take more.
+    def needs(self, rank: int) -> dict[str, list[Piece]]:
+        """The old parameters that a rank's new pieces grow from, in canonical order, and the pieces."""
+        found: dict[str, list[Piece]] = {}
+        for piece in self.new.owned(rank):
+            found.setdefault(self.growth.old_spec(self.new.specs[piece.name]).name, []).append(piece)
+        return {name: found[name] for name in sorted(found, key=self.old.number)}
 
-        A unit joins the first group in which all ranks that need it have room behind what they have already, so that
-        ranks with nothing in common work side by side.
-        """
+    def waves(self, rank: int, table_bytes: int, tensors: int) -> list[list[Unit]]:
+        """All old rows that a rank needs in groups, such that what it needs of a group takes it at most `table_bytes`,
+        for `tensors` tensors each; a single row may take more. A group is full when the next row has no room in it."""
         budget = max(1, table_bytes // (ELEMENT_BYTES * tensors))
         waves: list[list[Unit]] = []
-        last, load = np.zeros((2, self.old.layout.world), int)  # every rank's latest group, and entries in it
-        for unit in self._units(budget):
-            found = [(rank, len(self._parents(unit, pieces))) for rank, pieces in self.destinations(unit).items()]
-            ranks = np.array([rank for rank, _ in found], int)
-            cost = np.array([rows for _, rows in found], int) * self.old.width(unit.name)
-            wave = int((last[ranks] + (load[ranks] + cost > budget) * (load[ranks] > 0)).max(initial=0))
-            load[ranks] = np.where(last[ranks] == wave, load[ranks], 0) + cost
-            last[ranks] = wave
-            if wave == len(waves):
-                waves.append([])
-            waves[wave].append(unit)
+        room = 0
+        for name, pieces in self.needs(rank).items():
+            rows, width, at = self._parents(pieces), self.old.width(name), 0
+            while at < len(rows):
+                if room < width:
+                    waves.append([])
+                    room = budget
+                part = rows[at : at + max(1, room // width)]
+                waves[-1].append(Unit(name, int(part[0]), int(part[-1]) + 1))
+                at, room = at + len(part), room - len(part) * width
         return waves
 
-    def _units(self, budget: int) -> Iterator[Unit]:
-        """Every old row, in canonical order; at most `budget` entries a unit."""
-        for name in self.old.specs:
-            step, rows = max(1, budget // self.old.width(name)), self.old.rows(name)
-            for start in range(0, rows, step):
-                yield Unit(name, start, min(start + step, rows))
+    def schedule(self, rank: int, table_bytes: int, kinds: tuple[Kind, ...]) -> list[Wave]:
+        """What a rank receives, wave by wave, and what it sends in the waves of others, which go on at the same time.
+
+        table_bytes: see `waves`. Nobody waits in a circle: what a wave waits for is posted in the same wave.
+        """
+        mine = self.waves(rank, table_bytes, len(kinds))
+        moves = [[part for unit in wave for part in self._parts(rank, unit, kinds)] for wave in mine]
+        owned = {piece.name: piece for piece in self.old.owned(rank)}
+        for dst in self.correspondents(rank):
+            for number, wave in enumerate(self.waves(dst, table_bytes, len(kinds))):
+                units = [unit for unit in wave if unit.name in owned and self._meets(unit, owned[unit.name])]
+                sent = [part for unit in units for part in self._parts(dst, unit, kinds) if part[2].src == rank]
+                if sent:
+                    moves.extend([] for _ in range(number + 1 - len(moves)))
+                    moves[number].extend(sent)
+        return [Wave(units or [], parts) for units, parts in zip_longest(mine, moves)]
+
+    def correspondents(self, rank: int) -> list[int]:
+        """Other ranks that grow rows from such of which this one owns entries, ascending: whom it may send to."""
+        found: set[int] = set()
+        tp = coordinate(self.old.layout, rank).tp
+        for piece in self.old.owned(rank):
+            width = self.old.width(piece.name)
+            reached = self.destinations(Unit(piece.name, piece.start // width, -(-piece.stop // width)))
+            if not self.old.specs[piece.name].sharded:  # each replica serves its own
+                reached = [dst for dst in reached if coordinate(self.old.layout, dst).tp == tp]
+            found.update(reached)
+        return sorted(found - {rank})
+
+    def _parts(self, dst: int, unit: Unit, kinds: tuple[Kind, ...]) -> Iterator[Part]:
+        for kind in kinds:
+            for move in self.moves(dst, unit, kind):
+                yield unit, kind, move
+
+    def _meets(self, unit: Unit, piece: Piece) -> bool:
+        width = self.old.width(unit.name)
+        return unit.start * width < piece.stop and piece.start < unit.stop * width
 
     def rows(self, name: str) -> AxisMap:
         return self.growth.rows(self.new.specs[name])
@@ -128,22 +180,22 @@ class Plan:
         parents = self.rows(piece.name).parent[low:high]
         return low + np.flatnonzero((parents >= unit.start) & (parents < unit.stop))
 
-    def destinations(self, unit: Unit) -> dict[int, list[Piece]]:
-        """Who grows rows from this unit, and which of its pieces they go to."""
-        found: dict[int, list[Piece]] = {}
+    def destinations(self, unit: Unit) -> list[int]:
+        """Who grows rows from this unit."""
+        found: set[int] = set()
         for name in self.heirs[unit.name]:
-            width = self.new.width(name)
-            children = self.children(unit, Piece(name, 0, self.new.numel(name)))
-            low, high = int(children[0]), int(children[-1]) + 1
-            for rank, _ in self.new.owners(name, low * width, high * width):
-                piece = self.new.share(name, rank)
-                if len(self.children(unit, piece)):  # copied heads: children of a unit need not lie side by side
-                    found.setdefault(rank, []).append(piece)
-        return found
+            width, number = self.new.width(name), self.new.rows(name)
+            for low, high in runs(self.children(unit, Piece(name, 0, number * width))):  # copied heads lie in several
+                found.update(rank for rank, _ in self.new.owners(name, low * width, high * width))
+        return sorted(found)
 
-    def _parents(self, unit: Unit, pieces: list[Piece]) -> np.ndarray:
-        parents = [self.rows(piece.name).parent[self.children(unit, piece)] for piece in pieces]
-        return np.unique(np.concatenate(parents)) if parents else np.zeros(0, int)
+    def _parents(self, pieces: list[Piece]) -> np.ndarray:
+        """The old rows that new pieces' rows copy, ascending."""
+        parents = []
+        for piece in pieces:
+            width = self.new.width(piece.name)
+            parents.append(self.rows(piece.name).parent[piece.start // width : -(-piece.stop // width)])
+        return np.unique(np.concatenate(parents))
 
     def need(self, unit: Unit, pieces: list[Piece], kind: Kind) -> Need:
         """The old rows of the unit, and the entries in them, that the pieces' new entries are made of."""
@@ -163,29 +215,26 @@ class Plan:
         start, stop = np.concatenate(starts), np.concatenate(stops)
         return Need(np.unique(start // old_width), united(start, stop))
 
-    def moves(self, unit: Unit, kind: Kind = "weight", rank: int | None = None) -> Iterator[Move]:
-        """All moves of a unit, or those that `rank` sends or receives; the order is the same on every rank."""
-        sources = None if rank is None else {r for r, _ in self._owners(unit)}
-        for dst, pieces in sorted(self.destinations(unit).items()):
-            if sources is not None and rank != dst and rank not in sources:
-                continue
-            tp = coordinate(self.old.layout, dst).tp
-            for start, stop in self.need(unit, pieces, kind).spans:
-                for src, part in self.old.owners(unit.name, start, stop, tp):
-                    if rank is None or rank in (src, dst):
-                        yield Move(src, dst, part)
+    def moves(self, dst: int, unit: Unit, kind: Kind = "weight") -> Iterator[Move]:
+        """All moves that bring rank `dst` what it needs of a unit, in ascending order of entries.
 
-    def _owners(self, unit: Unit) -> Iterator[tuple[int, Piece]]:
-        width = self.old.width(unit.name)
-        return self.old.owners(unit.name, unit.start * width, unit.stop * width)
+        A replicated parameter comes from the replica with the destination's own place in tensor parallelism: its own
+        copy if it has one, and else neighbours ask different replicas.
+        """
+        tp = coordinate(self.old.layout, dst).tp
+        pieces = [piece for name in self.heirs[unit.name] if len(piece := self.new.share(name, dst))]
+        for start, stop in self.need(unit, pieces, kind).spans:
+            for src, part in self.old.owners(unit.name, start, stop, tp):
+                yield Move(src, dst, part)
 
-    def traffic(self, kinds: tuple[Kind, ...] = ("weight",)) -> Traffic:
-        """What the whole world sends, and what stays where it is."""
+    def traffic(self, kinds: tuple[Kind, ...] = ("weight",), ranks: Iterable[int] | None = None) -> Traffic:
+        """What is sent to `ranks` (None: to the whole world), and what stays with them."""
         sent = kept = 0
-        for name, kind in product(self.old.specs, kinds):
-            for move in self.moves(Unit(name, 0, self.old.rows(name)), kind):
-                if move.src == move.dst:
-                    kept += len(move.piece)
-                else:
-                    sent += len(move.piece)
+        for dst in range(self.new.layout.world) if ranks is None else ranks:
+            for name in self.needs(dst):
+                for _, _, move in self._parts(dst, Unit(name, 0, self.old.rows(name)), kinds):
+                    if move.src == dst:
+                        kept += len(move.piece)
+                    else:
+                        sent += len(move.piece)
         return Traffic(sent * ELEMENT_BYTES, kept * ELEMENT_BYTES)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megabus.growth.plan import Move, Plan, Unit, runs
+from megabus.growth.plan import Part, Plan, Unit, runs
 from megabus.growth.rules import BLOCK_BYTES, grow_blocks
 from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.placement import Piece
@@ -69,10 +69,9 @@ def redistribute(
     new = {piece.name: (piece, tensors) for piece, tensors in grown.items()}
     half = buffer_bytes // 2  # for the old rows of a wave; the other half for growing them
     limit = min(half, BLOCK_BYTES) if device.type == "cpu" else half  # a GPU likes its blocks as large as can be
-    for wave in plan.waves(half, len(kinds)):
-        tables = _empty_tables(plan, wave, kinds, new, device)
-        moves = [(unit, kind, move) for unit in wave for kind in kinds for move in plan.moves(unit, kind, rank)]
-        _exchange(moves, old, tables, rank, mail)
+    for wave in plan.schedule(rank, half, kinds):
+        tables = _empty_tables(plan, wave.units, kinds, new, device)
+        _exchange(wave.moves, old, tables, rank, mail)
         while tables:
             _grow_table(plan, *tables.popitem(), new, limit)
     return grown, mail
@@ -83,9 +82,9 @@ def _heirs(plan: Plan, unit: Unit, new: Tensors) -> list[tuple[Piece, dict[Kind,
     return [new[name] for name in plan.heirs[unit.name] if name in new]
 
 
-def _empty_tables(plan: Plan, wave: list[Unit], kinds: tuple[Kind, ...], new: Tensors, device: torch.device) -> Tables:
+def _empty_tables(plan: Plan, units: list[Unit], kinds: tuple[Kind, ...], new: Tensors, device: torch.device) -> Tables:
     tables: Tables = {}
-    for unit, kind in product(wave, kinds):
+    for unit, kind in product(units, kinds):
         rows = plan.need(unit, [piece for piece, _ in _heirs(plan, unit, new)], kind).rows
         if len(rows):
             tables[unit, kind] = Table(rows, torch.empty(len(rows) * plan.old.width(unit.name), device=device))
@@ -101,7 +100,7 @@ def _grow_table(plan: Plan, what: tuple[Unit, Kind], table: Table, new: Tensors,
                 _place(block.view(-1), first * plan.new.width(piece.name), piece, tensors[kind])
 
 
-def _exchange(moves: list[tuple[Unit, Kind, Move]], old: Tensors, tables: Tables, rank: int, mail: Mail) -> None:
+def _exchange(moves: list[Part], old: Tensors, tables: Tables, rank: int, mail: Mail) -> None:
     """Fill the tables with what this rank has and what others send. Straight from masters into tables: no copies are
     made to be sent. Between two ranks messages go in the order of moves."""
     jobs = []

@@ -30,11 +30,11 @@ def stage_engine(config: RunConfig, stage: Stage, before: Stage | None) -> Engin
     Collective; its weights are undefined until they are written."""
     engine = Engine(config, stage)
     if before is not None and config.growth.boost is not None:
-        engine.boost.set_rows(_growth(config, before, stage).added)
+        engine.boost.set_rows(growth_between(config, before, stage).added)
     return engine
 
 
-def _growth(config: RunConfig, old: Stage, new: Stage) -> Growth:
+def growth_between(config: RunConfig, old: Stage, new: Stage) -> Growth:
     """The seed is the run's: directions are keyed by parameter, row and new shape, so no two growths share any."""
     return Growth(old.model, new.model, config.growth, config.train.seed)
 
@@ -42,7 +42,7 @@ def _growth(config: RunConfig, old: Stage, new: Stage) -> Growth:
 def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
     """Grow `engine` into `stage` and close it. Collective, at a step boundary."""
     before, new = engine.stage, Placement(stage.model, stage.layout)
-    plan = Plan(engine.placement, new, _growth(config, before, stage))
+    plan = Plan(engine.placement, new, growth_between(config, before, stage))
     reset = config.growth.moments == "reset" or engine.optimizer_step == 0
     kinds: tuple[Kind, ...] = ("weight",) if reset else KINDS
     optimizer_step = 0 if reset else engine.optimizer_step

@@ -37,6 +37,12 @@ def reuse_process_groups(timeout: timedelta) -> None:
     ds_comm.new_group = new_group
 
 
+def process_groups() -> tuple[int, int]:
+    """(groups that this process has been asked for, those of them that it is a member of)."""
+    rank = dist.get_rank()
+    return len(_groups), sum(rank in members for members in _groups)
+
+
 def forget_process_groups() -> None:
     """After the process group is destroyed its subgroups are dead."""
     _groups.clear()

@@ -7,15 +7,14 @@ is interval algebra.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 
 from megabus.config.schema import ModelConfig
 from megabus.config.stages import Layout
 from megabus.model.decoder import param_specs
-from megabus.model.params import ParamSpec, axis_sizes, global_shape, shard_rows
+from megabus.model.params import Axis, ParamSpec, axis_sizes, shard_rows
 from megabus.parallel.topology import coordinate, rank_of, stage_of_layer
 
 ZERO_ALIGNMENT = 2  # DeepSpeed pads a flattened group to a multiple of this times dp
@@ -64,10 +63,14 @@ class Placement:
 
     def width(self, name: str) -> int:
         """Entries of a row."""
-        return prod(global_shape(self.specs[name], self.model)[1:])
+        return self.model.d_model if self.specs[name].is_matrix else 1
 
     def numel(self, name: str) -> int:
-        return prod(global_shape(self.specs[name], self.model))
+        return self.rows(name) * self.width(name)
+
+    def number(self, name: str) -> int:
+        """A parameter's place in canonical order."""
+        return self._numbers[name]
 
     def stage(self, name: str) -> int:
         layer = self.specs[name].layer
@@ -81,6 +84,10 @@ class Placement:
         first = next(i for i, name in enumerate(names) if self.specs[name].layer is not None)
         return set(names[:first])
 
+    def names(self, stage: int) -> list[str]:
+        """The parameters of a pipeline stage, in canonical order."""
+        return self._stages[stage]
+
     @cached_property
     def _stages(self) -> list[list[str]]:
         stages: list[list[str]] = [[] for _ in range(self.layout.pp)]
@@ -89,9 +96,23 @@ class Placement:
         return stages
 
     @cached_property
-    def _slots(self) -> dict[tuple[int, int], dict[str, _Slot]]:
-        """By (pp, tp): the parameters of that rank in order, matrices and gains being separate ZeRO groups."""
-        return {(pp, tp): self._rank_slots(pp, tp) for pp in range(self.layout.pp) for tp in range(self.layout.tp)}
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.specs)}
+
+    @cached_property
+    def _sizes(self) -> dict[Axis, int]:
+        return axis_sizes(self.model)
+
+    @cached_property
+    def _known_slots(self) -> dict[tuple[int, int], dict[str, _Slot]]:
+        return {}
+
+    def _slots(self, pp: int, tp: int) -> dict[str, _Slot]:
+        """The parameters of a (pp, tp) rank in order, matrices and gains being separate ZeRO groups. Kept once made:
+        of a large world most ranks meet few others."""
+        if (pp, tp) not in self._known_slots:
+            self._known_slots[pp, tp] = self._rank_slots(pp, tp)
+        return self._known_slots[pp, tp]
 
     def _rank_slots(self, pp: int, tp: int) -> dict[str, _Slot]:
         slots: dict[str, _Slot] = {}
@@ -123,7 +144,7 @@ class Placement:
     def owned(self, rank: int) -> list[Piece]:
         """The non-empty intervals of masters (and moments) that a rank owns, in canonical order."""
         at = coordinate(self.layout, rank)
-        slots = self._slots[at.pp, at.tp]
+        slots = self._slots(at.pp, at.tp)
         pieces = (_share(slots[name], at.dp) for name in self._stages[at.pp])
         return [piece for piece in pieces if len(piece) > 0]
 
@@ -131,10 +152,12 @@ class Placement:
         """Ranks that own a part of [start, stop) and the part. A parameter that tensor parallelism replicates has
         one owner for each tp rank; `tp` picks one of them."""
         pp, layout = self.stage(name), self.layout
-        sharded = self.specs[name].sharded
-        replicas = range(layout.tp) if sharded or tp is None else [tp % layout.tp]
-        for tp_rank in replicas:
-            slot = self._slots[pp, tp_rank][name]
+        if self.specs[name].sharded:
+            shards: Iterable[int] = self._shards(name, start, stop)
+        else:
+            shards = range(layout.tp) if tp is None else [tp % layout.tp]
+        for tp_rank in shards:
+            slot = self._slots(pp, tp_rank)[name]
             low, high = max(start, slot.piece.start), min(stop, slot.piece.stop)
             if low >= high:
                 continue
@@ -144,18 +167,27 @@ class Placement:
                 owned = Piece(name, max(low, part.start), min(high, part.stop))
                 yield rank_of(layout, pp, dp, tp_rank), owned
 
+    def _shards(self, name: str, start: int, stop: int) -> range:
+        """Tensor-parallel ranks whose shards [r * n // tp, (r + 1) * n // tp) of n rows meet entries [start, stop)."""
+        width, n, tp = self.width(name), self.rows(name), self.layout.tp
+        if start >= stop:
+            return range(0)
+        first, last = start // width, (stop - 1) // width
+        return range(((first + 1) * tp - 1) // n, ((last + 1) * tp - 1) // n + 1)
+
     def shard(self, name: str, rank: int) -> Piece:
         """The interval that a rank computes with: its tensor-parallel shard, whoever owns the masters."""
         at = coordinate(self.layout, rank)
-        return self._slots[at.pp, at.tp][name].piece
+        return self._slots(at.pp, at.tp)[name].piece
 
     def share(self, name: str, rank: int) -> Piece:
         """The interval of one parameter that a rank owns; empty if it owns nothing of it."""
         at = coordinate(self.layout, rank)
-        return _share(self._slots[at.pp, at.tp][name], at.dp)
+        slot = self._slots(at.pp, at.tp).get(name)
+        return Piece(name, 0, 0) if slot is None else _share(slot, at.dp)
 
     def rows(self, name: str) -> int:
-        return axis_sizes(self.model)[self.specs[name].rows]
+        return self._sizes[self.specs[name].rows]
 
 
 def _share(slot: _Slot, dp: int) -> Piece:

@@ -1,0 +1,175 @@
+"""One rank of a large world without the others: torch's fake process group, and parameters on the meta device.
+
+What a rank reckons and builds before it holds a weight can so be run for any rank of any world on one core. Nothing is
+sent and nothing is computed with.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megabus.config import RunConfig, Stage
+from megabus.engine.startup import stop_distributed
+from megabus.growth.plan import ELEMENT_BYTES, Plan, Wave
+from megabus.growth.transition import growth_between
+from megabus.model.decoder import Decoder
+from megabus.model.params import spec_of
+from megabus.parallel.fragments import KINDS, Kind
+from megabus.parallel.mesh import Mesh, process_groups, reuse_process_groups
+from megabus.parallel.placement import Placement
+from megabus.parallel.topology import stage_layers
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a rank's work took: seconds on the clock and of CPU, and MiB of resident memory beside the imports."""
+
+    seconds: float
+    cpu_seconds: float
+    mib: float
+
+
+@dataclass(frozen=True)
+class Built:
+    """A stage of the run as one rank builds it: parameters that it computes with and masters that it owns (entries),
+    groups that it asks for and those that it is a member of; what it took."""
+
+    parameters: int
+    masters: int
+    groups_asked: int
+    groups_joined: int
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A growth as one rank plans it: messages and bytes, other ranks that it may have to write to, waves; what it
+    took."""
+
+    sent_messages: int
+    received_messages: int
+    sent: int
+    received: int
+    kept: int
+    correspondents: int
+    waves: int
+    cost: Cost
+
+
+@contextmanager
+def fake_world(world: int, rank: int) -> Iterator[None]:
+    """torch.distributed and DeepSpeed as `rank` of `world` finds them; collectives return at once and change nothing.
+
+    One at a time, in a process that is in no other world; DeepSpeed is to be imported (`engine.startup`).
+    """
+    import deepspeed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "this process has a world already"
+    before = {key: os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
+    try:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
+        reuse_process_groups(timedelta(minutes=1))
+        yield
+    finally:
+        stop_distributed()
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def meta_stage(config: RunConfig, stage: Stage, mesh: Mesh) -> Decoder:
+    """The layers of a rank with their parameters on the meta device: shapes and declarations, no storage.
+
+    Raises RuntimeError where they are not the shards that `Placement` computes, which growth and checkpoints rest on.
+    """
+    layers = stage_layers(stage.model.n_layers, stage.layout.pp, mesh.at.pp)
+    with torch.device("meta"):
+        decoder = Decoder(stage.model, layers, mesh.tp, config.train.recompute)
+    placement = Placement(stage.model, stage.layout)
+    held = {spec_of(parameter).name: parameter.numel() for parameter in decoder.parameters()}
+    expected = {name: len(placement.shard(name, mesh.rank)) for name in placement.names(mesh.at.pp)}
+    if held != expected:
+        wrong = sorted(name for name in held.keys() | expected.keys() if held.get(name) != expected.get(name))
+        raise RuntimeError(f"rank {mesh.rank} builds other shards than its placement says: {wrong[:3]}")
+    return decoder
+
+
+def build(config: RunConfig, stage: Stage, rank: int) -> Built:
+    """Build a rank's process groups and its layers for a stage of the run."""
+    took = _cost()
+    with fake_world(stage.layout.world, rank):
+        mesh = Mesh(stage.layout, config.train.sequence_parallel)
+        decoder = meta_stage(config, stage, mesh)
+        asked, joined = process_groups()
+    placement = Placement(stage.model, stage.layout)
+    masters = sum(len(piece) for piece in placement.owned(rank))
+    return Built(sum(p.numel() for p in decoder.parameters()), masters, asked, joined, took())
+
+
+def plan_between(config: RunConfig, before: Stage, after: Stage) -> Plan:
+    old, new = Placement(before.model, before.layout), Placement(after.model, after.layout)
+    return Plan(old, new, growth_between(config, before, after))
+
+
+def travelling(config: RunConfig) -> tuple[Kind, ...]:
+    """The tensors that go along in a growth of a run that has taken steps."""
+    return ("weight",) if config.growth.moments == "reset" else KINDS
+
+
+def schedule(config: RunConfig, plan: Plan, rank: int) -> list[Wave]:
+    """What a rank does in a growth of this run, as `redistribute` asks for it."""
+    return plan.schedule(rank, config.growth.buffer_mb * 2**20 // 2, travelling(config))
+
+
+def plan_growth_of(config: RunConfig, before: Stage, after: Stage, rank: int) -> Planned:
+    """Plan a growth for one rank, from nothing."""
+    took = _cost()
+    plan = plan_between(config, before, after)
+    waves = schedule(config, plan, rank)
+    cost = took()
+    moves = [move for wave in waves for _, _, move in wave.moves]
+    sent = [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank != move.dst]
+    received = [len(move.piece) * ELEMENT_BYTES for move in moves if move.dst == rank != move.src]
+    kept = sum(len(move.piece) * ELEMENT_BYTES for move in moves if move.src == move.dst)
+    others = len(plan.correspondents(rank))
+    return Planned(len(sent), len(received), sum(sent), sum(received), kept, others, len(waves), cost)
+
+
+def in_child(job: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """`job(*each)` for each of the arguments, one after the other, each in a forked process of its own: with its own
+    caches, memory and world."""
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        return pool.starmap(job, arguments, chunksize=1)
+
+
+def _cost() -> Callable[[], Cost]:
+    """The cost from here to the call of what is returned. Of memory only new peaks show, so it belongs at the start of
+    a process (`in_child`)."""
+    start = (time.perf_counter(), time.process_time(), peak_mib())
+
+    def took() -> Cost:
+        now = (time.perf_counter(), time.process_time(), peak_mib())
+        return Cost(*(after - before for before, after in zip(start, now, strict=True)))
+
+    return took
+
+
+def peak_mib() -> float:
+    """The most resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
