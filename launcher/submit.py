@@ -57,8 +57,11 @@ def parse() -> argparse.Namespace:
     size.add_argument("--cpus-per-rank", type=_positive, help="4 beside a GPU and 1 without when left out")
     size.add_argument("--mem", help="memory of each node, as sbatch has it")
     queue = parser.add_argument_group("queue")
-    for name in SBATCH_OPTIONS[:-1]:
-        queue.add_argument(f"--{name}", help="as sbatch has it")
+    queue.add_argument("--time", help="as sbatch has it, like the next four")
+    queue.add_argument("--partition")
+    queue.add_argument("--account")
+    queue.add_argument("--qos")
+    queue.add_argument("--constraint")
     queue.add_argument("--job-name", help="the name of the file when left out")
     queue.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--exclusive"

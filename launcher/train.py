@@ -47,7 +47,7 @@ def main() -> int:
         from megabus.train.plots import summary_table
         from megabus.train.report.page import write_report
 
-        report = write_report([config.run_dir], config.run_dir)
+        report = write_report([config.run_dir], config.run_dir, curves=False)
         print(f"\n{summary_table(config.run_dir)}\n\nplot:       {report.with_name('loss.png')}")
         print(f"report:     {report}\ncheckpoint: {outcome.checkpoint}")
         tell_outcome("finished")

@@ -13,11 +13,19 @@ from launching import launch_forked, the_error, tree
 
 from megabus.config.stages import Layout, resolve_stages
 from megabus.errors import UserError
+from megabus.estimate.memory import rank_memory
 from megabus.parallel.placement import Placement
 from megabus.preflight import files, flight
 from megabus.preflight.identity import pinned
 from megabus.preflight.links import Link, best_of, by_kind, links_rows, neighbours, slow_links
-from megabus.preflight.machine import Machine, compute_row, least_bytes, machine_rows, slow_ranks
+from megabus.preflight.machine import (
+    Machine,
+    compute_row,
+    expected_bytes,
+    least_bytes,
+    machine_rows,
+    slow_ranks,
+)
 from megabus.preflight.slow import blame
 from megabus.preflight.table import odd_ones, ranks_text, size_text
 from megabus.testing.preflight_faults import FAULTS, NONE, check, problems, row_of, run_config, write_corpora
@@ -237,19 +245,41 @@ def test_ranks_share_a_machine_s_memory_but_no_gpu_s():
     states = {
         (on_gpu, same): [
             row.state
-            for row in machine_rows([machine_of("a", on_gpu=on_gpu), machine_of("a" if same else "b", on_gpu=on_gpu)])
+            for row in machine_rows(
+                [machine_of("a", on_gpu=on_gpu), machine_of("a" if same else "b", on_gpu=on_gpu)], [60, 60]
+            )
         ]
         for on_gpu in (False, True)
         for same in (False, True)
     }
     assert states.pop((False, True)) == ["ok", "refused"]
     assert set(map(tuple, states.values())) == {("ok", "ok")}
-    _, tight = machine_rows([machine_of("a", on_gpu=True), machine_of("b", on_gpu=True, free=59)])
+    _, tight = machine_rows([machine_of("a", on_gpu=True), machine_of("b", on_gpu=True, free=59)], [60, 60])
     assert "on rank 1 (b) take 60 B at least, and 59 B are free" in tight.text
 
 
+def test_memory_that_is_only_estimated_to_be_short_is_a_warning():
+    both = [machine_of("a", on_gpu=True), machine_of("b", on_gpu=True)]
+    _, enough = machine_rows(both, [80, 100])
+    assert enough.state == "ok"
+    assert "on rank 1 (b) take 60 B at least, some 100 B with activations and buffers; 100 B are free" in enough.text
+    _, short = machine_rows(both, [101, 100])
+    assert short.state == "warning"
+    assert "on rank 0 (a)" in short.text
+
+
+def test_expected_memory_is_each_rank_s_largest_stage_s(tmp_path):
+    changes = {"layout": {"tp": 1, "pp": 2}, "growth": {"stages": [{"layout": {"tp": 1, "pp": 1}}]}}
+    config = run_config(tmp_path, changes)
+    first, second = resolve_stages(config, 2)
+    each = [[rank_memory(config, stage, rank).total for rank in range(2)] for stage in (first, second)]
+    assert expected_bytes(config, [first, second]) == [max(pair) for pair in zip(*each, strict=True)]
+    assert expected_bytes(config, [first])[0] != expected_bytes(config, [first])[1]
+    assert all(least_bytes(config, first, rank) < each[0][rank] for rank in range(2))
+
+
 def test_another_device_is_a_warning():
-    devices, _ = machine_rows([machine_of("a"), machine_of("b"), machine_of("c", device="y")])
+    devices, _ = machine_rows([machine_of("a"), machine_of("b"), machine_of("c", device="y")], [60] * 3)
     assert devices.state == "warning"
     assert "8 x y on rank 2 (c)" in devices.text
     assert compute_row([1e9, 1e9, 1e8], [machine_of("a"), machine_of("b"), machine_of("c")]).state == "warning"

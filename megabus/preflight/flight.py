@@ -25,7 +25,15 @@ from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints, readable
 from megabus.preflight.identity import identity_rows, read_identity
 from megabus.preflight.links import LATENCY_SLACK, Link, best_of, by_kind, faulty_links, links_rows, measure, neighbours
-from megabus.preflight.machine import Machine, compute_row, machine_rows, read_machine, slow_ranks, speed
+from megabus.preflight.machine import (
+    Machine,
+    compute_row,
+    expected_bytes,
+    machine_rows,
+    read_machine,
+    slow_ranks,
+    speed,
+)
 from megabus.preflight.software import check_kernels, check_software
 from megabus.preflight.table import Row, ranks_text, refused, render
 
@@ -148,7 +156,8 @@ def _local_rows(
         if full:
             yield disk_row(config, stages)
     if full:
-        yield from machine_rows([local.machine for local in found if local.machine is not None])
+        machines = [local.machine for local in found if local.machine is not None]
+        yield from machine_rows(machines, expected_bytes(config, stages))
 
 
 def _first(check: str, faults: Sequence[UserError | None]) -> Row | None:

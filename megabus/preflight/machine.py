@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
+from megabus.estimate.memory import memory_at
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import coordinate
 from megabus.preflight.slow import usual
@@ -59,6 +60,16 @@ def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
     gradients = shard if config.train.zero_stage == 1 else owned
     weight = 2 if config.train.precision == "bf16" else 4
     return weight * shard + 4 * gradients + 12 * owned
+
+
+def expected_bytes(config: RunConfig, stages: Sequence[Stage]) -> list[int]:
+    """Bytes that each rank is estimated to take, activations and buffers included, in the largest of its stages."""
+    most = [0] * stages[0].layout.world
+    for stage in stages:
+        placement = Placement(stage.model, stage.layout)
+        by_pp = [memory_at(config, stage, placement, pp, tp=0).total for pp in range(stage.layout.pp)]
+        most = [max(known, by_pp[coordinate(stage.layout, rank).pp]) for rank, known in enumerate(most)]
+    return most
 
 
 def free_memory() -> int:
@@ -111,8 +122,9 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b
 
 
-def machine_rows(ranks: Sequence[Machine]) -> list[Row]:
-    return [_devices_row(ranks), _memory_row(ranks)]
+def machine_rows(ranks: Sequence[Machine], expected: Sequence[int]) -> list[Row]:
+    """expected: of every rank, its `expected_bytes`."""
+    return [_devices_row(ranks), _memory_row(ranks, expected)]
 
 
 def _devices_row(ranks: Sequence[Machine]) -> Row:
@@ -127,12 +139,13 @@ def _devices_row(ranks: Sequence[Machine]) -> Row:
     return warned("devices", f"{other.count} x {other.device} on {ranks_text(alike)} ({other.host}), else {text}")
 
 
-def _memory_row(ranks: Sequence[Machine]) -> Row:
-    """On GPUs each rank has its own memory; on CPUs the ranks of a machine share it."""
+def _memory_row(ranks: Sequence[Machine], expected: Sequence[int]) -> Row:
+    """On GPUs each rank has its own memory; on CPUs the ranks of a machine share it. What is needed at least is refused
+    where it does not fit, an estimate of all of it is a warning."""
     places: dict[object, list[int]] = defaultdict(list)
     for rank, machine in enumerate(ranks):
         places[(machine.host, rank) if machine.on_gpu else machine.host].append(rank)
-    tightest, most = 0.0, ""
+    tightest, row = -1.0, Row("memory", "")
     for members in places.values():
         need, free = sum(ranks[rank].need for rank in members), min(ranks[rank].free for rank in members)
         largest = max((ranks[rank] for rank in members), key=lambda machine: machine.need)
@@ -143,9 +156,12 @@ def _memory_row(ranks: Sequence[Machine]) -> Row:
             problem = f"{what} take {size_text(need)} at least, and {size_text(free)} are free"
             remedy = "use more ranks, a higher tp or pp, or a smaller model"
             return refused("memory", UserError(key, f"stage {largest.stage}", problem, remedy))
-        if need / free >= tightest:
-            tightest, most = need / free, f"{what} take {size_text(need)} at least, {size_text(free)} are free"
-    return Row("memory", most)
+        about = sum(expected[rank] for rank in members)
+        if about / free > tightest:
+            rest = f"some {size_text(about)} with activations and buffers"
+            text = f"{what} take {size_text(need)} at least, {rest}; {size_text(free)} are free"
+            tightest, row = about / free, warned("memory", text) if about > free else Row("memory", text)
+    return row
 
 
 def slow_ranks(speeds: Sequence[float], devices: Sequence[str]) -> list[int]:

@@ -43,9 +43,11 @@ def gather(run_dirs: Sequence[str | Path]) -> Report:
     return Report(runs, panels, [drawn(run.tracks, panels) for run in runs])
 
 
-def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Path:
-    """Write `report.html`, and beside it `loss.png` and `curves.png`; the page. Raises `UserError` for runs that cannot
-    be read (then nothing is written) and a folder that cannot be written."""
+def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path, *, curves: bool = True) -> Path:
+    """Write `report.html`, and beside it `loss.png` and (`curves`: some seconds) `curves.png`; the page.
+
+    Raises `UserError` for runs that cannot be read (then nothing is written) and a folder that cannot be written.
+    """
     report, out = gather(run_dirs), Path(out_dir)
     page = render(report)
     try:
@@ -56,7 +58,8 @@ def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Path:
     except OSError as error:
         raise UserError("--out", out, f"cannot be written ({error.strerror})", "name a writable folder") from error
     plot_loss(run_dirs, out / "loss.png")
-    plot_curves([run.name for run in report.runs], report.panels, report.thinned, out / "curves.png")
+    if curves:
+        plot_curves([run.name for run in report.runs], report.panels, report.thinned, out / "curves.png")
     return out / "report.html"
 
 
