@@ -44,12 +44,13 @@ def main() -> int:
         print(f"stopped and saved: {outcome.checkpoint}; the same command goes on from there")
         tell_outcome("stopped")
     elif os.environ["RANK"] == "0":
-        from megabus.train.plots import summary_table
-        from megabus.train.report.page import write_report
+        from megabus.train.plots import plot_loss, summary_table
+        from megabus.train.report.page import write_page
 
-        report = write_report([config.run_dir], config.run_dir, curves=False)
-        print(f"\n{summary_table(config.run_dir)}\n\nplot:       {report.with_name('loss.png')}")
-        print(f"report:     {report}\ncheckpoint: {outcome.checkpoint}")
+        picture = plot_loss([config.run_dir], Path(config.run_dir) / "loss.png")
+        report = write_page([config.run_dir], config.run_dir)
+        print(f"\n{summary_table(config.run_dir)}\n\nplot:       {picture}\nreport:     {report}")
+        print(f"checkpoint: {outcome.checkpoint}")
         tell_outcome("finished")
     stop_distributed()
     return config.faults.stop_exit_code if outcome.stopped else 0

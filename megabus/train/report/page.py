@@ -43,24 +43,31 @@ def gather(run_dirs: Sequence[str | Path]) -> Report:
     return Report(runs, panels, [drawn(run.tracks, panels) for run in runs])
 
 
-def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path, *, curves: bool = True) -> Path:
-    """Write `report.html`, and beside it `loss.png` and (`curves`: some seconds) `curves.png`; the page.
+def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Path:
+    """Write `report.html`, and beside it `loss.png` and `curves.png`; the page. Raises `UserError` for runs that cannot
+    be read (then nothing is written) and a folder that cannot be written."""
+    report = gather(run_dirs)
+    page = _write(report, Path(out_dir))
+    plot_loss(run_dirs, page.with_name("loss.png"))
+    plot_curves([run.name for run in report.runs], report.panels, report.thinned, page.with_name("curves.png"))
+    return page
 
-    Raises `UserError` for runs that cannot be read (then nothing is written) and a folder that cannot be written.
-    """
-    report, out = gather(run_dirs), Path(out_dir)
-    page = render(report)
+
+def write_page(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Path:
+    """`report.html` alone, which takes a tenth of the time; see `write_report`."""
+    return _write(gather(run_dirs), Path(out_dir))
+
+
+def _write(report: Report, out: Path) -> Path:
+    page, partial = out / "report.html", out / "report.html.partial"
+    html = render(report)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        partial = out / "report.html.partial"
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(out / "report.html")
+        partial.write_text(html, encoding="utf-8")
+        partial.replace(page)
     except OSError as error:
         raise UserError("--out", out, f"cannot be written ({error.strerror})", "name a writable folder") from error
-    plot_loss(run_dirs, out / "loss.png")
-    if curves:
-        plot_curves([run.name for run in report.runs], report.panels, report.thinned, out / "curves.png")
-    return out / "report.html"
+    return page
 
 
 def names_of(run_dirs: Sequence[str | Path]) -> list[str]:
