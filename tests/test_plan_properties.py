@@ -110,7 +110,7 @@ def unneeded_by_its_owner(move):
     return all(stop <= move.piece.start or move.piece.stop <= start for start, stop in need.spans)
 
 
-def to_owner(move):
+def from_another(move):
     return [Move((move.src + 1) % 4, move.dst, move.piece)]
 
 
@@ -118,8 +118,8 @@ PLAN = plan_of(Layout(1, 2, 2), Layout(2, 1, 2))
 MUTATIONS = {
     "missing": (between, shorter),
     "twice": (between, lambda move: [move, move]),
-    "not the owner's": (between, lambda move: [Move((move.src + 1) % 4, move.dst, move.piece)]),
-    "sent to its owner": (lambda move: move.src == move.dst, to_owner),
+    "not the owner's": (between, from_another),
+    "sent to its owner": (lambda move: move.src == move.dst, from_another),
     "needless": (unneeded_by_its_owner, lambda move: [move, Move(move.src, move.src, move.piece)]),
 }
 

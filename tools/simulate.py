@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,6 +22,9 @@ from megabus.command import run
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.engine.startup import import_deepspeed, prepare_environment
 from megabus.errors import UserError
+
+if TYPE_CHECKING:
+    from megabus.testing.simulate import Cost
 
 MIB = 2**20
 
@@ -86,7 +90,7 @@ def _cost_header() -> str:
     return f"{'seconds':>8} {'of CPU':>7} {'MiB':>6}"
 
 
-def _cost(cost) -> str:  # type: ignore[no-untyped-def]  # `Cost`, whose module takes seconds to import
+def _cost(cost: Cost) -> str:
     return f"{cost.seconds:>8.2f} {cost.cpu_seconds:>7.2f} {cost.mib:>6.1f}"
 
 
