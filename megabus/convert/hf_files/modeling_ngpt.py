@@ -4,6 +4,7 @@ Goes with the weights; needs nothing but torch and transformers. Every matrix is
 length 1, so `out` and `down` are (rows, hidden_size) and multiply from the right.
 """
 
+from dataclasses import fields
 from math import sqrt
 
 import torch
@@ -16,6 +17,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_ngpt import NGPTConfig
+
+
+# What transformers calls the cache: `past_key_values` up to 5.23, `cache` after it.
+CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
 
 
 def unit(x):
@@ -145,34 +150,30 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache=None,
         output_hidden_states=None,
         logits_to_keep=0,
+        cache=None,
         **kwargs,
     ):
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         h = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             # Padding has no position: unlike in Llama, a shift of all positions changes the result.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -h.shape[1] :]
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(h.shape[1], device=h.device) + seen)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=h,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = create_causal_mask(self.config, h, attention_mask, cache, position_ids)
         # fp64: what megabus trains with, whatever the precision of the rest.
         frequencies = torch.tensor(self.config.rope_frequencies, dtype=torch.float64, device=h.device)
         angle = position_ids[:, None, :, None].double() * frequencies
         cos, sin = angle.cos().float(), angle.sin().float()
         states = [h] if output_hidden_states else None
         for block in self.layers:
-            h = block(h, cos, sin, mask, past_key_values)
+            h = block(h, cos, sin, mask, cache)
             if states is not None:
                 states.append(h)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -183,6 +184,6 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=None if states is None else tuple(states),
+            **{CACHE: cache if use_cache else None},
         )
