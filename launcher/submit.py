@@ -26,6 +26,13 @@ from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.errors import UserError
 
 SBATCH_OPTIONS = ("time", "partition", "account", "qos", "constraint", "mem")
+# What the job script says already: another value would break saving and queueing again, or the checks here.
+OURS = {
+    *("-J", "-N", "-c", "-o", "-a", "-t", "-p", "-A", "-q", "-C", "--job-name", "--nodes", "--ntasks-per-node"),
+    *("--cpus-per-task", "--gres", "--output", "--open-mode", "--signal", "--requeue", "--no-requeue", "--array"),
+    *(f"--{name}" for name in SBATCH_OPTIONS),
+}
+LONGEST_GRACE = 65535  # seconds: slurm keeps it in 16 bits
 TRAIN = Path(__file__).resolve().with_name("train.py")
 
 
@@ -89,6 +96,15 @@ def make_job(args: argparse.Namespace) -> Job:
     if args.time is not None and seconds(args.time) <= args.grace:
         problem = f"is not longer than the {args.grace} s before it at which the run is told to save"
         raise UserError("--time", args.time, problem, "give more time, or less --grace")
+    for option in args.sbatch:
+        name = option.partition("=")[0] if option.startswith("--") else option[:2]
+        if name in OURS or not option.startswith("-"):
+            problem = "is written by this program itself" if name in OURS else "does not begin with a dash"
+            raise UserError(
+                "--sbatch", option, problem, "see --help for what there is, and write others as --sbatch=--name"
+            )
+    if args.grace > LONGEST_GRACE:
+        raise UserError("--grace", args.grace, "is more than slurm takes", f"give at most {LONGEST_GRACE}")
     if args.at_once is not None and not args.array:
         raise UserError("--at-once", args.at_once, "is of a sweep", "give --array, or leave it out")
     config = _sound(args, args.overrides, args.nodes * ranks)
@@ -136,7 +152,8 @@ def submit(script: str, logs: Path) -> str:
             for path in made:
                 path.rmdir()
         if isinstance(error, subprocess.CalledProcessError):
-            raise UserError("sbatch", error.returncode, error.stderr.strip(), "change the options") from error
+            remedy = "change the options, or submit where slurm answers (`sinfo` tells)"
+            raise UserError("sbatch", error.returncode, error.stderr.strip(), remedy) from error
         problem = f"cannot be run ({error.strerror})"
         raise UserError("sbatch", "sbatch", problem, "submit where slurm is installed, or see --dry-run") from error
     return said.stdout.strip().split(";")[0]  # behind it a federation writes the cluster

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megabus.command import RankParser, end_rank, tell_outcome
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
+from megabus.errors import UserError, warn
 
 
 def main() -> int:
@@ -44,16 +45,23 @@ def main() -> int:
         print(f"stopped and saved: {outcome.checkpoint}; the same command goes on from there")
         tell_outcome("stopped")
     elif os.environ["RANK"] == "0":
-        from megabus.train.plots import plot_loss, summary_table
-        from megabus.train.report.page import write_page
-
-        picture = plot_loss([config.run_dir], Path(config.run_dir) / "loss.png")
-        report = write_page([config.run_dir], config.run_dir)
-        print(f"\n{summary_table(config.run_dir)}\n\nplot:       {picture}\nreport:     {report}")
-        print(f"checkpoint: {outcome.checkpoint}")
         tell_outcome("finished")
+        try:
+            _show(config.run_dir)
+        except UserError as error:  # no reason to call a run failed that has trained to its end
+            warn(f"no picture or no page: {error}; `python tools/report.py {config.run_dir}` draws them")
+        print(f"checkpoint: {outcome.checkpoint}")
     stop_distributed()
     return config.faults.stop_exit_code if outcome.stopped else 0
+
+
+def _show(run_dir: str) -> None:
+    from megabus.train.plots import plot_loss, summary_table
+    from megabus.train.report.page import write_page
+
+    print(f"\n{summary_table(run_dir)}\n")
+    print(f"plot:       {plot_loss([run_dir], Path(run_dir) / 'loss.png')}")
+    print(f"report:     {write_page([run_dir], run_dir)}")
 
 
 if __name__ == "__main__":

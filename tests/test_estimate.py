@@ -17,7 +17,7 @@ from megabus.errors import UserError
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
 from megabus.estimate.devices import Link, device
-from megabus.estimate.growth import received_bytes, sent_messages, transition
+from megabus.estimate.growth import sent_messages, transition
 from megabus.estimate.layouts import candidates, fullest, rank_layouts
 from megabus.estimate.memory import rank_memory, states_at
 from megabus.estimate.step_time import links, ring, step_time
@@ -138,14 +138,14 @@ def plan_of(before, after, **how):
 def test_traffic_of_each_rank_is_the_plan_s(layouts, depth):
     plan = plan_of(*layouts, depth=depth, moments="grow")
     world = plan.old.layout.world
-    received = [received_bytes(plan, rank, KINDS) for rank in range(world)]
+    received = [plan.traffic(KINDS, [rank]).sent for rank in range(world)]
     for rank in range(world):
         owned = owned_entries(plan.old, rank)
         assert received[rank] == sum(len(needed_entries(plan, rank, k) - owned) for k in KINDS) * ELEMENT_BYTES
-    sent = [sent_messages(plan, rank, KINDS) for rank in range(world)]
+    sent = [sent_messages(plan.schedule(rank, 2**12, KINDS), rank) for rank in range(world)]
     assert sum(map(sum, sent)) == sum(received) == plan.traffic(KINDS).sent > 0
     still = replace(plan, new=Placement(plan.new.model, plan.old.layout))
-    assert received != [received_bytes(still, rank, KINDS) for rank in range(world)]
+    assert received != [still.traffic(KINDS, [rank]).sent for rank in range(world)]
 
 
 def test_growth_of_the_large_run(large):

@@ -102,8 +102,9 @@ def test_order_statistics_of_any_floats():
             assert found == [ordered[p * (len(ordered) - 1) // 100] for p in PERCENTS]
 
 
-def test_a_value_that_is_none_comes_last():
-    (found,) = run_ranks(1, _statistics, [torch.tensor([math.nan, 2.0, 1.0])])[0]
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_a_value_that_is_none_comes_last(nan):
+    (found,) = run_ranks(1, _statistics, [torch.tensor([nan, 2.0, 1.0])])[0]
     assert found[:-1] == [1.0] * 3 + [2.0] * 3
     assert math.isnan(found[-1])
 

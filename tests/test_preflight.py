@@ -17,7 +17,7 @@ from megabus.estimate.memory import rank_memory
 from megabus.parallel.placement import Placement
 from megabus.preflight import files, flight
 from megabus.preflight.identity import pinned
-from megabus.preflight.links import Link, best_of, by_kind, links_rows, neighbours, slow_links
+from megabus.preflight.links import Link, best_of, by_kind, links_rows, neighbours, silence_of, slow_links
 from megabus.preflight.machine import (
     Machine,
     compute_row,
@@ -78,7 +78,7 @@ PATIENCE = 4.0
 
 
 def _absent(folder):
-    flight.ABSENT, config = PATIENCE, run_config(folder, {})
+    config = run_config(folder, {"faults.hang_timeout": PATIENCE / 0.8})
     if dist.get_rank() == 2:
         time.sleep(PATIENCE + 3)
         return None
@@ -99,22 +99,35 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
     assert all(text != "passed" for text in told)
 
 
-def _silent(folder):
-    """Rank 1 never answers rank 0: no message of the links reaches it."""
+def _silent(folder, changes):
+    """The last rank never answers: no message of the links reaches it."""
     flight.ABSENT = PATIENCE
-    if dist.get_rank() == 1:
-        flight.measure = lambda *_: time.sleep(PATIENCE + 3)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        flight.measure = lambda *_: time.sleep(PATIENCE + 2) or ([], None)
     try:
-        check_only(run_config(folder, {"layout": {"dp": 2}, "growth": {}}))
+        check_only(run_config(folder, changes))
     except (UserError, RuntimeError) as error:
         return str(error)
     return "passed"
 
 
-def test_a_silent_neighbour_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("world", "changes", "link", "silent"),
+    [(2, {"layout": {"dp": 2}, "growth": {}}, "0-1", 1), (4, {"layout": {"tp": 2, "pp": 2}, "growth": {}}, "1-3", 3)],
+)
+def test_a_silent_neighbour_is_named(tmp_path, world, changes, link, silent):
+    """By every rank, and by rank 0 too where it is no end of the link."""
     write_corpora(tmp_path)
-    told = run_ranks(2, _silent, tmp_path)
-    assert told[0].startswith("link = 0-1: carries nothing: rank 1 has not answered for 4 s; look at")
+    told = run_ranks(world, _silent, tmp_path, changes)
+    begin = f"link = {link}: carries nothing: rank {silent} has not answered for 4 s; look at"
+    assert [text[: len(begin)] for text in told] == [begin] * world
+
+
+def test_who_is_silent():
+    assert silence_of([None] * 4, 4.0) is None
+    assert "link = 0-1: carries nothing: rank 1 has" in str(silence_of([1, None], 4.0))
+    assert "link = 1-3: carries nothing: rank 3 has" in str(silence_of([2, 3, 3, None], 4.0))
+    assert "link = 1-3: carries nothing: rank 3 has" in str(silence_of([2, 3, 3, 1], 4.0))  # late for all
 
 
 @pytest.fixture

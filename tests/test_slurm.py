@@ -73,6 +73,11 @@ def rendered(monkeypatch, capsys):
         ([*CPU, "--at-once", "2"], "--at-once = 2: is of a sweep"),
         ([*CPU, "--time", "5"], "--time = 5: is not longer than the 300 s before it"),
         ([*CPU, "--time", "a day"], "--time = a day: is no time limit"),
+        ([*CPU, "--sbatch=--signal=B:TERM@9"], "--sbatch = --signal=B:TERM@9: is written by this program itself"),
+        ([*CPU, "--sbatch=-t5"], "--sbatch = -t5: is written by this program itself"),
+        ([*CPU, "--sbatch=exclusive"], "--sbatch = exclusive: does not begin with a dash"),
+        ([*CPU, "--grace", "65536"], "--grace = 65536: is more than slurm takes"),
+        ([*CPU, "--array", "train.seed=1,1"], "--array = train.seed=1: is given twice"),
         ([*CPU, "resume=never"], "resume = never: refuses to go on when the job is queued again"),
         ([*CPU, "--job-name", "a\nb"], "sbatch option = '--job-name=a\\nb': has a line break"),
         ([*CPU, "run_dir=a\\b"], "run_dir = {here}/a\\b: has a backslash"),
@@ -203,6 +208,9 @@ printf '%s\\n' "$@" >>srun.txt
 while [[ $1 == --* ]]; do shift; done
 exec env SLURM_NODEID=0 "$@"
 """
+SQUEUE = """#!/bin/bash
+[[ $* == *--jobs=29* ]] && echo 29 || exit 1
+"""
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then echo node-a; echo node-b; else echo "$@" >>requeued.txt; fi
 """
@@ -220,7 +228,7 @@ def in_bash(tmp_path):
     tools.mkdir()
 
     def go(script, trainer="", **job):
-        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("py thon", PYTHON + trainer)):
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE), ("py thon", PYTHON + trainer)):
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
         environment = {
@@ -276,8 +284,8 @@ def test_every_character_arrives(job, in_bash, tmp_path, launcher):
             *("-m", "deepspeed.launcher.runner", f"--hostfile={hosts}", "--no_ssh", "--node_rank=0"),
             *("--master_addr=node-a", "--master_port=10031"),
         ]
-    assert (tmp_path / "srun.txt").read_text().splitlines()[:3] == [
-        *("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2"),
+    assert (tmp_path / "srun.txt").read_text().splitlines()[:4] == [
+        *("--export=ALL", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2"),
     ]
 
 
@@ -345,9 +353,21 @@ def test_failures_are_counted_until_a_new_checkpoint(job, in_bash, tmp_path):
     assert (tmp_path / "requeued.txt").read_text() == "requeue 31\n" * 4
 
 
-@pytest.mark.parametrize(("written", "stays"), [("slurm job 30\n", False), ("slurm job 31", False), ("", True)])
+@pytest.mark.parametrize("asked", ["USR1", "TERM"])
+def test_a_user_s_stop_is_not_taken_over(job, in_bash, tmp_path, asked):
+    """Not even when slurm asks for the same: whoever wants the run to end does not want it queued again."""
+    trainer = f"touch runs/x/stop; kill -{asked} $(cat pid); sleep 1; " + TELL.format("stopped", 0)
+    ended = in_bash(job("--setup", 'echo $$ >"$HERE/pid"'), trainer)
+    assert ended.returncode == 75
+    assert not (tmp_path / "requeued.txt").exists()
+    assert (tmp_path / "runs/x/stop").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "stays"), [("slurm job 30\n", False), ("slurm job 31", False), ("slurm job 29", True), ("", True)]
+)
 def test_a_stop_file_left_behind(job, in_bash, tmp_path, written, stays):
-    """One of a job, which a start before has not heeded, goes before the run starts; a user's stays."""
+    """One of a job that is gone, or of this one, goes before the run starts; a user's and a running job's stay."""
     (tmp_path / "runs/x/stop").write_text(written)
     in_bash(job(), '[[ -e runs/x/stop ]] && touch "$HERE/seen";' + TELL.format("finished", 0))
     assert (tmp_path / "seen").exists() == stays
@@ -374,7 +394,7 @@ def test_what_sbatch_gets(rendered, monkeypatch, capsys, tmp_path):
 def test_what_sbatch_refuses(monkeypatch, capsys, tmp_path, there):
     """Nothing is left of it: a directory of a run is no run."""
     sbatch(tmp_path, monkeypatch, "cat >/dev/null; echo 'sbatch: error: no such partition' >&2; exit 1")
-    told = "error: sbatch = 1: sbatch: error: no such partition; change the options\n"
+    told = "error: sbatch = 1: sbatch: error: no such partition; change the options, or submit where slurm"
     if not there:
         monkeypatch.setenv("PATH", "/nowhere")
         told = "error: sbatch = sbatch: cannot be run (No such file or directory); submit where slurm is installed"

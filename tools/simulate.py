@@ -38,6 +38,8 @@ def main() -> int:
     parser.add_argument("--all-ranks", action="store_true", help="plan the growths for every rank and compare")
     args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
+    if args.world < 1:
+        raise UserError("--world", args.world, "is no number of ranks", "give 1 or more")
     stages = resolve_stages(config, args.world)
     ranks = sorted({0, args.world // 2, args.world - 1}) if args.rank is None else args.rank
     for rank in ranks:
@@ -96,13 +98,13 @@ def _cost(cost: Cost) -> str:
 
 def _check_all(config: RunConfig, stages: Sequence[Stage]) -> int:
     """Every rank's schedule of every growth, by itself and against the others'. Returns the exit code."""
+    from megabus.growth.plan import plan_between, schedule_of, travelling
     from megabus.testing.plan_check import faults, loads
-    from megabus.testing.simulate import plan_between, schedule, travelling
 
     sound = True
     for before, after in pairwise(stages):
         start, plan = time.perf_counter(), plan_between(config, before, after)
-        schedules = {rank: schedule(config, plan, rank) for rank in range(after.layout.world)}
+        schedules = {rank: schedule_of(config, plan, rank) for rank in range(after.layout.world)}
         found = faults(plan, schedules, travelling(config))
         print(f"\n{before.layout} to {after.layout}: {', '.join(sorted(found)) or 'all ranks agree, nothing is wrong'}")
         print(f"  {len(schedules):,} ranks planned and compared in {time.perf_counter() - start:.0f} s")

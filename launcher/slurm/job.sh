@@ -24,11 +24,22 @@ export OMP_NUM_THREADS=1
 # a user has put there stays, one that a job has left is no business of the next start.
 
 at_limit=0 ended=0 woken=0
+users_stop() {
+    [[ -e $run_dir/stop && $(cat -- "$run_dir/stop" 2>/dev/null) != "slurm job "* ]]
+}
 ask_to_save() {
+    users_stop && { requeue=0; return; }
     mkdir -p -- "$run_dir" && echo "slurm job $SLURM_JOB_ID" >"$run_dir/stop"
 }
 forget_stop() {
-    case $(cat -- "$run_dir/stop" 2>/dev/null) in "slurm job "*) rm -f -- "$run_dir/stop" ;; esac
+    [[ $(cat -- "$run_dir/stop" 2>/dev/null) == "slurm job $SLURM_JOB_ID" ]] && rm -f -- "$run_dir/stop"
+}
+forget_stop_of_the_gone() {  # another job may be running here, and may just have been told to save
+    local job
+    job=$(cat -- "$run_dir/stop" 2>/dev/null)
+    [[ $job == "slurm job "* ]] || return
+    [[ $job != "slurm job $SLURM_JOB_ID" && -n $(squeue --noheader --jobs="${job#slurm job }" 2>/dev/null) ]] ||
+        rm -f -- "$run_dir/stop"
 }
 trap 'at_limit=1 woken=1; echo "slurm: the time limit is near, telling the run to save"; ask_to_save' USR1
 trap 'ended=1 woken=1; echo "slurm: the job is being ended, telling the run to save"; ask_to_save' TERM
@@ -50,7 +61,7 @@ on_this_node() {
 }
 export -f on_this_node
 
-forget_stop
+forget_stop_of_the_gone
 rm -f -- "$state.outcome"
 before=$(newest_checkpoint)
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || exit 1
@@ -62,7 +73,7 @@ export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 101 * ${SLURM_RESTART_COUNT:-0}) %
 export MEGABUS_OUTCOME=$state.outcome  # rank 0 says there how the run ended: launchers lose their ranks' exit codes
 
 echo "slurm: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)) of $run_dir on ${hosts//$'\n'/ }"
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=@{cpus_per_node} --kill-on-bad-exit=1 \
+srun --export=ALL --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=@{cpus_per_node} --kill-on-bad-exit=1 \
     bash -c 'on_this_node "$@"' bash "${arguments[@]}" &
 step=$! woken=1
 while ((woken)); do  # a signal ends `wait` early

@@ -30,6 +30,9 @@ def expand(sweeps: Sequence[str]) -> list[list[str]]:
         if "run_dir" in keys:
             problem = "gives run_dir, and every member gets one of its own under the run_dir of the file"
             raise UserError("--array", " ".join(member), problem, "leave it out")
+    for number, member in enumerate(members):
+        if member in members[:number]:
+            raise UserError("--array", " ".join(member), "is given twice", "name every member once")
     return members
 
 

@@ -80,7 +80,8 @@ _SIGN, _ALL = 1 << 31, (1 << 32) - 1
 def _ordered(x: Tensor) -> Tensor:
     """Whole numbers from 0 to 2^32 - 1 in the order of the floats: int64."""
     bits = x.detach().float().contiguous().view(torch.int32).long() & _ALL
-    return torch.where(bits >= _SIGN, bits ^ _ALL, bits | _SIGN)
+    # Processors' own NaNs have their sign bit set.
+    return torch.where(x.isnan(), _ALL, torch.where(bits >= _SIGN, bits ^ _ALL, bits | _SIGN))
 
 
 def _floats(key: Tensor) -> Tensor:

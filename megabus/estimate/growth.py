@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from megabus.config import RunConfig, Stage
 from megabus.estimate.devices import Device
 from megabus.estimate.memory import FP32, states_at
-from megabus.growth.plan import ELEMENT_BYTES, Plan, Unit
-from megabus.growth.rules import Growth
-from megabus.parallel.fragments import KINDS, Kind
-from megabus.parallel.placement import Piece, Placement
-from megabus.parallel.topology import coordinate
+from megabus.growth.plan import ELEMENT_BYTES, Plan, Wave, plan_between, schedule_of, travelling
 
 ALL_RANKS = 16  # of larger worlds some ranks stand for all
 
@@ -36,51 +32,19 @@ class Transition:
         return self.move + self.grow + self.rebuild
 
 
-def growth_plan(config: RunConfig, old: Stage, new: Stage) -> Plan:
-    growth = Growth(old.model, new.model, config.growth, config.train.seed)
-    return Plan(Placement(old.model, old.layout), Placement(new.model, new.layout), growth)
-
-
-def moved_kinds(config: RunConfig) -> tuple[Kind, ...]:
-    return ("weight",) if config.growth.moments == "reset" else KINDS
-
-
-def received_bytes(plan: Plan, rank: int, kinds: Sequence[Kind]) -> int:
-    """What a rank is sent: the old entries that its new ones are made of, without those that it has."""
-    entries = 0
-    mine: dict[str, list[Piece]] = {}
-    for piece in plan.new.owned(rank):
-        mine.setdefault(plan.growth.old_spec(plan.new.specs[piece.name]).name, []).append(piece)
-    for name, pieces in mine.items():
-        own = plan.old.share(name, rank) if plan.old.stage(name) == coordinate(plan.old.layout, rank).pp else None
-        for kind in kinds:
-            for start, stop in plan.need(Unit(name, 0, plan.old.rows(name)), pieces, kind).spans:
-                entries += stop - start
-                if own is not None:
-                    entries -= max(0, min(stop, own.stop) - max(start, own.start))
-    return entries * ELEMENT_BYTES
-
-
-def sent_messages(plan: Plan, rank: int, kinds: Sequence[Kind]) -> list[int]:
-    """Bytes of what a rank sends to others of the old entries that it has, message by message, in no order (a small
-    buffer cuts some)."""
-    messages: list[int] = []
-    for piece in plan.old.owned(rank):
-        width = plan.old.width(piece.name)
-        unit = Unit(piece.name, piece.start // width, -(-piece.stop // width))
-        for kind in kinds:
-            moves = plan.moves(unit, kind, rank)
-            messages += [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank != move.dst]
-    return messages
+def sent_messages(schedule: Sequence[Wave], rank: int) -> list[int]:
+    """Bytes of each message that a rank sends to others."""
+    moves = (move for wave in schedule for *_, move in wave.moves)
+    return [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank != move.dst]
 
 
 def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuild: float) -> Transition:
     """Of the growth from one stage to the next. rebuild: seconds that new engines take, for which there is no model."""
-    plan, kinds, world = growth_plan(config, old, new), moved_kinds(config), new.layout.world
+    plan, kinds, world = plan_between(config, old, new), travelling(config), new.layout.world
     # Spread over pipeline stages and data-parallel places.
     ranks = sorted({0, world - 1, *(i * world // ALL_RANKS for i in range(ALL_RANKS))})
-    received = max(received_bytes(plan, rank, kinds) for rank in ranks)
-    messages = [sent_messages(plan, rank, kinds) for rank in ranks]
+    received = max(plan.traffic(kinds, [rank]).sent for rank in ranks)
+    messages = [sent_messages(schedule_of(config, plan, rank), rank) for rank in ranks]
     sent, most = max(map(sum, messages)), max(map(len, messages))
     link = device.inter if world > device.nodes_of else device.intra
     grown = max(sum(map(len, plan.new.owned(rank))) for rank in ranks) * len(kinds) * FP32
@@ -99,7 +63,7 @@ def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuil
 def transition_bytes(config: RunConfig, plan: Plan, new: Stage) -> int:
     """The most that a rank holds on its device between two engines: what it had and what it gets with the buffer, or
     what it got and the new engine, whose weights lie there twice while they are made flat."""
-    kinds = len(moved_kinds(config))
+    kinds = len(travelling(config))
     worst = 0
     for pp in range(new.layout.pp):
         at = states_at(config, new, plan.new, pp, new.layout.tp - 1)

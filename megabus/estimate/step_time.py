@@ -82,7 +82,7 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
         # A block sums h over ranks twice forward and twice backward, and twice more where it is recomputed; under
         # sequence parallelism each sum is a scatter and a gather, which is as much. Embedding and head: once more each.
         sums = (end - begin) * (6 if train.recompute else 4) + (pp == 0) + (pp == layout.pp - 1)
-        slowest = max(slowest, (flops * tokens / speed, sums * ring(tensor, layout.tp, h_bytes, 2)))
+        slowest = max(slowest, (flops * tokens / speed, sums * ring(tensor, layout.tp, h_bytes, 2)), key=sum)
     compute, sent = slowest
     cut = layout.tp if train.sequence_parallel else 1
     hops = 0.0 if layout.pp == 1 else 2 * pipe.seconds(h_bytes / cut)

@@ -18,9 +18,10 @@ from itertools import zip_longest
 
 import numpy as np
 
+from megabus.config import RunConfig, Stage
 from megabus.growth.maps import AxisMap
 from megabus.growth.rules import Growth
-from megabus.parallel.fragments import Kind
+from megabus.parallel.fragments import KINDS, Kind
 from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
 
@@ -238,3 +239,24 @@ class Plan:
                     else:
                         sent += len(move.piece)
         return Traffic(sent * ELEMENT_BYTES, kept * ELEMENT_BYTES)
+
+
+def growth_between(config: RunConfig, old: Stage, new: Stage) -> Growth:
+    """The seed is the run's: directions are keyed by parameter, row and new shape, so no two growths share any."""
+    return Growth(old.model, new.model, config.growth, config.train.seed)
+
+
+def plan_between(config: RunConfig, old: Stage, new: Stage) -> Plan:
+    """Of the growth from one stage of a run into the next."""
+    placements = (Placement(stage.model, stage.layout) for stage in (old, new))
+    return Plan(*placements, growth_between(config, old, new))
+
+
+def travelling(config: RunConfig) -> tuple[Kind, ...]:
+    """The tensors that go along in a growth of a run that has taken steps."""
+    return ("weight",) if config.growth.moments == "reset" else KINDS
+
+
+def schedule_of(config: RunConfig, plan: Plan, rank: int) -> list[Wave]:
+    """What a rank does in a growth of this run: half of its buffer is for old rows, half for growing them."""
+    return plan.schedule(rank, config.growth.buffer_mb * 2**20 // 2, travelling(config))

@@ -9,11 +9,9 @@ import torch.distributed as dist
 
 from megabus.config import RunConfig, Stage
 from megabus.engine.engine import Engine
-from megabus.growth.plan import Plan
+from megabus.growth.plan import growth_between, plan_between, travelling
 from megabus.growth.redistribute import redistribute
-from megabus.growth.rules import Growth
-from megabus.parallel.fragments import KINDS, Kind
-from megabus.parallel.placement import Placement
+from megabus.parallel.fragments import Kind
 
 
 @dataclass(frozen=True)
@@ -34,18 +32,12 @@ def stage_engine(config: RunConfig, stage: Stage, before: Stage | None) -> Engin
     return engine
 
 
-def growth_between(config: RunConfig, old: Stage, new: Stage) -> Growth:
-    """The seed is the run's: directions are keyed by parameter, row and new shape, so no two growths share any."""
-    return Growth(old.model, new.model, config.growth, config.train.seed)
-
-
 def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
     """Grow `engine` into `stage` and close it. Collective, at a step boundary."""
-    before, new = engine.stage, Placement(stage.model, stage.layout)
-    plan = Plan(engine.placement, new, growth_between(config, before, stage))
-    reset = config.growth.moments == "reset" or engine.optimizer_step == 0
-    kinds: tuple[Kind, ...] = ("weight",) if reset else KINDS
-    optimizer_step = 0 if reset else engine.optimizer_step
+    before = engine.stage
+    plan = plan_between(config, before, stage)
+    kinds: tuple[Kind, ...] = travelling(config) if engine.optimizer_step else ("weight",)
+    optimizer_step = engine.optimizer_step if len(kinds) > 1 else 0
     owned = {piece: {kind: tensors[kind] for kind in kinds} for piece, tensors in engine.read().items()}
     engine.close()  # before the new shard is there: from now on only what travels is left of the old one
     fragments, mail = redistribute(plan, owned, kinds, engine.mesh.rank, config.growth.buffer_mb * 2**20)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from megabus.preflight.table import Row, odd_ones, ranks_text, refused, size_tex
 
 WHOLE = 16 * 2**20  # bytes up to which a file is read whole; of a larger one BLOCKS blocks are, evenly spread
 BLOCKS, BLOCK = 64, 64 * 2**10
-SUMMED = 256 * 2**20  # bytes up to which a file's SHA-256 is compared with the one that its maker wrote down
+# Bytes up to which a file's SHA-256 is compared with the one that its maker wrote down; and those of all files together.
+SUMMED, SUMMED_IN_ALL = 256 * 2**20, 2**30
 BYTES = 12  # of a parameter in a checkpoint: its fp32 master and two moments
 
 Print = tuple[str, str]  # (path, digest of its size and of what was read of it)
@@ -64,13 +65,16 @@ def fingerprints(sources: Sources) -> list[Print]:
     return prints
 
 
-def check_sums(sources: Sources) -> None:
+def check_sums(sources: Sources, beat: Callable[[], None]) -> None:
     """Raises `UserError` for a small file whose SHA-256 is not the one that tools/preprocess.py wrote beside it."""
+    left = SUMMED_IN_ALL
     for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
         for prefix, corpus in zip(source.prefixes, source.corpora, strict=True):
             path, expected = corpus.bin_path, (read_meta(prefix) or {}).get("bin_sha256")
-            if expected is None or path.stat().st_size > SUMMED:
+            if expected is None or path.stat().st_size > min(SUMMED, left):
                 continue
+            left -= path.stat().st_size
+            beat()
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
@@ -99,13 +103,17 @@ def _check_tokens(key: str, corpus: IndexedTokens, blocks: Sequence[bytes], voca
 
 
 def data_row(ranks: Sequence[Sequence[Print]], n_tokens: int) -> Row:
-    for prints in zip(*ranks, strict=True):
+    """ranks: of each rank what it has read; nothing of those that leave it to another of their machine."""
+    readers = [rank for rank, prints in enumerate(ranks) if prints]
+    for prints in zip(*(ranks[rank] for rank in readers), strict=True):
         (_, _), odd = odd_ones(prints)
         if odd:
             path = prints[odd[0]][0]
-            problem = f"has other bytes on {ranks_text(odd)} than on the other ranks"
+            problem = f"has other bytes on {ranks_text([readers[i] for i in odd])} than on the other ranks that read it"
             return refused("data", UserError("data", path, problem, "copy it again to that machine"))
-    return Row("data", f"{len(ranks[0])} files, {n_tokens:,} tokens, the same everywhere")
+    return Row(
+        "data", f"{len(ranks[0])} files, {n_tokens:,} tokens, the same for {len(readers)} rank(s) that read them"
+    )
 
 
 def checkpoint_bytes(stages: Sequence[Stage]) -> int:

@@ -6,6 +6,7 @@ of 40 bytes a link: at 1,024 ranks a few MB arrive there, and nowhere else.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,17 @@ from megabus.errors import UserError, say
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints, readable
 from megabus.preflight.identity import identity_rows, read_identity
-from megabus.preflight.links import LATENCY_SLACK, Link, best_of, by_kind, faulty_links, links_rows, measure, neighbours
+from megabus.preflight.links import (
+    LATENCY_SLACK,
+    Link,
+    best_of,
+    by_kind,
+    faulty_links,
+    links_rows,
+    measure,
+    neighbours,
+    silence_of,
+)
 from megabus.preflight.machine import (
     Machine,
     compute_row,
@@ -38,7 +49,7 @@ from megabus.preflight.software import check_kernels, check_software
 from megabus.preflight.table import Row, ranks_text, refused, render
 
 T = TypeVar("T")
-ABSENT = 60.0  # seconds that ranks wait for one that does not come, at most
+ABSENT = 60.0  # seconds that ranks which have met wait for one that does not come back, at most
 PASSES = 5  # what looks slow is measured so often, and the best figure counts: a busy moment is no slow rank
 
 
@@ -84,7 +95,8 @@ def _checked(
     rows: list[Row],
 ) -> tuple[list[Stage], Sources] | None:
     """Fill rank 0's rows. The answer is None where a row is a refusal."""
-    _meet(config, group, "to the preflight")
+    # Some come late because they read the program from a slow file system: that is no fault.
+    _meet(group, "to the preflight", _most_patience(config))
     of_rank_0 = rank_0_tells(lambda: config.model_dump(mode="json"))
     with agreement(group):
         identity = read_identity(config, of_rank_0)
@@ -96,7 +108,7 @@ def _checked(
         stages = resolve_stages(config, dist.get_world_size())
     reserved = _fault(reserve)
     with agreement(group):
-        sources, local = _look(config, stages, full)
+        sources, local = _look(config, stages, full, beat)
     beat()
     found = _to_rank_0(local, group)
     good = _judged(rows, lambda: _local_rows(config, stages, found, reserved, sources, full))
@@ -106,7 +118,7 @@ def _checked(
     return (stages, sources) if good and sources is not None else None
 
 
-def _look(config: RunConfig, stages: list[Stage], full: bool) -> tuple[Sources | None, Local]:
+def _look(config: RunConfig, stages: list[Stage], full: bool, beat: Callable[[], None]) -> tuple[Sources | None, Local]:
     """This rank alone."""
     opened: list[Sources] = []
     prints: list[Print] = []
@@ -118,13 +130,13 @@ def _look(config: RunConfig, stages: list[Stage], full: bool) -> tuple[Sources |
     def data() -> None:
         with readable():
             opened.append(open_sources(config, stages))
-            if full:
+            if full and os.environ["LOCAL_RANK"] == "0":  # the others of its machine would read the same
                 prints.extend(fingerprints(opened[0]))
 
     def sums() -> None:
         if full and opened and dist.get_rank() == 0:
             with readable():
-                check_sums(opened[0])
+                check_sums(opened[0], beat)
 
     faults = _fault(software), _fault(data), _fault(sums)
     machine = read_machine(config, stages, dist.get_rank()) if full else None
@@ -191,24 +203,28 @@ def _measure(
     def doubtful() -> bool:
         """Whether anything is slow in the best of all passes so far."""
         nonlocal speeds, links
-        speeds = [max(before, now) for before, (now, _) in zip(speeds, measured, strict=True)]
-        now = [link for _, own in measured for link in own]
+        if error := silence_of([peer for *_, peer in measured], patience):
+            raise error
+        speeds = [max(before, now) for before, (now, *_) in zip(speeds, measured, strict=True)]
+        now = [link for _, own, _ in measured for link in own]
         links = best_of(links, now) if links else now
         slow = slow_ranks(speeds, [machine.device for machine in known])
         return bool(slow) or any(faulty_links(of_kind, slack, floor) for of_kind in by_kind(links, hosts).values())
 
-    for _ in range(PASSES):
-        beat()
-        _meet(config, group, "to the measurements")
-        beat()
-        with agreement(group):
-            mine = speed(device)
-        own = measure(rounds, device, timedelta(seconds=_patience(config)))
-        beat()
-        _meet(config, group, "through the measurement of links")
-        measured = _to_rank_0((mine, own), group)
-        if not rank_0_tells(doubtful):
-            break
+    patience = _patience(config)
+    with _wire() as wire:
+        for _ in range(PASSES):
+            beat()
+            _meet(group, "to the measurements", patience)
+            beat()
+            with agreement(group):
+                mine = speed(device)
+            own = measure(rounds, device, wire, timedelta(seconds=patience))
+            beat()
+            _meet(group, "through the measurement of links", patience)
+            measured = _to_rank_0((mine, *own), group)
+            if not rank_0_tells(doubtful):
+                break
     beat()
     return _judged(rows, lambda: [compute_row(speeds, known), *links_rows(links, hosts, slack, floor)])
 
@@ -229,9 +245,23 @@ def _talking() -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group(group)
 
 
-def _meet(config: RunConfig, group: dist.ProcessGroup, when: str) -> None:
+@contextmanager
+def _wire() -> Iterator[dist.ProcessGroup]:
+    """What links are measured over: the backend that training uses. On CPUs in a group of its own, since a silent
+    neighbour spoils it, and the ranks have to tell each other of that."""
+    if dist.get_backend() != "gloo":
+        yield dist.distributed_c10d._get_default_group()
+        return
+    group = dist.new_group(backend="gloo")
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _meet(group: dist.ProcessGroup, when: str, patience: float) -> None:
     """Wait for all ranks. Rank 0 names those that do not come; should it be rank 0 itself, the others fail."""
-    rank, patience = dist.get_rank(), _patience(config)
+    rank = dist.get_rank()
     # Rank 0 gives up first: the others then lose the connection to it, and need not guess why.
     limit = timedelta(seconds=patience if rank == 0 else 1.5 * patience)
     try:
@@ -246,8 +276,13 @@ def _meet(config: RunConfig, group: dist.ProcessGroup, when: str) -> None:
 
 
 def _patience(config: RunConfig) -> float:
+    """Seconds to wait for a rank that has come already."""
+    return min(ABSENT, _most_patience(config))
+
+
+def _most_patience(config: RunConfig) -> float:
     """Seconds to wait for a rank: less than the watchdog does, which shows stacks and not who is missing."""
-    return min(ABSENT, 0.8 * config.faults.hang_timeout)
+    return 0.8 * config.faults.hang_timeout
 
 
 def _to_rank_0(mine: T, group: dist.ProcessGroup) -> list[T]:

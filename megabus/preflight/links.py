@@ -8,6 +8,7 @@ what it should do, unless the configuration says so.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,7 +24,8 @@ from megabus.parallel.topology import rank_of
 from megabus.preflight.slow import Pair, blame, usual
 from megabus.preflight.table import Row, ranks_text, refused, warned
 
-SIZES = (8, 64 * 2**10, 4 * 2**20)  # bytes; the last is left out where the one before took CLIMB seconds or more
+# Bytes by kind of device; the last is left out where the one before took CLIMB seconds or more.
+SIZES = {"cpu": (8, 64 * 2**10, 4 * 2**20), "cuda": (8, 64 * 2**10, 64 * 2**20)}
 CLIMB = 0.02
 # Exchanges of a size: so many, fewer once they took ENOUGH seconds, but LEAST unless they took TOO_LONG.
 TRIES, ENOUGH, LEAST, TOO_LONG = 20, 0.04, 6, 0.5
@@ -72,41 +74,71 @@ def _ring(ranks: list[int], closed: bool) -> Iterator[tuple[int, Pair]]:
         yield (2 if size % 2 and i == size - 1 else i % 2), (min(a, b), max(a, b))
 
 
-def measure(rounds: Sequence[Sequence[Pair]], device: torch.device, silence: timedelta) -> list[Link]:
-    """The links whose lower rank this is. Every rank goes through the rounds in order.
-
-    Raises `UserError` on a rank whose neighbour has not answered for `silence`.
-    """
+def measure(
+    rounds: Sequence[Sequence[Pair]], device: torch.device, group: dist.ProcessGroup, silence: timedelta
+) -> tuple[list[Link], int | None]:
+    """The links whose lower rank this is, and the first neighbour that has not answered for `silence`, after which
+    nothing more is measured. Every rank goes through the rounds in order. group: unfit for use after a silence."""
     rank, links = dist.get_rank(), []
     for pairs in rounds:
         pair = next((pair for pair in pairs if rank in pair), None)
         if pair is not None:
-            link = _measure_pair(pair, rank, device, silence)
+            try:
+                link = _measure_pair(pair, rank, device, Wire(group, silence))
+            except SilentError as error:
+                return links, error.peer
             if rank == pair[0]:
                 links.append(link)
-    return links
+    return links, None
 
 
-def _measure_pair(pair: Pair, rank: int, device: torch.device, silence: timedelta) -> Link:
+def silence_of(silent: Sequence[int | None], patience: float) -> UserError | None:
+    """silent: by rank, the neighbour that it found silent. Whoever has found one measures no more, and is silent to its
+    next: so the blame goes to one that has found none, and to the one that most have found."""
+    pairs = [(rank, peer) for rank, peer in enumerate(silent) if peer is not None]
+    if not pairs:
+        return None
+    times = Counter(peer for _, peer in pairs)
+    peer = max(times, key=lambda rank: (silent[rank] is None, times[rank]))
+    rank = next(rank for rank, other in pairs if other == peer)
+    problem = f"carries nothing: rank {peer} has not answered for {patience:g} s"
+    return UserError("link", _name((min(rank, peer), max(rank, peer))), problem, "look at that machine and its network")
+
+
+class SilentError(Exception):
+    def __init__(self, peer: int) -> None:
+        super().__init__(peer)
+        self.peer = peer
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What messages go over, and how long one may take."""
+
+    group: dist.ProcessGroup
+    silence: timedelta
+
+
+def _measure_pair(pair: Pair, rank: int, device: torch.device, wire: Wire) -> Link:
     """The lower rank decides how long each size is exchanged, and says so in the first byte of its messages."""
     leads = rank == pair[0]
     peer = pair[1] if leads else pair[0]
-    flag = _bytes(1, device)
-    exchange(peer, flag, torch.empty_like(flag), silence)  # connects
-    times = [_repeat(peer, leads, _bytes(size, device), silence) for size in SIZES[:2]]
+    flag, sizes = _bytes(1, device), SIZES[device.type]
+    exchange(peer, flag, torch.empty_like(flag), wire)  # connects
+    times = [_repeat(peer, leads, _bytes(size, device), wire) for size in sizes[:2]]
     answer = torch.empty_like(flag)
     flag.fill_(times[-1] < CLIMB)
-    exchange(peer, flag, answer, silence)
+    exchange(peer, flag, answer, wire)
     if (flag if leads else answer).item():
-        times.append(_repeat(peer, leads, _bytes(SIZES[2], device), silence))
-    return Link(pair, times[0], SIZES[len(times) - 1] / times[-1])
+        times.append(_repeat(peer, leads, _bytes(sizes[2], device), wire))
+    return Link(pair, times[0], sizes[len(times) - 1] / times[-1])
 
 
 def _bytes(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
-def _repeat(peer: int, leads: bool, out: Tensor, silence: timedelta) -> float:
+def _repeat(peer: int, leads: bool, out: Tensor, wire: Wire) -> float:
     """Seconds of the fastest exchange: what else the machine does only makes others slower."""
     into, best, spent = torch.empty_like(out), float("inf"), 0.0
     for number in range(1, TRIES + 1):
@@ -114,7 +146,7 @@ def _repeat(peer: int, leads: bool, out: Tensor, silence: timedelta) -> float:
         out[0] = number < TRIES and spent < limit  # whether another one follows
         get_accelerator().synchronize()
         begun = time.perf_counter()
-        exchange(peer, out, into, silence)
+        exchange(peer, out, into, wire)
         elapsed = time.perf_counter() - begun
         best, spent = min(best, elapsed), spent + elapsed
         if not (out if leads else into)[0].item():
@@ -122,19 +154,23 @@ def _repeat(peer: int, leads: bool, out: Tensor, silence: timedelta) -> float:
     return best
 
 
-def exchange(peer: int, out: Tensor, into: Tensor, silence: timedelta) -> None:
-    """Send `out` to a rank and receive `into` from it. Raises `UserError` if it does not answer."""
-    jobs = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, into, peer)]
+def exchange(peer: int, out: Tensor, into: Tensor, wire: Wire) -> None:
+    """Send `out` to a rank and receive `into` from it. Raises `SilentError` if it does not answer."""
+    jobs = [dist.P2POp(job, data, peer, wire.group) for job, data in ((dist.isend, out), (dist.irecv, into))]
+    works = dist.batch_isend_irecv(jobs)
+    if out.device.type == "cuda":  # NCCL's wait with a time-out sleeps for 1 ms at a time: longer than a message takes
+        deadline = time.monotonic() + wire.silence.total_seconds()
+        while not all(work.is_completed() for work in works):
+            if time.monotonic() > deadline:
+                raise SilentError(peer)
+        return
     try:
-        for work in dist.batch_isend_irecv(jobs):
-            work.wait(silence)
+        for work in works:
+            work.wait(wire.silence)
     except RuntimeError as error:
         if "timed out" not in str(error).lower():
             raise
-        pair = f"{dist.get_rank()}-{peer}"
-        problem = f"carries nothing: rank {peer} has not answered for {silence.total_seconds():g} s"
-        raise UserError("link", pair, problem, "look at that machine and its network") from error
-    get_accelerator().synchronize()
+        raise SilentError(peer) from error
 
 
 def best_of(before: Sequence[Link], again: Sequence[Link]) -> list[Link]:

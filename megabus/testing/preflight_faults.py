@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +174,8 @@ def _apart(folder: Path) -> dict[str, Any]:
 
 def _moved(rank: int, folder: Path) -> None:
     os.chdir(folder / ("there" if rank == 3 else "here"))
+    if rank == 3:  # as if it were the first of a machine of its own, which reads
+        os.environ["LOCAL_RANK"] = "0"
 
 
 def _unknown_token(folder: Path) -> dict[str, Any]:
@@ -209,10 +210,10 @@ def _slow_messages(*pairs: tuple[int, int], seconds: float = 0.03) -> Callable[[
     def change(rank: int, folder: Path) -> None:
         true_exchange = links.exchange
 
-        def slowly(peer: int, out: torch.Tensor, into: torch.Tensor, silence: timedelta) -> None:
+        def slowly(peer: int, out: torch.Tensor, into: torch.Tensor, wire: links.Wire) -> None:
             if (rank, peer) in pairs:
                 time.sleep(seconds)
-            true_exchange(peer, out, into, silence)
+            true_exchange(peer, out, into, wire)
 
         links.exchange = slowly
 

@@ -21,11 +21,9 @@ import torch.distributed as dist
 
 from megabus.config import RunConfig, Stage
 from megabus.engine.startup import stop_distributed
-from megabus.growth.plan import ELEMENT_BYTES, Plan, Wave
-from megabus.growth.transition import growth_between
+from megabus.growth.plan import ELEMENT_BYTES, plan_between, schedule_of
 from megabus.model.decoder import Decoder
 from megabus.model.params import spec_of
-from megabus.parallel.fragments import KINDS, Kind
 from megabus.parallel.mesh import Mesh, process_groups, reuse_process_groups
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import stage_layers
@@ -122,26 +120,11 @@ def build(config: RunConfig, stage: Stage, rank: int) -> Built:
     return Built(sum(p.numel() for p in decoder.parameters()), masters, asked, joined, took())
 
 
-def plan_between(config: RunConfig, before: Stage, after: Stage) -> Plan:
-    old, new = Placement(before.model, before.layout), Placement(after.model, after.layout)
-    return Plan(old, new, growth_between(config, before, after))
-
-
-def travelling(config: RunConfig) -> tuple[Kind, ...]:
-    """The tensors that go along in a growth of a run that has taken steps."""
-    return ("weight",) if config.growth.moments == "reset" else KINDS
-
-
-def schedule(config: RunConfig, plan: Plan, rank: int) -> list[Wave]:
-    """What a rank does in a growth of this run, as `redistribute` asks for it."""
-    return plan.schedule(rank, config.growth.buffer_mb * 2**20 // 2, travelling(config))
-
-
 def plan_growth_of(config: RunConfig, before: Stage, after: Stage, rank: int) -> Planned:
     """Plan a growth for one rank, from nothing."""
     took = _cost()
     plan = plan_between(config, before, after)
-    waves = schedule(config, plan, rank)
+    waves = schedule_of(config, plan, rank)
     cost = took()
     moves = [move for wave in waves for _, _, move in wave.moves]
     sent = [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank != move.dst]

@@ -18,7 +18,6 @@ from transformers.utils import can_return_tuple
 
 from .configuration_ngpt import NGPTConfig
 
-
 # What transformers calls the cache: `past_key_values` up to 5.23, `cache` after it.
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
 

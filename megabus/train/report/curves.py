@@ -89,7 +89,7 @@ PANELS = (
         remedy="κ predicts nothing yet, or the run never asked it",
     ),
     Panel("speed", "Throughput", "tokens/s", (Line("step", "tokens_per_s", "all ranks"),)),
-    Panel("speed_rank", "Throughput of a rank (GPU)", "tokens/s", (Line("step", "tokens_per_s_per_gpu", "a rank"),)),
+    Panel("speed_rank", "Throughput of a rank", "tokens/s", (Line("step", "tokens_per_s_per_gpu", "a rank"),)),
     Panel(
         "mfu",
         "Model FLOPs utilisation (MFU)",

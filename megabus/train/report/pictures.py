@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,10 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[tuple[Drawn, list[Curve | Non
                 low, high = (_floats(curve[key]) for key in ("low", "high"))
                 axes.fill_between(tokens, low, high, color=colour, alpha=0.16, linewidth=0)
             else:
-                axes.plot(tokens, _floats(curve["y"]), color=colour, **_manner(line.shape))
+                values = _floats(curve["y"])
+                axes.plot(tokens, values, color=colour, **_manner(line.shape))
+                for token, value in _alone(tokens, values):
+                    axes.plot(token, value, ".", color=colour, markersize=3)
     axes.set_title(f"{panel.title}{f' ({panel.unit})' if panel.unit else ''}", fontsize=8.5, loc="left")
     axes.set_xlabel(X_LABEL["tokens"])
     axes.xaxis.set_major_formatter(lambda tokens, _: si(tokens))
@@ -65,6 +69,13 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[tuple[Drawn, list[Curve | Non
     axes.grid(color="#e6e9ec", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _alone(tokens: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
+    """Points without a neighbour, of which a line shows nothing."""
+    there = [False, *map(isfinite, values), False]
+    points = enumerate(zip(tokens, values, strict=True), 1)
+    return [point for i, point in points if there[i] and not there[i - 1] and not there[i + 1]]
 
 
 def _floats(values: Sequence[float | None]) -> list[float]:

@@ -63,7 +63,7 @@
     let d = "", pen = false;
     xs.forEach((x, i) => {
       if (x === null || ys[i] === null) { pen = false; return; }
-      d += `${pen ? "L" : "M"}${x.toFixed(1)} ${ys[i].toFixed(1)}`;
+      d += `${pen ? "L" : "M"}${x.toFixed(1)} ${ys[i].toFixed(1)}${pen ? "" : "h0"}`; // a dot, should none follow
       pen = true;
     });
     return d;
