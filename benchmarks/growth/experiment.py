@@ -23,7 +23,7 @@ from megabus.config import RunConfig, parse_config, resolve_stages
 from megabus.config.schema import Positive, Section, Share
 from megabus.errors import UserError
 
-NOT_THE_MATHEMATICS = ("run_dir", "resume", "log", "checkpoint", "faults")
+NOT_THE_MATHEMATICS = ("run_dir", "resume", "log", "checkpoint", "faults", "preflight")
 MOST_DRAWN = 6  # curves that can be told apart
 
 

@@ -108,6 +108,7 @@ class Runner:
         run_dir.mkdir(parents=True, exist_ok=True)
         tree = config.model_dump(mode="json", exclude_unset=True)
         tree["faults"] = tree.get("faults", {}) | {"stop_exit_code": STOPPED}
+        tree["preflight"] = {"enabled": False}  # the runner keeps all checkpoints for a while, and thins them itself
         tree["checkpoint"] = tree.get("checkpoint", {}) | {"keep_last": 1_000_000}
         path = run_dir / "job.yaml"
         path.write_text(yaml.safe_dump(tree, sort_keys=False))

@@ -20,7 +20,7 @@ from megabus.preflight.table import Row, odd_ones, ranks_text, refused, size_tex
 
 WHOLE = 16 * 2**20  # bytes up to which a file is read whole; of a larger one BLOCKS blocks are, evenly spread
 BLOCKS, BLOCK = 64, 64 * 2**10
-# Bytes up to which a file's SHA-256 is compared with the one that its maker wrote down; and those of all files together.
+# Bytes up to which a file's SHA-256 is compared with the one that its maker wrote down; and those of all files.
 SUMMED, SUMMED_IN_ALL = 256 * 2**20, 2**30
 BYTES = 12  # of a parameter in a checkpoint: its fp32 master and two moments
 
