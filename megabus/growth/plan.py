@@ -248,8 +248,8 @@ def growth_between(config: RunConfig, old: Stage, new: Stage) -> Growth:
 
 def plan_between(config: RunConfig, old: Stage, new: Stage) -> Plan:
     """Of the growth from one stage of a run into the next."""
-    placements = (Placement(stage.model, stage.layout) for stage in (old, new))
-    return Plan(*placements, growth_between(config, old, new))
+    before, after = (Placement(stage.model, stage.layout) for stage in (old, new))
+    return Plan(before, after, growth_between(config, old, new))
 
 
 def travelling(config: RunConfig) -> tuple[Kind, ...]:

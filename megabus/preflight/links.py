@@ -80,7 +80,7 @@ def measure(
 ) -> tuple[list[Link], int | None]:
     """The links whose lower rank this is, and the first neighbour that has not answered for `silence`, after which
     nothing more is measured. Every rank goes through the rounds in order. group: unfit for use after a silence."""
-    rank, links = dist.get_rank(), []
+    rank, links = dist.get_rank(), list[Link]()
     for pairs in rounds:
         pair = next((pair for pair in pairs if rank in pair), None)
         if pair is not None:
