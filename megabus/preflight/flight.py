@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -232,24 +232,21 @@ def _measure(
 # ---- what ranks say to each other
 
 
-@contextmanager
-def _talking() -> Iterator[dist.ProcessGroup]:
+def _talking() -> AbstractContextManager[dist.ProcessGroup]:
     """A group of all ranks that talks over sockets: on GPUs one of its own, so that nothing waits for a device."""
-    if dist.get_backend() == "gloo":
-        yield dist.distributed_c10d._get_default_group()
-        return
-    group = dist.new_group(backend="gloo")
-    try:
-        yield group
-    finally:
-        dist.destroy_process_group(group)
+    return _everyone(own=dist.get_backend() != "gloo")
 
 
-@contextmanager
-def _wire() -> Iterator[dist.ProcessGroup]:
+def _wire() -> AbstractContextManager[dist.ProcessGroup]:
     """What links are measured over: the backend that training uses. On CPUs in a group of its own, since a silent
     neighbour spoils it, and the ranks have to tell each other of that."""
-    if dist.get_backend() != "gloo":
+    return _everyone(own=dist.get_backend() == "gloo")
+
+
+@contextmanager
+def _everyone(own: bool) -> Iterator[dist.ProcessGroup]:
+    """All ranks: the default group, or a gloo group for as long as the block takes."""
+    if not own:
         yield dist.distributed_c10d._get_default_group()
         return
     group = dist.new_group(backend="gloo")

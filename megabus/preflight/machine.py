@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
-from megabus.estimate.memory import memory_at
+from megabus.estimate.layouts import pipeline_memory
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import coordinate
 from megabus.preflight.slow import usual
@@ -44,7 +44,7 @@ def read_machine(config: RunConfig, stages: Sequence[Stage], rank: int) -> Machi
     if get_accelerator().device_name() == "cuda":
         device, count, free = torch.cuda.get_device_name(), torch.cuda.device_count(), torch.cuda.mem_get_info()[0]
     else:
-        device, count, free = _processor(), len(os.sched_getaffinity(0)), free_memory()
+        device, count, free = processor(), len(os.sched_getaffinity(0)), free_memory()
     return Machine(platform.node(), device, count, free, need, stage, get_accelerator().device_name() == "cuda")
 
 
@@ -66,8 +66,7 @@ def expected_bytes(config: RunConfig, stages: Sequence[Stage]) -> list[int]:
     """Bytes that each rank is estimated to take, activations and buffers included, in the largest of its stages."""
     most = [0] * stages[0].layout.world
     for stage in stages:
-        placement = Placement(stage.model, stage.layout)
-        by_pp = [memory_at(config, stage, placement, pp, tp=0).total for pp in range(stage.layout.pp)]
+        by_pp = [memory.total for memory in pipeline_memory(config, stage)]
         most = [max(known, by_pp[coordinate(stage.layout, rank).pp]) for rank, known in enumerate(most)]
     return most
 
@@ -95,7 +94,8 @@ def free_memory() -> int:
     return max(free, 0)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name as Linux tells it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -9,13 +9,13 @@ import shlex
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import megabus
+from megabus.preflight.machine import processor
 
 PACKAGES = ("torch", "deepspeed", "numpy")
 
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "deepspeed", "numpy")
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and ranks; what cannot be known is None. Of the machine of the rank that asks, but for `hosts`
     and `devices`, which are all that the ranks are on. Collective."""
-    mine = (platform.node(), torch.cuda.get_device_name(device) if device.type == "cuda" else _processor())
+    mine = (platform.node(), torch.cuda.get_device_name(device) if device.type == "cuda" else processor())
     places: list[tuple[str, str]] = [mine] * dist.get_world_size()
     dist.all_gather_object(places, mine)
     return {
@@ -41,14 +41,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
-
-
-def _processor() -> str:
-    """The CPU's name as Linux tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
