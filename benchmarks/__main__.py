@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import growth_stall, kernels, others, preprocessing, training
 from benchmarks.table import Row, markdown
+from megabus.command import Parser, run
 
 Suite = Callable[[int, bool], list[Row]]
 CPU: dict[str, Suite] = {
@@ -57,7 +58,7 @@ def machine() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpu", action="store_true", help="the suite for NVIDIA GPUs")
@@ -103,4 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.checkpoint.store import checkpoints_of
+from megabus.command import Parser
+from megabus.command import run as run_command
 from megabus.config import Layout, ModelConfig
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.parallel.placement import Placement
@@ -73,7 +75,7 @@ class Random:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of each pair (%(default)s)")
     parser.add_argument("--small", action="store_true", help="a tiny model: does it run at all?")
     parser.add_argument("--json", type=Path, help="write the table here too")
@@ -167,4 +169,4 @@ def table(rows: Sequence[dict[str, object]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

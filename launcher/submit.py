@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from slurm.render import Job, Member, render, seconds
 from slurm.sweep import expand, folder
 
-from megabus.command import run
+from megabus.command import Parser, run
 from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.errors import UserError
 
@@ -50,9 +50,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the job script, and submit nothing")

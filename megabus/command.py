@@ -21,15 +21,19 @@ OUTCOME = "MEGABUS_OUTCOME"  # names a file to leave the outcome in
 LOST = "lost the connection to another rank, which has probably ended: its log says why. Start the same command again"
 
 
-class RankParser(argparse.ArgumentParser):
-    """Of a command with one process a rank: a wrong command line is told as any other bad input, not once a rank."""
+class Parser(argparse.ArgumentParser):
+    """A wrong command line is told in one line, as any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command line", shlex.join(sys.argv[1:]), message, "see --help")
+
+
+class RankParser(Parser):
+    """Of a command with one process a rank."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError("command line", shlex.join(sys.argv[1:]), message, "see --help")
 
 
 def run(main: Callable[[], int]) -> int:

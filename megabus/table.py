@@ -6,9 +6,12 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> str:
-    """Columns under a ruled header: those numbered in `left` to the left, the others, being numbers, to the right."""
+    """Columns under a ruled header: those numbered in `left` to the left, the others, being numbers, to the right.
+    A last column of words has no need of a width: its rule is as long as its header."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    if len(header) - 1 in left:
+        widths[-1] = len(header[-1])
     lines.insert(1, ["─" * width for width in widths])
 
     def one(line: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from megabus.config import GrowthConfig, ModelConfig
 from megabus.config.stages import Layout
-from megabus.growth.plan import Plan
+from megabus.growth.plan import ELEMENT_BYTES, Plan, Unit
 from megabus.growth.rules import Growth
 from megabus.parallel.placement import Placement
 
@@ -114,6 +114,19 @@ def needed_entries(plan, rank, kind):
             wanted = range(old_width) if whole else [channels[column] if spec.is_matrix else 0]
             needed |= {(source, parent * old_width + i) for i in wanted}
     return needed
+
+
+def traffic(plan, kinds=("weight",), ranks=None):
+    """Bytes sent to `ranks` (None: to the whole world), and bytes that stay with them."""
+    sent = kept = 0
+    for dst in range(plan.new.layout.world) if ranks is None else ranks:
+        for name, kind in itertools.product(plan.needs(dst), kinds):
+            for move in plan.moves(dst, Unit(name, 0, plan.old.rows(name)), kind):
+                if move.src == dst:
+                    kept += len(move.piece)
+                else:
+                    sent += len(move.piece)
+    return sent * ELEMENT_BYTES, kept * ELEMENT_BYTES
 
 
 def owned_entries(placement, rank):

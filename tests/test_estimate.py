@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plans import needed_entries, owned_entries
+from plans import needed_entries, owned_entries, traffic
 
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
 from megabus.config.stages import Stage
@@ -17,7 +17,7 @@ from megabus.errors import UserError
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
 from megabus.estimate.devices import Link, device
-from megabus.estimate.growth import sent_messages, transition
+from megabus.estimate.growth import messages, transition
 from megabus.estimate.layouts import candidates, fullest, rank_layouts
 from megabus.estimate.memory import rank_memory, states_at
 from megabus.estimate.step_time import links, ring, step_time
@@ -138,14 +138,14 @@ def plan_of(before, after, **how):
 def test_traffic_of_each_rank_is_the_plan_s(layouts, depth):
     plan = plan_of(*layouts, depth=depth, moments="grow")
     world = plan.old.layout.world
-    received = [plan.traffic(KINDS, [rank]).sent for rank in range(world)]
+    exchanged = [messages(plan.schedule(rank, 2**12, KINDS), rank) for rank in range(world)]
+    received = [sum(got) for _, got in exchanged]
     for rank in range(world):
         owned = owned_entries(plan.old, rank)
         assert received[rank] == sum(len(needed_entries(plan, rank, k) - owned) for k in KINDS) * ELEMENT_BYTES
-    sent = [sent_messages(plan.schedule(rank, 2**12, KINDS), rank) for rank in range(world)]
-    assert sum(map(sum, sent)) == sum(received) == plan.traffic(KINDS).sent > 0
+    assert sum(sum(sent) for sent, _ in exchanged) == sum(received) == traffic(plan, KINDS)[0] > 0
     still = replace(plan, new=Placement(plan.new.model, plan.old.layout))
-    assert received != [still.traffic(KINDS, [rank]).sent for rank in range(world)]
+    assert received != [traffic(still, KINDS, [rank])[0] for rank in range(world)]
 
 
 def test_growth_of_the_large_run(large):
@@ -282,6 +282,8 @@ def test_tables_and_values_agree(monkeypatch, capsys, tmp_path):
         (("--inter-us", "-1"), "--inter-us"),
         (("--nodes-of", "0"), "--nodes-of"),
         (("layout.tp=8", "layout.pp=1"), "layout"),
+        (("--memory-gb", "8", "--reserve-gb", "8"), "--reserve-gb"),
+        (("--memory-gb", "0.1", "--reserve-gb", "0"), "model"),
     ],
     ids=str,
 )

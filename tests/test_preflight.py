@@ -307,7 +307,8 @@ def test_least_memory(tmp_path, precision, zero, of_shard, of_owned):
     total = sum(least_bytes(config, stage, rank) for rank in range(4))
     shards = sum(len(placement.shard(name, rank)) for name in placement.specs for rank in range(4))
     owned = sum(len(piece) for rank in range(4) for piece in placement.owned(rank))
-    assert total == of_shard * shards + of_owned * owned
+    exact = of_shard * shards + of_owned * owned
+    assert exact <= total < exact + 200  # ZeRO pads each group
 
 
 def test_large_files_are_sampled_at_both_ends_and_between(tmp_path, monkeypatch):

@@ -167,7 +167,10 @@ ERRORS = {
     "not utf-8": (["latin.txt"], "is not UTF-8"),
     "cut gzip": (["cut.txt.gz"], "cannot be read"),
     "empty corpus": (["empty.txt"], "no document"),
-    "empty validation": (["in.txt", "--valid-fraction", "1e-9"], "no document went to out/c-valid"),
+    "empty validation": (
+        ["in.txt", "--valid-fraction", "1e-9"],
+        "out/c-valid; give more files, make documents smaller (--split-documents line)",
+    ),
     "fraction": (["in.txt", "--valid-fraction", "1.5"], "--valid-fraction = 1.5"),
     "unknown dataset": (["--dataset", "no-one/nothing"], "no-one/nothing"),
     "unknown split": (["--dataset", "folder", "--split", "test"], "test"),

@@ -245,7 +245,7 @@ def test_faults_are_all_told(tmp_path):
         "No space left",
         "no update: loss –, gradient norm –",
         "to step 30, from step 51, past the data that failed",
-        "to step 55, from step 59; TP2/PP1/DP2 → TP1/PP1/DP4; eval.every: 1 -> 2",
+        "to step 55, from step 59 (4 not saved, and trained again); TP2/PP1/DP2 → TP1/PP1/DP4; eval.every: 1 -> 2",
     ]
     assert run.growths == []  # the growth at step 40 was taken back
     figures = final_figures(run)
@@ -333,7 +333,10 @@ def test_command_line(written, tmp_path):
 def test_wrong_command_lines(tmp_path):
     for args, told in (
         ([tmp_path], f"error: run_dir = {tmp_path}: holds no metrics.jsonl"),
-        ([tmp_path / "a", tmp_path / "b"], "error: --out = : is not given for 2 runs; name a folder"),
+        (
+            [tmp_path / "a", tmp_path / "b"],
+            f"error: RUN_DIR = {tmp_path}/a {tmp_path}/b: are several runs; name a folder",
+        ),
     ):
         done = report(*args)
         assert done.returncode == 2

@@ -36,12 +36,10 @@ def here(tmp_path, monkeypatch):
 
 
 def in_yaml(text):
-    quoted = text.replace("'", "''")
-    return f"'{quoted}'"
+    return "'" + text.replace("'", "''") + "'"
 
 
 def command(monkeypatch, *arguments):
-    """The exit code of the command line."""
     monkeypatch.setattr(sys, "argv", ["submit.py", "--config", "config.yaml", *arguments])
     return run(submit.main)
 

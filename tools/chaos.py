@@ -8,7 +8,6 @@ run, left a process hanging, or if damage was not found. Then what the runs have
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
 import shutil
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
 
+from megabus.command import Parser, run
 from megabus.testing.chaos_ranks import prepare_parent
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ DISK_ROW = "{:<24}{:<17}{:>6}{:>7}{:>6}  {:<9} {}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Kill, damage and starve small growing runs; nothing may be lost.")
+    parser = Parser(description="Kill, damage and starve small growing runs; nothing may be lost.")
     parser.add_argument("--kills", type=int, default=36, help="at least so many (default: %(default)s)")
     parser.add_argument("--damage", type=int, default=100, help="damaged files (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of both (default: %(default)s)")
@@ -153,4 +153,4 @@ def _full_disk(workloads: Sequence[Workload], folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

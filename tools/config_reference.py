@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
 
-from megabus.command import run
+from megabus.command import Parser, run
 from megabus.config.schema import RunConfig
 from megabus.errors import UserError
 
@@ -139,7 +139,7 @@ def parts_of(page: Path) -> tuple[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is stale")
     parser.add_argument("--page", type=Path, default=PAGE, help="(docs/configuration.md)")
     args = parser.parse_args()

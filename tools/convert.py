@@ -19,7 +19,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megabus.command import run
+from megabus.command import Parser, run
 from megabus.convert.convert import convert, open_source
 from megabus.convert.hugging_face import HuggingFaceSource
 from megabus.convert.source import OpenFiles
@@ -39,7 +39,7 @@ OPTIONS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--to", choices=("checkpoint", "shards", "hf"), required=True)

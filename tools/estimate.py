@@ -12,22 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megabus.command import run
-from megabus.config import load_config, resolve_stages
+from megabus.command import Parser, run
+from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.errors import UserError
 from megabus.estimate.devices import DEVICES, Device, device
-from megabus.estimate.report import as_dict, estimate_run, tables
+from megabus.estimate.report import StageEstimate, as_dict, estimate_run, tables
 
 REBUILD = 5.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks")
@@ -55,6 +56,9 @@ def main() -> int:
         raise UserError("--efficiency", args.efficiency, "is more than the whole peak", "give a share, such as 0.6")
     config = load_config(args.config, args.overrides)
     chosen = _changed(device(args.gpu), args)
+    if chosen.reserve >= chosen.memory:
+        problem = f"leaves nothing of a device's {chosen.memory / 1e9:g} GB"
+        raise UserError("--reserve-gb", f"{chosen.reserve / 1e9:g}", problem, "give less, or more with --memory-gb")
     stages = resolve_stages(config, args.world)
     estimates = estimate_run(config, stages, chosen, args.top, args.rebuild_s)
     values = json.dumps(as_dict(estimates, chosen), indent=1)
@@ -65,8 +69,22 @@ def main() -> int:
             raise UserError(
                 "--json", args.json, f"cannot be written ({error.strerror})", "name another file"
             ) from error
-    print(values if args.json == "-" else tables(estimates, chosen))
+    print(values if args.json == "-" else tables(estimates, chosen), flush=True)
+    _refuse_what_fits_nowhere(config, estimates, chosen)
     return 0
+
+
+def _refuse_what_fits_nowhere(config: RunConfig, estimates: Sequence[StageEstimate], device: Device) -> None:
+    for one in estimates:
+        if not one.ranking.best:
+            room = f"{(device.memory - device.reserve) / 1e9:.3g} GB"
+            problem = (
+                f"fits no layout of {one.stage.layout.world} ranks with {room} each, whatever the micro batch size"
+            )
+            recompute = "" if config.train.recompute else "train.recompute: true, "
+            key = f"growth.stages.{one.stage.index - 1}" if one.stage.index else "model"
+            remedy = f"try {recompute}more ranks (--world), a device with more memory, or a smaller model"
+            raise UserError(key, f"stage {one.stage.index}", problem, remedy)
 
 
 def _changed(base: Device, args: argparse.Namespace) -> Device:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megabus.command import run
+from megabus.command import Parser, run
 from megabus.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Sample text from a run's newest checkpoint, or from one checkpoint.")
+    parser = Parser(description="Sample text from a run's newest checkpoint, or from one checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="runs/demo, or runs/demo/checkpoints/step-00000500")
     parser.add_argument("--prompt", help="text to go on from; standard input when left out")
     parser.add_argument("--max-tokens", type=int, default=200, help="(%(default)s)")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from megabus.command import run
+from megabus.command import Parser, run
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.config.pair import sizes_of
 from megabus.config.schema import ModelConfig, ScalingLaw
@@ -33,7 +33,7 @@ MAX_STAGES = 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML of a run; its last size is the final one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, help="ranks of the run; the least that the layout allows when left out")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
 
-from megabus.command import run
+from megabus.command import Parser, run
 from megabus.train.plots import plot_loss, summary_table
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Loss curves and stages of runs, from their metrics.jsonl.")
+    parser = Parser(description="Loss curves and stages of runs, from their metrics.jsonl.")
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", default="loss.png", help="picture to write (default: %(default)s)")
     parser.add_argument("--x", choices=("flops", "tokens", "time"), default="flops", help="x axis")

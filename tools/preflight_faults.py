@@ -7,7 +7,6 @@ Prints what each preflight said of its fault, and exits non-zero if one was not 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -15,11 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
 
+from megabus.command import Parser, run
 from megabus.testing.chaos_ranks import prepare_parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Plant faults in small runs; the preflight must find each.")
+    parser = Parser(description="Plant faults in small runs; the preflight must find each.")
     parser.add_argument("--table", action="store_true", help="print every preflight's whole table")
     args = parser.parse_args(argv)
     begun, missed = time.monotonic(), 0
@@ -44,4 +44,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

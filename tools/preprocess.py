@@ -36,6 +36,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
 
+from megabus.command import Parser
 from megabus.data.indexed import IndexedWriter, dtype_for_vocab, meta_path
 from megabus.data.tokenizer import MODEL_TYPES, NORMALIZATIONS, Tokenizer, train_tokenizer
 from megabus.errors import UserError
@@ -230,6 +231,8 @@ def preprocess(args: argparse.Namespace) -> str:
 
 def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, float]:
     """Writes every file at `prefix`. Returns its documents, tokens, and tokens encoded per second."""
+    if args.valid_fraction:
+        check_both_sides(args)
     if args.tokenizer:
         tokenizer = Tokenizer(args.tokenizer)
     else:
@@ -262,6 +265,19 @@ def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, flo
         }
         meta_path(f"{prefix}{suffix}").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     return sum(writer.n_documents for writer in writers), progress.n_tokens, rate
+
+
+def check_both_sides(args: argparse.Namespace) -> None:
+    """Raises `UserError` if no document falls to training, or none to validation: soon, and not after hours."""
+    sides = {False: 0, True: 0}
+    for text in read_documents(args):
+        sides[is_validation(text, args.valid_fraction)] += 1
+        if all(sides.values()):
+            return
+    missing = "-train" if not sides[False] else "-valid"
+    problem = f"gives {sum(sides.values())} document(s), of which none goes to {args.output}{missing}"
+    remedy = "give more files, make documents smaller (--split-documents line) or try another --valid-fraction"
+    raise UserError("input", " ".join(args.inputs) or args.dataset, problem, remedy)
 
 
 def train_on_inputs(args: argparse.Namespace, out_prefix: str) -> Path:
@@ -304,9 +320,7 @@ class Progress:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("inputs", nargs="*", help="files, quoted globs or directories")
     parser.add_argument("--dataset", help="instead of inputs: a hub dataset, NAME or a local directory")
     parser.add_argument("--subset", help="its configuration")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megabus.command import run
+from megabus.command import Parser, run
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.engine.startup import import_deepspeed, prepare_environment
 from megabus.errors import UserError
@@ -30,7 +30,7 @@ MIB = 2**20
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks of the run")

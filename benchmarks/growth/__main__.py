@@ -16,12 +16,12 @@ from benchmarks.__main__ import machine
 from benchmarks.growth.experiment import Experiment, jobs, load_experiment
 from benchmarks.growth.results import Results
 from benchmarks.growth.runner import Runner
-from megabus.command import run
+from megabus.command import Parser, run
 from megabus.errors import UserError, say
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("list", "run", "report"))

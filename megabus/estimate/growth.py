@@ -32,10 +32,11 @@ class Transition:
         return self.move + self.grow + self.rebuild
 
 
-def sent_messages(schedule: Sequence[Wave], rank: int) -> list[int]:
-    """Bytes of each message that a rank sends to others."""
-    moves = (move for wave in schedule for *_, move in wave.moves)
-    return [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank != move.dst]
+def messages(schedule: Sequence[Wave], rank: int) -> tuple[list[int], list[int]]:
+    """Bytes of each message that a rank sends to others, and gets from them."""
+    moves = [move for wave in schedule for *_, move in wave.moves if move.src != move.dst]
+    sent = [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank]
+    return sent, [len(move.piece) * ELEMENT_BYTES for move in moves if move.dst == rank]
 
 
 def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuild: float) -> Transition:
@@ -43,9 +44,9 @@ def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuil
     plan, kinds, world = plan_between(config, old, new), travelling(config), new.layout.world
     # Spread over pipeline stages and data-parallel places.
     ranks = sorted({0, world - 1, *(i * world // ALL_RANKS for i in range(ALL_RANKS))})
-    received = max(plan.traffic(kinds, [rank]).sent for rank in ranks)
-    messages = [sent_messages(schedule_of(config, plan, rank), rank) for rank in ranks]
-    sent, most = max(map(sum, messages)), max(map(len, messages))
+    exchanged = [messages(schedule_of(config, plan, rank), rank) for rank in ranks]
+    received = max(sum(got) for _, got in exchanged)
+    sent, most = max(sum(gone) for gone, _ in exchanged), max(len(gone) for gone, _ in exchanged)
     link = device.inter if world > device.nodes_of else device.intra
     grown = max(sum(map(len, plan.new.owned(rank))) for rank in ranks) * len(kinds) * FP32
     return Transition(

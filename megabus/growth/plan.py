@@ -11,7 +11,7 @@ of whatever size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
@@ -59,14 +59,6 @@ class Wave:
 
     units: list[Unit]
     moves: list[Part]
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes that change hands, and that need not."""
-
-    sent: int
-    kept: int
 
 
 @dataclass(frozen=True)
@@ -227,18 +219,6 @@ class Plan:
         for start, stop in self.need(unit, pieces, kind).spans:
             for src, part in self.old.owners(unit.name, start, stop, tp):
                 yield Move(src, dst, part)
-
-    def traffic(self, kinds: tuple[Kind, ...] = ("weight",), ranks: Iterable[int] | None = None) -> Traffic:
-        """What is sent to `ranks` (None: to the whole world), and what stays with them."""
-        sent = kept = 0
-        for dst in range(self.new.layout.world) if ranks is None else ranks:
-            for name in self.needs(dst):
-                for _, _, move in self._parts(dst, Unit(name, 0, self.old.rows(name)), kinds):
-                    if move.src == dst:
-                        kept += len(move.piece)
-                    else:
-                        sent += len(move.piece)
-        return Traffic(sent * ELEMENT_BYTES, kept * ELEMENT_BYTES)
 
 
 def growth_between(config: RunConfig, old: Stage, new: Stage) -> Growth:

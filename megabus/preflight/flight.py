@@ -59,6 +59,8 @@ class Local:
 
     software: UserError | None
     data: UserError | None
+    tokens: UserError | None
+    reads: bool  # tokens: one rank of each machine does
     sums: UserError | None  # of whole files, which rank 0 alone reads
     prints: list[Print]
     machine: Machine | None
@@ -122,6 +124,7 @@ def _look(config: RunConfig, stages: list[Stage], full: bool, beat: Callable[[],
     """This rank alone."""
     opened: list[Sources] = []
     prints: list[Print] = []
+    reads = full and os.environ["LOCAL_RANK"] == "0"  # the others of its machine would read the same
 
     def software() -> None:
         check_software(config)
@@ -130,7 +133,10 @@ def _look(config: RunConfig, stages: list[Stage], full: bool, beat: Callable[[],
     def data() -> None:
         with readable():
             opened.append(open_sources(config, stages))
-            if full and os.environ["LOCAL_RANK"] == "0":  # the others of its machine would read the same
+
+    def tokens() -> None:
+        if reads and opened:
+            with readable():
                 prints.extend(fingerprints(opened[0]))
 
     def sums() -> None:
@@ -138,9 +144,9 @@ def _look(config: RunConfig, stages: list[Stage], full: bool, beat: Callable[[],
             with readable():
                 check_sums(opened[0], beat)
 
-    faults = _fault(software), _fault(data), _fault(sums)
+    faults = _fault(software), _fault(data), _fault(tokens)
     machine = read_machine(config, stages, dist.get_rank()) if full else None
-    return (opened[0] if opened else None), Local(*faults, prints, machine)
+    return (opened[0] if opened else None), Local(*faults, reads, _fault(sums), prints, machine)
 
 
 def _local_rows(
@@ -154,7 +160,9 @@ def _local_rows(
     yield _first("software", [local.software for local in found]) or Row(
         "software", f"kernels {config.train.kernels} and optimizer {config.optimizer.implementation} run here"
     )
+    readers = [rank for rank, local in enumerate(found) if local.reads]
     unread = _first("data", [local.data for local in found])
+    unread = unread or _first("data", [local.tokens for local in found], readers)
     if unread is not None or sources is None or not full:
         yield unread or Row("data", "opened")
     elif found[0].sums is not None:
@@ -172,14 +180,14 @@ def _local_rows(
         yield from machine_rows(machines, expected_bytes(config, stages))
 
 
-def _first(check: str, faults: Sequence[UserError | None]) -> Row | None:
-    """The fault of the lowest rank that has one; it says which ranks do, if not all."""
+def _first(check: str, faults: Sequence[UserError | None], looked: Sequence[int] | None = None) -> Row | None:
+    """The fault of the lowest rank that has one; it says which ranks do, if not all that `looked` (None: all)."""
     ranks = [rank for rank, fault in enumerate(faults) if fault is not None]
     if not ranks:
         return None
     fault = faults[ranks[0]]
     assert fault is not None
-    if len(ranks) < len(faults):
+    if len(ranks) < len(faults if looked is None else looked):
         where = f"{fault.problem} (on {ranks_text(ranks)} only)"
         fault = UserError(fault.key, fault.value, where, fault.remedy)
     return refused(check, fault)

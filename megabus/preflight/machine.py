@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
 from megabus.estimate.layouts import pipeline_memory
+from megabus.estimate.memory import states_at
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import coordinate
 from megabus.preflight.slow import usual
@@ -53,13 +54,9 @@ def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
 
     Activations, buffers and what the libraries need come on top.
     """
-    placement, at = Placement(stage.model, stage.layout), coordinate(stage.layout, rank)
-    names = [name for name in placement.specs if placement.stage(name) == at.pp]
-    shard = sum(len(placement.shard(name, rank)) for name in names)
-    owned = sum(len(piece) for piece in placement.owned(rank))
-    gradients = shard if config.train.zero_stage == 1 else owned
-    weight = 2 if config.train.precision == "bf16" else 4
-    return weight * shard + 4 * gradients + 12 * owned
+    at = coordinate(stage.layout, rank)
+    held = states_at(config, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
+    return held.states + held.gradients
 
 
 def expected_bytes(config: RunConfig, stages: Sequence[Stage]) -> list[int]:

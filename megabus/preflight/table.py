@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TypeVar
 
 from megabus.errors import UserError
+from megabus.table import aligned
 
 H = TypeVar("H", bound=Hashable)
 
@@ -41,13 +42,11 @@ def warned(check: str, text: str) -> Row:
 
 def render(rows: Sequence[Row], seconds: float) -> str:
     """The table, and a line that sums it up."""
-    lines = [("check", "state", "found"), *((row.check, row.state, " ".join(row.text.split())) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    lines.insert(1, ("─" * widths[0], "─" * widths[1], "─" * 5))
-    body = [f"{check:<{widths[0]}}  {state:<{widths[1]}}  {text}" for check, state, text in lines]
+    found = [(row.check, row.state, " ".join(row.text.split())) for row in rows]
     count = Counter(row.state for row in rows)
     told = f"{count['refused'] or 'nothing'} refused, {count['warning'] or 'no'} warning(s)"
-    return "\n".join([*body, f"preflight: {len(rows)} checks in {seconds:.1f} s, {told}"])
+    table = aligned(("check", "state", "found"), found, {0, 1, 2})
+    return f"{table}\npreflight: {len(rows)} checks in {seconds:.1f} s, {told}"
 
 
 def odd_ones(values: Sequence[H]) -> tuple[H, list[int]]:

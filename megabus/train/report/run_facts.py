@@ -219,9 +219,10 @@ def _faults(told: Sequence[Row]) -> Iterator[dict[str, Any]]:
             if row.get("reason") == "not finite":
                 yield {"row": row, "what": "rollback", "details": f"{back}, past the data that failed"}
             else:
+                lost = f" ({last - row['step']:,} not saved, and trained again)" if last > row["step"] else ""
                 layouts = f"{row.get('saved_layout', '–')} → {row.get('layout', '–')}"
                 changes = "".join(f"; {change}" for change in row.get("changes") or [])
-                yield {"row": row, "what": "resume", "details": f"{back}; {layouts}{changes}"}
+                yield {"row": row, "what": "resume", "details": f"{back}{lost}; {layouts}{changes}"}
             last = row["step"]
         if row["event"] in ("step", "skip"):
             last = row["step"]
