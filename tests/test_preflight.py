@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ from megabus.train.run import check_only
 # ---- whole preflights on 4 ranks
 
 CHECKS = ["ranks", "versions", "code", "configuration", "software", "data", "run_dir", "disk", "devices", "memory"]
-CHECKS += ["compute", "links within machines"]
+TIMED = ["compute", "links within machines"]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -50,13 +51,26 @@ def test_a_sound_run_is_passed_and_leaves_nothing(tmp_path):
     ranks = check(NONE, tmp_path)
     assert [rank.error for rank in ranks] == [None] * 4
     assert [rank.out for rank in ranks[1:]] == [""] * 3
-    rows = [row_of(ranks[0].out, name) for name in CHECKS]
-    assert all(" ok " in row for row in rows), ranks[0].out
+    assert all(" ok " in row_of(ranks[0].out, name) for name in CHECKS), ranks[0].out
+    # Other work on the machine may slow a rank down: a warning then is right.
+    assert all(re.search(" (ok|warning) ", row_of(ranks[0].out, name)) for name in TIMED), ranks[0].out
     assert "12 checks" in ranks[0].out
     assert "nothing refused" in ranks[0].out
     assert tree(tmp_path) == before
     # Control: what the faults' tests look for is not there without the fault.
-    assert all(problems(fault, ranks) for fault in FAULTS)
+    assert all(problems(fault, ranks) for fault in FAULTS if fault.refused or fault.check not in TIMED)
+
+
+def test_which_ranks_a_fault_is_said_to_be_on():
+    fault = UserError("data.train", "x", "is bad", "mend it")
+    for faulty, looked, told in (
+        ([0, 1, 2, 3], None, ""),
+        ([1], None, " (on rank 1 only)"),
+        ([0, 2], [0, 2], ""),  # the others leave it to these
+        ([0], [0, 2], " (on rank 0 only)"),
+    ):
+        row = flight._first("data", [fault if rank in faulty else None for rank in range(4)], looked)
+        assert row.text == f"data.train = x: is bad{told}"
 
 
 def test_several_faults_are_all_told_and_the_first_is_raised(tmp_path):
