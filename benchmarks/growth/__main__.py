@@ -3,6 +3,7 @@
 python -m benchmarks.growth list benchmarks/growth/screen.yaml              # the runs, and what they cost
 python -m benchmarks.growth run benchmarks/growth/screen.yaml --jobs 2      # goes on where it was stopped
 python -m benchmarks.growth report benchmarks/growth/screen.yaml --out runs/growth
+python -m benchmarks.growth instants benchmarks/growth/cpu.yaml --only late,middle   # when would each kappa have grown?
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ def main() -> int:
     parser = Parser(
         prog="python -m benchmarks.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("list", "run", "report"))
+    parser.add_argument("what", choices=("list", "run", "report", "instants"))
     parser.add_argument("experiment", type=Path, help="YAML; see benchmarks/growth/")
     parser.add_argument("--results", type=Path, help="default: results/NAME.jsonl beside the experiment")
     parser.add_argument("--work", type=Path, default=Path("runs/growth"), help="where runs live (%(default)s)")
-    parser.add_argument("--only", metavar="ARM,...", help="run only these arms")
+    parser.add_argument("--only", metavar="ARM,...", help="run, or look at, only these arms")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--hours", type=float, help="stop after so long; what is going on saves and can go on")
     parser.add_argument("--out", type=Path, help="report: a directory for tables and pictures")
@@ -47,6 +48,13 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: runs save
         done = Runner(experiment, results, args.work, machine()).run(args.jobs, only, args.hours)
         return 0 if done else 75
+    if args.what == "instants":
+        from benchmarks.growth.groups import groups
+        from benchmarks.growth.instants import instants_table
+
+        found = [group for group in groups(experiment, results) if not only or group.arm in only]
+        say(instants_table(experiment, found))
+        return 0
     from benchmarks.growth.report import report
 
     say(report(experiment, results, args.out))

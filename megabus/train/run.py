@@ -18,6 +18,7 @@ from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
+from megabus.config.schema import KappaConfig
 from megabus.data.order import align_up
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, say
@@ -86,7 +87,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     full = config.preflight.enabled
     stages, sources = preflight(config, lambda: _reserve(config, lock), watchdog.beat, full)
     with agreement():
-        kappa = _kappa_settings(config)
+        kappa = kappa_settings(config.growth.trigger)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
     found = find_checkpoint(root, config.resume == "strict", watchdog.beat)
     origin = None
@@ -213,8 +214,7 @@ def roll_back(run: Run) -> None:
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
 
 
-def _kappa_settings(config: RunConfig) -> KappaSettings:
-    trigger = config.growth.trigger
+def kappa_settings(trigger: KappaConfig) -> KappaSettings:
     options: dict[str, Any] = {
         "constant": {"loss": trigger.constant},
         "scaling_law": trigger.scaling_law.model_dump(),
