@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from megabus.config.fractions import fraction_of
 from megabus.config.pair import check_pair
 from megabus.config.schema import ScalingLaw
 from megabus.errors import UserError
-from megabus.growth.planner import LAST_SHARE, Size, plan_growth, plan_stages
+from megabus.growth.planner import LAST_SHARE, Size, plan_growth, plan_stages, spend
 from megabus.kappa.law_fit import fit_law
 from megabus.model.cost import count_parameters, flops_per_token
 
@@ -73,6 +74,25 @@ def test_growing_at_other_losses_costs_more():
     assert cost(at) == pytest.approx(plan.flops)
     for shift in (-0.5, 0.5):
         assert cost(at + shift) > plan.flops * 1.0001
+
+
+@pytest.mark.parametrize("tokens", [1e6, 3e7, 1e9])
+def test_spending_as_planned_comes_to_the_plan(tokens):
+    chosen = sizes(0.25, 0.5, 0.75, 1)
+    plan = plan_stages(chosen, chosen[-1].loss(tokens))
+    taken = [sum(stage.flops for stage in plan.stages if stage.model == size.model) for size in chosen]
+    loss, saving = spend(chosen, taken)
+    assert (loss, saving) == pytest.approx((plan.loss, plan.saving))
+    assert spend(chosen, taken[:2] + [taken[2] + taken[3] / 2, taken[3] / 2])[0] > loss  # control
+    assert spend(chosen[-1:], [plan.flops])[1] == pytest.approx(1)
+
+
+def test_a_size_below_whose_floor_the_loss_lies_gains_nothing():
+    small, large = sizes(0.25, 1)
+    cost = large.flops(small.floor)  # the large one comes below the small one's floor with this
+    loss, saving = spend([large, small, large], [2 * cost, cost, cost])
+    assert loss == pytest.approx(large.loss(3 * cost / large.flops_per_token))
+    assert saving == pytest.approx(3 / 4)
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 1), (0.25, 0.4, 0.7, 1)])
@@ -276,6 +296,15 @@ def test_the_tool_proposes_what_a_run_accepts(tmp_path, ratio):
     assert list(table_of(again.stdout)) == [stage.model.d_model for stage in stages]
     assert "way" in again.stdout
     assert "kappa" not in again.stdout
+    # What the plan's own caps are predicted to give is the plan.
+    planned = re.search(r"^predicted: loss (\S+), .* S = (\S+)$", done.stdout, re.MULTILINE)
+    capped = re.search(
+        r"^by the caps of the file: loss (\S+), S = (\S+)$", tool(tmp_path / "grown.yaml").stdout, re.MULTILINE
+    )
+    assert [float(x) for x in capped.groups()] == pytest.approx([float(x) for x in planned.groups()], abs=0.011)
+    open_ended = tool(tmp_path / "grown.yaml", "growth.max_tokens=null")
+    assert "predicted: loss" in open_ended.stdout
+    assert "by the caps" not in open_ended.stdout
 
 
 def test_a_free_plan_says_that_a_smaller_model_is_better():

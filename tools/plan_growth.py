@@ -24,7 +24,7 @@ from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.config.pair import sizes_of
 from megabus.config.schema import ModelConfig, ScalingLaw
 from megabus.errors import UserError
-from megabus.growth.planner import GrowthPlan, Size, plan_growth, plan_stages
+from megabus.growth.planner import GrowthPlan, Size, plan_growth, plan_stages, spend
 from megabus.kappa.law_fit import fit_law
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.train.history import read_metrics
@@ -69,6 +69,9 @@ def main() -> int:
         f"\npredicted: loss {plan.loss:.4f}, {plan.scratch_flops:.3g} FLOPs from scratch, {plan.flops:.3g} growing: "
         f"S = {plan.saving:.2f}"
     )
+    if not proposing and (shares := _by_caps(stages, tokens * flops_per_token(last.model, last.seq_len))) is not None:
+        loss, saving = spend([Size(stage.model, stage.seq_len, law) for stage in stages], shares)
+        print(f"by the caps of the file: loss {loss:.4f}, S = {saving:.2f}")
     if plan.stages[-1].model != last.model:
         print("by this law the final size is too large for so few tokens: the smaller one above is the better choice")
     if proposing:
@@ -86,6 +89,18 @@ def _planned(
         return plan_growth(last.model, last.seq_len, tokens, law, max_stages, tp, pp, reach_final=reach_final)
     sizes = [Size(stage.model, stage.seq_len, law) for stage in stages]
     return plan_stages(sizes, sizes[-1].loss(tokens), reach_final=reach_final)
+
+
+def _by_caps(stages: Sequence[Stage], budget: float) -> list[float] | None:
+    """FLOPs of every stage of a run of `budget` FLOPs that caps alone end; None where one has no cap."""
+    spent: list[float] = []
+    for stage in stages[:-1]:
+        tokens = math.inf if stage.max_tokens is None else stage.max_tokens
+        cap = min(stage.max_flops or math.inf, tokens * flops_per_token(stage.model, stage.seq_len))
+        if math.isinf(cap):
+            return None
+        spent.append(min(cap, budget - sum(spent)))
+    return [*spent, budget - sum(spent)]
 
 
 def _tokens(config: RunConfig, last: Stage) -> float:

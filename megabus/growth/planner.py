@@ -148,6 +148,20 @@ def plan_stages(sizes: Sequence[Size], loss: float, *, reach_final: bool = True)
     return GrowthPlan(stages, loss, last.flops(loss))
 
 
+def spend(sizes: Sequence[Size], flops: Sequence[float]) -> tuple[float, float]:
+    """The loss that a run ends with whose sizes take so many FLOPs each, and S at it: the final size's FLOPs to the
+    same loss over all of these (infinity for a loss that it never reaches).
+
+    A size that comes to a loss below its own floor gains nothing, and what it takes is lost.
+    """
+    loss = math.inf
+    for size, spent in zip(sizes, flops, strict=True):
+        done = size.tokens(loss) if math.isfinite(loss) else 0.0
+        if math.isfinite(done):
+            loss = size.loss(done + spent / size.flops_per_token)
+    return loss, sizes[-1].flops(loss) / sum(flops)
+
+
 def _cheapest(sizes: Sequence[Size], loss: float) -> tuple[list[Size], list[float]]:
     """The sizes that are the cheapest per nat somewhere above `loss`, and the losses at which each becomes the next."""
     kept: list[Size] = []
