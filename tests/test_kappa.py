@@ -231,6 +231,15 @@ def test_nonfinite_never_triggers_and_leaves_no_trace(bad):
     assert feed(monitor(0.5), [10, 3])[1].grow  # control: finite, it does trigger
 
 
+def test_the_cap_grows_where_kappa_may_not():
+    """And is not hidden by a κ that has long been met."""
+    watch, twin = monitor(0.5, caps=(3000, None)), monitor(0.5, caps=(3000, None))
+    told = [watch.observe(1000 * i, 6e6 * i, x, only_cap=True) for i, x in enumerate([10, 3, 3, 3])]
+    assert [(decision.grow, decision.reason) for decision in told] == [(False, None)] * 3 + [(True, "cap")]
+    assert told[2].view.met == 2
+    assert [decision.reason for decision in feed(twin, [10, 3, 3, 3])] == [None, "kappa", "kappa", "kappa"]
+
+
 def test_patience_wants_consecutive_evaluations():
     losses = [10, 3, 9, 3, 3, 3]
     assert first_growth(feed(monitor(0.5, patience=2), losses)) == 4

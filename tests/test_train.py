@@ -129,6 +129,23 @@ def test_kappa_triggers_where_its_formula_says(corpus, tmp_path):
     assert evals[-1]["kappa_progress"] >= 0.6 > evals[-2]["kappa_progress"]
 
 
+@pytest.mark.parametrize(("decay", "reasons"), [(0.2, ["kappa", "kappa"]), (0.9, ["cap", "cap"])])
+def test_caps_alone_grow_where_the_rate_falls(corpus, tmp_path, decay, reasons):
+    """Though κ has been met long before: a cap that is reached then must not be passed over."""
+    trigger = {"predictor": "constant", "constant": 1.0, "kappa": 0.1, "min_evals": 6}
+    changes = {"growth__trigger": trigger, "optimizer__decay_share": decay, "train__max_tokens": 6000, "eval__every": 1}
+    config = run_config(corpus, tmp_path / "run", LAYOUTS["one"], **changes)
+    run_ranks(1, _train, config)
+    growths = rows_of(config, "growth")
+    assert [growth["reason"] for growth in growths] == reasons
+    met = [row["step"] for row in rows_of(config, "eval") if row["kappa_met"] > 0 and row["stage"] == 0]
+    if decay > 0.5:
+        assert len(met) > 3
+        assert [growth["tokens"] for growth in growths] == [1024, 2048]
+    else:
+        assert growths[0]["tokens"] < 1024
+
+
 def _nan_job(config):
     """A weight that turns to NaN on one rank for good: all ranks must stop at the same step, with the same error."""
     from megabus.engine.engine import Engine

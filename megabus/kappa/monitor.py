@@ -157,8 +157,8 @@ class KappaMonitor:
         state = self.state
         state.span = replace(state.span, kappa=kappa, max_tokens=max_tokens, max_flops=max_flops)
 
-    def observe(self, tokens: int, flops: float, loss: float) -> Decision:
-        """Take one validation loss at these run totals, and decide.
+    def observe(self, tokens: int, flops: float, loss: float, *, only_cap: bool = False) -> Decision:
+        """Take one validation loss at these run totals, and decide. only_cap: κ may not trigger now.
 
         A NaN or infinite loss is counted, breaks the patience and touches nothing else; only the cap, which
         asks about the budget and not about the loss, can trigger beside it.
@@ -173,7 +173,8 @@ class KappaMonitor:
         view = self.view(tokens, flops)
         state.met = state.met + 1 if finite and self._met(view) else 0
         view = replace(view, met=state.met)
-        if finite and state.met >= self.settings.patience and len(state.curve) >= self.settings.min_evals:
+        enough = state.met >= self.settings.patience and len(state.curve) >= self.settings.min_evals
+        if finite and enough and not only_cap:
             return Decision(True, "kappa", view)
         cap = self.check_cap(tokens, flops)
         return Decision(cap.grow, cap.reason, view)

@@ -165,14 +165,14 @@ def observe(run: Run, loss: float) -> GrowthSignal:
     """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision."""
     signal, now = None, run.progress
     if run.metrics is not None:
-        decision = run.monitor.observe(now.tokens, now.flops, loss)
+        # Where the learning rate falls, no law of the loss holds that kappa could go by: only a cap grows there.
+        decaying = run.config.optimizer.schedule == "wsd" and run.share > 1 - run.config.optimizer.decay_share
+        decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=decaying)
         run.view = decision.view
         extra = decision.view.as_dict() if decision.view is not None else {}
         run.metrics.write("eval", run.totals | {"loss": loss} | extra)
         say(f"step {now.step:>5} | validation loss {loss:.4f}")
-        # Where the learning rate falls, no law of the loss holds that kappa could go by: only a cap grows there.
-        decaying = run.config.optimizer.schedule == "wsd" and run.share > 1 - run.config.optimizer.decay_share
-        growing = decision.grow and run.can_grow and run.share < 1 and not (decaying and decision.reason == "kappa")
+        growing = decision.grow and run.can_grow and run.share < 1
         signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing, now.step)
     _gauge(run)
     return broadcast_decision(signal, device=run.engine.device)
