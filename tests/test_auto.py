@@ -35,6 +35,7 @@ def test_it_ends_with_the_given_size():
     config = parse_config(tree())
     stages = resolve_stages(config, 1)
     assert [sizes(stage.model) for stage in stages] == [
+        (24, 1, 2, 1, 64),
         (48, 2, 4, 2, 128),
         (72, 3, 6, 3, 184),
         (96, 4, 8, 4, 250),
@@ -47,7 +48,7 @@ def test_caps_are_in_the_budgets_unit():
     train = tree()["train"]
     by_flops = parse_config(tree(train=train | {"max_tokens": None, "max_flops": 1e9}))
     assert by_flops.growth.max_flops == SIZES_OF_AUTO[0][1] * 1e9
-    assert by_flops.growth.stages[0].max_flops == SIZES_OF_AUTO[1][1] * 1e9
+    assert [stage.max_flops for stage in by_flops.growth.stages] == [share * 1e9 for _, share, _ in SIZES_OF_AUTO[1:]] + [None]
     assert by_flops.growth.max_tokens is None
     both = parse_config(tree(train=train | {"max_flops": 1e30})).growth  # whichever binds
     assert (both.max_flops, both.max_tokens) == (SIZES_OF_AUTO[0][1] * 1e30, int(SIZES_OF_AUTO[0][2] * 100_000))
@@ -87,4 +88,4 @@ def test_errors_name_the_key():
         parse_config(tree(model=FINAL | {"d_modle": 3}))
     with pytest.raises(UserError, match=r"growth\.write"):
         load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto", "growth.write=clone"])
-    assert len(load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto"]).growth.stages) == 2
+    assert len(load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto"]).growth.stages) == 3

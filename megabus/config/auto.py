@@ -15,9 +15,9 @@ from megabus.config.schema import RunConfig, TrainConfig
 
 AUTO = "auto"
 # Of the final size, and the most that the stage may take of the run's FLOPs and of its tokens. The last takes the rest.
-SIZES_OF_AUTO = ((1 / 2, 0.15, 0.35), (3 / 4, 0.30, 0.30))
+SIZES_OF_AUTO = ((1 / 4, 0.05, 0.20), (1 / 2, 0.25, 0.37), (3 / 4, 0.25, 0.21))
 HOW = {"write": "tilt", "channels": "even", "depth": "identity", "moments": "grow"}
-TRIGGER = {"kappa": 0.8, "predictor": "fit"}
+TRIGGER = {"kappa": 0.95, "predictor": "fit"}
 
 
 def written_out(config: RunConfig) -> dict[str, Any]:
