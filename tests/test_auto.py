@@ -48,7 +48,9 @@ def test_caps_are_in_the_budgets_unit():
     train = tree()["train"]
     by_flops = parse_config(tree(train=train | {"max_tokens": None, "max_flops": 1e9}))
     assert by_flops.growth.max_flops == SIZES_OF_AUTO[0][1] * 1e9
-    assert [stage.max_flops for stage in by_flops.growth.stages] == [share * 1e9 for _, share, _ in SIZES_OF_AUTO[1:]] + [None]
+    assert [stage.max_flops for stage in by_flops.growth.stages] == [
+        share * 1e9 for _, share, _ in SIZES_OF_AUTO[1:]
+    ] + [None]
     assert by_flops.growth.max_tokens is None
     both = parse_config(tree(train=train | {"max_flops": 1e30})).growth  # whichever binds
     assert (both.max_flops, both.max_tokens) == (SIZES_OF_AUTO[0][1] * 1e30, int(SIZES_OF_AUTO[0][2] * 100_000))

@@ -67,10 +67,10 @@ def draw_arms(experiment: Experiment, found: Sequence[Group], path: Path) -> Non
         colour = FAINT if low <= 0 <= high else COLOURS[0] if gain.mean > 0 else COLOURS[1]
         axes.plot([low, high], [y, y], color=colour, linewidth=1.6)
         axes.plot([gain.mean], [y], marker="o", markersize=5, color=colour)
-    labels = [f"{experiment.arms[g.arm].about}, x{g.budget:g} ({d.n} seed{'s' * (d.n > 1)})" for g, d in rows]
+    labels = [f"{g.arm}: {experiment.arms[g.arm].about}, x{g.budget:g} ({d.n} seed{'s' * (d.n > 1)})" for g, d in rows]
     axes.set_yticks(range(len(rows)), labels)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_xlabel(f"final loss below that of {experiment.arms[experiment.versus].about} (nats)", labelpad=6)
+    axes.set_xlabel(f"final loss below that of `{experiment.versus}` (nats)", labelpad=6)
     _save(figure, path)
 
 
