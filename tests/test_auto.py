@@ -58,6 +58,16 @@ def test_caps_are_in_the_budgets_unit():
     assert by_steps.growth.max_tokens == int(SIZES_OF_AUTO[0][2] * 64_000)
 
 
+def test_of_two_equal_sizes_the_later_one_s_cap_counts():
+    """With 2 stages of a pipeline and 2 heads to shard a quarter and half of it come out the same."""
+    small = FINAL | {"d_model": 16, "n_heads": 2, "n_kv_heads": 2, "d_ff": 16, "n_layers": 4}
+    train = tree()["train"] | {"max_tokens": None, "max_flops": 1e9}
+    config = parse_config(tree(layout={"tp": 2, "pp": 2}, model=small, train=train))
+    stages = resolve_stages(config, 4)
+    assert [sizes(stage.model) for stage in stages] == [(8, 2, 2, 2, 16), (16, 3, 2, 2, 16), (16, 4, 2, 2, 16)]
+    assert [stage.max_flops for stage in stages[:-1]] == [share * 1e9 for _, share, _ in SIZES_OF_AUTO[1:]]
+
+
 def test_the_layout_is_kept_in_mind():
     config = parse_config(tree(layout={"tp": 4, "pp": 3}, model=FINAL | {"d_ff": 252}))
     stages = resolve_stages(config, 12)  # every stage fits the layout, or this refuses

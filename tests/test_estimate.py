@@ -243,6 +243,16 @@ def test_ranking_is_by_time_of_what_fits():
     assert rank_layouts(config, stage, replace(cpu, memory=cpu.reserve), top=3).own is None
 
 
+def test_a_layout_of_one_s_own_that_fits_is_not_refused(monkeypatch, capsys):
+    """Though no other is proposed: tensor parallelism over nodes is not."""
+    words = ("--config", "configs/gpt_64m.yaml", "--world", "2", "--nodes-of", "1", "--reserve-gb", "0")
+    words += ("layout.tp=2", "train.micro_batch_size=1", "train.precision=bf16")
+    assert "is number 1" in told(monkeypatch, capsys, *words, "--memory-gb", "1.05")
+    monkeypatch.setattr(sys, "argv", ["estimate.py", *words, "--memory-gb", "0.3"])
+    with pytest.raises(UserError, match=r"^model = stage 0: fits no layout of 2 ranks of 0\.3 GB, with micro"):
+        tool.main()
+
+
 # ---- the command
 
 

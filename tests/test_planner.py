@@ -298,13 +298,36 @@ def test_the_tool_proposes_what_a_run_accepts(tmp_path, ratio):
     assert "kappa" not in again.stdout
     # What the plan's own caps are predicted to give is the plan.
     planned = re.search(r"^predicted: loss (\S+), .* S = (\S+)$", done.stdout, re.MULTILINE)
-    capped = re.search(
-        r"^by the caps of the file: loss (\S+), S = (\S+)$", tool(tmp_path / "grown.yaml").stdout, re.MULTILINE
-    )
+    told = tool(tmp_path / "grown.yaml").stdout
+    capped = re.search(r"^by the caps of the file: loss (\S+), \S+ FLOPs, S = (\S+)$", told, re.MULTILINE)
     assert [float(x) for x in capped.groups()] == pytest.approx([float(x) for x in planned.groups()], abs=0.011)
     open_ended = tool(tmp_path / "grown.yaml", "growth.max_tokens=null")
     assert "predicted: loss" in open_ended.stdout
     assert "by the caps" not in open_ended.stdout
+
+
+@pytest.mark.parametrize("budget", ["max_tokens", "max_steps"])
+def test_a_run_that_grows_ends_with_its_own_budget(budget):
+    """Tokens of small sizes are cheap: the run takes fewer FLOPs than the final size from scratch would."""
+    config = load_config(ROOT / "configs/ngpt_64m.yaml")
+    stages, law = resolve_stages(config, 1), config.growth.trigger.scaling_law
+    tokens = [float(stage.max_tokens) for stage in stages[:-1]]
+    per_step = stages[0].tokens_per_step
+    steps = round(config.train.max_tokens / per_step)
+    words = [f"train.{budget}={config.train.max_tokens if budget == 'max_tokens' else steps}"]
+    words += ["train.max_tokens=null"] * (budget == "max_steps")
+    told = tool("configs/ngpt_64m.yaml", *words).stdout
+    tokens.append((config.train.max_tokens if budget == "max_tokens" else steps * per_step) - sum(tokens))
+    chosen = [Size(stage.model, stage.seq_len, law) for stage in stages]
+    spent = [n * size.flops_per_token for n, size in zip(tokens, chosen, strict=True)]
+    loss, saving = spend(chosen, spent)
+    assert f"by the caps of the file: loss {loss:.4f}, {sum(spent):.3g} FLOPs, S = {saving:.2f}\n" in told
+    assert sum(spent) < 0.9 * sum(tokens) * chosen[-1].flops_per_token
+
+
+def test_a_budget_that_ends_too_soon_is_told():
+    told = tool("configs/ngpt_64m.yaml", "train.max_tokens=1e8").stdout
+    assert re.search(r"^by the caps of the file: .*; the budget ends before the final size trains$", told, re.MULTILINE)
 
 
 def test_a_free_plan_says_that_a_smaller_model_is_better():

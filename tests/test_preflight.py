@@ -312,7 +312,10 @@ def test_another_device_is_a_warning():
     assert compute_row([1e9, 1e9, 1e8], [machine_of("a"), machine_of("b"), machine_of("c")]).state == "warning"
 
 
-@pytest.mark.parametrize(("precision", "zero", "of_shard", "of_owned"), [("fp32", 1, 8, 12), ("bf16", 2, 2, 16)])
+BYTES = [("fp32", 1, 8, 12), ("fp32", 2, 4, 16), ("bf16", 2, 2, 16)]
+
+
+@pytest.mark.parametrize(("precision", "zero", "of_shard", "of_owned"), BYTES)
 def test_least_memory(tmp_path, precision, zero, of_shard, of_owned):
     changes = {"train.precision": precision, "train.zero_stage": zero, "layout": {"tp": 2, "pp": 1}, "growth": {}}
     config = run_config(tmp_path, changes)

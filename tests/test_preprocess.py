@@ -166,7 +166,7 @@ ERRORS = {
     "not parquet": (["bad.parquet"], "bad.parquet"),
     "not utf-8": (["latin.txt"], "is not UTF-8"),
     "cut gzip": (["cut.txt.gz"], "cannot be read"),
-    "empty corpus": (["empty.txt"], "no document"),
+    "empty corpus": (["empty.txt"], "gives 0 document(s), of which none goes to out/c; give more text"),
     "empty validation": (
         ["in.txt", "--valid-fraction", "1e-9"],
         "out/c-valid; give more files, make documents smaller (--split-documents line)",

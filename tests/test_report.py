@@ -245,7 +245,7 @@ def test_faults_are_all_told(tmp_path):
         "No space left",
         "no update: loss –, gradient norm –",
         "to step 30, from step 51, past the data that failed",
-        "to step 55, from step 59 (4 not saved, and trained again); TP2/PP1/DP2 → TP1/PP1/DP4; eval.every: 1 -> 2",
+        "to step 55, from step 59 (4 steps not saved); TP2/PP1/DP2 → TP1/PP1/DP4; eval.every: 1 -> 2",
     ]
     assert run.growths == []  # the growth at step 40 was taken back
     figures = final_figures(run)

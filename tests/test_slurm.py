@@ -390,7 +390,6 @@ def test_what_sbatch_gets(rendered, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_what_sbatch_refuses(monkeypatch, capsys, tmp_path, there):
-    """Nothing is left of it: a directory of a run is no run."""
     sbatch(tmp_path, monkeypatch, "cat >/dev/null; echo 'sbatch: error: no such partition' >&2; exit 1")
     told = "error: sbatch = 1: sbatch: error: no such partition; change the options, or submit where slurm"
     if not there:
@@ -398,4 +397,4 @@ def test_what_sbatch_refuses(monkeypatch, capsys, tmp_path, there):
         told = "error: sbatch = sbatch: cannot be run (No such file or directory); submit where slurm is installed"
     assert command(monkeypatch, *CPU) == 2
     assert capsys.readouterr().err.startswith(told)
-    assert sorted(os.listdir()) == ["config.yaml", "sbatch"]
+    assert sorted(os.listdir()) == ["config.yaml", "sbatch"]  # a run's directory would be a run

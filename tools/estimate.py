@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megabus.command import Parser, run
 from megabus.config import RunConfig, load_config, resolve_stages
+from megabus.config.stages import model_section
 from megabus.errors import UserError
 from megabus.estimate.devices import DEVICES, Device, device
+from megabus.estimate.layouts import micro_batches
 from megabus.estimate.report import StageEstimate, as_dict, estimate_run, tables
 
 REBUILD = 5.0
@@ -76,15 +78,13 @@ def main() -> int:
 
 def _refuse_what_fits_nowhere(config: RunConfig, estimates: Sequence[StageEstimate], device: Device) -> None:
     for one in estimates:
-        if not one.ranking.best:
+        if not one.ranking.best and one.ranking.own is None:
             room = f"{(device.memory - device.reserve) / 1e9:.3g} GB"
-            problem = (
-                f"fits no layout of {one.stage.layout.world} ranks with {room} each, whatever the micro batch size"
-            )
+            tried = ", ".join(map(str, micro_batches(one.stage)))
+            problem = f"fits no layout of {one.stage.layout.world} ranks of {room}, with micro batches of {tried}"
             recompute = "" if config.train.recompute else "train.recompute: true, "
-            key = f"growth.stages.{one.stage.index - 1}" if one.stage.index else "model"
             remedy = f"try {recompute}more ranks (--world), a device with more memory, or a smaller model"
-            raise UserError(key, f"stage {one.stage.index}", problem, remedy)
+            raise UserError(model_section(one.stage.index), f"stage {one.stage.index}", problem, remedy)
 
 
 def _changed(base: Device, args: argparse.Namespace) -> Device:

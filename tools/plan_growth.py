@@ -22,7 +22,7 @@ import yaml
 from megabus.command import Parser, run
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.config.pair import sizes_of
-from megabus.config.schema import ModelConfig, ScalingLaw
+from megabus.config.schema import ModelConfig, ScalingLaw, TrainConfig
 from megabus.errors import UserError
 from megabus.growth.planner import GrowthPlan, Size, plan_growth, plan_stages, spend
 from megabus.kappa.law_fit import fit_law
@@ -69,9 +69,11 @@ def main() -> int:
         f"\npredicted: loss {plan.loss:.4f}, {plan.scratch_flops:.3g} FLOPs from scratch, {plan.flops:.3g} growing: "
         f"S = {plan.saving:.2f}"
     )
-    if not proposing and (shares := _by_caps(stages, tokens * flops_per_token(last.model, last.seq_len))) is not None:
-        loss, saving = spend([Size(stage.model, stage.seq_len, law) for stage in stages], shares)
-        print(f"by the caps of the file: loss {loss:.4f}, S = {saving:.2f}")
+    spent = None if proposing else _by_caps(config.train, stages)
+    if spent is not None:
+        loss, saving = spend([Size(stage.model, stage.seq_len, law) for stage in stages], spent)
+        ends = "" if spent[-1] > 0 else "; the budget ends before the final size trains"
+        print(f"by the caps of the file: loss {loss:.4f}, {sum(spent):.3g} FLOPs, S = {saving:.2f}{ends}")
     if plan.stages[-1].model != last.model:
         print("by this law the final size is too large for so few tokens: the smaller one above is the better choice")
     if proposing:
@@ -91,16 +93,27 @@ def _planned(
     return plan_stages(sizes, sizes[-1].loss(tokens), reach_final=reach_final)
 
 
-def _by_caps(stages: Sequence[Stage], budget: float) -> list[float] | None:
-    """FLOPs of every stage of a run of `budget` FLOPs that caps alone end; None where one has no cap."""
+def _by_caps(train: TrainConfig, stages: Sequence[Stage]) -> list[float] | None:
+    """FLOPs of every stage of the run that the file asks for, if caps alone end its stages; None where one has none."""
+    left = {
+        "tokens": train.max_tokens or math.inf,
+        "steps": train.max_steps or math.inf,
+        "flops": train.max_flops or math.inf,
+    }
     spent: list[float] = []
-    for stage in stages[:-1]:
-        tokens = math.inf if stage.max_tokens is None else stage.max_tokens
-        cap = min(stage.max_flops or math.inf, tokens * flops_per_token(stage.model, stage.seq_len))
-        if math.isinf(cap):
-            return None
-        spent.append(min(cap, budget - sum(spent)))
-    return [*spent, budget - sum(spent)]
+    for stage in stages:
+        cost = flops_per_token(stage.model, stage.seq_len)
+        tokens = min(left["tokens"], left["steps"] * stage.tokens_per_step, left["flops"] / cost)
+        if stage is not stages[-1]:
+            cap = min(stage.max_tokens or math.inf, (stage.max_flops or math.inf) / cost)
+            if math.isinf(cap):
+                return None
+            tokens = min(tokens, cap)
+        spent.append(tokens * cost)
+        left["tokens"] -= tokens
+        left["steps"] -= tokens / stage.tokens_per_step
+        left["flops"] -= tokens * cost
+    return spent
 
 
 def _tokens(config: RunConfig, last: Stage) -> float:

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, closing
@@ -36,7 +36,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
 
-from megabus.command import Parser
+from megabus.command import Parser, run
 from megabus.data.indexed import IndexedWriter, dtype_for_vocab, meta_path
 from megabus.data.tokenizer import MODEL_TYPES, NORMALIZATIONS, Tokenizer, train_tokenizer
 from megabus.errors import UserError
@@ -231,8 +231,6 @@ def preprocess(args: argparse.Namespace) -> str:
 
 def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, float]:
     """Writes every file at `prefix`. Returns its documents, tokens, and tokens encoded per second."""
-    if args.valid_fraction:
-        check_both_sides(args)
     if args.tokenizer:
         tokenizer = Tokenizer(args.tokenizer)
     else:
@@ -251,8 +249,7 @@ def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, flo
         rate = progress.n_tokens / progress.seconds
         for writer, suffix in zip(writers, suffixes, strict=True):
             if not writer.n_documents:
-                problem = f"no document went to {args.output}{suffix}"
-                raise UserError("input", " ".join(args.inputs) or args.dataset, problem, "give more text")
+                raise no_documents(args, suffix, sum(writer.n_documents for writer in writers))
     for writer, suffix in zip(writers, suffixes, strict=True):
         meta = {
             "vocab_size": tokenizer.vocab_size,
@@ -268,20 +265,25 @@ def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, flo
 
 
 def check_both_sides(args: argparse.Namespace) -> None:
-    """Raises `UserError` if no document falls to training, or none to validation: soon, and not after hours."""
-    sides = {False: 0, True: 0}
+    """Raises `UserError` if no document falls to training, or none to validation; reads until there is one of each."""
+    found: Counter[bool] = Counter()
     for text in read_documents(args):
-        sides[is_validation(text, args.valid_fraction)] += 1
-        if all(sides.values()):
+        found[is_validation(text, args.valid_fraction)] += 1
+        if len(found) == 2:
             return
-    missing = "-train" if not sides[False] else "-valid"
-    problem = f"gives {sum(sides.values())} document(s), of which none goes to {args.output}{missing}"
+    raise no_documents(args, "-valid" if found[False] else "-train", found.total())
+
+
+def no_documents(args: argparse.Namespace, suffix: str, n_documents: int) -> UserError:
+    problem = f"gives {n_documents} document(s), of which none goes to {args.output}{suffix}"
     remedy = "give more files, make documents smaller (--split-documents line) or try another --valid-fraction"
-    raise UserError("input", " ".join(args.inputs) or args.dataset, problem, remedy)
+    return UserError("input", " ".join(args.inputs) or args.dataset, problem, remedy if suffix else "give more text")
 
 
 def train_on_inputs(args: argparse.Namespace, out_prefix: str) -> Path:
     """Trains a tokenizer on the first --tokenizer-sample-mb of the training documents."""
+    if args.valid_fraction:
+        check_both_sides(args)  # before the hours that what follows may take
 
     def sample() -> Iterator[str]:
         left = args.tokenizer_sample_mb * 1e6
@@ -353,12 +355,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    def preprocessed() -> int:
         print(preprocess(parse_arguments(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run(preprocessed)
 
 
 if __name__ == "__main__":

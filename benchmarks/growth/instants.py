@@ -1,15 +1,15 @@
 """When would each κ have grown? The monitor again, over validation curves that runs have left behind.
 
-No run is made: a stage that its cap ended has a curve up to there, and the monitor decides at each point of it as it
-does in a run. Beside what predictors say, `hindsight` knows the loss that the stage came to: at its instants the share
-κ had come of what the stage was to give. Curves are looked at up to the fall of the learning rate, where κ acts no
-more.
+No run is made: the monitor decides at each validation of a stage as it does in a run. Looked at are stages that no κ
+has ended, each as if it had a cap at its end, or where the learning rate begins to fall if that comes first: κ acts no
+more there. Beside what predictors say, `hindsight` knows the loss that a stage came to with that cap: at its instants
+the share κ had come of what the stage was to give.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.growth.experiment import Experiment, make_job
@@ -20,38 +20,25 @@ from megabus.config.schema import KappaConfig
 from megabus.kappa.monitor import KappaMonitor
 from megabus.model.cost import count_parameters
 from megabus.train.run import kappa_settings
+from megabus.train.schedule import decays, spent_share
 
 KAPPAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
-@dataclass(frozen=True)
-class Watched:
-    """A stage of a run as the monitor saw it. points: its validations at a constant rate, the first at its beginning;
-    spent: FLOPs that it took in all."""
-
-    stage: Stage
-    points: list[Point]
-    spent: float
-
-
-def watched_stages(run: Result, stages: Sequence[Stage], decay: float) -> Iterator[Watched]:
-    """Of a finished run. decay: the share of the run's FLOPs from which on the learning rate falls."""
-    left = list(run.curve)
-    for number, stage in enumerate(stages[: len(run.growths) + 1]):
-        end = run.growths[number]["flops"] if number < len(run.growths) else run.flops
-        own = [point for point in left if point.flops < end]
-        # A growth validates twice at its instant: this stage's last loss and the next one's first.
-        own += [point for point in left[len(own) :] if point.flops == end][:1]
-        left = left[len(own) :]
-        points = [point for point in own if point.flops <= decay * run.flops]
-        if len(points) > 1:
-            yield Watched(stage, points, own[-1].flops - own[0].flops)
+def points_of_stages(run: Result) -> list[list[Point]]:
+    """A run's validations by the stages that they were made in, the first of each at its beginning."""
+    left, parts = list(run.curve), list[list[Point]]()
+    for growth in run.growths:
+        # A growth validates twice at its instant: the old size's last loss and the new one's first.
+        n = next(i for i, point in enumerate(left) if point.flops >= growth["flops"]) + 1
+        parts.append(left[:n])
+        left = left[n:]
+    return [*parts, left]
 
 
-def instant(watched: Watched, trigger: KappaConfig) -> float | None:
-    """The share of the stage's FLOPs after which κ grows; None where it does not before the cap or the decay."""
-    stage, first = watched.stage, watched.points[0]
-    monitor = KappaMonitor(kappa_settings(trigger))
+def instant(stage: Stage, points: Sequence[Point], trigger: KappaConfig) -> float | None:
+    """FLOPs of the run at which κ grows out of a stage; None where it does not at any of the points."""
+    monitor, first = KappaMonitor(kappa_settings(trigger)), points[0]
     monitor.start_stage(
         stage.index,
         count_parameters(stage.model),
@@ -61,14 +48,14 @@ def instant(watched: Watched, trigger: KappaConfig) -> float | None:
         tokens=first.tokens,
         flops=first.flops,
     )
-    for point in watched.points:
+    for point in points:
         if monitor.observe(point.tokens, point.flops, point.loss).reason == "kappa":
-            return (point.flops - first.flops) / watched.spent
+            return point.flops
     return None
 
 
 def instants_table(experiment: Experiment, found: Sequence[Group]) -> str:
-    """A line for each stage of each group's first run, and predictor. All are judged by the trigger of `versus`."""
+    """A line for each predictor and stage of each group's first run. All are judged by the trigger of `versus`."""
     lines = [
         f"| arm | seed | size | validations | predictor | {' | '.join(f'κ {kappa:g}' for kappa in KAPPAS)} |",
         f"|---|---|---|---|---|{'---|' * len(KAPPAS)}",
@@ -77,21 +64,30 @@ def instants_table(experiment: Experiment, found: Sequence[Group]) -> str:
     for group in found:
         for run in group.finite[:1]:
             config = _config(experiment, group.arm, run.seed, group.lr, group.budget)
-            begins = 1 - config.optimizer.decay_share if config.optimizer.schedule == "wsd" else 1.0
-            for watched in watched_stages(run, resolve_stages(config, world_size=1), begins):
-                if len(watched.points) >= trigger.min_evals:  # with fewer no κ grows
-                    lines += _lines(group, run, watched, trigger)
+            stages = resolve_stages(config, world_size=1)
+            for number, points in enumerate(points_of_stages(run)):
+                by_kappa = number < len(run.growths) and run.growths[number]["reason"] == "kappa"
+                steady = [point for point in points if not falling(config, point)]
+                if not by_kappa and len(steady) >= trigger.min_evals:  # with fewer no κ grows
+                    lines += _lines(group, run, stages[number], steady, trigger)
     return "\n".join(lines)
+
+
+def falling(config: RunConfig, point: Point) -> bool:
+    """Whether the learning rate falls there. Budgets of experiments are FLOPs, so steps need not be known."""
+    return decays(config.optimizer, spent_share(config.train, 0, point.tokens, point.flops))
 
 
 def _config(experiment: Experiment, arm: str, seed: int, lr: float, budget: float) -> RunConfig:
     return make_job(experiment, arm, seed, lr, budget).config(Path("unused"))
 
 
-def _lines(group: Group, run: Result, watched: Watched, trigger: KappaConfig) -> Iterator[str]:
-    known = {"constant": watched.points[-1].loss}
+def _lines(group: Group, run: Result, stage: Stage, points: Sequence[Point], trigger: KappaConfig) -> Iterator[str]:
+    spent, known = points[-1].flops - points[0].flops, {"constant": points[-1].loss}
+    capped = replace(stage, max_tokens=None, max_flops=spent)
     for name, predictor in (("fit", "fit"), ("scaling_law", "scaling_law"), ("hindsight", "constant")):
         how = known | {"predictor": predictor}
-        at = [instant(watched, trigger.model_copy(update={**how, "kappa": kappa})) for kappa in KAPPAS]
-        cells = [group.arm, str(run.seed), f"d{watched.stage.model.d_model}", str(len(watched.points)), name]
-        yield f"| {' | '.join(cells + ['–' if share is None else f'{share:.0%}' for share in at])} |"
+        at = [instant(capped, points, trigger.model_copy(update=how | {"kappa": kappa})) for kappa in KAPPAS]
+        shares = ["–" if flops is None else f"{(flops - points[0].flops) / spent:.0%}" for flops in at]
+        cells = [group.arm, str(run.seed), f"d{stage.model.d_model}", str(len(points)), name]
+        yield f"| {' | '.join(cells + shares)} |"

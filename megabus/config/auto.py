@@ -11,7 +11,7 @@ from typing import Any
 
 from megabus.config.fractions import fraction_of
 from megabus.config.pair import sizes_of
-from megabus.config.schema import RunConfig, TrainConfig
+from megabus.config.schema import ModelConfig, RunConfig, TrainConfig
 
 AUTO = "auto"
 # Of the final size, and the most that the stage may take of the run's FLOPs and of its tokens. The last takes the rest.
@@ -23,15 +23,19 @@ TRIGGER = {"kappa": 0.95, "predictor": "fit"}
 def written_out(config: RunConfig) -> dict[str, Any]:
     """What `growth: auto` means for a run of this final size, layout and budget: its `model` and `growth` sections.
 
-    Sizes that are no smaller than the next are left out, so a model of one layer and few channels may not grow at all.
+    A size equal to the next one is left out, so a model of one layer and few channels may not grow at all.
     """
     final, layout = config.model, config.layout
-    models, caps = [], []
+    models: list[ModelConfig] = []
+    caps: list[dict[str, float]] = []
     for fraction, flops, tokens in SIZES_OF_AUTO:
         model = fraction_of(final, fraction, layout.tp, layout.pp)
-        if model != final and model not in models:
-            models.append(model)
-            caps.append(_cap(config.train, flops, tokens))
+        if model == final:
+            continue
+        if model in models:  # not left out: that is the one before
+            del models[-1], caps[-1]
+        models.append(model)
+        caps.append(_cap(config.train, flops, tokens))
     models.append(final)
     stages = [sizes_of(model) | cap for model, cap in zip(models[1:], [*caps[1:], {}], strict=True)] if caps else []
     growth: dict[str, Any] = {**HOW, "trigger": dict(TRIGGER), "stages": stages}

@@ -49,6 +49,11 @@ class Stage:
         return self.global_batch_size * self.seq_len
 
 
+def model_section(index: int) -> str:
+    """The key of the file that a stage's sizes stand under."""
+    return f"growth.stages.{index - 1}" if index else "model"
+
+
 def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     """All stages in order, the first being the file's own sizes. Raises `UserError` on the first misfit."""
     _check_run(config)

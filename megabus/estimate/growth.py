@@ -16,7 +16,8 @@ ALL_RANKS = 16  # of larger worlds some ranks stand for all
 @dataclass(frozen=True)
 class Transition:
     """sent, received: bytes of the rank that sends or gets most; looked_at: ranks that were looked at for it, of all.
-    messages: the most that one sends. memory: bytes at the worst moment, at most. move, grow, rebuild: seconds."""
+    messages: the most that one sends or gets. memory: bytes at the worst moment, at most. move, grow, rebuild: seconds.
+    """
 
     sent: int
     received: int
@@ -46,7 +47,7 @@ def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuil
     ranks = sorted({0, world - 1, *(i * world // ALL_RANKS for i in range(ALL_RANKS))})
     exchanged = [messages(schedule_of(config, plan, rank), rank) for rank in ranks]
     received = max(sum(got) for _, got in exchanged)
-    sent, most = max(sum(gone) for gone, _ in exchanged), max(len(gone) for gone, _ in exchanged)
+    sent, most = max(sum(gone) for gone, _ in exchanged), max(len(one) for both in exchanged for one in both)
     link = device.inter if world > device.nodes_of else device.intra
     grown = max(sum(map(len, plan.new.owned(rank))) for rank in ranks) * len(kinds) * FP32
     return Transition(

@@ -45,15 +45,20 @@ def fullest(config: RunConfig, stage: Stage, placement: Placement, room: float) 
     return worst
 
 
+def micro_batches(stage: Stage) -> list[int]:
+    """The sizes that are tried."""
+    return sorted({*MICRO_BATCHES, stage.micro_batch_size})
+
+
 def candidates(config: RunConfig, stage: Stage, device: Device) -> Iterator[Stage]:
     """Every layout of the same world with each micro batch size, as far as the checks of a run pass; tensor parallelism
     within nodes."""
-    world, sizes = stage.layout.world, sorted({*MICRO_BATCHES, stage.micro_batch_size})
+    world = stage.layout.world
     for tp in _divisors(world):
         if tp > device.nodes_of:
             break
         for pp in _divisors(world // tp):
-            for micro in sizes:
+            for micro in micro_batches(stage):
                 try:
                     yield _restaged(config, stage, Layout(tp, pp, world // (tp * pp)), micro)
                 except UserError:

@@ -146,7 +146,7 @@ def _steps(estimates: Sequence[StageEstimate]) -> str:
 
 def _layouts(one: StageEstimate, device: Device) -> str:
     ranking, stage = one.ranking, one.stage
-    header = ["place", "layout", "micro batch", "step", "bubble", "memory", ""]
+    header = ["place", "layout", "micro batch", "step", "bubble", "memory", "which"]
     rows = [_layout_row(i + 1, choice, stage) for i, choice in enumerate(ranking.best)]
     own = "does not fit" if ranking.own is None else f"is number {ranking.own}"
     line = (

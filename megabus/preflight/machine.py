@@ -15,6 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megabus.config import RunConfig, Stage
+from megabus.config.stages import model_section
 from megabus.errors import UserError
 from megabus.estimate.layouts import pipeline_memory
 from megabus.estimate.memory import states_at
@@ -56,7 +57,7 @@ def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
     """
     at = coordinate(stage.layout, rank)
     held = states_at(config, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
-    return held.states + held.gradients
+    return held.states + max(held.gradients, held.masters)  # sums of the gradients of what is owned, at least
 
 
 def expected_bytes(config: RunConfig, stages: Sequence[Stage]) -> list[int]:
@@ -149,10 +150,9 @@ def _memory_row(ranks: Sequence[Machine], expected: Sequence[int]) -> Row:
         where = f"{ranks_text(members)} ({largest.host})"
         what = f"weights, gradients, masters and moments of stage {largest.stage} on {where}"
         if need > free:
-            key = f"growth.stages.{largest.stage - 1}" if largest.stage else "model"
             problem = f"{what} take {size_text(need)} at least, and {size_text(free)} are free"
             remedy = "use more ranks, a higher tp or pp, or a smaller model"
-            return refused("memory", UserError(key, f"stage {largest.stage}", problem, remedy))
+            return refused("memory", UserError(model_section(largest.stage), f"stage {largest.stage}", problem, remedy))
         about = sum(expected[rank] for rank in members)
         if about / free > tightest:
             rest = f"some {size_text(about)} with activations and buffers"

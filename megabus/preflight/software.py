@@ -7,6 +7,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from megabus.config import RunConfig, Stage
+from megabus.config.stages import model_section
 from megabus.engine.adam import make_adam
 from megabus.errors import UserError, say
 from megabus.kernels.table import select, why_not_wide
@@ -26,10 +27,11 @@ def check_software(config: RunConfig) -> None:
 def check_kernels(config: RunConfig, stages: list[Stage]) -> None:
     """Raise `UserError` where a stage is too wide for the kernels: else a run would find out after it has grown."""
     for stage in stages:
-        key, model = f"growth.stages.{stage.index - 1}." if stage.index else "model.", stage.model
+        model = stage.model
         rows = {"d_model": (model.d_model,), "n_heads": (model.n_heads // stage.layout.tp, model.head_dim)}
         for name, axes in rows.items():
             problem = why_not_wide(config.train.kernels, *axes)
             if problem is not None:
                 problem = f"makes {problem}, the most that train.kernels = {config.train.kernels} holds"
-                raise UserError(key + name, getattr(model, name), problem, "set train.kernels to compiled or eager")
+                key = f"{model_section(stage.index)}.{name}"
+                raise UserError(key, getattr(model, name), problem, "set train.kernels to compiled or eager")

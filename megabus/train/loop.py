@@ -21,7 +21,7 @@ from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, roll_back, sizes, started, watch_stage
 from megabus.train.saving import collect, finish, save, tell_unwritten
-from megabus.train.schedule import boost_factor, learning_rate, spent_share
+from megabus.train.schedule import boost_factor, decays, learning_rate, spent_share
 from megabus.train.stop import listening
 from megabus.train.watchdog import watched
 
@@ -165,9 +165,8 @@ def observe(run: Run, loss: float) -> GrowthSignal:
     """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision."""
     signal, now = None, run.progress
     if run.metrics is not None:
-        # Where the learning rate falls, no law of the loss holds that kappa could go by: only a cap grows there.
-        decaying = run.config.optimizer.schedule == "wsd" and run.share > 1 - run.config.optimizer.decay_share
-        decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=decaying)
+        only_cap = decays(run.config.optimizer, run.share)
+        decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=only_cap)
         run.view = decision.view
         extra = decision.view.as_dict() if decision.view is not None else {}
         run.metrics.write("eval", run.totals | {"loss": loss} | extra)

@@ -7,6 +7,7 @@ from typing import Any
 
 from megabus.checkpoint.restore import Found
 from megabus.config import ModelConfig, RunConfig, Stage
+from megabus.config.stages import model_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
 from megabus.errors import UserError
@@ -54,11 +55,10 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
 
 def check_same_model(found: Found, stage: Stage, remedy: str) -> None:
     """Raise `UserError` unless the stage's model is the checkpoint's."""
-    section = f"growth.stages.{stage.index - 1}" if stage.index else "model"
     now = _shape(stage.model)
     for key, value in _shape(found.state.model).items():
         if now[key] != value:
-            raise UserError(f"{section}.{key}", now[key], f"is {value} in {found.folder}", remedy)
+            raise UserError(f"{model_section(stage.index)}.{key}", now[key], f"is {value} in {found.folder}", remedy)
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:

@@ -25,9 +25,14 @@ def learning_rate(optim: OptimizerConfig, lr: float, share: float) -> float:
     if optim.schedule == "cosine":
         way = (share - optim.warmup_share) / max(1.0 - optim.warmup_share, 1e-12)
         return lr * (low + (1 - low) * 0.5 * (1 + cos(pi * way)))
-    if optim.schedule == "wsd" and share > 1 - optim.decay_share:
+    if decays(optim, share):
         return lr * (low + (1 - low) * (1 - share) / optim.decay_share)
     return lr
+
+
+def decays(optim: OptimizerConfig, share: float) -> bool:
+    """Whether wsd's decay has begun. No law of the loss holds there that κ could go by: only a cap grows."""
+    return optim.schedule == "wsd" and share > 1 - optim.decay_share
 
 
 def boost_factor(boost: BoostConfig | None, tokens: float) -> float:

@@ -15,6 +15,7 @@ from megabus.train.plots import COLOURS, plot_loss, stage_table
 from megabus.train.report.curves import PANELS, Curve, Drawn, Panel, drawn, gain_panels
 from megabus.train.report.pictures import plot_curves
 from megabus.train.report.run_facts import (
+    GROWTH_WORDS,
     RunFacts,
     faults,
     final_figures,
@@ -125,6 +126,7 @@ def render(report: Report) -> str:
         missing=[panel for i, panel in enumerate(panels) if i not in shown],
         finals=_beside([final_figures(run) for run in runs]),
         stages=[stage_table(run.curve_rows) for run in runs],
+        words=GROWTH_WORDS,
         growths=[shortened(growth_table(run)) for run in runs],
         faults=[shortened(of_run) for of_run in found],
         config=_beside([run.config for run in runs]),

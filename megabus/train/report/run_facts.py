@@ -169,6 +169,9 @@ def _bytes(number: float | None) -> str:
 # ---- growths and faults
 
 
+GROWTH_WORDS = ("sizes", "parameters", "layout", "why")  # columns of `growth_table` that may be broken
+
+
 def growth_table(run: RunFacts) -> list[dict[str, str]]:
     """A line per growth, with its number on the curves."""
     return [
@@ -219,7 +222,7 @@ def _faults(told: Sequence[Row]) -> Iterator[dict[str, Any]]:
             if row.get("reason") == "not finite":
                 yield {"row": row, "what": "rollback", "details": f"{back}, past the data that failed"}
             else:
-                lost = f" ({last - row['step']:,} not saved, and trained again)" if last > row["step"] else ""
+                lost = f" ({last - row['step']:,} steps not saved)" if last > row["step"] else ""
                 layouts = f"{row.get('saved_layout', '–')} → {row.get('layout', '–')}"
                 changes = "".join(f"; {change}" for change in row.get("changes") or [])
                 yield {"row": row, "what": "resume", "details": f"{back}{lost}; {layouts}{changes}"}
