@@ -60,11 +60,11 @@ def test_caps_are_in_the_budgets_unit():
 
 def test_of_two_equal_sizes_the_later_one_s_cap_counts():
     """With 2 stages of a pipeline and 2 heads to shard a quarter and half of it come out the same."""
-    small = FINAL | {"d_model": 16, "n_heads": 2, "n_kv_heads": 2, "d_ff": 16, "n_layers": 4}
+    small = FINAL | {"d_model": 16, "n_heads": 2, "n_kv_heads": 2, "d_ff": 2, "n_layers": 4}
     train = tree()["train"] | {"max_tokens": None, "max_flops": 1e9}
     config = parse_config(tree(layout={"tp": 2, "pp": 2}, model=small, train=train))
     stages = resolve_stages(config, 4)
-    assert [sizes(stage.model) for stage in stages] == [(8, 2, 2, 2, 16), (16, 3, 2, 2, 16), (16, 4, 2, 2, 16)]
+    assert [sizes(stage.model) for stage in stages] == [(8, 2, 2, 2, 2), (16, 3, 2, 2, 2), (16, 4, 2, 2, 2)]
     assert [stage.max_flops for stage in stages[:-1]] == [share * 1e9 for _, share, _ in SIZES_OF_AUTO[1:]]
 
 

@@ -262,10 +262,10 @@ growth.stages.1.layout.pp=2 train.zero_stage=2 @ 2
     train.zero_stage = 2: cannot be combined with layout.pp = 2: ...; set it to 1
     growth.stages.1.layout.pp=1
 layout.dp=3 @ 3
-    train.global_batch_size = 8: is not divisible by micro_batch_size*dp = 6; choose a multiple of 6
+    train.global_batch_size = 8: is not divisible by micro_batch_size*dp = 6; lower micro_batch_size, ... of 6
     train.global_batch_size=12
 growth.stages.1.global_batch_size=9 @ 1
-    growth.stages.1.global_batch_size = 9: is not divisible by micro_batch_size*dp = 2; choose a multiple of 2
+    growth.stages.1.global_batch_size = 9: is not divisible by micro_batch_size*dp = 2; lower micro_batch_size, ... of 2
     growth.stages.1.micro_batch_size=3
 model.n_kv_heads=2 growth.stages.0.n_kv_heads=6 @ 1
     growth.stages.0.n_kv_heads = 6: does not keep 2 or more ...; grow n_heads and n_kv_heads together

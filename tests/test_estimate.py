@@ -234,7 +234,10 @@ def test_ranking_is_by_time_of_what_fits():
     mine = step_time(config, stage, Placement(stage.model, stage.layout), cpu).total
     others = [choice for choice in every.best if choice.stage.layout != stage.layout]
     assert every.own == 1 + sum(choice.time.total < mine for choice in others)
-    small = [one for one in candidates(config, stage, cpu) if one.micro_batch_size == 1]
+    own = stage.layout, stage.micro_batch_size
+    assert [one.stage.micro_batch_size for one in every.best if one.stage.layout == stage.layout] == [own[1]]
+    small = [c for c in candidates(config, stage, cpu) if c.micro_batch_size == 1 and c.layout != stage.layout]
+    small += [c for c in candidates(config, stage, cpu) if (c.layout, c.micro_batch_size) == own]
     least = sorted(fullest(config, one, Placement(one.model, one.layout), 1e12).total for one in small)
     room = least[len(least) // 2]
     fewer = rank_layouts(config, stage, replace(cpu, memory=room + cpu.reserve), top=99)

@@ -7,6 +7,7 @@ The rows of the second table have `train.sequence_parallel: true`, and a seq_len
 
 from __future__ import annotations
 
+import argparse
 import sys
 from itertools import product
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megabus.command import Parser, run
 from megabus.testing.ranks import preload
 
 LIMIT = 1e-5
 
 
 def main() -> int:
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     preload()
     from megabus.testing.parity import LAYOUTS, difference, engine_trace, parity_config, plain_trace, worst
 
@@ -54,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

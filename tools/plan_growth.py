@@ -66,9 +66,11 @@ def main() -> int:
     print(f"to the loss of the final size from scratch with {tokens:.3g} tokens ({ratio:.2g} a parameter)\n")
     print(_table(plan, _matching(plan, happened, args.compare) if args.compare else {}))
     print(
-        f"\npredicted: loss {plan.loss:.4f}, {plan.scratch_flops:.3g} FLOPs from scratch, {plan.flops:.3g} growing: "
-        f"S = {plan.saving:.2f}"
+        f"\npredicted: loss {plan.loss:.4f}, {plan.scratch_flops:.3g} FLOPs from scratch, {plan.flops:.3g} growing, "
+        f"with {sum(stage.tokens for stage in plan.stages):.3g} tokens: S = {plan.saving:.2f}"
     )
+    if (guess := math.log(last.model.vocab_size)) < plan.stages[0].end:
+        print(f"a guess reaches {guess:.2f}: this law is not of such sizes and budgets; give runs of your own to --fit")
     spent = None if proposing else _by_caps(config.train, stages)
     if spent is not None:
         loss, saving = spend([Size(stage.model, stage.seq_len, law) for stage in stages], spent)

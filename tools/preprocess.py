@@ -29,6 +29,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -294,8 +295,11 @@ def train_on_inputs(args: argparse.Namespace, out_prefix: str) -> Path:
                 left -= len(text.encode())
                 yield text
 
-    started = time.monotonic()
-    path = train_tokenizer(sample(), args.train_tokenizer, out_prefix, args.model_type, args.normalization)
+    started, texts = time.monotonic(), sample()
+    first = next(texts, None)
+    if first is None:
+        raise no_documents(args, "", 0)
+    path = train_tokenizer(chain([first], texts), args.train_tokenizer, out_prefix, args.model_type, args.normalization)
     print(f"tokenizer: {args.train_tokenizer} pieces in {time.monotonic() - started:.1f} s", file=sys.stderr)
     return path
 
@@ -349,6 +353,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("give either inputs or --dataset")
     if not 0 <= args.valid_fraction < 1:
         raise UserError("--valid-fraction", args.valid_fraction, "not in [0, 1)", "give a fraction such as 0.05")
+    if args.output.endswith(os.sep) or Path(args.output).is_dir():
+        raise UserError("--output", args.output, "is a directory", "name the files in it: DIRECTORY/NAME")
     if args.workers < 1:
         raise UserError("--workers", args.workers, "not positive", "give the number of processes")
     return args

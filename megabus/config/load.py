@@ -43,6 +43,8 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
     try:
         if tree.get("growth") == AUTO:
             tree = tree | written_out(RunConfig.model_validate(tree | {"growth": {}}))
+        if isinstance(tree.get("growth"), str):
+            raise UserError("growth", tree["growth"], "is no section of keys", f"write {AUTO}, or the sizes to grow to")
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise _first(error, RunConfig) from None

@@ -37,7 +37,7 @@ def check_pair(old: ModelConfig, new: ModelConfig, key: str) -> None:
             raise UserError(key + name, getattr(new, name), problem, "grow in smaller steps")
 
 
-def divides(key: str, value: int, by_key: str, by: int) -> None:
+def divides(key: str, value: int, by_key: str, by: int, remedy: str | None = None) -> None:
     """Raise `UserError` unless `by` divides `value`."""
     if value % by:
-        raise UserError(key, value, f"is not divisible by {by_key} = {by}", f"choose a multiple of {by}")
+        raise UserError(key, value, f"is not divisible by {by_key} = {by}", remedy or f"choose a multiple of {by}")

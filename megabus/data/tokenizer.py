@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -84,8 +85,11 @@ def train_tokenizer(
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:  # how SentencePiece refuses its arguments
-        reason = str(error).rpartition("] ")[2]
-        raise UserError("tokenizer vocab_size", vocab_size, reason, "change it or give more text") from error
+        reason, remedy = str(error).rpartition("] ")[2], "change it or give more text"
+        if least := re.search(rf"required_chars.* {vocab_size} vs (\d+)", reason):
+            reason = f"is less than the {least[1]} pieces that this text needs at least: 256 bytes and its characters"
+            remedy = "give more"
+        raise UserError("tokenizer vocab_size", vocab_size, reason, remedy) from error
     path = Path(f"{os.fspath(out_prefix)}.model")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(model.getvalue())

@@ -94,6 +94,7 @@ DEVICES = {
 
 
 def device(name: str) -> Device:
+    name = name.lower()
     if name not in DEVICES:
         raise UserError(
             "--gpu", name, "is not in the table", f"use one of {', '.join(DEVICES)}, and flags for the rest"

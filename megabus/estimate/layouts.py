@@ -94,13 +94,16 @@ class Ranking:
 
 
 def rank_layouts(config: RunConfig, stage: Stage, device: Device, top: int) -> Ranking:
-    """Each layout once, with its fastest micro batch size that fits; the configured one with its own."""
+    """Each layout once, with its fastest micro batch size that fits (of equals the largest, which real kernels like
+    best); the configured one with its own."""
     placements: dict[Layout, Placement] = {}
     timed = []
     for choice in candidates(config, stage, device):
+        if choice.layout == stage.layout and choice.micro_batch_size != stage.micro_batch_size:
+            continue
         placement = placements.setdefault(choice.layout, Placement(choice.model, choice.layout))
         timed.append((step_time(config, choice, placement, device), choice))
-    timed.sort(key=lambda pair: (pair[0].total, pair[1].micro_batch_size))
+    timed.sort(key=lambda pair: (pair[0].total, -pair[1].micro_batch_size))
     room = device.memory - device.reserve
     own = fullest(config, stage, Placement(stage.model, stage.layout), room)
     mine = step_time(config, stage, Placement(stage.model, stage.layout), device).total

@@ -120,7 +120,7 @@ def _runs(estimates: Sequence[StageEstimate], device: Device) -> str:
 
 def _memory(estimates: Sequence[StageEstimate], device: Device) -> str:
     header = ["stage", "pipeline", "layers", "in flight", "weights", "masters", "moments", "gradients", "buckets"]
-    header += ["activations", "total", "headroom"]
+    header += ["activations", "reduction", "update", "total", "headroom"]
     rows = []
     for one in estimates:
         stage, layout = one.stage, one.stage.layout
@@ -128,10 +128,14 @@ def _memory(estimates: Sequence[StageEstimate], device: Device) -> str:
             begin, end = stage_layers(stage.model.n_layers, layout.pp, pp)
             alive = in_flight(layout.pp, pp, stage.grad_accum)
             row = [str(stage.index), f"{pp + 1}/{layout.pp}", str(end - begin), str(alive)]
-            parts = (memory.weights, memory.masters, memory.moments, memory.gradients, memory.buckets)
-            row += [_bytes(part) for part in (*parts, memory.activations, memory.total)]
+            states = (memory.weights, memory.masters, memory.moments)
+            passing = (memory.gradients, memory.buckets, memory.activations, memory.reduction, memory.update)
+            row += [_bytes(part) for part in (*states, *passing, memory.total)]
             rows.append([*row, _bytes(_headroom(device, [memory]))])
-    note = f"memory of the fullest rank; a {device.name} has {_bytes(device.memory)}, {_bytes(device.reserve)} reserved"
+    note = (
+        f"memory of the fullest rank; {device.name}: {_bytes(device.memory)} less {_bytes(device.reserve)} of reserve\n"
+    )
+    note += "total: weights, masters, moments, and the most of gradients + buckets + activations, reduction, and update"
     return f"{note}\n\n" + aligned(header, rows)
 
 
