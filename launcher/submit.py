@@ -110,7 +110,7 @@ def make_job(args: argparse.Namespace) -> Job:
     if args.array:
         members = [
             _member(args, config, number, changes, args.nodes * ranks)
-            for number, changes in enumerate(expand(args.array))
+            for number, changes in enumerate(expand(args.array, args.overrides))
         ]
     return Job(
         name=args.job_name or Path(args.config).stem,

@@ -294,6 +294,7 @@ def test_tables_and_values_agree(monkeypatch, capsys, tmp_path):
         (("--efficiency", "1.5"), "--efficiency"),
         (("--inter-us", "-1"), "--inter-us"),
         (("--nodes-of", "0"), "--nodes-of"),
+        (("--tflops", "inf"), "--tflops"),
         (("layout.tp=8", "layout.pp=1"), "layout"),
         (("--memory-gb", "8", "--reserve-gb", "8"), "--reserve-gb"),
         (("--memory-gb", "0.1", "--reserve-gb", "0"), "model"),

@@ -33,6 +33,9 @@ def test_a_sweep_is_all_combinations(tmp_path, monkeypatch):
     Path("empty").write_text("# none\n")
     with pytest.raises(UserError, match="has no member"):
         expand(["empty"])
+    assert expand(["train.seed=1"], ["optimizer.lr=1"]) == [["train.seed=1"]]
+    with pytest.raises(UserError, match=r"^--array = train\.seed=1: changes train\.seed, which the command line gives"):
+        expand(["train.seed=1,2"], ["optimizer.lr=1", "train.seed=3"])
     Path("torn").write_text("a='b\n")
     with pytest.raises(UserError, match="No closing quotation"):
         expand(["torn"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,11 +50,11 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the values there; - prints them in place of the tables")
     args = parser.parse_intermixed_args()
     for name in ("world", "nodes_of", "memory_gb", "tflops", "efficiency", "intra_gbs", "inter_gbs", "top"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise UserError("--" + name.replace("_", "-"), value, "is not above 0", "give a positive number")
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise UserError("--" + name.replace("_", "-"), value, "is no number above 0", "give a positive number")
     for name in ("reserve_gb", "intra_us", "inter_us", "rebuild_s"):
-        if (value := getattr(args, name)) is not None and not value >= 0:
-            raise UserError("--" + name.replace("_", "-"), value, "is below 0", "give 0 or more")
+        if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
+            raise UserError("--" + name.replace("_", "-"), value, "is no number from 0 on", "give 0 or more")
     if args.efficiency is not None and args.efficiency > 1:
         raise UserError("--efficiency", args.efficiency, "is more than the whole peak", "give a share, such as 0.6")
     config = load_config(args.config, args.overrides)

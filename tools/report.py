@@ -19,6 +19,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.out is None and len(args.run_dirs) > 1:
         raise UserError("RUN_DIR", " ".join(args.run_dirs), "are several runs", "name a folder for the page: --out DIR")
+    if args.out is not None and args.out.endswith(".html"):
+        raise UserError("--out", args.out, "names a page", "name the folder that report.html shall be in")
     print(write_report(args.run_dirs, args.out or args.run_dirs[0]))
     return 0
 

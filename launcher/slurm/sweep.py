@@ -14,12 +14,13 @@ from megabus.errors import UserError
 OPEN, CLOSE, QUOTES = "[{(", ")}]", "\"'"
 
 
-def expand(sweeps: Sequence[str]) -> list[list[str]]:
+def expand(sweeps: Sequence[str], overrides: Sequence[str] = ()) -> list[list[str]]:
     """The members of a sweep, each a list of `key=value` overrides: all combinations of what is given.
 
     Each of `sweeps` is `key=value,value,...` (commas inside brackets and quotes do not separate), or the path of a file
     with one member a line, written as overrides are on a command line; `#` begins a comment.
-    Raises `UserError` for one that is neither, and for a key that a member would have twice.
+    Raises `UserError` for one that is neither, and for a key that a member would have twice, or that `overrides` give
+    to all members.
     """
     members = [list(chain(*parts)) for parts in product(*map(_members, sweeps))]
     for member in members:
@@ -27,6 +28,10 @@ def expand(sweeps: Sequence[str]) -> list[list[str]]:
         twice = [key for key, times in keys.items() if times > 1]
         if twice:
             raise UserError("--array", " ".join(member), f"gives {twice[0]} twice", "give each key once")
+        common = [key for override in overrides if (key := override.partition("=")[0]) in keys]
+        if common:
+            problem = f"changes {common[0]}, which the command line gives to all members"
+            raise UserError("--array", " ".join(member), problem, "give the key in one of the two places")
         if "run_dir" in keys:
             problem = "gives run_dir, and every member gets one of its own under the run_dir of the file"
             raise UserError("--array", " ".join(member), problem, "leave it out")
