@@ -325,7 +325,8 @@ def test_least_memory(tmp_path, precision, zero, of_shard, of_owned):
     shards = sum(len(placement.shard(name, rank)) for name in placement.specs for rank in range(4))
     owned = sum(len(piece) for rank in range(4) for piece in placement.owned(rank))
     exact = of_shard * shards + of_owned * owned
-    assert exact <= total < exact + 200  # ZeRO pads each group
+    # ZeRO pads each group, and under ZeRO-2 in fp32 sums gradients of parameters that are owned in part.
+    assert exact <= total < 1.02 * exact
 
 
 def test_large_files_are_sampled_at_both_ends_and_between(tmp_path, monkeypatch):
