@@ -236,8 +236,7 @@ def test_ranking_is_by_time_of_what_fits():
     assert every.own == 1 + sum(choice.time.total < mine for choice in others)
     own = stage.layout, stage.micro_batch_size
     assert [one.stage.micro_batch_size for one in every.best if one.stage.layout == stage.layout] == [own[1]]
-    small = [c for c in candidates(config, stage, cpu) if c.micro_batch_size == 1 and c.layout != stage.layout]
-    small += [c for c in candidates(config, stage, cpu) if (c.layout, c.micro_batch_size) == own]
+    small = [one for one in candidates(config, stage, cpu) if one.micro_batch_size == 1]
     least = sorted(fullest(config, one, Placement(one.model, one.layout), 1e12).total for one in small)
     room = least[len(least) // 2]
     fewer = rank_layouts(config, stage, replace(cpu, memory=room + cpu.reserve), top=99)
@@ -251,6 +250,10 @@ def test_a_layout_of_one_s_own_that_fits_is_not_refused(monkeypatch, capsys):
     words = ("--config", "configs/gpt_64m.yaml", "--world", "2", "--nodes-of", "1", "--reserve-gb", "0")
     words += ("layout.tp=2", "train.micro_batch_size=1", "train.precision=bf16")
     assert "is number 1" in told(monkeypatch, capsys, *words, "--memory-gb", "1.05")
+    small = ("--config", "configs/gpt_64m.yaml", "--world", "1", "--memory-gb", "4", "--reserve-gb", "0")
+    found = told(monkeypatch, capsys, *small)  # with smaller micro batches it would
+    assert "configured, micro batches of 32 do not fit" in found
+    assert "with micro batches of 32 does not fit" in found
     monkeypatch.setattr(sys, "argv", ["estimate.py", *words, "--memory-gb", "0.3"])
     with pytest.raises(UserError, match=r"^model = stage 0: fits no layout of 2 ranks of 0\.3 GB, with micro"):
         tool.main()

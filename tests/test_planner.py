@@ -325,8 +325,9 @@ def test_a_run_that_grows_ends_with_its_own_budget(budget):
     assert sum(spent) < 0.9 * sum(tokens) * chosen[-1].flops_per_token
 
 
-def test_a_budget_that_ends_too_soon_is_told():
-    told = tool("configs/ngpt_64m.yaml", "train.max_tokens=1e8").stdout
+@pytest.mark.parametrize("budget", [["train.max_tokens=1e8"], ["train.max_tokens=null", "train.max_flops=3e15"]])
+def test_a_budget_that_ends_too_soon_is_told(budget):
+    told = tool("configs/ngpt_64m.yaml", *budget).stdout
     assert re.search(r"^by the caps of the file: .*; the budget ends before the final size trains$", told, re.MULTILINE)
 
 

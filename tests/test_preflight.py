@@ -326,7 +326,8 @@ def test_least_memory(tmp_path, precision, zero, of_shard, of_owned):
     owned = sum(len(piece) for rank in range(4) for piece in placement.owned(rank))
     exact = of_shard * shards + of_owned * owned
     # ZeRO pads each group, and under ZeRO-2 in fp32 sums gradients of parameters that are owned in part.
-    assert exact <= total < 1.02 * exact
+    slack = 0.02 * exact if (precision, zero) == ("fp32", 2) else 200
+    assert exact <= total < exact + slack
 
 
 def test_large_files_are_sampled_at_both_ends_and_between(tmp_path, monkeypatch):

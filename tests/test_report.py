@@ -18,7 +18,7 @@ from report_runs import eval_rows, growth_row, rows, start_row, step_row, totals
 from megabus.errors import UserError
 from megabus.train.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
 from megabus.train.report.page import gather, names_of, render
-from megabus.train.report.run_facts import MOST_ROWS, faults, final_figures, read_run
+from megabus.train.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -328,6 +328,12 @@ def test_command_line(written, tmp_path):
     assert sorted(path.name for path in written.iterdir()) == ["curves.png", "loss.png", "report.html"]
     assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "loss.png"))
     assert not Page((written / "report.html").read_text()).problems
+
+
+def test_columns_of_words_are_columns(written):
+    text = (written / "report.html").read_text()
+    assert all(f'<th scope="col">{name}</th>' in text for name in GROWTH_WORDS)
+    assert text.count('<td class="words">') >= len(GROWTH_WORDS)
 
 
 def test_wrong_command_lines(tmp_path):

@@ -36,6 +36,10 @@ def test_a_sweep_is_all_combinations(tmp_path, monkeypatch):
     assert expand(["train.seed=1"], ["optimizer.lr=1"]) == [["train.seed=1"]]
     with pytest.raises(UserError, match=r"^--array = train\.seed=1: changes train\.seed, which the command line gives"):
         expand(["train.seed=1,2"], ["optimizer.lr=1", "train.seed=3"])
+    for sweep, override in (("layout={tp: 1},{tp: 2}", "layout.tp=2"), ("layout.tp=1,2", "layout={tp: 1}")):
+        with pytest.raises(UserError, match="which the command line gives to all members"):
+            expand([sweep], [override])
+    assert len(expand(["layout.tp=1,2"], ["layout.tp_x=1"])) == 2
     Path("torn").write_text("a='b\n")
     with pytest.raises(UserError, match="No closing quotation"):
         expand(["torn"])

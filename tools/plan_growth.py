@@ -69,8 +69,9 @@ def main() -> int:
         f"\npredicted: loss {plan.loss:.4f}, {plan.scratch_flops:.3g} FLOPs from scratch, {plan.flops:.3g} growing, "
         f"with {sum(stage.tokens for stage in plan.stages):.3g} tokens: S = {plan.saving:.2f}"
     )
+    remedy = "fit it to more runs" if args.fit else "give runs of your own to --fit"
     if (guess := math.log(last.model.vocab_size)) < plan.stages[0].end:
-        print(f"a guess reaches {guess:.2f}: this law is not of such sizes and budgets; give runs of your own to --fit")
+        print(f"a guess reaches {guess:.2f}: this law is not of such sizes and budgets; {remedy}")
     spent = None if proposing else _by_caps(config.train, stages)
     if spent is not None:
         loss, saving = spend([Size(stage.model, stage.seq_len, law) for stage in stages], spent)
@@ -111,6 +112,7 @@ def _by_caps(train: TrainConfig, stages: Sequence[Stage]) -> list[float] | None:
             if math.isinf(cap):
                 return None
             tokens = min(tokens, cap)
+        tokens = max(0.0, tokens) if tokens * cost > 1e-9 * sum(spent) else 0.0  # no crumbs of rounding
         spent.append(tokens * cost)
         left["tokens"] -= tokens
         left["steps"] -= tokens / stage.tokens_per_step

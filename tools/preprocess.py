@@ -232,8 +232,11 @@ def preprocess(args: argparse.Namespace) -> str:
 
 def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, float]:
     """Writes every file at `prefix`. Returns its documents, tokens, and tokens encoded per second."""
-    if args.tokenizer:
-        tokenizer = Tokenizer(args.tokenizer)
+    given = Tokenizer(args.tokenizer) if args.tokenizer else None
+    if args.valid_fraction:
+        check_both_sides(args)  # before the hours that what follows may take
+    if given is not None:
+        tokenizer = given
     else:
         tokenizer = Tokenizer(train_on_inputs(args, f"{prefix}-tokenizer"))
     suffixes = ["-train", "-valid"] if args.valid_fraction else [""]
@@ -283,8 +286,6 @@ def no_documents(args: argparse.Namespace, suffix: str, n_documents: int) -> Use
 
 def train_on_inputs(args: argparse.Namespace, out_prefix: str) -> Path:
     """Trains a tokenizer on the first --tokenizer-sample-mb of the training documents."""
-    if args.valid_fraction:
-        check_both_sides(args)  # before the hours that what follows may take
 
     def sample() -> Iterator[str]:
         left = args.tokenizer_sample_mb * 1e6

@@ -30,7 +30,7 @@ def points_of_stages(run: Result) -> list[list[Point]]:
     left, parts = list(run.curve), list[list[Point]]()
     for growth in run.growths:
         # A growth validates twice at its instant: the old size's last loss and the new one's first.
-        n = next(i for i, point in enumerate(left) if point.flops >= growth["flops"]) + 1
+        n = next((i + 1 for i, point in enumerate(left) if point.flops >= growth["flops"]), len(left))
         parts.append(left[:n])
         left = left[n:]
     return [*parts, left]

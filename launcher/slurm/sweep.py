@@ -28,7 +28,8 @@ def expand(sweeps: Sequence[str], overrides: Sequence[str] = ()) -> list[list[st
         twice = [key for key, times in keys.items() if times > 1]
         if twice:
             raise UserError("--array", " ".join(member), f"gives {twice[0]} twice", "give each key once")
-        common = [key for override in overrides if (key := override.partition("=")[0]) in keys]
+        given = [override.partition("=")[0] for override in overrides]
+        common = [key for key in given if any(_overlap(key, other) for other in keys)]
         if common:
             problem = f"changes {common[0]}, which the command line gives to all members"
             raise UserError("--array", " ".join(member), problem, "give the key in one of the two places")
@@ -39,6 +40,12 @@ def expand(sweeps: Sequence[str], overrides: Sequence[str] = ()) -> list[list[st
         if member in members[:number]:
             raise UserError("--array", " ".join(member), "is given twice", "name every member once")
     return members
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one key is the other or lies within it."""
+    short, long = sorted((f"{one}.", f"{other}."), key=len)
+    return long.startswith(short)
 
 
 def folder(index: int, member: Sequence[str]) -> str:

@@ -207,7 +207,8 @@ def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str)
         problem = "needs train.zero_stage = 2: in bf16 ZeRO-1 reduces after the last backward pass"
         raise UserError("train.overlap_comm", True, problem, "set train.zero_stage to 2, or overlap_comm to false")
     samples = stage.micro_batch_size * layout.dp
-    remedy = f"lower micro_batch_size, raise tp or pp, or choose a multiple of {samples}"
+    lower = "lower micro_batch_size, " if stage.micro_batch_size > 1 else ""
+    remedy = f"{lower}raise tp or pp, or choose a multiple of {samples}"
     divides(batch_key + "global_batch_size", stage.global_batch_size, "micro_batch_size*dp", samples, remedy)
 
 

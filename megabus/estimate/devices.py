@@ -94,9 +94,8 @@ DEVICES = {
 
 
 def device(name: str) -> Device:
-    name = name.lower()
-    if name not in DEVICES:
+    if name.lower() not in DEVICES:
         raise UserError(
             "--gpu", name, "is not in the table", f"use one of {', '.join(DEVICES)}, and flags for the rest"
         )
-    return DEVICES[name]
+    return DEVICES[name.lower()]

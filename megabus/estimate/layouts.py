@@ -95,12 +95,10 @@ class Ranking:
 
 def rank_layouts(config: RunConfig, stage: Stage, device: Device, top: int) -> Ranking:
     """Each layout once, with its fastest micro batch size that fits (of equals the largest, which real kernels like
-    best); the configured one with its own."""
+    best); the configured one with its own where that fits."""
     placements: dict[Layout, Placement] = {}
     timed = []
     for choice in candidates(config, stage, device):
-        if choice.layout == stage.layout and choice.micro_batch_size != stage.micro_batch_size:
-            continue
         placement = placements.setdefault(choice.layout, Placement(choice.model, choice.layout))
         timed.append((step_time(config, choice, placement, device), choice))
     timed.sort(key=lambda pair: (pair[0].total, -pair[1].micro_batch_size))
@@ -115,6 +113,8 @@ def rank_layouts(config: RunConfig, stage: Stage, device: Device, top: int) -> R
         if len(best) >= top and not undecided:
             break
         if choice.layout in taken:
+            continue
+        if own is not None and choice.layout == stage.layout and choice.micro_batch_size != stage.micro_batch_size:
             continue
         memory = fullest(config, choice, placements[choice.layout], room)
         if memory is None:

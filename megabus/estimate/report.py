@@ -163,6 +163,8 @@ def _layouts(one: StageEstimate, device: Device) -> str:
 def _layout_row(place: int, choice: Choice, stage: Stage) -> list[str]:
     time, layout = choice.time, choice.stage.layout
     note = "configured" if layout == stage.layout else ""
+    if note and choice.stage.micro_batch_size != stage.micro_batch_size:
+        note += f", micro batches of {stage.micro_batch_size} do not fit"
     row = [str(place), str(layout), str(choice.stage.micro_batch_size), _seconds(time.total)]
     return [*row, f"{time.bubble / time.total:.0%}", _bytes(choice.memory.total), note]
 
