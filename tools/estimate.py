@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megabus.command import Parser, run
 from megabus.config import RunConfig, load_config, resolve_stages
-from megabus.config.stages import model_section
+from megabus.config.stages import stage_section
 from megabus.errors import UserError
 from megabus.estimate.devices import DEVICES, Device, device
 from megabus.estimate.layouts import micro_batches
@@ -85,7 +85,7 @@ def _refuse_what_fits_nowhere(config: RunConfig, estimates: Sequence[StageEstima
             problem = f"fits no layout of {one.stage.layout.world} ranks of {room}, with micro batches of {tried}"
             recompute = "" if config.train.recompute else "train.recompute: true, "
             remedy = f"try {recompute}more ranks (--world), a device with more memory, or a smaller model"
-            raise UserError(model_section(one.stage.index), f"stage {one.stage.index}", problem, remedy)
+            raise UserError(stage_section(one.stage.index), f"stage {one.stage.index}", problem, remedy)
 
 
 def _changed(base: Device, args: argparse.Namespace) -> Device:

@@ -232,12 +232,10 @@ def preprocess(args: argparse.Namespace) -> str:
 
 def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, float]:
     """Writes every file at `prefix`. Returns its documents, tokens, and tokens encoded per second."""
-    given = Tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
     if args.valid_fraction:
         check_both_sides(args)  # before the hours that what follows may take
-    if given is not None:
-        tokenizer = given
-    else:
+    if tokenizer is None:
         tokenizer = Tokenizer(train_on_inputs(args, f"{prefix}-tokenizer"))
     suffixes = ["-train", "-valid"] if args.valid_fraction else [""]
     encoder = Encoder(tokenizer.path, args.valid_fraction, args.append_eod)

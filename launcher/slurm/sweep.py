@@ -23,12 +23,12 @@ def expand(sweeps: Sequence[str], overrides: Sequence[str] = ()) -> list[list[st
     to all members.
     """
     members = [list(chain(*parts)) for parts in product(*map(_members, sweeps))]
+    given = [override.partition("=")[0] for override in overrides]
     for member in members:
         keys = Counter(override.partition("=")[0] for override in member)
         twice = [key for key, times in keys.items() if times > 1]
         if twice:
             raise UserError("--array", " ".join(member), f"gives {twice[0]} twice", "give each key once")
-        given = [override.partition("=")[0] for override in overrides]
         common = [key for key in given if any(_overlap(key, other) for other in keys)]
         if common:
             problem = f"changes {common[0]}, which the command line gives to all members"

@@ -49,9 +49,10 @@ class Stage:
         return self.global_batch_size * self.seq_len
 
 
-def model_section(index: int) -> str:
-    """The key of the file that a stage's sizes stand under."""
-    return f"growth.stages.{index - 1}" if index else "model"
+def stage_section(index: int, first: str = "model") -> str:
+    """The section of the file that a stage's keys stand in; `first`: those of the first stage, of which there are
+    several."""
+    return f"growth.stages.{index - 1}" if index else first
 
 
 def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
@@ -75,7 +76,7 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     _check_sequence_parallel(first, None, config, "train.")
     stages = [first]
     for number, change in enumerate(config.growth.stages):
-        key = f"growth.stages.{number}."
+        key = f"{stage_section(number + 1)}."
         stages.append(_next_stage(stages[-1], change, key, world_size))
         check_pair(stages[-2].model, stages[-1].model, key)
         _check_stage(stages[-1], config, key, key)
@@ -83,9 +84,8 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     longest = max(stage.seq_len for stage in stages)
     for stage in stages:
         if longest % stage.seq_len:
-            section = f"growth.stages.{stage.index - 1}." if stage.index else "train."
             raise UserError(
-                section + "seq_len",
+                f"{stage_section(stage.index, 'train')}.seq_len",
                 stage.seq_len,
                 f"does not divide the run's longest sequence, {longest}",
                 "choose lengths that divide it, so that data order does not depend on them",
@@ -171,12 +171,14 @@ def _check_trigger(config: RunConfig) -> None:
 
 def _check_last(config: RunConfig) -> None:
     """The last stage ends with the run: a cap or kappa of its own would end nothing."""
-    number = len(config.growth.stages) - 1
-    last, key = (config.growth.stages[-1], f"growth.stages.{number}.") if number >= 0 else (config.growth, "growth.")
+    stages = config.growth.stages
+    last, section = stages[-1] if stages else config.growth, stage_section(len(stages), "growth")
     for name in ("kappa", "max_tokens", "max_flops"):
         value = getattr(last, name, None)
         if value is not None:
-            raise UserError(key + name, value, "the last stage ends with the run", "remove it, or set train.max_*")
+            raise UserError(
+                f"{section}.{name}", value, "the last stage ends with the run", "remove it, or set train.max_*"
+            )
 
 
 def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str) -> None:

@@ -132,9 +132,8 @@ def _memory(estimates: Sequence[StageEstimate], device: Device) -> str:
             passing = (memory.gradients, memory.buckets, memory.activations, memory.reduction, memory.update)
             row += [_bytes(part) for part in (*states, *passing, memory.total)]
             rows.append([*row, _bytes(_headroom(device, [memory]))])
-    note = (
-        f"memory of the fullest rank; {device.name}: {_bytes(device.memory)} less {_bytes(device.reserve)} of reserve\n"
-    )
+    room = f"{_bytes(device.memory)} less {_bytes(device.reserve)} of reserve"
+    note = f"memory of the fullest rank; {device.name}: {room}\n"
     note += "total: weights, masters, moments, and the most of gradients + buckets + activations, reduction, and update"
     return f"{note}\n\n" + aligned(header, rows)
 

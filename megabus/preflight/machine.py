@@ -15,7 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megabus.config import RunConfig, Stage
-from megabus.config.stages import model_section
+from megabus.config.stages import stage_section
 from megabus.errors import UserError
 from megabus.estimate.layouts import pipeline_memory
 from megabus.estimate.memory import states_at
@@ -152,7 +152,7 @@ def _memory_row(ranks: Sequence[Machine], expected: Sequence[int]) -> Row:
         if need > free:
             problem = f"{what} take {size_text(need)} at least, and {size_text(free)} are free"
             remedy = "use more ranks, a higher tp or pp, or a smaller model"
-            return refused("memory", UserError(model_section(largest.stage), f"stage {largest.stage}", problem, remedy))
+            return refused("memory", UserError(stage_section(largest.stage), f"stage {largest.stage}", problem, remedy))
         about = sum(expected[rank] for rank in members)
         if about / free > tightest:
             rest = f"some {size_text(about)} with activations and buffers"

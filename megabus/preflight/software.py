@@ -7,7 +7,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from megabus.config import RunConfig, Stage
-from megabus.config.stages import model_section
+from megabus.config.stages import stage_section
 from megabus.engine.adam import make_adam
 from megabus.errors import UserError, say
 from megabus.kernels.table import select, why_not_wide
@@ -33,5 +33,5 @@ def check_kernels(config: RunConfig, stages: list[Stage]) -> None:
             problem = why_not_wide(config.train.kernels, *axes)
             if problem is not None:
                 problem = f"makes {problem}, the most that train.kernels = {config.train.kernels} holds"
-                key = f"{model_section(stage.index)}.{name}"
+                key = f"{stage_section(stage.index)}.{name}"
                 raise UserError(key, getattr(model, name), problem, "set train.kernels to compiled or eager")

@@ -7,7 +7,7 @@ from typing import Any
 
 from megabus.checkpoint.restore import Found
 from megabus.config import ModelConfig, RunConfig, Stage
-from megabus.config.stages import model_section
+from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
 from megabus.errors import UserError
@@ -58,7 +58,7 @@ def check_same_model(found: Found, stage: Stage, remedy: str) -> None:
     now = _shape(stage.model)
     for key, value in _shape(found.state.model).items():
         if now[key] != value:
-            raise UserError(f"{model_section(stage.index)}.{key}", now[key], f"is {value} in {found.folder}", remedy)
+            raise UserError(f"{stage_section(stage.index)}.{key}", now[key], f"is {value} in {found.folder}", remedy)
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:

@@ -246,16 +246,13 @@ def initial_fragments(engine: Engine, seed: int) -> Fragments:
 
 def watch_stage(run: Run) -> None:
     """Point the monitor at the stage that the run is in now."""
-    stage, now = run.stage, run.progress
-    run.monitor.start_stage(
-        stage.index,
-        count_parameters(stage.model),
-        stage.kappa,
-        stage.max_tokens,
-        stage.max_flops,
-        tokens=now.tokens,
-        flops=now.flops,
-    )
+    point_at(run.monitor, run.stage, run.progress.tokens, run.progress.flops)
+
+
+def point_at(monitor: KappaMonitor, stage: Stage, tokens: int, flops: float) -> None:
+    """Let a monitor watch a stage that begins at these run totals."""
+    size, caps = count_parameters(stage.model), (stage.max_tokens, stage.max_flops)
+    monitor.start_stage(stage.index, size, stage.kappa, *caps, tokens=tokens, flops=flops)
 
 
 def sizes(stage: Stage) -> dict[str, int]:
