@@ -10,7 +10,7 @@ from growth_experiments import arm, load, result, spec
 
 from benchmarks.growth.experiment import load_experiment, make_job
 from benchmarks.growth.groups import Group
-from benchmarks.growth.instants import KAPPAS, falling, instant, instants_table, points_of_stages
+from benchmarks.growth.instants import KAPPAS, falling, instant, instants_table, points_of_stages, predictors_of
 from benchmarks.growth.results import Point, Results
 from megabus.config import resolve_stages
 
@@ -63,6 +63,32 @@ def test_hindsight_is_the_share_of_what_a_stage_gave(tmp_path):
     expected = [next(p.flops for p in points if 4 - p.loss >= kappa * gain - 1e-12) / total / 0.7 for kappa in KAPPAS]
     assert cells["hindsight"] == [f"{share:.0%}" for share in expected]
     assert len(set(cells["hindsight"])) > 3
+
+
+def test_arms_bring_predictors_of_their_own(tmp_path):
+    """Beside what all have: a law and a table of arms, once each, and none of what differs by κ alone."""
+    law = {"predictor": "scaling_law", "scaling_law": {"E": 2.0, "A": 1e-3, "B": 1e-3}}
+    low, high = [[[1e6, loss], [1e7, loss - 0.1]] for loss in (2.5, 3.6)]  # 3.6: half of the way to it is soon made
+    arms = {"scratch": arm()} | {
+        name: arm(set={"growth": {"trigger": trigger}})
+        for name, trigger in {
+            "plain": {"predictor": "fit", "kappa": 0.5},
+            "by_law": law,
+            "again": law | {"kappa": 0.3},
+            "by_low": {"predictor": "reference", "reference": low},
+            "by_high": {"predictor": "reference", "reference": high},
+            "caps": {"predictor": "constant", "constant": 0.0},
+        }.items()
+    }
+    experiment = load(tmp_path, spec(arms=arms))
+    names = [*predictors_of(experiment)]
+    own = ["scaling_law of by_law", "reference of by_low", "reference of by_high"]
+    assert names == ["fit", "scaling_law", *own, "hindsight"]
+    run = replace(result(experiment, "scratch"), curve=curve(experiment.budget), flops=experiment.budget)
+    table = instants_table(experiment, [Group("scratch", 1.0, 0.01, [run])]).splitlines()
+    cells = {line.split(" | ")[4]: line.strip("| ").split(" | ")[5:] for line in table[2:]}
+    assert cells["reference of by_low"] != cells["reference of by_high"]
+    assert cells["scaling_law of by_law"] != cells["scaling_law"]
 
 
 def test_stages_are_told_apart_where_two_losses_have_one_place(tmp_path):

@@ -8,7 +8,7 @@ the share κ had come of what the stage was to give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,12 +46,13 @@ def instant(stage: Stage, points: Sequence[Point], trigger: KappaConfig) -> floa
 
 
 def instants_table(experiment: Experiment, found: Sequence[Group]) -> str:
-    """A line for each predictor and stage of each group's first run. All are judged by the trigger of `versus`."""
+    """A line for each predictor and stage of each group's first run."""
     lines = [
         f"| arm | seed | size | validations | predictor | {' | '.join(f'κ {kappa:g}' for kappa in KAPPAS)} |",
         f"|---|---|---|---|---|{'---|' * len(KAPPAS)}",
     ]
-    trigger = _config(experiment, experiment.versus, experiment.seeds[0], 1e-3, 1.0).growth.trigger
+    triggers = predictors_of(experiment)
+    min_evals = min(trigger.min_evals for trigger in triggers.values())
     for group in found:
         for run in group.finite[:1]:
             config = _config(experiment, group.arm, run.seed, group.lr, group.budget)
@@ -59,9 +60,28 @@ def instants_table(experiment: Experiment, found: Sequence[Group]) -> str:
             for number, points in enumerate(points_of_stages(run)):
                 by_kappa = number < len(run.growths) and run.growths[number]["reason"] == "kappa"
                 steady = [point for point in points if not falling(config, point)]
-                if not by_kappa and len(steady) >= trigger.min_evals:  # with fewer no κ grows
-                    lines += _lines(group, run, stages[number], steady, trigger)
+                if not by_kappa and len(steady) >= min_evals:  # with fewer no κ grows
+                    lines += _lines(group, run, stages[number], steady, triggers)
     return "\n".join(lines)
+
+
+def predictors_of(experiment: Experiment) -> dict[str, KappaConfig]:
+    """The triggers to judge by: `fit` and `scaling_law` as the arm `versus` has them, hindsight in its manner, and
+    what other arms bring of their own, named after them. (A `constant` is somebody's hindsight.)"""
+    triggers = {arm: _config(experiment, arm, experiment.seeds[0], 1e-3, 1.0).growth.trigger for arm in experiment.arms}
+    versus = triggers.pop(experiment.versus)
+    known = {name: versus.model_copy(update={"predictor": name}) for name in ("fit", "scaling_law")}
+    seen = [_brings(trigger) for trigger in known.values()]
+    for arm, trigger in triggers.items():
+        if trigger.predictor != "constant" and _brings(trigger) not in seen:
+            seen.append(_brings(trigger))
+            known[f"{trigger.predictor} of {arm}"] = trigger
+    return known | {"hindsight": versus.model_copy(update={"predictor": "constant"})}
+
+
+def _brings(trigger: KappaConfig) -> tuple[str, object]:
+    """A predictor and what it is given."""
+    return trigger.predictor, getattr(trigger, trigger.predictor, None)
 
 
 def falling(config: RunConfig, point: Point) -> bool:
@@ -73,12 +93,15 @@ def _config(experiment: Experiment, arm: str, seed: int, lr: float, budget: floa
     return make_job(experiment, arm, seed, lr, budget).config(Path("unused"))
 
 
-def _lines(group: Group, run: Result, stage: Stage, points: Sequence[Point], trigger: KappaConfig) -> Iterator[str]:
-    spent, known = points[-1].flops - points[0].flops, {"constant": points[-1].loss}
+def _lines(
+    group: Group, run: Result, stage: Stage, points: Sequence[Point], triggers: Mapping[str, KappaConfig]
+) -> Iterator[str]:
+    spent = points[-1].flops - points[0].flops
     capped = replace(stage, max_tokens=None, max_flops=spent)
-    for name, predictor in (("fit", "fit"), ("scaling_law", "scaling_law"), ("hindsight", "constant")):
-        how = known | {"predictor": predictor}
-        at = [instant(capped, points, trigger.model_copy(update=how | {"kappa": kappa})) for kappa in KAPPAS]
+    for name, trigger in triggers.items():
+        if trigger.predictor == "constant":
+            trigger = trigger.model_copy(update={"constant": points[-1].loss})
+        at = [instant(capped, points, trigger.model_copy(update={"kappa": kappa})) for kappa in KAPPAS]
         shares = ["–" if flops is None else f"{(flops - points[0].flops) / spent:.0%}" for flops in at]
         cells = [group.arm, str(run.seed), f"d{stage.model.d_model}", str(len(points)), name]
         yield f"| {' | '.join(cells + shares)} |"
