@@ -358,7 +358,7 @@ def test_what_a_stage_sets_stays_set(base: Path) -> None:
     for stage in (second, third):
         assert (str(stage.layout), stage.seq_len, stage.micro_batch_size) == ("TP1/PP2/DP1", 32, 1)
         assert (stage.global_batch_size, stage.lr, stage.kappa) == (4, 0.001, 0.0)
-    assert (str(first.layout), first.seq_len, first.lr, first.kappa) == ("TP1/PP1/DP2", 16, 0.01, 0.8)
+    assert (str(first.layout), first.seq_len, first.lr, first.kappa) == ("TP1/PP1/DP2", 16, 0.01, 0.95)
     assert [s.tokens_per_step for s in (first, second)] == [128, 128]
     assert [s.grad_accum for s in (first, second)] == [2, 4]
 

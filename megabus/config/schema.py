@@ -177,7 +177,7 @@ class ScalingLaw(Section):
 class KappaConfig(Section):
     """When to grow: at the share kappa of the improvement that the present size is predicted to give."""
 
-    kappa: Share = Field(0.8, description="share of the predicted improvement to reach before growing")
+    kappa: Share = Field(0.95, description="share of the predicted improvement to reach before growing")
     predictor: Literal["constant", "scaling_law", "reference", "fit"] = Field(
         "fit", description="what predicts a size's final loss: a power law fitted to its own curve, or the keys below"
     )

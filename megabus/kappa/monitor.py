@@ -39,7 +39,7 @@ class KappaSettings:
     max_std: largest std of mp, as a share of start − mp, on which κ acts; a vaguer prediction only informs.
     """
 
-    kappa: float = 0.8
+    kappa: float = 0.95
     predictor: Predictor = field(default_factory=Fit)
     smoothing: float = 0.0
     patience: int = 1
