@@ -208,6 +208,9 @@ class GrowthConfig(Section):
     write: Literal["tilt", "clone", "noise"] = Field(
         "tilt", description="copies of write rows: tilted (exact, breaks symmetry), plain clones, clones with noise"
     )
+    read: Literal["clone", "tilt"] = Field(
+        "clone", description="read rows: as they were, or turned towards the new channels (exact)"
+    )
     channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
     depth: Literal["identity", "split", "stack"] = Field(
         "identity", description="new layers: silent copies (exact), copies that share the gate, plain copies"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megabus import counter
 from megabus.config.schema import GrowthConfig, ModelConfig
-from megabus.growth import writes
+from megabus.growth import reads, writes
 from megabus.growth.maps import AxisMap, LayerSource, axis_maps, channel_scale, layer_sources
 from megabus.model.decoder import param_specs
 from megabus.model.params import ParamSpec
@@ -49,6 +49,11 @@ class Growth:
     def columns(self, spec: ParamSpec) -> np.ndarray:
         """The old column that every new one copies: (d_model,); gains have the one."""
         return axis_maps(self.old, self.new)["embed"].parent if spec.is_matrix else np.zeros(1, int)
+
+    def leans(self, spec: ParamSpec) -> bool:
+        """Whether a parameter's rows are read rows that turn towards new channels."""
+        wider = self.new.d_model > self.old.d_model
+        return wider and self.how.read == "tilt" and spec.role == "read" and not spec.lookup
 
     def gate(self, spec: ParamSpec) -> float:
         return self.layer_source(spec).gate(self.how.depth) if spec.gate else 1.0
@@ -125,11 +130,15 @@ def _weight(growth: Growth, spec: ParamSpec, old: Tensor, rows: AxisMap, low: in
         return old.new_zeros(len(old), growth.new.d_model) if spec.is_matrix else torch.zeros_like(old)
     if spec.is_matrix:
         grown = _embed(growth, old, power=1)
+        if growth.leans(spec):
+            grown = _read(growth, spec, grown, low)
         if spec.role == "write" and rows.copies.max() > 1:
             grown = _write(growth, spec, grown, rows, low)
         return grown * gate
     # A gain acts as raw * multiplier: that product is what stays.
     grown = old * (growth.old_spec(spec).multiplier / spec.multiplier)
+    if spec.restores and growth.how.read == "tilt":
+        grown = grown / reads.kept(axis_maps(growth.old, growth.new)["embed"])
     if spec.divides and growth.how.write != "tilt":
         grown = grown / torch.from_numpy(rows.copies).to(old.device)
     return grown * gate
@@ -141,6 +150,13 @@ def _embed(growth: Growth, old: Tensor, power: int) -> Tensor:
     parent = torch.from_numpy(embed.parent).to(old.device)
     scale = torch.from_numpy(channel_scale(embed, growth.how.channels) ** power).to(old.device)
     return old[:, parent].mul_(scale)
+
+
+def _read(growth: Growth, spec: ParamSpec, w_BD: Tensor, low: int) -> Tensor:
+    embed = axis_maps(growth.old, growth.new)["embed"]
+    key = counter.key(growth.seed, spec.name, "read", w_BD.shape[1], len(growth.rows(spec)))
+    numbers = torch.arange(low, low + len(w_BD), device=w_BD.device)
+    return reads.tilt(w_BD, numbers, key, embed, channel_scale(embed, growth.how.channels), unit=spec.unit)
 
 
 def _write(growth: Growth, spec: ParamSpec, w_BD: Tensor, rows: AxisMap, low: int) -> Tensor:
@@ -186,9 +202,14 @@ def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: Axis
     power = 1 if kind == "exp_avg" else 2
     factor = torch.from_numpy(_share(growth, spec, kind, rows) ** power).to(old.device)
     dead = factor == 0  # their parents need not have been sent
+    cos = reads.kept(axis_maps(growth.old, growth.new)["embed"]) if growth.how.read == "tilt" else 1.0
     if spec.is_matrix:
+        if kind == "exp_avg_sq" or growth.leans(spec):
+            factor = factor / cos**power
         return _embed(growth, old, power).mul_(factor[:, None]).masked_fill_(dead[:, None], 0)
     scale = (spec.multiplier / growth.old_spec(spec).multiplier) ** power
+    if spec.restores:
+        scale = scale * cos**power
     if spec.rows == "embed":
         embed = axis_maps(growth.old, growth.new)["embed"]
         a = channel_scale(embed, growth.how.channels)[low : low + len(rows)]

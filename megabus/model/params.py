@@ -32,6 +32,7 @@ class ParamSpec:
     multiplier: a gain acts as raw * multiplier (nGPT's init/scale); growth preserves that product.
     gate: what silences this layer when 0 (a zero gate makes the layer the identity).
     lookup: rows are picked, not multiplied with h, and so cost no FLOPs.
+    restores: this gain makes up for read rows that turned away from the old channels (`read: tilt`).
     llama: its name in transformers' Llama, within its layer or the whole model; there write matrices are transposed.
     divides: this gain makes up for cloned write rows under `write: clone|noise` (HyperCloning's 1/c).
     name, layer: canonical name such as `layers.7.attn.out`, the same under every layout, and its layer's number.
@@ -45,6 +46,7 @@ class ParamSpec:
     gate: bool = False
     lookup: bool = False
     divides: bool = False
+    restores: bool = False
     llama: str = ""
     name: str = ""
     layer: int | None = None
