@@ -209,7 +209,7 @@ class GrowthConfig(Section):
         "tilt", description="copies of write rows: tilted (exact, breaks symmetry), plain clones, clones with noise"
     )
     read: Literal["clone", "tilt"] = Field(
-        "clone", description="read rows: as they were, or turned towards the new channels (exact)"
+        "clone", description="rows that read h: as they were, or tilted to see new channels too (exact)"
     )
     channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
     depth: Literal["identity", "split", "stack"] = Field(

@@ -10,28 +10,26 @@ from megabus import counter
 from megabus.growth.maps import AxisMap
 
 
-def kept(embed: AxisMap) -> float:
-    """cos of the angle by which read rows leave the old channels' space: the share that as many of its dimensions
-    have of a random direction's length, sqrt(d/d')."""
-    return float(np.sqrt((embed.parent.max() + 1) / len(embed)))
+def cosine(embed: AxisMap) -> float:
+    """Of the angle by which unit rows turn: the old channels keep what they have of a random direction, sqrt(d/d')."""
+    return float(np.sqrt((int(embed.parent[-1]) + 1) / len(embed)))
 
 
-def tilt(w_BD: Tensor, numbers: Tensor, key: int, embed: AxisMap, a: np.ndarray, *, unit: bool) -> Tensor:
-    """Rows w = E w_old turned out of the image of E: cos(θ) w + sin(θ) c, or w + tan(θ) |w| c where they need not be unit
-    vectors and no gain makes up for the cosine.
+def tilt(w_BD: Tensor, numbers: Tensor, key: int, embed: AxisMap, a: np.ndarray, init: float | None) -> Tensor:
+    """Rows w = E w_old and what they see of the new channels: cos w + sin c of unit rows; w + init sqrt(d' - d) c, as
+    many fresh entries as there are new channels, where `init` is the standard deviation of entries.
 
-    c is a random unit vector for which Eᵀc = 0, so it sees nothing of any h = E h_old. numbers: (B,) of the new rows,
-    which key the draws; a: E's entries, (D,). fp64 in, fp64 out.
+    c is a random unit vector with Eᵀc = 0, so c . h = 0 for every h = E h_old. numbers: (B,) of the new rows, which key
+    the draws; a: E's entries, (D,). fp64 in, fp64 out.
     """
-    cos = kept(embed)
-    sin = (1 - cos**2) ** 0.5
     parent, scale = torch.from_numpy(embed.parent).to(w_BD.device), torch.from_numpy(a).to(w_BD.device)
-    draw_BD = counter.normals(key, numbers, w_BD.shape[1])
-    inside_BD = draw_BD.new_zeros(len(draw_BD), int(embed.parent.max()) + 1)
+    c_BD = counter.normals(key, numbers, w_BD.shape[1])
+    inside_BD = c_BD.new_zeros(len(c_BD), int(embed.parent[-1]) + 1)
     for copy in range(int(embed.copies.max())):  # in a fixed order: a family's sum has the same bits everywhere
         at = torch.from_numpy(np.flatnonzero(embed.copy == copy)).to(w_BD.device)
-        inside_BD[:, parent[at]] += scale[at] * draw_BD[:, at]
-    c_BD = counter.unit_rows(draw_BD - scale * inside_BD[:, parent])
-    if unit:
-        return cos * w_BD + sin * c_BD
-    return w_BD + sin / cos * counter.row_sum(w_BD * w_BD).sqrt() * c_BD
+        inside_BD[:, parent[at]] += scale[at] * c_BD[:, at]
+    c_BD = counter.unit_rows(c_BD - scale * inside_BD[:, parent])
+    if init is not None:
+        return w_BD + init * (c_BD.shape[1] - inside_BD.shape[1]) ** 0.5 * c_BD
+    cos = cosine(embed)
+    return cos * w_BD + (1 - cos**2) ** 0.5 * c_BD

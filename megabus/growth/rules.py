@@ -50,10 +50,15 @@ class Growth:
         """The old column that every new one copies: (d_model,); gains have the one."""
         return axis_maps(self.old, self.new)["embed"].parent if spec.is_matrix else np.zeros(1, int)
 
-    def leans(self, spec: ParamSpec) -> bool:
+    @property
+    def cosine(self) -> float:
+        """What read rows that turn towards new channels (`read: tilt`) keep of themselves; 1 where none turn."""
+        turn = self.how.read == "tilt" and self.new.d_model > self.old.d_model
+        return reads.cosine(axis_maps(self.old, self.new)["embed"]) if turn else 1.0
+
+    def turns(self, spec: ParamSpec) -> bool:
         """Whether a parameter's rows are read rows that turn towards new channels."""
-        wider = self.new.d_model > self.old.d_model
-        return wider and self.how.read == "tilt" and spec.role == "read" and not spec.lookup
+        return spec.role == "read" and not spec.lookup and self.cosine < 1
 
     def gate(self, spec: ParamSpec) -> float:
         return self.layer_source(spec).gate(self.how.depth) if spec.gate else 1.0
@@ -104,7 +109,7 @@ def row_bytes(growth: Growth, spec: ParamSpec) -> int:
     """The most memory that growing one row takes at a time, over any kind and manner (measured; a test holds it)."""
     copies = int(growth.rows(spec).copies.max())
     width = growth.new.d_model if spec.is_matrix else 1
-    entries = 12 + 2 * copies if copies > 1 and _turns(growth, spec) else 6
+    entries = 12 + 2 * copies if copies > 1 and _turns(growth, spec) else 14 if growth.turns(spec) else 6
     return 8 * (width * entries + 16)  # the last term: the row's numbers on its axes
 
 
@@ -130,15 +135,15 @@ def _weight(growth: Growth, spec: ParamSpec, old: Tensor, rows: AxisMap, low: in
         return old.new_zeros(len(old), growth.new.d_model) if spec.is_matrix else torch.zeros_like(old)
     if spec.is_matrix:
         grown = _embed(growth, old, power=1)
-        if growth.leans(spec):
+        if growth.turns(spec):
             grown = _read(growth, spec, grown, low)
         if spec.role == "write" and rows.copies.max() > 1:
             grown = _write(growth, spec, grown, rows, low)
         return grown * gate
     # A gain acts as raw * multiplier: that product is what stays.
     grown = old * (growth.old_spec(spec).multiplier / spec.multiplier)
-    if spec.restores and growth.how.read == "tilt":
-        grown = grown / reads.kept(axis_maps(growth.old, growth.new)["embed"])
+    if spec.restores:
+        grown = grown / growth.cosine
     if spec.divides and growth.how.write != "tilt":
         grown = grown / torch.from_numpy(rows.copies).to(old.device)
     return grown * gate
@@ -156,7 +161,8 @@ def _read(growth: Growth, spec: ParamSpec, w_BD: Tensor, low: int) -> Tensor:
     embed = axis_maps(growth.old, growth.new)["embed"]
     key = counter.key(growth.seed, spec.name, "read", w_BD.shape[1], len(growth.rows(spec)))
     numbers = torch.arange(low, low + len(w_BD), device=w_BD.device)
-    return reads.tilt(w_BD, numbers, key, embed, channel_scale(embed, growth.how.channels), unit=spec.unit)
+    a = channel_scale(embed, growth.how.channels)
+    return reads.tilt(w_BD, numbers, key, embed, a, None if spec.unit else spec.init)
 
 
 def _write(growth: Growth, spec: ParamSpec, w_BD: Tensor, rows: AxisMap, low: int) -> Tensor:
@@ -192,6 +198,17 @@ def _share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap) -> np.nda
     return 1.0 / rows.copies if shared else np.ones(len(rows))
 
 
+def _read_share(growth: Growth, spec: ParamSpec, kind: Kind) -> float:
+    """By what a matrix's gradient, or its root mean square, grows where read rows have turned, inverted.
+
+    What a turned unit row reads is smaller by the cosine and made up for: its gradient is larger. And what h is made of
+    is seen from the new channels too: no larger in the mean, but in the square as much as there are more of them.
+    """
+    if growth.turns(spec):
+        return growth.cosine if spec.unit else 1.0
+    return growth.cosine if kind == "exp_avg_sq" else 1.0
+
+
 def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: AxisMap, low: int) -> Tensor:
     """Moments follow the gradient: m like g, v like g^2.
 
@@ -202,14 +219,12 @@ def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: Axis
     power = 1 if kind == "exp_avg" else 2
     factor = torch.from_numpy(_share(growth, spec, kind, rows) ** power).to(old.device)
     dead = factor == 0  # their parents need not have been sent
-    cos = reads.kept(axis_maps(growth.old, growth.new)["embed"]) if growth.how.read == "tilt" else 1.0
     if spec.is_matrix:
-        if kind == "exp_avg_sq" or growth.leans(spec):
-            factor = factor / cos**power
+        factor = factor / _read_share(growth, spec, kind) ** power
         return _embed(growth, old, power).mul_(factor[:, None]).masked_fill_(dead[:, None], 0)
     scale = (spec.multiplier / growth.old_spec(spec).multiplier) ** power
     if spec.restores:
-        scale = scale * cos**power
+        scale *= growth.cosine**power
     if spec.rows == "embed":
         embed = axis_maps(growth.old, growth.new)["embed"]
         a = channel_scale(embed, growth.how.channels)[low : low + len(rows)]
