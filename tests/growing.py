@@ -21,6 +21,7 @@ WIDTHS = [
 ]
 WIDTH_IDS = ["2-3", "2-11", "4:2-6:3", "4:2-6:2", "4:2-9:3"]
 CHANNELS = ["even", "uneven"]
+READS = ["clone", "tilt"]
 
 
 def how(**changes):

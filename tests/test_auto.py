@@ -44,6 +44,20 @@ def test_it_ends_with_the_given_size():
     assert {key: getattr(config.growth, key) for key in HOW} == HOW
 
 
+def test_what_auto_is():
+    """Written out once more: docs/growth.md has the measurements that these came from."""
+    growth = parse_config(tree(train=tree()["train"] | {"max_tokens": None, "max_flops": 1e9})).growth
+    assert (growth.trigger.kappa, growth.trigger.predictor) == (0.95, "fit")
+    assert (growth.write, growth.read, growth.channels, growth.depth, growth.moments) == (
+        "tilt",
+        "tilt",
+        "even",
+        "identity",
+        "grow",
+    )
+    assert [growth.max_flops, *(stage.max_flops for stage in growth.stages)] == [5e7, 2.5e8, 2.5e8, None]
+
+
 def test_caps_are_in_the_budgets_unit():
     train = tree()["train"]
     by_flops = parse_config(tree(train=train | {"max_tokens": None, "max_flops": 1e9}))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from growing import CHANNELS, FRACTION, WIDTH, how, row_matrices, same
+from growing import CHANNELS, FRACTION, READS, WIDTH, how, row_matrices, same
 from small_models import GQA, KINDS, config, lively_state, loss_of, model_of
 
 import megabus
@@ -59,8 +59,8 @@ SINGLE = ("layers.1.attn.out", "layers.2.mlp.down", "layers.0.alpha_attn", "laye
 def test_growing_row_ranges_gives_the_bits_of_growing_all(kind, write, moments):
     draw = np.random.default_rng(0)
     for model in KINDS:
-        for channels in CHANNELS:
-            job = growth_job(kind=model, write=write, moments=moments, channels=channels)
+        for channels, read in zip(CHANNELS, READS, strict=True):
+            job = growth_job(kind=model, write=write, read=read, moments=moments, channels=channels)
             assert parts_agree(job, kind, draw, SINGLE if model == "ngpt" else ())
 
 

@@ -10,6 +10,7 @@ from growing import (
     CHANNELS,
     FRACTION,
     MANY,
+    READS,
     WIDTH_IDS,
     change_of,
     copy_matrix,
@@ -40,33 +41,36 @@ STEPS = [
 STEP_IDS = ["fraction", "many", "depth", "one", *WIDTH_IDS[2:]]
 
 
+@pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("before", "after"), STEPS, ids=STEP_IDS)
-def test_tilt_and_identity_keep_the_function(kind, before, after, channels):
+def test_tilt_and_identity_keep_the_function(kind, before, after, channels, read):
     old, new = config(kind, before), config(kind, before, after)
     state = lively_state(old)
     assert logits_of(old, state).std() > 0.1
-    grown = megabus.grow_state(state, old, new, 1, how(channels=channels))
+    grown = megabus.grow_state(state, old, new, 1, how(channels=channels, read=read))
     assert change_of(old, new, state, grown) <= 1e-6
     losses = [loss_of(model_of(*at, torch.float32)).item() for at in ((old, state), (new, grown))]
     assert abs(losses[0] - losses[1]) <= 1e-6
 
 
+@pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("before", "after"), STEPS, ids=STEP_IDS)
-def test_growth_is_exact_but_for_the_rounding_of_storage(monkeypatch, kind, before, after, channels):
+def test_growth_is_exact_but_for_the_rounding_of_storage(monkeypatch, kind, before, after, channels, read):
     """The same in fp64 all through."""
     old, new = config(kind, before), config(kind, before, after)
     state = {name: x.double() for name, x in lively_state(old).items()}
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    grown = megabus.grow_state(state, old, new, 1, how(channels=channels))
+    grown = megabus.grow_state(state, old, new, 1, how(channels=channels, read=read))
     assert all(x.dtype == torch.float64 for x in grown.values())
     assert change_of(old, new, state, grown) <= 2e-14
 
 
-def test_three_growths_in_a_row_keep_the_function():
+@pytest.mark.parametrize("read", READS)
+def test_three_growths_in_a_row_keep_the_function(read):
     first = config()
     sizes = [
         config("ngpt", {"d_model": 41, "n_heads": 3, "d_ff": 70}),
@@ -76,7 +80,7 @@ def test_three_growths_in_a_row_keep_the_function():
     start = state = lively_state(first)
     now = first
     for size in sizes:
-        state, now = megabus.grow_state(state, now, size, 7), size
+        state, now = megabus.grow_state(state, now, size, 7, how(read=read)), size
     assert change_of(first, now, start, state) <= 1e-6
 
 
@@ -86,7 +90,7 @@ def test_three_growths_in_a_row_keep_the_function():
 def test_growing_nothing_is_the_identity_bitwise(kind, write, weights):
     same_size = config(kind, GQA)
     state = lively_state(same_size)
-    manner = how(write=write, moments="grow", channels="uneven")
+    manner = how(write=write, read="tilt", moments="grow", channels="uneven")
     assert same(megabus.grow_state(state, same_size, same_size, 1, manner, weights), state)
     grown = megabus.grow_state(state, same_size, config(kind, GQA, {"d_ff": 63}), 1, manner, weights)
     assert not same(grown, state)

@@ -86,7 +86,9 @@ def test_rows_take_what_they_are_said_to(write):
     """The widest growth of a row: seven copies. Blocks of one row and of many."""
     from megabus.growth.rules import grow_blocks
 
-    job = plan_of(PAIRS[0], {"n_heads": 28, "n_kv_heads": 14, "d_ff": 7 * 62}, write=write, moments="grow").growth
+    wider = {"d_model": 7 * 36} if write == "tilt" else {}
+    larger = {"n_heads": 28, "n_kv_heads": 14, "d_ff": 7 * 62} | wider
+    job = plan_of(PAIRS[0], larger, write=write, read="tilt", moments="grow").growth
     for name in ("layers.1.mlp.down", "layers.1.mlp.up", "layers.1.alpha_attn", "layers.1.s_u"):
         spec = Placement(job.new, Layout(1, 1, 1)).specs[name]
         old = torch.randn(62, 36) if spec.is_matrix else torch.randn(62)

@@ -34,6 +34,7 @@ def plans(draw):
     new = old if still and old.n_layers >= after.pp else random_model(chance, after, old)
     how = GrowthConfig(
         write=draw(st.sampled_from(["tilt", "clone", "noise"])),
+        read=draw(st.sampled_from(["clone", "tilt"])),
         depth=draw(st.sampled_from(["identity", "split", "stack"])),
         channels=draw(st.sampled_from(["even", "uneven"])),
         moments=draw(st.sampled_from(["carry", "grow"])),

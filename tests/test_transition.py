@@ -147,7 +147,7 @@ def test_moments_and_other_writes_grow_in_shards(moments, write):
     layouts = [Layout(2, 2, 1), Layout(2, 1, 2)]
     first = SMALL | {"n_heads": 8, "n_kv_heads": 4}
     larger = LARGE | {"n_heads": 18, "n_kv_heads": 6}
-    config = growth_config([larger], layouts, first=first, moments=moments, write=write, channels="uneven")
+    config = growth_config([larger], layouts, first=first, moments=moments, write=write, read="tilt", channels="uneven")
     old, new = (stage.model for stage in resolve_stages(config, 4))
     (ranks,) = grow_on_ranks(config, layouts, before=3, after=1)
     for kind in ("weight", "exp_avg", "exp_avg_sq"):

@@ -55,6 +55,7 @@ class Arm(Section):
     lr: Annotated[Rate, BeforeValidator(_rate)]
     budgets: list[Positive] = Field(default_factory=lambda: [1.0])
     seeds: list[int] | None = None
+    law: bool = Field(False, description="trained like the reference but for its size: a law is fitted to its runs")
     drawn: bool = Field(False, description="among the curves of the picture (six at most)")
 
 
@@ -109,7 +110,9 @@ class Job:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that the run's mathematics was asked to be: a result counts only for what was asked."""
+        """Of all that the run's mathematics was asked to be: a result counts only for what was asked. What an arm
+        leaves to a default is not in it, so that new options do not void old results: where a default changes, name
+        the old value in the arms that have results."""
         keys = self.config(Path("unused")).model_dump(mode="json", exclude_unset=True, exclude={*NOT_THE_MATHEMATICS})
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 

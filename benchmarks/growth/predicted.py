@@ -22,10 +22,9 @@ def stages_of(experiment: Experiment, group: Group) -> list[Stage]:
 
 
 def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
-    """The fitted law, and for every arm that grows the plan of its sizes to the loss that it ended with."""
-    fixed = [g for g in found if g.finite and not any(run.growths for run in g.runs)]
-    kinds = {g.arm: stages_of(experiment, g)[0].model.kind for g in found}
-    fixed = [g for g in fixed if kinds[g.arm] == kinds.get(experiment.versus)]
+    """The law fitted to the arms that are marked for it, and for every arm that grows the plan of its sizes to the loss
+    that it ended with."""
+    fixed = [g for g in found if g.finite and experiment.arms[g.arm].law]
     points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.finite]
     try:
         fitted = fit_law([(float(n), float(d), loss) for n, d, loss in points])

@@ -123,4 +123,5 @@ def _saving(found: tuple[Spread, Bound] | None, seeds: int) -> str:
         return "–"
     value, bound = found
     interval = "" if value.interval is None else f" ({value.interval[0]:.2f} to {value.interval[1]:.2f})"
-    return f"{bound}{value.mean:.2f}{interval}" + ("" if value.n == seeds else f", {value.n} seed{'s' * (value.n > 1)}")
+    mean = math.floor(100 * value.mean + 1e-9) / 100 if bound == ">" else value.mean  # a bound holds as it is printed
+    return f"{bound}{mean:.2f}{interval}" + ("" if value.n == seeds else f", {value.n} seed{'s' * (value.n > 1)}")

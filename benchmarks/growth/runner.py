@@ -211,9 +211,15 @@ def environment(slot: int) -> dict[str, str]:
 
 def commit() -> str:
     """Of this checkout, marked where it has changes; empty where it is none."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    name, changes = (
+        subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        for command in (
+            ("describe", "--always", "--exclude=*"),
+            ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/growth/results"),
+        )
+    )
+    dirty = "-dirty" if changes.stdout.strip() else ""  # results are written while an experiment runs
+    return name.stdout.strip() + dirty if name.returncode == 0 else ""
 
 
 def clock() -> str:

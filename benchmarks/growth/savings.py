@@ -3,7 +3,7 @@
 S = FLOPs that the reference (from scratch, final size, own tuned learning rate) needs to reach the loss L* that a run
 ended with, over all FLOPs of that run. Both losses are decayed ones: the reference's FLOPs at L* lie between those of
 its runs of several budgets, each with its own decay, by straight lines of log FLOPs against loss. Between budgets a
-factor of 2 apart such a line lies above the true curve, and S comes out up to some 2% too large.
+factor of 2 apart such a line lies above the true curve, and S comes out up to some 4% too large.
 """
 
 from __future__ import annotations
