@@ -25,7 +25,8 @@ READS = ["clone", "tilt"]
 
 
 def how(**changes):
-    return GrowthConfig(**changes)
+    """A manner in which all is E and its like, unless `read: tilt` is asked for (see test_growth_reads)."""
+    return GrowthConfig(**{"read": "clone"} | changes)
 
 
 @torch.no_grad()

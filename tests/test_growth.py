@@ -156,6 +156,6 @@ def test_the_oracle_notices(monkeypatch, home, name, wrong, signs):
     axis_maps.cache_clear()
     monkeypatch.setattr(home, name, wrong)
     state = lively_state(old)
-    found = violations(old, new, state, megabus.grow_state(state, old, new, 1), "even")
+    found = violations(old, new, state, megabus.grow_state(state, old, new, 1, how()), "even")
     axis_maps.cache_clear()
     assert all(found[sign] > 1e-2 for sign in signs), found

@@ -208,8 +208,8 @@ class GrowthConfig(Section):
     write: Literal["tilt", "clone", "noise"] = Field(
         "tilt", description="copies of write rows: tilted (exact, breaks symmetry), plain clones, clones with noise"
     )
-    read: Literal["clone", "tilt"] = Field(
-        "clone", description="rows that read h: as they were, or tilted to see new channels too (exact)"
+    read: Literal["tilt", "clone"] = Field(
+        "tilt", description="rows that read h: tilted so that they see new channels too (exact), or plain clones"
     )
     channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
     depth: Literal["identity", "split", "stack"] = Field(
