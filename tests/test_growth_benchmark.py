@@ -361,9 +361,9 @@ def test_a_law_is_held_against_what_grew(tmp_path):
         "growth": {"max_tokens": 1024, "trigger": small.TRIGGER, "stages": [{"d_model": 36, "n_heads": 2, "d_ff": 62}]}
     }
     arms = {
-        "scratch": small.arm(budgets=[1, 2, 4]),
-        "little": small.arm(budgets=[1, 2, 4], set={"model": size}),
-        "middle": small.arm(budgets=[1, 2, 4], set={"model": size | {"d_ff": 50}}),
+        "scratch": small.arm(budgets=[1, 2, 4], law=True),
+        "little": small.arm(budgets=[1, 2, 4], law=True, set={"model": size}),
+        "middle": small.arm(budgets=[1, 2, 4], law=True, set={"model": size | {"d_ff": 50}}),
         "grown": small.arm(set={"model": size, **stages}),
         "other": small.arm(budgets=[1, 2, 4], set={"model": {"kind": "gpt"}}),  # of another kind: no part of the law
     }

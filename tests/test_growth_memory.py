@@ -86,7 +86,7 @@ def test_rows_take_what_they_are_said_to(write):
     """The widest growth of a row: seven copies. Blocks of one row and of many."""
     from megabus.growth.rules import grow_blocks
 
-    wider = {"d_model": 7 * 36} if write == "tilt" else {}
+    wider = {"tilt": {"d_model": 7 * 36}, "noise": {"d_model": 37}, "clone": {}}[write]
     larger = {"n_heads": 28, "n_kv_heads": 14, "d_ff": 7 * 62} | wider
     job = plan_of(PAIRS[0], larger, write=write, read="tilt", moments="grow").growth
     for name in ("layers.1.mlp.down", "layers.1.mlp.up", "layers.1.alpha_attn", "layers.1.s_u"):

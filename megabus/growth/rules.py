@@ -56,6 +56,11 @@ class Growth:
         turn = self.how.read == "tilt" and self.new.d_model > self.old.d_model
         return reads.cosine(axis_maps(self.old, self.new)["embed"]) if turn else 1.0
 
+    @property
+    def unit(self) -> bool:
+        """Whether rows are unit vectors, as in nGPT."""
+        return any(spec.unit for spec in param_specs(self.new).values())
+
     def turns(self, spec: ParamSpec) -> bool:
         """Whether a parameter's rows are read rows that turn towards new channels."""
         return spec.role == "read" and not spec.lookup and self.cosine < 1
@@ -198,15 +203,16 @@ def _share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap) -> np.nda
     return 1.0 / rows.copies if shared else np.ones(len(rows))
 
 
-def _read_share(growth: Growth, spec: ParamSpec, kind: Kind) -> float:
-    """By what a matrix's gradient, or its root mean square, grows where read rows have turned, inverted.
+def _powers_of_a(growth: Growth, spec: ParamSpec, kind: Kind) -> int:
+    """What power of a the moment has on the copies of a channel.
 
-    What a turned unit row reads is smaller by the cosine and made up for: its gradient is larger. And what h is made of
-    is seen from the new channels too: no larger in the mean, but in the square as much as there are more of them.
+    The gradient of E w is a g. Where unit rows have turned to see all channels, what h is made of gets a gradient in
+    all of them: E's part, a g, and in the mean square (1 - a^2) g^2 outside of E's image, g^2 together. A gain of a
+    channel of a branch multiplies that with an entry of the branch, which is E's: a more.
     """
-    if growth.turns(spec):
-        return growth.cosine if spec.unit else 1.0
-    return growth.cosine if kind == "exp_avg_sq" else 1.0
+    power, branch = (1 if kind == "exp_avg" else 2), 0 if spec.is_matrix else 1
+    seen = growth.cosine < 1 and growth.unit and not growth.turns(spec) and kind == "exp_avg_sq"
+    return power * ((0 if seen else 1) + branch)
 
 
 def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: AxisMap, low: int) -> Tensor:
@@ -220,13 +226,15 @@ def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: Axis
     factor = torch.from_numpy(_share(growth, spec, kind, rows) ** power).to(old.device)
     dead = factor == 0  # their parents need not have been sent
     if spec.is_matrix:
-        factor = factor / _read_share(growth, spec, kind) ** power
-        return _embed(growth, old, power).mul_(factor[:, None]).masked_fill_(dead[:, None], 0)
+        if growth.turns(spec) and spec.unit:  # what it reads shrank by the cosine, which is made up for
+            factor = factor / growth.cosine**power
+        grown = _embed(growth, old, _powers_of_a(growth, spec, kind))
+        return grown.mul_(factor[:, None]).masked_fill_(dead[:, None], 0)
     scale = (spec.multiplier / growth.old_spec(spec).multiplier) ** power
     if spec.restores:
         scale *= growth.cosine**power
     if spec.rows == "embed":
         embed = axis_maps(growth.old, growth.new)["embed"]
         a = channel_scale(embed, growth.how.channels)[low : low + len(rows)]
-        factor = factor * torch.from_numpy(a ** (2 * power)).to(old.device)
+        factor = factor * torch.from_numpy(a ** _powers_of_a(growth, spec, kind)).to(old.device)
     return (old * factor * scale).masked_fill_(dead, 0)

@@ -45,7 +45,8 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
         problem = f"has {len(stages) - 1} growths, {found.folder.name} comes after growth {saved.stage}"
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
     check_same_model(found, stages[saved.stage], "set it back, or choose another run_dir")
-    changes = list(_changes(saved.config, config.model_dump(mode="json")))
+    saved_config = {**saved.config, "growth": {"read": "clone"} | saved.config["growth"]}  # before there was a choice
+    changes = list(_changes(saved_config, config.model_dump(mode="json")))
     changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(saved.data, data)]
     if changes and config.resume == "strict":
         key, was, is_now = changes[0]
