@@ -178,7 +178,9 @@ def _check_names(experiment: Experiment, path: Path) -> None:
 
 
 def _check_caps(experiment: Experiment, arm: str, job: Job, path: Path) -> None:
-    caps, sizes = experiment.caps(arm), len((job.tree.get("growth") or {}).get("stages", ()))
+    growth = job.tree.get("growth")
+    stages = growth.get("stages") if isinstance(growth, dict) else None  # `auto` has caps of its own
+    caps, sizes = experiment.caps(arm), len(stages) if isinstance(stages, list) else 0
     if caps and sizes and (len(caps) != sizes or sum(caps) >= 1):
         problem = f"do not end {sizes} stage(s) before the run does"
         raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give one a growth, of less than 1 in all")
@@ -202,9 +204,11 @@ def make_job(experiment: Experiment, arm: str, seed: int, lr: float, budget: flo
     flops = budget * experiment.budget
     settings = {"train": {"seed": seed, "max_flops": flops}, "optimizer": {"lr": lr}}
     tree = overlaid(experiment.tree(arm), settings)
-    growth, caps = tree.get("growth") or {}, experiment.caps(arm)
-    for stage, cap in zip([growth, *growth.get("stages", ())], caps, strict=False):
-        stage["max_flops"] = cap * flops
+    growth, caps = tree.get("growth"), experiment.caps(arm)
+    if isinstance(growth, dict) and isinstance(stages := growth.get("stages", []), list):
+        for stage, cap in zip([growth, *stages], caps, strict=False):
+            if isinstance(stage, dict):  # what is none is refused with the rest of the configuration
+                stage["max_flops"] = cap * flops
     return Job(experiment.name, arm, seed, lr, budget, tree, tuning)
 
 
