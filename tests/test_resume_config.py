@@ -126,6 +126,7 @@ TOLD = [
     ("train.gradient_clipping=0", "train.gradient_clipping", "1.0", "0.0"),
     ("eval.every=5", "eval.every", "4", "5"),
     ("growth.moments=reset", "growth.moments", "grow", "reset"),
+    ("growth.read=clone", "growth.read", "tilt", "clone"),
     ("growth.max_tokens=640", "growth.max_tokens", "512", "640"),
     ("growth.trigger.predictor=scaling_law", "growth.trigger.predictor", "constant", "scaling_law"),
     ("growth.trigger.constant=[3,2,1]", "growth.trigger.constant", "1.5", "[3.0, 2.0, 1.0]"),
@@ -145,6 +146,16 @@ def test_what_changes_the_mathematics_is_told(stopped, override, key, was, value
     strict = refused(stopped[2], override, "resume=strict")
     folder = stopped[2] / "checkpoints/step-00000002"
     assert strict == f"{key} = {value}: was {was} in {folder}; set it back, or resume=auto"
+
+
+@pytest.mark.parametrize(("read", "told"), [("clone", []), ("tilt", ["growth.read: clone -> tilt"])])
+def test_a_run_of_a_time_without_read_tilt_had_clones(stopped, read, told):
+    folder = stopped[2] / "checkpoints/step-00000002"
+    config = load_config(stopped[2] / "config.yaml", [f"growth.read={read}"])
+    stages, state = resolve_stages(config, 1), read_state(folder)
+    del state.config["growth"]["read"]
+    data = data_order(open_sources(config, stages))
+    assert check_continues(Found(folder, state, []), config, stages, data) == told
 
 
 def test_every_change_is_told(stopped):
