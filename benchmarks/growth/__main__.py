@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.__main__ import machine
-from benchmarks.growth.experiment import Experiment, jobs, load_experiment
+from benchmarks.growth.experiment import Experiment, best_rate, jobs, load_experiment
 from benchmarks.growth.results import Results
 from benchmarks.growth.runner import Runner
 from megabus.command import Parser, run
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("experiment", type=Path, help="YAML; see benchmarks/growth/")
     parser.add_argument("--results", type=Path, help="default: results/NAME.jsonl beside the experiment")
     parser.add_argument("--work", type=Path, default=Path("runs/growth"), help="where runs live (%(default)s)")
-    parser.add_argument("--only", metavar="ARM,...", help="run, or look at, only these arms")
+    parser.add_argument("--only", metavar="ARM,...", help="run, list or judge (instants) only these arms")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--hours", type=float, help="stop after so long; what is going on saves and can go on")
     parser.add_argument("--out", type=Path, help="report: a directory for tables and pictures")
@@ -43,7 +43,7 @@ def main() -> int:
     if args.jobs < 1:
         raise UserError("--jobs", args.jobs, "runs nothing", "give 1 or more")
     if args.what == "list":
-        return _list(experiment, results)
+        return _list(experiment, results, only)
     if args.what == "run":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: runs save
         done = Runner(experiment, results, args.work, machine()).run(args.jobs, only, args.hours)
@@ -61,14 +61,17 @@ def main() -> int:
     return 0
 
 
-def _list(experiment: Experiment, results: Results) -> int:
+def _list(experiment: Experiment, results: Results, only: tuple[str, ...]) -> int:
     total = left = 0.0
-    for job in jobs(experiment, results.loss_of):
+    for job in jobs(experiment, results.loss_of, only):
         result, flops = results.get(job), job.budget * experiment.budget
         total += flops
         left += 0 if result else flops
         print(f"{job.label:<48} {flops:.2e} FLOPs  {f'loss {result.loss:.4f}' if result else 'to do'}")
-    print(f"{total:.2e} FLOPs in all, {left:.2e} to do, before what runs share is counted once")
+    arms = [arm for arm in experiment.arms if not only or arm in only]
+    waiting = sum(best_rate(experiment, arm, results.loss_of) is None for arm in arms)
+    later = f"; {waiting} of {len(arms)} arms wait for a learning rate and come on top" if waiting else ""
+    print(f"{total:.2e} FLOPs in all, {left:.2e} to do, before what runs share is counted once{later}")
     return 0
 
 
