@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from small_models import GQA, batch, lively_state, model_of
+from small_models import GQA, batch, lively_state, loss_of, model_of
 
 import megabus
 from megabus.config import GrowthConfig
@@ -46,6 +46,24 @@ def grow_and_compare(old, new, seed=1, **manner):
 
 def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def gradients(model_config, state):
+    model = model_of(model_config, state)
+    loss_of(model).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def mean_squares(model_config, state):
+    """Over batches: (shape) of each parameter, fp32."""
+    found = {}
+    for seed in range(12):
+        model = model_of(model_config, state)
+        tokens, targets = batch(4, 31, seed)
+        model.loss(model.hidden(tokens), targets)[0].backward()
+        for name, p in model.named_parameters():
+            found[name] = found.get(name, 0) + p.grad.square().float() / 12
+    return found
 
 
 # ---- growth as explicit dense matrices

@@ -365,7 +365,7 @@ def test_a_law_is_held_against_what_grew(tmp_path):
         "little": small.arm(budgets=[1, 2, 4], law=True, set={"model": size}),
         "middle": small.arm(budgets=[1, 2, 4], law=True, set={"model": size | {"d_ff": 50}}),
         "grown": small.arm(set={"model": size, **stages}),
-        "other": small.arm(budgets=[1, 2, 4], set={"model": {"kind": "gpt"}}),  # of another kind: no part of the law
+        "other": small.arm(budgets=[1, 2, 4], set={"model": {"kind": "gpt"}}),  # not marked, being of another kind
     }
     experiment = small.load(tmp_path, small.spec(arms=arms))
     results = Results(tmp_path / "r.jsonl")

@@ -6,20 +6,26 @@ from math import sqrt
 
 import pytest
 import torch
-from growing import CHANNELS, FRACTION, WIDTH, WIDTH_IDS, WIDTHS, flat_scale, how, isometry, row_matrices
-from small_models import GQA, KINDS, batch, config, lively_state, loss_of, model_of
+from growing import (
+    CHANNELS,
+    FRACTION,
+    WIDTH,
+    WIDTH_IDS,
+    WIDTHS,
+    flat_scale,
+    gradients,
+    how,
+    isometry,
+    mean_squares,
+    row_matrices,
+)
+from small_models import GQA, KINDS, config, lively_state
 
 import megabus
 from megabus.growth import rules
 from megabus.model.decoder import param_specs
 
 torch.set_num_threads(1)
-
-
-def gradients(model_config, state):
-    model = model_of(model_config, state)
-    loss_of(model).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
 
 
 def mapped_and_true(kind, before, after, power=1, **manner):
@@ -128,18 +134,6 @@ def test_squares_of_copied_rows_are_what_they_become(kind, write, low, high):
     other = {"tilt": "clone", "clone": "tilt"}[write]  # with the other's share the ratios would be 4 times as far
     wrong = megabus.grow_state(before, old, new, 1, how(moments="grow", write=other), "exp_avg_sq")
     assert not any(low < float(after[n].sum() / wrong[n].sum()) < high for n in names if ".0." in n)
-
-
-def mean_squares(model_config, state):
-    """Over batches: (shape) of each parameter, fp32."""
-    found = {}
-    for seed in range(12):
-        model = model_of(model_config, state)
-        tokens, targets = batch(4, 31, seed)
-        model.loss(model.hidden(tokens), targets)[0].backward()
-        for name, p in model.named_parameters():
-            found[name] = found.get(name, 0) + p.grad.square().float() / 12
-    return found
 
 
 def test_reset_moments_are_zero():

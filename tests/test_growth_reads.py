@@ -6,8 +6,19 @@ from math import sqrt
 
 import pytest
 import torch
-from growing import CHANNELS, FRACTION, MANY, change_of, copy_matrix, how, isometry, row_matrices
-from small_models import GQA, KINDS, batch, config, lively_state, loss_of, model_of
+from growing import (
+    CHANNELS,
+    FRACTION,
+    MANY,
+    change_of,
+    copy_matrix,
+    gradients,
+    how,
+    isometry,
+    mean_squares,
+    row_matrices,
+)
+from small_models import GQA, KINDS, config, lively_state
 
 import megabus
 from megabus import counter
@@ -114,12 +125,6 @@ def test_raw_gains_stay_as_they_are():
     assert param_specs(new)["output.s_z"].restores
 
 
-def gradients(model_config, state):
-    model = model_of(model_config, state)
-    loss_of(model).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_moments_are_the_gradient_as_far_as_the_old_model_knew_it(kind, channels):
@@ -182,17 +187,6 @@ def test_the_baselines_second_moments_are_those_of_plain_rows():
         for read in ("clone", "tilt")
     )
     assert all(torch.equal(plain[name], x) for name, x in tilted.items())
-
-
-def mean_squares(model_config, state):
-    found = {}
-    for seed in range(12):
-        model = model_of(model_config, state)
-        tokens, targets = batch(4, 31, seed)
-        model.loss(model.hidden(tokens), targets)[0].backward()
-        for name, p in model.named_parameters():
-            found[name] = found.get(name, 0) + p.grad.square().float() / 12
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)

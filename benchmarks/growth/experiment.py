@@ -178,9 +178,7 @@ def _check_names(experiment: Experiment, path: Path) -> None:
 
 
 def _check_caps(experiment: Experiment, arm: str, job: Job, path: Path) -> None:
-    growth = job.tree.get("growth")
-    stages = growth.get("stages") if isinstance(growth, dict) else None  # `auto` has caps of its own
-    caps, sizes = experiment.caps(arm), len(stages) if isinstance(stages, list) else 0
+    caps, sizes = experiment.caps(arm), len(_stages(job.tree)[1:])
     if caps and sizes and (len(caps) != sizes or sum(caps) >= 1):
         problem = f"do not end {sizes} stage(s) before the run does"
         raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give one a growth, of less than 1 in all")
@@ -200,15 +198,22 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
+def _stages(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sections that hold the stages' caps. None for `growth: auto`, which has caps of its own, and for what the
+    configuration will refuse."""
+    growth = tree.get("growth")
+    if not isinstance(growth, dict):
+        return []
+    stages = growth.get("stages", [])
+    return [growth, *stages] if isinstance(stages, list) and all(isinstance(x, dict) for x in stages) else []
+
+
 def make_job(experiment: Experiment, arm: str, seed: int, lr: float, budget: float, *, tuning: bool = False) -> Job:
     flops = budget * experiment.budget
     settings = {"train": {"seed": seed, "max_flops": flops}, "optimizer": {"lr": lr}}
     tree = overlaid(experiment.tree(arm), settings)
-    growth, caps = tree.get("growth"), experiment.caps(arm)
-    if isinstance(growth, dict) and isinstance(stages := growth.get("stages", []), list):
-        for stage, cap in zip([growth, *stages], caps, strict=False):
-            if isinstance(stage, dict):  # what is none is refused with the rest of the configuration
-                stage["max_flops"] = cap * flops
+    for stage, cap in zip(_stages(tree), experiment.caps(arm), strict=False):
+        stage["max_flops"] = cap * flops
     return Job(experiment.name, arm, seed, lr, budget, tree, tuning)
 
 

@@ -61,7 +61,7 @@ class Growth:
         """Whether rows are unit vectors, as in nGPT."""
         return any(spec.unit for spec in param_specs(self.new).values())
 
-    def turns(self, spec: ParamSpec) -> bool:
+    def sees_more(self, spec: ParamSpec) -> bool:
         """Whether a parameter's rows are read rows that turn towards new channels."""
         return spec.role == "read" and not spec.lookup and self.cosine < 1
 
@@ -114,7 +114,7 @@ def row_bytes(growth: Growth, spec: ParamSpec) -> int:
     """The most memory that growing one row takes at a time, over any kind and manner (measured; a test holds it)."""
     copies = int(growth.rows(spec).copies.max())
     width = growth.new.d_model if spec.is_matrix else 1
-    entries = 12 + 2 * copies if copies > 1 and _turns(growth, spec) else 14 if growth.turns(spec) else 6
+    entries = 12 + 2 * copies if copies > 1 and _turns(growth, spec) else 14 if growth.sees_more(spec) else 6
     return 8 * (width * entries + 16)  # the last term: the row's numbers on its axes
 
 
@@ -140,7 +140,7 @@ def _weight(growth: Growth, spec: ParamSpec, old: Tensor, rows: AxisMap, low: in
         return old.new_zeros(len(old), growth.new.d_model) if spec.is_matrix else torch.zeros_like(old)
     if spec.is_matrix:
         grown = _embed(growth, old, power=1)
-        if growth.turns(spec):
+        if growth.sees_more(spec):
             grown = _read(growth, spec, grown, low)
         if spec.role == "write" and rows.copies.max() > 1:
             grown = _write(growth, spec, grown, rows, low)
@@ -211,7 +211,7 @@ def _powers_of_a(growth: Growth, spec: ParamSpec, kind: Kind) -> int:
     channel of a branch multiplies that with an entry of the branch, which is E's: a more.
     """
     power, branch = (1 if kind == "exp_avg" else 2), 0 if spec.is_matrix else 1
-    seen = growth.cosine < 1 and growth.unit and not growth.turns(spec) and kind == "exp_avg_sq"
+    seen = growth.cosine < 1 and growth.unit and not growth.sees_more(spec) and kind == "exp_avg_sq"
     return power * ((0 if seen else 1) + branch)
 
 
@@ -226,7 +226,7 @@ def _moment(growth: Growth, spec: ParamSpec, kind: Kind, old: Tensor, rows: Axis
     factor = torch.from_numpy(_share(growth, spec, kind, rows) ** power).to(old.device)
     dead = factor == 0  # their parents need not have been sent
     if spec.is_matrix:
-        if growth.turns(spec) and spec.unit:  # what it reads shrank by the cosine, which is made up for
+        if growth.sees_more(spec) and spec.unit:  # what it reads shrank by the cosine, which is made up for
             factor = factor / growth.cosine**power
         grown = _embed(growth, old, _powers_of_a(growth, spec, kind))
         return grown.mul_(factor[:, None]).masked_fill_(dead[:, None], 0)
