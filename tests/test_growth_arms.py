@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from growth_experiments import arm, load, spec
+from growth_experiments import arm, load, result, spec
 
-from benchmarks.growth.experiment import load_experiment, make_job
+from benchmarks.growth.experiment import fingerprint, jobs, load_experiment, make_job
+from benchmarks.growth.results import Results
 from megabus.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks/growth"
@@ -45,3 +47,26 @@ def test_an_arm_may_grow_by_auto(tmp_path):
 def test_a_growth_that_is_none_is_refused_in_words(tmp_path, growth):
     with pytest.raises(UserError, match="growth"):
         load(tmp_path, spec(arms={"scratch": arm(), "odd": arm(set={"growth": growth}, caps=[0.5])}))
+
+
+def test_a_result_is_of_its_token_files(tmp_path):
+    """Of their contents, that is: a digest has their names only."""
+    metas = {name: tmp_path / f"{name}.meta.json" for name in ("train", "valid")}
+
+    def at_hand(**sha):
+        for name, path in metas.items():
+            path.write_text(json.dumps({"vocab_size": 67, "tokenizer_sha256": "", "n_tokens": 9} | sha.get(name, {})))
+        fingerprint.cache_clear()
+        return next(jobs(experiment, lambda _: None))
+
+    experiment = load(tmp_path, spec(tmp_path))
+    results = Results(tmp_path / "results.jsonl")
+    job = at_hand(train={"bin_sha256": "a"}, valid={"bin_sha256": "b"})
+    results.add(result(experiment, "scratch"))
+    assert Results(results.path).get(job).data == job.data != ""
+    other = at_hand(train={"bin_sha256": "a"}, valid={"bin_sha256": "c"})
+    with pytest.raises(UserError, match="other token files"):
+        Results(results.path).get(other)
+    unknown = at_hand(train={"bin_sha256": "a"})  # what cannot be known is not refused
+    assert unknown.data == ""
+    assert Results(results.path).get(unknown) is not None

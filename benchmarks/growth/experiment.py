@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from megabus.config import RunConfig, parse_config, resolve_stages
 from megabus.config.schema import Positive, Section, Share
+from megabus.data.indexed import read_meta
 from megabus.errors import UserError
 
 NOT_THE_MATHEMATICS = ("run_dir", "resume", "log", "checkpoint", "faults", "preflight")
@@ -115,6 +116,19 @@ class Job:
         the old value in the arms that have results."""
         keys = self.config(Path("unused")).model_dump(mode="json", exclude_unset=True, exclude={*NOT_THE_MATHEMATICS})
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def data(self) -> str:
+        """What the token files that are at hand hold."""
+        data = self.config(Path("unused")).data
+        return fingerprint((*(path for path, _ in data.train_corpora), data.valid))
+
+
+@lru_cache(maxsize=64)
+def fingerprint(prefixes: tuple[str, ...]) -> str:
+    """Token files by their contents, as the .meta.json beside each says; empty where one of them does not."""
+    found = [(read_meta(prefix) or {}).get("bin_sha256", "") for prefix in prefixes]
+    return hashlib.sha256("".join(found).encode()).hexdigest()[:16] if all(found) else ""
 
 
 Losses = Callable[[Job], float | None]

@@ -46,6 +46,7 @@ class Result:
     date: str
     failure: str = ""
     commit: str = ""  # of the code that ended the run
+    data: str = ""  # the token files' fingerprint, where known: a digest has their names only
 
 
 GROWTH_FACTS = ("step", "tokens", "flops", "reason", "old", "new", "loss_before", "loss_after", "stall_s")
@@ -94,6 +95,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "lr": job.lr,
         "budget": job.budget,
         "digest": job.digest,
+        "data": job.data,
     }
 
 
@@ -116,7 +118,12 @@ class Results:
                 self._found[result.digest] = result
 
     def get(self, job: Job) -> Result | None:
-        return self._found.get(job.digest)
+        """What the run did, if it has been done. Raises `UserError` where that was on other token files."""
+        result = self._found.get(job.digest)
+        if result is not None and result.data and job.data and result.data != job.data:
+            problem = f"holds {job.label} on other token files than those at hand"
+            raise UserError("--results", self.path, problem, "name another file for these")
+        return result
 
     def loss_of(self, job: Job) -> float | None:
         result = self.get(job)
