@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from growth_experiments import arm, load, result, spec
 
-from benchmarks.growth.experiment import fingerprint, jobs, load_experiment, make_job
+from benchmarks.growth.experiment import Arm, Experiment, fingerprint, jobs, load_experiment, make_job
 from benchmarks.growth.results import Results
 from megabus.errors import UserError
 
@@ -70,3 +71,26 @@ def test_a_result_is_of_its_token_files(tmp_path):
     unknown = at_hand(train={"bin_sha256": "a"})  # what cannot be known is not refused
     assert unknown.data == ""
     assert Results(results.path).get(unknown) is not None
+
+
+def test_every_key_of_an_experiment_is_explained():
+    text = (FOLDER.parents[1] / "docs/growth.md").read_text().partition("## An experiment of your own")[2]
+    for key in {*Experiment.model_fields, *Arm.model_fields} - {"arms"}:
+        assert re.search(rf"`(arms\.NAME\.)?{key}`", text), key
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"arms": {"scratch": arm(seeds=[])}}, ["arms.scratch.seeds", "at least 1 item"]),
+        ({"arms": {"scratch": arm(), "a,b": arm()}}, ["a,b", "pattern"]),
+        ({"arms": {"scratch": arm(caps=[0.2])}}, ["arms.scratch.caps", "does not grow"]),
+        ({"name": "../x"}, ["name = ../x", "pattern"]),
+        ({"extends": 5}, ["extends = 5", "is no other file"]),
+        ({"extends": "tiny.yaml"}, ["extends = tiny.yaml", "is no other file"]),
+    ],
+)
+def test_what_is_odd_is_named(tmp_path, changes, words):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, spec(**changes))
+    assert all(word in str(error.value) for word in words), error.value

@@ -53,7 +53,7 @@ def two(**second):
         ({"arms": two(set={"model": {"head_dim": 7}})}, ["arms.b", "model.head_dim", "is odd"]),
         ({"arms": two(seeds=[1, 1])}, ["arms.b.seeds", "names one twice"]),
         ({"arms": two(budgets=[1, 1.0])}, ["arms.b.budgets", "names one twice"]),
-        ({"seeds": []}, ["seeds = []: is empty"]),
+        ({"seeds": []}, ["seeds", "at least 1 item"]),
         ({"arms": two(set={"growth": small.TWICE}, caps=[0.2, 0.2])}, ["arms.b.caps", "do not end 1 stage"]),
         ({"arms": two(set={"growth": small.TWICE}, caps=[1.0])}, ["arms.b.caps", "before the run does"]),
         ({"arms": two(set={"growth": small.TWICE}, caps=[1.5])}, ["arms.b.caps", "less than or equal to 1"]),

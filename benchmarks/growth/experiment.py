@@ -26,6 +26,7 @@ from megabus.errors import UserError
 
 NOT_THE_MATHEMATICS = ("run_dir", "resume", "log", "checkpoint", "faults", "preflight")
 MOST_DRAWN = 6  # curves that can be told apart
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # becomes part of a file's name, and of a list with commas
 
 
 class Rate(Section):
@@ -54,8 +55,8 @@ class Arm(Section):
     set: dict[str, Any] = Field(default_factory=dict, description="keys of a run's configuration")
     caps: list[Share] | None = Field(None, description="of the stages but the last: shares of a run's FLOPs")
     lr: Annotated[Rate, BeforeValidator(_rate)]
-    budgets: list[Positive] = Field(default_factory=lambda: [1.0])
-    seeds: list[int] | None = None
+    budgets: list[Positive] = Field(default_factory=lambda: [1.0], min_length=1)
+    seeds: list[int] | None = Field(None, min_length=1)
     law: bool = Field(False, description="trained like the reference but for its size: a law is fitted to its runs")
     drawn: bool = Field(False, description="among the curves of the picture (six at most)")
 
@@ -68,14 +69,14 @@ class Experiment(Section):
     compared with.
     """
 
-    name: str
+    name: Name
     budget: Positive
-    seeds: list[int]
+    seeds: list[int] = Field(min_length=1)
     tune_budget: Positive = 1.0
     reference: str
     versus: str
     base: dict[str, Any]
-    arms: dict[str, Arm]
+    arms: dict[Name, Arm]
 
     def tree(self, arm: str) -> dict[str, Any]:
         """What an arm's runs have in common."""
@@ -153,7 +154,7 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's keys, laid over those of the experiment beside it that it `extends`."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -162,7 +163,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError("experiment", path, "holds no keys", "start from benchmarks/growth/screen.yaml")
     below = tree.pop("extends", None)
-    return tree if below is None else overlaid(_read(path.parent / below), tree)
+    if below is None:
+        return tree
+    if not isinstance(below, str) or (path.parent / below).resolve() in (*above, path.resolve()):
+        raise UserError(f"{path}: extends", below, "is no other file", "name an experiment beside this one")
+    return overlaid(_read(path.parent / below, (*above, path.resolve())), tree)
 
 
 def _check_names(experiment: Experiment, path: Path) -> None:
@@ -170,8 +175,6 @@ def _check_names(experiment: Experiment, path: Path) -> None:
     for key in ("reference", "versus"):
         if (name := getattr(experiment, key)) not in experiment.arms:
             raise UserError(f"{path}: {key}", name, "is no arm", f"name one of {known}")
-    if not experiment.seeds:
-        raise UserError(f"{path}: seeds", "[]", "is empty", "give at least one")
     drawn = [name for name, arm in experiment.arms.items() if arm.drawn]
     if len(drawn) > MOST_DRAWN:
         raise UserError(f"{path}: arms", ", ".join(drawn), "are drawn", f"draw {MOST_DRAWN} at most")
@@ -193,6 +196,9 @@ def _check_names(experiment: Experiment, path: Path) -> None:
 
 def _check_caps(experiment: Experiment, arm: str, job: Job, path: Path) -> None:
     caps, sizes = experiment.caps(arm), len(_stages(job.tree)[1:])
+    if experiment.arms[arm].caps and not sizes:
+        problem = "are of an arm that does not grow by stages of its own"
+        raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give it growth.stages, or no caps")
     if caps and sizes and (len(caps) != sizes or sum(caps) >= 1):
         problem = f"do not end {sizes} stage(s) before the run does"
         raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give one a growth, of less than 1 in all")
