@@ -1,0 +1,54 @@
+"""What a layer is worth: the loss of a trained model while one of its branches is silent.
+
+A layer that growth has inserted can stay as silent as it began, and nothing in the loss curve shows it
+(docs/growth.md, "New layers that never come to life").
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megabus.model.decoder import Decoder, param_specs
+
+BATCH = 8  # sequences at a time
+
+
+class Branch(NamedTuple):
+    """A branch of a layer, named after its gate. strength: the mean of |alpha| in nGPT, the root mean square of the
+    write matrix in gpt. loss: of the model without the branch, in nats per token."""
+
+    layer: int
+    gate: str
+    strength: float
+    loss: float
+
+
+@torch.no_grad()
+def silenced(model: Decoder, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[float, list[Branch]]:
+    """(the model's loss, every branch in the order of layers), over the tokens of (B, T) int64 inputs and targets."""
+    specs, branches = param_specs(model.config), []
+    whole = _loss(model, inputs_BT, targets_BT)
+    for name, parameter in model.named_parameters():
+        spec = specs[name]
+        if not spec.gate or spec.layer is None:
+            continue
+        kept = parameter.clone()
+        strength = kept.square().mean().sqrt() if spec.is_matrix else (kept * spec.multiplier).abs().mean()
+        try:
+            parameter.zero_()
+            loss = _loss(model, inputs_BT, targets_BT)
+        finally:
+            parameter.copy_(kept)
+        branches.append(Branch(spec.layer, name.split(".", 2)[2], float(strength), loss))
+    return whole, sorted(branches, key=lambda branch: branch.layer)
+
+
+def _loss(model: Decoder, inputs_BT: Tensor, targets_BT: Tensor) -> float:
+    losses = [
+        model.loss(model.hidden(inputs), targets, torch.sum)[0].double()
+        for inputs, targets in zip(inputs_BT.split(BATCH), targets_BT.split(BATCH), strict=True)
+    ]
+    return float(torch.stack(losses).sum() / targets_BT.numel())
