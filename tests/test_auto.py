@@ -52,7 +52,7 @@ def test_what_auto_is():
         "tilt",
         "tilt",
         "even",
-        "stack",
+        "append",
         "grow",
     )
     assert [growth.max_flops, *(stage.max_flops for stage in growth.stages)] == [5e7, 2.5e8, 2.5e8, None]

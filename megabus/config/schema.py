@@ -14,6 +14,7 @@ from pydantic import (
     field_validator,
 )
 
+Depth = Literal["append", "identity", "split", "stack"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -212,8 +213,10 @@ class GrowthConfig(Section):
         "tilt", description="rows that read h: tilted so that they see new channels too (exact), or plain clones"
     )
     channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
-    depth: Literal["identity", "split", "stack"] = Field(
-        "identity", description="new layers: silent copies (exact), copies that share the gate, plain copies"
+    depth: Depth = Field(
+        "append",
+        description="new layers: silent copies of the pile on top of it (exact), or each beside its original (exact), "
+        "copies beside originals that share the gate, the pile again",
     )
     moments: Literal["reset", "carry", "grow"] = Field(
         "reset", description="Adam's moments: afresh, the originals' kept, all mapped"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from megabus.config.schema import ModelConfig
+from megabus.config.schema import Depth, ModelConfig
 from megabus.model.params import Axis
 
 UNEVEN_RATIO = 0.75  # a_k of successive copies: two copies get 0.8 and 0.6
@@ -89,17 +89,17 @@ class LayerSource:
     copy: int
     copies: int
 
-    def gate(self, depth: Literal["identity", "split", "stack"]) -> float:
+    def gate(self, depth: Depth) -> float:
         """What its gates (alpha, or write matrices) are multiplied by."""
-        if depth == "identity":
+        if depth in ("append", "identity"):
             return 1.0 if self.copy == 0 else 0.0
         return 1.0 / self.copies if depth == "split" else 1.0
 
 
 @lru_cache(maxsize=32)
-def layer_sources(old: int, new: int, depth: Literal["identity", "split", "stack"]) -> tuple[LayerSource, ...]:
-    """identity and split interpose copies behind their originals; stack repeats the whole pile on top."""
-    if depth == "stack":
+def layer_sources(old: int, new: int, depth: Depth) -> tuple[LayerSource, ...]:
+    """append and stack repeat the whole pile on top; identity and split interpose copies behind their originals."""
+    if depth in ("append", "stack"):
         return tuple(LayerSource(i % old, i // old, len(range(i % old, new, old))) for i in range(new))
     rows = spread(old, new)
     triples = zip(rows.parent, rows.copy, rows.copies, strict=True)
