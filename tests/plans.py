@@ -50,7 +50,7 @@ def random_pair(seed):
     model = random_model(draw, layout)
     new_model = random_model(draw, new_layout, model)
     how = GrowthConfig(
-        depth=draw.choice(["identity", "stack"]),
+        depth=draw.choice(["append", "identity", "stack"]),
         channels=draw.choice(["even", "uneven"]),
         moments=draw.choice(["carry", "grow"]),
     )
@@ -99,7 +99,7 @@ def needed_entries(plan, rank, kind):
         source = spec.name if spec.layer is None else spec.name.replace(f".{spec.layer}.", f".{layer.parent}.", 1)
         parents = row_parents(growth, spec.rows)
         width, old_width = (len(channels), growth.old.d_model) if spec.is_matrix else (1, 1)
-        silent = kind == "weight" and spec.gate and layer.copy > 0 and growth.how.depth == "identity"
+        silent = kind == "weight" and spec.gate and layer.copy > 0 and growth.how.depth in ("append", "identity")
         carried = kind in ("exp_avg", "exp_avg_sq") and growth.how.moments == "carry"
         turning = kind == "weight" and spec.role == "write" and growth.how.write != "clone"
         for entry in range(piece.start, piece.stop):

@@ -27,7 +27,7 @@ from megabus.train.schedule import boost_factor
 
 SMALL = {"d_model": 35, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_ff": 62}
 LARGE = {"d_model": 53, "n_layers": 5, "n_heads": 6, "d_ff": 102}  # ZeRO's partitions cut added rows
-INSERTED = (1, 3)  # of the grown model's layers, which copy 0 0 1 1 2
+INSERTED = (3, 4)  # of the grown model's layers, which copy 0 1 2 0 1
 FACTOR = 3.0
 ONE = Layout(1, 1, 1)
 

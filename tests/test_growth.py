@@ -48,6 +48,7 @@ def test_grouped_heads_stay_with_their_key(old, new):
 @pytest.mark.parametrize(
     ("depth", "parents", "gates"),
     [
+        ("append", [0, 1, 2, 0, 1], [1, 1, 1, 0, 0]),
         ("identity", [0, 0, 1, 1, 2], [1, 0, 1, 0, 1]),
         ("split", [0, 0, 1, 1, 2], [0.5, 0.5, 0.5, 0.5, 1]),
         ("stack", [0, 1, 2, 0, 1], [1, 1, 1, 1, 1]),
@@ -66,10 +67,12 @@ def test_depth_maps(depth, parents, gates):
             assert torch.equal(grown[f"layers.{layer}.{short}"], factor * state[f"layers.{parent}.{short}"])
 
 
-def test_depth_silences_the_baseline_by_its_write_matrices():
+@pytest.mark.parametrize(("depth", "silent_layers"), [("append", (3, 4)), ("identity", (1, 3))])
+def test_depth_silences_the_baseline_by_its_write_matrices(depth, silent_layers):
     old, new = config("gpt"), config("gpt", {"n_layers": 5})
-    grown = megabus.grow_state(lively_state(old), old, new, 1)
-    for layer, silent in enumerate([False, True, False, True, False]):
+    grown = megabus.grow_state(lively_state(old), old, new, 1, how(depth=depth))
+    for layer in range(5):
+        silent = layer in silent_layers
         for short, zero in (("attn.out", silent), ("mlp.down", silent), ("mlp.up", False)):
             assert (grown[f"layers.{layer}.{short}"].abs().max() == 0) == zero
 

@@ -121,7 +121,8 @@ def test_the_check_of_pairs_notices(fault):
     at = [i for i, (*_, move) in enumerate(wave.moves) if move.src != move.dst]
     if fault == "out of order":
         pairs = itertools.combinations(at, 2)
-        i, j = next((i, j) for i, j in pairs if wave.moves[i][2].src == wave.moves[j][2].src)
+        ends = [(part[2].src, part[2].dst) for part in wave.moves]
+        i, j = next((i, j) for i, j in pairs if ends[i] == ends[j])
         wave.moves[i], wave.moves[j] = wave.moves[j], wave.moves[i]
     else:
         part = wave.moves.pop(at[0])
@@ -213,5 +214,6 @@ def test_nothing_is_sent_when_nothing_changes(layout):
 @pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 3, 1)], ids=str)
 def test_aligned_growth_needs_no_message(layout):
     """Where copies fall on their originals' rank (4 -> 8 heads, 3 -> 5 layers here), nobody sends."""
-    assert traffic(grown_plan(layout, layout))[0] == 0
-    assert (traffic(grown_plan(layout, layout, depth="stack"))[0] > 0) == (layout.pp > 1)
+    assert traffic(grown_plan(layout, layout, depth="identity"))[0] == 0
+    for depth in ("append", "stack"):  # what is new comes on top, and stages hold equally many
+        assert (traffic(grown_plan(layout, layout, depth=depth))[0] > 0) == (layout.pp > 1)

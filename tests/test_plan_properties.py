@@ -35,7 +35,7 @@ def plans(draw):
     how = GrowthConfig(
         write=draw(st.sampled_from(["tilt", "clone", "noise"])),
         read=draw(st.sampled_from(["clone", "tilt"])),
-        depth=draw(st.sampled_from(["identity", "split", "stack"])),
+        depth=draw(st.sampled_from(["append", "identity", "split", "stack"])),
         channels=draw(st.sampled_from(["even", "uneven"])),
         moments=draw(st.sampled_from(["carry", "grow"])),
     )

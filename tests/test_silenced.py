@@ -36,8 +36,8 @@ def test_a_layer_that_is_the_identity_is_worth_nothing(kind):
     assert loss == pytest.approx(float(plain), abs=1e-6)
     assert [branch.layer for branch in branches] == [0, 0, 1, 1, 2, 2]
     for branch in branches:
-        assert (branch.strength == 0) == (branch.layer == 1)
-        assert (abs(branch.loss - loss) < 1e-6) == (branch.layer == 1)
+        assert (branch.strength == 0) == (branch.layer == 2)
+        assert (abs(branch.loss - loss) < 1e-6) == (branch.layer == 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     gates = [name for name, spec in param_specs(model.config).items() if spec.gate]
     assert sorted(f"layers.{branch.layer}.{branch.gate}" for branch in branches) == sorted(gates)
