@@ -1,7 +1,7 @@
 """What a layer is worth: the loss of a trained model while one of its branches is silent.
 
-A layer that growth has inserted can stay as silent as it began, and nothing in the loss curve shows it
-(docs/growth.md, "New layers that never come to life").
+A layer that growth has added can stay nearly as silent as it began, and nothing in the loss curve shows it
+(docs/growth.md, "Where new layers go").
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def silenced(model: Decoder, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[flo
             loss = _loss(model, inputs_BT, targets_BT)
         finally:
             parameter.copy_(kept)
-        branches.append(Branch(spec.layer, name.split(".", 2)[2], float(strength), loss))
+        branches.append(Branch(spec.layer, spec.namesake, float(strength), loss))
     return whole, sorted(branches, key=lambda branch: branch.layer)
 
 

@@ -35,7 +35,6 @@ def test_it_ends_with_the_given_size():
     config = parse_config(tree())
     stages = resolve_stages(config, 1)
     assert [sizes(stage.model) for stage in stages] == [
-        (24, 1, 2, 1, 64),
         (48, 2, 4, 2, 128),
         (72, 3, 6, 3, 184),
         (96, 4, 8, 4, 250),
@@ -55,7 +54,7 @@ def test_what_auto_is():
         "append",
         "grow",
     )
-    assert [growth.max_flops, *(stage.max_flops for stage in growth.stages)] == [5e7, 2.5e8, 2.5e8, None]
+    assert [growth.max_flops, *(stage.max_flops for stage in growth.stages)] == [5e7, 1.5e8, None]
 
 
 def test_caps_are_in_the_budgets_unit():

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from growth_experiments import arm, load, result, spec
+from growth_experiments import arm, load, new_runner, result, spec
 
 from benchmarks.growth.experiment import Arm, Experiment, fingerprint, jobs, load_experiment, make_job
 from benchmarks.growth.results import Results
@@ -46,7 +46,7 @@ def test_an_arm_may_grow_by_auto(tmp_path):
 
 @pytest.mark.parametrize("growth", [5, [1], {"stages": 5}, {"stages": [1, 2]}, {"stages": {"d_model": 3}}])
 def test_a_growth_that_is_none_is_refused_in_words(tmp_path, growth):
-    with pytest.raises(UserError, match="growth"):
+    with pytest.raises(UserError, match=r"arms\.odd: (growth|model)"):
         load(tmp_path, spec(arms={"scratch": arm(), "odd": arm(set={"growth": growth}, caps=[0.5])}))
 
 
@@ -67,10 +67,14 @@ def test_a_result_is_of_its_token_files(tmp_path):
     assert Results(results.path).get(job).data == job.data != ""
     other = at_hand(train={"bin_sha256": "a"}, valid={"bin_sha256": "c"})
     with pytest.raises(UserError, match="other token files"):
-        Results(results.path).get(other)
+        Results(results.path).check(other)
+    runner = new_runner(experiment, tmp_path)
+    with pytest.raises(UserError, match="other token files"):  # before anything is started
+        runner.run(1)
+    assert runner.folder(job) != runner.folder(other)  # or what was trained on other text would go on
     unknown = at_hand(train={"bin_sha256": "a"})  # what cannot be known is not refused
     assert unknown.data == ""
-    assert Results(results.path).get(unknown) is not None
+    Results(results.path).check(unknown)
 
 
 def test_every_key_of_an_experiment_is_explained():

@@ -69,14 +69,15 @@ def test_growth_is_exact_but_for_the_rounding_of_storage(monkeypatch, kind, befo
     assert change_of(old, new, state, grown) <= 2e-14
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("depth", ["append", "identity"])
 @pytest.mark.parametrize("read", READS)
-def test_three_growths_in_a_row_keep_the_function(read, depth):
-    first = config()
+def test_three_growths_in_a_row_keep_the_function(read, depth, kind):
+    first = config(kind)
     sizes = [
-        config("ngpt", {"d_model": 41, "n_heads": 3, "d_ff": 70}),
-        config("ngpt", {"d_model": 52, "n_heads": 4, "d_ff": 99, "n_layers": 4}),
-        config("ngpt", {"d_model": 75, "n_heads": 7, "d_ff": 150, "n_layers": 7}),
+        config(kind, {"d_model": 41, "n_heads": 3, "d_ff": 70}),
+        config(kind, {"d_model": 52, "n_heads": 4, "d_ff": 99, "n_layers": 4}),
+        config(kind, {"d_model": 75, "n_heads": 7, "d_ff": 150, "n_layers": 7}),
     ]
     start = state = lively_state(first)
     now = first

@@ -78,20 +78,21 @@ def test_copied_rows_share_their_familys_gradient(kind, before, after):
     assert differ > 1e-2  # a member's own gradient does differ: the mean is all that a map can know
 
 
+@pytest.mark.parametrize(("depth", "parents", "added"), [("append", "01201", (3, 4)), ("identity", "00112", (1, 3))])
 @pytest.mark.parametrize("kind", ["exp_avg", "exp_avg_sq"])
-def test_carried_moments_stay_with_originals(kind):
-    """Old entries, times a (squared for second moments) on embed; zero for copies and inserted layers."""
+def test_carried_moments_stay_with_originals(kind, depth, parents, added):
+    """Old entries, times a (squared for second moments) on embed; zero for copies and added layers."""
     old, new = config(), config("ngpt", FRACTION)
     moments = {name: g.float() for name, g in gradients(old, lively_state(old)).items()}
     if kind == "exp_avg_sq":
         moments = {name: g.square() for name, g in moments.items()}
     power = 1 if kind == "exp_avg" else 2
-    carried = megabus.grow_state(moments, old, new, 1, how(moments="carry"), kind)
+    carried = megabus.grow_state(moments, old, new, 1, how(moments="carry", depth=depth), kind)
     E = isometry(36, 52, "even") ** power
     for name, spec in param_specs(new).items():
-        parent = [0, 1, 2, 0, 1][spec.layer or 0]
+        parent = int(parents[spec.layer or 0])
         source = moments[spec.in_layer(parent)].double()
-        if spec.layer in (3, 4):
+        if spec.layer in added:
             assert (carried[name] == 0).all()
         elif spec.is_matrix:
             C = row_matrices(old, new)[spec.rows]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import small_runs
 import torch
 from small_models import config, lively_state
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def grown(kind):
-    """A model of three layers, one as silent as growth has inserted it."""
+    """A model of three layers, the last as silent as growth has added it."""
     old, new = config(kind, n_layers=2), config(kind, n_layers=3)
     model = Decoder(new)
     model.load_state_dict(megabus.grow_state(lively_state(old), old, new, 1))
@@ -49,3 +51,16 @@ def test_the_tool_wants_a_checkpoint(tmp_path):
     assert done.returncode == 2
     assert "checkpoint" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_tool_measures_what_the_run_validates_on(tmp_path):
+    """Over a validation's tokens the whole model has the run's last loss; the last stage reads more at once."""
+    corpus = small_runs.write_corpus(tmp_path)
+    config = small_runs.run_config(corpus, tmp_path / "run", [{}] * 3)
+    small_runs.start(config, 1)
+    last = small_runs.rows_of(config, "eval")[-1]["loss"]
+    command = [sys.executable, ROOT / "tools/layers.py", config.run_dir, "--tokens", "256"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (loss,) = re.findall(r"whole model (\S+), over 256 tokens", done.stdout)
+    assert float(loss) == pytest.approx(last, abs=6e-5)
+    assert len(re.findall(r"^ +\d ", done.stdout, re.MULTILINE)) == 2 * config.growth.stages[-1].n_layers

@@ -20,25 +20,36 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run, or one of its checkpoints")
     parser.add_argument("--valid", help="prefix of a .bin/.idx pair; the run's own when left out")
-    parser.add_argument("--seq-len", type=int, help="tokens of a sequence; the run's own when left out")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the beginning of the text (%(default)s)")
+    parser.add_argument(
+        "--seq-len", type=int, help="tokens of a sequence; those of the checkpoint's stage when left out"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=65536, help="the first that a validation takes; differences of 0.01 need some 1e5"
+        " (%(default)s). The whole model runs twice a layer, on one CPU process",
+    )  # fmt: skip
     args = parser.parse_args()
 
     import megabus
     from megabus.checkpoint.load import checkpoint_at
-    from megabus.config import load_config
+    from megabus.checkpoint.state import read_state
+    from megabus.config import parse_config, resolve_stages
     from megabus.data.batches import TokenSource
+    from megabus.data.sources import VALID_SEED
     from megabus.silenced import silenced
     from megabus.table import aligned
 
-    model = megabus.load(args.checkpoint)
+    folder = checkpoint_at(args.checkpoint)
+    model, saved = megabus.load(folder), read_state(folder)
+    longest = args.seq_len or saved.longest_sequence()
     if args.valid is None or args.seq_len is None:
-        config = load_config(checkpoint_at(args.checkpoint).parents[1] / "config.yaml")
+        if not saved.config:
+            raise UserError("checkpoint", folder, "is of no run", "give --valid and --seq-len")
+        config = parse_config(saved.config)
         args.valid = args.valid or config.data.valid
-        args.seq_len = args.seq_len or config.train.seq_len
+        args.seq_len = args.seq_len or resolve_stages(config, saved.layout.world)[saved.stage].seq_len
     if args.seq_len < 1 or args.tokens < args.seq_len:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({args.seq_len}) or more")
-    source = TokenSource([(args.valid, 1.0)], args.seq_len, 0, model.config.vocab_size)
+    source = TokenSource([(args.valid, 1.0)], longest, VALID_SEED, model.config.vocab_size)
     rows = min(args.tokens, source.n_tokens - 1) // args.seq_len
     loss, branches = silenced(model, *source.batch(0, args.seq_len, range(rows)))
     lines = [

@@ -146,11 +146,15 @@ def load_experiment(path: Path) -> Experiment:
     _check_names(experiment, path)
     for name in experiment.arms:
         job = make_job(experiment, name, experiment.seeds[0], 1e-3, 1.0)
-        _check_caps(experiment, name, job, path)
+        if _stages(job.tree)[
+            1:
+        ]:  # else there is nothing to share out, or what is there is no growth, which is said first
+            _check_caps(experiment, name, job, path)
         try:
             resolve_stages(job.config(Path("unused")), world_size=1)
         except UserError as error:
             raise UserError(f"{path}: arms.{name}: {error.key}", error.value, error.problem, error.remedy) from None
+        _check_caps(experiment, name, job, path)
     return experiment
 
 

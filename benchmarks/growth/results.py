@@ -118,12 +118,14 @@ class Results:
                 self._found[result.digest] = result
 
     def get(self, job: Job) -> Result | None:
-        """What the run did, if it has been done. Raises `UserError` where that was on other token files."""
-        result = self._found.get(job.digest)
+        return self._found.get(job.digest)
+
+    def check(self, job: Job) -> None:
+        """Raises `UserError` where the run has been done on other token files than those at hand."""
+        result = self.get(job)
         if result is not None and result.data and job.data and result.data != job.data:
             problem = f"holds {job.label} on other token files than those at hand"
             raise UserError("--results", self.path, problem, "name another file for these")
-        return result
 
     def loss_of(self, job: Job) -> float | None:
         result = self.get(job)

@@ -75,7 +75,8 @@ class Runner:
         return False
 
     def folder(self, job: Job) -> Path:
-        return self.work / f"{job.label}-{job.digest[:8]}"
+        """Of what was asked for and of the token files: what is found there goes on."""
+        return self.work / "-".join(filter(None, (job.label, job.digest[:8], job.data[:6])))
 
     def _open(self, only: Sequence[str]) -> Iterator[Job]:
         """What is neither done nor going on. Those that could share more with a run that is going on than with any that
@@ -83,6 +84,7 @@ class Runner:
         at_work = [going.job for going in self.going]
         waiting: list[Job] = []
         for job in jobs(self.experiment, self.results.loss_of, only):
+            self.results.check(job)
             if self.results.get(job) or any(job.digest == other.digest for other in at_work):
                 continue
             if any(common(self._config(other), self._config(job)).growths >= 0 for other in at_work):

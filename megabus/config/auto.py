@@ -15,7 +15,7 @@ from megabus.config.schema import ModelConfig, RunConfig, TrainConfig
 
 AUTO = "auto"
 # Of the final size, and the most that the stage may take of the run's FLOPs and of its tokens. The last takes the rest.
-SIZES_OF_AUTO = ((1 / 4, 0.05, 0.20), (1 / 2, 0.25, 0.37), (3 / 4, 0.25, 0.21))
+SIZES_OF_AUTO = ((1 / 2, 0.05, 0.19), (3 / 4, 0.15, 0.20))
 HOW = {"write": "tilt", "read": "tilt", "channels": "even", "depth": "append", "moments": "grow"}
 TRIGGER = {"kappa": 0.95, "predictor": "fit"}
 

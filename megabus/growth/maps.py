@@ -1,7 +1,8 @@
 """Which old index every new index copies, axis by axis: the whole of what growth decides.
 
-Copies stand beside their originals. That keeps every map monotone, so a rank's new rows come from a contiguous
-run of old rows and most of them are already on it.
+On every axis copies stand beside their originals. That keeps the maps monotone, so a rank's new rows come from a
+contiguous run of old rows and most of them are already on it. Layers do so only under `identity` and `split`: `append`
+and `stack` put copies on top, for which the layers of a pipeline's stages move.
 """
 
 from __future__ import annotations

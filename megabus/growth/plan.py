@@ -95,7 +95,7 @@ class Plan:
 
     @cached_property
     def heirs(self) -> dict[str, list[str]]:
-        """The new parameters that each old one grows into: itself, and its copies in inserted layers."""
+        """The new parameters that each old one grows into: itself, and its copies in added layers."""
         heirs: dict[str, list[str]] = {name: [] for name in self.old.specs}
         for name, spec in self.new.specs.items():
             heirs[self.growth.old_spec(spec).name].append(name)

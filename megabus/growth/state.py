@@ -28,7 +28,7 @@ def grow_state(
 ) -> dict[str, Tensor]:
     """Grow full tensors under canonical names from `old_config`'s model to `new_config`'s.
 
-    state: name -> tensor of the global shape. growth: the manner (default: tilt, even channels, identity depth).
+    state: name -> tensor of the global shape. growth: the manner (default: that of an empty `growth:` section).
     kind: `weight`, or the Adam moment that the tensors are. Returns tensors of the state's dtype and device.
     Raises `UserError` if a size shrinks, a tensor is missing or of another shape.
     """
