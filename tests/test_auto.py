@@ -72,12 +72,12 @@ def test_caps_are_in_the_budgets_unit():
 
 
 def test_of_two_equal_sizes_the_later_one_s_cap_counts():
-    """With 2 stages of a pipeline and 2 heads to shard a quarter and half of it come out the same."""
-    small = FINAL | {"d_model": 16, "n_heads": 2, "n_kv_heads": 2, "d_ff": 2, "n_layers": 4}
+    """With 2 heads to shard, half and three quarters of 3 layers and 24 channels come out the same."""
+    small = FINAL | {"d_model": 24, "n_heads": 2, "n_kv_heads": 2, "d_ff": 2, "n_layers": 3}
     train = tree()["train"] | {"max_tokens": None, "max_flops": 1e9}
     config = parse_config(tree(layout={"tp": 2, "pp": 2}, model=small, train=train))
     stages = resolve_stages(config, 4)
-    assert [sizes(stage.model) for stage in stages] == [(8, 2, 2, 2, 2), (16, 3, 2, 2, 2), (16, 4, 2, 2, 2)]
+    assert [sizes(stage.model) for stage in stages] == [(16, 2, 2, 2, 2), (24, 3, 2, 2, 2)]
     assert [stage.max_flops for stage in stages[:-1]] == [share * 1e9 for _, share, _ in SIZES_OF_AUTO[1:]]
 
 
@@ -113,4 +113,4 @@ def test_errors_name_the_key():
         parse_config(tree(model=FINAL | {"d_modle": 3}))
     with pytest.raises(UserError, match=r"growth\.write"):
         load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto", "growth.write=clone"])
-    assert len(load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto"]).growth.stages) == 3
+    assert len(load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto"]).growth.stages) == 2
