@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from growth_experiments import arm, load, new_runner, result, spec
+from growth_experiments import arm, load, new_runner, result, spec, write
 
+from benchmarks.growth.__main__ import main
 from benchmarks.growth.experiment import Arm, Experiment, fingerprint, jobs, load_experiment, make_job
 from benchmarks.growth.results import Results
 from megabus.errors import UserError
@@ -89,6 +90,8 @@ def test_every_key_of_an_experiment_is_explained():
         ({"arms": {"scratch": arm(seeds=[])}}, ["arms.scratch.seeds", "at least 1 item"]),
         ({"arms": {"scratch": arm(), "a,b": arm()}}, ["a,b", "pattern"]),
         ({"arms": {"scratch": arm(caps=[0.2])}}, ["arms.scratch.caps", "does not grow"]),
+        ({"arms": {"scratch": arm(set={"optimizer": {"lr": 5}})}}, ["arms.scratch: optimizer.lr = 5", "do nothing"]),
+        ({"arms": {"scratch": arm(set={"train": {"seed": 5}})}}, ["arms.scratch: train.seed = 5", "do nothing"]),
         ({"name": "../x"}, ["name = ../x", "pattern"]),
         ({"extends": 5}, ["extends = 5", "is no other file"]),
         ({"extends": "tiny.yaml"}, ["extends = tiny.yaml", "is no other file"]),
@@ -98,3 +101,22 @@ def test_what_is_odd_is_named(tmp_path, changes, words):
     with pytest.raises(UserError) as error:
         load(tmp_path, spec(**changes))
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["report", "--results", "."], "--results"),
+        (["report", "--results", "absent.jsonl"], "--results"),
+        (["report", "--out", __file__], "--out"),
+        (["report", "--only", "scratch"], "--only"),
+        (["list", "--only", "nobody"], "--only"),
+    ],
+)
+def test_a_command_that_cannot_be_is_refused(tmp_path, monkeypatch, words, key):
+    path, results = write(tmp_path, spec()), tmp_path / "results.jsonl"
+    results.touch()
+    given = [] if "--results" in words else ["--results", str(results)]
+    monkeypatch.setattr("sys.argv", ["growth", words[0], str(path), *words[1:], *given])
+    with pytest.raises(UserError, match=key):
+        main()

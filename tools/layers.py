@@ -19,7 +19,7 @@ from megabus.errors import UserError
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a run, or one of its checkpoints")
-    parser.add_argument("--valid", help="prefix of a .bin/.idx pair; the run's own when left out")
+    parser.add_argument("--valid", help="prefix of a .bin/.idx pair; when left out the run's own, from this directory")
     parser.add_argument(
         "--seq-len", type=int, help="tokens of a sequence; those of the checkpoint's stage when left out"
     )
@@ -40,14 +40,17 @@ def main() -> int:
 
     folder = checkpoint_at(args.checkpoint)
     model, saved = megabus.load(folder), read_state(folder)
-    longest = args.seq_len or saved.longest_sequence()
+    longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
     if args.valid is None or args.seq_len is None:
         if not saved.config:
             raise UserError("checkpoint", folder, "is of no run", "give --valid and --seq-len")
         config = parse_config(saved.config)
         args.valid = args.valid or config.data.valid
-        args.seq_len = args.seq_len or resolve_stages(config, saved.layout.world)[saved.stage].seq_len
-    if args.seq_len < 1 or args.tokens < args.seq_len:
+        if args.seq_len is None:
+            args.seq_len = resolve_stages(config, saved.layout.world)[saved.stage].seq_len
+    if args.seq_len < 1:
+        raise UserError("--seq-len", args.seq_len, "is no length", "give 1 or more")
+    if args.tokens < args.seq_len:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({args.seq_len}) or more")
     source = TokenSource([(args.valid, 1.0)], longest, VALID_SEED, model.config.vocab_size)
     rows = min(args.tokens, source.n_tokens - 1) // args.seq_len

@@ -35,11 +35,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="report: a directory for tables and pictures")
     args = parser.parse_args()
     experiment = load_experiment(args.experiment)
-    results = Results(args.results or args.experiment.parent / "results" / f"{experiment.name}.jsonl")
+    path = args.results or args.experiment.parent / "results" / f"{experiment.name}.jsonl"
+    told = args.what in ("report", "instants")
+    if path.is_dir() or (told and not path.exists()):
+        raise UserError("--results", path, "is no file of results", "name one, or run the experiment first")
+    results = Results(path)
     only = tuple(args.only.split(",")) if args.only else ()
     for name in only:
         if name not in experiment.arms:
             raise UserError("--only", name, "is no arm", f"name some of {', '.join(experiment.arms)}")
+    if args.what == "report" and only:
+        raise UserError("--only", args.only, "is not for a report, which is of all arms", "leave it out")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError("--out", args.out, "is no directory", "name one, or a path that is free")
     if args.jobs < 1:
         raise UserError("--jobs", args.jobs, "runs nothing", "give 1 or more")
     if args.what == "list":

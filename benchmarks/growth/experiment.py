@@ -25,6 +25,12 @@ from megabus.data.indexed import read_meta
 from megabus.errors import UserError
 
 NOT_THE_MATHEMATICS = ("run_dir", "resume", "log", "checkpoint", "faults", "preflight")
+OWN_KEYS = {
+    "run_dir": "leave it out: runs live under --work",
+    "train.seed": "name it in `seeds`",
+    "train.max_flops": "name it in `budget` and `budgets`",
+    "optimizer.lr": "name it in the arm's `lr`",
+}
 MOST_DRAWN = 6  # curves that can be told apart
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # becomes part of a file's name, and of a list with commas
 
@@ -145,6 +151,7 @@ def load_experiment(path: Path) -> Experiment:
         raise UserError(f"{path}: {key}", first["input"], first["msg"], "mend it") from None
     _check_names(experiment, path)
     for name in experiment.arms:
+        _check_own(experiment.tree(name), f"{path}: arms.{name}")
         job = make_job(experiment, name, experiment.seeds[0], 1e-3, 1.0)
         if _stages(job.tree)[
             1:
@@ -196,6 +203,15 @@ def _check_names(experiment: Experiment, path: Path) -> None:
                     raise UserError(f"{path}: arms.{name}.{key}", other, "comes back to itself", "name another arm")
                 seen.add(other)
                 other = experiment.arms[other].like if key == "like" else experiment.arms[other].lr.of
+
+
+def _check_own(tree: Mapping[str, Any], where: str) -> None:
+    """Keys that every run gets from the experiment: a value in the file would do nothing."""
+    for key, remedy in OWN_KEYS.items():
+        section, _, name = key.rpartition(".")
+        found = tree.get(section, {}) if section else tree
+        if isinstance(found, dict) and found.get(name) is not None:
+            raise UserError(f"{where}: {key}", found[name], "would do nothing", remedy)
 
 
 def _check_caps(experiment: Experiment, arm: str, job: Job, path: Path) -> None:
