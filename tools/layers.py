@@ -1,5 +1,7 @@
 """What each layer of a checkpoint is worth: the validation loss with one of its branches silenced.
 
+The whole model is run in this process, on the CPU, twice for each layer.
+
 python tools/layers.py runs/demo
 python tools/layers.py runs/demo/checkpoints/step-00000500 --valid data/demo/shakespeare-valid --tokens 65536
 """
@@ -23,10 +25,7 @@ def main() -> int:
     parser.add_argument(
         "--seq-len", type=int, help="tokens of a sequence; those of the checkpoint's stage when left out"
     )
-    parser.add_argument(
-        "--tokens", type=int, default=65536, help="the first that a validation takes; differences of 0.01 need some 1e5"
-        " (%(default)s). The whole model runs twice a layer, on one CPU process",
-    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=65536, help="the first that a validation takes (%(default)s)")
     args = parser.parse_args()
 
     import megabus

@@ -153,15 +153,18 @@ def load_experiment(path: Path) -> Experiment:
     for name in experiment.arms:
         _check_own(experiment.tree(name), f"{path}: arms.{name}")
         job = make_job(experiment, name, experiment.seeds[0], 1e-3, 1.0)
-        if _stages(job.tree)[
-            1:
-        ]:  # else there is nothing to share out, or what is there is no growth, which is said first
+        grows = len(_stages(job.tree)) > 1
+        if grows:
             _check_caps(experiment, name, job, path)
         try:
             resolve_stages(job.config(Path("unused")), world_size=1)
         except UserError as error:
             raise UserError(f"{path}: arms.{name}: {error.key}", error.value, error.problem, error.remedy) from None
-        _check_caps(experiment, name, job, path)
+        if experiment.arms[name].caps and not grows:  # what is no growth at all has been refused above
+            problem = "are of an arm that does not grow by stages of its own"
+            raise UserError(
+                f"{path}: arms.{name}.caps", experiment.caps(name), problem, "give it growth.stages, or none"
+            )
     return experiment
 
 
@@ -216,10 +219,7 @@ def _check_own(tree: Mapping[str, Any], where: str) -> None:
 
 def _check_caps(experiment: Experiment, arm: str, job: Job, path: Path) -> None:
     caps, sizes = experiment.caps(arm), len(_stages(job.tree)[1:])
-    if experiment.arms[arm].caps and not sizes:
-        problem = "are of an arm that does not grow by stages of its own"
-        raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give it growth.stages, or no caps")
-    if caps and sizes and (len(caps) != sizes or sum(caps) >= 1):
+    if caps and (len(caps) != sizes or sum(caps) >= 1):
         problem = f"do not end {sizes} stage(s) before the run does"
         raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give one a growth, of less than 1 in all")
 
