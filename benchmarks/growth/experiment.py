@@ -117,17 +117,22 @@ class Job:
         return parse_config({**self.tree, "run_dir": str(run_dir)})
 
     @cached_property
+    def asked(self) -> RunConfig:
+        """The configuration, wherever it is run."""
+        return self.config(Path("unused"))
+
+    @cached_property
     def digest(self) -> str:
         """Of all that the run's mathematics was asked to be: a result counts only for what was asked. What an arm
         leaves to a default is not in it, so that new options do not void old results: where a default changes, name
         the old value in the arms that have results."""
-        keys = self.config(Path("unused")).model_dump(mode="json", exclude_unset=True, exclude={*NOT_THE_MATHEMATICS})
+        keys = self.asked.model_dump(mode="json", exclude_unset=True, exclude={*NOT_THE_MATHEMATICS})
         return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def data(self) -> str:
         """What the token files that are at hand hold."""
-        data = self.config(Path("unused")).data
+        data = self.asked.data
         return fingerprint((*(path for path, _ in data.train_corpora), data.valid))
 
 
@@ -157,7 +162,7 @@ def load_experiment(path: Path) -> Experiment:
         if grows:
             _check_caps(experiment, name, job, path)
         try:
-            resolve_stages(job.config(Path("unused")), world_size=1)
+            resolve_stages(job.asked, world_size=1)
         except UserError as error:
             raise UserError(f"{path}: arms.{name}: {error.key}", error.value, error.problem, error.remedy) from None
         if experiment.arms[name].caps and not grows:  # what is no growth at all has been refused above
