@@ -162,7 +162,7 @@ def test_missing_keys(key: str) -> None:
         ("train.seed=[1", "is not a YAML value"),
         ("growth.stages.2.d_model=96", "use 0 to 1"),
         ("growth.stages.first.d_model=96", "growth.stages.first.d_model = first: is no index"),
-        ("model.d_model.x=3", "model.d_model is a value, not a section"),
+        ("model.d_model.x=3", "model.d_model = 36: is a value, not a section; leave out model.d_model.x"),
     ],
 )
 def test_overrides_that_lead_nowhere(base: Path, override: str, told: str) -> None:

@@ -70,7 +70,7 @@ def test_a_file_that_is_none(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"x\.yaml"):
             load_experiment(path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         load_experiment(tmp_path / "absent.yaml")
 
 
@@ -396,4 +396,4 @@ def test_the_experiments_that_come_along_can_be_run(path):
     """Every arm of each, with its budgets: what extends another follows its changes."""
     experiment = load_experiment(path)
     assert experiment.name == path.stem
-    assert len(list(jobs(experiment, lambda job: 3.0))) > 10
+    assert {job.arm for job in jobs(experiment, lambda job: 3.0)} == set(experiment.arms)

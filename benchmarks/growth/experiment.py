@@ -16,10 +16,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from megabus.config import RunConfig, parse_config, resolve_stages
+from megabus.config.read import described, read_tree
 from megabus.config.schema import Positive, Section, Share
 from megabus.data.indexed import read_meta
 from megabus.errors import UserError
@@ -151,9 +151,8 @@ def load_experiment(path: Path) -> Experiment:
     try:
         experiment = Experiment.model_validate(_read(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {key}", first["input"], first["msg"], "mend it") from None
+        found = described(error, Experiment)
+        raise UserError(f"{path}: {found.key}", found.value, found.problem, found.remedy) from None
     _check_names(experiment, path)
     for name in experiment.arms:
         _check_own(experiment.tree(name), f"{path}: arms.{name}")
@@ -175,12 +174,7 @@ def load_experiment(path: Path) -> Experiment:
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's keys, laid over those of the experiment beside it that it `extends`."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError("experiment", path, f"cannot be read ({error})", "name a YAML file") from error
-    if not isinstance(tree, dict):
-        raise UserError("experiment", path, "holds no keys", "start from benchmarks/growth/screen.yaml")
+    tree = read_tree(path, "experiment", "benchmarks/growth/screen.yaml")
     below = tree.pop("extends", None)
     if below is None:
         return tree

@@ -1,0 +1,83 @@
+"""YAML files and pydantic's complaints: what is read, and what is wrong with it in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megabus.errors import UserError
+
+
+class _NoKeyTwice(yaml.SafeLoader):
+    """YAML forbids a key twice in one mapping; PyYAML takes the last and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):  # the others are refused below
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_tree(path: Path, key: str, start_from: str) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises `UserError` about `key` where there is none to be had; `start_from`: a
+    file that shows how one looks."""
+    if not path.is_file():
+        raise UserError(key, path, "no such file", f"give the path of a YAML file such as {start_from}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _NoKeyTwice)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(key, path, f"not valid YAML ({' '.join(str(error).split())})", "mend the file") from error
+    if not isinstance(tree, dict):
+        raise UserError(key, path, "holds no keys", f"start from {start_from}")
+    return tree
+
+
+def described(error: ValidationError, root: type[BaseModel]) -> UserError:
+    """The first of pydantic's complaints about a `root`: the key as it stands in the file, and a remedy."""
+    first = error.errors()[0]
+    where, known = _locate(root, first["loc"])
+    key, value = ".".join(where), first["input"]
+    if first["type"] == "extra_forbidden":
+        unknown = str(first["loc"][-1])
+        close = difflib.get_close_matches(unknown, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(sorted(known))}"
+        return UserError(".".join([*where, unknown]), value, "unknown key", hint)
+    if first["type"] == "missing":
+        return UserError(key, "(missing)", "this key is needed", "add it to the file or as an override")
+    return UserError(key, value, first["msg"], "give a value of that kind")
+
+
+def _locate(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """The known part of an error's path, and the keys known at its end.
+
+    Pydantic names the tried members of a union in the path; they are no keys, and are passed over.
+    """
+    path: list[str] = []
+    known = root.model_fields
+    any_name = False  # the next part is a key of a mapping of sections, which has any name
+    for part in loc:
+        if isinstance(part, int) or any_name:
+            path.append(str(part))
+            any_name = False
+        elif part in known:
+            path.append(part)
+            leaves = _flatten(known[part].annotation)
+            sections = [t for t in leaves if isinstance(t, type) and issubclass(t, BaseModel)]
+            any_name = bool(sections) and get_origin(known[part].annotation) is dict
+            known = sections[0].model_fields if sections else {}
+    return path, list(known)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    return [annotation, *(leaf for arg in get_args(annotation) for leaf in _flatten(arg))]

@@ -1,0 +1,78 @@
+"""What is read of YAML files, and what is said of keys that are wrong in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megabus.config.read import described, read_tree
+from megabus.errors import UserError
+
+
+def read(tmp_path: Path, text: str) -> dict:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    return read_tree(path, "--config", "y.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "a stands twice in"),
+        ("a: {x: 1, y: 2, x: 1}\n", "x stands twice in"),
+        ("a:\n- {x: 1}\n- x: 1\n  x: 2\n", "x stands twice in"),
+        ("1: a\n1: b\n", "1 stands twice in"),
+        ("? [1]\n: a\n", "unhashable key"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    """PyYAML alone takes the last and says nothing."""
+    with pytest.raises(UserError, match=r"^--config = .*x\.yaml: not valid YAML") as refused:
+        read(tmp_path, text)
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: {x: 1}\nb: {x: 1}\n",
+        "base: &b {x: 1, y: 2}\nc: {<<: *b, x: 3}\n",
+        "one: &1 {x: 1}\ntwo: &2 {y: 1}\nc: {<<: [*1, *2]}\n",
+        "a: [{x: 1}, {x: 2}]\n",
+    ],
+)
+def test_what_is_read_is_what_pyyaml_reads(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, text) == yaml.safe_load(text)
+
+
+class Leaf(BaseModel, extra="forbid"):
+    size: int = 1
+    about: str
+
+
+class Root(BaseModel, extra="forbid"):
+    leaves: dict[str, Leaf] = {}
+    rows: list[Leaf] = []
+    leaf: Leaf | int = 1
+
+
+@pytest.mark.parametrize(
+    ("tree", "told"),
+    [
+        ({"leaves": {"size": {"about": "x", "sizes": 2}}}, "leaves.size.sizes = 2: unknown key; did you mean size?"),
+        ({"leaves": {"b": {"about": "x", "zz": 2}}}, "leaves.b.zz = 2: unknown key; known keys here: about, size"),
+        ({"leaves": {"b": {}}}, "leaves.b.about = (missing): this key is needed; add it"),
+        ({"leaves": {"b": 3}}, "leaves.b = 3: "),
+        ({"leafs": {}}, "leafs = {}: unknown key; did you mean leaf?"),
+        ({"rows": [{"about": "x"}, {"about": "x", "size": "y"}]}, "rows.1.size = y: "),
+        ({"leaf": {"about": "x", "size": "y"}}, "leaf.size = y: "),
+    ],
+)
+def test_the_key_is_named_as_it_stands_in_the_file(tree: dict, told: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Root.model_validate(tree)
+    assert str(described(error.value, Root)).startswith(told)
