@@ -396,4 +396,4 @@ def test_the_experiments_that_come_along_can_be_run(path):
     """Every arm of each, with its budgets: what extends another follows its changes."""
     experiment = load_experiment(path)
     assert experiment.name == path.stem
-    assert {job.arm for job in jobs(experiment, lambda job: 3.0)} == set(experiment.arms)
+    assert {job.arm for job in jobs(experiment, lambda job: -job.lr)} == set(experiment.arms)
