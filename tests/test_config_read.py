@@ -26,6 +26,10 @@ def read(tmp_path: Path, text: str) -> dict:
         ("a:\n- {x: 1}\n- x: 1\n  x: 2\n", "x stands twice in"),
         ("1: a\n1: b\n", "1 stands twice in"),
         ("? [1]\n: a\n", "unhashable key"),
+        ("b: &b {x: 1}\nc: {<<: *b, <<: *b}\n", "<< stands twice"),
+        ("a: 2024-13-45\n", "month must be"),
+        ("[" * 9000, "recursion"),
+        ("a: \x00", "special characters"),
     ],
 )
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, told: str) -> None:
@@ -43,10 +47,18 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, told: str
         "base: &b {x: 1, y: 2}\nc: {<<: *b, x: 3}\n",
         "one: &1 {x: 1}\ntwo: &2 {y: 1}\nc: {<<: [*1, *2]}\n",
         "a: [{x: 1}, {x: 2}]\n",
+        "a: &a {x: 1}\nfirst:\n  inner: &b {<<: *a, x: 3}\nsecond: {<<: *b, y: 1}\n",
     ],
 )
 def test_what_is_read_is_what_pyyaml_reads(tmp_path: Path, text: str) -> None:
     assert read(tmp_path, text) == yaml.safe_load(text)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, told in ((tmp_path, "cannot be read (Is a directory)"), (tmp_path / "none", "no such file")):
+        with pytest.raises(UserError, match=r"^--config = ") as refused:
+            read_tree(path, "--config", "y.yaml")
+        assert told in str(refused.value)
 
 
 class Leaf(BaseModel, extra="forbid"):
@@ -67,6 +79,7 @@ class Root(BaseModel, extra="forbid"):
         ({"leaves": {"b": {"about": "x", "zz": 2}}}, "leaves.b.zz = 2: unknown key; known keys here: about, size"),
         ({"leaves": {"b": {}}}, "leaves.b.about = (missing): this key is needed; add it"),
         ({"leaves": {"b": 3}}, "leaves.b = 3: "),
+        ({"leaves": {"b": {"abuot": 1}}}, "leaves.b.abuot = 1: unknown key; did you mean about?"),
         ({"leafs": {}}, "leafs = {}: unknown key; did you mean leaf?"),
         ({"rows": [{"about": "x"}, {"about": "x", "size": "y"}]}, "rows.1.size = y: "),
         ({"leaf": {"about": "x", "size": "y"}}, "leaf.size = y: "),

@@ -137,7 +137,7 @@ def test_the_digest_is_of_the_mathematics(tmp_path):
     assert {digest(**{key: value}) for key, value in same.items()} == {plain}
     others = {
         "model__d_ff": 64, "train__gradient_clipping": 0.5, "optimizer__eps": 1e-6, "eval__every": 5,
-        "growth__moments": "grow", "data__valid": "v", "train__kernels": "eager", "init_from": "x",
+        "growth__moments": "reset", "data__valid": "v", "train__kernels": "eager", "init_from": "x",
     }  # fmt: skip
     found = {digest(**{key: value}) for key, value in others.items()}
     assert len(found - {plain}) == len(others)
@@ -279,7 +279,7 @@ def grow(*stages, **keys):
         (grow(A, C), grow(A, C), Common(2, INF)),
         (grow(A, C), grow(A, C) | MORE, Common(2, 70.0)),
         (grow(A, C), grow(A, C, write="clone"), Common(0, INF)),
-        (grow(A, C), grow(A, C, moments="grow", depth="stack") | MORE, Common(0, 70.0)),
+        (grow(A, C), grow(A, C, moments="reset", depth="stack") | MORE, Common(0, 70.0)),
         (grow(A, B, C), grow(A, C), Common(1, INF)),
         (grow(A, C), grow(B, C), Common(0, INF)),
         (grow(A, C), grow(A, C, trigger={"kappa": 0.6}), NONE),

@@ -172,15 +172,15 @@ def load_experiment(path: Path) -> Experiment:
     return experiment
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...] = (), key: str = "experiment") -> dict[str, Any]:
     """The file's keys, laid over those of the experiment beside it that it `extends`."""
-    tree = read_tree(path, "experiment", "benchmarks/growth/screen.yaml")
+    tree = read_tree(path, key, "benchmarks/growth/screen.yaml")
     below = tree.pop("extends", None)
     if below is None:
         return tree
     if not isinstance(below, str) or (path.parent / below).resolve() in (*above, path.resolve()):
         raise UserError(f"{path}: extends", below, "is no other file", "name an experiment beside this one")
-    return overlaid(_read(path.parent / below, (*above, path.resolve())), tree)
+    return overlaid(_read(path.parent / below, (*above, path.resolve()), f"{path}: extends"), tree)
 
 
 def _check_names(experiment: Experiment, path: Path) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from megabus.config.auto import AUTO, written_out
-from megabus.config.read import described, read_tree
+from megabus.config.read import described, read_tree, yaml_value
 from megabus.config.schema import RunConfig
 from megabus.errors import UserError
 
@@ -39,7 +38,7 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
             raise UserError("growth", tree["growth"], "is no section of keys", f"write {AUTO}, or the sizes to grow to")
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise described(error, RunConfig) from None
+        raise described(error, RunConfig, "add it to the file or as an override") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -47,8 +46,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError("override", override, "is not of the form key=value", "write e.g. train.max_tokens=1e6")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yaml_value(text)
+    except ValueError as error:
         raise UserError(key, text, f"is not a YAML value ({error})", "quote the value") from error
     node: Any = tree
     *parents, last = key.split(".")

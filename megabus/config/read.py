@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -16,36 +16,51 @@ from megabus.errors import UserError
 class _NoKeyTwice(yaml.SafeLoader):
     """YAML forbids a key twice in one mapping; PyYAML takes the last and says nothing."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):  # the others are refused below
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:  # as they are written: what `<<` merges comes later
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value} stands twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+def yaml_value(text: str) -> Any:
+    """What a YAML text says. Raises ValueError, in one line, where it says nothing or a key twice."""
+    try:
+        return yaml.load(text, _NoKeyTwice)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML's own of dates and numbers, of deep nesting
+        raise ValueError(" ".join(f"{error}".split()) or type(error).__name__) from error
 
 
 def read_tree(path: Path, key: str, start_from: str) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises `UserError` about `key` where there is none to be had; `start_from`: a
     file that shows how one looks."""
-    if not path.is_file():
-        raise UserError(key, path, "no such file", f"give the path of a YAML file such as {start_from}")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _NoKeyTwice)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(key, path, f"not valid YAML ({' '.join(str(error).split())})", "mend the file") from error
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(key, path, "no such file", f"give the path of a YAML file such as {start_from}") from None
+    except OSError as error:
+        raise UserError(key, path, f"cannot be read ({error.strerror})", "name a YAML file that can") from error
+    try:
+        tree = yaml_value(text.decode("utf-8"))
+    except ValueError as error:
+        raise UserError(key, path, f"not valid YAML ({error})", "mend the file") from error
     if not isinstance(tree, dict):
         raise UserError(key, path, "holds no keys", f"start from {start_from}")
     return tree
 
 
-def described(error: ValidationError, root: type[BaseModel]) -> UserError:
-    """The first of pydantic's complaints about a `root`: the key as it stands in the file, and a remedy."""
-    first = error.errors()[0]
+def described(error: ValidationError, root: type[BaseModel], add: str = "add it") -> UserError:
+    """One of pydantic's complaints about a `root`: the key as it stands in the file, and a remedy.
+
+    `add`: the remedy for a key that is missing.
+    """
+    found = error.errors()
+    # What is missing may be there, misspelt.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     where, known = _locate(root, first["loc"])
     key, value = ".".join(where), first["input"]
     if first["type"] == "extra_forbidden":
@@ -54,7 +69,7 @@ def described(error: ValidationError, root: type[BaseModel]) -> UserError:
         hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(sorted(known))}"
         return UserError(".".join([*where, unknown]), value, "unknown key", hint)
     if first["type"] == "missing":
-        return UserError(key, "(missing)", "this key is needed", "add it to the file or as an override")
+        return UserError(key, "(missing)", "this key is needed", add)
     return UserError(key, value, first["msg"], "give a value of that kind")
 
 
