@@ -220,8 +220,8 @@ class GrowthConfig(Section):
     )
     moments: Literal["reset", "carry", "grow"] = Field(
         "grow",
-        description="Adam's moments: afresh, the originals' kept, all mapped; the last two send and hold three times as much "
-        "in a growth as afresh does",
+        description="Adam's moments: afresh, the originals' kept, all mapped; the last two send and hold three times "
+        "as much in a growth as afresh does",
     )
     boost: BoostConfig | None = None
     buffer_mb: Count = Field(256, description="most MiB that growing takes on a rank beside its old and its new shard")
