@@ -361,7 +361,7 @@ def test_a_law_is_held_against_what_grew(tmp_path):
         "growth": {"max_tokens": 1024, "trigger": small.TRIGGER, "stages": [{"d_model": 36, "n_heads": 2, "d_ff": 62}]}
     }
     arms = {
-        "scratch": small.arm(budgets=[1, 2, 4], law=True),
+        "scratch": small.arm(budgets=[1, 2, 4], law=True, seeds=[0, 1]),
         "little": small.arm(budgets=[1, 2, 4], law=True, set={"model": size}),
         "middle": small.arm(budgets=[1, 2, 4], law=True, set={"model": size | {"d_ff": 50}}),
         "grown": small.arm(set={"model": size, **stages}),
@@ -375,6 +375,7 @@ def test_a_law_is_held_against_what_grew(tmp_path):
             loss = 1.2 + 80 * n**-0.31 + 200 * tokens**-0.337 + (arm == "other")
             row = small.result(experiment, arm, 0, budget, loss=loss)
             results.add(replace(row, n_params=int(n), tokens=tokens))
+    results.add(small.result(experiment, "scratch", 1, 1.0, loss=9.0))  # of a seed that the other sizes lack
     assert "No law yet" in report(experiment, Results(tmp_path / "none.jsonl"), None)
     growth = GROWTH | {"tokens": 4000}
     results.add(replace(small.result(experiment, "grown", loss=9.0, growths=[growth]), tokens=10_000))

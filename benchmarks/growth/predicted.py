@@ -25,7 +25,12 @@ def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     """The law fitted to the arms that are marked for it, and for every arm that grows the plan of its sizes to the loss
     that it ended with."""
     fixed = [g for g in found if g.finite and experiment.arms[g.arm].law]
-    points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.finite]
+    # Of seeds that all those arms have: else one's luck, which the other sizes do not share, looks like a size's loss.
+    seeds = [
+        {run.seed for g in fixed if g.arm == arm for run in g.finite} for arm in dict.fromkeys(g.arm for g in fixed)
+    ]
+    common = set.intersection(*seeds) if seeds else set()
+    points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.finite if run.seed in common]
     try:
         fitted = fit_law([(float(n), float(d), loss) for n, d, loss in points])
         law = ScalingLaw(**fitted.coefficients)
