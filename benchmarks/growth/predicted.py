@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,14 +24,12 @@ def stages_of(experiment: Experiment, group: Group) -> list[Stage]:
 
 def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     """The law fitted to the arms that are marked for it, and for every arm that grows the plan of its sizes to the loss
-    that it ended with."""
-    fixed = [g for g in found if g.finite and experiment.arms[g.arm].law]
-    # Of seeds that all those arms have: else one's luck, which the other sizes do not share, looks like a size's loss.
-    seeds = [
-        {run.seed for g in fixed if g.arm == arm for run in g.finite} for arm in dict.fromkeys(g.arm for g in fixed)
-    ]
-    common = set.intersection(*seeds) if seeds else set()
-    points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.finite if run.seed in common]
+    that it ended with: of seeds that all law arms have, at each of their budgets."""
+    seeds = [{run.seed for run in g.finite} for g in found if g.finite and experiment.arms[g.arm].law]
+    common = set.intersection(*seeds) if seeds else set()  # other seeds, of some sizes and budgets only, are other data
+    narrowed = [replace(g, runs=[run for run in g.finite if run.seed in common]) for g in found]
+    fixed = [g for g in narrowed if g.runs and experiment.arms[g.arm].law]
+    points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.runs]
     try:
         fitted = fit_law([(float(n), float(d), loss) for n, d, loss in points])
         law = ScalingLaw(**fitted.coefficients)
@@ -46,7 +45,7 @@ def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
         "| arm | budget | loss | FLOPs by the law | FLOPs taken | tokens of each size by the law | taken |",
         "|---|---|---|---|---|---|---|",
     ]
-    for group in found:
+    for group in narrowed:
         if not any(run.growths for run in group.finite):
             continue
         stages = stages_of(experiment, group)
