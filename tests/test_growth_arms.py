@@ -112,6 +112,9 @@ def test_what_is_odd_is_named(tmp_path, changes, words):
         (["report", "--out", __file__], "--out"),
         (["report", "--only", "scratch"], "--only"),
         (["list", "--only", "nobody"], "--only"),
+        (["list", "--only", ""], "--only"),
+        (["run", "--hours", "-1"], "--hours"),
+        (["run", "--hours", "nan"], "--hours"),
     ],
 )
 def test_a_command_that_cannot_be_is_refused(tmp_path, monkeypatch, words, key):

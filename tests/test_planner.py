@@ -395,5 +395,6 @@ def test_the_tool_refuses(tmp_path):
     assert "--compare" in (text := refusal(config, "--compare", bad["has no validation loss"]))
     assert "has sizes of 0.00M parameters, and none of the plan's" in text
     assert "is no number of sizes" in refusal(config, "--max-stages", "0", "--propose")
+    assert "is no number of ranks" in refusal(config, "--world", "0")
     assert "is of a proposal" in refusal(config, "--max-stages", "3")
     assert tool(config, "--max-stages", "2", "--propose").returncode == 0

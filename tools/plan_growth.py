@@ -43,6 +43,8 @@ def main() -> int:
     parser.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes")
     parser.add_argument("--compare", metavar="RUN_DIR", help="a run of these stages: what happened")
     args = parser.parse_intermixed_args()
+    if args.world is not None and args.world < 1:
+        raise UserError("--world", args.world, "is no number of ranks", "give 1 or more")
     if args.max_stages is not None and args.max_stages < 1:
         raise UserError("--max-stages", args.max_stages, "is no number of sizes", "give 1 or more")
     config = load_config(args.config, args.overrides)

@@ -40,7 +40,7 @@ def main() -> int:
     if path.is_dir() or (told and not path.exists()):
         raise UserError("--results", path, "is no file of results", "name one, or run the experiment first")
     results = Results(path)
-    only = tuple(args.only.split(",")) if args.only else ()
+    only = () if args.only is None else tuple(args.only.split(","))
     for name in only:
         if name not in experiment.arms:
             raise UserError("--only", name, "is no arm", f"name some of {', '.join(experiment.arms)}")
@@ -50,6 +50,8 @@ def main() -> int:
         raise UserError("--out", args.out, "is no directory", "name one, or a path that is free")
     if args.jobs < 1:
         raise UserError("--jobs", args.jobs, "runs nothing", "give 1 or more")
+    if args.hours is not None and not args.hours > 0:
+        raise UserError("--hours", args.hours, "is no time to run for", "give more than 0, or leave it out")
     if args.what == "list":
         return _list(experiment, results, only)
     if args.what == "run":
