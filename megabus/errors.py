@@ -19,6 +19,10 @@ class UserError(Exception):
         text = f"{key} = {value}: {problem}; {remedy}"
         super().__init__(" ".join(text.split()))
 
+    def within(self, where: str) -> UserError:
+        """The same of a key inside of something that is named."""
+        return UserError(f"{where}: {self.key}", self.value, self.problem, self.remedy)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle their args, here the text, where __init__ wants its parts.
         return type(self), (self.key, str(self.value), self.problem, self.remedy)

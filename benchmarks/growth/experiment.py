@@ -151,8 +151,7 @@ def load_experiment(path: Path) -> Experiment:
     try:
         experiment = Experiment.model_validate(_read(path))
     except ValidationError as error:
-        found = described(error, Experiment)
-        raise UserError(f"{path}: {found.key}", found.value, found.problem, found.remedy) from None
+        raise described(error, Experiment).within(f"{path}") from None
     _check_names(experiment, path)
     for name in experiment.arms:
         _check_own(experiment.tree(name), f"{path}: arms.{name}")
@@ -163,7 +162,7 @@ def load_experiment(path: Path) -> Experiment:
         try:
             resolve_stages(job.asked, world_size=1)
         except UserError as error:
-            raise UserError(f"{path}: arms.{name}: {error.key}", error.value, error.problem, error.remedy) from None
+            raise error.within(f"{path}: arms.{name}") from None
         if experiment.arms[name].caps and not grows:  # what is no growth at all has been refused above
             problem = "are of an arm that does not grow by stages of its own"
             raise UserError(

@@ -28,11 +28,11 @@ class _NoKeyTwice(yaml.SafeLoader):
 
 
 def yaml_value(text: str) -> Any:
-    """What a YAML text says. Raises ValueError, in one line, where it says nothing or a key twice."""
+    """What a YAML text says. Raises ValueError where it says nothing or a key twice."""
     try:
         return yaml.load(text, _NoKeyTwice)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML's own of dates and numbers, of deep nesting
-        raise ValueError(" ".join(f"{error}".split()) or type(error).__name__) from error
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def read_tree(path: Path, key: str, start_from: str) -> dict[str, Any]:
