@@ -25,8 +25,12 @@ def stages_of(experiment: Experiment, group: Group) -> list[Stage]:
 def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     """The law fitted to the arms that are marked for it, and for every arm that grows the plan of its sizes to the loss
     that it ended with: of seeds that all law arms have, at each of their budgets."""
-    seeds = [{run.seed for run in g.finite} for g in found if g.finite and experiment.arms[g.arm].law]
-    common = set.intersection(*seeds) if seeds else set()  # other seeds, of some sizes and budgets only, are other data
+    marked = [g for g in found if g.finite and experiment.arms[g.arm].law]
+    arms = ", ".join(dict.fromkeys(g.arm for g in marked))
+    # other seeds, of some sizes and budgets only, are other data
+    common = set.intersection(*({run.seed for run in g.finite} for g in marked)) if marked else set()
+    if marked and not common:
+        return f"No law yet: no seed has a run of every arm that is marked ({arms})."
     narrowed = [replace(g, runs=[run for run in g.finite if run.seed in common]) for g in found]
     fixed = [g for g in narrowed if g.runs and experiment.arms[g.arm].law]
     points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.runs]
@@ -38,7 +42,6 @@ def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     except ValueError as error:  # of a coefficient that no configuration takes
         return f"No law yet: {' '.join(str(error).split())}."
     form = f"{law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}"
-    arms = ", ".join(dict.fromkeys(g.arm for g in fixed))
     lines = [
         f"L(N, D) = {form}, from {fitted.n_points} runs of fixed sizes ({arms}), {fitted.rms:.4f} nats rms.",
         "",
