@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
+from megabus.config import load_config
 from megabus.config.read import described, read_tree
 from megabus.errors import UserError
 
@@ -66,10 +68,18 @@ class Leaf(BaseModel, extra="forbid"):
     about: str
 
 
+def _even(value: int) -> int:
+    if value % 2:
+        raise ValueError("is odd; give an even number")
+    return value
+
+
 class Root(BaseModel, extra="forbid"):
     leaves: dict[str, Leaf] = {}
     rows: list[Leaf] = []
     leaf: Leaf | int = 1
+    even: Annotated[int, AfterValidator(_even)] = 2
+    either: int | str = 1
 
 
 @pytest.mark.parametrize(
@@ -78,14 +88,28 @@ class Root(BaseModel, extra="forbid"):
         ({"leaves": {"size": {"about": "x", "sizes": 2}}}, "leaves.size.sizes = 2: unknown key; did you mean size?"),
         ({"leaves": {"b": {"about": "x", "zz": 2}}}, "leaves.b.zz = 2: unknown key; known keys here: about, size"),
         ({"leaves": {"b": {}}}, "leaves.b.about = (missing): this key is needed; add it"),
-        ({"leaves": {"b": 3}}, "leaves.b = 3: "),
+        ({"leaves": {"b": 3}}, "leaves.b = 3: is no section of keys; give its keys, or {} for their defaults"),
         ({"leaves": {"b": {"abuot": 1}}}, "leaves.b.abuot = 1: unknown key; did you mean about?"),
         ({"leafs": {}}, "leafs = {}: unknown key; did you mean leaf?"),
         ({"rows": [{"about": "x"}, {"about": "x", "size": "y"}]}, "rows.1.size = y: "),
         ({"leaf": {"about": "x", "size": "y"}}, "leaf.size = y: "),
+        ({"even": 3}, "even = 3: is odd; give an even number"),
+        (
+            {"either": []},
+            "either = []: Input should be a valid integer, or: Input should be a valid string; give a value",
+        ),
     ],
 )
 def test_the_key_is_named_as_it_stands_in_the_file(tree: dict, told: str) -> None:
     with pytest.raises(ValidationError) as error:
         Root.model_validate(tree)
     assert str(described(error.value, Root)).startswith(told)
+
+
+def test_an_override_undoes_none_that_comes_before_it() -> None:
+    demo = Path(__file__).parents[1] / "configs/demo.yaml"
+    for first, second in (("growth.write=clone", "growth={}"), ("growth.write=clone", "growth=auto")):
+        with pytest.raises(UserError, match=rf"^growth = .*: would undo {first}, which comes before; name it first"):
+            load_config(demo, [first, second])
+    assert load_config(demo, ["growth={}", "growth.write=clone"]).growth.write == "clone"
+    assert load_config(demo, ["train.seed=1", "train.seed=2"]).train.seed == 2

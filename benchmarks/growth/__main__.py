@@ -58,6 +58,9 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: runs save
         done = Runner(experiment, results, args.work, machine()).run(args.jobs, only, args.hours)
         return 0 if done else 75
+    if not any(results.get(job) for job in jobs(experiment, results.loss_of, only)):
+        problem = f"holds no run that {args.experiment} asks for{f' of {args.only}' if only else ''}"
+        raise UserError("--results", path, problem, "run the experiment first")
     if args.what == "instants":
         from benchmarks.growth.groups import groups
         from benchmarks.growth.instants import instants_table

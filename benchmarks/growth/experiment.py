@@ -10,13 +10,14 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from megabus.config import RunConfig, parse_config, resolve_stages
 from megabus.config.read import described, read_tree
@@ -29,10 +30,21 @@ OWN_KEYS = {
     "run_dir": "leave it out: runs live under --work",
     "train.seed": "name it in `seeds`",
     "train.max_flops": "name it in `budget` and `budgets`",
+    "train.max_tokens": "name FLOPs in `budget` and `budgets`",
+    "train.max_steps": "name FLOPs in `budget` and `budgets`",
     "optimizer.lr": "name it in the arm's `lr`",
 }
 MOST_DRAWN = 6  # curves that can be told apart
-Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # becomes part of a file's name, and of a list with commas
+
+
+def _name(text: str) -> str:
+    """It becomes part of a file's name, and of a list with commas."""
+    if re.fullmatch(r"\w[\w.-]*", text) is None:
+        raise ValueError("is no name; use letters, digits, _, . and -, the last two not in front")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
 
 
 class Rate(Section):
@@ -45,7 +57,7 @@ class Rate(Section):
     @model_validator(mode="after")
     def _one(self) -> Rate:
         if sum(x is not None for x in (self.value, self.tune, self.of)) != 1:
-            raise ValueError("give a number, `tune: [...]`, or `of: ARM`")
+            raise ValueError("is no rate, or more than one; give a number, `tune: [...]`, or `of: ARM`")
         return self
 
 
@@ -75,6 +87,7 @@ class Experiment(Section):
     compared with.
     """
 
+    extends: str | None = Field(None, description="experiment beside this one that its keys are laid over")
     name: Name
     budget: Positive
     seeds: list[int] = Field(min_length=1)
@@ -174,7 +187,7 @@ def load_experiment(path: Path) -> Experiment:
 def _read(path: Path, above: tuple[Path, ...] = (), key: str = "experiment") -> dict[str, Any]:
     """The file's keys, laid over those of the experiment beside it that it `extends`."""
     tree = read_tree(path, key, "benchmarks/growth/screen.yaml")
-    below = tree.pop("extends", None)
+    below = tree.get("extends")
     if below is None:
         return tree
     if not isinstance(below, str) or (path.parent / below).resolve() in (*above, path.resolve()):

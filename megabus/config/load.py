@@ -21,8 +21,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree = read_tree(Path(path), "--config", "configs/demo.yaml")
     had_stages = isinstance(tree.get("growth"), dict) and bool(tree["growth"].get("stages"))
-    for override in overrides:
+    for number, override in enumerate(overrides):
         _apply(tree, override)
+        key = override.partition("=")[0]
+        if lost := next((one for one in overrides[:number] if one.startswith(f"{key}.")), None):
+            problem = f"would undo {lost}, which comes before"
+            raise UserError(key, override.partition("=")[2], problem, "name it first, or leave one of them out")
     if had_stages and tree.get("growth") == AUTO:
         problem = "would end with the file's first size, and the file names larger ones"
         raise UserError("growth", AUTO, problem, "write it into a file whose model section is the size to end with")

@@ -70,7 +70,14 @@ def described(error: ValidationError, root: type[BaseModel], add: str = "add it"
         return UserError(".".join([*where, unknown]), value, "unknown key", hint)
     if first["type"] == "missing":
         return UserError(key, "(missing)", "this key is needed", add)
-    return UserError(key, value, first["msg"], "give a value of that kind")
+    if first["type"] in ("model_type", "dict_type"):
+        return UserError(key, value, "is no section of keys", "give its keys, or {} for their defaults")
+    if first["type"] == "value_error":  # our own: what is wrong; what to do
+        problem, _, remedy = str(first["ctx"]["error"]).partition("; ")
+        return UserError(key, value, problem, remedy)
+    # All that a union would take: pydantic complains about each of its members.
+    kinds = dict.fromkeys(one["msg"] for one in found if _locate(root, one["loc"])[0] == where)
+    return UserError(key, value, ", or: ".join(kinds), "give a value of that kind")
 
 
 def _locate(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
