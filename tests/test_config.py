@@ -132,7 +132,7 @@ def test_unknown_keys(base: Path, override: str, key: str, meant: str | None) ->
         ("growth.stages=7", "growth.stages", "7"),
         ("growth.stages.1.kappa=2", "growth.stages.1.kappa", "2"),
         ("growth.trigger.smoothing=1", "growth.trigger.smoothing", "1"),
-        ("growth.trigger.constant=[1, x]", "growth.trigger.constant", "[1, 'x']"),
+        ("growth.trigger.constant=[1, x]", "growth.trigger.constant.1", "x"),
         ("growth.trigger.reference=[[1e6, 3], [-2, 3]]", "growth.trigger.reference.1.0", "-2"),
         ("data.train=7", "data.train", "7"),
         ("data.train=[{path: a, weight: 0}]", "data.train.0.weight", "0"),

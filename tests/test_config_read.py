@@ -74,12 +74,18 @@ def _even(value: int) -> int:
     return value
 
 
+def _bad(_: int) -> int:
+    raise ValueError("is bad")
+
+
 class Root(BaseModel, extra="forbid"):
     leaves: dict[str, Leaf] = {}
     rows: list[Leaf] = []
     leaf: Leaf | int = 1
     even: Annotated[int, AfterValidator(_even)] = 2
     either: int | str = 1
+    lists: int | list[int] = 1
+    bad: Annotated[int, AfterValidator(_bad)] = 2
 
 
 @pytest.mark.parametrize(
@@ -88,11 +94,18 @@ class Root(BaseModel, extra="forbid"):
         ({"leaves": {"size": {"about": "x", "sizes": 2}}}, "leaves.size.sizes = 2: unknown key; did you mean size?"),
         ({"leaves": {"b": {"about": "x", "zz": 2}}}, "leaves.b.zz = 2: unknown key; known keys here: about, size"),
         ({"leaves": {"b": {}}}, "leaves.b.about = (missing): this key is needed; add it"),
-        ({"leaves": {"b": 3}}, "leaves.b = 3: is no section of keys; give its keys, or {} for their defaults"),
+        ({"leaves": {"b": 3}}, "leaves.b = 3: is no section of keys; give its keys (about, size)"),
+        ({"leaves": 3}, "leaves = 3: is no section of keys; give names and values"),
+        (
+            {"leaf": "x"},
+            "leaf = x: Input should be a valid dictionary or instance of Leaf, or: Input should be a valid int",
+        ),
+        ({"lists": [1, "x"]}, "lists.1 = x: Input should be a valid integer"),
         ({"leaves": {"b": {"abuot": 1}}}, "leaves.b.abuot = 1: unknown key; did you mean about?"),
         ({"leafs": {}}, "leafs = {}: unknown key; did you mean leaf?"),
         ({"rows": [{"about": "x"}, {"about": "x", "size": "y"}]}, "rows.1.size = y: "),
         ({"leaf": {"about": "x", "size": "y"}}, "leaf.size = y: "),
+        ({"bad": 3}, "bad = 3: is bad; give another value"),
         ({"even": 3}, "even = 3: is odd; give an even number"),
         (
             {"either": []},
@@ -106,10 +119,27 @@ def test_the_key_is_named_as_it_stands_in_the_file(tree: dict, told: str) -> Non
     assert str(described(error.value, Root)).startswith(told)
 
 
-def test_an_override_undoes_none_that_comes_before_it() -> None:
-    demo = Path(__file__).parents[1] / "configs/demo.yaml"
-    for first, second in (("growth.write=clone", "growth={}"), ("growth.write=clone", "growth=auto")):
-        with pytest.raises(UserError, match=rf"^growth = .*: would undo {first}, which comes before; name it first"):
-            load_config(demo, [first, second])
-    assert load_config(demo, ["growth={}", "growth.write=clone"]).growth.write == "clone"
-    assert load_config(demo, ["train.seed=1", "train.seed=2"]).train.seed == 2
+DEMO = Path(__file__).parents[1] / "configs/demo.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "undone"),
+    [
+        (["growth.write=clone", "growth={}"], "growth = {}: would undo growth.write=clone, which comes before; leave"),
+        (["growth.write=clone", "growth=auto"], "growth = auto: would undo growth.write=clone"),
+        (["growth.stages.0.lr=1", "growth.stages=[]"], "growth.stages = []: would undo growth.stages.0.lr=1"),
+        (["growth.stages.0.lr=1", "growth={}", "growth={stages: []}"], "growth = {stages: []}: would undo"),
+        (["train.seed=1", "train=3"], "train = 3: would undo train.seed=1"),
+        (["train.seed=1", "train=[3]"], "train = [3]: would undo train.seed=1"),
+    ],
+)
+def test_a_section_does_not_undo_a_key_of_its_own(overrides: list[str], undone: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(DEMO, overrides)
+    assert str(refused.value).startswith(undone)
+
+
+def test_a_section_that_leaves_a_key_as_it_was_undoes_nothing() -> None:
+    assert load_config(DEMO, ["growth={}", "growth.write=clone"]).growth.write == "clone"
+    assert load_config(DEMO, ["growth.write=clone", "growth={write: clone}"]).growth.write == "clone"
+    assert load_config(DEMO, ["growth.write=clone", "growth={}", "growth.write=clone"]).growth.write == "clone"

@@ -94,10 +94,7 @@ def test_every_key_of_an_experiment_is_explained():
         ({"arms": {"scratch": arm(set={"optimizer": {"lr": 5}})}}, ["arms.scratch: optimizer.lr = 5", "do nothing"]),
         ({"arms": {"scratch": arm(set={"train": {"seed": 5}})}}, ["arms.scratch: train.seed = 5", "do nothing"]),
         ({"name": "../x"}, ["name = ../x: is no name; use letters"]),
-        (
-            {"base": spec()["base"] | {"train": {"seq_len": 16, "max_tokens": 9}}},
-            ["train.max_tokens = 9", "do nothing"],
-        ),
+        ({"arms": {"scratch": arm(lr=None)}}, ["arms.scratch.lr = {}: is not one rate; give a number"]),
         ({"extend": "x.yaml"}, ["extend = x.yaml: unknown key; did you mean extends?"]),
         ({"extends": 5}, ["extends = 5", "is no other file"]),
         ({"extends": "tiny.yaml"}, ["extends = tiny.yaml", "is no other file"]),
@@ -112,8 +109,8 @@ def test_what_is_odd_is_named(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("words", "key"),
     [
-        (["report", "--results", "."], "--results"),
-        (["report", "--results", "absent.jsonl"], "--results"),
+        (["report", "--results", "."], "--results = .*is no file of results"),
+        (["report", "--results", "absent.jsonl"], "--results = .*holds no run"),
         (["report", "--out", __file__], "--out"),
         (["report"], "--results = .*holds no run that .*tiny.yaml asks for"),
         (["instants", "--only", "scratch"], "--results = .*holds no run that .*tiny.yaml asks for of scratch"),

@@ -59,7 +59,7 @@ def test_seeds_that_not_all_marked_arms_have_are_left_out(tmp_path):
     *_, runs = coefficients(table_of(tmp_path, odd_is_marked=False, odd_arm="large", odd_seed=9))
     assert runs == 9
     table = table_of(tmp_path, odd_is_marked=True, odd_seed=9)
-    assert table == "No law yet: no seed has a run of every arm that is marked (small, middle, large, odd)."
+    assert table == "No law yet: no seed has every marked arm (small, middle, large, odd) at each of its budgets."
 
 
 def test_a_bound_holds_as_it_is_printed():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.__main__ import machine
 from benchmarks.growth.experiment import Experiment, best_rate, jobs, load_experiment
+from benchmarks.growth.groups import groups
 from benchmarks.growth.results import Results
 from benchmarks.growth.runner import Runner
 from megabus.command import Parser, run
@@ -36,9 +37,8 @@ def main() -> int:
     args = parser.parse_args()
     experiment = load_experiment(args.experiment)
     path = args.results or args.experiment.parent / "results" / f"{experiment.name}.jsonl"
-    told = args.what in ("report", "instants")
-    if path.is_dir() or (told and not path.exists()):
-        raise UserError("--results", path, "is no file of results", "name one, or run the experiment first")
+    if path.is_dir():
+        raise UserError("--results", path, "is no file of results", "name one")
     results = Results(path)
     only = () if args.only is None else tuple(args.only.split(","))
     for name in only:
@@ -58,14 +58,14 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: runs save
         done = Runner(experiment, results, args.work, machine()).run(args.jobs, only, args.hours)
         return 0 if done else 75
-    if not any(results.get(job) for job in jobs(experiment, results.loss_of, only)):
+    found = [group for group in groups(experiment, results) if not only or group.arm in only]
+    tuned = any(results.get(job) for job in jobs(experiment, results.loss_of))  # of which a report can tell
+    if not found and not (tuned and args.what == "report"):
         problem = f"holds no run that {args.experiment} asks for{f' of {args.only}' if only else ''}"
-        raise UserError("--results", path, problem, "run the experiment first")
+        raise UserError("--results", path, problem, "run the experiment first, or name the file that does")
     if args.what == "instants":
-        from benchmarks.growth.groups import groups
         from benchmarks.growth.instants import instants_table
 
-        found = [group for group in groups(experiment, results) if not only or group.arm in only]
         say(instants_table(experiment, found))
         return 0
     from benchmarks.growth.report import report

@@ -30,8 +30,6 @@ OWN_KEYS = {
     "run_dir": "leave it out: runs live under --work",
     "train.seed": "name it in `seeds`",
     "train.max_flops": "name it in `budget` and `budgets`",
-    "train.max_tokens": "name FLOPs in `budget` and `budgets`",
-    "train.max_steps": "name FLOPs in `budget` and `budgets`",
     "optimizer.lr": "name it in the arm's `lr`",
 }
 MOST_DRAWN = 6  # curves that can be told apart
@@ -57,12 +55,12 @@ class Rate(Section):
     @model_validator(mode="after")
     def _one(self) -> Rate:
         if sum(x is not None for x in (self.value, self.tune, self.of)) != 1:
-            raise ValueError("is no rate, or more than one; give a number, `tune: [...]`, or `of: ARM`")
+            raise ValueError("is not one rate; give a number, `tune: [...]`, or `of: ARM`")
         return self
 
 
 def _rate(value: Any) -> Any:
-    return value if isinstance(value, dict) else {"value": value}
+    return value if isinstance(value, dict) else {} if value is None else {"value": value}
 
 
 class Arm(Section):
@@ -87,7 +85,7 @@ class Experiment(Section):
     compared with.
     """
 
-    extends: str | None = Field(None, description="experiment beside this one that its keys are laid over")
+    extends: str | None = None  # what the file was laid over: here so that a misspelt one is known
     name: Name
     budget: Positive
     seeds: list[int] = Field(min_length=1)

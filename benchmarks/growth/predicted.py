@@ -30,7 +30,7 @@ def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     # other seeds, of some sizes and budgets only, are other data
     common = set.intersection(*({run.seed for run in g.finite} for g in marked)) if marked else set()
     if marked and not common:
-        return f"No law yet: no seed has a run of every arm that is marked ({arms})."
+        return f"No law yet: no seed has every marked arm ({arms}) at each of its budgets."
     narrowed = [replace(g, runs=[run for run in g.finite if run.seed in common]) for g in found]
     fixed = [g for g in narrowed if g.runs and experiment.arms[g.arm].law]
     points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.runs]

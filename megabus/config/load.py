@@ -21,12 +21,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree = read_tree(Path(path), "--config", "configs/demo.yaml")
     had_stages = isinstance(tree.get("growth"), dict) and bool(tree["growth"].get("stages"))
-    for number, override in enumerate(overrides):
+    for override in overrides:
         _apply(tree, override)
-        key = override.partition("=")[0]
-        if lost := next((one for one in overrides[:number] if one.startswith(f"{key}.")), None):
-            problem = f"would undo {lost}, which comes before"
-            raise UserError(key, override.partition("=")[2], problem, "name it first, or leave one of them out")
+    _check_undone(tree, overrides)
     if had_stages and tree.get("growth") == AUTO:
         problem = "would end with the file's first size, and the file names larger ones"
         raise UserError("growth", AUTO, problem, "write it into a file whose model section is the size to end with")
@@ -43,6 +40,26 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise described(error, RunConfig, "add it to the file or as an override") from None
+
+
+def _check_undone(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """The same key again is a change of mind. A section over a key of its own is an accident."""
+    said = [override.partition("=")[::2] for override in overrides]
+    for number, (key, text) in enumerate(said):
+        above = [(other, told) for other, told in said[number + 1 :] if key.startswith(f"{other}.")]
+        if above and _at(tree, key) != yaml_value(text):
+            other, told = above[-1]
+            raise UserError(other, told, f"would undo {key}={text}, which comes before", "leave one of the two out")
+
+
+def _at(tree: Any, key: str) -> Any:
+    """The value that a key has in the end; None where there is none, which is what a key set to null has."""
+    for part in key.split("."):
+        if isinstance(tree, list):
+            tree = tree[int(part)] if part.isdigit() and int(part) < len(tree) else None
+        else:
+            tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -59,8 +59,7 @@ def described(error: ValidationError, root: type[BaseModel], add: str = "add it"
     `add`: the remedy for a key that is missing.
     """
     found = error.errors()
-    # What is missing may be there, misspelt.
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    first = _closest(root, found)
     where, known = _locate(root, first["loc"])
     key, value = ".".join(where), first["input"]
     if first["type"] == "extra_forbidden":
@@ -70,14 +69,27 @@ def described(error: ValidationError, root: type[BaseModel], add: str = "add it"
         return UserError(".".join([*where, unknown]), value, "unknown key", hint)
     if first["type"] == "missing":
         return UserError(key, "(missing)", "this key is needed", add)
-    if first["type"] in ("model_type", "dict_type"):
-        return UserError(key, value, "is no section of keys", "give its keys, or {} for their defaults")
+    # All that a union would take: pydantic complains about each of its members.
+    complaints = [one for one in found if _locate(root, one["loc"])[0] == where]
+    if all(one["type"] == "model_type" for one in complaints):
+        return UserError(key, value, "is no section of keys", f"give its keys ({', '.join(sorted(known))})")
+    if all(one["type"] == "dict_type" for one in complaints):
+        return UserError(key, value, "is no section of keys", "give names and values")
     if first["type"] == "value_error":  # our own: what is wrong; what to do
         problem, _, remedy = str(first["ctx"]["error"]).partition("; ")
-        return UserError(key, value, problem, remedy)
-    # All that a union would take: pydantic complains about each of its members.
-    kinds = dict.fromkeys(one["msg"] for one in found if _locate(root, one["loc"])[0] == where)
+        return UserError(key, value, problem, remedy or "give another value")
+    kinds = dict.fromkeys(one["msg"] for one in complaints)
     return UserError(key, value, ", or: ".join(kinds), "give a value of that kind")
+
+
+def _closest(root: type[BaseModel], found: Sequence[Any]) -> Any:
+    """The complaint to tell: of an unknown key, since what is missing may be there, misspelt; else the first, or of
+    those within its value the deepest, where a union comes closest to what was meant."""
+    if unknown := next((one for one in found if one["type"] == "extra_forbidden"), None):
+        return unknown
+    where = _locate(root, found[0]["loc"])[0]
+    paths = [_locate(root, one["loc"])[0] for one in found]
+    return max(zip(paths, found, strict=True), key=lambda x: len(x[0]) if x[0][: len(where)] == where else -1)[1]
 
 
 def _locate(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], list[str]]:

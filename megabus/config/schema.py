@@ -44,7 +44,7 @@ class Section(BaseModel):
     def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML's `yes` is no 1: pydantic would take it for a number."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("is true or false where no switch is; give a number or a name")
+            raise ValueError("is true or false where no switch is; quote a word that YAML reads as one")
         return value
 
 
