@@ -143,3 +143,30 @@ def test_a_section_that_leaves_a_key_as_it_was_undoes_nothing() -> None:
     assert load_config(DEMO, ["growth={}", "growth.write=clone"]).growth.write == "clone"
     assert load_config(DEMO, ["growth.write=clone", "growth={write: clone}"]).growth.write == "clone"
     assert load_config(DEMO, ["growth.write=clone", "growth={}", "growth.write=clone"]).growth.write == "clone"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data.train=[a, b]", "data.train.0.weight=2"], "data.train.0 = a: is a value, not a section"),
+        (["growth.stages=[1]", "growth.stages.0.lr=5"], "growth.stages.0 = 1: is a value, not a section"),
+        (["growth.stages.².lr=3"], "growth.stages.².lr = ²: is no index"),
+        (["train.seed=!!bool x"], "train.seed = !!bool x: is not a YAML value"),
+        (["train.seed=!!int ''"], "train.seed = !!int '': is not a YAML value"),
+        (["train.seed=!!timestamp x"], "train.seed = !!timestamp x: is not a YAML value"),
+    ],
+)
+def test_an_override_that_leads_nowhere(overrides: list[str], told: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(DEMO, overrides)
+    assert str(refused.value).startswith(told)
+
+
+def test_an_entry_that_is_null_becomes_a_section() -> None:
+    config = load_config(DEMO, ["growth.stages=[null]", "growth.stages.0.n_layers=9"])
+    assert config.growth.stages[0].n_layers == 9
+
+
+def test_a_path_that_none_can_have() -> None:
+    with pytest.raises(UserError, match="is no path"):
+        load_config("a\0b")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from growth_experiments import arm, load, new_runner, result, spec, write
+from growth_experiments import TWICE, arm, load, new_runner, result, spec, write
 
 from benchmarks.growth.__main__ import main
 from benchmarks.growth.experiment import Arm, Experiment, fingerprint, jobs, load_experiment, make_job
@@ -89,12 +89,21 @@ def test_every_key_of_an_experiment_is_explained():
     ("changes", "words"),
     [
         ({"arms": {"scratch": arm(seeds=[])}}, ["arms.scratch.seeds", "at least 1 item"]),
-        ({"arms": {"scratch": arm(), "a,b": arm()}}, ["arms.a,b = a,b: is no name; use letters"]),
+        ({"arms": {"scratch": arm(), "a,b": arm()}}, ["arms.a,b = a,b: is no name; use up to 64 letters"]),
         ({"arms": {"scratch": arm(caps=[0.2])}}, ["arms.scratch.caps", "does not grow"]),
         ({"arms": {"scratch": arm(set={"optimizer": {"lr": 5}})}}, ["arms.scratch: optimizer.lr = 5", "do nothing"]),
         ({"arms": {"scratch": arm(set={"train": {"seed": 5}})}}, ["arms.scratch: train.seed = 5", "do nothing"]),
-        ({"name": "../x"}, ["name = ../x: is no name; use letters"]),
+        ({"name": "../x"}, ["name = ../x: is no name; use up to 64 letters"]),
         ({"arms": {"scratch": arm(lr=None)}}, ["arms.scratch.lr = {}: is not one rate; give a number"]),
+        ({"arms": {"scratch": arm(lr={"tune": [1, 1]})}}, ["arms.scratch.lr.tune = [1.0, 1.0]: names one twice"]),
+        ({"arms": {}}, ["arms = {}", "at least 1 item"]),
+        ({"seeds": [0, -1]}, ["seeds.1 = -1", "greater than or equal to 0"]),
+        ({"base": spec()["base"] | {"optimizer": "cosine"}}, ["optimizer = cosine: is no section of keys"]),
+        ({"arms": {"scratch": arm(set={"train": 1})}}, ["arms.scratch: train = 1: is no section of keys"]),
+        (
+            {"arms": {"scratch": arm(set={"growth": {**TWICE, "max_flops": 9}}, caps=[0.2])}},
+            ["arms.scratch: growth.max_flops = 9: would do nothing beside caps"],
+        ),
         ({"extend": "x.yaml"}, ["extend = x.yaml: unknown key; did you mean extends?"]),
         ({"extends": 5}, ["extends = 5", "is no other file"]),
         ({"extends": "tiny.yaml"}, ["extends = tiny.yaml", "is no other file"]),
@@ -111,7 +120,9 @@ def test_what_is_odd_is_named(tmp_path, changes, words):
     [
         (["report", "--results", "."], "--results = .*is no file of results"),
         (["report", "--results", "absent.jsonl"], "--results = .*holds no run"),
-        (["report", "--out", __file__], "--out"),
+        (["report", "--out", __file__], "--out = .*File exists"),
+        (["report", "--out", f"{__file__}/x"], "--out = .*Not a directory"),
+        (["run", "--work", f"{__file__}/x"], "--work = .*Not a directory"),
         (["report"], "--results = .*holds no run that .*tiny.yaml asks for"),
         (["instants", "--only", "scratch"], "--results = .*holds no run that .*tiny.yaml asks for of scratch"),
         (["report", "--only", "scratch"], "--only"),

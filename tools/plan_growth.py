@@ -36,7 +36,7 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML of a run; its last size is the final one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
-    parser.add_argument("--world", type=int, help="ranks of the run; the least that the layout allows when left out")
+    parser.add_argument("--world", type=int, help="ranks of the run; the least that the layouts allow when left out")
     parser.add_argument("--propose", action="store_true", help="propose sizes, whatever stages the file has")
     parser.add_argument("--max-stages", type=int, help=f"sizes that a proposal has at most ({MAX_STAGES})")
     parser.add_argument("--free", action="store_true", help="let a plan end before the final size, if that is cheaper")
@@ -49,7 +49,9 @@ def main() -> int:
         raise UserError("--max-stages", args.max_stages, "is no number of sizes", "give 1 or more")
     config = load_config(args.config, args.overrides)
     layout = config.layout
-    stages = resolve_stages(config, args.world or layout.tp * layout.pp * (layout.dp or 1))
+    layouts = [layout, *(stage.layout for stage in config.growth.stages if stage.layout is not None)]
+    world = args.world or math.lcm(*(each.tp * each.pp * (each.dp or 1) for each in layouts))
+    stages = resolve_stages(config, world)
     last = stages[-1]
     proposing = len(stages) == 1 or args.propose
     if args.max_stages is not None and not proposing:

@@ -46,8 +46,11 @@ def main() -> int:
             raise UserError("--only", name, "is no arm", f"name some of {', '.join(experiment.arms)}")
     if args.what == "report" and only:
         raise UserError("--only", args.only, "is not for a report, which is of all arms", "leave it out")
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError("--out", args.out, "is no directory", "name one, or a path that is free")
+    if args.what == "run":
+        _make("--work", args.work)
+        _make("--results", path.parent)
+    if args.out is not None:
+        _make("--out", args.out)
     if args.jobs < 1:
         raise UserError("--jobs", args.jobs, "runs nothing", "give 1 or more")
     if args.hours is not None and not args.hours > 0:
@@ -72,6 +75,13 @@ def main() -> int:
 
     say(report(experiment, results, args.out))
     return 0
+
+
+def _make(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(option, folder, f"is no directory to write to ({error.strerror})", "name another") from error
 
 
 def _list(experiment: Experiment, results: Results, only: tuple[str, ...]) -> int:

@@ -37,12 +37,13 @@ MOST_DRAWN = 6  # curves that can be told apart
 
 def _name(text: str) -> str:
     """It becomes part of a file's name, and of a list with commas."""
-    if re.fullmatch(r"\w[\w.-]*", text) is None:
-        raise ValueError("is no name; use letters, digits, _, . and -, the last two not in front")
+    if re.fullmatch(r"\w[\w.-]{,63}", text) is None:
+        raise ValueError("is no name; use up to 64 letters, digits, _, . and -, the last two not in front")
     return text
 
 
 Name = Annotated[str, AfterValidator(_name)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Rate(Section):
@@ -72,7 +73,7 @@ class Arm(Section):
     caps: list[Share] | None = Field(None, description="of the stages but the last: shares of a run's FLOPs")
     lr: Annotated[Rate, BeforeValidator(_rate)]
     budgets: list[Positive] = Field(default_factory=lambda: [1.0], min_length=1)
-    seeds: list[int] | None = Field(None, min_length=1)
+    seeds: list[Seed] | None = Field(None, min_length=1)
     law: bool = Field(False, description="trained like the reference but for its size: a law is fitted to its runs")
     drawn: bool = Field(False, description="among the curves of the picture (six at most)")
 
@@ -88,12 +89,12 @@ class Experiment(Section):
     extends: str | None = None  # what the file was laid over: here so that a misspelt one is known
     name: Name
     budget: Positive
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     tune_budget: Positive = 1.0
     reference: str
     versus: str
     base: dict[str, Any]
-    arms: dict[Name, Arm]
+    arms: dict[Name, Arm] = Field(min_length=1)
 
     def tree(self, arm: str) -> dict[str, Any]:
         """What an arm's runs have in common."""
@@ -184,7 +185,7 @@ def load_experiment(path: Path) -> Experiment:
 
 def _read(path: Path, above: tuple[Path, ...] = (), key: str = "experiment") -> dict[str, Any]:
     """The file's keys, laid over those of the experiment beside it that it `extends`."""
-    tree = read_tree(path, key, "benchmarks/growth/screen.yaml")
+    tree = read_tree(path, key, f"{'' if above else 'benchmarks/growth/'}screen.yaml")
     below = tree.get("extends")
     if below is None:
         return tree
@@ -202,7 +203,11 @@ def _check_names(experiment: Experiment, path: Path) -> None:
     if len(drawn) > MOST_DRAWN:
         raise UserError(f"{path}: arms", ", ".join(drawn), "are drawn", f"draw {MOST_DRAWN} at most")
     for name, arm in experiment.arms.items():  # a run that counts twice makes intervals too narrow
-        for key, values in (("seeds", arm.seeds or experiment.seeds), ("budgets", arm.budgets)):
+        for key, values in (
+            ("seeds", arm.seeds or experiment.seeds),
+            ("budgets", arm.budgets),
+            ("lr.tune", arm.lr.tune or ()),
+        ):
             if len(set(values)) < len(values):
                 raise UserError(f"{path}: arms.{name}.{key}", values, "names one twice", "name it once")
     for name, arm in experiment.arms.items():
@@ -222,12 +227,18 @@ def _check_own(tree: Mapping[str, Any], where: str) -> None:
     for key, remedy in OWN_KEYS.items():
         section, _, name = key.rpartition(".")
         found = tree.get(section, {}) if section else tree
-        if isinstance(found, dict) and found.get(name) is not None:
+        if not isinstance(found, dict):  # the rate and the seed would be laid over it, and it be lost
+            raise UserError(f"{where}: {section}", found, "is no section of keys", "give its keys")
+        if found.get(name) is not None:
             raise UserError(f"{where}: {key}", found[name], "would do nothing", remedy)
 
 
 def _check_caps(experiment: Experiment, arm: str, job: Job, path: Path) -> None:
     caps, sizes = experiment.caps(arm), len(_stages(job.tree)[1:])
+    for number, stage in enumerate(_stages(experiment.tree(arm))):
+        if caps and stage.get("max_flops") is not None:
+            key = f"{path}: arms.{arm}: growth{f'.stages.{number - 1}' if number else ''}.max_flops"
+            raise UserError(key, stage["max_flops"], "would do nothing beside caps", "leave out one of the two")
     if caps and (len(caps) != sizes or sum(caps) >= 1):
         problem = f"do not end {sizes} stage(s) before the run does"
         raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give one a growth, of less than 1 in all")

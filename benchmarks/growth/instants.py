@@ -62,6 +62,8 @@ def instants_table(experiment: Experiment, found: Sequence[Group]) -> str:
                 steady = [point for point in points if not falling(config, point)]
                 if not by_kappa and len(steady) >= min_evals:  # with fewer no κ grows
                     lines += _lines(group, run, stages[number], steady, triggers)
+    if len(lines) == 2:
+        return f"No stage that a cap or the run ended has {min_evals} validations at a constant rate."
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def arms_table(experiment: Experiment, found: Sequence[Group]) -> str:
             _difference(difference(experiment, found, group)),
             _saving(savings_of(experiment, found, group), len(runs)),
             f"{statistics.fmean(run.tokens for run in runs) / 1e6:.2f}M",
-            f"{statistics.fmean(run.tokens / run.n_params for run in runs):.2g}",
+            _short(statistics.fmean(run.tokens / run.n_params for run in runs)),
             f"{60 * statistics.fmean(run.hours for run in runs):.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -100,6 +100,10 @@ def growth_table(experiment: Experiment, found: Sequence[Group]) -> str:
             cells = [group.arm, f"{group.budget:g}", sizes, share, f"{tokens / 1e6:.2f}M", why]
             lines.append(f"| {' | '.join(cells)} | {jump} |")
     return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _loss(loss: float | None) -> str:

@@ -56,7 +56,7 @@ def _at(tree: Any, key: str) -> Any:
     """The value that a key has in the end; None where there is none, which is what a key set to null has."""
     for part in key.split("."):
         if isinstance(tree, list):
-            tree = tree[int(part)] if part.isdigit() and int(part) < len(tree) else None
+            tree = tree[int(part)] if part.isdecimal() and int(part) < len(tree) else None
         else:
             tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
@@ -81,18 +81,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, part: str, key: str, upto: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, key)]
-    child = node.setdefault(part, {})
+    """A section or list within another; a section that is not there, or null, is made."""
+    at: Any = _index(node, part, key) if isinstance(node, list) else part
+    child = node[at] if isinstance(node, list) else node.get(at)
     if child is None:
-        child = node[part] = {}
+        child = node[at] = {}
     if not isinstance(child, dict | list):
         raise UserError(upto, child, "is a value, not a section", f"leave out {key}, or override {upto} itself")
     return child
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         remedy = f"use 0 to {len(node) - 1}" if node else "give the whole list"
         raise UserError(key, part, f"is no index of a list of {len(node)}", remedy)
     return int(part)

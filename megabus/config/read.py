@@ -31,7 +31,8 @@ def yaml_value(text: str) -> Any:
     """What a YAML text says. Raises ValueError where it says nothing or a key twice."""
     try:
         return yaml.load(text, _NoKeyTwice)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML's own of dates and numbers, of deep nesting
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML lets through what its own constructors of dates, numbers and switches fall over.
         raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -44,6 +45,8 @@ def read_tree(path: Path, key: str, start_from: str) -> dict[str, Any]:
         raise UserError(key, path, "no such file", f"give the path of a YAML file such as {start_from}") from None
     except OSError as error:
         raise UserError(key, path, f"cannot be read ({error.strerror})", "name a YAML file that can") from error
+    except ValueError as error:  # a NUL in the path
+        raise UserError(key, path, f"is no path ({error})", "name a YAML file") from error
     try:
         tree = yaml_value(text.decode("utf-8"))
     except ValueError as error:
