@@ -48,8 +48,7 @@ def main() -> int:
     if args.max_stages is not None and args.max_stages < 1:
         raise UserError("--max-stages", args.max_stages, "is no number of sizes", "give 1 or more")
     config = load_config(args.config, args.overrides)
-    layout = config.layout
-    layouts = [layout, *(stage.layout for stage in config.growth.stages if stage.layout is not None)]
+    layouts = [config.layout, *(stage.layout for stage in config.growth.stages if stage.layout is not None)]
     world = args.world or math.lcm(*(each.tp * each.pp * (each.dp or 1) for each in layouts))
     stages = resolve_stages(config, world)
     last = stages[-1]

@@ -46,27 +46,28 @@ def main() -> int:
             raise UserError("--only", name, "is no arm", f"name some of {', '.join(experiment.arms)}")
     if args.what == "report" and only:
         raise UserError("--only", args.only, "is not for a report, which is of all arms", "leave it out")
+    if args.jobs < 1:
+        raise UserError("--jobs", args.jobs, "runs nothing", "give 1 or more")
+    if args.hours is not None and not args.hours > 0:
+        raise UserError("--hours", args.hours, "is no time to run for", "give more than 0, or leave it out")
     if args.what == "run":
         _make("--work", args.work)
         _make("--results", path.parent)
     if args.out is not None:
         _make("--out", args.out)
-    if args.jobs < 1:
-        raise UserError("--jobs", args.jobs, "runs nothing", "give 1 or more")
-    if args.hours is not None and not args.hours > 0:
-        raise UserError("--hours", args.hours, "is no time to run for", "give more than 0, or leave it out")
     if args.what == "list":
         return _list(experiment, results, only)
     if args.what == "run":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: runs save
         done = Runner(experiment, results, args.work, machine()).run(args.jobs, only, args.hours)
         return 0 if done else 75
-    found = [group for group in groups(experiment, results) if not only or group.arm in only]
-    tuned = any(results.get(job) for job in jobs(experiment, results.loss_of))  # of which a report can tell
-    if not found and not (tuned and args.what == "report"):
+    instants = args.what == "instants"
+    found = [group for group in groups(experiment, results) if not only or group.arm in only] if instants else []
+    # A report groups runs itself, and tells of those that tune a rate too.
+    if not (found if instants else any(results.get(job) for job in jobs(experiment, results.loss_of))):
         problem = f"holds no run that {args.experiment} asks for{f' of {args.only}' if only else ''}"
         raise UserError("--results", path, problem, "run the experiment first, or name the file that does")
-    if args.what == "instants":
+    if instants:
         from benchmarks.growth.instants import instants_table
 
         say(instants_table(experiment, found))

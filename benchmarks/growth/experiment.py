@@ -235,11 +235,13 @@ def _check_own(tree: Mapping[str, Any], where: str) -> None:
 
 def _check_caps(experiment: Experiment, arm: str, job: Job, path: Path) -> None:
     caps, sizes = experiment.caps(arm), len(_stages(job.tree)[1:])
+    if not caps:
+        return
     for number, stage in enumerate(_stages(experiment.tree(arm))):
-        if caps and stage.get("max_flops") is not None:
+        if stage.get("max_flops") is not None:
             key = f"{path}: arms.{arm}: growth{f'.stages.{number - 1}' if number else ''}.max_flops"
             raise UserError(key, stage["max_flops"], "would do nothing beside caps", "leave out one of the two")
-    if caps and (len(caps) != sizes or sum(caps) >= 1):
+    if len(caps) != sizes or sum(caps) >= 1:
         problem = f"do not end {sizes} stage(s) before the run does"
         raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give one a growth, of less than 1 in all")
 
