@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import ROOT
+from support.launching import ROOT
 
 from megabus import command
 from megabus.command import RankParser, run, run_rank

@@ -19,7 +19,7 @@ Choice = Literal["auto", "eager", "compiled", "triton"]
 # On a CPU, compiling (a minute, once a machine) pays only in runs of hours. On a GPU the other forms have not been run
 # yet: until they are measured there to be right and faster, nobody gets them without asking.
 AUTO: Choice = "eager"
-# A Triton kernel holds a row whole, in registers: twice as many entries would spill (tests/compile_triton.py looks).
+# A Triton kernel holds a row whole, in registers: twice as many entries would spill (tests/support/compile_triton.py looks).
 MAX_WIDTH = 8192
 
 

@@ -1,0 +1,72 @@
+"""The benchmarks run, on tiny sizes: what they measure is not looked at, only how it is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.arms import Arm, Timing, in_turn
+from benchmarks.table import compare, markdown, speedup_row
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_entry_point_measures_and_writes(tmp_path):
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "benchmarks", "--small", "--rounds", "2", "--only", "step,layouts", "--json", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["one"] for row in rows] == [
+        "ngpt eager",
+        "products, 2 processes",
+        "TP1/PP1/DP2",
+        "TP1/PP2/DP1",
+        "TP2/PP1/DP1",
+    ]
+    for row in rows:
+        assert all(figure > 0 for figure in row["figures"])
+        assert all(1 << 20 < memory < 1 << 30 for memory in row["memory"])
+        assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
+        assert row["one"] in done.stdout
+    wrong = subprocess.run([*command[:3], "--only", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "'nothing' is none of" in wrong.stderr
+    for option, problem in (("--rounds=0", "is none"), ("--json=/proc/nowhere/x", "cannot be written")):
+        asked = [*command[:3], "--only", "step", option]  # what other parts need may not be there
+        wrong = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (wrong.returncode, problem in wrong.stderr) == (2, True)
+
+
+def test_ratios_are_of_rounds():
+    """A machine that is slower in some rounds slows both arms down, and no ratio."""
+    timings = {"a": Timing([2.0, 20.0, 4.0], 3 << 20), "b": Timing([1.0, 10.0, 2.0], 0)}
+    row = compare("x", "a", "b", timings["a"], timings["b"], "<= 1.5")
+    assert (row.ratio, row.spread, row.met, row.memory) == (2.0, (2.0, 2.0), False, (3 << 20, None))
+    faster = speedup_row("x", "b", "a", timings, ">= 1.5")
+    assert (faster.ratio, faster.met) == (2.0, True)
+    table = markdown([row, faster])
+    assert "| **2** | 2 to 2 | <= 1.5 ✗ | 3 MiB, – |" in table
+    assert ">= 1.5 ✓" in table
+
+
+def _sleeper(seconds):
+    import time
+
+    return lambda: time.sleep(seconds)
+
+
+def _fails():
+    raise ValueError("this arm is unwell")
+
+
+def test_arms_take_turns_and_failures_are_told():
+    timings = in_turn([Arm("slow", 2, _sleeper, (0.06,)), Arm("fast", 1, _sleeper, (0.01,))], rounds=3, steps=2)
+    assert [len(timing.seconds) for timing in timings.values()] == [3, 3]
+    assert timings["slow"].median >= 0.06
+    with pytest.raises(RuntimeError, match=r"(?s)rank 0 of the arm 'bad' failed.*this arm is unwell"):
+        in_turn([Arm("bad", 1, _fails)], rounds=1, steps=1)

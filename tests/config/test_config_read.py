@@ -1,0 +1,172 @@
+"""What is read of YAML files, and what is said of keys that are wrong in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import yaml
+from pydantic import AfterValidator, BaseModel, ValidationError
+
+from megabus.config import load_config
+from megabus.config.read import described, read_tree
+from megabus.errors import UserError
+
+
+def read(tmp_path: Path, text: str) -> dict:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    return read_tree(path, "--config", "y.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "a stands twice in"),
+        ("a: {x: 1, y: 2, x: 1}\n", "x stands twice in"),
+        ("a:\n- {x: 1}\n- x: 1\n  x: 2\n", "x stands twice in"),
+        ("1: a\n1: b\n", "1 stands twice in"),
+        ("? [1]\n: a\n", "unhashable key"),
+        ("b: &b {x: 1}\nc: {<<: *b, <<: *b}\n", "<< stands twice"),
+        ("a: 2024-13-45\n", "month must be"),
+        ("[" * 9000, "recursion"),
+        ("a: \x00", "special characters"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    """PyYAML alone takes the last and says nothing."""
+    with pytest.raises(UserError, match=r"^--config = .*x\.yaml: not valid YAML") as refused:
+        read(tmp_path, text)
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: {x: 1}\nb: {x: 1}\n",
+        "base: &b {x: 1, y: 2}\nc: {<<: *b, x: 3}\n",
+        "one: &1 {x: 1}\ntwo: &2 {y: 1}\nc: {<<: [*1, *2]}\n",
+        "a: [{x: 1}, {x: 2}]\n",
+        "a: &a {x: 1}\nfirst:\n  inner: &b {<<: *a, x: 3}\nsecond: {<<: *b, y: 1}\n",
+    ],
+)
+def test_what_is_read_is_what_pyyaml_reads(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, text) == yaml.safe_load(text)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, told in ((tmp_path, "cannot be read (Is a directory)"), (tmp_path / "none", "no such file")):
+        with pytest.raises(UserError, match=r"^--config = ") as refused:
+            read_tree(path, "--config", "y.yaml")
+        assert told in str(refused.value)
+
+
+class Leaf(BaseModel, extra="forbid"):
+    size: int = 1
+    about: str
+
+
+def _even(value: int) -> int:
+    if value % 2:
+        raise ValueError("is odd; give an even number")
+    return value
+
+
+def _bad(_: int) -> int:
+    raise ValueError("is bad")
+
+
+class Root(BaseModel, extra="forbid"):
+    leaves: dict[str, Leaf] = {}
+    rows: list[Leaf] = []
+    leaf: Leaf | int = 1
+    even: Annotated[int, AfterValidator(_even)] = 2
+    either: int | str = 1
+    lists: int | list[int] = 1
+    bad: Annotated[int, AfterValidator(_bad)] = 2
+
+
+@pytest.mark.parametrize(
+    ("tree", "told"),
+    [
+        ({"leaves": {"size": {"about": "x", "sizes": 2}}}, "leaves.size.sizes = 2: unknown key; did you mean size?"),
+        ({"leaves": {"b": {"about": "x", "zz": 2}}}, "leaves.b.zz = 2: unknown key; known keys here: about, size"),
+        ({"leaves": {"b": {}}}, "leaves.b.about = (missing): this key is needed; add it"),
+        ({"leaves": {"b": 3}}, "leaves.b = 3: is no section of keys; give its keys (about, size)"),
+        ({"leaves": 3}, "leaves = 3: is no section of keys; give names and values"),
+        (
+            {"leaf": "x"},
+            "leaf = x: Input should be a valid dictionary or instance of Leaf, or: Input should be a valid int",
+        ),
+        ({"lists": [1, "x"]}, "lists.1 = x: Input should be a valid integer"),
+        ({"leaves": {"b": {"abuot": 1}}}, "leaves.b.abuot = 1: unknown key; did you mean about?"),
+        ({"leafs": {}}, "leafs = {}: unknown key; did you mean leaf?"),
+        ({"rows": [{"about": "x"}, {"about": "x", "size": "y"}]}, "rows.1.size = y: "),
+        ({"leaf": {"about": "x", "size": "y"}}, "leaf.size = y: "),
+        ({"bad": 3}, "bad = 3: is bad; give another value"),
+        ({"even": 3}, "even = 3: is odd; give an even number"),
+        (
+            {"either": []},
+            "either = []: Input should be a valid integer, or: Input should be a valid string; give a value",
+        ),
+    ],
+)
+def test_the_key_is_named_as_it_stands_in_the_file(tree: dict, told: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Root.model_validate(tree)
+    assert str(described(error.value, Root)).startswith(told)
+
+
+DEMO = Path(__file__).parents[2] / "configs/demo.yaml"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "undone"),
+    [
+        (["growth.write=clone", "growth={}"], "growth = {}: would undo growth.write=clone, which comes before; leave"),
+        (["growth.write=clone", "growth=auto"], "growth = auto: would undo growth.write=clone"),
+        (["growth.stages.0.lr=1", "growth.stages=[]"], "growth.stages = []: would undo growth.stages.0.lr=1"),
+        (["growth.stages.0.lr=1", "growth={}", "growth={stages: []}"], "growth = {stages: []}: would undo"),
+        (["train.seed=1", "train=3"], "train = 3: would undo train.seed=1"),
+        (["train.seed=1", "train=[3]"], "train = [3]: would undo train.seed=1"),
+    ],
+)
+def test_a_section_does_not_undo_a_key_of_its_own(overrides: list[str], undone: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(DEMO, overrides)
+    assert str(refused.value).startswith(undone)
+
+
+def test_a_section_that_leaves_a_key_as_it_was_undoes_nothing() -> None:
+    assert load_config(DEMO, ["growth={}", "growth.write=clone"]).growth.write == "clone"
+    assert load_config(DEMO, ["growth.write=clone", "growth={write: clone}"]).growth.write == "clone"
+    assert load_config(DEMO, ["growth.write=clone", "growth={}", "growth.write=clone"]).growth.write == "clone"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data.train=[a, b]", "data.train.0.weight=2"], "data.train.0 = a: is a value, not a section"),
+        (["growth.stages=[1]", "growth.stages.0.lr=5"], "growth.stages.0 = 1: is a value, not a section"),
+        (["growth.stages.².lr=3"], "growth.stages.².lr = ²: is no index"),
+        (["train.seed=!!bool x"], "train.seed = !!bool x: is not a YAML value"),
+        (["train.seed=!!int ''"], "train.seed = !!int '': is not a YAML value"),
+        (["train.seed=!!timestamp x"], "train.seed = !!timestamp x: is not a YAML value"),
+    ],
+)
+def test_an_override_that_leads_nowhere(overrides: list[str], told: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load_config(DEMO, overrides)
+    assert str(refused.value).startswith(told)
+
+
+def test_an_entry_that_is_null_becomes_a_section() -> None:
+    config = load_config(DEMO, ["growth.stages=[null]", "growth.stages.0.n_layers=9"])
+    assert config.growth.stages[0].n_layers == 9
+
+
+def test_a_path_that_none_can_have() -> None:
+    with pytest.raises(UserError, match="is no path"):
+        load_config("a\0b")

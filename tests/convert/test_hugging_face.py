@@ -1,0 +1,242 @@
+"""Exports in the real transformers: the same logits, the same text with and without a cache; and any Llama comes in."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from support.sources import MemorySource, model_config
+
+import megabus
+from megabus.convert.convert import convert, open_source
+from megabus.convert.hugging_face import model_of
+from megabus.convert.source import OpenFiles
+from megabus.convert.verify import verify
+from megabus.data.tokenizer import Tokenizer, train_tokenizer
+from megabus.errors import UserError
+
+TOKENS = torch.randint(67, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def exported(tmp_path, source, **options):
+    convert(source, tmp_path / "run", "checkpoint")
+    convert(source, tmp_path / "hf", "hf", **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, dtype=torch.float32
+    )
+    return megabus.load(tmp_path / "run"), model.eval()
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+@pytest.mark.parametrize("limit", [10**9, 20_000], ids=["one file", "many files"])
+@torch.no_grad()
+def test_logits_are_equal(tmp_path, kind, limit):
+    ours, theirs = exported(tmp_path, MemorySource(model_config(kind)), max_shard_bytes=limit)
+    assert type(theirs).__name__ == {"ngpt": "NGPTForCausalLM", "gpt": "LlamaForCausalLM"}[kind]
+    assert (tmp_path / "hf/model.safetensors").exists() == (limit == 10**9)
+    assert (theirs(TOKENS).logits - ours(TOKENS)).abs().max() <= 1e-5
+    ours.get_parameter("layers.1.attn.out")[0, 0].add_(0.05)
+    assert (theirs(TOKENS).logits - ours(TOKENS)).abs().max() > 1e-4  # control
+
+
+@torch.no_grad()
+def test_generation_with_a_cache_equals_without(tmp_path):
+    _, model = exported(tmp_path, MemorySource(model_config("ngpt")))
+    options = {"max_new_tokens": 12, "pad_token_id": 0}
+    for settings in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
+        with_cache, without = (
+            model.generate(TOKENS, use_cache=cached, **settings, **options) for cached in (True, False)
+        )
+        assert with_cache.equal(without)
+    cached = model(TOKENS[:, :15], use_cache=True)
+    parts = [model(TOKENS[:, i : i + 1], past_key_values=cached.past_key_values).logits for i in range(15, 20)]
+    whole = model(TOKENS).logits
+    assert (torch.cat(parts, 1) - whole[:, 15:]).abs().max() <= 1e-5
+    late = model(TOKENS[:, 15:], past_key_values=model(TOKENS[:, :15], use_cache=True).past_key_values).logits
+    assert (late - whole[:, 15:]).abs().max() <= 1e-5  # several tokens after the cache
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(tmp_path):
+    _, model = exported(tmp_path, MemorySource(model_config("ngpt")))
+    mask = torch.ones_like(TOKENS)
+    mask[0, :5] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = model(TOKENS, attention_mask=mask, position_ids=places).logits
+    assert (padded[0, 5:] - model(TOKENS[:1, 5:]).logits[0]).abs().max() <= 1e-5
+    assert model(TOKENS, attention_mask=mask).logits.equal(padded)  # positions follow from the mask
+    begun = model(TOKENS[:, :12], attention_mask=mask[:, :12])
+    later = model(TOKENS[:, 12:], attention_mask=mask, past_key_values=begun.past_key_values).logits
+    assert (later - padded[:, 12:]).abs().max() <= 1e-5
+    assert (padded[1:] - model(TOKENS[1:]).logits).abs().max() <= 1e-5
+
+
+def test_the_loss_is_the_models(tmp_path):
+    ours, theirs = exported(tmp_path, MemorySource(model_config("ngpt")))
+    logits = ours(TOKENS)[:, :-1].flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, TOKENS[:, 1:].flatten())
+    found = theirs(TOKENS, labels=TOKENS, output_hidden_states=True)
+    assert abs(float(found.loss - wanted)) <= 1e-5
+    assert len(found.hidden_states) == 4
+    assert theirs(TOKENS, return_dict=False)[0].equal(found.logits)
+
+
+def llama(tmp_path, **changes):
+    """A stock model of random weights, as its owners save it."""
+    sizes = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 62, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "initializer_range": 0.08}
+    config = transformers.LlamaConfig(**sizes, **heads, **changes)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "llama", max_shard_size="100KB")
+    return model
+
+
+ROPE = {
+    "plain": {"rope_type": "default", "rope_theta": 5000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPE.values(), ids=ROPE)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@torch.no_grad()
+def test_any_llama_comes_in_grows_and_goes_out(tmp_path, rope, tied):
+    stock = llama(tmp_path, rope_parameters=rope, tie_word_embeddings=tied)
+    with OpenFiles() as files:
+        source = open_source(tmp_path / "llama", files)
+        convert(source, tmp_path / "run", "checkpoint", (2, 1, 1))
+        convert(open_source(tmp_path / "run", files), tmp_path / "out", "hf")
+        assert verify(source, open_source(tmp_path / "out", files)) > 0
+    model, logits = megabus.load(tmp_path / "run"), stock(TOKENS).logits
+    assert (model(TOKENS) - logits).abs().max() <= 1e-5
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert (again(TOKENS).logits - logits).abs().max() <= 1e-6
+
+    twice = model.config.grown(d_model=96, n_heads=8, n_kv_heads=4, d_ff=124)  # HyperCloning
+    fraction = model.config.grown(d_model=60, n_heads=6, n_kv_heads=3, d_ff=90, n_layers=5)  # BUS
+    for larger in (twice, fraction):
+        grown = megabus.build_model(larger)
+        grown.load_state_dict(megabus.grow_state(model.state_dict(), model.config, larger, seed=0))
+        assert (grown(TOKENS) - logits).abs().max() <= 1e-5
+
+
+def test_what_is_no_llama_is_refused(tmp_path):
+    llama(tmp_path)
+    good = json.loads((tmp_path / "llama/config.json").read_text())
+    for change, told in (
+        ({"model_type": "mistral"}, "is a mistral"),
+        ({"attention_bias": True}, "attention_bias = True: is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act = gelu: is not supported; only silu is"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = yarn: is not supported"),
+    ):
+        with pytest.raises(UserError, match=told):
+            model_of(good | change, tmp_path)
+    (tmp_path / "llama/config.json").write_text(json.dumps(good | {"intermediate_size": 64}))
+    with OpenFiles() as files, pytest.raises(UserError, match=r"has shape .* config\.json says"):
+        open_source(tmp_path / "llama", files)
+    (tmp_path / "llama/config.json").write_text(json.dumps(good | {"num_hidden_layers": 4}))
+    with OpenFiles() as files, pytest.raises(UserError, match=r"lacks model\.layers\.3\."):
+        open_source(tmp_path / "llama", files)
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_an_edited_export_is_not_read_as_if_it_were_not(tmp_path, kind):
+    """transformers keeps our own section of config.json when it saves a model whose RoPE was changed."""
+    exported(tmp_path, MemorySource(model_config(kind)))
+    path = tmp_path / "hf/config.json"
+    good = json.loads(path.read_text())
+    assert model_of(good | {"max_position_embeddings": 7, "bos_token_id": 3}, path).kind == kind
+    if kind == "ngpt":
+        for change in ({"alpha_init": 0.1}, {"rope_frequencies": [1.0, 0.5, 0.2]}):
+            with pytest.raises(UserError, match="was changed since megabus wrote it"):
+                model_of(good | change, path)
+        return
+    edited = good | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3}
+    model = model_of(edited, path)
+    assert (model.rope_theta, model.norm_eps) == (500.0, pytest.approx(1e-3 * 36))
+
+
+@torch.no_grad()
+def test_bf16_rounds_where_megabus_does(tmp_path):
+    ours, theirs = exported(tmp_path, MemorySource(model_config("ngpt")))
+    assert theirs.bfloat16()(TOKENS).logits.equal(ours.bfloat16()(TOKENS))
+
+
+def test_what_lies_beside_the_weights(tmp_path):
+    """No other form keeps a stock model's tokenizer, special tokens and context; --like takes them up again."""
+    ids = {"max_position_embeddings": 777, "bos_token_id": 3, "eos_token_id": [4, 5]}
+    llama(tmp_path, **ids)
+    (tmp_path / "llama/tokenizer.json").write_text("{}")
+    (tmp_path / "llama/tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # as Llama 3's, which SentencePiece cannot read
+    with OpenFiles() as files:
+        source = open_source(tmp_path / "llama", files)
+        assert source.tokenizer is None
+        assert {"tokenizer.json", "tokenizer.model", "bos_token_id", "eos_token_id"} <= set(source.left)
+        convert(source, tmp_path / "run", "checkpoint")
+        back = open_source(tmp_path / "run", files)
+        convert(back, tmp_path / "bare", "hf")
+        convert(back, tmp_path / "out", "hf", like=tmp_path / "llama")
+        other = MemorySource(model_config("gpt", vocab_size=66))
+        with pytest.raises(UserError, match=r"--like = .* has vocab_size 67, the model 66"):
+            convert(other, tmp_path / "no", "hf", like=tmp_path / "llama")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert {key: getattr(config, key) for key in ids} == ids
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    bare = transformers.AutoConfig.from_pretrained(tmp_path / "bare")
+    assert (bare.bos_token_id, bare.eos_token_id, bare.max_position_embeddings) == (None, None, 2048)
+
+
+def test_config_has_the_tokenizers_ids_and_the_runs_length(tmp_path):
+    path = train_tokenizer(["the cat sees the dog " * 50], 290, tmp_path / "tok", "bpe")
+    source = MemorySource(model_config("ngpt", vocab_size=290))
+    source.tokenizer = path
+    source.state.config = {"train": {"seq_len": 64}, "growth": {"stages": [{"seq_len": 96}, {"seq_len": None}]}}
+    convert(source, tmp_path / "hf", "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    tokenizer = Tokenizer(path)
+    assert (config["eos_token_id"], config["max_position_embeddings"]) == (tokenizer.eod, 96)
+
+
+def test_a_width_that_llama_cannot_have_is_refused(tmp_path):
+    with pytest.raises(UserError, match="d_model = 37: transformers' Llama asks that n_heads = 4 divide it"):
+        convert(MemorySource(model_config("gpt", d_model=37)), tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("normalization", ["identity", "nmt_nfkc"])
+def test_the_tokenizer_gives_the_same_ids(tmp_path, model_type, normalization):
+    words = ["cat", "dog", "sees", "hears", "the", "a", "naïve", "café", "runs", "and", "then", "ﬁne"]
+    draw = torch.Generator().manual_seed(0)
+    text = " ".join(words[int(i)] for i in torch.randint(len(words), (4000,), generator=draw))
+    path = train_tokenizer([text], 280, tmp_path / "tok", model_type, normalization)
+    source = MemorySource(model_config("ngpt", vocab_size=280))
+    source.tokenizer = path
+    convert(source, tmp_path / "hf", "hf")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True), Tokenizer(path)
+    for sample in (
+        text[:500],
+        "  two  spaces\nand a\ttab ",
+        "",
+        " ",
+        "\n\n",
+        "北京 “quotes” ﬁ e\u0301",
+        "dogcat, cats!",
+        "a <0x41> b<0x0A> <unk",
+    ):
+        ids = ours.encode(sample)
+        assert theirs(sample)["input_ids"] == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs.eos_token_id == ours.eod
+    assert len(theirs) == 280

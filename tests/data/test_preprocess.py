@@ -1,0 +1,230 @@
+"""tools/preprocess.py and tools/demo_text.py, offline."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import demo_text
+import preprocess
+
+from megabus.data.indexed import IndexedTokens, read_meta
+from megabus.data.tokenizer import Tokenizer, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SENTENCE = "the quick brown fox jumps over the lazy dog, and sixty wizards' quills make black jam.\n"
+DOCUMENTS = ["First line.\n\n  Second, indented.", "Ünïcode 漢字 🙂\nend", "a third"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return train_tokenizer([SENTENCE], 300, tmp_path_factory.mktemp("tokenizer") / "t", "bpe")
+
+
+def run(model, output, *arguments):
+    options = ["--tokenizer", str(model), "--output", str(output), "--workers", "1"]
+    return preprocess.main([*map(str, arguments), *options])
+
+
+def documents(model, prefix):
+    """The corpus decoded, each document checked to end with the eod."""
+    tokenizer, corpus = Tokenizer(model), IndexedTokens(prefix)
+    sequences = [corpus.sequence(i).tolist() for i in range(corpus.n_sequences)]
+    assert all(ids[-1] == tokenizer.eod for ids in sequences)
+    return [tokenizer.decode(ids[:-1]) for ids in sequences]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# ---- inputs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("blank-lines", ["a\n\nb", "c", "d"]),
+        ("file", ["\n\na\n\nb\n\n\nc\n \n\n\nd\n"]),
+        ("line", ["a", "b", "c", "d"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+def test_text_is_split_in_documents(tmp_path, model, how, expected, suffix):
+    text = b"\n\na\n\nb\n\n\nc\n \n\n\nd\n"
+    (tmp_path / f"in{suffix}").write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+    assert run(model, tmp_path / "out", tmp_path / f"in{suffix}", "--split-documents", how) == 0
+    assert documents(model, tmp_path / "out") == expected
+
+
+def write_tables(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir()
+    lines = "".join(json.dumps({"id": i, "body": text}) + "\n" for i, text in enumerate(DOCUMENTS))
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"body": DOCUMENTS}), folder / "c.parquet")
+
+
+def test_jsonl_parquet_and_directories(tmp_path, model, capsys):
+    write_tables(tmp_path / "in")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+        assert run(model, tmp_path / name, tmp_path / "in" / name, "--text-key", "body") == 0
+        assert documents(model, tmp_path / name) == DOCUMENTS
+    assert capsys.readouterr().out.startswith("3 documents, ")
+    for number, inputs in enumerate((tmp_path / "in", tmp_path / "in" / "*")):  # a directory, a glob
+        assert run(model, tmp_path / f"all{number}", inputs, "--text-key", "body") == 0
+        assert documents(model, tmp_path / f"all{number}") == 3 * DOCUMENTS
+
+
+def test_dataset_by_name(tmp_path, model):
+    """A hub name goes the same way through load_dataset; a local dataset stands in for it."""
+    (tmp_path / "stories").mkdir()
+    for split, texts in (("train", DOCUMENTS), ("validation", DOCUMENTS[:1])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "stories" / f"{split}.jsonl").write_text(lines)
+    arguments = ("--dataset", tmp_path / "stories", "--split")
+    assert run(model, tmp_path / "train", *arguments, "train") == 0
+    assert run(model, tmp_path / "valid", *arguments, "validation") == 0
+    assert documents(model, tmp_path / "train") == DOCUMENTS
+    assert documents(model, tmp_path / "valid") == DOCUMENTS[:1]
+
+
+# ---- outputs ----------------------------------------------------------------------------------------------
+
+
+def test_sidecar_and_eod(tmp_path, model):
+    (tmp_path / "in.txt").write_text("one\n\n\ntwo\n")
+    assert run(model, tmp_path / "with", tmp_path / "in.txt") == 0
+    assert run(model, tmp_path / "without", tmp_path / "in.txt", "--no-append-eod") == 0
+    assert IndexedTokens(tmp_path / "with").n_tokens == IndexedTokens(tmp_path / "without").n_tokens + 2
+    tokenizer = Tokenizer(model)
+    assert read_meta(tmp_path / "with") == {
+        "vocab_size": 300,
+        "tokenizer_sha256": tokenizer.sha256,
+        "eod": tokenizer.eod,
+        "n_documents": 2,
+        "n_tokens": IndexedTokens(tmp_path / "with").n_tokens,
+        "dtype": "uint16",
+        "bin_sha256": hashlib.sha256((tmp_path / "with.bin").read_bytes()).hexdigest(),
+    }
+
+
+def test_validation_split(tmp_path, model):
+    texts = [f"document {i}" for i in range(1000)]
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    (tmp_path / "reversed.txt").write_text("\n".join(texts[::-1]))
+    options = ("--split-documents", "line", "--valid-fraction", "0.1")
+    assert run(model, tmp_path / "a", tmp_path / "in.txt", *options) == 0
+    assert run(model, tmp_path / "b", tmp_path / "reversed.txt", *options) == 0
+    train, valid = (documents(model, tmp_path / f"a-{part}") for part in ("train", "valid"))
+    assert sorted(train + valid) == sorted(texts)
+    assert 60 < len(valid) < 140
+    assert documents(model, tmp_path / "b-valid") == valid[::-1]
+
+
+def test_bytes_do_not_depend_on_workers(tmp_path):
+    """As a user runs it: a subprocess, outside the repository, the package not on its path."""
+    words, random_words = SENTENCE.split(), random.Random(0)
+    lines = (" ".join(random_words.choices(words, k=200)) for _ in range(2800))
+    (tmp_path / "in.txt").write_text("\n\n\n".join(lines))
+    assert (tmp_path / "in.txt").stat().st_size > 2 * preprocess.BATCH_CHARACTERS  # three batches
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "tools/preprocess.py"), "in.txt", "--train-tokenizer", "300"]
+    command += ["--model-type", "bpe", "--tokenizer-sample-mb", "0.1", "--valid-fraction", "0.1"]
+    for workers in ("1", "2"):
+        output = ["--output", f"with{workers}/c", "--workers", workers]
+        done = subprocess.run([*command, *output], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("2800 documents, ")
+    assert contents(tmp_path / "with1") == contents(tmp_path / "with2")
+    expected = [f"c-{part}.{kind}" for part in ("train", "valid") for kind in ("bin", "idx", "meta.json")]
+    assert sorted(contents(tmp_path / "with1")) == sorted([*expected, "c-tokenizer.model"])
+
+
+# ---- errors -----------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "missing file": (["nothing.txt"], "nothing.txt"),
+    "empty glob": (["*.nothing"], "*.nothing"),
+    "unknown kind": (["in.csv"], "unknown kind of file"),
+    "missing key": (["in.jsonl", "--text-key", "body"], "no text under 'body', its keys are text"),
+    "key without text": (["null.jsonl"], "row 1 has no text"),
+    "not json": (["bad.jsonl"], "bad.jsonl"),
+    "not parquet": (["bad.parquet"], "bad.parquet"),
+    "not utf-8": (["latin.txt"], "is not UTF-8"),
+    "cut gzip": (["cut.txt.gz"], "cannot be read"),
+    "empty corpus": (["empty.txt"], "gives 0 document(s), of which none goes to out/c; give more text"),
+    "empty validation": (
+        ["in.txt", "--valid-fraction", "1e-9"],
+        "out/c-valid; give more files, make documents smaller (--split-documents line)",
+    ),
+    "fraction": (["in.txt", "--valid-fraction", "1.5"], "--valid-fraction = 1.5"),
+    "unknown dataset": (["--dataset", "no-one/nothing"], "no-one/nothing"),
+    "unknown split": (["--dataset", "folder", "--split", "test"], "test"),
+    "unwritable output": (["in.txt", "--output", "in.txt/c"], "in.txt/c"),
+    "no tokenizer": (["in.txt", "--tokenizer", "nothing.model"], "nothing.model"),
+}
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").write_text("one\n")
+    Path("in.csv").write_text("one\n")
+    Path("in.jsonl").write_text('{"text": "one"}\n')
+    Path("null.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
+    Path("bad.jsonl").write_text('{"text": "one"}\n{"text"\n')
+    Path("bad.parquet").write_bytes(b"PAR1 no")
+    Path("latin.txt").write_bytes("ü\n".encode("latin-1"))
+    Path("cut.txt.gz").write_bytes(gzip.compress(b"one\n" * 1000)[:-10])
+    Path("empty.txt").write_text("\n \n")
+    Path("folder").mkdir()
+    Path("folder/train.jsonl").write_text('{"text": "one"}\n')
+    Path("out").mkdir()
+
+
+@pytest.mark.usefixtures("inputs")
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_one_line_and_change_nothing(model, capsys, name):
+    arguments, message = ERRORS[name]
+    options = ["--tokenizer", str(model), "--output", "out/c", "--workers", "1"]
+    assert preprocess.main(["in.txt", *options]) == 0  # control, and a good corpus that must survive
+    before = contents(Path("out"))
+    capsys.readouterr()
+    assert preprocess.main([*options, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert contents(Path("out")) == before
+
+
+# ---- the demo's text --------------------------------------------------------------------------------------
+
+
+def test_scenes():
+    title = "PLAY\n\nby X\n\n\n\nSCENE: Rome \n\n\n@@@\nACT I.\n\nSCENE 1. Wood\n\n\nA.\nOh.\n\nScene II.\nB.\n"
+    expected = ["PLAY\n\nby X\n\nSCENE: Rome", "ACT I.\n\nSCENE 1. Wood\n\nA.\nOh.", "Scene II.\nB."]
+    assert demo_text.scenes(title) == expected
+
+
+def test_demo_text_is_idempotent(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("done")
+    monkeypatch.setattr(demo_text, "TEXT_SHA256", demo_text.sha256(b"done"))
+    monkeypatch.setattr(demo_text, "download", lambda *_: pytest.fail("downloaded again"))
+    assert demo_text.main(["--output", str(tmp_path / "text.txt")]) == 0
+    assert "is there already" in capsys.readouterr().out

@@ -1,0 +1,311 @@
+"""The estimator against what ranks hold, what plans send, and formulas worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from support.plans import needed_entries, owned_entries, traffic
+
+from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
+from megabus.config.stages import Stage
+from megabus.engine import ds_config
+from megabus.errors import UserError
+from megabus.estimate import memory as rooms
+from megabus.estimate.activations import Shape, footprint
+from megabus.estimate.devices import Link, device
+from megabus.estimate.growth import messages, transition
+from megabus.estimate.layouts import candidates, fullest, rank_layouts
+from megabus.estimate.memory import rank_memory, states_at
+from megabus.estimate.step_time import links, ring, step_time
+from megabus.growth.plan import ELEMENT_BYTES, Plan
+from megabus.growth.rules import Growth
+from megabus.model.cost import count_parameters, flops_per_token
+from megabus.parallel.fragments import KINDS
+from megabus.parallel.placement import Placement
+from megabus.testing.memory import measure, memory_config
+from megabus.testing.ranks import run_ranks
+from tools import estimate as tool
+
+torch.set_num_threads(1)
+BUCKET = 300_000
+RUNS = [
+    ("gpt", Layout(1, 1, 1), {"micro_batches": 1}),
+    ("ngpt", Layout(1, 1, 2), {"zero_stage": 2, "precision": "bf16"}),
+    ("gpt", Layout(1, 1, 2), {"zero_stage": 2}),
+    ("ngpt", Layout(2, 1, 1), {"sequence_parallel": True, "recompute": True, "micro_batch_size": 5}),
+    ("ngpt", Layout(1, 3, 1), {"precision": "bf16"}),
+]
+
+
+def off(estimates, found):
+    """How far the worst rank's estimates are from what it holds: beside the states while computing, and in all."""
+    shares = []
+    for one, other in zip(estimates, found, strict=True):
+        shares += [(one.gradients + one.buckets + one.activations) / other.computing, one.total / other.total]
+    return max(abs(share - 1) for share in shares)
+
+
+def estimates(config, world):
+    stage = resolve_stages(config, world)[0]
+    return [rank_memory(config, stage, rank) for rank in range(world)]
+
+
+@pytest.fixture
+def small_buckets(monkeypatch):
+    monkeypatch.setattr(ds_config, "BUCKET_ENTRIES", BUCKET)
+
+
+@pytest.mark.parametrize(("kind", "layout", "options"), RUNS, ids=str)
+def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeypatch):
+    config = memory_config(kind, layout, **options)
+    found = run_ranks(layout.world, measure, config, BUCKET, timeout=600.0)
+    planned = estimates(config, layout.world)
+    for one, other in zip(planned, found, strict=True):
+        assert (one.weights, one.masters, one.moments) == (other.weights, other.masters, other.moments)
+        if config.train.precision == "bf16" and config.train.zero_stage == 1:
+            assert 0.9 < one.reduction / other.reducing < 1.1
+    assert off(planned, found) < 0.1
+    # Negative controls: of other runs the same figures are not told.
+    if layout.pp > 1:
+        monkeypatch.setattr(rooms, "in_flight", lambda *_: 1)
+        assert off(estimates(config, layout.world), found) > 0.1
+    for change in ({"micro_batch_size": 2 * config.train.micro_batch_size}, {"recompute": not config.train.recompute}):
+        other_run = memory_config(kind, layout, **options | change)
+        assert off(estimates(other_run, layout.world), found) > 0.1
+
+
+# ---- large worlds
+
+
+@pytest.fixture(scope="module")
+def large():
+    config = load_config("configs/ngpt_70b.yaml")
+    return config, resolve_stages(config, 1024)
+
+
+def test_the_large_run_s_states_are_all_of_its_parameters(large):
+    config, stages = large
+    for stage in stages:
+        placement, layout = Placement(stage.model, stage.layout), stage.layout
+        entries = sum(g.entries for pp in range(layout.pp) for tp in range(layout.tp) for g in placement.groups(pp, tp))
+        whole = sum(placement.numel(name) for name, spec in placement.specs.items() if not spec.sharded)
+        assert entries == count_parameters(stage.model) + (layout.tp - 1) * whole
+        at = states_at(config, stage, placement, 0, 0)
+        groups = placement.groups(0, 0)
+        owned = sum(g.partition for g in groups)
+        assert (at.masters, at.moments, at.weights) == (4 * owned, 8 * owned, 2 * owned * layout.dp)
+        assert 0 <= owned * layout.dp - sum(g.entries for g in groups) < 2 * 2 * layout.dp  # padding of two groups
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_recomputed_blocks_save_what_they_were_given(large, fused):
+    _, stages = large
+    shape = Shape(stages[0].model, 2, 0, 1, 4096, "bf16", True, True, fused)
+    h = 2 * 4096 * 4096 // 2
+    assert footprint(shape, 9, False, False).saved == 9 * h == 9 * shape.boundary
+    kept = footprint(replace(shape, recompute=False), 1, False, False)
+    assert kept.saved > 10 * h
+    if fused:
+        eager = footprint(replace(shape, recompute=False, fused=False), 1, False, False)
+        assert kept.saved < 0.75 * eager.saved
+
+
+def test_larger_micro_batches_follow_from_two():
+    model = ModelConfig(vocab_size=67, d_model=36, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=62)
+    from megabus.estimate.activations import _run, _trace
+
+    shape = Shape(model, 2, 1, 5, 22, "bf16", False, True, False)
+    assert _run(shape, False) == _trace(shape, False)
+
+
+# ---- growth
+
+
+def plan_of(before, after, **how):
+    old = ModelConfig(vocab_size=67, d_model=36, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=62)
+    new = old.grown(d_model=52, n_heads=6, d_ff=90, n_layers=5)
+    return Plan(
+        Placement(old, Layout(*before)), Placement(new, Layout(*after)), Growth(old, new, GrowthConfig(**how), 7)
+    )
+
+
+@pytest.mark.parametrize("depth", ["append", "identity", "stack"])
+@pytest.mark.parametrize("layouts", [((2, 2, 1), (1, 2, 2)), ((1, 3, 1), (1, 1, 3))], ids=str)
+def test_traffic_of_each_rank_is_the_plan_s(layouts, depth):
+    plan = plan_of(*layouts, depth=depth, moments="grow")
+    world = plan.old.layout.world
+    exchanged = [messages(plan.schedule(rank, 2**12, KINDS), rank) for rank in range(world)]
+    received = [sum(got) for _, got in exchanged]
+    for rank in range(world):
+        owned = owned_entries(plan.old, rank)
+        assert received[rank] == sum(len(needed_entries(plan, rank, k) - owned) for k in KINDS) * ELEMENT_BYTES
+    assert sum(sum(sent) for sent, _ in exchanged) == sum(received) == traffic(plan, KINDS)[0] > 0
+    still = replace(plan, new=Placement(plan.new.model, plan.old.layout))
+    assert received != [traffic(still, KINDS, [rank])[0] for rank in range(world)]
+
+
+def test_growth_of_the_large_run(large):
+    config, stages = large
+    found = transition(config, stages[1], stages[2], device("h100"), rebuild=3.0)
+    share = 12 * count_parameters(stages[1].model) / 1024
+    assert 0.1 * share < found.received < 3 * share
+    assert found.stall == pytest.approx(found.move + found.grow + 3.0)
+    inter, plain = device("h100").inter, max(found.sent, found.received) / device("h100").inter.bandwidth
+    assert found.move == pytest.approx(plain + found.messages * inter.latency)
+    assert found.messages >= 3  # of the three kinds of tensor
+
+
+# ---- time
+
+
+def test_a_ring_sends_each_part_round():
+    link = Link(1e-3, 100.0)
+    assert ring(link, 4, 400.0, 2) == pytest.approx(2 * (3e-3 + 3.0))
+    assert ring(link, 1, 400.0, 2) == 0
+
+
+def test_links_follow_from_where_ranks_lie():
+    h100 = device("h100")
+    tensor, pipe, data = links(Layout(8, 4, 2), h100)
+    assert (tensor, pipe, data.bandwidth) == (h100.intra, h100.inter, h100.inter.bandwidth)
+    tensor, pipe, data = links(Layout(2, 2, 2), h100)
+    assert tensor == pipe == data == h100.intra
+    assert links(Layout(2, 1, 8), h100)[2].bandwidth == 4 * h100.inter.bandwidth
+    assert links(Layout(16, 1, 1), h100)[0] == h100.inter
+
+
+def test_step_time_without_links_is_the_flops(large):
+    """One rank computes FLOPs at its speed; pp ranks take 1/pp of it with (pp - 1) / (m + pp - 1) of waiting."""
+    config, stages = large
+    model = stages[0].model.model_copy(update={"vocab_size": 8})
+    config = config.model_copy(update={"train": config.train.model_copy(update={"recompute": False})})
+    free = replace(device("h100"), intra=Link(0, 1e30), inter=Link(0, 1e30), memory_bandwidth=1e30)
+    alone = Stage(0, model, Layout(1, 1, 1), 4096, 1, 6, 1e-3, 0.8, None, None)
+    one = step_time(config, alone, Placement(model, alone.layout), free)
+    flops = 6 * 4096 * flops_per_token(model, 4096)
+    assert one.total == pytest.approx(flops / (0.6 * 989e12))
+    assert one.mfu(free, "bf16", 1) == pytest.approx(0.6)
+    piped = replace(alone, layout=Layout(1, 4, 1))
+    four = step_time(config, piped, Placement(model, piped.layout), free)
+    assert four.bubble / four.total == pytest.approx(3 / (6 + 3))
+    assert four.total == pytest.approx(one.total / 4 * 9 / 6, rel=1e-3)
+
+
+# ---- layouts
+
+
+def accepted(stage, nodes_of, sizes):
+    """By hand: what divides what."""
+    model, world, found = stage.model, stage.layout.world, set()
+    for tp in range(1, nodes_of + 1):
+        for pp in range(1, model.n_layers + 1):
+            if world % (tp * pp):
+                continue
+            dp = world // (tp * pp)
+            for micro in sizes:
+                fits = model.n_heads % tp == model.kv_heads % tp == model.d_ff % tp == stage.seq_len % tp == 0
+                if fits and stage.global_batch_size % (micro * dp) == 0:
+                    found.add((tp, pp, dp, micro))
+    return found
+
+
+def test_candidates_are_all_that_a_run_accepts(large):
+    config, stages = large
+    for nodes_of in (8, 6):
+        found = list(candidates(config, stages[2], replace(device("h100"), nodes_of=nodes_of)))
+        assert {(s.layout.tp, s.layout.pp, s.layout.dp, s.micro_batch_size) for s in found} == accepted(
+            stages[2], nodes_of, (1, 2, 4)
+        )
+    assert all(stage.index == 2 and stage.model == stages[2].model for stage in found)
+
+
+def test_ranking_is_by_time_of_what_fits():
+    config = memory_config("gpt", Layout(2, 1, 2), precision="bf16")
+    stage = resolve_stages(config, 4)[0]
+    cpu = device("cpu")
+    every = rank_layouts(config, stage, cpu, top=99)
+    times = [choice.time.total for choice in every.best]
+    assert times == sorted(times)
+    assert len({choice.stage.layout for choice in every.best}) == len(times)
+    mine = step_time(config, stage, Placement(stage.model, stage.layout), cpu).total
+    others = [choice for choice in every.best if choice.stage.layout != stage.layout]
+    assert every.own == 1 + sum(choice.time.total < mine for choice in others)
+    own = stage.layout, stage.micro_batch_size
+    assert [one.stage.micro_batch_size for one in every.best if one.stage.layout == stage.layout] == [own[1]]
+    small = [one for one in candidates(config, stage, cpu) if one.micro_batch_size == 1]
+    least = sorted(fullest(config, one, Placement(one.model, one.layout), 1e12).total for one in small)
+    room = least[len(least) // 2]
+    fewer = rank_layouts(config, stage, replace(cpu, memory=room + cpu.reserve), top=99)
+    assert len(fewer.best) == sum(need <= room for need in least) < len(every.best) == len(least)
+    assert all(choice.memory.total <= room for choice in fewer.best)
+    assert rank_layouts(config, stage, replace(cpu, memory=cpu.reserve), top=3).own is None
+
+
+def test_a_layout_of_one_s_own_that_fits_is_not_refused(monkeypatch, capsys):
+    """Though no other is proposed: tensor parallelism over nodes is not."""
+    words = ("--config", "configs/gpt_64m.yaml", "--world", "2", "--nodes-of", "1", "--reserve-gb", "0")
+    words += ("layout.tp=2", "train.micro_batch_size=1", "train.precision=bf16")
+    assert "is number 1" in told(monkeypatch, capsys, *words, "--memory-gb", "1.05")
+    small = ("--config", "configs/gpt_64m.yaml", "--world", "1", "--memory-gb", "4", "--reserve-gb", "0")
+    found = told(monkeypatch, capsys, *small)  # with smaller micro batches it would
+    assert "configured, micro batches of 32 do not fit" in found
+    assert "with micro batches of 32 does not fit" in found
+    monkeypatch.setattr(sys, "argv", ["estimate.py", *words, "--memory-gb", "0.3"])
+    with pytest.raises(UserError, match=r"^model = stage 0: fits no layout of 2 ranks of 0\.3 GB, with micro"):
+        tool.main()
+
+
+# ---- the command
+
+
+def told(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["estimate.py", *words])
+    assert tool.main() == 0
+    return capsys.readouterr().out
+
+
+DEMO = ("--config", "configs/demo.yaml", "--world", "4", "--gpu", "cpu", "--top", "2")
+
+
+def test_tables_and_values_agree(monkeypatch, capsys, tmp_path):
+    text = told(monkeypatch, capsys, *DEMO, "--json", str(tmp_path / "out.json"))
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert text.count("predicted, not measured") == 6  # a run, its steps, three stages' layouts, growths
+    assert values["times"] == "predicted, not measured"
+    assert values["stages"][0]["layout"] == {"tp": 2, "pp": 2, "dp": 1}
+    for stage in values["stages"]:
+        step = stage["step"]
+        parts = [step[name] for name in ("compute", "tensor", "pipeline", "bubble", "data", "update")]
+        assert step["total"] == pytest.approx(sum(parts))
+        assert len(stage["memory"]) == stage["layout"]["pp"]
+        assert (stage["growth"] is None) == (stage["stage"] == 0)
+    slow = json.loads(told(monkeypatch, capsys, *DEMO, "--json", "-", "--tflops", "0.001", "train.micro_batch_size=8"))
+    first = values["stages"][0]["step"], slow["stages"][0]["step"]
+    assert first[1]["compute"] == pytest.approx(40 * first[0]["compute"], rel=1e-6)
+    assert slow["stages"][0]["micro_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (("--gpu", "tpu"), "--gpu"),
+        (("--world", "6"), "layout"),
+        (("--efficiency", "1.5"), "--efficiency"),
+        (("--inter-us", "-1"), "--inter-us"),
+        (("--nodes-of", "0"), "--nodes-of"),
+        (("--tflops", "inf"), "--tflops"),
+        (("layout.tp=8", "layout.pp=1"), "layout"),
+        (("--memory-gb", "8", "--reserve-gb", "8"), "--reserve-gb"),
+        (("--memory-gb", "0.1", "--reserve-gb", "0"), "model"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line(words, key, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["estimate.py", *DEMO, *words])
+    with pytest.raises(UserError) as told_off:
+        tool.main()
+    assert told_off.value.key == key

@@ -1,0 +1,146 @@
+"""Moments grown or carried, against the gradients of the grown model."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import pytest
+import torch
+from support.growing import (
+    CHANNELS,
+    FRACTION,
+    WIDTH,
+    WIDTH_IDS,
+    WIDTHS,
+    flat_scale,
+    gradients,
+    how,
+    isometry,
+    mean_squares,
+    row_matrices,
+)
+from support.small_models import GQA, KINDS, config, lively_state
+
+import megabus
+from megabus.growth import rules
+from megabus.model.decoder import param_specs
+
+torch.set_num_threads(1)
+
+
+def mapped_and_true(kind, before, after, power=1, **manner):
+    """Moments mapped from the old model's gradient, and the gradient that the grown model really has."""
+    old, new = config(kind, before), config(kind, before, after)
+    state, manner = lively_state(old), how(moments="grow", **manner)
+    moments = {name: (g**power).float() for name, g in gradients(old, state).items()}
+    mapped = megabus.grow_state(moments, old, new, 1, manner, ("exp_avg", "exp_avg_sq")[power - 1])
+    grown = megabus.grow_state(state, old, new, 1, manner)
+    true = {name: g**power for name, g in gradients(new, grown).items()}
+    return old, new, mapped, true
+
+
+def gap(found, wanted):
+    return float((found.double() - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_embed_growth_maps_moments_as_gradients(kind, channels, power):
+    """Where only d_model grows, a mapped first moment is the gradient (g' = a g), a second one its square."""
+    for width in (52, 131):
+        _, _, mapped, true = mapped_and_true(kind, {}, {"d_model": width}, power, channels=channels)
+        assert max(gap(mapped[name], true[name]) for name in true) < 1e-5
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_unmapped_scales_would_show(power, monkeypatch):
+    monkeypatch.setattr(rules, "channel_scale", flat_scale)
+    _, _, mapped, true = mapped_and_true("ngpt", {}, {"d_model": 52}, power)
+    assert min(gap(mapped[name], true[name]) for name in ("embed.weight", "layers.0.mlp.up")) > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("before", "after"), WIDTHS, ids=WIDTH_IDS)
+def test_copied_rows_share_their_familys_gradient(kind, before, after):
+    """Write rows get their exact gradient; copied read rows and gains get the mean of their family's."""
+    old, new, mapped, true = mapped_and_true(kind, before, after)
+    rows = row_matrices(old, new)
+    differ = 0.0
+    for name, spec in param_specs(new).items():
+        C = rows[spec.rows]
+        if spec.role == "write" or not spec.sharded or spec.rows == "vocab":
+            assert gap(mapped[name], true[name]) < 1e-5, name
+            continue
+        mean = C @ (C.T @ true[name]) / (C @ C.sum(0)).view(-1, *(1,) * (true[name].ndim - 1))
+        assert gap(mapped[name], mean) < 1e-5, name
+        differ = max(differ, gap(mapped[name], true[name]))
+    assert differ > 1e-2  # a member's own gradient does differ: the mean is all that a map can know
+
+
+@pytest.mark.parametrize(("depth", "parents", "added"), [("append", "01201", (3, 4)), ("identity", "00112", (1, 3))])
+@pytest.mark.parametrize("kind", ["exp_avg", "exp_avg_sq"])
+def test_carried_moments_stay_with_originals(kind, depth, parents, added):
+    """Old entries, times a (squared for second moments) on embed; zero for copies and added layers."""
+    old, new = config(), config("ngpt", FRACTION)
+    moments = {name: g.float() for name, g in gradients(old, lively_state(old)).items()}
+    if kind == "exp_avg_sq":
+        moments = {name: g.square() for name, g in moments.items()}
+    power = 1 if kind == "exp_avg" else 2
+    carried = megabus.grow_state(moments, old, new, 1, how(moments="carry", depth=depth), kind)
+    E = isometry(36, 52, "even") ** power
+    for name, spec in param_specs(new).items():
+        parent = int(parents[spec.layer or 0])
+        source = moments[spec.in_layer(parent)].double()
+        if spec.layer in added:
+            assert (carried[name] == 0).all()
+        elif spec.is_matrix:
+            C = row_matrices(old, new)[spec.rows]
+            first = (C.cumsum(0) == 1) * C
+            assert gap(carried[name], first @ source @ E.T) < 1e-6, name
+        elif spec.rows == "embed":  # a for its channel of h, a for that of the branch, 1/(init/scale) for raw
+            assert gap(carried[name], E.square() @ source * sqrt(52 / 36) ** power) < 1e-6, name
+
+
+@pytest.mark.parametrize(("moments", "write"), [("grow", "clone"), ("carry", "clone"), ("carry", "tilt")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_moments_are_the_first_ones_squared(kind, moments, write):
+    """m of g and v of g^2 stay so on every entry: Adam's step does not feel a family's share."""
+    old, new = config(kind, GQA), config(kind, GQA, FRACTION, {"n_heads": 9, "n_kv_heads": 3})
+    first = {name: g.float() for name, g in gradients(old, lively_state(old)).items()}
+    second = {name: m.square() for name, m in first.items()}
+    manner = how(moments=moments, channels="uneven", write=write)
+    m, v = (
+        megabus.grow_state(state, old, new, 1, manner, what)
+        for state, what in ((first, "exp_avg"), (second, "exp_avg_sq"))
+    )
+    assert all(torch.allclose(v[name], m[name].square(), rtol=1e-5, atol=0) for name in m)
+    assert not torch.allclose(v["layers.0.mlp.up"], m["layers.0.mlp.up"].abs(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("write", "low", "high"), [("tilt", 0.6, 1.5), ("clone", 0.99, 1.01)])
+def test_squares_of_copied_rows_are_what_they_become(kind, write, low, high):
+    """Mean squares of gradients after a doubling of heads and units, over those that `grow` makes of the ones before:
+    a tilted copy's gradient is no smaller than its parent's, a clone's half of it (a quarter of the square)."""
+    old, new = config(kind, GQA), config(kind, GQA, {"n_heads": 8, "n_kv_heads": 4, "d_ff": 124})
+    state, manner = lively_state(old), how(moments="grow", write=write)
+    grown = megabus.grow_state(state, old, new, 1, manner)
+    before, after = (mean_squares(*pair) for pair in ((old, state), (new, grown)))
+    mapped = megabus.grow_state(before, old, new, 1, manner, "exp_avg_sq")
+    names = [n for n, spec in param_specs(new).items() if spec.role == "read" and spec.rows != "vocab"]
+    ratios = [float(after[n].sum() / mapped[n].sum()) for n in names if ".0." in n]
+    assert len(ratios) == 5
+    assert low < min(ratios) <= max(ratios) < high
+    other = {"tilt": "clone", "clone": "tilt"}[write]  # with the other's share the ratios would be 4 times as far
+    wrong = megabus.grow_state(before, old, new, 1, how(moments="grow", write=other), "exp_avg_sq")
+    assert not any(low < float(after[n].sum() / wrong[n].sum()) < high for n in names if ".0." in n)
+
+
+def test_reset_moments_are_zero():
+    old, new = config(), config("ngpt", WIDTH)
+    state = lively_state(old)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        for moments, zero in (("reset", True), ("carry", False), ("grow", False)):
+            grown = megabus.grow_state(state, old, new, 1, how(moments=moments), kind)
+            assert all((x == 0).all() == zero for x in grown.values())

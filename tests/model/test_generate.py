@@ -1,0 +1,112 @@
+"""Sampling: with cached keys and values it is what the model says without; seeds, top-k and top-p do what they say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.sources import MemorySource, model_config
+
+import megabus
+from megabus.convert.convert import convert
+from megabus.data.tokenizer import Tokenizer, train_tokenizer
+from megabus.errors import UserError
+from megabus.generate import _sample, generate
+from megabus.model.layers import KVCache
+
+ROOT = Path(__file__).parents[2]
+
+
+def model(kind="ngpt", **changes):
+    source = MemorySource(model_config(kind, **changes))
+    built = megabus.build_model(source.state.model)
+    built.load_state_dict(source.weights())
+    return built.eval()
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+@torch.no_grad()
+def test_a_cache_changes_nothing(kind):
+    decoder, tokens = model(kind), torch.randint(67, (2, 30), generator=torch.Generator().manual_seed(0))
+    whole, cache, start = decoder(tokens), KVCache(), 0
+    for size in (1, 7, 1, 1, 13, 7):  # one token, and several, after others
+        part = decoder(tokens[:, start : start + size], cache)
+        assert (part - whole[:, start : start + size]).abs().max() <= 1e-5
+        start += size
+    assert cache.length == start == 30
+
+
+def test_greedy_is_the_models_own_choice():
+    decoder, ids = model(), [3, 1, 4]
+    for token in generate(decoder, ids[:3], 20, temperature=0):
+        with torch.no_grad():
+            assert token == int(decoder(torch.tensor([ids]))[0, -1].argmax())
+        ids.append(token)
+    assert len(ids) == 23
+
+
+def test_the_seed_decides():
+    decoder = model()
+    a, b, c = (list(generate(decoder, [1, 2], 30, seed=seed)) for seed in (0, 0, 1))
+    assert a == b != c
+
+
+def test_generation_ends_before_the_stop():
+    decoder = model()
+    tokens = list(generate(decoder, [1], 50, temperature=2.0, seed=3))
+    stop = tokens[20]
+    assert list(generate(decoder, [1], 50, temperature=2.0, seed=3, stop=stop)) == tokens[: tokens.index(stop)]
+
+
+def test_samples_have_the_models_shares():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
+    shares, draw = logits.softmax(0), torch.Generator().manual_seed(0)
+
+    def counts(**options):
+        drawn = torch.tensor([_sample(logits, options.get("k"), options.get("p", 1.0), draw) for _ in range(4000)])
+        return drawn.bincount(minlength=5) / 4000
+
+    assert (counts() - shares).abs().max() < 0.03
+    top2 = shares[:2] / shares[:2].sum()
+    assert (counts(k=2)[:2] - top2).abs().max() < 0.03
+    assert counts(k=2)[2:].sum() == 0
+    assert counts(p=0.5)[0] == 1  # the first alone has 0.64
+    assert counts(p=0.7)[2:].sum() == 0 < counts(p=0.7)[1]
+
+
+def test_temperature_divides_the_logits():
+    """The shares of first tokens at temperature 0.1, whatever the seed; and none too small to divide by."""
+    decoder = model()
+    with torch.no_grad():
+        logits = decoder(torch.tensor([[5]]))[0, -1]
+    drawn = [next(generate(decoder, [5], 1, temperature=0.1, seed=seed)) for seed in range(1000)]
+    shares = torch.tensor(drawn).bincount(minlength=67) / 1000
+    assert (shares - (logits / 0.1).softmax(0)).abs().max() < 0.04 < (shares - logits.softmax(0)).abs().max()
+    assert next(generate(decoder, [5], 1, temperature=1e-42)) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"prompt": []}])
+def test_bad_arguments(bad):
+    options = {"prompt": [1]} | bad
+    with pytest.raises(UserError, match=next(iter(bad))):
+        next(generate(model(), options.pop("prompt"), 1, **options))
+
+
+def test_the_command(tmp_path):
+    path = train_tokenizer(["the cat sees the dog and the dog sees the cat " * 50], 290, tmp_path / "tok", "bpe")
+    source = MemorySource(model_config("ngpt", vocab_size=290))
+    source.tokenizer = path
+    convert(source, tmp_path / "run", "checkpoint")
+    command = [sys.executable, ROOT / "tools/generate.py", tmp_path / "run", "--prompt", "the cat", "--max-tokens", "9"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode("the cat")
+    drawn = generate(megabus.load(tmp_path / "run"), ids, 9, temperature=0.8, stop=tokenizer.eod)
+    assert ended.stdout == tokenizer.decode(ids + list(drawn)) + "\n"
+    bad = subprocess.run([*command, "--tokenizer", tmp_path / "no.model"], capture_output=True, text=True, timeout=120)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: tokenizer = ")

@@ -1,0 +1,66 @@
+"""What layers are worth: a silent one nothing, and nothing is left changed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import small_runs
+import torch
+from support.small_models import config, lively_state
+
+import megabus
+from megabus.model.decoder import Decoder, param_specs
+from megabus.silenced import silenced
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def grown(kind):
+    """A model of three layers, the last as silent as growth has added it."""
+    old, new = config(kind, n_layers=2), config(kind, n_layers=3)
+    model = Decoder(new)
+    model.load_state_dict(megabus.grow_state(lively_state(old), old, new, 1))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_a_layer_that_is_the_identity_is_worth_nothing(kind):
+    model = grown(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tokens = torch.randint(model.config.vocab_size, (11, 14), generator=torch.Generator().manual_seed(0))
+    loss, branches = silenced(model, tokens[:, :-1], tokens[:, 1:])
+    logits = model(tokens[:, :-1]).detach().double()
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert loss == pytest.approx(float(plain), abs=1e-6)
+    assert [branch.layer for branch in branches] == [0, 0, 1, 1, 2, 2]
+    for branch in branches:
+        assert (branch.strength == 0) == (branch.layer == 2)
+        assert (abs(branch.loss - loss) < 1e-6) == (branch.layer == 2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    gates = [name for name, spec in param_specs(model.config).items() if spec.gate]
+    assert sorted(f"layers.{branch.layer}.{branch.gate}" for branch in branches) == sorted(gates)
+
+
+def test_the_tool_wants_a_checkpoint(tmp_path):
+    command = [sys.executable, ROOT / "tools/layers.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "checkpoint" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_tool_measures_what_the_run_validates_on(tmp_path):
+    """Over a validation's tokens the whole model has the run's last loss; the last stage reads more at once."""
+    corpus = small_runs.write_corpus(tmp_path)
+    config = small_runs.run_config(corpus, tmp_path / "run", [{}] * 3)
+    small_runs.start(config, 1)
+    last = small_runs.rows_of(config, "eval")[-1]["loss"]
+    command = [sys.executable, ROOT / "tools/layers.py", config.run_dir, "--tokens", "256"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (loss,) = re.findall(r"whole model (\S+), over 256 tokens", done.stdout)
+    assert float(loss) == pytest.approx(last, abs=6e-5)
+    assert len(re.findall(r"^ +\d ", done.stdout, re.MULTILINE)) == 2 * config.growth.stages[-1].n_layers

@@ -1,0 +1,356 @@
+"""NLI's pairs and numbers: what is read and what is refused, metrics and baselines against scikit-learn's."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from support.nli_data import rows_of, run_tool, write_rows, write_run
+from sklearn import metrics
+
+from megabus.errors import UserError
+from megabus.nli.baselines import (
+    Baselines,
+    hypothesis_only,
+    majority,
+    premise_and_hypothesis,
+)
+from megabus.nli.metrics import bootstrap_macro_f1, confusion_matrix, macro_f1, measure, wilson_interval
+from megabus.nli.pairs import LABELS, Hub, Pair, PairSet, read_jsonl
+from megabus.nli.plots import plot_set
+from megabus.nli.report import measure_set, table
+from megabus.nli.score import Scores
+from megabus.nli.settings import Settings
+from megabus.testing.ranks import run_ranks
+
+
+def pair_set(n, seed=0, name="pairs"):
+    rows = rows_of(n, seed)
+    pairs = [Pair(LABELS.index(row["gold_label"]), row["sentence1"], row["sentence2"]) for row in rows]
+    return PairSet(name, pairs)
+
+
+def message_of(call, *args):
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_files_are_read_in_order(tmp_path, name):
+    """Other fields and blank lines do no harm, a line separator within a sentence is text, unlabelled pairs count."""
+    rows = rows_of(5)
+    rows[2]["sentence1"] = "one\u2028two\x85three"
+    rows.insert(1, rows[0] | {"gold_label": "-", "pairID": "7"})
+    path = write_rows(tmp_path / name, rows)
+    pairs = read_jsonl(path, "--valid")
+    del rows[1]
+    expected = [(LABELS.index(row["gold_label"]), row["sentence1"], row["sentence2"]) for row in rows]
+    assert list(map(tuple, pairs.pairs)) == expected
+    assert pairs.skipped == 1
+    assert sum(pairs.counts.values()) == len(pairs) == 5
+    assert pairs.sha256 == replace(pairs, name="other").sha256 != pairs.first(4).sha256
+
+
+def test_samples_are_drawn_without_replacement():
+    pairs = pair_set(40)
+    some = pairs.sample(10, 1)
+    assert len(some) == 10
+    assert some.pairs == pairs.sample(20, 1).pairs[:10]
+    assert some.pairs != pairs.sample(10, 2).pairs
+    assert set(pairs.sample(39, 0).pairs) <= set(pairs.pairs)
+    assert pairs.sample(None, 0) is pairs.sample(40, 0) is pairs
+
+
+GOOD = {"gold_label": "neutral", "sentence1": "a", "sentence2": "b"}
+REFUSED = {
+    "no field": (
+        [GOOD, {"gold_label": "neutral", "sentence1": "a"}],
+        "line 2 has no field sentence2; each needs gold_",
+    ),
+    "no label": ([GOOD, GOOD, {"sentence1": "a", "sentence2": "b"}], "line 3 has no field gold_label"),
+    "unknown label": (
+        [GOOD | {"gold_label": "maybe"}],
+        "line 1 has gold_label 'maybe'; allowed are entailment, neutral, contradiction, and - for none",
+    ),
+    "label of another kind": ([GOOD | {"gold_label": 0}], "line 1 has gold_label 0; allowed are entailment"),
+    "label that is a list": ([GOOD | {"gold_label": ["neutral"]}], "line 1 has gold_label ['neutral']; allowed"),
+    "no text": ([GOOD, GOOD | {"sentence1": None}], "line 2 has sentence1 None; it must be text"),
+    "no object": ([GOOD, [1, 2]], "line 2 is no JSON object; each line needs gold_label, sentence1, sentence2"),
+    "empty": ([], "is empty; give labelled pairs"),
+    "unlabelled": ([GOOD | {"gold_label": "-"}] * 2, "holds no pair with a gold label (2 without)"),
+}
+
+
+@pytest.mark.parametrize(("rows", "problem"), REFUSED.values(), ids=REFUSED)
+def test_wrong_rows_are_told(tmp_path, rows, problem):
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    assert message_of(read_jsonl, path, "--train").startswith(f"--train = {path}: {problem}")
+
+
+def test_what_is_no_such_file_is_told(tmp_path):
+    path = tmp_path / "a.jsonl"
+    assert message_of(read_jsonl, path, "--valid") == f"--valid = {path}: no such file; check the path"
+    path.write_text(json.dumps(GOOD) + "\n{oh")
+    assert message_of(read_jsonl, path, "--valid").startswith(f"--valid = {path}: line 2 is not JSON (")
+    path.write_bytes(b"\xff\xfe\n")
+    assert message_of(read_jsonl, path, "--valid").startswith(f"--valid = {path}: line 1 is not JSON (")
+    gz = write_rows(tmp_path / "b.gz", [GOOD] * 300)
+    gz.write_bytes(gz.read_bytes()[:-12])
+    assert "b.gz: cannot be read (" in message_of(read_jsonl, gz, "--valid")
+    gz.write_text("plain")
+    assert "b.gz: cannot be read (" in message_of(read_jsonl, gz, "--valid")
+
+
+# ---- the hub's form
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The same pairs as parquet files and as `save_to_disk` writes them: labels are ids, -1 is none."""
+    names = datasets.Features(
+        {
+            "premise": datasets.Value("string"),
+            "hypothesis": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=list(LABELS)),
+        }
+    )
+    splits = {}
+    for number, split in enumerate(("train", "validation", "test")):
+        rows = rows_of((90, 12, 11)[number], seed=number)
+        labels = [LABELS.index(row["gold_label"]) for row in rows]
+        labels[3] = -1
+        columns = {"premise": [r["sentence1"] for r in rows], "hypothesis": [r["sentence2"] for r in rows]}
+        splits[split] = datasets.Dataset.from_dict(columns | {"label": labels}, features=names)
+    folder = tmp_path_factory.mktemp("hub")
+    (folder / "parquet").mkdir()
+    for split, data in splits.items():
+        data.to_parquet(folder / "parquet" / f"{split}.parquet")
+    datasets.DatasetDict(splits).save_to_disk(folder / "saved")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved"])
+def test_data_sets_of_the_hubs_form(hub, form, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    data = Hub(str(hub / form))
+    pairs, rows = data.read("test"), rows_of(11, seed=2)
+    assert set(data.splits) == {"train", "validation", "test"}
+    assert (len(pairs), pairs.skipped) == (10, 1)
+    del rows[3]
+    assert [pair.hypothesis for pair in pairs.pairs] == [row["sentence2"] for row in rows]
+    assert [LABELS[label] for label in pairs.labels] == [row["gold_label"] for row in rows]
+    problem = f"--split = dev: is no split of {hub / form}; choose among "
+    assert message_of(data.read, "dev").startswith(problem)
+
+
+def test_other_data_sets_are_told(tmp_path):
+    columns = {"text": ["a"], "label": [0]}
+    datasets.DatasetDict(test=datasets.Dataset.from_dict(columns)).save_to_disk(tmp_path / "d")
+    expected = "split test has no column premise, its columns are text, label; it needs label, premise, hypothesis"
+    assert message_of(Hub(str(tmp_path / "d")).read, "test") == f"--data = {tmp_path / 'd'}: {expected}"
+    columns = {"premise": ["a"], "hypothesis": ["b"], "label": [7]}
+    datasets.DatasetDict(test=datasets.Dataset.from_dict(columns)).save_to_disk(tmp_path / "e")
+    assert "row 0 has label 7; allowed are entailment" in message_of(Hub(str(tmp_path / "e")).read, "test")
+    assert "cannot be read (" in message_of(Hub, str(tmp_path / "nowhere"))
+
+
+def test_a_hub_data_set_from_end_to_end(hub, tmp_path):
+    """The test split is reported; the curve is of the validation split; the train split is trained on."""
+    run = write_run(tmp_path)
+    options = ["--data", hub / "saved", "--fine-tune", "--curve-every", "2", "--batch-size", "30"]
+    told = run_ranks(2, run_tool, [run, *options, "--dp", "2", "--out", tmp_path / "out", "--train-limit", "80"])
+    assert [(code, err) for code, _, err in told] == [(0, ""), (0, "")]
+    assert told[1][1] == ""  # rank 0 speaks for all
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [(name, one["pairs"]) for name, one in results["sets"].items()] == [(f"{hub / 'saved'}/test", 10)]
+    assert results["fine_tuning"]["watched"]["name"].endswith("/validation")
+    assert [row["step"] for row in results["fine_tuning"]["curve"]] == [0, 2, 3]
+    assert results["train"]["pairs"] == 80
+    (one,) = results["sets"].values()
+    assert next(iter(one["results"])) == "fine-tuned"
+    assert not (tmp_path / "out/predictions.jsonl").exists()
+
+
+# ---- the command line
+
+
+COMMANDS = {
+    "nothing": ([], "--data = (missing): there is nothing to evaluate; give it, or --valid FILE"),
+    "two sources": (["--data", "snli", "--valid", "{file}"], "--data = snli: and --valid are two sources"),
+    "split of a file": (["--valid", "{file}", "--split", "test"], "--split = test: is of --data, which is not given"),
+    "twice": (["--valid", "{file}", "--test", "{file}"], "--test = {file}: is --valid too; give it once"),
+    "split twice": (["--data", "x", "--split", "a", "a"], "--split = a: is given twice; give it once"),
+    "no file": (["--valid", "nowhere"], "--valid = nowhere: no such file; check the path"),
+    "nothing to tune on": (["--valid", "{file}", "--fine-tune"], "--train = (missing): there is nothing to fine-tune"),
+    "save": (["--valid", "{file}", "--save", "x"], "--save = x: there is nothing new to save; add --fine-tune"),
+    "predictions": (["--valid", "{file}", "--predictions"], "--predictions = given: there is no directory"),
+    "limit": (["--valid", "{file}", "--limit", "0"], "--limit = 0: is below 1"),
+    "lr": (["--valid", "{file}", "--lr", "-1"], "--lr = -1.0: is not a positive number"),
+    "clip": (["--valid", "{file}", "--gradient-clipping", "nan"], "--gradient-clipping = nan: is below 0"),
+    "warm-up": (["--valid", "{file}", "--warmup-share", "2"], "--warmup-share = 2.0: is no share"),
+    "seed": (["--valid", "{file}", "--seed", "-1"], "--seed = -1: is out of range"),
+    "layout": (["--valid", "{file}", "--layout", "tp=x"], "--layout = tp=x: is no whole number"),
+    "layout's key": (["--valid", "{file}", "--layout", "xp=2"], "--layout = xp=2: is not of the form KEY=VALUE"),
+    "labels": (["--valid", "{file}", "--labels", "entailment"], "--labels = entailment: is not of the form KEY=VALUE"),
+    "option": (["--valid", "{file}", "--bad"], "command line = "),
+    "world": (["--valid", "{file}", "--tp", "2"], "layout = tp 2 x pp 1: cannot fill the world of 1 rank(s)"),
+    "tp": (["--valid", "{file}", "--layout", "tp=3"], "layout = tp 3 x pp 1: cannot fill the world"),
+    "batch": (
+        ["--valid", "{file}", "--train", "{file}", "--fine-tune", "--batch-size", "6", "--micro-batch-size", "4"],
+        "--batch-size = 6: is not divisible by --micro-batch-size x dp = 4 x 1; choose a multiple",
+    ),
+    "checkpoint": (["--valid", "{file}"], "checkpoint = {folder}: holds none"),
+    "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not a SentencePiece model"),
+    "vocabulary": (
+        ["--valid", "{file}", "--tokenizer", "{other}"],
+        "--tokenizer = {other}: has 273 pieces, the model 340",
+    ),
+    "bad rows": (["--valid", "{bad}"], "--valid = {bad}: line 1 has gold_label 'maybe'"),
+    "out": (["--valid", "{file}", "--out", "{file}/x"], "--out = {file}/x: cannot be written ("),
+    "save's place": (
+        ["--valid", "{file}", "--train", "{file}", "--fine-tune", "--save", "{file}/x"],
+        "--save = {file}/x: cannot be written (",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    from megabus.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("places")
+    return {
+        "run": write_run(folder),
+        "folder": folder,
+        "file": write_rows(folder / "good.jsonl", rows_of(4)),
+        "bad": write_rows(folder / "bad.jsonl", [GOOD | {"gold_label": "maybe"}]),
+        "other": train_tokenizer(["the cat and the dog"] * 3, 273, folder / "other", model_type="bpe"),
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_bad_command_lines_are_told_in_one_line(places, name):
+    arguments, problem = COMMANDS[name]
+    checkpoint = places["folder"] if name == "checkpoint" else places["run"]
+    options = [argument.format(**places) for argument in arguments]
+    ((code, _, err),) = run_ranks(1, run_tool, [checkpoint, *options])
+    assert code == 2
+    assert err.startswith("error: " + problem.format(**places))
+    assert err.count("\n") == 1
+
+
+def test_a_full_directory_is_not_saved_into(places):
+    settings = Settings(places["run"], valid=places["file"], train=places["file"], fine_tune=True, save=places["run"])
+    assert "holds checkpoints already; choose another, or remove it" in message_of(settings.check)
+
+
+# ---- metrics
+
+
+def labels(n, seed, shares=(0.5, 0.3, 0.2)):
+    return np.random.default_rng(seed).choice(3, n, p=shares)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_are_scikit_learns(seed):
+    gold = labels(60, seed)
+    guess = np.where(labels(60, seed + 10) == 0, gold, labels(60, seed + 20, (0.9, 0.1, 0.0)))
+    found = measure(gold, guess, seed=0)
+    assert found["confusion"] == metrics.confusion_matrix(gold, guess, labels=[0, 1, 2]).tolist()
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(gold, guess))
+    scores = metrics.precision_recall_fscore_support(gold, guess, labels=[0, 1, 2], zero_division=0)
+    for label, *expected in zip(LABELS, *scores, strict=True):
+        got = found["classes"][label]
+        assert [got["precision"], got["recall"], got["f1"], got["gold"]] == pytest.approx(expected)
+    assert found["macro_f1"] == pytest.approx(scores[2].mean())
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_label_that_is_never_said_counts_as_zero():
+    found = measure([0, 0, 1, 2], [0, 0, 0, 0], seed=0)
+    assert [one["f1"] for one in found["classes"].values()] == pytest.approx([2 / 3, 0, 0])
+    assert found["macro_f1"] == pytest.approx(2 / 9)
+
+
+def test_wilson_interval_is_the_closed_form():
+    """Where a share p is just z standard errors from the measured one; 0 and n give shares within [0, 1]."""
+    z = 1.959963984540054
+    for hits, total in ((0, 10), (3, 10), (10, 10), (555, 1000)):
+        low, high = wilson_interval(hits, total)
+        assert 0 <= low < high <= 1
+        for p in (low, high):
+            assert abs(hits / total - p) == pytest.approx(z * math.sqrt(p * (1 - p) / total), abs=1e-8)
+    # Newcombe 1998, table I: 81 of 263.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+
+
+def test_the_bootstrap_is_one_over_pairs():
+    """Drawing confusion matrices gives what drawing pairs gives, the same each time."""
+    gold, guess = labels(200, 1), np.where(labels(200, 2) == 0, labels(200, 1), labels(200, 3))
+    matrix = confusion_matrix(gold, guess)
+    low, high = bootstrap_macro_f1(matrix, seed=0)
+    assert (low, high) == bootstrap_macro_f1(matrix, seed=0) != bootstrap_macro_f1(matrix, seed=1)
+    draws = np.random.default_rng(0).integers(0, 200, (1000, 200))
+    values = [macro_f1(confusion_matrix(gold[d], guess[d])) for d in draws]
+    assert (low, high) == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.015)
+    assert low < macro_f1(matrix) < high
+
+
+# ---- baselines
+
+
+def test_features():
+    pair = Pair(0, "A red cat.", "Red cats?")
+    assert hypothesis_only(pair) == ["h:red", "h:cats", "h:?", "h:red cats", "h:cats ?"]
+    assert {"p:a red", "both:red", "new:cats", "missing:cat"} <= set(premise_and_hypothesis(pair))
+    assert hypothesis_only(pair._replace(premise="x")) == hypothesis_only(pair)
+
+
+def test_baselines():
+    """The colour is in the hypothesis, so its n-grams suffice; unknown words and empty sentences are passed over."""
+    train, test = pair_set(90, 1), pair_set(30, 2)
+    found = Baselines(train).predict(test)
+    assert found["hypothesis n-grams"] == test.labels
+    assert found["premise + hypothesis n-grams"] == test.labels
+    assert found["majority of training pairs"] == [majority(train.labels)] * 30
+    assert len(Baselines(train).predict(PairSet("odd", [Pair(0, "", "")]))["hypothesis n-grams"]) == 1
+    alone = Baselines(None).predict(test)
+    assert alone["majority of these pairs"] == [majority(test.labels)] * 30
+    assert alone["hypothesis n-grams"] is alone["premise + hypothesis n-grams"] is None
+    assert majority([2, 1, 2, 1]) == 1  # the first of equally common ones
+
+
+@pytest.mark.parametrize("pairs", [[Pair(1, "a b", "c d")] * 4, [Pair(0, "a", "b"), Pair(1, "c", "d")]])
+def test_baselines_that_cannot_be_fitted_do_not_take_the_rest_along(pairs):
+    """One label only; no term in two pairs."""
+    baselines = Baselines(PairSet("train", pairs))
+    assert "cannot be fitted to these training pairs" in baselines.missing
+    found = baselines.predict(pair_set(5, 1))
+    assert found["hypothesis n-grams"] is None
+    assert len(found["majority of training pairs"]) == 5
+
+
+def test_the_table_and_the_picture(tmp_path):
+    pairs = replace(pair_set(30, 2), skipped=2)
+    values = np.eye(3)[np.array(pairs.labels)]
+    scores = Scores(values, np.zeros(3), np.ones(3), n_cut=4, n_beyond=1)
+    one = measure_set(pairs, scores, None, Baselines(None), seed=0)
+    text = table({"sets": {"dev": one}, "baselines": {"missing": "no training pairs"}})
+    assert text.startswith("dev: 30 pairs, 2 others have no gold label, 4 premises cut to fit, 1 lost more")
+    assert "not available: no training pairs" in text
+    lines = text.splitlines()
+    assert next(line for line in lines if line.startswith("zero-shot ")).split()[1] == "1.000"
+    assert max(map(len, lines)) <= 120
+    picture = plot_set("dev", one, tmp_path / "a.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "cannot be written" in message_of(plot_set, "dev", one, Path(tmp_path / "no/a.png"))

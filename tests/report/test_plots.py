@@ -1,0 +1,201 @@
+"""Pictures and tables of runs: what they show is what the metrics say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megabus.errors import UserError
+from megabus.train.history import read_metrics
+from megabus.train.plots import MOST_FLAGS, plot_loss, summary_table
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"d_model": 96, "n_layers": 4, "n_heads": 3, "n_kv_heads": 3, "d_ff": 384, "n_params": 2_160_000}
+LARGE = {"d_model": 144, "n_layers": 6, "n_heads": 4, "n_kv_heads": 4, "d_ff": 576, "n_params": 4_350_000}
+
+
+def at(step):
+    return {"step": step, "tokens": 1000 * step, "flops": 2e9 * step}
+
+
+def step_row(step, loss):
+    return {"event": "step", **at(step), "loss": loss, "tokens_per_s": 1000.0, "stage": 0}
+
+
+def eval_row(step, loss):
+    return {"event": "eval", **at(step), "loss": loss, "stage": 0, "kappa_progress": 0.5}
+
+
+def growth_row(step, stage, old=SMALL, new=LARGE, reason="kappa"):
+    return {
+        "event": "growth",
+        **at(step),
+        "from_stage": stage,
+        "to_stage": stage + 1,
+        "old": old,
+        "new": new,
+        "old_layout": "TP1/PP1/DP4",
+        "new_layout": "TP2/PP1/DP2",
+        "loss_before": 4.0,
+        "loss_after": 4.00004,
+        "reason": reason,
+        "stall_s": 2.5,
+    }
+
+
+def run_with(tmp_path, rows, name="run"):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def grown_run(tmp_path, name="run", growths=(40,), steps=100):
+    rows = []
+    for step in range(1, steps + 1):
+        rows.append(step_row(step, 3 + 5 / step))
+        if step % 10 == 0:
+            rows.append(eval_row(step, 3.1 + 5 / step))
+        if step in growths:
+            rows.append(growth_row(step, growths.index(step)))
+    return run_with(tmp_path, rows, name)
+
+
+def drawn(monkeypatch, *args, **kwargs):
+    """The figure that `plot_loss` would save."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
+    plot_loss(*args, **kwargs)
+    return figures[0]
+
+
+# ---- reading
+
+
+def test_a_line_being_written_is_left_out(tmp_path):
+    folder = run_with(tmp_path, [step_row(1, 5.0), {"event": "checkpoint", "step": 1}])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "step", "st')
+    assert read_metrics(folder) == [step_row(1, 5.0)]
+
+
+def test_a_resumed_run_counts_once(tmp_path):
+    """Crash after 30, checkpoint at 15: the rows from 20 on are told again, a growth among them."""
+    first = [step_row(10, 5.0), step_row(20, 4.0), eval_row(20, 4.1), growth_row(20, 0), step_row(30, 3.0)]
+    again = [step_row(20, 4.5), eval_row(20, 4.6), growth_row(20, 0), step_row(30, 3.5)]
+    resume = {"event": "resume", **at(15)}
+    assert read_metrics(run_with(tmp_path, [*first, resume, *again])) == [first[0], *again]
+    assert read_metrics(run_with(tmp_path, [*first[:4], resume, *again], "at_once")) == [first[0], *again]
+    twice = [*first, resume, *again, resume, *again]
+    assert read_metrics(run_with(tmp_path, twice, "twice")) == [first[0], *again]
+
+
+def test_a_resume_keeps_the_step_it_starts_from(tmp_path):
+    """All rows of the checkpoint's own step were told before it was written: none is told again."""
+    rows = [step_row(20, 4.0), eval_row(20, 4.1), growth_row(20, 0), eval_row(20, 4.1), step_row(30, 3.0)]
+    resume = {"event": "resume", **at(20)}
+    assert read_metrics(run_with(tmp_path, [*rows, resume])) == rows[:4]
+    assert read_metrics(run_with(tmp_path, rows, "control")) == rows
+
+
+def test_bad_runs_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        read_metrics(tmp_path)
+    with pytest.raises(UserError, match="is empty"):
+        read_metrics(run_with(tmp_path, []))
+    for number, line in enumerate(("{", "[]", '{"loss": 3}')):
+        folder = run_with(tmp_path, [step_row(1, 5.0)], f"bad{number}")
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+        with pytest.raises(UserError, match="line 2"):
+            read_metrics(folder)
+
+
+# ---- the table
+
+
+def test_summary_table(tmp_path):
+    header, rule, first, second = summary_table(grown_run(tmp_path)).splitlines()
+    assert set(rule) == {"─", " "}
+    assert first.split()[0] == "0"
+    for cell in ("d96 L4 H3 KV3 ff384", "2.16M", "TP1/PP1/DP4", "40K", "8.00e+10", "3.6000 → 3.2250"):
+        assert cell in first
+    for cell in (" κ ", "4.0000 → 4.0000", "2.5 s"):
+        assert cell in first
+    for cell in ("d144 L6 H4 KV4 ff576", "TP2/PP1/DP2", "60K", "1.20e+11", "3.2000 → 3.1500"):
+        assert cell in second
+    places = [line.index(cell) for line, cell in ((header, "layout"), (first, "TP1"), (second, "TP2"))]
+    assert len(set(places)) == 1
+
+
+def test_summary_table_of_a_run_that_has_not_grown(tmp_path):
+    rows = [step_row(1, 5.0), step_row(2, float("nan"))]
+    start = {"event": "start", **at(0), "stage": 0, "sizes": SMALL, "layout": "TP1/PP2/DP1"}
+    assert "–" in summary_table(run_with(tmp_path, rows)).splitlines()[-1]
+    told = summary_table(run_with(tmp_path, [start, *rows], "told")).splitlines()[-1]
+    assert "d96 L4" in told
+    assert "TP1/PP2/DP1" in told
+
+
+# ---- the picture
+
+
+@pytest.mark.parametrize("x", ["flops", "tokens", "time"])
+@pytest.mark.parametrize("log_x", [False, True])
+def test_growth_labels_never_overlap(tmp_path, monkeypatch, x, log_x):
+    runs = [grown_run(tmp_path, "a", (5, 6, 20, 60, 99)), grown_run(tmp_path, "b", (6, 70))]
+    figure = drawn(monkeypatch, runs, "unused.png", x, log_x)
+    axes = figure.axes[0]
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts].count("d 96→144, L 4→6 (κ)") == 7
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    flat = [box.translated(0, -box.y0) for box in boxes]
+    assert any(a.overlaps(b) for a, b in itertools.combinations(flat, 2))  # control: in one row they would
+    assert all(box.y0 >= axes.bbox.y1 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+def test_growths_without_number_have_lines_but_no_labels(tmp_path, monkeypatch):
+    for n, labels in ((MOST_FLAGS, MOST_FLAGS), (MOST_FLAGS + 1, 0)):
+        axes = drawn(monkeypatch, [grown_run(tmp_path, f"run{n}", tuple(range(1, n + 1)))], "unused.png").axes[0]
+        assert len(axes.lines) == 2 + n
+        assert len(axes.texts) == labels
+
+
+def test_curves_are_the_metrics(tmp_path, monkeypatch):
+    rows = [step_row(1, float("nan")), step_row(2, 5.0), eval_row(2, 5.1), growth_row(2, 0), eval_row(4, 4.0)]
+    figure = drawn(monkeypatch, [run_with(tmp_path, rows)], "unused.png", "tokens")
+    train, valid, growth = figure.axes[0].lines
+    assert train.get_xydata().tolist() == [[2000, 5.0]]
+    assert valid.get_xydata().tolist() == [[2000, 5.1], [4000, 4.0]]
+    assert set(growth.get_xdata()) == {2000}
+
+
+def test_time_counts_speed_and_stalls(tmp_path, monkeypatch):
+    rows = [step_row(3600, 5.0), growth_row(3600, 0), step_row(7200, 4.0)]  # 1000 tokens a step, and a second
+    figure = drawn(monkeypatch, [run_with(tmp_path, rows)], "unused.png", "time")
+    assert figure.axes[0].lines[0].get_xdata() == pytest.approx([1.0, 2.0 + 2.5 / 3600])
+
+
+def test_command_line(tmp_path):
+    run, out = grown_run(tmp_path), tmp_path / "loss.png"
+    command = [sys.executable, str(ROOT / "tools/plot.py"), "--out", str(out), "--x", "tokens", "--log-x"]
+    done = subprocess.run([*command, str(run)], capture_output=True, text=True, timeout=60, cwd=ROOT, env={})
+    assert done.returncode == 0, done.stderr
+    assert "d96 L4" in done.stdout
+    assert out.read_bytes().startswith(b"\x89PNG")
+    failed = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env={})
+    assert failed.returncode != 0
+    assert failed.stderr.startswith("error: run_dir = ")
+
+
+def test_training_needs_no_matplotlib():
+    probe = "import sys, megabus.train.plots; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], env={"PYTHONPATH": str(ROOT)}).returncode == 0

@@ -1,0 +1,396 @@
+"""The report of runs: every run that can be is shown, nothing from a file becomes markup, and nothing is fetched."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.report_runs import eval_rows, growth_row, rows, start_row, step_row, totals, write_run
+
+from megabus.errors import UserError
+from megabus.train.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
+from megabus.train.report.page import gather, names_of, render
+from megabus.train.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
+
+ROOT = Path(__file__).parents[2]
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+NASTY = "</script><script>alert(1)</script><b onclick=alert(2)>\"'&{{ 7919 * 7907 }}"
+
+
+class Page(HTMLParser):
+    """A page as a parser sees it: balanced tags, what it refers to, its text, its data."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.problems: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.labels: list[str] = []  # of horizontal axes
+        self.data = ""
+        self.feed(html)
+        self.close()
+        self.problems += [f"{tag} is not closed" for tag in self.open]
+        ids = [attributes["id"] for _, attributes in self.tags if "id" in attributes]
+        self.problems += [f"id {name} twice" for name in set(ids) if ids.count(name) > 1]
+        for word in ("http://", "https://", "url(", "@import"):
+            if word in html.replace("http://www.w3.org/2000/svg", "").replace("url(#", ""):
+                self.problems.append(f"refers to {word}")
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "action", "data") and not (value or "").startswith("data:"):
+                self.problems.append(f"{tag} refers to {value}")
+            if name.startswith("on"):
+                self.problems.append(f"{tag} runs {name}")
+            if name == "alt" and not value:
+                self.problems.append(f"{tag} has no words")
+        if dict(attrs).get("role") == "img" and not dict(attrs).get("aria-label"):
+            self.problems.append(f"{tag} has no words")
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"</{tag}> closes nothing")
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.data += data if dict(self.tags[-1][1]).get("id") == "data" else ""
+        elif self.open and self.open[-1] != "style":
+            self.text.append(data)
+            if self.open[-1] == "text" and self.tags[-1][1].get("class") == "xlabel":
+                self.labels.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+    def count(self, tag: str) -> int:
+        return sum(found == tag for found, _ in self.tags)
+
+
+def page_of(*folders: Path) -> Page:
+    page = Page(render(gather(folders)))
+    assert not page.problems
+    return page
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        "<p><b></p></b>",
+        "<div>",
+        '<img src="https://x.org/a.png">',
+        '<link href="/a.css">',
+        "<style>a { background: url(b.png) }</style>",
+        '<i id="a"></i><i id="a"></i>',
+        "<b onclick=alert(1)></b>",
+        '<div role="img"></div>',
+    ],
+)
+def test_control_the_parser_finds_what_is_wrong(html):
+    assert Page(html).problems
+
+
+# ---- every run that there can be ---------------------------------------------------------------------------
+
+
+def rolled_back():
+    yield from itertools.takewhile(lambda row: row["step"] <= 50, rows(100, growths=(40,)))
+    yield {"event": "save", "step": 40, "stall_s": 0.1, "write_s": 1.0, "bytes": 7, "error": "No space left"}
+    yield {"event": "skip", **totals(51), "loss": None, "grad_norm": None}
+    back = {"reason": "not finite", "changes": [], "layout": "TP1/PP1/DP4", "saved_layout": "TP2/PP1/DP2"}
+    yield {"event": "resume", **totals(30)} | back
+    yield from (step_row(step) for step in range(31, 60))
+    yield {"event": "resume", **totals(55)} | back | {"reason": "start", "changes": ["eval.every: 1 -> 2"]}
+    yield from (step_row(step) for step in range(56, 70))
+
+
+RUNS = {
+    "grown": lambda: rows(100, growths=(30, 60)),
+    "never grew": lambda: rows(30),
+    "null losses": lambda: (row | {"loss": None} if row["event"] in ("step", "eval") else row for row in rows(30)),
+    "every other null": lambda: (
+        row | ({"loss": None, "grad_norm": None} if row["step"] % 2 else {}) for row in rows(30)
+    ),
+    "only begun": lambda: [start_row()],
+    "one step": lambda: [start_row(), step_row(1)],
+    "not a number": lambda: [start_row(), *(step_row(n, loss=math.nan, unit_error=0.0) for n in (1, 2))],
+    "rolled back": rolled_back,
+    "without gains": lambda: (row for row in rows(30, growths=(10,)) if row["event"] in ("step", "eval", "growth")),
+    "a thousand growths": lambda: rows(1100, 50, range(20, 1020)),
+    "long": lambda: rows(5000, 20),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_every_run_is_shown(tmp_path, kind):
+    told = list(RUNS[kind]())
+    page = page_of(write_run(tmp_path / "run", told, cut='{"event": "step", "st'))
+    data = json.loads(page.data)
+    (run,) = data["runs"]
+    for panel in data["panels"]:  # as long as its places, and short
+        for line, curve in zip(panel["lines"], run["curves"][panel["key"]], strict=True):
+            for values in (curve or {}).values():
+                assert [len(values)] * 3 == [len(run["places"][line["event"]][x]) for x in ("tokens", "flops", "time")]
+                assert len(values) <= POINTS
+    assert page.count("figure") == len(data["panels"])
+    assert len(run["growths"]) == {"grown": 2, "without gains": 1, "a thousand growths": 1000}.get(kind, 0)
+    shown = {panel["key"] for panel in data["panels"]}
+    if kind == "only begun":
+        assert not shown
+        assert "No step has been logged yet" in page.words
+    if kind == "grown":
+        assert shown == {panel.key for panel in PANELS if panel.key != "mfu"} | {
+            "gain:s_qk",
+            "gain:alpha_attn",
+            "gain:output.s_z",
+        }
+        assert "Model FLOPs utilisation (MFU) (the device's peak is not known: set log.peak_tflops)" in page.words
+        assert "d48 L2 H4 KV4 ff96 → d52 L2 H4 KV4 ff96" in page.words
+    if kind == "a thousand growths":
+        assert f"{1000 - MOST_ROWS} more in metrics.jsonl" in page.words
+        assert len(page.data) < 400_000
+    if kind == "long":
+        assert len(page.data) < 200_000
+
+
+def test_runs_beside_each_other(tmp_path):
+    one = write_run(tmp_path / "one", rows(60, growths=(20,)))
+    two = write_run(tmp_path / "x/two", rows(40), {"model": {"d_model": 64, "kind": "ngpt"}})
+    old = write_run(tmp_path / "y/two", [step_row(1), step_row(2)], "none")
+    page = page_of(one, two, old)
+    assert [run["name"] for run in json.loads(page.data)["runs"]] == [f"{tmp_path.name}/one", "x/two", "y/two"]
+    differing = [key for key, _, differ in _config(one, two) if differ]
+    assert sorted(differing) == ["model.d_model", "run_dir"]
+    assert page.words.count("model.d_model ≠ 48 64 –") == 2  # among those that differ, and among all
+    assert "model.kind ngpt ngpt –" not in page.words
+    assert "It has not grown." in page.words
+
+
+def _config(*folders):
+    from megabus.train.report.page import _beside
+
+    return _beside([read_run(folder, "run").config for folder in folders])
+
+
+def test_names():
+    assert names_of(["/a/runs/x", "/b/runs/y"]) == ["x", "y"]
+    assert names_of(["/a/runs/x", "/b/runs/x"]) == ["a/runs/x", "b/runs/x"]
+    with pytest.raises(UserError, match="is given twice"):
+        names_of(["/a/x", "/a/../a/x"])
+
+
+def test_nothing_from_a_file_becomes_markup(tmp_path):
+    told = [start_row() | {"layout": NASTY}, step_row(1), growth_row(1, 0) | {"reason": NASTY, "old_layout": NASTY}]
+    told += [{"event": "save", "step": 1, "error": NASTY}, *eval_rows(1)]
+    told[0]["environment"] = {"hosts": [NASTY], NASTY: NASTY}
+    told[-2][NASTY] = {"p0": 0.0, "p5": 0.1, "p50": 1, "p95": 2, "p100": 3}  # a kind of gain
+    folder = write_run(tmp_path / "run <b>&\"' ", told, {NASTY: NASTY})
+    page = page_of(folder)
+    plain = page_of(write_run(tmp_path / "plain", [start_row(), *told[1:2], growth_row(1, 0), *eval_rows(1)]))
+    assert page.count("script") == plain.count("script") == 2
+    assert page.words.count(NASTY) >= 5
+    assert "62615533" not in page.words  # not computed
+    assert json.loads(page.data)["runs"][0]["name"] == folder.name
+
+
+# ---- the numbers -------------------------------------------------------------------------------------------
+
+
+def test_thinning_keeps_means_and_extremes(tmp_path):
+    told = [step_row(step, steps=10_007) for step in range(1, 10_008)]
+    told[5000]["unit_error"] = 9e-3
+    told[7000]["loss"] = None
+    panels = {panel.key: i for i, panel in enumerate(PANELS)}
+    found = drawn(Tracks(told, "test"), PANELS)
+    (unit,), (speed,) = (found.curves[panels[key]] for key in ("unit", "speed"))
+    assert len(unit["y"]) == POINTS
+    assert max(unit["y"]) == 9e-3
+    assert np.mean(speed["y"]) == pytest.approx(np.mean([row["tokens_per_s"] for row in told]), rel=1e-3)
+    spread, smooth, valid = found.curves[panels["loss"]]
+    assert valid is None
+    losses = [row["loss"] for row in told if row["loss"] is not None]
+    assert (min(spread["low"]), max(spread["high"])) == pytest.approx((min(losses), max(losses)), rel=1e-5)
+    assert found.places["step"]["tokens"][-1] == pytest.approx(told[-1]["tokens"], rel=1e-5)
+    assert None not in smooth["y"]
+
+
+def test_moving_average():
+    y = np.array([1.0, np.nan, 3.0, 8.0, np.nan, np.nan, np.nan, 2.0])
+    assert moving_average(y, 1).tolist()[:4] == [1.0, 2.0, 5.5, 5.5]
+    assert math.isnan(moving_average(y, 1)[5])
+    assert moving_average(y, 100).tolist() == [3.5] * 8
+
+
+def test_faults_are_all_told(tmp_path):
+    run = read_run(write_run(tmp_path / "run", rolled_back()), "run")
+    assert [(fault["row"]["step"], fault["what"]) for fault in faults(run)] == [
+        (40, "failed save"),
+        (51, "skipped step"),
+        (30, "rollback"),
+        (55, "resume"),
+    ]
+    assert [fault["details"] for fault in faults(run)] == [
+        "No space left",
+        "no update: loss –, gradient norm –",
+        "to step 30, from step 51, past the data that failed",
+        "to step 55, from step 59 (4 steps not saved); TP2/PP1/DP2 → TP1/PP1/DP4; eval.every: 1 -> 2",
+    ]
+    assert run.growths == []  # the growth at step 40 was taken back
+    figures = final_figures(run)
+    assert (figures["steps"], figures["state"], figures["faults"]) == ("69", "69% of its budget", "4")
+
+
+def test_final_figures(tmp_path):
+    figures = final_figures(read_run(write_run(tmp_path / "run", rows(100, growths=(30, 60))), "run"))
+    assert figures["state"] == "finished"
+    assert figures["last sizes"] == "d56 L2 H4 KV4 ff96"
+    assert (figures["growths"], figures["stall of growths"], figures["sent by growths"]) == ("2", "1.0 s", "6 MiB")
+    assert figures["validation loss, last"] == f"{3.1 + 4 / 11:.4f}" == figures["validation loss, best"]
+    assert figures["peak memory of a rank"] == "512 MiB"
+    assert figures["largest error of a unit row"] == "5.0e-07"
+    assert figures["MFU, mean"] == "–"
+
+
+# ---- what is none ------------------------------------------------------------------------------------------
+
+BAD = {
+    "no file": (None, "holds no metrics.jsonl"),
+    "empty": ("", "is empty"),
+    "one piece": ('{"event": "start"', "is empty"),
+    "no json": ('{"event": "start", "step": 0}\nhello\n', "line 2 is no metrics row"),
+    "two in a line": ('{"event": "a", "step": 0},{"event": "a", "step": 0}\n', "line 1 is no metrics row"),
+    "a step in words": ('{"event": "step", "step": "1"}\n', "line 1 is no metrics row"),
+    "no tokens": ('{"event": "step", "step": 1, "loss": 1.0}\n', "of the step row of step 1 is no number"),
+    "a loss in words": (
+        '{"event": "step", "step": 1, "tokens": 1, "flops": 1, "loss": "low", "tokens_per_s": 1}\n',
+        "metrics: loss = low: of the step row of step 1 is no number",
+    ),
+    "a growth of nothing": ('{"event": "growth", "step": 1, "tokens": 1, "flops": 1}\n', "is no dict"),
+    "a size in words": (
+        json.dumps(growth_row(1, 0) | {"new": {"d_model": "many"}}) + "\n",
+        "metrics: d_model = many: of the growth row of step 1 is no size",
+    ),
+    "bytes in words": (json.dumps(growth_row(1, 0) | {"bytes_sent": "many"}) + "\n", "metrics: bytes_sent = many: of"),
+    "no text": ("\udcff\n", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_run_is_named_in_one_line(tmp_path, kind):
+    text, told = BAD[kind]
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as error:
+        render(gather([tmp_path]))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path):
+    folder = write_run(tmp_path / "run", rows(10))
+    (folder / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"^config = .*config.yaml: cannot be read"):
+        gather([folder])
+
+
+# ---- the command, and a browser ----------------------------------------------------------------------------
+
+
+def report(*args: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools/report.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, env={})
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """Two runs compared by the command; the folder."""
+    root = tmp_path_factory.mktemp("report")
+    runs = [write_run(root / "grown", rows(100, growths=(30, 60))), write_run(root / "rolled back", rolled_back())]
+    done = report(*runs, "--out", root / "deep/out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{root / 'deep/out/report.html'}\n"
+    return root / "deep/out"
+
+
+def test_command_line(written, tmp_path):
+    assert sorted(path.name for path in written.iterdir()) == ["curves.png", "loss.png", "report.html"]
+    assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "loss.png"))
+    assert not Page((written / "report.html").read_text()).problems
+
+
+def test_columns_of_words_are_columns(written):
+    text = (written / "report.html").read_text()
+    assert all(f'<th scope="col">{name}</th>' in text for name in GROWTH_WORDS)
+    assert text.count('<td class="words">') >= len(GROWTH_WORDS)
+
+
+def test_wrong_command_lines(tmp_path):
+    for args, told in (
+        ([tmp_path], f"error: run_dir = {tmp_path}: holds no metrics.jsonl"),
+        (
+            [tmp_path / "a", tmp_path / "b"],
+            f"error: RUN_DIR = {tmp_path}/a {tmp_path}/b: are several runs; name a folder",
+        ),
+    ):
+        done = report(*args)
+        assert done.returncode == 2
+        assert done.stderr.startswith(told)
+        assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def browse(page: Path, view: str = "") -> tuple[str, str]:
+    """The document after its scripts have run, and what they complained of."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium is installed")
+    quiet = ["quic", "background-networking", "component-update", "sync", "gpu"]
+    options = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in quiet)]
+    options += [f"--user-data-dir={page.parent / 'profile'}", "--window-size=390,900", "--virtual-time-budget=5000"]
+    command = [browser, *options, "--enable-logging=stderr", "--dump-dom", f"{page.as_uri()}{view}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+@pytest.mark.parametrize(
+    ("view", "shown", "label"),
+    [
+        ("", "tokens", "tokens"),
+        ("#x=flops", "flops", "training compute (FLOPs)"),
+        ("#x=time&log=1&hide=1", "time log", "training time (seconds)"),
+    ],
+)
+def test_a_browser_draws_it(written, view, shown, label):
+    dom, complaints = browse(written / "report.html", view)
+    assert complaints == ""
+    assert f'data-shown="{shown}"' in dom
+    drawn_ones = Page(dom.replace("url(&quot;#", "url(#"))
+    n_panels = drawn_ones.count("figure")
+    assert n_panels == drawn_ones.count("svg") > 10
+    assert drawn_ones.labels == [label] * n_panels
+    assert drawn_ones.text.count("1") >= n_panels  # growths are numbered
+    assert "nothing to show" not in drawn_ones.text
+    pressed = [a for tag, a in drawn_ones.tags if tag == "button" and a.get("aria-pressed") == "true"]
+    assert [a["data-x"] for a in pressed if "data-x" in a] == [shown.split()[0]]
+    assert [a["data-toggle"] for a in pressed if "data-toggle" in a] == (["0"] if "hide" in view else ["0", "1"])
+
+
+def test_control_a_browser_complains(written, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text((written / "report.html").read_text().replace('"use strict";', '"use strict"; oops();'))
+    dom, complaints = browse(page)
+    assert "oops is not defined" in complaints
+    assert "data-shown" not in dom

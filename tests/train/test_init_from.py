@@ -1,0 +1,81 @@
+"""A run that begins with given weights: any Llama is trained and grown; strangers are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from support.launching import tree
+from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
+
+from megabus.convert.convert import convert, open_source
+from megabus.convert.source import OpenFiles
+from megabus.data.batches import TokenSource
+
+MODEL = {"d_model": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "d_ff": 62}
+LAYOUTS = [{"tp": 2}, {"pp": 2}]
+GROWTH = [{"d_model": 60, "n_heads": 6, "n_kv_heads": 3, "d_ff": 90, "n_layers": 4}]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A stock model and the checkpoint that it became."""
+    folder = tmp_path_factory.mktemp("llama")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "initializer_range": 0.2}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 62, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    model.save_pretrained(folder / "hf")
+    with OpenFiles() as files:
+        convert(open_source(folder / "hf", files), folder / "run", "checkpoint")
+    return model, folder / "run"
+
+
+def config_of(corpus, run_dir, origin, **changes):
+    model = {"kind": "gpt", "vocab_size": VOCAB, "norm_eps": 48e-6} | MODEL
+    growth = {"moments": "reset", "max_tokens": 512, "stages": [GROWTH[0] | {"layout": LAYOUTS[1]}]}
+    growth["trigger"] = {"predictor": "constant", "constant": 0.0}
+    options = {"model": model, "growth": growth, "train__max_tokens": 1024} | changes
+    return run_config(corpus, run_dir, [LAYOUTS[0]] * 3, init_from=str(origin), **options)
+
+
+def test_a_llama_is_trained_and_grown(corpus, llama, tmp_path):
+    """The run's first loss is transformers', the loss at growth stays, and the run goes on without its origin."""
+    model, origin = llama
+    config = config_of(corpus, tmp_path / "run", origin)
+    start(config, 2)
+    tokens, targets = TokenSource([(str(corpus / "valid"), 1.0)], 16, 0, VOCAB).batch(0, 16, range(16))
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+    first, *_ = rows_of(config, "eval")
+    assert first["loss"] == pytest.approx(float(wanted), abs=1e-5)
+    (growth,) = rows_of(config, "growth")
+    assert growth["loss_after"] == pytest.approx(growth["loss_before"], abs=1e-5)
+    assert rows_of(config, "eval")[-1]["loss"] < first["loss"] - 0.3
+    more = config_of(corpus, tmp_path / "run", origin.parent / "gone", train__max_tokens=1280)
+    start(more, 2)
+    assert rows_of(more, "resume")[0]["step"] == 8
+    strict = config_of(corpus, tmp_path / "run", "elsewhere", resume="strict", train__max_tokens=1280)
+    assert "init_from = elsewhere: was" in refusal(strict, 2)
+
+
+def test_another_model_is_refused(corpus, llama, tmp_path):
+    before = tree(tmp_path)
+    config = config_of(corpus, tmp_path / "runs/run", llama[1], model__d_ff=64)
+    assert "model.d_ff = 64: is 62 in" in refusal(config, 2)
+    assert tree(tmp_path) == before
+    (tmp_path / "run").mkdir()
+    assert "checkpoint = " in refusal(config_of(corpus, tmp_path / "run", tmp_path / "nothing"), 2)
+    assert tree(tmp_path).keys() == before.keys() | {"run"}  # it was there
+
+
+def test_weights_are_no_run(corpus, llama):
+    _, origin = llama
+    config = config_of(corpus, origin, origin)
+    problem = "holds step-00000000, weights without a run; give it as init_from, with another run_dir"
+    assert problem in refusal(config, 2)

@@ -1,0 +1,248 @@
+"""What a run tells about itself: rows for programs, lines for people, files for TensorBoard and wandb."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megabus.config import RunConfig, Stage, parse_config, resolve_stages
+from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
+from megabus.kappa.predictors import Constant
+from megabus.train.metrics import Metrics, clock, describe, step_line
+
+ROOT = Path(__file__).parents[2]
+TREE: dict[str, Any] = {
+    "model": {"vocab_size": 67, "d_model": 36, "n_layers": 3, "n_heads": 4, "head_dim": 6, "d_ff": 62},
+    "layout": {"tp": 2},
+    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": 10},
+    "optimizer": {"lr": 1e-2},
+    "data": {"train": "a", "valid": "b"},
+}
+STEP = {
+    "step": 30,
+    "tokens": 3840,
+    "flops": 2e9,
+    "stage": 0,
+    "loss": 3.14159,
+    "lr": 1e-2,
+    "grad_norm": 0.567,
+    "tokens_per_s": 12345.6,
+    "tokens_per_s_per_gpu": 3086.4,
+    "mfu": None,
+    "unit_error": 2e-7,
+    "share": 0.375,
+}
+
+
+GAINS = {"step": 31, "s_qk": {"p0": 0.5, "p50": math.nan, "p100": 1.5}}
+MEMORY = {"step": 31, "max_bytes": 2**30, "max_rank": 3, "of": "GPU"}
+
+
+def run_config(run_dir: Path, **log: object) -> RunConfig:
+    return parse_config(TREE | {"run_dir": str(run_dir), "log": log})
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return resolve_stages(run_config(tmp_path), 4)[0]
+
+
+def told(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows, read as strict JSON: NaN and Infinity, which Python alone would read, are refused."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    with pytest.raises(ValueError, match="no JSON"):  # control: it does refuse
+        json.loads('{"loss": NaN}', parse_constant=refuse)
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+# ---- metrics.jsonl -----------------------------------------------------------------------------------------
+
+
+def test_rows_are_json(tmp_path: Path) -> None:
+    metrics = Metrics(run_config(tmp_path))
+    sizes = {"d_model": 36}
+    metrics.write("start", {"step": 0, "sizes": sizes, "layout": "TP2/PP1/DP2"})
+    metrics.write("step", STEP)
+    assert told(tmp_path) == [  # on disk at once: a crash loses no row
+        {"event": "start", "step": 0, "sizes": sizes, "layout": "TP2/PP1/DP2"},
+        {"event": "step"} | STEP,
+    ]
+    metrics.close()
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_null(tmp_path: Path, loss: float) -> None:
+    row = STEP | {"loss": loss}
+    metrics = Metrics(run_config(tmp_path))
+    metrics.write("step", row)
+    metrics.close()
+    assert told(tmp_path) == [{"event": "step"} | STEP | {"loss": None}]
+    assert row["loss"] is loss  # the caller's row is its own
+
+
+# ---- the lines people read ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (59.4, "0:59"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599, "59:59"),
+        (3599.7, "1:00:00"),
+        (3661, "1:01:01"),
+        (360000, "100:00:00"),
+    ],
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_step_line(stage: Stage) -> None:
+    assert describe(stage) == "d36 L3 H4 ff62 TP2/PP1/DP2"
+    assert step_line(STEP, stage, None, 125) == (
+        "step    30 | d36 L3 H4 ff62 TP2/PP1/DP2 | loss 3.1416 | lr 1.00e-02 | |g| 0.57 | "
+        "12,346 tok/s (3,086/rank) | MFU – | 38% done, 2:05 left"
+    )
+
+
+def test_step_line_with_a_known_peak_and_kappa(stage: Stage) -> None:
+    line = step_line(STEP | {"mfu": 0.4567}, stage, view_at(progress=0.5), 3661)
+    assert line.endswith(" | MFU 45.7% | κ ▕█████░░░|░▏ 50%/80% | 38% done, 1:01:01 left")
+
+
+def view_at(progress: float) -> KappaView:
+    """What the monitor shows once `progress` of the way from a loss of 4 to one of 2 is done."""
+    monitor = KappaMonitor(KappaSettings(kappa=0.8, predictor=Constant(2.0)))
+    monitor.start_stage(0, n_params=1000)
+    monitor.observe(0, 0.0, 4.0)
+    view = monitor.observe(1000, 1e6, 4.0 - 2.0 * progress).view
+    assert view is not None
+    return view
+
+
+# ---- TensorBoard and wandb ---------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = Metrics(run_config(tmp_path, tensorboard=True))
+    metrics.write("step", STEP)
+    metrics.write("step", STEP | {"step": 31, "loss": math.nan})
+    metrics.write("eval", {"step": 31, "loss": 2.5, "reason": "kappa"})
+    metrics.write("gains", GAINS)
+    metrics.write("memory", MEMORY)
+    metrics.close()
+    (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("step/loss")] == [(30, 3.14159)]
+    assert [(e.step, e.value) for e in events.Scalars("eval/loss")] == [(31, 2.5)]
+    assert [e.step for e in events.Scalars("step/lr")] == [30, 31]
+    for name, value in (("gains/s_qk/p0", 0.5), ("gains/s_qk/p100", 1.5), ("memory/max_bytes", 2.0**30)):
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [(31, value)]
+    assert not {"gains/s_qk/p50", "memory/of"} & set(events.Tags()["scalars"])
+    assert not {"eval/reason", "step/mfu"} & set(events.Tags()["scalars"])
+
+
+def test_tensorboard_tells_a_resumed_step_once(tmp_path: Path) -> None:
+    """Killed after step 31, resumed at step 30: what came after is told anew."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed_at, losses in ((None, {30: 3.0, 31: 2.5, 32: 2.25}), (30, {31: 2.0, 32: 1.5})):
+        metrics = Metrics(run_config(tmp_path, tensorboard=True), resumed_at)
+        for step, loss in losses.items():
+            metrics.write("step", STEP | {"step": step, "loss": loss})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("step/loss")] == [(30, 3.0), (31, 2.0), (32, 1.5)]
+    assert [row["step"] for row in told(tmp_path)] == [30, 31, 32, 31, 32]
+
+
+def test_no_sink_is_opened_unasked(tmp_path: Path) -> None:
+    Metrics(run_config(tmp_path)).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def with_wandb(tmp_path: Path, body: str) -> Path:
+    """Run `body`, which has `metrics`, `STEP` and `run`; the run's directory.
+
+    In a process of its own: wandb starts threads and a service, and later tests fork.
+    """
+    script = f"""
+import json, sys
+from pathlib import Path
+from megabus.config import parse_config
+from megabus.train.metrics import Metrics
+config, STEP, MEMORY = parse_config(json.loads(sys.argv[1])), *map(json.loads, sys.argv[2:])
+GAINS = dict(step=31, s_qk=dict(p0=0.5, p100=1.5))
+run, metrics = Path(config.run_dir), Metrics(config)
+{body}
+metrics.close()
+"""
+    run = tmp_path / "run"
+    run.mkdir()
+    elsewhere = {f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT")}
+    quiet = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false"}
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # whatever should be sent would not arrive
+    tree = run_config(run, wandb=True).model_dump_json()
+    ended = subprocess.run(
+        [sys.executable, "-c", script, tree, json.dumps(STEP), json.dumps(MEMORY)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)} | elsewhere | quiet | nowhere,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return run
+
+
+def test_wandb_offline_stays_on_this_machine(tmp_path: Path) -> None:
+    body = """
+metrics.write("step", STEP)
+metrics.write("eval", {"step": 30, "loss": 2.5})
+metrics.write("gains", GAINS)
+metrics.write("memory", MEMORY)
+metrics.write("step", STEP | {"step": 31})  # wandb keeps a step back till the next
+assert metrics.wandb.summary["gains/s_qk/p100"] == 1.5, metrics.wandb.summary
+assert metrics.wandb.summary["memory/max_bytes"] == 2**30
+assert metrics.wandb.settings.mode == "offline"
+assert metrics.wandb.summary["step/loss"] == 3.14159
+assert metrics.wandb.summary["eval/loss"] == 2.5
+assert metrics.wandb.id == (run / "wandb-id").read_text() == metrics._wandb_id()  # also of the next start
+"""
+    run = with_wandb(tmp_path, body)
+    (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    assert file.stat().st_size > 0
+    assert len(told(run)) == 5
+
+
+def test_wandb_hears_of_earlier_steps(tmp_path: Path) -> None:
+    """A save ends some steps after the one that it is of, and a return to a checkpoint tells steps anew."""
+    body = """
+metrics.write("step", STEP)
+metrics.write("step", STEP | {"step": 31})
+metrics.write("save", {"step": 30, "bytes": 7})
+metrics.write("step", STEP | {"step": 32})
+metrics.write("resume", {"step": 30})
+metrics.write("step", STEP | {"step": 31, "loss": 9.0})
+metrics.write("step", STEP | {"step": 32, "loss": 8.0})
+metrics.write("step", STEP | {"step": 33, "loss": 7.0})
+assert metrics.wandb.summary["save/bytes"] == 7, metrics.wandb.summary
+assert metrics.wandb.summary["step/loss"] in (8.0, 7.0), metrics.wandb.summary
+"""
+    with_wandb(tmp_path, body)
