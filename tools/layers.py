@@ -34,7 +34,7 @@ def main() -> int:
     from megabus.config import parse_config, resolve_stages
     from megabus.data.batches import TokenSource
     from megabus.data.sources import VALID_SEED
-    from megabus.silenced import silenced
+    from megabus.ablation import ablate
     from megabus.table import aligned
 
     folder = checkpoint_at(args.checkpoint)
@@ -53,7 +53,7 @@ def main() -> int:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({args.seq_len}) or more")
     source = TokenSource([(args.valid, 1.0)], longest, VALID_SEED, model.config.vocab_size)
     rows = min(args.tokens, source.n_tokens - 1) // args.seq_len
-    loss, branches = silenced(model, *source.batch(0, args.seq_len, range(rows)))
+    loss, branches = ablate(model, *source.batch(0, args.seq_len, range(rows)))
     lines = [
         [str(branch.layer), branch.gate, f"{branch.strength:.4f}", f"{branch.loss:.4f}", f"{branch.loss - loss:+.4f}"]
         for branch in branches

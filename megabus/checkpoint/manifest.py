@@ -26,11 +26,11 @@ THREADS = 4  # that hash files side by side
 ANOTHER_COPY = "restore it from another copy, or take the checkpoint before it, as resume=auto does"
 
 
-Beat = Callable[[], None]
+Heartbeat = Callable[[], None]
 
 
 def idle() -> None:
-    """The beat of a caller whom no watchdog watches."""
+    """The heartbeat of a caller whom no watchdog watches."""
 
 
 class DamagedError(UserError):
@@ -53,11 +53,11 @@ class Entry:
     rank: int
 
 
-def settle(path: Path, rank: int, beat: Beat = idle) -> Entry:
-    """Make a written file durable, and measure it. beat: called whenever some of it is done."""
+def settle(path: Path, rank: int, heartbeat: Heartbeat = idle) -> Entry:
+    """Make a written file durable, and measure it. heartbeat: called whenever some of it is done."""
     sync(path)
-    beat()
-    return Entry(path.name, path.stat().st_size, _sha256(path, beat), rank)
+    heartbeat()
+    return Entry(path.name, path.stat().st_size, _sha256(path, heartbeat), rank)
 
 
 def write_manifest(folder: Path, entries: Iterable[Entry]) -> Path:
@@ -84,14 +84,14 @@ def read_manifest(folder: Path) -> list[Entry]:
     return [Entry(**entry) for entry in tree["files"]]
 
 
-def check_file(folder: Path, entry: Entry, beat: Beat = idle) -> None:
+def check_file(folder: Path, entry: Entry, heartbeat: Heartbeat = idle) -> None:
     """Raise `DamagedError` unless the file is there, of that size and with those bytes."""
     path = folder / entry.name
     with reading(path):
         found = path.stat().st_size
         if found != entry.bytes:
             raise DamagedError(path, f"is damaged ({found} bytes, not {entry.bytes})")
-        digest = _sha256(path, beat)
+        digest = _sha256(path, heartbeat)
     if digest != entry.sha256:
         raise DamagedError(path, "is damaged (its SHA-256 is not the manifest's)")
 
@@ -117,12 +117,12 @@ def digest_of(folder: Path) -> str:
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
-def _sha256(path: Path, beat: Beat) -> str:
+def _sha256(path: Path, heartbeat: Heartbeat) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
-            beat()
+            heartbeat()
     return digest.hexdigest()
 
 

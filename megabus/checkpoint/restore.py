@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megabus.checkpoint.manifest import Beat, DamagedError, Entry, check_file, idle, read_manifest
+from megabus.checkpoint.manifest import Heartbeat, DamagedError, Entry, check_file, idle, read_manifest
 from megabus.checkpoint.shards import read_shards
 from megabus.checkpoint.state import SavedState, read_state
 from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside, step_of
@@ -29,7 +29,7 @@ class Found:
     entries: list[Entry]
 
 
-def find_checkpoint(root: Path, strict: bool, beat: Beat = idle) -> Found | None:
+def find_checkpoint(root: Path, strict: bool, heartbeat: Heartbeat = idle) -> Found | None:
     """The newest good checkpoint under `root`; None where there is none of any kind. Collective.
 
     Damage is told on rank 0's stderr, and the next older checkpoint is tried; the damaged ones are set aside once a
@@ -39,7 +39,7 @@ def find_checkpoint(root: Path, strict: bool, beat: Beat = idle) -> Found | None
     damaged: list[Path] = []
     for folder in folders:
         try:
-            found = verified(folder, beat)
+            found = verified(folder, heartbeat)
         except DamagedError as error:
             if strict:
                 raise
@@ -54,14 +54,14 @@ def find_checkpoint(root: Path, strict: bool, beat: Beat = idle) -> Found | None
     return None
 
 
-def restore(found: Found, engine: Engine, beat: Beat = idle) -> None:
+def restore(found: Found, engine: Engine, heartbeat: Heartbeat = idle) -> None:
     """Set the engine's masters and moments from a checkpoint of the same model, saved under any layout. Collective."""
     fragments: Fragments = {
         piece: {kind: torch.empty(len(piece)) for kind in found.state.kinds}
         for piece in engine.placement.owned(engine.mesh.rank)
     }
     read_shards(found.folder, found.entries, Placement(found.state.model, found.state.layout), fragments)
-    beat()
+    heartbeat()
     engine.write(fragments, found.state.optimizer_step)
 
 
@@ -79,16 +79,16 @@ def _candidates(root: Path, strict: bool) -> list[Path]:
     return folders
 
 
-def verified(folder: Path, beat: Beat = idle) -> Found:
+def verified(folder: Path, heartbeat: Heartbeat = idle) -> Found:
     """Every rank reads and hashes its share of the files."""
     entries = rank_0_tells(lambda: read_manifest(folder))
     try:
         with agreement():
             for entry in entries[dist.get_rank() :: dist.get_world_size()]:
-                check_file(folder, entry, beat)
+                check_file(folder, entry, heartbeat)
     except DamagedError as error:
         again = next(entry for entry in entries if entry.name == Path(str(error.value)).name)
-        rank_0_tells(lambda: check_file(folder, again, beat))
+        rank_0_tells(lambda: check_file(folder, again, heartbeat))
         problem = f"reads well on rank 0, but for another rank it {error.problem}"
         raise UserError("checkpoint", error.value, problem, "let all nodes share the file system") from error
     state = rank_0_tells(lambda: read_state(folder))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megabus.checkpoint.manifest import Beat, Entry, idle, settle
+from megabus.checkpoint.manifest import Heartbeat, Entry, idle, settle
 from megabus.checkpoint.shards import write_shards
 from megabus.checkpoint.state import SavedState, write_state
 from megabus.checkpoint.store import begin, folder_of, partial_of, prune, publish
@@ -72,10 +72,10 @@ class Saver:
         keep_every: int | None = None,
         asynchronous: bool = True,
         tokenizer: str | None = None,
-        beat: Beat = idle,
+        heartbeat: Heartbeat = idle,
     ) -> None:
         self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
-        self.asynchronous, self.beat = asynchronous, beat
+        self.asynchronous, self.heartbeat = asynchronous, heartbeat
         # Read once: what lies there later may be another.
         self.tokenizer = Path(tokenizer).read_bytes() if tokenizer is not None and dist.get_rank() == 0 else None
         self.group = dist.new_group(backend="gloo", timeout=SLOWEST)
@@ -136,10 +136,10 @@ class Saver:
             partial = partial_of(self.root, step)
             with self._together(step):
                 what = (snapshot.placement, snapshot.fragments, snapshot.state.kinds)
-                files = write_shards(partial, *what, self.group, self.beat)
+                files = write_shards(partial, *what, self.group, self.heartbeat)
                 if rank == 0:
                     files += self._write_rest(partial, snapshot.state)
-                mine = [settle(path, rank, self.beat) for path in files]
+                mine = [settle(path, rank, self.heartbeat) for path in files]
             entries: list[list[Entry]] = [[] for _ in range(dist.get_world_size())]
             dist.gather_object(mine, entries if rank == 0 else None, group=self.group)
             written = [entry for part in entries for entry in part]

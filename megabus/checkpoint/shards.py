@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megabus.checkpoint.manifest import Beat, Entry, idle
+from megabus.checkpoint.manifest import Heartbeat, Entry, idle
 from megabus.errors import UserError
 from megabus.parallel.fragments import KINDS, Fragments, Kind
 from megabus.parallel.placement import Piece, Placement
@@ -53,7 +53,7 @@ def write_shards(
     fragments: Fragments,
     kinds: tuple[Kind, ...],
     group: dist.ProcessGroup,
-    beat: Beat = idle,
+    heartbeat: Heartbeat = idle,
 ) -> list[Path]:
     """Write this rank's part of the fragments (on the CPU). Collective over `group`. This rank's files."""
     rank = dist.get_rank()
@@ -62,7 +62,7 @@ def write_shards(
         for piece in written_by(placement, rank, fragments)
         for kind in kinds
     }
-    save(chunks, storage_writer=_Writer(folder, rank, kinds, beat), process_group=group)
+    save(chunks, storage_writer=_Writer(folder, rank, kinds, heartbeat), process_group=group)
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
@@ -116,9 +116,9 @@ class _Writer(HuggingFaceStorageWriter):
     """Writes a file a kind straight from the tensors. DCP's own way copies the file in memory while it holds the
     interpreter's lock, which stops training for seconds a GB, and it opens GPU 0 from every rank."""
 
-    def __init__(self, folder: Path, rank: int, kinds: tuple[Kind, ...], beat: Beat) -> None:
+    def __init__(self, folder: Path, rank: int, kinds: tuple[Kind, ...], heartbeat: Heartbeat) -> None:
         super().__init__(str(folder), save_distributed=True)
-        self.folder, self.prefix, self.kinds, self.beat = folder, f"shard-{rank + 1:05d}", kinds, beat
+        self.folder, self.prefix, self.kinds, self.heartbeat = folder, f"shard-{rank + 1:05d}", kinds, heartbeat
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
@@ -132,7 +132,7 @@ class _Writer(HuggingFaceStorageWriter):
             # The header by which DCP's own reader finds its way, without us.
             header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
             save_file(tensors, path, header)
-            self.beat()
+            self.heartbeat()
             results += [WriteResult(item.index, tensors[item.index.fqn].nbytes, _File(str(path))) for item in items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

@@ -52,7 +52,7 @@ def fine_tune(
     tuning: Tuning,
     measure: Callable[[], Row],
     tell: Callable[[Row], None],
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> list[Row]:
     """Train on the gold labels. The curve: before the first step, every `curve_every` steps and at the end a row with
     what `measure` finds and the mean training loss since the row before (nats a label). Collective.
@@ -67,7 +67,7 @@ def fine_tune(
     for step in range(steps):
         lr = learning_rate(config.optimizer, stage.lr, (step + 0.5) / steps)  # at its middle, as in pre-training
         losses.append(_step(engine, encoder, train, tuning.seed, step, lr))
-        beat()
+        heartbeat()
         if (step + 1) % tuning.curve_every == 0 or step + 1 == steps:
             now: Row = {"step": step + 1, "pairs": (step + 1) * stage.global_batch_size, "lr": lr}
             curve.append(now | {"train_loss": sum(losses) / len(losses)} | measure())

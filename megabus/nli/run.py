@@ -94,10 +94,10 @@ def evaluate(settings: Settings) -> Outcome:
     with watched(settings.hang_timeout, rank) as watchdog:
         engine = Engine(config, stage, label_loss)
         weights = replace(found.state, kinds=("weight",), optimizer_step=0)
-        restore(replace(found, state=weights), engine, watchdog.beat)
+        restore(replace(found, state=weights), engine, watchdog.heartbeat)
         _say(f"{found.folder}: {describe(stage)}, {count_parameters(stage.model):,} parameters, {settings.precision}")
         seconds = {"start": time.perf_counter() - begun}
-        score = partial(_timed, seconds, "scoring", score_pairs, engine, encoder, beat=watchdog.beat)
+        score = partial(_timed, seconds, "scoring", score_pairs, engine, encoder, heartbeat=watchdog.heartbeat)
         zero_shot = [score(pairs=pairs) for pairs in data.reported]
         fine_tuned, curve, saved = None, [], None
         if settings.fine_tune:
@@ -105,9 +105,9 @@ def evaluate(settings: Settings) -> Outcome:
             tuning = Tuning(settings.epochs, settings.curve_every, settings.seed)
             steps = steps_of(len(data.train), stage.global_batch_size, settings.epochs)
             _say(f"fine-tuning on {len(data.train):,} pairs: {steps:,} steps of {stage.global_batch_size}")
-            measure = partial(_measure, engine, encoder, data.watched, watchdog.beat)
+            measure = partial(_measure, engine, encoder, data.watched, watchdog.heartbeat)
             curve = _timed(
-                seconds, "fine-tuning", fine_tune, engine, encoder, data.train, tuning, measure, _tell, watchdog.beat
+                seconds, "fine-tuning", fine_tune, engine, encoder, data.train, tuning, measure, _tell, watchdog.heartbeat
             )
             fine_tuned = [score(pairs=pairs) for pairs in data.reported]
             saved = _save(settings, config, engine, tokenizer, steps)
@@ -154,11 +154,11 @@ def _timed(seconds: dict[str, float], name: str, work: Any, *args: Any, **kwargs
     return result
 
 
-def _measure(engine: Engine, encoder: Encoder, pairs: PairSet | None, beat: Any) -> Row:
+def _measure(engine: Engine, encoder: Encoder, pairs: PairSet | None, heartbeat: Any) -> Row:
     """A point of the curve; the loss in nats a gold label."""
     if pairs is None:
         return {"valid_accuracy": None, "valid_loss": None}
-    table, gold = score_pairs(engine, encoder, pairs, beat).log_likelihood, np.array(pairs.labels)
+    table, gold = score_pairs(engine, encoder, pairs, heartbeat).log_likelihood, np.array(pairs.labels)
     hits = table.argmax(1) == gold
     return {"valid_accuracy": float(hits.mean()), "valid_loss": float(-table[np.arange(len(gold)), gold].mean())}
 

@@ -44,10 +44,10 @@ class Scores:
         }
 
 
-def score_pairs(engine: Engine, encoder: Encoder, pairs: PairSet, beat: Callable[[], None]) -> Scores:
+def score_pairs(engine: Engine, encoder: Encoder, pairs: PairSet, heartbeat: Callable[[], None]) -> Scores:
     """Score every label of every pair; the same on every rank. Collective."""
     sequences = encoder.encode_all([*pairs.pairs, (0, CONTENT_FREE, CONTENT_FREE)])
-    table = log_likelihoods(engine, sequences, beat).reshape(-1, len(LABELS))
+    table = log_likelihoods(engine, sequences, heartbeat).reshape(-1, len(LABELS))
     by_pair = [sequences[i : i + len(LABELS)] for i in range(0, len(LABELS) * len(pairs), len(LABELS))]
     return Scores(
         log_likelihood=table[:-1],
@@ -58,7 +58,7 @@ def score_pairs(engine: Engine, encoder: Encoder, pairs: PairSet, beat: Callable
     )
 
 
-def log_likelihoods(engine: Engine, sequences: Sequence[Scored], beat: Callable[[], None]) -> np.ndarray:
+def log_likelihoods(engine: Engine, sequences: Sequence[Scored], heartbeat: Callable[[], None]) -> np.ndarray:
     """Summed log-likelihood of each sequence's label tokens in nats, (len(sequences),) fp64, on every rank. Collective.
 
     Sequences of about one length share micro batches, whatever the layout; the last ones are filled up with padding.
@@ -83,7 +83,7 @@ def log_likelihoods(engine: Engine, sequences: Sequence[Scored], beat: Callable[
                 for member, loss in zip(mine, losses.tolist(), strict=True):
                     if member is not None:
                         found[member] = -loss
-            beat()
+            heartbeat()
     found = found.to(engine.device)
     dist.all_reduce(found)  # exact: all terms of a sum but one are zero
     return found.cpu().numpy()

@@ -65,7 +65,7 @@ def fingerprints(sources: Sources) -> list[Print]:
     return prints
 
 
-def check_sums(sources: Sources, beat: Callable[[], None]) -> None:
+def check_sums(sources: Sources, heartbeat: Callable[[], None]) -> None:
     """Raises `UserError` for a small file whose SHA-256 is not the one that tools/preprocess.py wrote beside it."""
     left = SUMMED_IN_ALL
     for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
@@ -74,7 +74,7 @@ def check_sums(sources: Sources, beat: Callable[[], None]) -> None:
             if expected is None or path.stat().st_size > min(SUMMED, left):
                 continue
             left -= path.stat().st_size
-            beat()
+            heartbeat()
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:

@@ -67,7 +67,7 @@ class Local:
 
 
 def preflight(
-    config: RunConfig, reserve: Callable[[], None], beat: Callable[[], None], full: bool
+    config: RunConfig, reserve: Callable[[], None], heartbeat: Callable[[], None], full: bool
 ) -> tuple[list[Stage], Sources]:
     """The run's stages and its opened corpora, if nothing speaks against training. Collective.
 
@@ -79,7 +79,7 @@ def preflight(
     begun, rows = time.monotonic(), list[Row]()
     with _talking() as group:
         try:
-            ready = _checked(config, reserve, beat, full, group, rows)
+            ready = _checked(config, reserve, heartbeat, full, group, rows)
         finally:
             if full and dist.get_rank() == 0 and rows:
                 say(render(rows, time.monotonic() - begun))
@@ -91,7 +91,7 @@ def preflight(
 def _checked(
     config: RunConfig,
     reserve: Callable[[], None],
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
     full: bool,
     group: dist.ProcessGroup,
     rows: list[Row],
@@ -110,17 +110,17 @@ def _checked(
         stages = resolve_stages(config, dist.get_world_size())
     reserved = _fault(reserve)
     with agreement(group):
-        sources, local = _look(config, stages, full, beat)
-    beat()
+        sources, local = _look(config, stages, full, heartbeat)
+    heartbeat()
     found = _to_rank_0(local, group)
     good = _judged(rows, lambda: _local_rows(config, stages, found, reserved, sources, full))
     if full:
         hosts = [identity.host for identity in identities]
-        good = _measure(config, stages, group, rows, hosts, [local.machine for local in found], beat)
+        good = _measure(config, stages, group, rows, hosts, [local.machine for local in found], heartbeat)
     return (stages, sources) if good and sources is not None else None
 
 
-def _look(config: RunConfig, stages: list[Stage], full: bool, beat: Callable[[], None]) -> tuple[Sources | None, Local]:
+def _look(config: RunConfig, stages: list[Stage], full: bool, heartbeat: Callable[[], None]) -> tuple[Sources | None, Local]:
     """This rank alone."""
     opened: list[Sources] = []
     prints: list[Print] = []
@@ -142,7 +142,7 @@ def _look(config: RunConfig, stages: list[Stage], full: bool, beat: Callable[[],
     def sums() -> None:
         if full and opened and dist.get_rank() == 0:
             with readable():
-                check_sums(opened[0], beat)
+                check_sums(opened[0], heartbeat)
 
     faults = _fault(software), _fault(data), _fault(tokens)
     machine = read_machine(config, stages, dist.get_rank()) if full else None
@@ -200,7 +200,7 @@ def _measure(
     rows: list[Row],
     hosts: Sequence[str],
     machines: Sequence[Machine | None],
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> bool:
     """How fast ranks compute and messages go. hosts, machines: on rank 0, of every rank."""
     device, floor = torch.device(get_accelerator().current_device_name()), config.preflight.min_bandwidth
@@ -222,18 +222,18 @@ def _measure(
     patience = _patience(config)
     with _wire() as wire:
         for _ in range(PASSES):
-            beat()
+            heartbeat()
             _meet(group, "to the measurements", patience)
-            beat()
+            heartbeat()
             with agreement(group):
                 mine = speed(device)
             own = measure(rounds, device, wire, timedelta(seconds=patience))
-            beat()
+            heartbeat()
             _meet(group, "through the measurement of links", patience)
             measured = _to_rank_0((mine, *own), group)
             if not rank_0_tells(doubtful):
                 break
-    beat()
+    heartbeat()
     return _judged(rows, lambda: [compute_row(speeds, known), *links_rows(links, hosts, slack, floor)])
 
 

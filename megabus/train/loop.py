@@ -92,7 +92,7 @@ def train_step(run: Run) -> None:
 
 def heed(run: Run) -> bool:
     """At the end of a step, what any rank knows becomes known to all; whether to return to the last checkpoint."""
-    run.watchdog.beat()
+    run.watchdog.heartbeat()
     metrics = run.metrics
     unsound = run.progress.nonfinite_in_a_row > run.config.faults.max_skips
     stop, ended, unwritten = on_any_rank(
@@ -149,7 +149,7 @@ def validate(run: Run) -> float:
 
 
 def _validation_loss(run: Run, seq_len: int) -> float:
-    run.watchdog.beat()
+    run.watchdog.heartbeat()
     batches = run.corpora.valid_batches(run.engine, seq_len)
     return run.engine.evaluate(batches, run.corpora.valid_steps(run.stage, seq_len), seq_len)
 
@@ -197,7 +197,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
     now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})
     run.pace.clear()
-    run.watchdog.beat()
+    run.watchdog.heartbeat()
     unit_error = run.engine.unit_error()
     if run.metrics is not None:
         row = run.totals | {

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megabus.checkpoint.load import checkpoint_at
-from megabus.checkpoint.manifest import Beat
+from megabus.checkpoint.manifest import Heartbeat
 from megabus.checkpoint.restore import Found, find_checkpoint, restore, verified
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
@@ -85,14 +85,14 @@ class Run:
 def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: RunLock) -> Run:
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     full = config.preflight.enabled
-    stages, sources = preflight(config, lambda: _reserve(config, lock), watchdog.beat, full)
+    stages, sources = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full)
     with agreement():
         kappa = kappa_settings(config.growth.trigger)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
-    found = find_checkpoint(root, config.resume == "strict", watchdog.beat)
+    found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
     if config.init_from is not None and found is None:
-        origin = _origin(config.init_from, stages[0], watchdog.beat)
+        origin = _origin(config.init_from, stages[0], watchdog.heartbeat)
     changes: list[str] = []
     with agreement():
         if found is not None:
@@ -102,16 +102,16 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
     tokenizer = config.data.tokenizer
-    saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.beat)
+    saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.heartbeat)
     engine = _engine(config, stages, found.state.stage if found else 0)
-    watchdog.beat()
+    watchdog.heartbeat()
     machine = environment(engine.device)
     run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
     else:
         if origin is not None:
-            restore(origin, engine, watchdog.beat)
+            restore(origin, engine, watchdog.heartbeat)
         else:
             engine.write(initial_fragments(engine, config.train.seed))
         watch_stage(run)
@@ -123,7 +123,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     with agreement():
         if dist.get_rank() == 0:  # of a run that was killed before it could
             prune(root, keep.keep_last, keep.keep_every)
-    watchdog.beat()
+    watchdog.heartbeat()
     return run
 
 
@@ -132,7 +132,7 @@ def check_only(config: RunConfig) -> None:
     lock = RunLock(Path(config.run_dir))
     try:
         with watched(config.faults.hang_timeout, dist.get_rank()) as watchdog:
-            preflight(config, lambda: _reserve(config, lock), watchdog.beat, full=True)
+            preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full=True)
     finally:
         lock.release()
 
@@ -151,9 +151,9 @@ def _engine(config: RunConfig, stages: list[Stage], index: int) -> Engine:
     return stage_engine(config, stages[index], stages[index - 1] if index else None)
 
 
-def _origin(path: str, stage: Stage, beat: Beat) -> Found:
+def _origin(path: str, stage: Stage, heartbeat: Heartbeat) -> Found:
     """The checkpoint whose weights, but not moments, a new run begins with. Collective."""
-    found = verified(rank_0_tells(lambda: checkpoint_at(path)), beat)
+    found = verified(rank_0_tells(lambda: checkpoint_at(path)), heartbeat)
     check_same_model(found, stage, "give the model that was saved")
     return replace(found, state=replace(found.state, kinds=("weight",), optimizer_step=0))
 
@@ -178,7 +178,7 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
 
     why: what is written down of it: `reason`, `changes` (see `check_continues`), and with a start `environment`.
     """
-    restore(found, run.engine, run.watchdog.beat)
+    restore(found, run.engine, run.watchdog.heartbeat)
     now = run.progress = replace(found.state.progress)
     now.position = align_up(now.position, run.stage.seq_len)
     run.saved_step = now.step
@@ -203,12 +203,12 @@ def roll_back(run: Run) -> None:
     remedy = "lower optimizer.lr or look at the data of those steps"
     if failed.rollbacks >= limit:
         raise UserError("train.loss", "nan", f"{problem}, after {limit} return(s) to a checkpoint", remedy)
-    found = find_checkpoint(run.saver.root, run.config.resume == "strict", run.watchdog.beat)
+    found = find_checkpoint(run.saver.root, run.config.resume == "strict", run.watchdog.heartbeat)
     if found is None:
         raise UserError("train.loss", "nan", f"{problem}, and there is no checkpoint to return to", remedy)
     run.engine.close()
     run.engine = _engine(run.config, run.stages, found.state.stage)
-    run.watchdog.beat()
+    run.watchdog.heartbeat()
     go_on_from(run, found, {"reason": "not finite", "changes": [], "from_step": failed.step})
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1

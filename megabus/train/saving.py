@@ -32,7 +32,7 @@ def save(run: Run) -> None:
 def _begin(run: Run) -> None:
     run.saver.start(_state(run), run.engine.placement, run.engine.read())
     run.saved_step, run.save_is_due = run.progress.step, False
-    run.watchdog.beat()
+    run.watchdog.heartbeat()
 
 
 def collect(run: Run) -> Save | None:
@@ -40,7 +40,7 @@ def collect(run: Run) -> Save | None:
     ended = run.saver.wait()
     if ended is None:
         return None
-    run.watchdog.beat()
+    run.watchdog.heartbeat()
     if run.metrics is not None:
         row = {"step": ended.step, "stall_s": ended.stall_s, "write_s": ended.write_s, "bytes": ended.bytes}
         run.metrics.write("save", row | {"error": None if ended.error is None else str(ended.error)})

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
-GRACE = 30.0  # seconds between a rank's stacks and its end: time for ranks whose last beat was later
+GRACE = 30.0  # seconds between a rank's stacks and its end: time for ranks whose last heartbeat was later
 
 
 class Watchdog:
-    """`beat` must be called at least every `timeout` seconds, or the process ends.
+    """`heartbeat` must be called at least every `timeout` seconds, or the process ends.
 
     All ranks of a hung job wait, so all of them tell. A thread of Python watches; should the hung code hold the
     interpreter's lock, faulthandler's own thread, which needs none, does the same a little later.
@@ -26,13 +26,13 @@ class Watchdog:
         self._beat, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Progress was made."""
         self._beat.set()
         faulthandler.dump_traceback_later(self.timeout + 2 * GRACE, exit=True)
 
     def start(self) -> None:
-        self.beat()
+        self.heartbeat()
         self._thread.start()
 
     def close(self) -> None:

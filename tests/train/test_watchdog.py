@@ -51,7 +51,7 @@ def beating(seconds, pause=0.05):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(pause)
-            dog.beat()
+            dog.heartbeat()
 
 
 # ---- one process ----------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_code_that_holds_the_interpreter(tmp_path):
 def test_closing_calls_it_off(tmp_path):
     def job():
         with watched(0.3, rank=0) as dog:
-            dog.beat()
+            dog.heartbeat()
         assert threading.active_count() == 1
         time.sleep(1.0)
 
@@ -166,7 +166,7 @@ def within(seconds):
 
     def change(run):
         run.watchdog.timeout = seconds
-        run.watchdog.beat()
+        run.watchdog.heartbeat()
 
     return change
 

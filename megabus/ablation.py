@@ -27,7 +27,7 @@ class Branch(NamedTuple):
 
 
 @torch.no_grad()
-def silenced(model: Decoder, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[float, list[Branch]]:
+def ablate(model: Decoder, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[float, list[Branch]]:
     """(the model's loss, every branch in the order of layers), over the tokens of (B, T) int64 inputs and targets."""
     specs, branches = param_specs(model.config), []
     whole = _loss(model, inputs_BT, targets_BT)

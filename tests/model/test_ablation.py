@@ -14,7 +14,7 @@ from support.small_models import config, lively_state
 
 import megabus
 from megabus.model.decoder import Decoder, param_specs
-from megabus.silenced import silenced
+from megabus.ablation import ablate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ def test_a_layer_that_is_the_identity_is_worth_nothing(kind):
     model = grown(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tokens = torch.randint(model.config.vocab_size, (11, 14), generator=torch.Generator().manual_seed(0))
-    loss, branches = silenced(model, tokens[:, :-1], tokens[:, 1:])
+    loss, branches = ablate(model, tokens[:, :-1], tokens[:, 1:])
     logits = model(tokens[:, :-1]).detach().double()
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     assert loss == pytest.approx(float(plain), abs=1e-6)
