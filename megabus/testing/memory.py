@@ -65,7 +65,7 @@ def measure(config: RunConfig, bucket: int | None = None) -> Measured:
     """
     ds_config.BUCKET_ENTRIES = bucket or ds_config.BUCKET_ENTRIES
     stage = resolve_stages(config, dist.get_world_size())[0]
-    engine = Engine(config, stage)
+    engine = Engine(config.train, config.optimizer, stage)
     engine.write(initial_fragments(engine, config.train.seed))
     batches = [_batch(engine, micro) for micro in range(stage.grad_accum)] if engine.needs_data else []
     for _ in range(2):

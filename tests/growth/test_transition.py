@@ -68,7 +68,7 @@ def _grow_job(config, steps_before, steps_after):
     from megabus.train.run import initial_fragments
 
     stages = resolve_stages(config, dist.get_world_size())
-    engine = Engine(config, stages[0])
+    engine = Engine(config.train, config.optimizer, stages[0])
     engine.write(initial_fragments(engine, config.train.seed))
     _steps(engine, config, steps_before)
     seen = []
@@ -185,7 +185,7 @@ def _straight_job(config):
     from megabus.engine.engine import Engine
     from megabus.train.run import initial_fragments
 
-    engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
+    engine = Engine(config.train, config.optimizer, resolve_stages(config, dist.get_world_size())[0])
     engine.write(initial_fragments(engine, config.train.seed))
     _steps(engine, config, 2)
     return _steps(engine, config, 2)
@@ -285,7 +285,7 @@ def _twenty_growths(config, fault=None):
     from megabus.train.run import initial_fragments
 
     stages = resolve_stages(config, dist.get_world_size())
-    engine = Engine(config, stages[0])
+    engine = Engine(config.train, config.optimizer, stages[0])
     engine.write(initial_fragments(engine, 0))
     seen = []
     for number in range(20):

@@ -79,7 +79,7 @@ def test_bf16_stays_near_and_keeps_unit_masters(layout, zero):
 def _sums_job(config):
     """(dtypes of the large all-reduces of a step, bytes of gradients that are kept in bf16 until then)."""
     dtypes, kept, all_reduce = set(), [], dist.all_reduce
-    engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
+    engine = Engine(config.train, config.optimizer, resolve_stages(config, dist.get_world_size())[0])
     engine.write(initial_fragments(engine, 0))
 
     def spy(tensor, *args, **options):

@@ -94,7 +94,7 @@ def _lengths_job(config):
     from megabus.train.run import initial_fragments
 
     stages = resolve_stages(config, dist.get_world_size())
-    engine = Engine(config, stages[0])
+    engine = Engine(config.train, config.optimizer, stages[0])
     engine.write(initial_fragments(engine, config.train.seed))
     losses = []
 

@@ -47,7 +47,7 @@ def world_of(config):
 
 
 def fresh(config):
-    return Engine(config, resolve_stages(config, world_of(config))[0])
+    return Engine(config.train, config.optimizer, resolve_stages(config, world_of(config))[0])
 
 
 def train_on(engine, seed, steps=1):
