@@ -22,7 +22,7 @@ from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.adam import make_adam
 from megabus.engine.boost import Boost
 from megabus.engine.ds_config import deepspeed_config
-from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
+from megabus.engine.fragments import initial_fragments, optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.gains import gain_percentiles
 from megabus.engine.unit_rows import UnitRows
 from megabus.kernels.table import select
@@ -79,7 +79,7 @@ class PipelineStage(Decoder):
 
 
 class Engine:
-    """A stage of the run, ready to train. Weights are undefined until `write` is called once.
+    """A stage of the run, ready to train. Weights are undefined until `write` or `write_initial` is called.
 
     train: its precision, memory and kernel settings; batch sizes are the stage's.
     loss: a micro batch's, in training and in evaluation. Losses of micro batches are averaged, so only means over B do
@@ -202,6 +202,10 @@ class Engine:
     def write(self, fragments: Fragments, optimizer_step: int = 0) -> None:
         """Set this rank's masters, and moments where given, which are taken out of `fragments`; collective."""
         write_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank, fragments, optimizer_step)
+
+    def write_initial(self, seed: int) -> None:
+        """Set this rank's masters to their part of the initial state that `seed` stands for; collective."""
+        self.write(initial_fragments(self.placement, self.mesh.rank, seed, self.device))
 
     @property
     def optimizer_step(self) -> int:

@@ -57,7 +57,7 @@ def _job(config, factor, steps, fault):
         Growth.added = lambda self, spec, rows=None: ~added(self, spec, rows)
     stages = resolve_stages(config, dist.get_world_size())
     engine = Engine(config.train, config.optimizer, stages[0])
-    engine.write(run_room.initial_fragments(engine, config.train.seed))
+    engine.write_initial(config.train.seed)
     engine = grow_engine(engine, config, stages[1]).engine
     if fault == "last hook":
         hooks = inner_optimizer(engine.deepspeed)._optimizer_step_post_hooks
