@@ -89,8 +89,8 @@ def log_likelihoods(engine: Engine, sequences: Sequence[Scored], heartbeat: Call
     buckets: dict[int, list[int]] = defaultdict(list)
     for number, scored in enumerate(sequences):
         buckets[width_of(scored.n_inputs)].append(number)
-    found, loss = torch.zeros(len(sequences), dtype=torch.float64), engine.loss
-    assert isinstance(loss, LabelLoss)
+    found, label_loss = torch.zeros(len(sequences), dtype=torch.float64), engine.loss
+    assert isinstance(label_loss, LabelLoss)
     size, dp = engine.stage.micro_batch_size, engine.stage.layout.dp
     for width, members in sorted(buckets.items()):
         steps = -(-len(members) // (size * dp))
@@ -102,7 +102,7 @@ def log_likelihoods(engine: Engine, sequences: Sequence[Scored], heartbeat: Call
             if engine.needs_data:
                 parts = [mine[i : i + size] for i in range(0, len(mine), size)]
                 batches = [padded([None if n is None else sequences[n] for n in part], width) for part in parts]
-            losses = loss.of_sequences(engine, batches, count, width)
+            losses = label_loss.of_sequences(engine, batches, count, width)
             if losses is not None and engine.mesh.at.tp == 0:  # of the ranks that know a score, one tells it
                 for member, loss in zip(mine, losses.tolist(), strict=True):
                     if member is not None:
