@@ -19,7 +19,8 @@ from torch import Tensor
 from benchmarks.arms import Timing
 from benchmarks.table import Row, compare, seconds_row
 from megabus.engine.startup import on_gpu
-from megabus.kernels.table import EAGER, Kernels, select, why_not
+from megabus.kernels.choice import select, why_not
+from megabus.kernels.form import EAGER, Kernels
 from megabus.testing.ranks import run_ranks
 
 SMALL = 4096  # rows that the fp64 check takes: enough for several tiles a program
