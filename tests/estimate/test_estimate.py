@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.plans import needed_entries, owned_entries, traffic
+from support.trainings import run_of
 
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
 from megabus.config.stages import Stage
@@ -49,9 +50,8 @@ def off(estimates, found):
     return max(abs(share - 1) for share in shares)
 
 
-def estimates(config, world):
-    stage = resolve_stages(config, world)[0]
-    return [rank_memory(config, stage, rank) for rank in range(world)]
+def estimates(config):
+    return [rank_memory(config.train, config.stage, rank) for rank in range(config.stage.layout.world)]
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def small_buckets(monkeypatch):
 def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeypatch):
     config = memory_config(kind, layout, **options)
     found = run_ranks(layout.world, measure, config, BUCKET, timeout=600.0)
-    planned = estimates(config, layout.world)
+    planned = estimates(config)
     for one, other in zip(planned, found, strict=True):
         assert (one.weights, one.masters, one.moments) == (other.weights, other.masters, other.moments)
         if config.train.precision == "bf16" and config.train.zero_stage == 1:
@@ -72,10 +72,10 @@ def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeyp
     # Negative controls: of other runs the same figures are not told.
     if layout.pp > 1:
         monkeypatch.setattr(rooms, "in_flight", lambda *_: 1)
-        assert off(estimates(config, layout.world), found) > 0.1
+        assert off(estimates(config), found) > 0.1
     for change in ({"micro_batch_size": 2 * config.train.micro_batch_size}, {"recompute": not config.train.recompute}):
         other_run = memory_config(kind, layout, **options | change)
-        assert off(estimates(other_run, layout.world), found) > 0.1
+        assert off(estimates(other_run), found) > 0.1
 
 
 # ---- large worlds
@@ -94,7 +94,7 @@ def test_the_large_run_s_states_are_all_of_its_parameters(large):
         entries = sum(g.entries for pp in range(layout.pp) for tp in range(layout.tp) for g in placement.groups(pp, tp))
         whole = sum(placement.numel(name) for name, spec in placement.specs.items() if not spec.sharded)
         assert entries == count_parameters(stage.model) + (layout.tp - 1) * whole
-        at = states_at(config, stage, placement, 0, 0)
+        at = states_at(config.train, stage, placement, 0, 0)
         groups = placement.groups(0, 0)
         owned = sum(g.partition for g in groups)
         assert (at.masters, at.moments, at.weights) == (4 * owned, 8 * owned, 2 * owned * layout.dp)
@@ -224,7 +224,7 @@ def test_candidates_are_all_that_a_run_accepts(large):
 
 
 def test_ranking_is_by_time_of_what_fits():
-    config = memory_config("gpt", Layout(2, 1, 2), precision="bf16")
+    config = run_of(memory_config("gpt", Layout(2, 1, 2), precision="bf16"))
     stage = resolve_stages(config, 4)[0]
     cpu = device("cpu")
     every = rank_layouts(config, stage, cpu, top=99)
