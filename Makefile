@@ -5,6 +5,8 @@ TORCH  := $(shell sed -n 's/^torch==//p' requirements.txt)
 # Where to get torch from, when not from pip's own index: make demo TORCH_INDEX=https://...
 TORCH_INDEX ?=
 RANKS  ?= 4
+# Processes that share the tests out; each forks its tests' ranks from itself.
+WORKERS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -28,7 +30,7 @@ demo: $(VENV)/.installed data/demo/shakespeare-train.bin
 	 $(BIN)/megabus train --nproc-per-node $(RANKS) --config configs/demo.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
