@@ -5,6 +5,8 @@ TORCH  := $(shell sed -n 's/^torch==//p' requirements.txt)
 # Where to get torch from, when not from pip's own index: make demo TORCH_INDEX=https://...
 TORCH_INDEX ?=
 RANKS  ?= 4
+# Processes that share the tests out; each forks its tests' ranks from itself.
+WORKERS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -25,10 +27,10 @@ help:
 demo: $(VENV)/.installed data/demo/shakespeare-train.bin
 	rm -rf runs/demo
 	@[ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge $(RANKS) ] || export DS_ACCELERATOR=cpu; \
-	 $(BIN)/deepspeed --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml
+	 $(BIN)/megabus train --nproc-per-node $(RANKS) --config configs/demo.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -40,26 +42,26 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 parity: $(VENV)/.installed
-	$(BIN)/python tools/parity.py
+	$(BIN)/megabus parity
 
 chaos: $(VENV)/.installed
-	$(BIN)/python tools/chaos.py
+	$(BIN)/megabus chaos
 
 preflight-faults: $(VENV)/.installed
-	$(BIN)/python tools/preflight_faults.py
+	$(BIN)/megabus preflight-faults
 
 bench: $(VENV)/.installed data/demo/shakespeare-train.bin
-	$(PIP) -r requirements-bench.txt
+	$(PIP) -c requirements.txt -e '.[report,bench]'
 	mkdir -p runs
 	$(BIN)/python -m benchmarks --json runs/bench.json $(BENCH)
 
 data/demo/shakespeare-train.bin: | $(VENV)/.installed
 	$(BIN)/python tools/demo_text.py
-	$(BIN)/python tools/preprocess.py data/demo/shakespeare.txt --train-tokenizer 1024 --model-type bpe \
+	$(BIN)/megabus preprocess data/demo/shakespeare.txt --train-tokenizer 1024 --model-type bpe \
 	    --valid-fraction 0.05 --output data/demo/shakespeare
 
 # A CPU build of torch where there is no GPU and one can be had; the default build works everywhere.
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch $(TORCH) and the other packages (some minutes) ..."
 	@index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
@@ -68,11 +70,11 @@ $(VENV)/.installed: requirements.txt
 	   echo "no CPU build of torch $(TORCH) on this index: taking the default build (TORCH_INDEX=URL names another)"; \
 	   $(PIP) $$index "torch==$(TORCH)"; \
 	 fi
-	$(PIP) -r requirements.txt
+	$(PIP) -c requirements.txt -e '.[report]'
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -c requirements.txt -e '.[dev]'
 	touch $@
 
 clean:

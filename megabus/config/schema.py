@@ -243,7 +243,7 @@ def _corpora(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """Token files made by tools/preprocess.py. `train` is one prefix or a weighted blend."""
+    """Token files made by megabus preprocess. `train` is one prefix or a weighted blend."""
 
     train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
     valid: str = Field(description="prefix of the .bin/.idx pair to validate on")
@@ -315,7 +315,7 @@ class RunConfig(Section):
     )
     init_from: str | None = Field(
         None,
-        description="run or checkpoint (tools/convert.py makes one of any Llama) whose weights a new run begins with",
+        description="run or checkpoint (megabus convert makes one of any Llama) whose weights a new run begins with",
     )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()

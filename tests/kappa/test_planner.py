@@ -6,13 +6,12 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from support.command import run_command
 
 from megabus.config import ModelConfig, load_config, resolve_stages
 from megabus.config.fractions import fraction_of
@@ -250,8 +249,7 @@ def test_too_few_points_are_refused(keep):
 
 
 def tool(*args):
-    command = [sys.executable, "tools/plan_growth.py", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return run_command("plan", *args)
 
 
 def write_run(folder, sizes_of_run, tokens, *losses, growth=None, share=None, kind=None):
