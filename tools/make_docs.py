@@ -2,7 +2,7 @@
 
 python tools/make_docs.py               # all of them, trainings too: some minutes
 python tools/make_docs.py quickstart    # those of one page (and of the pages before it that it builds on)
-python tools/make_docs.py --check       # writes nothing: runs the cheap ones again and compares; exits 1 if one is stale
+python tools/make_docs.py --check       # writes nothing: runs the cheap ones and compares; exits 1 if one is stale
 
 A comment before a fenced block says what the block is. What stands in it is YAML:
 
@@ -134,7 +134,9 @@ class Scratch:
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
             name = command if isinstance(command, str) else "its python block"
-            raise UserError(page, name, f"ended with {done.returncode}: {said[-1][:300]}", "mend the page, or the command")
+            raise UserError(
+                page, name, f"ended with {done.returncode}: {said[-1][:300]}", "mend the page, or the command"
+            )
         text = done.stdout.replace(str(where), "$PWD").replace(f"{Path(sys.executable).parent}/", "")
         return re.sub(rf"{tempfile.gettempdir()}/[\w.-]+", "...", text)
 
@@ -163,7 +165,7 @@ def shown(output: str, pattern: str | None) -> str:
 
 
 def made(text: str, page: str, scratch: Scratch, cheap_only: bool) -> str:
-    """The page with its blocks' output as it is now. cheap_only: leave long blocks, and what they write, as they are."""
+    """The page with its blocks' output as it is now. cheap_only: leave long blocks as they are."""
     blocks, parts, at = blocks_of(text, page), [], 0
     printed = None  # by the python block before
     for block in blocks:

@@ -1,7 +1,8 @@
 """For mkdocs: pages and files outside of docs/ that the documents link to become a part of the site.
 
-The same Markdown is read on GitHub, where README.md stands at the top and a link may lead to any file. On the site README.md
-is the first page, the other pages of the top stand beside those of docs/, and whatever else is linked lies under files/.
+The same Markdown is read on GitHub, where README.md stands at the top and a link may lead to any file. On the site
+README.md is the first page, the other pages of the top stand beside those of docs/, and whatever else is linked lies
+under files/.
 """
 
 from __future__ import annotations
