@@ -88,7 +88,9 @@ def test_another_output_of_a_cheap_command_is_found(scratch):
 @pytest.mark.parametrize(("old", "new"), [("a: 1", "a: 2"), ("6 * 7", "6 * 8"), ("^b", "^a")])
 def test_a_long_block_is_stale_when_its_commands_or_files_have_changed(scratch, old, new):
     page = fresh_page(scratch)
-    assert any("is of other defaults" in line for line in stale(page.replace(old, new), "page.md", scratch))
+    assert any(
+        "is of another command, file or default" in line for line in stale(page.replace(old, new), "page.md", scratch)
+    )
 
 
 def test_a_long_block_is_stale_when_a_default_has_changed_and_not_for_prose(monkeypatch):

@@ -183,17 +183,22 @@ def made(text: str, page: str, scratch: Scratch, cheap_only: bool) -> str:
                 body = fresh
             if block.long:
                 says = block.says | {"inputs": inputs_of(block, blocks)}
-                comment = f"<!-- {yaml.safe_dump({block.kind: says}, default_flow_style=None, width=10**6).strip()} -->"
+                comment = f"<!-- {_flow({block.kind: says})} -->"
         parts += [text[at : block.start], f"{comment}\n```{block.language}\n{body}```"]
         at = block.stop
     return "".join([*parts, text[at:]])
+
+
+def _flow(says: dict[str, Any]) -> str:
+    """YAML on one line, as it stands in a comment."""
+    return yaml.safe_dump(says, default_flow_style=None, width=10**6, allow_unicode=True).strip()
 
 
 def stale(text: str, page: str, scratch: Scratch) -> list[str]:
     """What of a page is no longer what its commands print, a line each."""
     blocks = blocks_of(text, page)
     old = [
-        f"{page}: the output of `{(block.commands or [block.says.get('command', 'python')])[0]}` is of other defaults"
+        f"{page}: the output of `{(block.commands or [block.says.get('command', 'python')])[0]}` is of another command, file or default"
         for block in blocks
         if block.long and block.says.get("inputs") != inputs_of(block, blocks)
     ]
