@@ -52,10 +52,9 @@ def training_step(config: RunConfig) -> Step:
     import torch.distributed as dist
 
     from megabus.engine.engine import Engine
-    from megabus.train.run import initial_fragments
 
-    engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
-    engine.write(initial_fragments(engine, 0))
+    engine = Engine(config.train, config.optimizer, resolve_stages(config, dist.get_world_size())[0])
+    engine.write_initial(0)
     stage, generator = engine.stage, torch.Generator().manual_seed(engine.mesh.at.dp)
     shape = (stage.grad_accum, stage.micro_batch_size, stage.seq_len + 1)
     tokens = torch.randint(stage.model.vocab_size, shape, generator=generator).to(engine.device)
