@@ -197,11 +197,11 @@ def _flow(says: dict[str, Any]) -> str:
 def stale(text: str, page: str, scratch: Scratch) -> list[str]:
     """What of a page is no longer what its commands print, a line each."""
     blocks = blocks_of(text, page)
-    old = [
-        f"{page}: the output of `{(block.commands or [block.says.get('command', 'python')])[0]}` is of another command, file or default"
-        for block in blocks
-        if block.long and block.says.get("inputs") != inputs_of(block, blocks)
-    ]
+    old = []
+    for block in blocks:
+        if block.long and block.says.get("inputs") != inputs_of(block, blocks):
+            name = (block.commands or [block.says.get("command", "python")])[0]
+            old.append(f"{page}: the output of `{name}` is of another command, file or default")
     fresh = made(text, page, scratch, cheap_only=True)
     changed = difflib.unified_diff(text.splitlines(), fresh.splitlines(), page, "what is printed now", "", "", 1, "")
     return old + list(changed)
