@@ -123,7 +123,7 @@ def test_what_is_not_there_is_found(tmp_path):
 
 def test_every_program_has_its_flags_read():
     """So that no flag passes because a program's were not found."""
-    assert len(commands((ROOT / "README.md").read_text())) > 10
+    assert len(commands((ROOT / "docs/commands.md").read_text())) > 10
     assert {"--x", "--out", "--log-x"} <= flags_of("megabus plot")
     assert {"--config", "--nproc-per-node"} <= flags_of("launcher/train.py") == flags_of("megabus train")
 

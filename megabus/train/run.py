@@ -26,9 +26,7 @@ from megabus.growth.transition import stage_engine
 from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
 from megabus.kappa.predictors import make_predictor
 from megabus.model.cost import count_parameters
-from megabus.model.init import initial_rows
 from megabus.parallel.agree import agreement, rank_0_tells
-from megabus.parallel.fragments import Fragments
 from megabus.preflight.flight import preflight
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
@@ -113,7 +111,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         if origin is not None:
             restore(origin, engine, watchdog.heartbeat)
         else:
-            engine.write(initial_fragments(engine, config.train.seed))
+            engine.write_initial(config.train.seed)
         watch_stage(run)
         if run.metrics is not None:
             row = {"sizes": sizes(run.stage), "layout": str(run.stage.layout), "environment": machine}
@@ -230,18 +228,6 @@ def kappa_settings(trigger: KappaConfig) -> KappaSettings:
         start=trigger.start,
         max_std=trigger.max_std,
     )
-
-
-def initial_fragments(engine: Engine, seed: int) -> Fragments:
-    """This rank's part of the initial state, drawn without drawing any other."""
-    fragments: Fragments = {}
-    for piece in engine.placement.owned(engine.mesh.rank):
-        width = engine.placement.width(piece.name)
-        first, last = piece.start // width, -(-piece.stop // width)
-        rows = initial_rows(engine.stage.model, piece.name, seed, first, last, engine.device).reshape(-1)
-        offset = piece.start - first * width
-        fragments[piece] = {"weight": rows[offset : offset + len(piece)]}
-    return fragments
 
 
 def watch_stage(run: Run) -> None:
