@@ -44,8 +44,11 @@ from megabus.config.schema import RunConfig
 from megabus.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/quickstart.md", "docs/grow_your_llama.md", "docs/growth.md", "docs/estimate.md")
-PAGES += ("docs/cluster.md", "docs/commands.md", "docs/preflight.md", "docs/parity.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("quickstart", "grow_your_llama", "growth", "estimate", "cluster", "commands")),
+    *(f"docs/{name}.md" for name in ("preflight", "parity")),
+)
 NEEDS = {"docs/quickstart.md": "docs/grow_your_llama.md"}  # a page whose commands make what the other's read
 LINKED = ("configs", "launcher", "tools")
 FENCE = re.compile(r"^<!-- ((?:run|file|output)\b.*?) -->\n```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
