@@ -18,7 +18,7 @@ PACKAGE = "nGPT-pytorch"
 def missing() -> str | None:
     """Why it cannot run."""
     if find_spec("nGPT_pytorch") is None:
-        return f"{PACKAGE} is not installed: pip install -r requirements-bench.txt"
+        return f"{PACKAGE} is not installed: pip install megabus[bench]"
     return None
 
 

@@ -152,7 +152,6 @@ def _itemsize(train: TrainConfig) -> int:
 
 
 def shape_of(train: TrainConfig, stage: Stage, tp: int) -> Shape:
-    assert train.precision != "fp16"  # resolve_stages refuses it
     fused = train.kernels in ("compiled", "triton")
     sizes = (stage.layout.tp, tp, stage.micro_batch_size, stage.seq_len)
     return Shape(stage.model, *sizes, train.precision, train.recompute, train.sequence_parallel, fused)

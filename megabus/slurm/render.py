@@ -36,7 +36,6 @@ class Job:
     directory: Path
     logs: Path
     python: str
-    train: Path
     launcher: str
     nodes: int
     gpus_per_node: int
@@ -61,7 +60,6 @@ def render(job: Job) -> str:
         "directory": shlex.quote(str(job.directory)),
         "launcher": job.launcher,
         "python": shlex.quote(job.python),
-        "train": shlex.quote(str(job.train)),
         "ranks_per_node": str(job.ranks_per_node),
         "cpus_per_node": str(job.cpus_per_node),
         "arguments": shlex.join(job.arguments),

@@ -1,6 +1,7 @@
 """Prove that nothing is lost: kill a small growing run on 4 processes again and again, damage its files, fill its disk.
 
-python tools/chaos.py [--kills 36] [--damage 100] [--seed 0]
+megabus chaos
+megabus chaos --kills 4 --damage 10 --seed 1
 
 Exits non-zero if a run did not go on from its newest checkpoint, did not end with the very bits of the undisturbed
 run, left a process hanging, or if damage was not found. Then what the runs have left is kept for a look.
@@ -20,9 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
-
-from megabus.command import Parser, run
+from megabus.command import Parser
 from megabus.testing.chaos_ranks import prepare_parent
 
 if TYPE_CHECKING:
@@ -33,8 +32,8 @@ DAMAGE_ROW = "{:<16}{:<14}{:>6}{:>9}{:>17}"
 DISK_ROW = "{:<24}{:<17}{:>6}{:>7}{:>6}  {:<9} {}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description="Kill, damage and starve small growing runs; nothing may be lost.")
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus chaos", description=__doc__)
     parser.add_argument("--kills", type=int, default=36, help="at least so many (default: %(default)s)")
     parser.add_argument("--damage", type=int, default=100, help="damaged files (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of both (default: %(default)s)")
@@ -150,7 +149,3 @@ def _full_disk(workloads: Sequence[Workload], folder: Path) -> int:
                 print(DISK_ROW.format(*cells, row.told), flush=True)
                 failed += bool(row.problems)
     return failed
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

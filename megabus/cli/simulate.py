@@ -1,24 +1,20 @@
 """Build a run's stages and plan its growths as single ranks of a large world do, on one core and without the others.
 
-python tools/simulate.py --config configs/ngpt_70b.yaml --world 1024              # the first, middle and last rank
-python tools/simulate.py --config configs/ngpt_70b.yaml --world 1024 --rank 7 --rank 900
-python tools/simulate.py --config configs/ngpt_70b.yaml --world 1024 --all-ranks  # do all ranks' plans fit together?
+megabus simulate --config configs/ngpt_70b.yaml --world 1024              # the first, middle and last rank
+megabus simulate --config configs/ngpt_70b.yaml --world 1024 --rank 7 --rank 900
+megabus simulate --config configs/ngpt_70b.yaml --world 1024 --all-ranks  # do all ranks' plans fit together?
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megabus.command import Parser, run
+from megabus.command import Parser
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.engine.startup import import_deepspeed, prepare_environment
 from megabus.errors import UserError
@@ -29,14 +25,14 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus simulate", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks of the run")
     parser.add_argument("--rank", type=int, action="append", help="a rank to simulate; may be given again")
     parser.add_argument("--all-ranks", action="store_true", help="plan the growths for every rank and compare")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides)
     if args.world < 1:
         raise UserError("--world", args.world, "is no number of ranks", "give 1 or more")
@@ -115,7 +111,3 @@ def _check_all(config: RunConfig, stages: Sequence[Stage]) -> int:
             )
         sound &= not found
     return 0 if sound else 1
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -1,25 +1,24 @@
 """Show that the preflight finds what is wrong: plant a fault in a small run on 4 processes, check it, and look.
 
-python tools/preflight_faults.py [--table]
+megabus preflight-faults
+megabus preflight-faults --table
 
 Prints what each preflight said of its fault, and exits non-zero if one was not found or a sound run was not passed.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
-
-from megabus.command import Parser, run
+from megabus.command import Parser
 from megabus.testing.chaos_ranks import prepare_parent
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description="Plant faults in small runs; the preflight must find each.")
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus preflight-faults", description=__doc__)
     parser.add_argument("--table", action="store_true", help="print every preflight's whole table")
     args = parser.parse_args(argv)
     begun, missed = time.monotonic(), 0
@@ -41,7 +40,3 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"   {line}" for line in said.replace(folder, "...").splitlines()), flush=True)
     print(f"\n{len(FAULTS) - missed} of {len(FAULTS)} faults found in {time.monotonic() - begun:.0f} s")
     return int(missed > 0 or not sound)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -1,28 +1,24 @@
-"""Print how far every layout of 1, 2 and 4 ranks is from plain PyTorch in one process (fp32, gloo, CPU):
+"""Print how far every layout of 1, 2 and 4 ranks is from plain PyTorch in one process (fp32, gloo, CPU).
 
-python tools/parity.py
+megabus parity
 
 The rows of the second table have `train.sequence_parallel: true`, and a seq_len that tp divides.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megabus.command import Parser, run
+from megabus.command import Parser
 from megabus.testing.ranks import preload
 
 LIMIT = 1e-5
 
 
-def main() -> int:
-    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main(argv: Sequence[str]) -> int:
+    Parser(prog="megabus parity", description=__doc__).parse_args(argv)
     preload()
     from megabus.testing.parity import LAYOUTS, difference, engine_trace, parity_config, plain_trace, worst
 
@@ -54,7 +50,3 @@ def main() -> int:
                 largest = worst((largest, d.worst))
     print(f"largest difference {largest:.1e} (limit {LIMIT:.0e})")
     return int(not largest <= LIMIT)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

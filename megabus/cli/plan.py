@@ -1,39 +1,35 @@
 """Plan a growth before it is trained: sizes, when to grow, and what that is predicted to save.
 
-python tools/plan_growth.py configs/gpt_64m.yaml                   # stages for this final size, to paste
-python tools/plan_growth.py configs/ngpt_64m.yaml                  # when the file's own stages should grow
-python tools/plan_growth.py configs/gpt_64m.yaml --free            # even if a smaller model is the better choice
-python tools/plan_growth.py configs/demo.yaml --fit runs/a runs/b ...  # with a law fitted to finished runs
-python tools/plan_growth.py runs/demo/config.yaml --compare runs/demo  # beside what happened
+megabus plan configs/gpt_64m.yaml                   # stages for this final size, to paste
+megabus plan configs/ngpt_64m.yaml                  # when the file's own stages should grow
+megabus plan configs/gpt_64m.yaml --free            # even if a smaller model is the better choice
+megabus plan configs/demo.yaml --fit runs/a runs/b ...  # with a law fitted to finished runs
+megabus plan runs/demo/config.yaml --compare runs/demo  # beside what happened
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import yaml
 
-from megabus.command import Parser, run
+from megabus.command import Parser
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.config.pair import sizes_of
 from megabus.config.schema import ModelConfig, ScalingLaw, TrainConfig
 from megabus.errors import UserError
-from megabus.growth.planner import GrowthPlan, Size, plan_growth, plan_stages, spend
-from megabus.kappa.law_fit import fit_law
+from megabus.kappa.laws import fit_law
+from megabus.kappa.planner import GrowthPlan, Size, plan_growth, plan_stages, spend
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.train.history import read_metrics
 
 MAX_STAGES = 3
 
 
-def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus plan", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML of a run; its last size is the final one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, help="ranks of the run; the least that the layouts allow when left out")
@@ -42,7 +38,7 @@ def main() -> int:
     parser.add_argument("--free", action="store_true", help="let a plan end before the final size, if that is cheaper")
     parser.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes")
     parser.add_argument("--compare", metavar="RUN_DIR", help="a run of these stages: what happened")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     if args.world is not None and args.world < 1:
         raise UserError("--world", args.world, "is no number of ranks", "give 1 or more")
     if args.max_stages is not None and args.max_stages < 1:
@@ -157,7 +153,7 @@ def _fitted(run_dirs: Sequence[str], kind: str) -> ScalingLaw:
         points.append((rows[0]["sizes"]["n_params"], rows[-1]["tokens"], evals[-1]))
     fitted = fit_law(points)
     print(f"fitted to {fitted.n_points} runs, {fitted.rms:.4f} nats rms")
-    return ScalingLaw(**fitted.coefficients)
+    return fitted.law
 
 
 def _kind(run_dir: str) -> str | None:
@@ -231,7 +227,3 @@ def _yaml(plan: GrowthPlan) -> str:
     if grown:
         tree["growth"] = {"moments": "grow", "max_tokens": caps[0], "stages": grown}
     return yaml.safe_dump(tree, sort_keys=False)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -2,39 +2,36 @@
 
 The whole model is run in this process, on the CPU, twice for each layer.
 
-python tools/layers.py runs/demo
-python tools/layers.py runs/demo/checkpoints/step-00000500 --valid data/demo/shakespeare-valid --tokens 65536
+megabus layers runs/demo
+megabus layers runs/demo/checkpoints/step-00000500 --valid data/demo/shakespeare-valid --tokens 65536
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megabus.command import Parser, run
+from megabus.command import Parser
 from megabus.errors import UserError
 
 
-def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus layers", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a run, or one of its checkpoints")
     parser.add_argument("--valid", help="prefix of a .bin/.idx pair; when left out the run's own, from this directory")
     parser.add_argument(
         "--seq-len", type=int, help="tokens of a sequence; those of the checkpoint's stage when left out"
     )
     parser.add_argument("--tokens", type=int, default=65536, help="the first that a validation takes (%(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     import megabus
+    from megabus.ablation import ablate
     from megabus.checkpoint.load import checkpoint_at
     from megabus.checkpoint.state import read_state
     from megabus.config import parse_config, resolve_stages
     from megabus.data.batches import TokenSource
     from megabus.data.sources import VALID_SEED
-    from megabus.ablation import ablate
     from megabus.table import aligned
 
     folder = checkpoint_at(args.checkpoint)
@@ -61,7 +58,3 @@ def main() -> int:
     print(aligned(["layer", "branch", "strength", "loss without it", "more"], lines, left={1}))
     print(f"\nloss of the whole model {loss:.4f}, over {rows * args.seq_len} tokens of {args.valid}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

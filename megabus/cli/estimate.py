@@ -1,8 +1,8 @@
 """Estimate a run on a cluster before there is one: memory, step time, layouts, growths. Computed, with no GPU.
 
-python tools/estimate.py --config configs/ngpt_70b.yaml --world 1024 --gpu h100
-python tools/estimate.py --config configs/ngpt_1b.yaml --world 16 --gpu a100 --nodes-of 4 layout.tp=4
-python tools/estimate.py --config configs/demo.yaml --world 4 --gpu cpu --json -
+megabus estimate --config configs/ngpt_70b.yaml --world 1024 --gpu h100
+megabus estimate --config configs/ngpt_1b.yaml --world 16 --gpu a100 --nodes-of 4 layout.tp=4
+megabus estimate --config configs/demo.yaml --world 4 --gpu cpu --json -
 
 Times are predicted, not measured: docs/estimate.md says from what.
 """
@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megabus.command import Parser, run
+from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.config.stages import stage_section
 from megabus.errors import UserError
@@ -30,8 +27,8 @@ from megabus.estimate.report import StageEstimate, as_dict, estimate_run, tables
 REBUILD = 5.0
 
 
-def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus estimate", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks")
@@ -48,7 +45,7 @@ def main() -> int:
     parser.add_argument("--rebuild-s", type=float, default=REBUILD, help="seconds to build an engine (%(default)s)")
     parser.add_argument("--top", type=int, default=5, help="layouts shown of each stage (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the values there; - prints them in place of the tables")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     for name in ("world", "nodes_of", "memory_gb", "tflops", "efficiency", "intra_gbs", "inter_gbs", "top"):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError("--" + name.replace("_", "-"), value, "is no number above 0", "give a positive number")
@@ -114,7 +111,3 @@ def _changed(base: Device, args: argparse.Namespace) -> Device:
         ),
         nodes_of=args.nodes_of or base.nodes_of,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

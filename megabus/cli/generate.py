@@ -1,18 +1,21 @@
-"""Sample text from a checkpoint: `python tools/generate.py runs/demo --prompt "To be" --temperature 0.8 --top-k 40`."""
+"""Sample text from a run's newest checkpoint, or from one checkpoint.
+
+megabus generate runs/demo --prompt "KING: " --temperature 0.8 --top-p 0.95
+megabus generate runs/demo/checkpoints/step-00000500 --max-tokens 50 --top-k 40 < prompt.txt
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from megabus.command import Parser, run
+from megabus.command import Parser
 from megabus.errors import UserError
 
 
-def main() -> int:
-    parser = Parser(description="Sample text from a run's newest checkpoint, or from one checkpoint.")
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus generate", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="runs/demo, or runs/demo/checkpoints/step-00000500")
     parser.add_argument("--prompt", help="text to go on from; standard input when left out")
     parser.add_argument("--max-tokens", type=int, default=200, help="(%(default)s)")
@@ -23,7 +26,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the checkpoint's own when left out")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     import torch
 
@@ -67,7 +70,3 @@ def main() -> int:
             shown = text
     print(text[len(shown) :])
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -1,11 +1,11 @@
 #!/bin/bash
-# A training run as a slurm job: launcher/submit.py fills in launcher/slurm/job.sh. docs/cluster.md says what it does.
+# A training run as a slurm job: megabus submit fills in megabus/slurm/job.sh. docs/cluster.md says what it does.
 @{directives}
 
 # ---- what to run
 
 cd -- @{directory} || exit 2
-export launcher=@{launcher} python=@{python} train=@{train} ranks_per_node=@{ranks_per_node}
+export launcher=@{launcher} python=@{python} ranks_per_node=@{ranks_per_node}
 arguments=(@{arguments})
 case ${SLURM_ARRAY_TASK_ID:-0} in
 @{members}
@@ -53,10 +53,10 @@ on_this_node() {
     torchrun)
         exec "$python" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --node-rank="$SLURM_NODEID" \
             --nproc-per-node="$ranks_per_node" --rdzv-backend=static \
-            --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" "$train" "$@" ;;
+            --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" -m megabus train "$@" ;;
     deepspeed)
         exec "$python" -m deepspeed.launcher.runner --hostfile="$hostfile" --no_ssh --node_rank="$SLURM_NODEID" \
-            --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" "$train" "$@" ;;
+            --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --module --no_local_rank megabus train "$@" ;;
     esac
 }
 export -f on_this_node

@@ -1,29 +1,29 @@
-"""One page about runs, for a browser without a network: `python tools/report.py RUN_DIR [RUN_DIR ...] --out DIR`."""
+"""Write curves, growths, faults and configurations of runs on one page, for a browser without a network.
+
+megabus report runs/demo
+megabus report runs/a runs/b --out compared
+"""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
-
-from megabus.command import Parser, run
+from megabus.command import Parser
 from megabus.errors import UserError
-from megabus.train.report.page import write_report
+from megabus.extras import need
 
 
-def main() -> int:
-    parser = Parser(description="Curves, growths, faults and configurations of runs, on one page.")
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus report", description=__doc__)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", help="folder for report.html and its PNGs (default: RUN_DIR, where there is one)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.out is None and len(args.run_dirs) > 1:
         raise UserError("RUN_DIR", " ".join(args.run_dirs), "are several runs", "name a folder for the page: --out DIR")
     if args.out is not None and args.out.endswith(".html"):
         raise UserError("--out", args.out, "names a page", "name the folder that report.html shall be in")
+    need("report", "command", "report")
+    from megabus.train.report.page import write_report
+
     print(write_report(args.run_dirs, args.out or args.run_dirs[0]))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
