@@ -14,7 +14,7 @@ from megabus.config.schema import TrainConfig
 from megabus.engine import ds_config
 from megabus.estimate.activations import Footprint, Shape, footprint, layer_bytes
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import coordinate, rank_of, stage_layers
+from megabus.parallel.topology import coordinate, layers_at, rank_of
 
 FP32 = 4
 # DeepSpeed adds up the fp32 sums of bf16 training in one buffer for all groups, unless the first is larger than this.
@@ -66,7 +66,7 @@ def memory_at(
     states = states_at(train, stage, placement, pp, tp, dp, boosted)
     sums = _sums(train, stage, placement, pp, tp, dp)
     one = _footprint(train, stage, pp, tp)
-    begin, end = stage_layers(stage.model.n_layers, stage.layout.pp, pp)
+    begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
     gone = (end - begin - 1) * layer_bytes(shape_of(train, stage, tp))
     early = one.peak - one.later if sums.late_buckets else 0
     return replace(
@@ -178,7 +178,7 @@ def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int) -> int:
 
 
 def _footprint(train: TrainConfig, stage: Stage, pp: int, tp: int) -> Footprint:
-    begin, end = stage_layers(stage.model.n_layers, stage.layout.pp, pp)
+    begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
     return footprint(shape_of(train, stage, tp), end - begin, pp == 0, pp == stage.layout.pp - 1)
 
 
