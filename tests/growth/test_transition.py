@@ -25,7 +25,7 @@ SMALL = {"d_model": 36, "n_layers": 3, "n_heads": 2, "d_ff": 62}
 LARGE = {"d_model": 52, "n_layers": 5, "n_heads": 3, "d_ff": 90}
 
 
-def growth_config(stages, layouts, kind="ngpt", first=SMALL, seq_lens=None, **growth):
+def growth_config(stages, layouts, kind="ngpt", first=SMALL, **growth):
     """A run of several stages; `layouts` has one more entry than `stages`."""
     base = {"vocab_size": 67, "head_dim": 6, "kind": kind} | first
 
