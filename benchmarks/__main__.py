@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import growth_stall, kernels, others, preprocessing, training
-from benchmarks.table import Row, markdown
+from benchmarks.comparison import Row, markdown
 from megabus.command import Parser, run
 
 Suite = Callable[[int, bool], list[Row]]

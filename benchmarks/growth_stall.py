@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from benchmarks.arms import Timing
-from benchmarks.table import Row, compare
+from benchmarks.comparison import Row, compare
 from megabus.engine.startup import on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import Timing
-from benchmarks.table import Row, compare, seconds_row
+from benchmarks.comparison import Row, compare, seconds_row
 from megabus.engine.startup import on_gpu
 from megabus.kernels.table import EAGER, Kernels, select, why_not
 from megabus.testing.ranks import run_ranks

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.arms import Arm, Step, in_turn
+from benchmarks.comparison import Row, seconds_row
 from benchmarks.plain_ngpt import PlainNGPT
-from benchmarks.table import Row, seconds_row
 from benchmarks.training import FORMS, GPU_FORMS, ONE, arm, config_of
 from megabus.engine.startup import on_gpu
 

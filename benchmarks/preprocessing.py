@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.arms import Timing
-from benchmarks.table import Row, speedup_row
+from benchmarks.comparison import Row, speedup_row
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "data/demo/shakespeare.txt"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.arms import Arm, Step, Timing, in_turn
-from benchmarks.table import Row, compare, seconds_row, speedup_row
+from benchmarks.comparison import Row, compare, seconds_row, speedup_row
 from megabus.config import Layout, ModelConfig, RunConfig, parse_config, resolve_stages
 from megabus.engine.startup import on_gpu
 

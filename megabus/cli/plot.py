@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megabus.command import Parser
-from megabus.train.plots import plot_loss, summary_table
+from megabus.report.plots import plot_loss, summary_table
 
 
 def main(argv: Sequence[str]) -> int:

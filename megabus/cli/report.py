@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megabus.command import Parser
 from megabus.errors import UserError
-from megabus.train.report.page import write_report
+from megabus.report.page import write_report
 
 
 def main(argv: Sequence[str]) -> int:

@@ -60,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _show(run_dir: str) -> None:
-    from megabus.train.plots import plot_loss, summary_table
-    from megabus.train.report.page import write_page
+    from megabus.report.page import write_page
+    from megabus.report.plots import plot_loss, summary_table
 
     print(f"\n{summary_table(run_dir)}\n")
     print(f"plot:       {plot_loss([run_dir], Path(run_dir) / 'loss.png')}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.arms import Arm, Timing, in_turn
-from benchmarks.table import compare, markdown, speedup_row
+from benchmarks.comparison import compare, markdown, speedup_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
