@@ -13,15 +13,17 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help demo test check parity chaos preflight-faults bench format clean
+.PHONY: help demo test check parity chaos preflight-faults bench format docs site clean
 help:
 	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes; replaces runs/demo"
 	@echo "make test    install what tests need, and run them"
-	@echo "make check   lint and types"
+	@echo "make check   lint, types, and transcripts in the documents that are no longer what their commands print"
 	@echo "make parity  print the table of every layout against one process (2 minutes)"
 	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (10 minutes)"
 	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
 	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
+	@echo "make docs    run the commands that the documents show, and write what they print into the pages (15 minutes)"
+	@echo "make site    build the documents as a site in build/site, its links checked"
 	@echo "make clean   remove the demo's run, text and the virtual environment"
 
 demo: $(VENV)/.installed data/demo/shakespeare-train.bin
@@ -36,10 +38,18 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/make_docs.py --check
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python tools/make_docs.py $(PAGES)
+
+site: $(VENV)/.installed
+	$(PIP) -r requirements-docs.txt
+	$(BIN)/mkdocs build --strict
 
 parity: $(VENV)/.installed
 	$(BIN)/megabus parity

@@ -25,7 +25,7 @@ from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.fragments import initial_fragments, optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.gains import gain_percentiles
 from megabus.engine.unit_rows import UnitRows
-from megabus.kernels.table import select
+from megabus.kernels.choice import select
 from megabus.model.decoder import Decoder
 from megabus.model.layers import KVCache
 from megabus.model.params import spec_of
