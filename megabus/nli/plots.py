@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS
-from megabus.train.plots import INK, STYLE
+from megabus.report.plots import INK, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

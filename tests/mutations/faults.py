@@ -529,12 +529,12 @@ TRAIN = [
 
 REPORT = [
     _fault(
-        "megabus/train/history.py",
+        "megabus/report/history.py",
         'earlier["step"] <= row["step"]',
         'earlier["step"] < row["step"]',
         "report/test_plots.py resume",
     ),
-    _fault("megabus/train/history.py", '.split("\\n")[:-1]', '.split("\\n")', "report/test_plots.py written"),
+    _fault("megabus/report/history.py", '.split("\\n")[:-1]', '.split("\\n")', "report/test_plots.py written"),
 ]
 
 NLI = [

@@ -17,8 +17,9 @@ from megabus.errors import UserError
 from megabus.estimate.memory import rank_memory
 from megabus.parallel.placement import Placement
 from megabus.preflight import files, flight
+from megabus.preflight.findings import odd_ones, ranks_text, size_text
 from megabus.preflight.identity import pinned
-from megabus.preflight.links import Link, best_of, by_kind, links_rows, neighbours, silence_of, slow_links
+from megabus.preflight.links import MeasuredLink, best_of, by_kind, links_rows, neighbours, silence_of, slow_links
 from megabus.preflight.machine import (
     Machine,
     compute_row,
@@ -28,7 +29,6 @@ from megabus.preflight.machine import (
     slow_ranks,
 )
 from megabus.preflight.slow import blame
-from megabus.preflight.table import odd_ones, ranks_text, size_text
 from megabus.testing.preflight_faults import FAULTS, NONE, check, problems, row_of, run_config, write_corpora
 from megabus.testing.ranks import run_ranks
 from megabus.train.loop import train
@@ -210,7 +210,7 @@ def test_rounds_hold_every_two_neighbours_once(layout):
 
 def made(pairs, slow=(), factor=10.0):
     """Links of 1 GB/s and 100 µs, but for slow ones."""
-    return [Link(pair, 1e-4, 1e9 / (factor if pair in slow else 1)) for pair in pairs]
+    return [MeasuredLink(pair, 1e-4, 1e9 / (factor if pair in slow else 1)) for pair in pairs]
 
 
 @pytest.mark.parametrize(

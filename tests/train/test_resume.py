@@ -20,7 +20,7 @@ from support.small_runs import (
     write_corpus,
 )
 
-from megabus.train.history import read_metrics
+from megabus.report.history import read_metrics
 
 # Twelve steps, four in each stage: growths come after steps 4 and 8.
 STAGES = [
