@@ -43,7 +43,7 @@ def row_bytes(param: ParamGrowth) -> int:
     """The most memory that growing one row takes at a time, over any kind (measured; a test holds it)."""
     copies = int(param.rows.copies.max())
     entries = 12 + 2 * copies if copies > 1 and param.write_tilt else 14 if param.read_tilt else 6
-    return 8 * (param.width * entries + 10)  # the last term: the row's numbers on its axes
+    return 8 * (param.width * entries + 16)  # the last term: the row's numbers on its axes
 
 
 def _block(param: ParamGrowth, kind: Kind, low: int, high: int, fetch: Callable[[np.ndarray], Tensor]) -> Tensor:

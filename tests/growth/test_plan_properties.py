@@ -94,7 +94,7 @@ def mutate(schedules, where, change):
             for unit, kind, move in wave.transfers:
                 instead = change(move) if move == victim else [move]
                 moves += [(unit, kind, m) for m in instead if rank in (m.src, m.dst)]
-            waves[number] = replace(wave, moves=moves)
+            waves[number] = replace(wave, transfers=moves)
 
 
 def between(move):
