@@ -69,7 +69,7 @@ def test_what_a_rank_sends_is_little_of_what_the_world_does(number):
 
 
 def looked_at(world, monkeypatch, everybody=False):
-    """How many times the plan of a rank in the middle looks at what some rank needs of a parameter or of a row range."""
+    """How many times the plan of a rank in the middle looks at what some rank needs of a parameter or row range."""
     count = [0]
 
     def counted(method):

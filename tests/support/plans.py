@@ -9,8 +9,8 @@ import numpy as np
 
 from megabus.config import GrowthConfig, ModelConfig
 from megabus.config.stages import Layout
-from megabus.growth.plan import ELEMENT_BYTES, Plan, RowRange
 from megabus.growth.param_growth import Growth
+from megabus.growth.plan import ELEMENT_BYTES, Plan, RowRange
 from megabus.parallel.placement import Placement
 
 SEEDS = range(8)
