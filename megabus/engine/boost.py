@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from megabus.engine.fragments import flat_partitions, inner_optimizer, places
-from megabus.model.params import ParamSpec
 from megabus.parallel.placement import Placement
 
 
@@ -66,12 +65,12 @@ class Boost:
         inner = inner_optimizer(engine)
         self._hooks = [inner.register_step_pre_hook(self._keep), inner.register_step_post_hook(self._stretch)]
 
-    def set_rows(self, added: Callable[[ParamSpec], np.ndarray]) -> None:
-        """Choose rows, in place of those before: `added` tells which of a parameter's global rows, (rows,) bool."""
+    def set_rows(self, added: Callable[[str], np.ndarray]) -> None:
+        """Choose rows, in place of those before: `added` tells them by the parameter's name, (global rows,) bool."""
         found: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
         for place in places(self._module, self._placement, self._rank):
             piece, width = place.piece, self._placement.width(place.piece.name)
-            rows = np.flatnonzero(added(place.spec))
+            rows = np.flatnonzero(added(place.piece.name))
             start, stop = np.maximum(rows * width, piece.start), np.minimum((rows + 1) * width, piece.stop)
             here, at = start < stop, place.part.start - piece.start
             found.setdefault(place.group, []).append((width, start[here] + at, stop[here] + at))

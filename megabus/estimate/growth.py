@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megabus.config import RunConfig, Stage
 from megabus.estimate.devices import Device
 from megabus.estimate.memory import FP32, states_at
-from megabus.growth.plan import ELEMENT_BYTES, Plan, Wave, plan_between, schedule_of, travelling
+from megabus.growth.plan import ELEMENT_BYTES, Plan, Wave, plan_between, schedule_of
 
 ALL_RANKS = 16  # of larger worlds some ranks stand for all
 
@@ -35,21 +35,21 @@ class Transition:
 
 def messages(schedule: Sequence[Wave], rank: int) -> tuple[list[int], list[int]]:
     """Bytes of each message that a rank sends to others, and gets from them."""
-    moves = [move for wave in schedule for *_, move in wave.moves if move.src != move.dst]
-    sent = [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank]
-    return sent, [len(move.piece) * ELEMENT_BYTES for move in moves if move.dst == rank]
+    transfers = [each for wave in schedule for *_, each in wave.transfers if each.src != each.dst]
+    sent = [len(each.piece) * ELEMENT_BYTES for each in transfers if each.src == rank]
+    return sent, [len(each.piece) * ELEMENT_BYTES for each in transfers if each.dst == rank]
 
 
 def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuild: float) -> Transition:
     """Of the growth from one stage to the next. rebuild: seconds that new engines take, for which there is no model."""
-    plan, kinds, world = plan_between(config, old, new), travelling(config), new.layout.world
+    plan, world = plan_between(config, old, new), new.layout.world
     # Spread over pipeline stages and data-parallel places.
     ranks = sorted({0, world - 1, *(i * world // ALL_RANKS for i in range(ALL_RANKS))})
     exchanged = [messages(schedule_of(config, plan, rank), rank) for rank in ranks]
     received = max(sum(got) for _, got in exchanged)
     sent, most = max(sum(gone) for gone, _ in exchanged), max(len(one) for both in exchanged for one in both)
     link = device.inter if world > device.nodes_of else device.intra
-    grown = max(sum(map(len, plan.new.owned(rank))) for rank in ranks) * len(kinds) * FP32
+    grown = max(sum(map(len, plan.new.owned(rank))) for rank in ranks) * len(plan.growth.sent_kinds) * FP32
     return Transition(
         sent=sent,
         received=received,
@@ -65,7 +65,7 @@ def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuil
 def transition_bytes(config: RunConfig, plan: Plan, new: Stage) -> int:
     """The most that a rank holds on its device between two engines: what it had and what it gets with the buffer, or
     what it got and the new engine, whose weights lie there twice while they are made flat."""
-    kinds = len(travelling(config))
+    kinds = len(plan.growth.sent_kinds)
     worst = 0
     for pp in range(new.layout.pp):
         at = states_at(config.train, new, plan.new, pp, new.layout.tp - 1)

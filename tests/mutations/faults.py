@@ -320,38 +320,38 @@ ENGINE = [
 
 GROWTH = [
     _fault(
-        "megabus/growth/maps.py",
+        "megabus/growth/param_growth.py",
         "parent = np.arange(new) * old // new",
         "parent = np.arange(new) % old",
         "growth/test_growth.py spread",
     ),
     _fault(
-        "megabus/growth/maps.py",
+        "megabus/growth/param_growth.py",
         "return embed.copies**-0.5",
         "return embed.copies**-1.0",
         "growth/test_growth.py isometry",
     ),
     _fault(
-        "megabus/growth/maps.py",
+        "megabus/growth/param_growth.py",
         "return 1.0 if self.copy == 0 else 0.0",
         "return 1.0",
         "growth/test_growth_exact.py function",
         "growth/test_growth.py",
     ),
     _fault(
-        "megabus/growth/reads.py",
-        "return cos * w_BD + (1 - cos**2) ** 0.5 * c_BD",
-        "return cos * w_BD + (1 - cos) * c_BD",
+        "megabus/growth/rows.py",
+        "inside_BD[:, parent[at]] += scale[at] * c_BD[:, at]",
+        "inside_BD[:, parent[at]] = scale[at] * c_BD[:, at]",
         "growth/test_growth_reads.py",
     ),
     _fault(
-        "megabus/growth/reads.py",
+        "megabus/growth/rows.py",
         "counter.unit_rows(c_BD - scale * inside_BD[:, parent])",
         "counter.unit_rows(c_BD)",
         "growth/test_growth_reads.py",
     ),
     _fault(
-        "megabus/growth/writes.py",
+        "megabus/growth/rows.py",
         "length_B1 * ((1 - copies**-2) ** 0.5 * t_BD)",
         "length_B1 * ((1 - copies**-1) ** 0.5 * t_BD)",
         "growth/test_growth_exact.py",

@@ -47,7 +47,7 @@ CASES = {
     "gpt bf16 reset": (
         [{"tp": 2}, {"pp": 2}, {"dp": 2}],
         LARGE
-        | {"model__kind": "gpt", "train__precision": "bf16", "growth__moments": "reset", "growth__write": "noise"},
+        | {"model__kind": "gpt", "train__precision": "bf16", "growth__moments": "reset", "growth__write": "clone"},
         {"asynchronous": False},
         (3, 4, 8),
     ),
