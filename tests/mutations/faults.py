@@ -72,6 +72,7 @@ DATA = [
         "megabus/data/batches.py",
         "sample_T.max() >= self.vocab_size:",
         "sample_T.max() > self.vocab_size:",
+        "data/test_data_edges.py",
         "data/test_data.py ids_outside",
     ),
     _fault(
@@ -97,7 +98,7 @@ DATA = [
         "megabus/data/indexed.py",
         "        _flush_to_disk(self._bin)\n",
         "",
-        "data/test_data.py",
+        "data/test_data_edges.py",
         "data/test_preprocess.py",
     ),
     _fault(
