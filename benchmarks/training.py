@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.arms import Arm, Step, Timing, in_turn
-from benchmarks.table import Row, compare, seconds_row, speedup_row
+from benchmarks.comparisons import Comparison, compare, compare_seconds, compare_speeds
 from megabus.config import Layout, ModelConfig, RunConfig, parse_config, resolve_stages
 from megabus.engine.startup import on_gpu
 
@@ -52,10 +52,9 @@ def training_step(config: RunConfig) -> Step:
     import torch.distributed as dist
 
     from megabus.engine.engine import Engine
-    from megabus.train.run import initial_fragments
 
-    engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
-    engine.write(initial_fragments(engine, 0))
+    engine = Engine(config.train, config.optimizer, resolve_stages(config, dist.get_world_size())[0])
+    engine.write_initial(0)
     stage, generator = engine.stage, torch.Generator().manual_seed(engine.mesh.at.dp)
     shape = (stage.grad_accum, stage.micro_batch_size, stage.seq_len + 1)
     tokens = torch.randint(stage.model.vocab_size, shape, generator=generator).to(engine.device)
@@ -83,7 +82,7 @@ def arm(label: str, config: RunConfig, layout: Layout = ONE) -> Arm:
     return Arm(label, layout.world, training_step, (config,))
 
 
-def step_times(rounds: int, small: bool) -> list[Row]:
+def step_times(rounds: int, small: bool) -> list[Comparison]:
     """On a CPU: nGPT against the baseline, and compiled kernels against eager ones, in fp32 on one thread."""
     rows = []
     for d_model, n_layers in [(32, 2)] if small else CPU_SHAPES:
@@ -99,14 +98,17 @@ def step_times(rounds: int, small: bool) -> list[Row]:
     return rows
 
 
-def _overheads(where: str, forms: Sequence[str], timings: dict[str, Timing], targets: dict[str, str]) -> list[Row]:
+def _overheads(
+    where: str, forms: Sequence[str], timings: dict[str, Timing], targets: dict[str, str]
+) -> list[Comparison]:
     rows = [
-        seconds_row(f"step, {where}", f"ngpt {form}", f"gpt {form}", timings, targets.get(form, "")) for form in forms
+        compare_seconds(f"step, {where}", f"ngpt {form}", f"gpt {form}", timings, targets.get(form, ""))
+        for form in forms
     ]
-    return rows + [seconds_row(f"step, {where}", f"ngpt {form}", "ngpt eager", timings) for form in forms[1:]]
+    return rows + [compare_seconds(f"step, {where}", f"ngpt {form}", "ngpt eager", timings) for form in forms[1:]]
 
 
-def blocks(rounds: int, small: bool) -> list[Row]:
+def blocks(rounds: int, small: bool) -> list[Comparison]:
     """Does compiling whole blocks win over compiling what lies between their matrix products?"""
     model, seq_len, micro = (shape("ngpt", 32, 2), 16, 2) if small else (shape("ngpt", 256, 4), 256, 4)
     train: dict[str, Any] = {}
@@ -117,7 +119,7 @@ def blocks(rounds: int, small: bool) -> list[Row]:
     arms.append(Arm("whole blocks", 1, compiled_blocks_step, (whole,)))
     timings = in_turn(arms, rounds, 2)
     where = f"d{model['d_model']} L{model['n_layers']}, {micro} x {seq_len} tokens"
-    return [seconds_row(f"step, ngpt {where}", "whole blocks", form, timings) for form in FORMS]
+    return [compare_seconds(f"step, ngpt {where}", "whole blocks", form, timings) for form in FORMS]
 
 
 def gpus() -> int:
@@ -140,7 +142,7 @@ def products(world: int, count: int) -> Step:
     return step
 
 
-def layouts(rounds: int, small: bool) -> list[Row]:
+def layouts(rounds: int, small: bool) -> list[Comparison]:
     """Two ranks against one process on the same global batch, in micro batches of four sequences; none on one GPU."""
     model, seq_len, batch = (shape("ngpt", 32, 2), 16, 8) if small else (shape("ngpt", 512, 4), 256, 32)
     train: dict[str, Any] = {}
@@ -155,15 +157,15 @@ def layouts(rounds: int, small: bool) -> list[Row]:
     one, two = "products, 1 process", "products, 2 processes"
     arms += [Arm(label, n, products, (n, 64 if small else 2048)) for n, label in ((1, one), (2, two))]
     timings = in_turn(arms, rounds, 1)
-    bound = speedup_row("speed of matrix products, nothing sent", two, one, timings)
+    bound = compare_speeds("speed of matrix products, nothing sent", two, one, timings)
     where = f"d{model['d_model']} L{model['n_layers']}, {batch} x {seq_len} tokens"
     return [
         bound,
-        *(speedup_row(f"speed, {where}", str(x), str(ONE), timings, target) for x, target in targets.items()),
+        *(compare_speeds(f"speed, {where}", str(x), str(ONE), timings, target) for x, target in targets.items()),
     ]
 
 
-def gpu_step_times(rounds: int, small: bool) -> list[Row]:
+def gpu_step_times(rounds: int, small: bool) -> list[Comparison]:
     """On a GPU in bf16: the 0.5B shape at 1k and 4k tokens of context, 16k tokens a step."""
     rows = []
     for seq_len in (1024, 4096):
@@ -183,7 +185,7 @@ def gpu_step_times(rounds: int, small: bool) -> list[Row]:
     return rows
 
 
-def mfu(rounds: int, small: bool) -> list[Row]:
+def mfu(rounds: int, small: bool) -> list[Comparison]:
     """On a GPU in bf16: the share of its dense peak at which a step's FLOPs are made (counted in `model/cost.py`)."""
     from megabus.model.cost import flops_per_token, peak_flops
 

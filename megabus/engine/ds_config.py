@@ -1,16 +1,16 @@
-"""The DeepSpeed JSON of a stage, generated from the run's configuration and written nowhere else."""
+"""The DeepSpeed JSON of a stage, made from the run's settings and written nowhere."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megabus.config import RunConfig, Stage
+from megabus.config import Stage
+from megabus.config.schema import TrainConfig
 
 BUCKET_ENTRIES = 50_000_000  # of gradients, that DeepSpeed's buckets have room for
 
 
-def deepspeed_config(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    train = config.train
+def deepspeed_config(train: TrainConfig, stage: Stage) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": stage.micro_batch_size,
         "gradient_accumulation_steps": stage.grad_accum,

@@ -17,14 +17,15 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
-from megabus.config import RunConfig, Stage
+from megabus.config import Stage
+from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.adam import make_adam
 from megabus.engine.boost import Boost
 from megabus.engine.ds_config import deepspeed_config
-from megabus.engine.fragments import optimizer_step_count, read_fragments, write_fragments
+from megabus.engine.fragments import initial_fragments, optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.gains import gain_percentiles
 from megabus.engine.unit_rows import UnitRows
-from megabus.kernels.table import select
+from megabus.kernels.choice import select
 from megabus.model.decoder import Decoder
 from megabus.model.layers import KVCache
 from megabus.model.params import spec_of
@@ -34,6 +35,12 @@ from megabus.parallel.placement import Placement
 from megabus.parallel.topology import stage_layers
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, (micro_batch_size, seq_len) int64
+Loss = Callable[[Decoder, Tensor, Tensor], Tensor]  # the last layers, their hidden states (B, T, D), targets (B, T)
+
+
+def mean_loss(decoder: Decoder, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    """The mean loss of a micro batch's tokens in nats."""
+    return decoder.loss(h_BTD, targets_BT)[0]
 
 
 @dataclass(frozen=True)
@@ -72,38 +79,38 @@ class PipelineStage(Decoder):
 
 
 class Engine:
-    """A stage of the run, ready to train. Weights are undefined until `write` is called once.
+    """A stage of the run, ready to train. Weights are undefined until `write` or `write_initial` is called.
 
-    reduce: from a micro batch's token losses (B, T) to its loss. Losses of micro batches are averaged, so only means
-    over B do not depend on how a batch is cut.
+    train: its precision, memory and kernel settings; batch sizes are the stage's.
+    loss: a micro batch's, in training and in evaluation. Losses of micro batches are averaged, so only means over B do
+    not depend on how a batch is cut.
     Collective: every rank constructs it, and every rank makes every call.
     """
 
-    def __init__(self, config: RunConfig, stage: Stage, reduce: Callable[[Tensor], Tensor] = torch.mean) -> None:
-        self.config, self.stage, self.reduce = config, stage, reduce
-        self._seen: list[Tensor] | None = None
-        self.mesh = Mesh(stage.layout, config.train.sequence_parallel)
+    def __init__(self, train: TrainConfig, optimizer: OptimizerConfig, stage: Stage, loss: Loss = mean_loss) -> None:
+        self.train, self.stage, self.loss = train, stage, loss
+        self.mesh = Mesh(stage.layout, train.sequence_parallel)
         self.placement = Placement(stage.model, stage.layout)
         device = torch.device(get_accelerator().device_name())
-        self.kernels = select(config.train.kernels, device)
+        self.kernels = select(train.kernels, device)
         self.module = self._module()
         groups = [
             {
                 "params": [p for p in self.module.parameters() if spec_of(p).is_matrix == matrix],
                 "weight_decay": decay,
             }
-            for matrix, decay in ((True, config.optimizer.weight_decay), (False, 0.0))
+            for matrix, decay in ((True, optimizer.weight_decay), (False, 0.0))
         ]
         for parameter in self.module.parameters():
             # DeepSpeed's mark of a tensor-parallel shard; replicas must not carry it, or norms count them tp times.
             if spec_of(parameter).sharded:
                 parameter.model_parallel = True  # type: ignore[attr-defined]
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints on stdout from several places
-            adam = make_adam(config.optimizer, groups, device)
+            adam = make_adam(optimizer, groups, device)
             self.deepspeed, *_ = deepspeed.initialize(
                 model=self.module,
                 optimizer=adam,
-                config=deepspeed_config(config, stage),
+                config=deepspeed_config(train, stage),
                 mpu=None if isinstance(self.module, PipelineModule) else self.mesh.grid,
             )
         # Before unit rows: hooks run in this order, and the rows that a boost has moved are to be unit afterwards.
@@ -122,12 +129,10 @@ class Engine:
 
     def _module(self) -> nn.Module:
         model, layout = self.stage.model, self.stage.layout
-        recompute = self.config.train.recompute
+        recompute = self.train.recompute
 
         def loss(h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-            loss, losses_BT = self.decoder.loss(h_BTD, targets_BT, self.reduce)
-            if self._seen is not None:
-                self._seen.append(losses_BT.sum(1))
+            loss = self.loss(self.decoder, h_BTD, targets_BT)
             # DeepSpeed looks at gradients alone: a loss that is none must not have any.
             return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
@@ -174,14 +179,6 @@ class Engine:
         self.deepspeed.eval()
         return float(self._mean([self.deepspeed(self._on_device(x), self._on_device(y)) for x, y in batches]))
 
-    def sequence_losses(self, batches: Sequence[Batch], steps: int, seq_len: int) -> Tensor | None:
-        """Each sequence's summed loss in nats, in the order of this data-parallel rank's batches; None on ranks before
-        the last pipeline stage."""
-        self._seen = []
-        self.evaluate(batches, steps, seq_len)
-        seen, self._seen = self._seen, None
-        return torch.cat(seen) if seen else None
-
     def _expect_shape(self, seq_len: int) -> None:
         """DeepSpeed's stages agree on the activations' shape once; tell them when it changes."""
         if seq_len != self._pipe_seq_len:
@@ -205,6 +202,10 @@ class Engine:
     def write(self, fragments: Fragments, optimizer_step: int = 0) -> None:
         """Set this rank's masters, and moments where given, which are taken out of `fragments`; collective."""
         write_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank, fragments, optimizer_step)
+
+    def write_initial(self, seed: int) -> None:
+        """Set this rank's masters to their part of the initial state that `seed` stands for; collective."""
+        self.write(initial_fragments(self.placement, self.mesh.rank, seed, self.device))
 
     @property
     def optimizer_step(self) -> int:

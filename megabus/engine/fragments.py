@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megabus.engine.adam import read_step, write_state
+from megabus.model.init import initial_rows
 from megabus.model.params import ParamSpec, spec_of
 from megabus.parallel.fragments import KINDS, MOMENTS, Fragments, Kind
 from megabus.parallel.placement import Piece, Placement
@@ -67,6 +68,18 @@ def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: i
         state = inner.state.get(flats[group])
         if state:
             fragments[piece] |= {kind: state[kind][part] for kind in MOMENTS if kind in state}
+    return fragments
+
+
+def initial_fragments(placement: Placement, rank: int, seed: int, device: torch.device) -> Fragments:
+    """A rank's part of the initial weights, in canonical order, drawn without drawing any other."""
+    fragments: Fragments = {}
+    for piece in placement.owned(rank):
+        width = placement.width(piece.name)
+        first, last = piece.start // width, -(-piece.stop // width)
+        rows = initial_rows(placement.model, piece.name, seed, first, last, device).reshape(-1)
+        offset = piece.start - first * width
+        fragments[piece] = {"weight": rows[offset : offset + len(piece)]}
     return fragments
 
 

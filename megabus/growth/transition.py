@@ -26,7 +26,7 @@ class Transition:
 def stage_engine(config: RunConfig, stage: Stage, before: Stage | None) -> Engine:
     """An engine for a stage, which knows the rows that growing from the stage `before` adds (None: it is the first).
     Collective; its weights are undefined until they are written."""
-    engine = Engine(config, stage)
+    engine = Engine(config.train, config.optimizer, stage)
     if before is not None and config.growth.boost is not None:
         engine.boost.set_rows(growth_between(config, before, stage).added)
     return engine

@@ -16,7 +16,7 @@ import torch.fx.experimental._config as shapes
 from torch import Tensor
 
 from megabus.kernels import eager
-from megabus.kernels.table import Kernels
+from megabus.kernels.form import Kernels
 
 # Else sizes that happen to be equal at the first call (N = d_ff, T = C / 2) become one symbol, and must stay equal.
 OWN_SYMBOLS = shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
@@ -68,4 +68,13 @@ def unit_rows_(rows: Tensor) -> None:
     (_unit_rows_ if rows.is_cuda else eager.unit_rows_)(rows)  # PyTorch's own is faster on a CPU
 
 
-COMPILED = Kernels("compiled", residual, rms_norm, _rotate, rotate_unit, gate, unit_rows_)
+COMPILED = Kernels(
+    name="compiled",
+    residual=residual,
+    rms_norm=rms_norm,
+    rotate=_rotate,
+    rotate_unit=rotate_unit,
+    attention=eager.attention,  # one call of PyTorch's own kernels: there is nothing to fuse
+    gate=gate,
+    unit_rows_=unit_rows_,
+)

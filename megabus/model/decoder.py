@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megabus.config.schema import ModelConfig
-from megabus.kernels.table import EAGER, Kernels
+from megabus.kernels.form import EAGER, Kernels
 from megabus.model import gpt, ngpt
 from megabus.model.layers import KVCache
 from megabus.model.loss import Reduce

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from megabus.config.schema import OptimizerConfig
 from megabus.data.order import permute
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
@@ -29,11 +28,6 @@ class Tuning:
     seed: int
 
 
-def label_loss(losses_BT: Tensor) -> Tensor:
-    """A micro batch's loss in nats a label, so that it does not depend on how the batch is cut or padded."""
-    return losses_BT.sum(1).mean()
-
-
 def steps_of(n_pairs: int, batch_size: int, epochs: float) -> int:
     return max(1, math.ceil(n_pairs * epochs / batch_size))
 
@@ -47,6 +41,7 @@ def batch_places(step: int, batch_size: int, n_pairs: int, seed: int) -> list[in
 
 def fine_tune(
     engine: Engine,
+    optimizer: OptimizerConfig,
     encoder: Encoder,
     train: PairSet,
     tuning: Tuning,
@@ -59,13 +54,13 @@ def fine_tune(
 
     Raises `UserError` where the loss is not finite.
     """
-    config, stage = engine.config, engine.stage
+    stage = engine.stage
     steps = steps_of(len(train), stage.global_batch_size, tuning.epochs)
     curve: list[Row] = [{"step": 0, "pairs": 0, "lr": 0.0, "train_loss": None} | measure()]
     tell(curve[-1])
     losses: list[float] = []
     for step in range(steps):
-        lr = learning_rate(config.optimizer, stage.lr, (step + 0.5) / steps)  # at its middle, as in pre-training
+        lr = learning_rate(optimizer, stage.lr, (step + 0.5) / steps)  # at its middle, as in pre-training
         losses.append(_step(engine, encoder, train, tuning.seed, step, lr))
         heartbeat()
         if (step + 1) % tuning.curve_every == 0 or step + 1 == steps:

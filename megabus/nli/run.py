@@ -21,10 +21,10 @@ from megabus.data.tokenizer import Tokenizer
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
-from megabus.nli.finetune import Row, Tuning, fine_tune, label_loss, steps_of
+from megabus.nli.finetune import Row, Tuning, fine_tune, steps_of
 from megabus.nli.pairs import Hub, PairSet, hub_data, read_jsonl
 from megabus.nli.prompt import Encoder
-from megabus.nli.score import Scores, score_pairs
+from megabus.nli.score import LabelLoss, Scores, score_pairs
 from megabus.nli.settings import Settings, run_config
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.train.metrics import describe
@@ -92,7 +92,7 @@ def evaluate(settings: Settings) -> Outcome:
     rank_0_tells(lambda: make_directories(settings))
     data = rank_0_tells(lambda: read_data(settings))  # one reader: all ranks have the same pairs
     with watched(settings.hang_timeout, rank) as watchdog:
-        engine = Engine(config, stage, label_loss)
+        engine = Engine(config.train, config.optimizer, stage, LabelLoss())
         weights = replace(found.state, kinds=("weight",), optimizer_step=0)
         restore(replace(found, state=weights), engine, watchdog.heartbeat)
         _say(f"{found.folder}: {describe(stage)}, {count_parameters(stage.model):,} parameters, {settings.precision}")
@@ -106,9 +106,8 @@ def evaluate(settings: Settings) -> Outcome:
             steps = steps_of(len(data.train), stage.global_batch_size, settings.epochs)
             _say(f"fine-tuning on {len(data.train):,} pairs: {steps:,} steps of {stage.global_batch_size}")
             measure = partial(_measure, engine, encoder, data.watched, watchdog.heartbeat)
-            curve = _timed(
-                seconds, "fine-tuning", fine_tune, engine, encoder, data.train, tuning, measure, _tell, watchdog.heartbeat
-            )
+            tune = partial(fine_tune, engine, config.optimizer, encoder, data.train, tuning, measure, _tell)
+            curve = _timed(seconds, "fine-tuning", tune, watchdog.heartbeat)
             fine_tuned = [score(pairs=pairs) for pairs in data.reported]
             saved = _save(settings, config, engine, tokenizer, steps)
         outcome = Outcome(

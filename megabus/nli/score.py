@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megabus.engine.engine import Batch, Engine
+from megabus.model.decoder import Decoder
 from megabus.model.loss import IGNORED
 from megabus.nli.pairs import LABELS, PairSet
 from megabus.nli.prompt import Encoder, Scored
@@ -44,6 +46,27 @@ class Scores:
         }
 
 
+class LabelLoss:
+    """An engine's loss in nats a label: it does not depend on how a batch is cut or padded."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def __call__(self, decoder: Decoder, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        loss, losses_BT = decoder.loss(h_BTD, targets_BT, lambda losses_BT: losses_BT.sum(1).mean())
+        if not decoder.training:
+            self._sums.append(losses_BT.sum(1))
+        return loss
+
+    def of_sequences(self, engine: Engine, batches: Sequence[Batch], steps: int, width: int) -> Tensor | None:
+        """Each sequence's summed loss in nats, in the order of this data-parallel rank's batches; None on ranks before
+        the last of the pipeline. The engine is one that has this loss."""
+        assert engine.loss is self
+        self._sums.clear()
+        engine.evaluate(batches, steps, width)
+        return torch.cat(self._sums) if self._sums else None
+
+
 def score_pairs(engine: Engine, encoder: Encoder, pairs: PairSet, heartbeat: Callable[[], None]) -> Scores:
     """Score every label of every pair; the same on every rank. Collective."""
     sequences = encoder.encode_all([*pairs.pairs, (0, CONTENT_FREE, CONTENT_FREE)])
@@ -66,7 +89,8 @@ def log_likelihoods(engine: Engine, sequences: Sequence[Scored], heartbeat: Call
     buckets: dict[int, list[int]] = defaultdict(list)
     for number, scored in enumerate(sequences):
         buckets[width_of(scored.n_inputs)].append(number)
-    found = torch.zeros(len(sequences), dtype=torch.float64)
+    found, label_loss = torch.zeros(len(sequences), dtype=torch.float64), engine.loss
+    assert isinstance(label_loss, LabelLoss)
     size, dp = engine.stage.micro_batch_size, engine.stage.layout.dp
     for width, members in sorted(buckets.items()):
         steps = -(-len(members) // (size * dp))
@@ -78,7 +102,7 @@ def log_likelihoods(engine: Engine, sequences: Sequence[Scored], heartbeat: Call
             if engine.needs_data:
                 parts = [mine[i : i + size] for i in range(0, len(mine), size)]
                 batches = [padded([None if n is None else sequences[n] for n in part], width) for part in parts]
-            losses = engine.sequence_losses(batches, count, width)
+            losses = label_loss.of_sequences(engine, batches, count, width)
             if losses is not None and engine.mesh.at.tp == 0:  # of the ranks that know a score, one tells it
                 for member, loss in zip(mine, losses.tolist(), strict=True):
                     if member is not None:

@@ -20,7 +20,7 @@ LARGEST_MICRO_BATCH = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """See `tools/evaluate_nli.py --help`. Counts in pairs; None: all of them, or found out from the checkpoint."""
+    """See `megabus evaluate-nli --help`. Counts in pairs; None: all of them, or found out from the checkpoint."""
 
     checkpoint: Path
     tokenizer: Path | None = None

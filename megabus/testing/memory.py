@@ -17,7 +17,6 @@ from megabus.engine.engine import Batch, Engine
 from megabus.engine.fragments import flat_partitions, inner_optimizer
 from megabus.estimate.live_bytes import LiveBytes
 from megabus.parallel.fragments import MOMENTS
-from megabus.train.run import initial_fragments
 
 # Sizes that nothing divides evenly: rows that partitions cut, a vocabulary that tp does not divide, grouped queries.
 MODEL = {"vocab_size": 509, "d_model": 76, "n_layers": 5, "n_heads": 6, "n_kv_heads": 2, "head_dim": 14, "d_ff": 202}
@@ -65,8 +64,8 @@ def measure(config: RunConfig, bucket: int | None = None) -> Measured:
     """
     ds_config.BUCKET_ENTRIES = bucket or ds_config.BUCKET_ENTRIES
     stage = resolve_stages(config, dist.get_world_size())[0]
-    engine = Engine(config, stage)
-    engine.write(initial_fragments(engine, config.train.seed))
+    engine = Engine(config.train, config.optimizer, stage)
+    engine.write_initial(config.train.seed)
     batches = [_batch(engine, micro) for micro in range(stage.grad_accum)] if engine.needs_data else []
     for _ in range(2):
         engine.train_step(batches, 1e-3)

@@ -113,11 +113,10 @@ def engine_job(config: RunConfig) -> dict[str, Any]:
 
     from megabus.engine.engine import Engine
     from megabus.engine.fragments import inner_optimizer
-    from megabus.train.run import initial_fragments
 
     stage = resolve_stages(config, dist.get_world_size())[0]
-    engine = Engine(config, stage)
-    engine.write(initial_fragments(engine, config.train.seed))
+    engine = Engine(config.train, config.optimizer, stage)
+    engine.write_initial(config.train.seed)
     logits = _logits(engine, batch_of(config, 0))
     grads: dict[Piece, Tensor] = {}
 

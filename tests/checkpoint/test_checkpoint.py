@@ -15,7 +15,6 @@ from megabus.checkpoint.store import checkpoints_of, folder_of
 from megabus.config import resolve_stages
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
-from megabus.train.run import initial_fragments
 
 LAYOUTS = [
     {"dp": 1},
@@ -215,7 +214,7 @@ def test_the_tokenizer_goes_with_the_model(tmp_path):
 
 def save_tokenizer(root, config, tokenizer):
     engine = ck.fresh(config)
-    engine.write(initial_fragments(engine, 0))
+    engine.write_initial(0)
     assert ck.save(ck.make_saver(root, tokenizer=tokenizer), engine, config, step=0).error is None
 
 

@@ -56,8 +56,8 @@ def _job(config, factor, steps, fault):
         added = Growth.added
         Growth.added = lambda self, spec, rows=None: ~added(self, spec, rows)
     stages = resolve_stages(config, dist.get_world_size())
-    engine = Engine(config, stages[0])
-    engine.write(run_room.initial_fragments(engine, config.train.seed))
+    engine = Engine(config.train, config.optimizer, stages[0])
+    engine.write_initial(config.train.seed)
     engine = grow_engine(engine, config, stages[1]).engine
     if fault == "last hook":
         hooks = inner_optimizer(engine.deepspeed)._optimizer_step_post_hooks
@@ -254,7 +254,7 @@ def test_resume_amid_a_boost_is_bitwise(run_of, whole):
 
 
 def _forget_rows():
-    run_room._engine = lambda config, stages, index: Engine(config, stages[index])
+    run_room._engine = lambda config, stages, index: Engine(config.train, config.optimizer, stages[index])
 
 
 def test_negative_control_a_resume_without_rows(run_of, whole):

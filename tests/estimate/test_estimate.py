@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from support.command import run_command
 from support.plans import needed_entries, owned_entries, traffic
 
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
 from megabus.config.stages import Stage
 from megabus.engine import ds_config
-from megabus.errors import UserError
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
 from megabus.estimate.devices import Link, device
@@ -28,7 +28,6 @@ from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
 from megabus.testing.memory import measure, memory_config
 from megabus.testing.ranks import run_ranks
-from tools import estimate as tool
 
 torch.set_num_threads(1)
 BUCKET = 300_000
@@ -249,30 +248,29 @@ def test_a_layout_of_one_s_own_that_fits_is_not_refused(monkeypatch, capsys):
     """Though no other is proposed: tensor parallelism over nodes is not."""
     words = ("--config", "configs/gpt_64m.yaml", "--world", "2", "--nodes-of", "1", "--reserve-gb", "0")
     words += ("layout.tp=2", "train.micro_batch_size=1", "train.precision=bf16")
-    assert "is number 1" in told(monkeypatch, capsys, *words, "--memory-gb", "1.05")
+    assert "is number 1" in told(*words, "--memory-gb", "1.05")
     small = ("--config", "configs/gpt_64m.yaml", "--world", "1", "--memory-gb", "4", "--reserve-gb", "0")
-    found = told(monkeypatch, capsys, *small)  # with smaller micro batches it would
+    found = told(*small)  # with smaller micro batches it would
     assert "configured, micro batches of 32 do not fit" in found
     assert "with micro batches of 32 does not fit" in found
-    monkeypatch.setattr(sys, "argv", ["estimate.py", *words, "--memory-gb", "0.3"])
-    with pytest.raises(UserError, match=r"^model = stage 0: fits no layout of 2 ranks of 0\.3 GB, with micro"):
-        tool.main()
+    refused = run_command("estimate", *words, "--memory-gb", "0.3")
+    assert refused.stderr.startswith("error: model = stage 0: fits no layout of 2 ranks of 0.3 GB, with micro")
 
 
 # ---- the command
 
 
-def told(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["estimate.py", *words])
-    assert tool.main() == 0
-    return capsys.readouterr().out
+def told(*words):
+    done = run_command("estimate", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 DEMO = ("--config", "configs/demo.yaml", "--world", "4", "--gpu", "cpu", "--top", "2")
 
 
-def test_tables_and_values_agree(monkeypatch, capsys, tmp_path):
-    text = told(monkeypatch, capsys, *DEMO, "--json", str(tmp_path / "out.json"))
+def test_tables_and_values_agree(tmp_path):
+    text = told(*DEMO, "--json", str(tmp_path / "out.json"))
     values = json.loads((tmp_path / "out.json").read_text())
     assert text.count("predicted, not measured") == 6  # a run, its steps, three stages' layouts, growths
     assert values["times"] == "predicted, not measured"
@@ -283,7 +281,7 @@ def test_tables_and_values_agree(monkeypatch, capsys, tmp_path):
         assert step["total"] == pytest.approx(sum(parts))
         assert len(stage["memory"]) == stage["layout"]["pp"]
         assert (stage["growth"] is None) == (stage["stage"] == 0)
-    slow = json.loads(told(monkeypatch, capsys, *DEMO, "--json", "-", "--tflops", "0.001", "train.micro_batch_size=8"))
+    slow = json.loads(told(*DEMO, "--json", "-", "--tflops", "0.001", "train.micro_batch_size=8"))
     first = values["stages"][0]["step"], slow["stages"][0]["step"]
     assert first[1]["compute"] == pytest.approx(40 * first[0]["compute"], rel=1e-6)
     assert slow["stages"][0]["micro_batch_size"] == 8
@@ -304,8 +302,7 @@ def test_tables_and_values_agree(monkeypatch, capsys, tmp_path):
     ],
     ids=str,
 )
-def test_bad_input_is_one_line(words, key, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["estimate.py", *DEMO, *words])
-    with pytest.raises(UserError) as told_off:
-        tool.main()
-    assert told_off.value.key == key
+def test_bad_input_is_one_line(words, key):
+    done = run_command("estimate", *DEMO, *words)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {key} = .*\n", done.stderr)

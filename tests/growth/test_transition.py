@@ -65,11 +65,10 @@ def _loss(engine, config):
 def _grow_job(config, steps_before, steps_after):
     from megabus.engine.engine import Engine
     from megabus.growth.transition import grow_engine
-    from megabus.train.run import initial_fragments
 
     stages = resolve_stages(config, dist.get_world_size())
-    engine = Engine(config, stages[0])
-    engine.write(initial_fragments(engine, config.train.seed))
+    engine = Engine(config.train, config.optimizer, stages[0])
+    engine.write_initial(config.train.seed)
     _steps(engine, config, steps_before)
     seen = []
     for number, stage in enumerate(stages[1:]):
@@ -183,10 +182,9 @@ def test_relayout_without_growth_is_exact(precision):
 
 def _straight_job(config):
     from megabus.engine.engine import Engine
-    from megabus.train.run import initial_fragments
 
-    engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
-    engine.write(initial_fragments(engine, config.train.seed))
+    engine = Engine(config.train, config.optimizer, resolve_stages(config, dist.get_world_size())[0])
+    engine.write_initial(config.train.seed)
     _steps(engine, config, 2)
     return _steps(engine, config, 2)
 
@@ -282,11 +280,10 @@ def _twenty_growths(config, fault=None):
     from megabus.engine.engine import Engine
     from megabus.growth.transition import grow_engine
     from megabus.parallel import mesh
-    from megabus.train.run import initial_fragments
 
     stages = resolve_stages(config, dist.get_world_size())
-    engine = Engine(config, stages[0])
-    engine.write(initial_fragments(engine, 0))
+    engine = Engine(config.train, config.optimizer, stages[0])
+    engine.write_initial(0)
     seen = []
     for number in range(20):
         if fault == "new groups":

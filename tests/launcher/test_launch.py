@@ -21,7 +21,6 @@ import yaml
 from support.launching import (
     LAUNCHER,
     LIMIT,
-    ROOT,
     START,
     environment,
     free_port,
@@ -129,7 +128,7 @@ def test_truncated_data(config: Path, tmp_path: Path, suffix: str) -> None:
     before = tree(tmp_path)
     line = the_error(launch_forked("--config", config, f"data.train={prefix}"))
     assert line.startswith(f"error: data.train = {prefix}.{suffix}: ")
-    assert line.endswith("; run tools/preprocess.py again")
+    assert line.endswith("; run megabus preprocess again")
     assert tree(tmp_path) == before
 
 
@@ -285,11 +284,3 @@ def test_a_run_that_grows(config: Path, tmp_path: Path, starter: str, layout: st
     assert all(torch.equal(again[name], values) for name, values in model.state_dict().items())
     with pytest.raises(UserError, match="holds none"):
         megabus.load(tmp_path)
-
-
-def test_plots_are_drawn_from_a_checkout(tmp_path: Path) -> None:
-    """tools/plot.py needs neither an installed megabus nor a PYTHONPATH."""
-    command = [sys.executable, str(ROOT / "tools/plot.py"), str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment())
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(f"error: run_dir = {tmp_path}: holds no metrics.jsonl")

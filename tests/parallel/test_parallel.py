@@ -17,7 +17,6 @@ from megabus.model.params import spec_of
 from megabus.parallel.tensor_parallel import ProcessGroupTP
 from megabus.testing import parity
 from megabus.testing.ranks import run_ranks
-from megabus.train.run import initial_fragments
 
 LIMIT = 1e-5
 
@@ -79,8 +78,8 @@ def test_bf16_stays_near_and_keeps_unit_masters(layout, zero):
 def _sums_job(config):
     """(dtypes of the large all-reduces of a step, bytes of gradients that are kept in bf16 until then)."""
     dtypes, kept, all_reduce = set(), [], dist.all_reduce
-    engine = Engine(config, resolve_stages(config, dist.get_world_size())[0])
-    engine.write(initial_fragments(engine, 0))
+    engine = Engine(config.train, config.optimizer, resolve_stages(config, dist.get_world_size())[0])
+    engine.write_initial(0)
 
     def spy(tensor, *args, **options):
         if tensor.numel() > 1000:

@@ -91,11 +91,10 @@ def _lengths_job(config):
     """Losses of a training with a growth in it, of training batches and of validations at three lengths."""
     from megabus.engine.engine import Engine
     from megabus.growth.transition import grow_engine
-    from megabus.train.run import initial_fragments
 
     stages = resolve_stages(config, dist.get_world_size())
-    engine = Engine(config, stages[0])
-    engine.write(initial_fragments(engine, config.train.seed))
+    engine = Engine(config.train, config.optimizer, stages[0])
+    engine.write_initial(config.train.seed)
     losses = []
 
     def batches(seq_len, step):

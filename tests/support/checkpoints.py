@@ -19,7 +19,6 @@ from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
-from megabus.train.run import initial_fragments
 
 V, T = 73, 6
 
@@ -47,7 +46,7 @@ def world_of(config):
 
 
 def fresh(config):
-    return Engine(config, resolve_stages(config, world_of(config))[0])
+    return Engine(config.train, config.optimizer, resolve_stages(config, world_of(config))[0])
 
 
 def train_on(engine, seed, steps=1):
@@ -61,7 +60,7 @@ def train_on(engine, seed, steps=1):
 def trained(config, seed=3, steps=1):
     """An engine whose masters are no round numbers, nor the initial ones."""
     engine = fresh(config)
-    engine.write(initial_fragments(engine, seed))
+    engine.write_initial(seed)
     train_on(engine, seed, steps)
     return engine
 

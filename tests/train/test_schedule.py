@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.tiny_config import BASE
 
-from megabus.config import ModelConfig, RunConfig, Stage, load_config, resolve_stages
+from megabus.config import ModelConfig, Stage, load_config, resolve_stages
 from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.ds_config import deepspeed_config
 from megabus.model.cost import count_parameters, flops_per_token, peak_flops
@@ -133,9 +133,9 @@ def test_peak_is_what_the_file_says() -> None:
 # ---- DeepSpeed's JSON --------------------------------------------------------------------------------------
 
 
-def stages_of(base: Path, *overrides: str, world: int) -> list[tuple[RunConfig, Stage]]:
+def stages_of(base: Path, *overrides: str, world: int) -> list[tuple[TrainConfig, Stage]]:
     config = load_config(base, overrides)
-    return [(config, stage) for stage in resolve_stages(config, world)]
+    return [(config.train, stage) for stage in resolve_stages(config, world)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -144,8 +144,8 @@ def test_deepspeed_batches_add_up(base: Path, world: int, tp: int) -> None:
     if world % tp:
         tp = world
     new = "growth.stages.1={n_layers: 5, micro_batch_size: 1, global_batch_size: 16, layout: {pp: 1}}"
-    for config, stage in stages_of(base, f"layout.tp={tp}", new, world=world):
-        tree = deepspeed_config(config, stage)
+    for train, stage in stages_of(base, f"layout.tp={tp}", new, world=world):
+        tree = deepspeed_config(train, stage)
         micro, accumulated = tree["train_micro_batch_size_per_gpu"], tree["gradient_accumulation_steps"]
         assert tree["train_batch_size"] == micro * accumulated * stage.layout.dp == stage.global_batch_size
         assert stage.layout.world == world
