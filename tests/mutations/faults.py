@@ -127,15 +127,16 @@ KAPPA = [
     ),
     _fault("megabus/kappa/monitor.py", "tokens >= max_tokens)", "tokens > max_tokens)", "kappa/test_kappa.py caps"),
     _fault(
-        "megabus/kappa/predictors.py",
-        "self.B * budget[0] ** -self.beta",
-        "self.B * budget[0] ** -self.alpha",
+        "megabus/config/schema.py",
+        "-self.beta",
+        "-self.alpha",
         "kappa/test_kappa.py scaling_law",
+        "kappa/test_planner.py law",
     ),
     _fault(
-        "megabus/kappa/law_fit.py",
-        "squares / (len(rows) - len(NAMES))",
-        "squares / len(rows)",
+        "megabus/kappa/laws.py",
+        "squares / (len(rows) - len(",
+        "squares / (len(rows) - 0 * len(",
         "kappa/test_planner.py residuals",
     ),
 ]
@@ -339,12 +340,7 @@ GROWTH = [
         "growth/test_growth_exact.py function",
         "growth/test_growth.py",
     ),
-    _fault(
-        "megabus/growth/reads.py",
-        "return cos * w_BD + (1 - cos**2) ** 0.5 * c_BD",
-        "return cos * w_BD + (1 - cos) * c_BD",
-        "growth/test_growth_reads.py",
-    ),
+    _fault("megabus/growth/reads.py", "+= scale[at] * c_BD[:, at]", "+= c_BD[:, at]", "growth/test_growth_reads.py"),
     _fault(
         "megabus/growth/reads.py",
         "counter.unit_rows(c_BD - scale * inside_BD[:, parent])",
@@ -539,21 +535,9 @@ REPORT = [
 ]
 
 NLI = [
-    _fault(
-        "megabus/nli/metrics.py",
-        "predicted, gold = matrix.sum(-2), matrix.sum(-1)",
-        "predicted, gold = matrix.sum(-1), matrix.sum(-2)",
-        "nli/test_nli_data.py metrics",
-    ),
-    _fault(
-        "megabus/nli/finetune.py", "return losses_BT.sum(1).mean()", "return losses_BT.mean()", "nli/test_nli.py learns"
-    ),
-    _fault(
-        "megabus/nli/score.py",
-        "tokens[n + 1 - scored.n_label :]",
-        "tokens[n - scored.n_label : -1]",
-        "nli/test_nli.py plain_process",
-    ),
+    _fault("megabus/nli/metrics.py", "[tail, 1 - tail]", "[tail, 1.0]", "nli/test_nli_data.py bootstrap"),
+    _fault("megabus/nli/score.py", "losses_BT.sum(1).mean()", "losses_BT.mean()", "nli/test_nli.py 'learns or plain'"),
+    _fault("megabus/nli/score.py", "    dist.all_reduce(found)", "    pass", "nli/test_nli.py plain_process"),
 ]
 
 LAUNCHER = [
