@@ -32,7 +32,7 @@ demo: $(VENV)/.installed data/demo/shakespeare-train.bin
 	 $(BIN)/megabus train --nproc-per-node $(RANKS) --config configs/demo.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
