@@ -15,6 +15,7 @@ import yaml
 from megabus.cli import COMMANDS, OF_RANKS
 from megabus.command import NPROC
 from megabus.config import load_config, resolve_stages
+from tools import site_hooks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("docs", "launcher", "tools", "configs", "benchmarks", "megabus", "tests")
@@ -126,6 +127,22 @@ def test_every_program_has_its_flags_read():
     assert len(commands((ROOT / "docs/commands.md").read_text())) > 10
     assert {"--x", "--out", "--log-x"} <= flags_of("megabus plot")
     assert {"--config", "--nproc-per-node"} <= flags_of("launcher/train.py") == flags_of("megabus train")
+
+
+def test_every_page_stands_in_the_sites_navigation():
+    named = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert sorted(named) == sorted(pages | set(site_hooks.TOP.values()))
+
+
+def test_links_lead_to_the_same_files_on_the_site_as_in_the_repository():
+    text = (
+        "[a](docs/growth.md#depth) [b](LICENSE) [c](CONTRIBUTING.md) [d](docs/demo.png) [e](https://x.y/z.md) [f](#g)"
+    )
+    there = "[a](growth.md#depth) [b](files/LICENSE) [c](CONTRIBUTING.md) [d](demo.png) [e](https://x.y/z.md) [f](#g)"
+    assert site_hooks.rewritten(text, "README.md") == there
+    text = "[a](../configs/demo.yaml) [b](../README.md) [c](growth.md)"
+    assert site_hooks.rewritten(text, "docs/scale.md") == "[a](files/configs/demo.yaml) [b](index.md) [c](growth.md)"
 
 
 def test_the_architecture_names_real_places():

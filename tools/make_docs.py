@@ -12,6 +12,9 @@ A comment before a fenced block says what the block is. What stands in it is YAM
     <!-- output -->                            what the python block before it printed
     <!-- output: {cost: long, command: ...} -->   what a command prints that the page names elsewhere
 
+`at: top` runs it in the repository, not in the scratch folder; `reads: configs/x.yaml` names a configuration that the
+command does not.
+
 A long block carries a hash of what its output depends on: its commands, the page's files, the configurations that it
 names, and every default of the configuration's types. `--check` says when that hash is no longer the present one. All
 commands run in one empty folder, in the order of `PAGES`; `configs`, `launcher` and `tools` are linked into it. A cheap
@@ -44,8 +47,11 @@ from megabus.config.schema import RunConfig
 from megabus.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/quickstart.md", "docs/grow_your_llama.md", "docs/growth.md", "docs/estimate.md")
-PAGES += ("docs/cluster.md", "docs/commands.md", "docs/preflight.md", "docs/parity.md")
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("quickstart", "grow_your_llama", "growth", "estimate", "cluster", "commands")),
+    *(f"docs/{name}.md" for name in ("preflight", "parity")),
+)
 NEEDS = {"docs/quickstart.md": "docs/grow_your_llama.md"}  # a page whose commands make what the other's read
 LINKED = ("configs", "launcher", "tools")
 FENCE = re.compile(r"^<!-- ((?:run|file|output)\b.*?) -->\n```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -84,7 +90,7 @@ def blocks_of(text: str, page: str) -> list[Block]:
             raise UserError(page, match[1], f"is no YAML ({error})", "see tools/make_docs.py") from None
         (kind,) = says
         given = {"name": says[kind]} if kind == "file" else dict(says[kind])
-        unknown = set(given) - {"cost", "show", "command", "at", "inputs", "name"}
+        unknown = set(given) - {"cost", "show", "command", "at", "reads", "inputs", "name"}
         if unknown or (kind == "run" and given.get("cost") not in ("cheap", "long")):
             raise UserError(page, match[1], "is not understood", "give run: {cost: cheap or long, show: REGEX}")
         found.append(Block(kind, given, match[2], match[3], match.start(), match.end()))
@@ -100,7 +106,7 @@ def inputs_of(block: Block, blocks: Sequence[Block], root: Path = ROOT) -> str:
     asked = [*(block.commands or [block.body]), block.says.get("command", "")]
     if block.kind == "output":
         asked = [block.says["command"]]
-    named = sorted(set(re.findall(r"configs/\w+\.yaml", " ".join(asked))))
+    named = sorted(set(re.findall(r"configs/\w+\.yaml", " ".join([*asked, block.says.get("reads", "")]))))
     shipped = [(root / name).read_text() for name in named]
     text = json.dumps([asked, block.says.get("show"), files, shipped, _defaults(RunConfig.model_json_schema())])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import posixpath
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = {"README.md": "index.md"} | {name: name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")}
@@ -21,6 +22,8 @@ LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(?=[)#])")
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages of the top, and every file outside of docs/ that a page links to."""
+    from mkdocs.structure.files import File
+
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()}
     for name, page in TOP.items():
         text = (ROOT / name).read_text()
