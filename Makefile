@@ -48,7 +48,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python tools/make_docs.py $(PAGES)
 
 site: $(VENV)/.installed
-	$(PIP) -r requirements-docs.txt
+	$(PIP) -c requirements.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 parity: $(VENV)/.installed
