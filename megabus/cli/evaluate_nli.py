@@ -20,6 +20,7 @@ from megabus.cli.ranks import start_ranks
 from megabus.command import RankParser
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
+from megabus.extras import need
 
 if TYPE_CHECKING:
     from megabus.nli.settings import Settings
@@ -111,6 +112,9 @@ def main(argv: Sequence[str]) -> int:
     args = vars(parser().parse_args(argv))
     del args["local_rank"]
     nproc, settings = args.pop("nproc_per_node"), settings_of(args)
+    need("eval", "command", "evaluate-nli")
+    if settings.out is not None:
+        need("report", "--out", settings.out, "or leave it out")
     if nproc is not None:
         return start_ranks(nproc, "evaluate-nli", argv)
     prepare_environment()

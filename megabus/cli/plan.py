@@ -20,8 +20,8 @@ from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.config.pair import sizes_of
 from megabus.config.schema import ModelConfig, ScalingLaw, TrainConfig
 from megabus.errors import UserError
-from megabus.growth.planner import GrowthPlan, Size, plan_growth, plan_stages, spend
-from megabus.kappa.law_fit import fit_law
+from megabus.kappa.laws import fit_law
+from megabus.kappa.planner import GrowthPlan, Size, plan_growth, plan_stages, spend
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.train.history import read_metrics
 
@@ -153,7 +153,7 @@ def _fitted(run_dirs: Sequence[str], kind: str) -> ScalingLaw:
         points.append((rows[0]["sizes"]["n_params"], rows[-1]["tokens"], evals[-1]))
     fitted = fit_law(points)
     print(f"fitted to {fitted.n_points} runs, {fitted.rms:.4f} nats rms")
-    return ScalingLaw(**fitted.coefficients)
+    return fitted.law
 
 
 def _kind(run_dir: str) -> str | None:

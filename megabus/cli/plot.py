@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megabus.command import Parser
+from megabus.extras import need
 from megabus.train.plots import plot_loss, summary_table
 
 
@@ -19,6 +20,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--x", choices=("flops", "tokens", "time"), default="flops", help="x axis")
     parser.add_argument("--log-x", action="store_true", help="shows small stages beside large ones")
     args = parser.parse_args(argv)
+    need("report", "command", "plot")
     for run_dir in args.run_dirs:
         print(f"{run_dir}\n{summary_table(run_dir)}\n")
     print(plot_loss(args.run_dirs, args.out, args.x, args.log_x))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megabus.command import Parser
 from megabus.errors import UserError
-from megabus.train.report.page import write_report
+from megabus.extras import need
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,5 +22,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("RUN_DIR", " ".join(args.run_dirs), "are several runs", "name a folder for the page: --out DIR")
     if args.out is not None and args.out.endswith(".html"):
         raise UserError("--out", args.out, "names a page", "name the folder that report.html shall be in")
+    need("report", "command", "report")
+    from megabus.train.report.page import write_report
+
     print(write_report(args.run_dirs, args.out or args.run_dirs[0]))
     return 0

@@ -20,6 +20,7 @@ from megabus.command import RankParser, tell_outcome
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError, warn
+from megabus.extras import need
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(args.config, args.overrides)
     world = args.nproc_per_node or int(os.environ.get("WORLD_SIZE", "1"))
     resolve_stages(config, world)  # bad input ends here, before anything heavy is imported
+    for extra, wanted in (("wandb", config.log.wandb), ("tensorboard", config.log.tensorboard)):
+        if wanted:
+            need(extra, f"log.{extra}", "true", f"or set log.{extra}=false")
     if args.nproc_per_node is not None:
         return start_ranks(args.nproc_per_node, "train", argv)
     prepare_environment()
@@ -61,8 +65,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _show(run_dir: str) -> None:
     from megabus.train.plots import plot_loss, summary_table
-    from megabus.train.report.page import write_page
 
     print(f"\n{summary_table(run_dir)}\n")
+    need("report", "run_dir", run_dir)
+    from megabus.train.report.page import write_page
+
     print(f"plot:       {plot_loss([run_dir], Path(run_dir) / 'loss.png')}")
     print(f"report:     {write_page([run_dir], run_dir)}")

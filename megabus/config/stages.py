@@ -127,14 +127,6 @@ def _check_run(config: RunConfig) -> None:
     train, optim = config.train, config.optimizer
     if not (train.max_tokens or train.max_flops or train.max_steps):
         raise UserError("train.max_tokens", "(missing)", "the run has no budget", "set it, max_flops or max_steps")
-    if train.precision == "fp16":
-        raise UserError(
-            "train.precision",
-            "fp16",
-            "is not supported: its loss scaling skips steps, and unit vectors of d_model entries near "
-            "1/sqrt(d_model) leave it few significant bits",
-            "use bf16 or fp32",
-        )
     if config.model.kind == "ngpt" and optim.weight_decay:
         raise UserError(
             "optimizer.weight_decay",

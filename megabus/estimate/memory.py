@@ -143,7 +143,6 @@ def _itemsize(config: RunConfig) -> int:
 
 def shape_of(config: RunConfig, stage: Stage, tp: int) -> Shape:
     train = config.train
-    assert train.precision != "fp16"  # resolve_stages refuses it
     fused = train.kernels in ("compiled", "triton")
     sizes = (stage.layout.tp, tp, stage.micro_batch_size, stage.seq_len)
     return Shape(stage.model, *sizes, train.precision, train.recompute, train.sequence_parallel, fused)

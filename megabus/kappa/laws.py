@@ -1,8 +1,8 @@
-"""Coefficients of L(N, D) = E + A / N^alpha + B / D^beta from losses of finished runs.
+"""A law of losses, L(N, D) = E + A / N^alpha + B / D^beta, fitted to the final losses of finished runs.
 
-Hoffmann et al. 2022 (arXiv 2203.15556) minimise a Huber loss of log L from many starts. Here the exponents run over
-grids, each finer than the one before, and the rest, linear in E, A, B >= 0, is solved exactly: the same answer every
-time, from few points too.
+Hoffmann et al. 2022 (arXiv 2203.15556) minimise a Huber loss of log L from many starting points. Here alpha and beta
+are searched on grids, each finer than the one before. For given exponents the law is linear in E, A and B >= 0, which
+are solved for exactly. So the answer is the same every time, and a few runs are enough.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megabus.config.schema import ScalingLaw
 from megabus.errors import UserError
 
 COARSE = 0.025
 EXPONENTS = np.arange(0.05, 1.2001, COARSE)
 FINER = (COARSE / 5, COARSE / 25, COARSE / 125)  # steps of the grids around the best so far
-MOVES = 50  # of each: more than the way across the coarse grid takes
-NAMES = ("E", "A", "B", "alpha", "beta")
+MOVES = 50  # of each grid at most: more than it takes to cross the coarse one
 
 
 @dataclass(frozen=True)
-class FittedLaw:
-    """Coefficients by their names in the configuration, and the root mean square in nats of the residuals, for as many
-    degrees of freedom as five coefficients leave."""
+class LawFit:
+    """A law, and how well it fits: the root mean square in nats of the residuals, taken over the degrees of freedom
+    that the law's coefficients leave. n_points: the runs that were used."""
 
-    coefficients: dict[str, float]
+    law: ScalingLaw
     rms: float
     n_points: int
 
 
-def fit_law(points: Sequence[tuple[float, float, float]]) -> FittedLaw:
+def fit_law(points: Sequence[tuple[float, float, float]]) -> LawFit:
     """points: (parameters, tokens, final loss in nats) of runs whose learning rate has decayed.
 
-    The coefficients always make a `config.schema.ScalingLaw`. Raises `UserError` with fewer than 6 different runs (of
-    one size and token count they count once: five coefficients, and one to tell how well they fit), or fewer than 3
-    sizes or 3 token counts: through two losses goes a power law of any exponent. And where the runs tell no law: a best
-    exponent at an end of its range, or a loss that does not fall with the size or with the tokens.
+    Raises `UserError` with fewer than 6 different runs: five coefficients, and one more to tell how well they fit (runs
+    of the same size and token count count once). Also with fewer than 3 sizes or 3 token counts, since a power law of
+    any exponent goes through two losses. Also where the runs show no law: the best exponent lies at an end of its
+    range, or the loss does not fall with the size or with the tokens.
     """
     rows = [p for p in points if all(math.isfinite(x) and x > 0 for x in p)]
     sizes, counts, pairs = (len({p[part] for p in rows}) for part in (slice(0, 1), slice(1, 2), slice(0, 2)))
@@ -66,15 +66,15 @@ def fit_law(points: Sequence[tuple[float, float, float]]) -> FittedLaw:
         if not EXPONENTS[0] + FINER[-1] / 2 < exponent < EXPONENTS[-1] - FINER[-1] / 2:
             problem = f"tell no law: {name} comes out at the end of its range, {exponent:.3g}"
             raise UserError("runs", found, problem, "give finished runs of one kind of model that are further apart")
-    coefficients = dict(zip(NAMES, map(float, (E, A * n0**alpha, B * d0**beta, alpha, beta)), strict=True))
-    return FittedLaw(coefficients, math.sqrt(squares / (len(rows) - len(NAMES))), len(rows))
+    law = ScalingLaw(E=float(E), A=float(A * n0**alpha), B=float(B * d0**beta), alpha=alpha, beta=beta)
+    return LawFit(law, math.sqrt(squares / (len(rows) - len(ScalingLaw.model_fields))), len(rows))
 
 
 def _best_exponents(squares: Callable[[tuple[float, float]], float]) -> tuple[float, float]:
-    """alpha and beta of the fewest squares: of a coarse grid, then of ever finer ones around the best so far.
+    """alpha and beta with the least sum of squares: on a coarse grid, then on ever finer ones around the best so far.
 
-    A finer grid moves along while its best lies at its border: errors of the exponents make up for each other, so the
-    valley is long and narrow.
+    An error of one exponent can be made up for by the other, so the valley of the squares is long and narrow. Hence a
+    finer grid moves along for as long as it finds something better.
     """
     best = min(((float(a), float(b)) for a, b in itertools.product(EXPONENTS, EXPONENTS)), key=squares)
     for step in FINER:
@@ -89,7 +89,8 @@ def _best_exponents(squares: Callable[[tuple[float, float]], float]) -> tuple[fl
 
 
 def _nonnegative(columns: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Least squares with coefficients >= 0: the best of all choices of columns whose own solution is. (x, squares)."""
+    """Least squares with coefficients >= 0, as (x, sum of squares): every choice of columns is solved without the
+    bound, and the best solution that keeps it is taken."""
     best, found = float(y @ y), np.zeros(columns.shape[1])
     for count in range(1, columns.shape[1] + 1):
         for chosen in map(list, itertools.combinations(range(columns.shape[1]), count)):

@@ -44,12 +44,16 @@ class Size:
         return flops_per_token(self.model, self.seq_len)
 
     @cached_property
+    def n_params(self) -> int:
+        return count_parameters(self.model)
+
+    @cached_property
     def floor(self) -> float:
-        """What it reaches with endless tokens."""
-        return self.law.E + self.law.A * count_parameters(self.model) ** -self.law.alpha
+        """What it approaches with ever more tokens."""
+        return self.law.floor(self.n_params)
 
     def loss(self, tokens: float) -> float:
-        return self.floor + self.law.B * tokens**-self.law.beta if tokens > 0 else math.inf
+        return self.law.loss(self.n_params, tokens) if tokens > 0 else math.inf
 
     def tokens(self, loss: float) -> float:
         """Tokens to reach a loss from scratch; infinity for one that it never reaches."""
