@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from pydantic import BaseModel
 
 from megabus.command import Parser, run
 from megabus.config.schema import RunConfig
@@ -108,15 +109,18 @@ def inputs_of(block: Block, blocks: Sequence[Block], root: Path = ROOT) -> str:
         asked = [block.says["command"]]
     named = sorted(set(re.findall(r"configs/\w+\.yaml", " ".join([*asked, block.says.get("reads", "")]))))
     shipped = [(root / name).read_text() for name in named]
-    text = json.dumps([asked, block.says.get("show"), files, shipped, _defaults(RunConfig.model_json_schema())])
+    text = json.dumps([asked, block.says.get("show"), files, shipped, _defaults(RunConfig)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _defaults(schema: Any) -> Any:
-    """A schema without its prose."""
-    if isinstance(schema, dict):
-        return {key: _defaults(value) for key, value in schema.items() if key not in ("description", "title")}
-    return [_defaults(value) for value in schema] if isinstance(schema, list) else schema
+def _defaults(config: type[BaseModel]) -> dict[str, dict[str, Any]]:
+    """The default of every key of every section's type."""
+    schema = config.model_json_schema()
+    sections = {"": schema, **schema.get("$defs", {})}
+    return {
+        name: {key: field.get("default") for key, field in section.get("properties", {}).items()}
+        for name, section in sections.items()
+    }
 
 
 class Scratch:

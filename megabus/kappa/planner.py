@@ -3,7 +3,7 @@
 The law L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, arXiv 2203.15556) says what a model of N
 parameters reaches with D tokens. A growth keeps the loss. What it gives is assumed here: **the grown model goes on as a
 model of its size that has come to the same loss**, so its loss falls along its own law from where it equals the
-smaller one's. docs/growth.md compares that with what happened.
+smaller one's. docs/growth_log.md compares that with what happened.
 
 From loss a to loss b a size N then takes F(N) (D(N, b) - D(N, a)) FLOPs, with F its FLOPs per token and D(N, L) the
 tokens at which its law gives L. At each loss the best of some sizes is the one for which F dD/dL is least, so sizes and
