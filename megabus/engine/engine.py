@@ -31,7 +31,7 @@ from megabus.model.params import spec_of
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.mesh import Mesh
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import stage_layers
+from megabus.parallel.topology import layers_of_pp_rank
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, (micro_batch_size, seq_len) int64
 
@@ -64,7 +64,7 @@ class DecoderWithLoss(nn.Module):
         return self.loss(self.decoder.hidden(inputs_BT), targets_BT)
 
 
-class PipelineStage(Decoder):
+class PipelineSlice(Decoder):
     """What the engine with a pipeline runs; the last one's hidden states are the loss's, which needs no logits."""
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -133,9 +133,9 @@ class Engine:
 
         if layout.pp == 1:
             return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute, self.kernels), loss)
-        # One spec a stage: which layers a stage holds is megabus's decision, not DeepSpeed's partitioner's.
-        stages = [stage_layers(model.n_layers, layout.pp, stage) for stage in range(layout.pp)]
-        specs = [LayerSpec(PipelineStage, model, layers, self.mesh.tp, recompute, self.kernels) for layers in stages]
+        # One spec a pipeline rank: which layers it holds is megabus's decision, not DeepSpeed's partitioner's.
+        spans = [layers_of_pp_rank(model.n_layers, layout.pp, pp_rank) for pp_rank in range(layout.pp)]
+        specs = [LayerSpec(PipelineSlice, model, layers, self.mesh.tp, recompute, self.kernels) for layers in spans]
         with contextlib.redirect_stdout(io.StringIO()):
             return PipelineModule(specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform")
 
@@ -147,8 +147,8 @@ class Engine:
         return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group, self.kernels.unit_rows_)
 
     def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
-        """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on middle stages), of
-        `seq_len` tokens where that is not the stage's."""
+        """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on inner pipeline ranks),
+        of `seq_len` tokens where that is not the stage's."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.module, PipelineModule):
@@ -176,7 +176,7 @@ class Engine:
 
     def sequence_losses(self, batches: Sequence[Batch], steps: int, seq_len: int) -> Tensor | None:
         """Each sequence's summed loss in nats, in the order of this data-parallel rank's batches; None on ranks before
-        the last pipeline stage."""
+        the last pipeline rank."""
         self._seen = []
         self.evaluate(batches, steps, seq_len)
         seen, self._seen = self._seen, None
@@ -230,7 +230,7 @@ class Engine:
 
     @property
     def needs_data(self) -> bool:
-        """Only the first and the last pipeline stage read tokens."""
+        """Only the first and the last pipeline rank read tokens."""
         return self.mesh.at.pp in (0, self.stage.layout.pp - 1)
 
     def close(self) -> None:

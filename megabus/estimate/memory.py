@@ -13,7 +13,7 @@ from megabus.config import RunConfig, Stage
 from megabus.engine import ds_config
 from megabus.estimate.activations import Footprint, Shape, footprint, layer_bytes
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import coordinate, rank_of, stage_layers
+from megabus.parallel.topology import coordinate, layers_of_pp_rank, rank_of
 
 FP32 = 4
 # DeepSpeed adds up the fp32 sums of bf16 training in one buffer for all groups, unless the first is larger than this.
@@ -57,7 +57,7 @@ def memory_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp
     """The same of the rank at these coordinates; its data-parallel neighbours have much the same."""
     states, sums = states_at(config, stage, placement, pp, tp, dp), _sums(config, stage, placement, pp, tp, dp)
     one = _footprint(config, stage, pp, tp)
-    begin, end = stage_layers(stage.model.n_layers, stage.layout.pp, pp)
+    begin, end = layers_of_pp_rank(stage.model.n_layers, stage.layout.pp, pp)
     gone = (end - begin - 1) * layer_bytes(shape_of(config, stage, tp))
     early = one.peak - one.later if sums.late_buckets else 0
     return replace(
@@ -149,14 +149,14 @@ def shape_of(config: RunConfig, stage: Stage, tp: int) -> Shape:
 
 
 def in_flight(layout_pp: int, pp: int, grad_accum: int) -> int:
-    """Micro batches of which a pipeline stage holds the activations at a time (1F1B)."""
+    """Micro batches of which a pipeline rank holds the activations at a time (1F1B)."""
     return min(layout_pp - pp, grad_accum)
 
 
 def activation_bytes(config: RunConfig, stage: Stage, pp: int, tp: int) -> int:
-    """The most that forward and backward hold on a pipeline stage, beside weights, gradients and buckets.
+    """The most that forward and backward hold on a pipeline rank, beside weights, gradients and buckets.
 
-    Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last stage besides what its
+    Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last rank besides what its
     other buffer keeps of the micro batch before (counted on ranks, as was `_left_in_pipeline`).
     """
     layout, one = stage.layout, _footprint(config, stage, pp, tp)
@@ -169,13 +169,13 @@ def activation_bytes(config: RunConfig, stage: Stage, pp: int, tp: int) -> int:
 
 
 def _footprint(config: RunConfig, stage: Stage, pp: int, tp: int) -> Footprint:
-    begin, end = stage_layers(stage.model.n_layers, stage.layout.pp, pp)
+    begin, end = layers_of_pp_rank(stage.model.n_layers, stage.layout.pp, pp)
     return footprint(shape_of(config, stage, tp), end - begin, pp == 0, pp == stage.layout.pp - 1)
 
 
 def _left_in_pipeline(stage: Stage, pp: int) -> int:
     """Tensors of the size of h that DeepSpeed's pipeline still holds when all micro batches are done: what it receives
-    into, and on the last stage three for each of its two buffers that was used."""
+    into, and on the last rank three for each of its two buffers that was used."""
     if stage.layout.pp == 1:
         return 0
     return 1 + 3 * min(2, stage.grad_accum) if pp == stage.layout.pp - 1 else 1

@@ -1,4 +1,4 @@
-"""A decoder, or the slice of one that a pipeline stage holds. It knows its shape and nothing of engines."""
+"""A decoder, or the slice of one that a pipeline rank holds. It knows its shape and nothing of engines."""
 
 from __future__ import annotations
 
