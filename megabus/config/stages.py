@@ -187,7 +187,7 @@ def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str)
         raise UserError(
             size_key + "n_layers",
             model.n_layers,
-            f"leaves some of the layout.pp = {layout.pp} pipeline stages empty",
+            f"leaves some of the layout.pp = {layout.pp} pipeline ranks without a layer",
             "lower layout.pp or add layers (they need not divide evenly)",
         )
     if config.train.zero_stage == 2 and layout.pp > 1:

@@ -14,7 +14,7 @@ ALL_RANKS = 16  # of larger worlds some ranks stand for all
 
 
 @dataclass(frozen=True)
-class Transition:
+class GrowthEstimate:
     """sent, received: bytes of the rank that sends or gets most; looked_at: ranks that were looked at for it, of all.
     messages: the most that one sends or gets. memory: bytes at the worst moment, at most. move, grow, rebuild: seconds.
     """
@@ -40,29 +40,29 @@ def messages(schedule: Sequence[Wave], rank: int) -> tuple[list[int], list[int]]
     return sent, [len(each.piece) * ELEMENT_BYTES for each in transfers if each.dst == rank]
 
 
-def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuild: float) -> Transition:
+def estimate_growth(config: RunConfig, old: Stage, new: Stage, device: Device, rebuild: float) -> GrowthEstimate:
     """Of the growth from one stage to the next. rebuild: seconds that new engines take, for which there is no model."""
     plan, world = plan_between(config, old, new), new.layout.world
-    # Spread over pipeline stages and data-parallel places.
+    # Spread over pipeline ranks and data-parallel places.
     ranks = sorted({0, world - 1, *(i * world // ALL_RANKS for i in range(ALL_RANKS))})
     exchanged = [messages(schedule_of(config, plan, rank), rank) for rank in ranks]
     received = max(sum(got) for _, got in exchanged)
     sent, most = max(sum(gone) for gone, _ in exchanged), max(len(one) for both in exchanged for one in both)
     link = device.inter if world > device.nodes_of else device.intra
     grown = max(sum(map(len, plan.new.owned(rank))) for rank in ranks) * len(plan.growth.sent_kinds) * FP32
-    return Transition(
+    return GrowthEstimate(
         sent=sent,
         received=received,
         messages=most,
         looked_at=len(ranks),
-        memory=transition_bytes(config, plan, new),
+        memory=growth_bytes(config, plan, new),
         move=link.seconds(max(sent, received), most),
         grow=8 * grown / device.memory_bandwidth,  # some passes in fp64 over what is made
         rebuild=rebuild,
     )
 
 
-def transition_bytes(config: RunConfig, plan: Plan, new: Stage) -> int:
+def growth_bytes(config: RunConfig, plan: Plan, new: Stage) -> int:
     """The most that a rank holds on its device between two engines: what it had and what it gets with the buffer, or
     what it got and the new engine, whose weights lie there twice while they are made flat."""
     kinds = len(plan.growth.sent_kinds)

@@ -25,7 +25,7 @@ class Choice:
 
 
 def pipeline_memory(config: RunConfig, stage: Stage) -> list[RankMemory]:
-    """Of every pipeline stage's fullest rank: its last tensor-parallel one, which has most of the vocabulary."""
+    """Of every pipeline rank's fullest rank: its last tensor-parallel one, which has most of the vocabulary."""
     placement, boosted = Placement(stage.model, stage.layout), boosts(config, stage)
     return [
         memory_at(config.train, stage, placement, pp, stage.layout.tp - 1, boosted=boosted)
@@ -36,7 +36,7 @@ def pipeline_memory(config: RunConfig, stage: Stage) -> list[RankMemory]:
 def fullest(config: RunConfig, stage: Stage, placement: Placement, room: float) -> RankMemory | None:
     """The memory of the fullest rank, or None where one does not fit into `room` bytes.
 
-    Only the two ends of a pipeline are looked at: the first stage has the embedding, most micro batches in flight and
+    Only the two ends of a pipeline are looked at: the first rank has the embedding, most micro batches in flight and
     no fewer layers than any, the last one has the head.
     """
     worst = None

@@ -158,14 +158,14 @@ def shape_of(train: TrainConfig, stage: Stage, tp: int) -> Shape:
 
 
 def in_flight(layout_pp: int, pp: int, grad_accum: int) -> int:
-    """Micro batches of which a pipeline stage holds the activations at a time (1F1B)."""
+    """Micro batches of which a pipeline rank holds the activations at a time (1F1B)."""
     return min(layout_pp - pp, grad_accum)
 
 
 def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int) -> int:
-    """The most that forward and backward hold on a pipeline stage, beside weights, gradients and buckets.
+    """The most that forward and backward hold on a pipeline rank, beside weights, gradients and buckets.
 
-    Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last stage besides what its
+    Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last rank besides what its
     other buffer keeps of the micro batch before (counted on ranks, as was `_left_in_pipeline`).
     """
     layout, one = stage.layout, _footprint(train, stage, pp, tp)
@@ -184,7 +184,7 @@ def _footprint(train: TrainConfig, stage: Stage, pp: int, tp: int) -> Footprint:
 
 def _left_in_pipeline(stage: Stage, pp: int) -> int:
     """Tensors of the size of h that DeepSpeed's pipeline still holds when all micro batches are done: what it receives
-    into, and on the last stage three for each of its two buffers that was used."""
+    into, and on the last rank three for each of its two buffers that was used."""
     if stage.layout.pp == 1:
         return 0
     return 1 + 3 * min(2, stage.grad_accum) if pp == stage.layout.pp - 1 else 1

@@ -152,7 +152,7 @@ def rank_batches(engine: Any, batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor
 
 
 def _logits(engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor | None:
-    """This rank's vocabulary rows of its micro batches' logits; None before the last stage."""
+    """This rank's vocabulary rows of its micro batches' logits; None before the last pipeline rank."""
     batches = rank_batches(engine, batch)
     if engine.stage.layout.pp == 1:
         with torch.no_grad():

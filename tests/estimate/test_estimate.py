@@ -17,8 +17,8 @@ from megabus.config.stages import Stage
 from megabus.engine import ds_config
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
-from megabus.estimate.devices import Link, device
-from megabus.estimate.growth import messages, transition
+from megabus.estimate.devices import Interconnect, device
+from megabus.estimate.growth import estimate_growth, messages
 from megabus.estimate.layouts import candidates, fullest, rank_layouts
 from megabus.estimate.memory import rank_memory, states_at
 from megabus.estimate.step_time import links, ring, step_time
@@ -149,7 +149,7 @@ def test_traffic_of_each_rank_is_the_plan_s(layouts, depth):
 
 def test_growth_of_the_large_run(large):
     config, stages = large
-    found = transition(config, stages[1], stages[2], device("h100"), rebuild=3.0)
+    found = estimate_growth(config, stages[1], stages[2], device("h100"), rebuild=3.0)
     share = 12 * count_parameters(stages[1].model) / 1024
     assert 0.1 * share < found.received < 3 * share
     assert found.stall == pytest.approx(found.move + found.grow + 3.0)
@@ -162,7 +162,7 @@ def test_growth_of_the_large_run(large):
 
 
 def test_a_ring_sends_each_part_round():
-    link = Link(1e-3, 100.0)
+    link = Interconnect(1e-3, 100.0)
     assert ring(link, 4, 400.0, 2) == pytest.approx(2 * (3e-3 + 3.0))
     assert ring(link, 1, 400.0, 2) == 0
 
@@ -182,7 +182,7 @@ def test_step_time_without_links_is_the_flops(large):
     config, stages = large
     model = stages[0].model.model_copy(update={"vocab_size": 8})
     config = config.model_copy(update={"train": config.train.model_copy(update={"recompute": False})})
-    free = replace(device("h100"), intra=Link(0, 1e30), inter=Link(0, 1e30), memory_bandwidth=1e30)
+    free = replace(device("h100"), intra=Interconnect(0, 1e30), inter=Interconnect(0, 1e30), memory_bandwidth=1e30)
     alone = Stage(0, model, Layout(1, 1, 1), 4096, 1, 6, 1e-3, 0.8, None, None)
     one = step_time(config, alone, Placement(model, alone.layout), free)
     flops = 6 * 4096 * flops_per_token(model, 4096)

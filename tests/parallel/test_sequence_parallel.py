@@ -117,7 +117,7 @@ def _lengths_job(config):
 
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_growth_and_other_lengths_equal_one_process(kind):
-    """The pipeline's stages send (B, T / tp, D): at the stage's own length, at another, and after a growth."""
+    """Pipeline ranks send (B, T / tp, D): at the stage's own length, at another, and after a growth."""
     alone = run_ranks(1, _lengths_job, growing(kind, sequence_parallel=False))[0]
     for losses in run_ranks(4, _lengths_job, growing(kind, [{"tp": 2, "pp": 2}, {"tp": 4}])):
         assert losses == pytest.approx(alone, rel=0, abs=LIMIT)
