@@ -71,11 +71,11 @@ def _compiling_at_first_call() -> Iterator[None]:
         compiled = functools.cache(lambda: compile_now(model, **options))
         return functools.wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
-    torch.compile = compile_later  # type: ignore[assignment]
+    torch.compile = compile_later
     try:
         yield
     finally:
-        torch.compile = compile_now  # type: ignore[assignment]
+        torch.compile = compile_now
 
 
 def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:

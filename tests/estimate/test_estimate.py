@@ -22,8 +22,8 @@ from megabus.estimate.growth import estimate_growth, messages
 from megabus.estimate.layouts import candidates, fullest, rank_layouts
 from megabus.estimate.memory import rank_memory, states_at
 from megabus.estimate.step_time import links, ring, step_time
-from megabus.growth.plan import ELEMENT_BYTES, Plan
 from megabus.growth.param_growth import Growth
+from megabus.growth.plan import ELEMENT_BYTES, Plan
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement

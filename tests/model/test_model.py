@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support import reference
 import torch
+from support import reference
 from support.small_models import batch, config, lively_state, model_of
 
 import megabus
