@@ -5,61 +5,73 @@ TORCH  := $(shell sed -n 's/^torch==//p' requirements.txt)
 # Where to get torch from, when not from pip's own index: make demo TORCH_INDEX=https://...
 TORCH_INDEX ?=
 RANKS  ?= 4
+# Processes that share the tests out; each forks its tests' ranks from itself.
+WORKERS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help demo test check parity chaos preflight-faults bench format clean
+.PHONY: help demo test check parity chaos preflight-faults bench format docs site clean
 help:
 	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes; replaces runs/demo"
 	@echo "make test    install what tests need, and run them"
-	@echo "make check   lint and types"
+	@echo "make check   lint, types, and transcripts in the documents that are no longer what their commands print"
 	@echo "make parity  print the table of every layout against one process (2 minutes)"
 	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (10 minutes)"
 	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
 	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
+	@echo "make docs    run the commands that the documents show, and write what they print into the pages (15 minutes)"
+	@echo "make site    build the documents as a site in build/site, its links checked"
 	@echo "make clean   remove the demo's run, text and the virtual environment"
 
 demo: $(VENV)/.installed data/demo/shakespeare-train.bin
 	rm -rf runs/demo
 	@[ "$$(nvidia-smi -L 2>/dev/null | wc -l)" -ge $(RANKS) ] || export DS_ACCELERATOR=cpu; \
-	 $(BIN)/deepspeed --num_accelerators $(RANKS) launcher/train.py --config configs/demo.yaml
+	 $(BIN)/megabus train --nproc-per-node $(RANKS) --config configs/demo.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/make_docs.py --check
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/python tools/make_docs.py $(PAGES)
+
+site: $(VENV)/.installed
+	$(PIP) -r requirements-docs.txt
+	$(BIN)/mkdocs build --strict
+
 parity: $(VENV)/.installed
-	$(BIN)/python tools/parity.py
+	$(BIN)/megabus parity
 
 chaos: $(VENV)/.installed
-	$(BIN)/python tools/chaos.py
+	$(BIN)/megabus chaos
 
 preflight-faults: $(VENV)/.installed
-	$(BIN)/python tools/preflight_faults.py
+	$(BIN)/megabus preflight-faults
 
 bench: $(VENV)/.installed data/demo/shakespeare-train.bin
-	$(PIP) -r requirements-bench.txt
+	$(PIP) -c requirements.txt -e '.[report,bench]'
 	mkdir -p runs
 	$(BIN)/python -m benchmarks --json runs/bench.json $(BENCH)
 
 data/demo/shakespeare-train.bin: | $(VENV)/.installed
 	$(BIN)/python tools/demo_text.py
-	$(BIN)/python tools/preprocess.py data/demo/shakespeare.txt --train-tokenizer 1024 --model-type bpe \
+	$(BIN)/megabus preprocess data/demo/shakespeare.txt --train-tokenizer 1024 --model-type bpe \
 	    --valid-fraction 0.05 --output data/demo/shakespeare
 
 # A CPU build of torch where there is no GPU and one can be had; the default build works everywhere.
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch $(TORCH) and the other packages (some minutes) ..."
 	@index="$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))"; \
@@ -68,11 +80,11 @@ $(VENV)/.installed: requirements.txt
 	   echo "no CPU build of torch $(TORCH) on this index: taking the default build (TORCH_INDEX=URL names another)"; \
 	   $(PIP) $$index "torch==$(TORCH)"; \
 	 fi
-	$(PIP) -r requirements.txt
+	$(PIP) -c requirements.txt -e '.[report]'
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -c requirements.txt -e '.[dev]'
 	touch $@
 
 clean:

@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import growth_stall, kernels, others, preprocessing, training
-from benchmarks.table import Row, markdown
+from benchmarks.comparisons import Comparison, markdown
 from megabus.command import Parser, run
 
-Suite = Callable[[int, bool], list[Row]]
+Suite = Callable[[int, bool], list[Comparison]]
 CPU: dict[str, Suite] = {
     "kernels": kernels.kernels,
     "step": training.step_times,
@@ -92,7 +92,7 @@ def main() -> int:
         parser.error("--gpu: there is no GPU that torch can use")
     facts = {"machine": machine(), "torch": torch.__version__, "date": f"{datetime.datetime.now():%Y-%m-%d}"}
     print(", ".join(facts.values()), flush=True)
-    rows: list[Row] = []
+    rows: list[Comparison] = []
     for name in names:
         found = suites[name](args.rounds, args.small)
         found = [replace(row, target="") for row in found] if args.small else found

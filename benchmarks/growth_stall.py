@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 
 from benchmarks.arms import Timing
-from benchmarks.table import Row, compare
+from benchmarks.comparisons import Comparison, compare
 from megabus.engine.startup import on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def _demo() -> dict[str, Any]:
     return {"model": tree["model"], "layout": tree["layout"], "train": train, "grown": grown, "steps": 20}
 
 
-def growths(rounds: int, small: bool) -> list[Row]:
+def growths(rounds: int, small: bool) -> list[Comparison]:
     """The demo's first growth on 4 ranks, and a larger one on 2 with a new layout; on a GPU each on 1 rank."""
     rows = []
     cases = [("demo", _demo(), 4), ("35M to 58M", LARGE, 2)]

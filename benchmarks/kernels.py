@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.arms import Timing
-from benchmarks.table import Row, compare, seconds_row
+from benchmarks.comparisons import Comparison, compare, compare_seconds
 from megabus.engine.startup import on_gpu
-from megabus.kernels.table import EAGER, Kernels, select, why_not
+from megabus.kernels.choice import select, why_not
+from megabus.kernels.form import EAGER, Kernels
 from megabus.testing.ranks import run_ranks
 
 SMALL = 4096  # rows that the fp64 check takes: enough for several tiles a program
@@ -152,18 +153,18 @@ def unit_rows(kernels: Kernels, rows: Tensor) -> Callable[[], object]:
     return lambda: kernels.unit_rows_(rows)
 
 
-def kernels(rounds: int, small: bool) -> list[Row]:
+def kernels(rounds: int, small: bool) -> list[Comparison]:
     """At shapes of the 0.5B model on a GPU; at some that stay in a CPU's cache and some that do not on one thread."""
     if on_gpu():
         # tokens, d_model, heads, head_dim, ffn units
         sizes = [(tokens, width, 16, 64, 4096) for tokens in (8192, 32768) for width in (1024, 1536)]
         return _measure(torch.device("cuda"), sizes, 30)
     sizes = [(64, 48, 3, 16, 96)] if small else [(256, 256, 8, 32, 704), (1024, 512, 16, 32, 1376)]
-    rows: list[Row] = run_ranks(1, _measure, torch.device("cpu"), sizes, rounds, timeout=600)[0]
+    rows: list[Comparison] = run_ranks(1, _measure, torch.device("cpu"), sizes, rounds, timeout=600)[0]
     return rows
 
 
-def _measure(device: torch.device, sizes: Sequence[Sequence[int]], rounds: int) -> list[Row]:
+def _measure(device: torch.device, sizes: Sequence[Sequence[int]], rounds: int) -> list[Comparison]:
     clock, rows = Clock(device), []
     forms = [select(form, device) for form in ("eager", "compiled", "triton") if why_not(form, device) is None]
     copy, copied = None, 0
@@ -185,7 +186,7 @@ def _measure(device: torch.device, sizes: Sequence[Sequence[int]], rounds: int) 
         found.append(("unit_rows_", f"{size[0]} x {size[1]}, fp32", 8 * masters.numel(), jobs))
         for name, shape, moved, jobs in found:
             timings = timed(clock, jobs, rounds)
-            rows += [seconds_row(f"{name}, {shape}", form.name, "eager", timings) for form in forms[1:]]
+            rows += [compare_seconds(f"{name}, {shape}", form.name, "eager", timings) for form in forms[1:]]
             if copy is not None:
                 reached = Timing([moved / seconds / 1e9 for seconds in timings[forms[-1].name].seconds], 0)
                 possible = Timing([copied / seconds / 1e9 for seconds in copy.seconds], 0)

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.arms import Arm, Step, in_turn
+from benchmarks.comparisons import Comparison, compare_seconds
 from benchmarks.plain_ngpt import PlainNGPT
-from benchmarks.table import Row, seconds_row
 from benchmarks.training import FORMS, GPU_FORMS, ONE, arm, config_of
 from megabus.engine.startup import on_gpu
 
@@ -18,11 +18,11 @@ PACKAGE = "nGPT-pytorch"
 def missing() -> str | None:
     """Why it cannot run."""
     if find_spec("nGPT_pytorch") is None:
-        return f"{PACKAGE} is not installed: pip install -r requirements-bench.txt"
+        return f"{PACKAGE} is not installed: pip install megabus[bench]"
     return None
 
 
-def others(rounds: int, small: bool) -> list[Row]:
+def others(rounds: int, small: bool) -> list[Comparison]:
     """Its d_ff is 8/3 d_model, which 384 makes a whole number; all learn with AdamW, clip and normalise."""
     d_model, n_layers, vocab_size, seq_len, micro = (48, 2, 128, 16, 2) if small else (384, 4, 4096, 256, 4)
     train: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def others(rounds: int, small: bool) -> list[Row]:
     theirs.append(Arm(PACKAGE, 1, package_step, (model, seq_len, micro)))
     timings = in_turn([*ours, *theirs], rounds, 1)
     where = f"d{d_model} L{n_layers}, {micro} x {seq_len} tokens"
-    return [seconds_row(f"step, {where}", mine.label, other.label, timings) for mine in ours for other in theirs]
+    return [compare_seconds(f"step, {where}", mine.label, other.label, timings) for mine in ours for other in theirs]
 
 
 def plain_step(model: dict[str, Any], seq_len: int, micro: int, compiled: bool) -> Step:

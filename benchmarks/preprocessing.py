@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.arms import Timing
-from benchmarks.table import Row, speedup_row
+from benchmarks.comparisons import Comparison, compare_speeds
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ROOT / "data/demo/shakespeare.txt"
@@ -43,7 +43,7 @@ def missing() -> str | None:
     return f"{absent[0]} is not there: make demo writes it" if absent else None
 
 
-def preprocessing(rounds: int, small: bool) -> list[Row]:
+def preprocessing(rounds: int, small: bool) -> list[Comparison]:
     """Whole commands, start to end; the ids of both must be the same."""
     import datasets
 
@@ -63,7 +63,7 @@ def preprocessing(rounds: int, small: bool) -> list[Row]:
             raise RuntimeError("the two ways give different ids")
     timings = {label: Timing([s / len(ids) for s in found], 0) for label, found in seconds.items()}
     what = f"tokens/s, {len(ids) / 1e6:.1f}M tokens, {workers} processes"
-    return [speedup_row(what, OURS, THEIRS, timings)]
+    return [compare_speeds(what, OURS, THEIRS, timings)]
 
 
 def _timed(command: list[str]) -> float:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.arms import Arm, Step, Timing, in_turn
-from benchmarks.table import Row, compare, seconds_row, speedup_row
-from megabus.config import Layout, ModelConfig, RunConfig, parse_config, resolve_stages
+from benchmarks.comparisons import Comparison, compare, compare_seconds, compare_speeds
+from megabus.config import Layout, ModelConfig
 from megabus.engine.startup import on_gpu
+from megabus.testing.training import Training, make_training
 
 ONE = Layout(1, 1, 1)
 CPU_SHAPES = [(96, 3), (256, 4), (512, 4)]  # d_model, layers
@@ -32,28 +33,18 @@ def paper_shape(kind: str, size: str) -> dict[str, Any]:
     return {"kind": kind, "vocab_size": 32_000, **sizes}
 
 
-def config_of(model: dict[str, Any], layout: Layout, seq_len: int, micro: int, batch: int, **train: Any) -> RunConfig:
-    batches = {"seq_len": seq_len, "micro_batch_size": micro, "global_batch_size": batch, "max_steps": 1_000_000}
-    return parse_config(
-        {
-            "run_dir": "unused",
-            "model": model,
-            "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
-            "train": batches | train,
-            "optimizer": {"lr": 1e-3},
-            "data": {"train": "unused", "valid": "unused"},
-        }
-    )
+def config_of(model: dict[str, Any], layout: Layout, seq_len: int, micro: int, batch: int, **train: Any) -> Training:
+    batches = {"seq_len": seq_len, "micro_batch_size": micro, "global_batch_size": batch}
+    return make_training(model, layout, batches | train, {"lr": 1e-3})
 
 
-def training_step(config: RunConfig) -> Step:
+def training_step(config: Training) -> Step:
     """On one rank: an engine with its first weights, and a step of it on random tokens."""
     import torch
-    import torch.distributed as dist
 
     from megabus.engine.engine import Engine
 
-    engine = Engine(config.train, config.optimizer, resolve_stages(config, dist.get_world_size())[0])
+    engine = Engine(config.train, config.optimizer, config.stage)
     engine.write_initial(0)
     stage, generator = engine.stage, torch.Generator().manual_seed(engine.mesh.at.dp)
     shape = (stage.grad_accum, stage.micro_batch_size, stage.seq_len + 1)
@@ -67,7 +58,7 @@ def training_step(config: RunConfig) -> Step:
     return step
 
 
-def compiled_blocks_step(config: RunConfig) -> Step:
+def compiled_blocks_step(config: Training) -> Step:
     """The same with every whole block under torch.compile, sizes fixed: what `train.kernels` does not offer."""
     import torch
 
@@ -78,11 +69,11 @@ def compiled_blocks_step(config: RunConfig) -> Step:
     return training_step(config)
 
 
-def arm(label: str, config: RunConfig, layout: Layout = ONE) -> Arm:
+def arm(label: str, config: Training, layout: Layout = ONE) -> Arm:
     return Arm(label, layout.world, training_step, (config,))
 
 
-def step_times(rounds: int, small: bool) -> list[Row]:
+def step_times(rounds: int, small: bool) -> list[Comparison]:
     """On a CPU: nGPT against the baseline, and compiled kernels against eager ones, in fp32 on one thread."""
     rows = []
     for d_model, n_layers in [(32, 2)] if small else CPU_SHAPES:
@@ -98,14 +89,17 @@ def step_times(rounds: int, small: bool) -> list[Row]:
     return rows
 
 
-def _overheads(where: str, forms: Sequence[str], timings: dict[str, Timing], targets: dict[str, str]) -> list[Row]:
+def _overheads(
+    where: str, forms: Sequence[str], timings: dict[str, Timing], targets: dict[str, str]
+) -> list[Comparison]:
     rows = [
-        seconds_row(f"step, {where}", f"ngpt {form}", f"gpt {form}", timings, targets.get(form, "")) for form in forms
+        compare_seconds(f"step, {where}", f"ngpt {form}", f"gpt {form}", timings, targets.get(form, ""))
+        for form in forms
     ]
-    return rows + [seconds_row(f"step, {where}", f"ngpt {form}", "ngpt eager", timings) for form in forms[1:]]
+    return rows + [compare_seconds(f"step, {where}", f"ngpt {form}", "ngpt eager", timings) for form in forms[1:]]
 
 
-def blocks(rounds: int, small: bool) -> list[Row]:
+def blocks(rounds: int, small: bool) -> list[Comparison]:
     """Does compiling whole blocks win over compiling what lies between their matrix products?"""
     model, seq_len, micro = (shape("ngpt", 32, 2), 16, 2) if small else (shape("ngpt", 256, 4), 256, 4)
     train: dict[str, Any] = {}
@@ -116,7 +110,7 @@ def blocks(rounds: int, small: bool) -> list[Row]:
     arms.append(Arm("whole blocks", 1, compiled_blocks_step, (whole,)))
     timings = in_turn(arms, rounds, 2)
     where = f"d{model['d_model']} L{model['n_layers']}, {micro} x {seq_len} tokens"
-    return [seconds_row(f"step, ngpt {where}", "whole blocks", form, timings) for form in FORMS]
+    return [compare_seconds(f"step, ngpt {where}", "whole blocks", form, timings) for form in FORMS]
 
 
 def gpus() -> int:
@@ -139,7 +133,7 @@ def products(world: int, count: int) -> Step:
     return step
 
 
-def layouts(rounds: int, small: bool) -> list[Row]:
+def layouts(rounds: int, small: bool) -> list[Comparison]:
     """Two ranks against one process on the same global batch, in micro batches of four sequences; none on one GPU."""
     model, seq_len, batch = (shape("ngpt", 32, 2), 16, 8) if small else (shape("ngpt", 512, 4), 256, 32)
     train: dict[str, Any] = {}
@@ -154,15 +148,15 @@ def layouts(rounds: int, small: bool) -> list[Row]:
     one, two = "products, 1 process", "products, 2 processes"
     arms += [Arm(label, n, products, (n, 64 if small else 2048)) for n, label in ((1, one), (2, two))]
     timings = in_turn(arms, rounds, 1)
-    bound = speedup_row("speed of matrix products, nothing sent", two, one, timings)
+    bound = compare_speeds("speed of matrix products, nothing sent", two, one, timings)
     where = f"d{model['d_model']} L{model['n_layers']}, {batch} x {seq_len} tokens"
     return [
         bound,
-        *(speedup_row(f"speed, {where}", str(x), str(ONE), timings, target) for x, target in targets.items()),
+        *(compare_speeds(f"speed, {where}", str(x), str(ONE), timings, target) for x, target in targets.items()),
     ]
 
 
-def gpu_step_times(rounds: int, small: bool) -> list[Row]:
+def gpu_step_times(rounds: int, small: bool) -> list[Comparison]:
     """On a GPU in bf16: the 0.5B shape at 1k and 4k tokens of context, 16k tokens a step."""
     rows = []
     for seq_len in (1024, 4096):
@@ -182,7 +176,7 @@ def gpu_step_times(rounds: int, small: bool) -> list[Row]:
     return rows
 
 
-def mfu(rounds: int, small: bool) -> list[Row]:
+def mfu(rounds: int, small: bool) -> list[Comparison]:
     """On a GPU in bf16: the share of its dense peak at which a step's FLOPs are made (counted in `model/cost.py`)."""
     from megabus.model.cost import flops_per_token, peak_flops
 

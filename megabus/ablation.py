@@ -1,7 +1,7 @@
 """What a layer is worth: the loss of a trained model while one of its branches is silent.
 
 A layer that growth has added can stay nearly as silent as it began, and nothing in the loss curve shows it
-(docs/growth.md, "Where new layers go").
+(docs/growth_log.md, "where new layers go").
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,11 +21,29 @@ OUTCOME = "MEGABUS_OUTCOME"  # names a file to leave the outcome in
 LOST = "lost the connection to another rank, which has probably ended: its log says why. Start the same command again"
 
 
+NPROC = ("--nproc-per-node", "--nproc")  # torchrun's name for it, and a short one
+
+
 class Parser(argparse.ArgumentParser):
-    """A wrong command line is told in one line, as any other bad input."""
+    """A wrong command line is told in one line, as any other bad input; a description is printed as it is written."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+        self._words: Sequence[str] | None = None
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self._words = args
+        return super().parse_args(args, namespace)
+
+    def parse_intermixed_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        self._words = args
+        return super().parse_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError("command line", shlex.join(sys.argv[1:]), message, "see --help")
+        words = sys.argv[1:] if self._words is None else self._words
+        raise UserError("command line", shlex.join(words), message, "see --help")
 
 
 class RankParser(Parser):
@@ -34,6 +52,7 @@ class RankParser(Parser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+        self.add_argument(*NPROC, type=int, metavar="N", help="start N ranks on this machine, as torchrun does")
 
 
 def run(main: Callable[[], int]) -> int:

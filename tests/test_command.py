@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
-from support.launching import ROOT
+from support.launching import ROOT, environment
 
 from megabus import command
 from megabus.command import RankParser, run, run_rank
@@ -83,7 +82,7 @@ end_rank(main)
     with open("/dev/full", "w") as full:
         for out in (subprocess.PIPE, full):
             ended = subprocess.run(
-                [sys.executable, "-c", script], stdout=out, text=True, timeout=30, cwd=ROOT, env={"PATH": os.defpath}
+                [sys.executable, "-c", script], stdout=out, text=True, timeout=30, cwd=ROOT, env=environment()
             )
             assert ended.returncode == 75
             assert ended.stdout in ("told\n", None)
@@ -93,7 +92,7 @@ end_rank(main)
 def test_a_wrong_command_line_of_a_rank(tool):
     for rank, told in (("0", "error: command line = --confg: "), ("1", "")):
         command = [sys.executable, str(ROOT / tool), "--confg"]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, env={"RANK": rank})
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment(RANK=rank))
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr.startswith(told)
         assert len(ended.stderr.splitlines()) == (rank == "0")

@@ -12,12 +12,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megabus.cli import COMMANDS, OF_RANKS
+from megabus.command import NPROC
 from megabus.config import load_config, resolve_stages
+from tools import site_hooks
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("docs", "launcher", "tools", "configs", "benchmarks", "megabus", "tests")
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *(page for name in FOLDERS for page in sorted((ROOT / name).rglob("*.md")))]
-PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "launcher").glob("*.py")])
+PROGRAMS = {  # the words that call a program: the file that reads its arguments
+    **{f"megabus {name}": ROOT / f"megabus/cli/{name.replace('-', '_')}.py" for name in COMMANDS},
+    **{f"tools/{name}.py": ROOT / f"megabus/cli/{name}.py" for name in ("convert", "evaluate_nli", "preprocess")},
+    **{f"launcher/{name}.py": ROOT / f"megabus/cli/{name}.py" for name in ("submit", "train")},
+    **{f"tools/{name}.py": ROOT / f"tools/{name}.py" for name in ("config_reference", "demo_text")},
+}
 MESSAGES = ROOT / "docs/troubleshooting.md"
 
 
@@ -46,9 +54,10 @@ def named_files(text: str) -> set[str]:
 
 
 @functools.cache
-def flags_of(program: Path) -> set[str]:
-    """Every flag that an argparse program takes, read from its source: --help would import torch."""
-    found = {"-h", "--help"}
+def flags_of(name: str) -> set[str]:
+    """Every flag that a program takes, read from its source: --help would import torch."""
+    program = PROGRAMS[name]
+    found = {"-h", "--help", *(NPROC if program.stem.replace("_", "-") in OF_RANKS else ())}
     for node in ast.walk(ast.parse(program.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
             names = {arg.value for arg in node.args if isinstance(arg, ast.Constant) and str(arg.value).startswith("-")}
@@ -63,11 +72,13 @@ def wrong_flags(text: str) -> list[str]:
     for line in commands(text):
         words = shlex.split(line, comments=True)
         for at, word in enumerate(words):
-            program = ROOT / word
-            if program in PROGRAMS:
+            name = " ".join(words[at : at + 2]) if word == "megabus" else word
+            if name in PROGRAMS:
                 given = [w.partition("=")[0] for w in words[at + 1 :] if re.match(r"--?[a-z]", w)]
-                wrong += [f"{word} {flag}" for flag in given if flag not in flags_of(program)]
+                wrong += [f"{name} {flag}" for flag in given if flag not in flags_of(name)]
                 break
+            if at == 0 and re.fullmatch("megabus [a-z][a-z-]*", name):
+                wrong.append(name)
     return wrong
 
 
@@ -76,9 +87,11 @@ def commands(text: str) -> list[str]:
     joined = re.sub(r" *\\\n\s*", " ", text)
     fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
     sessions = [code for language, code in fenced.findall(joined) if language in ("", "console", "bash", "sh")]
-    lines = [line.removeprefix("$ ") for session in sessions for line in session.splitlines()]
+    lines = [line for session in sessions for line in session.splitlines()]
+    lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ") or not line.startswith("megabus ")]
     spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", fenced.sub("", joined))
-    return [line for line in [*lines, *spans] if re.match(r"(?:python|deepspeed|torchrun|tools/|launcher/)", line)]
+    ours = re.compile(r"python|deepspeed|torchrun|tools/|launcher/|megabus ")
+    return [line for line in [*lines, *spans] if ours.match(line)]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -96,12 +109,13 @@ def test_what_is_not_there_is_found(tmp_path):
     text = "[a](other.md) [b](other.md#a-heading-xy) [c](#here) [d](gone.md) [e](other.md#gone) [f](#there)\n# Here\n"
     page.write_text(text)
     assert dead_links(page, text) == ["gone.md", "other.md#gone", "#there"]
-    assert named_files("see `configs/gone.yaml`, other/configs/x.yaml, and tools/plot.py.") == {
+    assert named_files("see `configs/gone.yaml`, other/configs/x.yaml, and tools/convert.py.") == {
         "configs/gone.yaml",
-        "tools/plot.py",
+        "tools/convert.py",
     }
-    text = "```console\n$ python tools/plot.py a --x flops \\\n      --gone 3   # --not-this\n```\n"
-    assert wrong_flags(text) == ["tools/plot.py --gone"]
+    text = "```console\n$ megabus plot a --x flops \\\n      --gone 3   # --not-this\n```\n"
+    assert wrong_flags(text) == ["megabus plot --gone"]
+    assert wrong_flags("`megabus polt a`") == ["megabus polt"]
     assert wrong_flags("`torchrun --nproc-per-node 2 launcher/train.py --config a --lost`") == [
         "launcher/train.py --lost"
     ]
@@ -110,9 +124,25 @@ def test_what_is_not_there_is_found(tmp_path):
 
 def test_every_program_has_its_flags_read():
     """So that no flag passes because a program's were not found."""
-    assert len(commands((ROOT / "README.md").read_text())) > 10
-    assert {"--x", "--out", "--log-x"} <= flags_of(ROOT / "tools/plot.py")
-    assert {"--config"} <= flags_of(ROOT / "launcher/train.py")
+    assert len(commands((ROOT / "docs/commands.md").read_text())) > 10
+    assert {"--x", "--out", "--log-x"} <= flags_of("megabus plot")
+    assert {"--config", "--nproc-per-node"} <= flags_of("launcher/train.py") == flags_of("megabus train")
+
+
+def test_every_page_stands_in_the_sites_navigation():
+    named = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert sorted(named) == sorted(pages | set(site_hooks.TOP.values()))
+
+
+def test_links_lead_to_the_same_files_on_the_site_as_in_the_repository():
+    text = (
+        "[a](docs/growth.md#depth) [b](LICENSE) [c](CONTRIBUTING.md) [d](docs/demo.png) [e](https://x.y/z.md) [f](#g)"
+    )
+    there = "[a](growth.md#depth) [b](files/LICENSE) [c](CONTRIBUTING.md) [d](demo.png) [e](https://x.y/z.md) [f](#g)"
+    assert site_hooks.rewritten(text, "README.md") == there
+    text = "[a](../configs/demo.yaml) [b](../README.md) [c](growth.md)"
+    assert site_hooks.rewritten(text, "docs/scale.md") == "[a](files/configs/demo.yaml) [b](index.md) [c](growth.md)"
 
 
 def test_the_architecture_names_real_places():
@@ -172,7 +202,7 @@ def test_the_guides_configurations_are_valid(page, world, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(block)
     assert len(resolve_stages(load_config(file), world)) == 2
-    runs = [shlex.split(line) for line in commands(text) if "launcher/train.py" in line]
+    runs = [shlex.split(line) for line in commands(text) if line.startswith("megabus train")]
     for words in runs:
         ranks = int(words[words.index("--nproc-per-node") + 1])
         assert (
@@ -186,7 +216,7 @@ def test_commands_that_train_a_file_of_ours_are_accepted():
     seen = 0
     for document in DOCUMENTS:
         for line in commands(document.read_text()):
-            file = re.search(r"launcher/train\.py --config (configs/\S+)(.*)", line)
+            file = re.search(r"(?:launcher/train\.py|megabus train).* --config (configs/\S+)(.*)", line)
             if file is not None and "key=value" not in line:
                 overrides = [word for word in shlex.split(file[2], comments=True) if "=" in word]
                 assert load_config(ROOT / file[1], overrides).run_dir

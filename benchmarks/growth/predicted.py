@@ -11,10 +11,9 @@ from pathlib import Path
 from benchmarks.growth.experiment import Experiment, make_job
 from benchmarks.growth.groups import Group
 from megabus.config import Stage, resolve_stages
-from megabus.config.schema import ScalingLaw
 from megabus.errors import UserError
-from megabus.growth.planner import Size, plan_stages
-from megabus.kappa.law_fit import fit_law
+from megabus.kappa.laws import fit_law
+from megabus.kappa.planner import Size, plan_stages
 
 
 def stages_of(experiment: Experiment, group: Group) -> list[Stage]:
@@ -36,11 +35,9 @@ def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.runs]
     try:
         fitted = fit_law([(float(n), float(d), loss) for n, d, loss in points])
-        law = ScalingLaw(**fitted.coefficients)
     except UserError as error:
         return f"No law yet: {error.value} {error.problem}."
-    except ValueError as error:  # of a coefficient that no configuration takes
-        return f"No law yet: {' '.join(str(error).split())}."
+    law = fitted.law
     form = f"{law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}"
     lines = [
         f"L(N, D) = {form}, from {fitted.n_points} runs of fixed sizes ({arms}), {fitted.rms:.4f} nats rms.",

@@ -38,7 +38,7 @@ def checkpoint_at(path: str | Path) -> Path:
         return path
     folders = complete(checkpoints_of(path)) or complete(path)
     if not folders:
-        remedy = "give a run's directory or one of its checkpoints (tools/convert.py makes them of other forms)"
+        remedy = "give a run's directory or one of its checkpoints (megabus convert makes them of other forms)"
         raise UserError("checkpoint", path, "holds none", remedy)
     return folders[0]
 

@@ -1,7 +1,7 @@
 """`growth: auto`: how to grow when nothing is said about it. `model` is then the size to end with.
 
 It is written out before anything else sees it: a run, its saved configuration and its checkpoints know plain stages
-only. docs/growth.md says what of it has been measured.
+only. docs/growth_log.md says what of it has been measured.
 """
 
 from __future__ import annotations

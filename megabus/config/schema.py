@@ -109,9 +109,7 @@ class TrainConfig(Section):
     max_tokens: Count | None = Field(None, description="budget in tokens")
     max_flops: Positive | None = Field(None, description="budget in FLOPs of training, validation not counted")
     max_steps: Count | None = Field(None, description="budget in optimizer steps")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of weights and activations, masters are fp32; fp16 is refused"
-    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and activations; masters are fp32")
     zero_stage: Literal[1, 2] = Field(1, description="ZeRO: 2 cuts gradients too, and needs layout.pp = 1")
     overlap_comm: bool = Field(False, description="with zero_stage 2: reduce gradients while backward goes on (GPUs)")
     gradient_clipping: NonNegative = Field(1.0, description="largest gradient norm; 0 clips nothing")
@@ -124,6 +122,16 @@ class TrainConfig(Section):
         description="cut activations between tensor-parallel regions along the sequence: less memory for layout.tp",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of initial weights, data order and growth")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: Any) -> Any:
+        if value == "fp16":
+            raise ValueError(
+                "is not supported: its loss scaling skips steps, and unit vectors of d_model entries near "
+                "1/sqrt(d_model) leave it few significant bits; use bf16 or fp32"
+            )
+        return value
 
 
 class OptimizerConfig(Section):
@@ -168,17 +176,25 @@ class StageConfig(Section):
 class ScalingLaw(Section):
     """Chinchilla's form L(N, D) = E + A/N^alpha + B/D^beta; the defaults are Hoffmann et al. 2022."""
 
-    E: float = Field(1.69, description="loss that no size and no data go below, in nats")
+    E: NonNegative = Field(1.69, description="loss that no size and no data go below, in nats")
     A: Positive = Field(406.4, description="weight of the size's term")
     B: Positive = Field(410.7, description="weight of the data's term")
     alpha: Positive = Field(0.34, description="exponent of N, the parameters")
     beta: Positive = Field(0.28, description="exponent of D, the tokens")
 
+    def floor(self, n_params: int) -> float:
+        """The loss in nats per token that a model of `n_params` parameters approaches with ever more tokens."""
+        return self.E + self.A * n_params**-self.alpha
+
+    def loss(self, n_params: int, tokens: float) -> float:
+        """The loss in nats per token after `tokens` > 0 tokens; infinity is allowed."""
+        return self.floor(n_params) + self.B * tokens**-self.beta
+
 
 class KappaConfig(Section):
-    """When to grow: at the share kappa of the improvement that the present size is predicted to give."""
+    """When to grow: when a size has achieved a fraction kappa of its predicted loss improvement."""
 
-    kappa: Share = Field(0.95, description="share of the predicted improvement to reach before growing")
+    kappa: Share = Field(0.95, description="fraction of the predicted improvement to achieve before growing")
     predictor: Literal["constant", "scaling_law", "reference", "fit"] = Field(
         "fit", description="what predicts a size's final loss: a power law fitted to its own curve, or the keys below"
     )
@@ -187,13 +203,9 @@ class KappaConfig(Section):
     reference: list[tuple[Positive, float]] | None = Field(
         None, description="[parameters, final loss] of models that were trained"
     )
-    start: Literal["stage", "run"] = Field("stage", description="whose first validation loss is `start`")
-    smoothing: Decay = Field(
-        0.0, description="of validation losses: decay of their moving average; 0 takes them as they are"
-    )
     patience: Count = Field(1, description="evaluations in a row that must meet the target")
-    max_std: Positive = Field(0.25, description="vaguest prediction to act on, as a share of start - mp")
-    min_evals: Count = Field(8, description="evaluations a stage must see before kappa may trigger (fit: 5 or more)")
+    max_std: Positive = Field(0.25, description="largest std of the predicted loss mp to act on, over start - mp")
+    min_evals: Count = Field(8, description="evaluations that a stage needs before kappa may trigger (fit: 5 or more)")
 
 
 class BoostConfig(Section):
@@ -243,7 +255,7 @@ def _corpora(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """Token files made by tools/preprocess.py. `train` is one prefix or a weighted blend."""
+    """Token files made by megabus preprocess. `train` is one prefix or a weighted blend."""
 
     train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
     valid: str = Field(description="prefix of the .bin/.idx pair to validate on")
@@ -315,7 +327,7 @@ class RunConfig(Section):
     )
     init_from: str | None = Field(
         None,
-        description="run or checkpoint (tools/convert.py makes one of any Llama) whose weights a new run begins with",
+        description="run or checkpoint (megabus convert makes one of any Llama) whose weights a new run begins with",
     )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()

@@ -140,14 +140,6 @@ def _check_run(config: RunConfig) -> None:
     train = config.train
     if not (train.max_tokens or train.max_flops or train.max_steps):
         raise UserError("train.max_tokens", "(missing)", "the run has no budget", "set it, max_flops or max_steps")
-    if train.precision == "fp16":
-        raise UserError(
-            "train.precision",
-            "fp16",
-            "is not supported: its loss scaling skips steps, and unit vectors of d_model entries near "
-            "1/sqrt(d_model) leave it few significant bits",
-            "use bf16 or fp32",
-        )
     if config.checkpoint.keep_every is not None:
         divides("checkpoint.keep_every", config.checkpoint.keep_every, "checkpoint.every", config.checkpoint.every)
     _check_trigger(config)

@@ -42,7 +42,7 @@ DTYPES: dict[int, type[np.generic]] = {
     7: np.float32,
     8: np.uint16,
 }
-REBUILD = "run tools/preprocess.py again"
+REBUILD = "run megabus preprocess again"
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
@@ -51,7 +51,7 @@ def dtype_for_vocab(vocab_size: int) -> np.dtype:
 
 
 def meta_path(prefix: str | os.PathLike[str]) -> Path:
-    """The optional sidecar `PREFIX.meta.json`, in which tools/preprocess.py notes how a corpus was made."""
+    """The optional sidecar `PREFIX.meta.json`, in which megabus preprocess notes how a corpus was made."""
     return Path(f"{os.fspath(prefix)}.meta.json")
 
 

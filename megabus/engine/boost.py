@@ -1,7 +1,7 @@
 """A larger learning rate for chosen rows: what Adam has moved them by is multiplied, in the fp32 masters.
 
 Adam's step is linear in lr, weight decay included, so that is what `factor` times the learning rate would have done,
-whichever Adam runs. Whole partitions are one tensor to it: it cannot be told of rows.
+whichever Adam runs. Adam itself sees a partition as one tensor and has no learning rate for some of its rows.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class _Rows:
 
 
 class Boost:
-    """Multiplies the learning rate of the rows that `set_rows` chose by `factor`, which is for its user to keep up to
-    date. While it is 1, or no row is chosen, nothing is copied.
+    """Multiplies the learning rate of the rows that `set_rows` chose by `factor`, which its user sets before a step.
+    While it is 1, or no row is chosen, nothing is copied.
 
     engine: DeepSpeed's, of the module that `rank` has under `placement`.
     """
@@ -89,10 +89,10 @@ class Boost:
 
     @torch.no_grad()
     def _keep(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._before = []  # of a step that failed halfway, if there is any
+        self._before = []  # if a step failed halfway, its rows are still here
         if self.factor == 1.0:
             return
-        # ZeRO in fp32 steps one group at a time: the others' turn is another step.
+        # ZeRO in fp32 steps one group at a time: other groups have calls of their own.
         stepping = {id(flat) for group in optimizer.param_groups for flat in group["params"]}
         self._before = [(rows, rows.read()) for rows in self._rows if id(rows.flat) in stepping]
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megabus.config.schema import ModelConfig
 from megabus.estimate.live_bytes import LiveBytes
-from megabus.kernels.table import EAGER, Kernels
+from megabus.kernels.form import EAGER, Kernels
 from megabus.model.decoder import Decoder
 from megabus.model.layers import rope_at, rope_frequencies
 from megabus.parallel.tensor_parallel import ProcessGroupTP
@@ -106,7 +104,7 @@ def _trace(shape: Shape, last: bool) -> Footprint:
     model = shape.model.model_copy(update={"n_layers": 2 if last else 3})
     tp = _ShapesOnly(shape.tp, shape.rank, shape.sequence_parallel)
     with META:
-        decoder = Decoder(model, (1, 2), tp, shape.recompute, FUSED if shape.fused else EAGER)
+        decoder = Decoder(model, (1, 2), tp, shape.recompute, FUSED if shape.fused else UNFUSED)
         decoder.to(shape.dtype)
         targets = torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64)
         length = shape.seq_len // (shape.tp if tp.sequence_parallel else 1)
@@ -126,7 +124,7 @@ def _trace(shape: Shape, last: bool) -> Footprint:
 
     for parameter in decoder.parameters():
         parameter.register_post_accumulate_grad_hook(hand_over)
-    with live, patch.object(F, "scaled_dot_product_attention", _flash):
+    with live:
         out = decoder.hidden(h)
         saved = live.now
         if last:
@@ -154,7 +152,7 @@ class _ShapesOnly(ProcessGroupTP):
         pass
 
 
-def _flash(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, **_: Any) -> Tensor:
+def _flash(q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor, *_: Any) -> Tensor:
     """Attention as the kernels have it that never hold the scores; a device without entries has none of them."""
     return _Attention.apply(q_BHTC, k_BKTC, v_BKTC)
 
@@ -196,4 +194,14 @@ def _in_place(rows: Tensor) -> None:
     pass
 
 
-FUSED = Kernels("fused", _fused, _fused, _fused, _fused, _fused, _in_place)
+UNFUSED = replace(EAGER, attention=_flash)
+FUSED = Kernels(
+    name="fused",
+    residual=_fused,
+    rms_norm=_fused,
+    rotate=_fused,
+    rotate_unit=_fused,
+    attention=_flash,
+    gate=_fused,
+    unit_rows_=_in_place,
+)

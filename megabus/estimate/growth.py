@@ -68,12 +68,13 @@ def transition_bytes(config: RunConfig, plan: Plan, new: Stage) -> int:
     kinds = len(travelling(config))
     worst = 0
     for pp in range(new.layout.pp):
-        at = states_at(config, new, plan.new, pp, new.layout.tp - 1)
+        at = states_at(config.train, new, plan.new, pp, new.layout.tp - 1)
         rebuilt = at.weights * 2 + at.masters + at.gradients + (at.moments if kinds > 1 else 0)
         worst = max(worst, kinds * at.masters + rebuilt, kinds * at.masters + config.growth.buffer_mb * 2**20)
     old_layout = plan.old.layout
     had = max(
         FP32 * sum(group.partition for group in plan.old.groups(pp, old_layout.tp - 1)) for pp in range(old_layout.pp)
     )
-    new_masters = max(at.masters for at in (states_at(config, new, plan.new, pp, 0) for pp in (0, new.layout.pp - 1)))
+    ends = (states_at(config.train, new, plan.new, pp, 0) for pp in (0, new.layout.pp - 1))
+    new_masters = max(at.masters for at in ends)
     return max(worst, kinds * (had + new_masters) + config.growth.buffer_mb * 2**20)

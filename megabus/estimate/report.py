@@ -15,7 +15,7 @@ from megabus.estimate.memory import RankMemory, in_flight
 from megabus.estimate.step_time import StepTime, step_time
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import stage_layers
+from megabus.parallel.topology import layers_at
 from megabus.table import aligned, si
 
 PREDICTED = "predicted, not measured"
@@ -125,7 +125,7 @@ def _memory(estimates: Sequence[StageEstimate], device: Device) -> str:
     for one in estimates:
         stage, layout = one.stage, one.stage.layout
         for pp, memory in enumerate(one.memory):
-            begin, end = stage_layers(stage.model.n_layers, layout.pp, pp)
+            begin, end = layers_at(stage.model.n_layers, layout.pp, pp)
             alive = in_flight(layout.pp, pp, stage.grad_accum)
             row = [str(stage.index), f"{pp + 1}/{layout.pp}", str(end - begin), str(alive)]
             states = (memory.weights, memory.masters, memory.moments)

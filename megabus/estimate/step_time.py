@@ -12,7 +12,7 @@ from megabus.config.stages import Layout
 from megabus.estimate.devices import Device, Link
 from megabus.model.cost import flops_per_token
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import rank_of, stage_layers
+from megabus.parallel.topology import layers_at, rank_of
 
 FP32 = 4
 
@@ -77,7 +77,7 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
     h_bytes = tokens * model.d_model * itemsize
     slowest = (0.0, 0.0)
     for pp in range(layout.pp):
-        begin, end = stage_layers(model.n_layers, layout.pp, pp)
+        begin, end = layers_at(model.n_layers, layout.pp, pp)
         flops = (end - begin) * block * (4 / 3 if train.recompute else 1.0) + (head if pp == layout.pp - 1 else 0.0)
         # A block sums h over ranks twice forward and twice backward, and twice more where it is recomputed; under
         # sequence parallelism each sum is a scatter and a gather, which is as much. Embedding and head: once more each.

@@ -1,4 +1,4 @@
-"""One rank decides, all ranks agree: the growth decision as one tensor of four int64."""
+"""Rank 0 decides about growth, and all ranks hear of it in one tensor of four int64."""
 
 from __future__ import annotations
 
@@ -22,26 +22,18 @@ class GrowthSignal:
     step: int
 
 
-def broadcast_decision(
-    signal: GrowthSignal | None,
-    group: dist.ProcessGroup | None = None,
-    src: int = 0,
-    device: torch.device | str = "cpu",
-) -> GrowthSignal:
-    """The signal of global rank `src`, on every rank of `group` (None: all). A collective: all must call.
+def broadcast_decision(signal: GrowthSignal | None, device: torch.device | str = "cpu") -> GrowthSignal:
+    """Rank 0's signal, on every rank. Collective.
 
-    Only `src` needs a signal; the others' are ignored. `device` is the accelerator's under NCCL. Without an
-    initialised process group the answer is the caller's own signal. Raises ValueError where `src` has none.
+    Only rank 0 needs a signal; the others' are ignored. `device` is the accelerator under NCCL. Raises ValueError where
+    rank 0 has none.
     """
-    distributed = dist.is_available() and dist.is_initialized()
     fields = [0, 0, 0, 0]
-    if not distributed or dist.get_rank() == src:
+    if dist.get_rank() == 0:
         if signal is None:
-            raise ValueError("the rank that decides must pass a GrowthSignal")
-        if not distributed:
-            return signal
+            raise ValueError("rank 0, which decides, must pass a GrowthSignal")
         fields = [int(signal.grow), _REASONS.index(signal.reason), signal.stage, signal.step]
     message = torch.tensor(fields, dtype=torch.int64, device=device)
-    dist.broadcast(message, src=src, group=group)
+    dist.broadcast(message, src=0)
     grow, reason, stage, step = message.tolist()
     return GrowthSignal(bool(grow), _REASONS[reason], stage, step)

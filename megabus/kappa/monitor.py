@@ -1,15 +1,19 @@
-"""When to grow: rank 0 watches the validation loss until the share κ of its improvement is extracted.
+"""When to grow: once a stage has achieved a fraction κ of its predicted loss improvement.
 
-The mission's formula reads `tp·κ + mp` with tp = final − start and final = mp, the predicted final loss.
-Taken literally it falls below zero (start 10, mp 2, κ 0.8: −6.4 + 2 = −4.4), where no loss ever gets: tp is
-a change, so it belongs to the loss it changes. Read as start + κ·tp it is
+The formula read here: growth is due at the first validation loss at or below
 
     target = start + κ·(mp − start) = mp + (1 − κ)·(start − mp)
 
-κ = 0 is the start and κ = 1 the predicted end, for any losses. start is the first finite validation loss
-seen in the stage; growth keeps the function, so in grown stages that is about what the last size ended with.
-κ is ill-conditioned near 1, where an error in mp as large as (1 − κ)·(start − mp) makes the target
-unreachable: hence `max_std`, the logged slope d log L / d log C, and a cap on every stage.
+start is the stage's first finite validation loss (growth keeps the function, so in a grown stage that is about what the
+last size ended with), and mp the loss that the stage is predicted to end with. κ = 0 is the start and κ = 1 the
+predicted end, whatever the losses.
+
+Its source, the method's original description, writes tp·κ + mp with tp = final − start and final = mp. Taken literally
+that is no loss: from a start of 10 to an mp of 2, κ = 0.8 gives −6.4 + 2 = −4.4. tp is a change, so it must be added to
+the loss that changes, which is start.
+
+Near κ = 1 the target is sensitive to mp: an error as large as (1 − κ)·(start − mp) puts it out of reach. Hence
+`max_std`, a cap on every stage, and the logged slope d log L / d log C.
 """
 
 from __future__ import annotations
@@ -21,8 +25,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megabus.errors import UserError
-from megabus.kappa.predictors import CurvePoint, Fit, Predictor, StageSpan
+from megabus.config.schema import KappaConfig
+from megabus.kappa.predictors import CurvePoint, StageSpan, make_predictor
 
 Reason = Literal["kappa", "cap"]
 
@@ -30,43 +34,11 @@ _SLOPE_POINTS = 5
 
 
 @dataclass(frozen=True)
-class KappaSettings:
-    """How to judge a stage. Losses in nats per token.
-
-    smoothing: coefficient β of the bias-corrected EMA over validation losses; 0 = none.
-    patience: evaluations in a row that must meet the target; min_evals: evaluations before κ may trigger.
-    start: the first validation loss of the `stage`, or of the whole `run`.
-    max_std: largest std of mp, as a share of start − mp, on which κ acts; a vaguer prediction only informs.
-    """
-
-    kappa: float = 0.95
-    predictor: Predictor = field(default_factory=Fit)
-    smoothing: float = 0.0
-    patience: int = 1
-    min_evals: int = 3
-    start: Literal["stage", "run"] = "stage"
-    max_std: float = 0.25
-
-    def __post_init__(self) -> None:
-        _check(0 <= self.kappa <= 1, "kappa", self.kappa, "a share from 0 to 1")
-        _check(0 <= self.smoothing < 1, "smoothing", self.smoothing, "at least 0 and below 1")
-        _check(self.patience >= 1, "patience", self.patience, "1 or more")
-        _check(self.min_evals >= 1, "min_evals", self.min_evals, "1 or more")
-        _check(self.start in ("stage", "run"), "start", self.start, "`stage` or `run`")
-        _check(self.max_std > 0, "max_std", self.max_std, "above 0")
-
-
-def _check(ok: bool, key: str, value: object, wanted: str) -> None:
-    if not ok:
-        raise UserError(f"growth.trigger.{key}", value, "out of range", f"use {wanted}")
-
-
-@dataclass(frozen=True)
 class KappaView:
-    """What κ sees now: for the log line and the metrics. None = not known (yet).
+    """What κ is judged by, for the log and the metrics. None = not known (yet).
 
-    progress: (start − smoothed) / (start − mp), at most 1, negative while worse than the start; None also
-    when mp >= start, where the predictor sees nothing to gain and so no share of it exists.
+    loss: the newest finite validation loss. progress: (start − loss) / (start − mp), at most 1 and negative while worse
+    than the start; None too when mp >= start, where no improvement is predicted that there could be a share of.
     slope: d log L / d log C over the last evaluations, C the FLOPs of the run.
     """
 
@@ -76,7 +48,7 @@ class KappaView:
     mp: float | None
     mp_std: float | None
     target: float | None
-    smoothed: float | None
+    loss: float | None
     progress: float | None
     slope: float | None
     evals: int
@@ -104,23 +76,24 @@ class Decision:
 
 @dataclass
 class KappaState:
-    """All that κ must remember, JSON-serialisable. The rest is a function of it, so a resume is bitwise."""
+    """All that κ must remember, as JSON can hold it. All else is computed from it, so a resumed run decides the
+    same."""
 
     span: StageSpan
-    run_start: float | None = None
     curve: list[CurvePoint] = field(default_factory=list)
     met: int = 0
     nonfinite: int = 0
 
 
 class KappaMonitor:
-    """Feed it every evaluation; it says when to grow. After the growth, call `start_stage` again.
+    """Told of every validation loss, it says when to grow. Call `start_stage` first, and after every growth.
 
-    It does not know which stage is the last one: there the caller ignores `grow`.
+    κ itself comes with the stage, not from `trigger`. The monitor does not know which stage is the last one: there the
+    caller ignores `grow`. Raises `UserError` for a predictor that `trigger` does not give what it needs.
     """
 
-    def __init__(self, settings: KappaSettings) -> None:
-        self.settings = settings
+    def __init__(self, trigger: KappaConfig) -> None:
+        self.trigger, self.predictor = trigger, make_predictor(trigger)
         self._state: KappaState | None = None
 
     @property
@@ -129,51 +102,31 @@ class KappaMonitor:
             raise RuntimeError("KappaMonitor.start_stage or load_state_dict must come first")
         return self._state
 
-    def start_stage(
-        self,
-        stage: int,
-        n_params: int,
-        kappa: float | None = None,
-        max_tokens: int | None = None,
-        max_flops: float | None = None,
-        *,
-        tokens: int = 0,
-        flops: float = 0.0,
-    ) -> None:
-        """Forget the last size and watch a new one, which begins at these run totals of tokens and FLOPs.
-
-        kappa None = the settings'. The caps count from here; None = no cap.
-        """
-        kappa = self.settings.kappa if kappa is None else kappa
-        _check(0 <= kappa <= 1, "kappa", kappa, "a share from 0 to 1")
-        for key, cap in (("max_tokens", max_tokens), ("max_flops", max_flops)):
-            if cap is not None and not cap > 0:
-                raise UserError(f"growth.{key}", cap, "not a budget", "use a number above 0, or leave it out")
-        span = StageSpan(stage, n_params, kappa, tokens, flops, max_tokens, max_flops)
-        self._state = KappaState(span, self._state.run_start if self._state else None)
+    def start_stage(self, span: StageSpan) -> None:
+        """Forget the last stage and watch this one."""
+        self._state = KappaState(span)
 
     def retarget(self, kappa: float, max_tokens: int | None, max_flops: float | None) -> None:
-        """Go on watching the present stage with another kappa and other caps: those that a resumed run was given."""
+        """Watch the present stage with another κ and other caps: those that a resumed run was given."""
         state = self.state
         state.span = replace(state.span, kappa=kappa, max_tokens=max_tokens, max_flops=max_flops)
 
     def observe(self, tokens: int, flops: float, loss: float, *, only_cap: bool = False) -> Decision:
         """Take one validation loss at these run totals, and decide. only_cap: κ may not trigger now.
 
-        A NaN or infinite loss is counted, breaks the patience and touches nothing else; only the cap, which
-        asks about the budget and not about the loss, can trigger beside it.
+        A NaN or infinite loss is counted and starts `patience` anew; it changes nothing else. Then only the cap can
+        trigger, since that looks at the budget and not at the loss.
         """
         state = self.state
         finite = math.isfinite(loss)
         if finite:
             state.curve.append(CurvePoint(int(tokens), float(flops), float(loss)))
-            state.run_start = float(loss) if state.run_start is None else state.run_start
         else:
             state.nonfinite += 1
         view = self.view(tokens, flops)
         state.met = state.met + 1 if finite and self._met(view) else 0
         view = replace(view, met=state.met)
-        enough = state.met >= self.settings.patience and len(state.curve) >= self.settings.min_evals
+        enough = state.met >= self.trigger.patience and len(state.curve) >= self.trigger.min_evals
         if finite and enough and not only_cap:
             return Decision(True, "kappa", view)
         cap = self.check_cap(tokens, flops)
@@ -188,18 +141,15 @@ class KappaMonitor:
     def view(self, tokens: int, flops: float) -> KappaView:
         """The state of the stage at these run totals."""
         state, span = self.state, self.state.span
-        start = mp = std = target = smoothed = progress = None
+        start = mp = std = target = loss = progress = None
         if state.curve:
-            start = state.curve[0].loss
-            if self.settings.start == "run" and state.run_start is not None:
-                start = state.run_start
-            smoothed = _ema([point.loss for point in state.curve], self.settings.smoothing)
-            prediction = self.settings.predictor(span, state.curve)
+            start, loss = state.curve[0].loss, state.curve[-1].loss
+            prediction = self.predictor(span, state.curve)
             if prediction is not None:
                 mp, std = prediction.loss, prediction.std
                 if mp < start:
                     target = mp + (1 - span.kappa) * (start - mp)
-                    progress = min(1.0, (start - smoothed) / (start - mp))
+                    progress = min(1.0, (start - loss) / (start - mp))
         return KappaView(
             stage=span.index,
             kappa=span.kappa,
@@ -207,12 +157,12 @@ class KappaMonitor:
             mp=mp,
             mp_std=std,
             target=target,
-            smoothed=smoothed,
+            loss=loss,
             progress=progress,
             slope=_log_slope(state.curve[-_SLOPE_POINTS:]),
             evals=len(state.curve),
             met=state.met,
-            patience=self.settings.patience,
+            patience=self.trigger.patience,
             nonfinite=state.nonfinite,
             stage_tokens=tokens - span.tokens,
             stage_flops=flops - span.flops,
@@ -221,11 +171,11 @@ class KappaMonitor:
         )
 
     def _met(self, view: KappaView) -> bool:
-        if view.start is None or view.mp is None or view.smoothed is None or view.target is None:
+        if view.start is None or view.mp is None or view.loss is None or view.target is None:
             return False
-        if view.smoothed > view.target:
+        if view.loss > view.target:
             return False
-        return view.mp_std is None or view.mp_std <= self.settings.max_std * (view.start - view.mp)
+        return view.mp_std is None or view.mp_std <= self.trigger.max_std * (view.start - view.mp)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain JSON values."""
@@ -240,14 +190,6 @@ class KappaMonitor:
 def cap_is_reached(tokens: int, flops: float, max_tokens: int | None, max_flops: float | None) -> bool:
     """Whether what a stage has used meets either of its caps; None = no cap."""
     return (max_tokens is not None and tokens >= max_tokens) or (max_flops is not None and flops >= max_flops)
-
-
-def _ema(losses: Sequence[float], beta: float) -> float:
-    """Exponential moving average, bias-corrected: the weights of the losses seen sum to 1."""
-    mean = 0.0
-    for loss in losses:
-        mean = beta * mean + (1 - beta) * loss
-    return mean / (1 - beta ** len(losses))
 
 
 def _log_slope(curve: Sequence[CurvePoint]) -> float | None:

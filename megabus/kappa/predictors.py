@@ -1,37 +1,37 @@
-"""mp, the final loss the present size is predicted to reach: four predictors behind one call.
+"""mp, the final loss that the present size is predicted to reach: four predictors with one interface.
 
-A predictor is a pure function of the stage and of the stage's validation curve. It answers with a
-`Prediction`, or None while it cannot say. Losses are nats per token; C is the FLOPs of the whole run.
+A predictor is a pure function of the stage and of the stage's validation losses. It returns a `Prediction`, or None
+while it cannot tell. Losses are in nats per token; C is the FLOPs of the whole run.
 
 | name | needs | trust it when |
 |---|---|---|
-| `fit` (default) | this stage's own curve | the LR is constant; it says how uncertain it is |
+| `fit` (default) | this stage's own losses | the learning rate is constant; it says how uncertain it is |
 | `reference` | losses of trained models | they share tokenizer, data and recipe with this run |
 | `scaling_law` | coefficients | they were fitted to this tokenizer and data |
 | `constant` | the loss itself | it was measured before |
 
-`fit` is the default because it is the only one that is about this run: the other three carry a
-constant from elsewhere, and a few hundredths of a nat in mp move the κ = 0.8 point by a large part of
-a stage. Without a budget it must extrapolate to the asymptote, which a short curve does not tell (its std
-says so): give stages caps.
+`fit` is the default because it is the only one that looks at this run. The other three bring a number from elsewhere,
+and an error of a few hundredths of a nat in mp moves the point at which κ = 0.8 is reached by a large part of a stage.
+Without a budget `fit` must extrapolate to infinity, which a short curve tells little about (its std says so). So give
+stages caps.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from megabus.config.schema import KappaConfig, ScalingLaw
 from megabus.errors import UserError
 
 
 class CurvePoint(NamedTuple):
-    """One finite validation loss (nats per token) at run totals of tokens and FLOPs, unsmoothed."""
+    """One finite validation loss (nats per token) at these run totals of tokens and FLOPs."""
 
     tokens: int
     flops: float
@@ -40,7 +40,7 @@ class CurvePoint(NamedTuple):
 
 @dataclass(frozen=True)
 class StageSpan:
-    """What κ needs of a stage: where it began (run totals) and its budget (this stage alone; None = open)."""
+    """What κ must know of a stage: where it began, in run totals, and its own budget (None = no cap)."""
 
     index: int
     n_params: int
@@ -111,49 +111,37 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class ScalingLaw:
-    """L(N, D) = E + A / N^alpha + B / D^beta, Hoffmann et al. 2022 (arXiv 2203.15556), eq. 2 and section D.2.
+class FromLaw:
+    """What a law L(N, D) says, with N all parameters and D the stage's token budget, or infinity when it has none.
 
-    N = all parameters, D = the stage's token budget, or infinity when it has none. The defaults are the
-    paper's: they hold for its MassiveText data and 32k tokenizer, and a later refit of the same points
-    (arXiv 2404.10102) differs. On other data they are off by tenths of a nat: refit them before use.
-    Tokens read by the smaller sizes are not counted in D, which errs towards a higher mp and earlier growth.
+    The coefficients that a configuration has by default are those of Hoffmann et al. 2022 (arXiv 2203.15556), section
+    D.2. They hold for MassiveText and a 32k tokenizer, and a later fit of the same points (arXiv 2404.10102) differs.
+    On other data they are off by tenths of a nat: fit the law to runs of your own first. D leaves out the tokens that
+    the smaller sizes read, so mp comes out rather too high, and the model grows rather too early.
     """
 
-    E: float = 1.69
-    A: float = 406.4
-    B: float = 410.7
-    alpha: float = 0.34
-    beta: float = 0.28
-
-    def __post_init__(self) -> None:
-        for key in ("E", "A", "B", "alpha", "beta"):
-            value = getattr(self, key)
-            ok = math.isfinite(value) and (value > 0 if key in ("alpha", "beta") else value >= 0)
-            _require(ok, f"scaling_law.{key}", value, "not a coefficient of a falling law", "see its defaults")
+    law: ScalingLaw
 
     def __call__(self, stage: StageSpan, curve: Sequence[CurvePoint]) -> Prediction | None:
         budget = stage.budget(curve)
-        if budget is None:
-            return None
-        return Prediction(self.E + self.A * stage.n_params**-self.alpha + self.B * budget[0] ** -self.beta)
+        return None if budget is None else Prediction(self.law.loss(stage.n_params, budget[0]))
 
 
 @dataclass(frozen=True)
 class Reference:
     """Final losses of existing models, (n_params, loss) rows, linear in log N between them.
 
-    Beyond the table the end segment is extended (never below 0). Losses are convex in log N, so a chord
-    extended lies below the truth: mp errs low, the stage lasts longer and its cap ends it. Clamping would
-    err high, and call a size larger than the table's finished where its smaller sister was.
+    Beyond the table's ends the nearest segment is extended, never below 0. Losses are convex in log N, so an extended
+    segment lies below the truth: mp is too low, the stage lasts longer, and its cap ends it. Taking the table's last
+    loss instead would be too high, and end a size larger than the table's where the largest one in it would have ended.
     """
 
-    table: Sequence[tuple[int, float]]
+    table: Sequence[tuple[float, float]]
 
     def __post_init__(self) -> None:
-        rows, key = [tuple(row) for row in self.table or ()], "reference"
+        rows, key = self.table, "reference"
         _require(
-            len(rows) >= 2 and all(len(row) == 2 for row in rows),
+            len(rows) >= 2,
             key,
             self.table,
             "needs at least 2 rows of (n_params, loss)",
@@ -182,19 +170,20 @@ class Reference:
 class Fit:
     """A power law fitted to this stage's own curve: L(C) = E + A C^-b (see `fit_power_law`).
 
-    mp = L at the end of the stage's budget, or the asymptote E when it has none. C counts from the start
-    of the run, not of the stage: growth keeps the loss, so the curve goes on from a finite C.
-    An evaluation weighs as its share of the stage so far: what the first ones show is warm-up, or healing
-    after growth, not the law. An LR decay is not in the law: mp is that of the present LR phase.
-    None before `min_points` evaluations at different C. The losses are raw: smoothed by an EMA of 0.9, the
-    same fit erred by 14 of its std instead of 1, for an EMA lags and ties the residuals.
+    mp = L at the end of the stage's budget, or the asymptote E when it has none. C counts from the start of the run,
+    not of the stage: growth keeps the loss, so the curve goes on from a finite C.
+    An evaluation's weight is the share of the stage that was done by then: the first ones show warm-up, or recovery
+    after a growth, rather than the law. The law knows no decay of the learning rate: mp is that of the present rate.
+    None before `min_points` evaluations at different C. The losses are not smoothed: after an exponential moving
+    average with a decay of 0.9 the same fit was wrong by 14 of its std instead of 1, because the average lags and
+    correlates the residuals.
     """
 
-    min_points: int = 8
+    min_points: int
 
     def __post_init__(self) -> None:
         ok = self.min_points >= 5
-        _require(ok, "fit.min_points", self.min_points, "too few for 3 coefficients", "use 5 or more")
+        _require(ok, "min_evals", self.min_points, "too few for the 3 coefficients of `fit`", "use 5 or more")
 
     def __call__(self, stage: StageSpan, curve: Sequence[CurvePoint]) -> Prediction | None:
         budget = stage.budget(curve)
@@ -304,21 +293,17 @@ def _solve(
     return E, A, rss, np.stack([var_e, var_a, cov_mean_a - mean_x * var_a], axis=1)
 
 
-PREDICTORS: Mapping[str, Callable[..., Predictor]] = {
-    "fit": Fit,
-    "reference": Reference,
-    "scaling_law": ScalingLaw,
-    "constant": Constant,
-}
-
-
-def make_predictor(name: str, **options: object) -> Predictor:
-    """The predictor `name` with its options; UserError for an unknown name, option or bad value."""
-    known = ", ".join(PREDICTORS)
-    _require(name in PREDICTORS, "predictor", name, "no such predictor", f"use one of {known}")
-    try:
-        inspect.signature(PREDICTORS[name]).bind(**options)
-    except TypeError as error:
-        accepted = ", ".join(inspect.signature(PREDICTORS[name]).parameters)
-        raise UserError(f"growth.trigger.{name}", options, str(error), f"it takes: {accepted}") from error
-    return PREDICTORS[name](**options)
+def make_predictor(trigger: KappaConfig) -> Predictor:
+    """The predictor that a configuration asks for. Raises `UserError` where what it needs is missing or out of
+    range."""
+    match trigger.predictor:
+        case "fit":
+            return Fit(trigger.min_evals)
+        case "scaling_law":
+            return FromLaw(trigger.scaling_law)
+        case "constant" if trigger.constant is not None:
+            return Constant(trigger.constant)
+        case "reference" if trigger.reference is not None:
+            return Reference(trigger.reference)
+    name = trigger.predictor
+    raise UserError(f"growth.trigger.{name}", "(missing)", f"predictor {name} needs it", "add it")

@@ -1,7 +1,8 @@
 """The functions in plain PyTorch: the definition that the other forms are tested against, and what runs anywhere.
 
-All compute in fp32 at least (fp64 stays fp64) and round once, to the dtype of their first argument. Gains are effective
-ones (raw * multiplier), in fp32 at least. Shapes: N tokens, D d_model, H heads, C head_dim, F ffn units.
+All but attention compute in fp32 at least (fp64 stays fp64) and round once, to the dtype of their first argument.
+Gains are effective ones (raw * multiplier), in fp32 at least. Shapes: N tokens, D d_model, B batch, T positions, H
+query heads, K key/value heads, S positions of keys, C head_dim, F ffn units.
 """
 
 from __future__ import annotations
@@ -47,6 +48,19 @@ def rotate_unit(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor, gain_HC: Tensor 
 def _rotated(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     a, b = wide(x_BTHC).chunk(2, dim=-1)
     return torch.cat((a * cos_TC - b * sin_TC, a * sin_TC + b * cos_TC), dim=-1)
+
+
+def attention(
+    q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask_TS: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """softmax(scale q k^T) v for each query head, in the dtype of its arguments, (B, H, T, C). K divides H.
+
+    mask: which of the S keys each query sees; causal, without a mask: those up to its own position.
+    """
+    grouped = q_BHTC.shape[1] != k_BKSC.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHTC, k_BKSC, v_BKSC, attn_mask=mask_TS, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def gate(u_NF: Tensor, v_NF: Tensor, gain_u_F: Tensor | None, gain_v_F: Tensor | None) -> Tensor:

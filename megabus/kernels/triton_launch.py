@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megabus.errors import UserError
-from megabus.kernels.table import padded, why_not_wide
+from megabus.kernels.width import padded, too_wide
 
 TILE = 2048  # entries of a tile where rows are short: 16 a thread with 4 warps
 EPS = tl.constexpr(1e-12)  # as in F.normalize
@@ -32,7 +32,7 @@ def programs(device: torch.device) -> int:
 
 def blocks(*axes: int) -> tuple[int, int, int]:
     """(BLOCK: entries of a row, each axis padded; ROWS of a tile; warps) for rows of that many entries along `axes`."""
-    problem = why_not_wide("triton", *axes)
+    problem = too_wide(*axes)
     if problem is not None:
         raise UserError("train.kernels", "triton", problem, "use compiled or eager")
     block = padded(*axes)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megabus.kernels import eager
-from megabus.kernels.table import padded
 from megabus.kernels.triton_launch import blocks, expect, has_fp64, inverse, programs, through_unit
+from megabus.kernels.width import padded
 
 
 @triton.jit

@@ -120,7 +120,7 @@ class Attention(nn.Module):
         self.k = declare("kv_heads", "embed", llama="self_attn.k_proj.weight", **read)
         self.v = declare("kv_heads", "embed", llama="self_attn.v_proj.weight", **read)
         self.out = declare("heads", "embed", llama="self_attn.o_proj.weight", **write)
-        self.tp, self.scale = declare.tp, scale
+        self.tp, self.scale, self.attention = declare.tp, scale, declare.kernels.attention
         self.head_dim, self.frequencies = declare.model.head_dim, rope_frequencies(declare.model)
 
     def forward(
@@ -141,15 +141,8 @@ class Attention(nn.Module):
             k_BTKC, v_BTKC = cache.extend(self, k_BTKC, v_BTKC)
         if start and T > 1:
             mask_TS = torch.ones(T, start + T, dtype=torch.bool, device=h_BTD.device).tril(start)
-        y_BHTC = F.scaled_dot_product_attention(
-            q_BTHC.transpose(1, 2),
-            k_BTKC.transpose(1, 2),
-            v_BTKC.transpose(1, 2),
-            attn_mask=mask_TS,
-            is_causal=start == 0,
-            scale=self.scale,
-            enable_gqa=q_BTHC.shape[2] != k_BTKC.shape[2],
-        )
+        q_BHTC, k_BKSC, v_BKSC = (x.transpose(1, 2) for x in (q_BTHC, k_BTKC, v_BTKC))
+        y_BHTC = self.attention(q_BHTC, k_BKSC, v_BKSC, mask_TS, start == 0, self.scale)
         return self.tp.leave(y_BHTC.transpose(1, 2).reshape(B, T, -1) @ self.out)
 
 

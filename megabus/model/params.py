@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megabus.config.schema import ModelConfig
-from megabus.kernels.table import Kernels
+from megabus.kernels.form import Kernels
 from megabus.model.tensor_parallel import TensorParallel
 
 Axis = Literal["embed", "heads", "kv_heads", "ffn", "vocab"]

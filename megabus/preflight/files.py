@@ -66,7 +66,7 @@ def fingerprints(sources: Sources) -> list[Print]:
 
 
 def check_sums(sources: Sources, heartbeat: Callable[[], None]) -> None:
-    """Raises `UserError` for a small file whose SHA-256 is not the one that tools/preprocess.py wrote beside it."""
+    """Raises `UserError` for a small file whose SHA-256 is not the one that megabus preprocess wrote beside it."""
     left = SUMMED_IN_ALL
     for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
         for prefix, corpus in zip(source.prefixes, source.corpora, strict=True):

@@ -120,7 +120,9 @@ def _checked(
     return (stages, sources) if good and sources is not None else None
 
 
-def _look(config: RunConfig, stages: list[Stage], full: bool, heartbeat: Callable[[], None]) -> tuple[Sources | None, Local]:
+def _look(
+    config: RunConfig, stages: list[Stage], full: bool, heartbeat: Callable[[], None]
+) -> tuple[Sources | None, Local]:
     """This rank alone."""
     opened: list[Sources] = []
     prints: list[Print] = []

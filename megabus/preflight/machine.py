@@ -56,7 +56,7 @@ def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
     Activations, buffers and what the libraries need come on top.
     """
     at = coordinate(stage.layout, rank)
-    held = states_at(config, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
+    held = states_at(config.train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
     return held.states + max(held.gradients, held.masters)  # sums of the gradients of what is owned, at least
 
 

@@ -10,7 +10,7 @@ from megabus.config import RunConfig, Stage
 from megabus.config.stages import stage_section
 from megabus.engine.adam import make_adam
 from megabus.errors import UserError, say
-from megabus.kernels.table import select, why_not_wide
+from megabus.kernels.choice import select, why_not_wide
 
 
 def check_software(config: RunConfig) -> None:

@@ -26,7 +26,7 @@ from megabus.model.decoder import Decoder
 from megabus.model.params import spec_of
 from megabus.parallel.mesh import Mesh, process_groups, reuse_process_groups
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import stage_layers
+from megabus.parallel.topology import layers_at
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def meta_stage(config: RunConfig, stage: Stage, mesh: Mesh) -> Decoder:
 
     Raises RuntimeError where they are not the shards that `Placement` computes, which growth and checkpoints rest on.
     """
-    layers = stage_layers(stage.model.n_layers, stage.layout.pp, mesh.at.pp)
+    layers = layers_at(stage.model.n_layers, stage.layout.pp, mesh.at.pp)
     with torch.device("meta"):
         decoder = Decoder(stage.model, layers, mesh.tp, config.train.recompute)
     placement = Placement(stage.model, stage.layout)

@@ -45,7 +45,7 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
         problem = f"has {len(stages) - 1} growths, {found.folder.name} comes after growth {saved.stage}"
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
     check_same_model(found, stages[saved.stage], "set it back, or choose another run_dir")
-    changes = list(_changes(_as_meant(saved.config), config.model_dump(mode="json")))
+    changes = list(_changes(saved.config, config.model_dump(mode="json")))
     changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(saved.data, data)]
     if changes and config.resume == "strict":
         key, was, is_now = changes[0]
@@ -64,11 +64,6 @@ def check_same_model(found: Found, stage: Stage, remedy: str) -> None:
 def _shape(model: ModelConfig) -> dict[str, Any]:
     """All that an initialised model's function depends on."""
     return model.model_dump(exclude={"init_std"}) | {"n_kv_heads": model.kv_heads}
-
-
-def _as_meant(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration with what it meant where it is of a time that had no such key."""
-    return {**saved, "growth": {"read": "clone"} | saved["growth"]}
 
 
 def _changes(was: Any, is_now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

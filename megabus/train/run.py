@@ -18,13 +18,12 @@ from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
-from megabus.config.schema import KappaConfig
 from megabus.data.order import align_up
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, say
 from megabus.growth.transition import stage_engine
-from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
-from megabus.kappa.predictors import make_predictor
+from megabus.kappa.monitor import KappaMonitor, KappaView
+from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.preflight.flight import preflight
@@ -85,7 +84,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     full = config.preflight.enabled
     stages, sources = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full)
     with agreement():
-        kappa = kappa_settings(config.growth.trigger)
+        monitor = KappaMonitor(config.growth.trigger)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
@@ -104,7 +103,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     engine = _engine(config, stages, found.state.stage if found else 0)
     watchdog.heartbeat()
     machine = environment(engine.device)
-    run = Run(config, stages, corpora, engine, KappaMonitor(kappa), metrics, saver, requests, watchdog)
+    run = Run(config, stages, corpora, engine, monitor, metrics, saver, requests, watchdog)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
     else:
@@ -212,24 +211,6 @@ def roll_back(run: Run) -> None:
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
 
 
-def kappa_settings(trigger: KappaConfig) -> KappaSettings:
-    options: dict[str, Any] = {
-        "constant": {"loss": trigger.constant},
-        "scaling_law": trigger.scaling_law.model_dump(),
-        "reference": {"table": trigger.reference},
-        "fit": {"min_points": trigger.min_evals},
-    }[trigger.predictor]
-    return KappaSettings(
-        kappa=trigger.kappa,
-        predictor=make_predictor(trigger.predictor, **options),
-        smoothing=trigger.smoothing,
-        patience=trigger.patience,
-        min_evals=trigger.min_evals,
-        start=trigger.start,
-        max_std=trigger.max_std,
-    )
-
-
 def watch_stage(run: Run) -> None:
     """Point the monitor at the stage that the run is in now."""
     point_at(run.monitor, run.stage, run.progress.tokens, run.progress.flops)
@@ -237,8 +218,8 @@ def watch_stage(run: Run) -> None:
 
 def point_at(monitor: KappaMonitor, stage: Stage, tokens: int, flops: float) -> None:
     """Let a monitor watch a stage that begins at these run totals."""
-    size, caps = count_parameters(stage.model), (stage.max_tokens, stage.max_flops)
-    monitor.start_stage(stage.index, size, stage.kappa, *caps, tokens=tokens, flops=flops)
+    caps = (stage.max_tokens, stage.max_flops)
+    monitor.start_stage(StageSpan(stage.index, count_parameters(stage.model), stage.kappa, tokens, flops, *caps))
 
 
 def sizes(stage: Stage) -> dict[str, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.arms import Arm, Timing, in_turn
-from benchmarks.table import compare, markdown, speedup_row
+from benchmarks.comparisons import compare, compare_speeds, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +47,7 @@ def test_ratios_are_of_rounds():
     timings = {"a": Timing([2.0, 20.0, 4.0], 3 << 20), "b": Timing([1.0, 10.0, 2.0], 0)}
     row = compare("x", "a", "b", timings["a"], timings["b"], "<= 1.5")
     assert (row.ratio, row.spread, row.met, row.memory) == (2.0, (2.0, 2.0), False, (3 << 20, None))
-    faster = speedup_row("x", "b", "a", timings, ">= 1.5")
+    faster = compare_speeds("x", "b", "a", timings, ">= 1.5")
     assert (faster.ratio, faster.met) == (2.0, True)
     table = markdown([row, faster])
     assert "| **2** | 2 to 2 | <= 1.5 ✗ | 3 MiB, – |" in table

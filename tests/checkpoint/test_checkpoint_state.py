@@ -7,23 +7,23 @@ import math
 import random
 from dataclasses import asdict, fields, replace
 
-from support import checkpoints as ck
 import pytest
+from support import checkpoints as ck
 
 from megabus.checkpoint.state import FORMAT, STATE, Progress, SavedState, read_state, write_state
 from megabus.config import Layout, RunConfig
+from megabus.config.schema import KappaConfig
 from megabus.errors import UserError
-from megabus.kappa.monitor import KappaMonitor, KappaSettings
-from megabus.kappa.predictors import make_predictor
+from megabus.kappa.monitor import KappaMonitor
+from megabus.kappa.predictors import StageSpan
 from megabus.parallel.fragments import KINDS
 
 FLOATS = [0.1 + 0.2, 1 / 3, math.pi * 1e21, 5e-324, 2.2250738585072014e-308, 1.7976931348623157e308, 2.0**53 + 2, -0.0]
 
 
 def monitor_after(evals):
-    settings = {"kappa": 0.7, "smoothing": 0.3, "patience": 2, "min_evals": 5, "start": "run", "max_std": 0.25}
-    monitor = KappaMonitor(KappaSettings(predictor=make_predictor("fit", min_points=5), **settings))
-    monitor.start_stage(1, 12345, 0.7, None, 1e15 / 3, tokens=2**40 + 1, flops=1e14 / 7)
+    monitor = KappaMonitor(KappaConfig(patience=2, min_evals=5))
+    monitor.start_stage(StageSpan(1, 12345, 0.7, 2**40 + 1, 1e14 / 7, None, 1e15 / 3))
     for n in range(evals):
         loss = math.nan if n == 3 else 2 + 3 / (n + 1) ** 0.37
         monitor.observe(2**40 + 1 + 1000 * n, 1e14 / 7 * (1 + n), loss)

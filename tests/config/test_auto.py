@@ -44,7 +44,7 @@ def test_it_ends_with_the_given_size():
 
 
 def test_what_auto_is():
-    """Written out once more: docs/growth.md has the measurements that these came from."""
+    """Written out once more: docs/growth_log.md has the measurements that these came from."""
     growth = parse_config(tree(train=tree()["train"] | {"max_tokens": None, "max_flops": 1e9})).growth
     assert (growth.trigger.kappa, growth.trigger.predictor) == (0.95, "fit")
     assert (growth.write, growth.read, growth.channels, growth.depth, growth.moments) == (

@@ -1,4 +1,4 @@
-"""What a YAML file may say of saving, resuming and accidents."""
+"""What a YAML file may say of κ, numerics, saving, resuming and accidents."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def base(tmp_path):
         "faults.hang_timeout=1e10",  # no clock of the machine's goes that far
         "faults.stop_exit_code=256",
         "faults.patience=1",
+        "growth.trigger.patience=0",
+        "growth.trigger.min_evals=0",
+        "growth.trigger.max_std=0",
+        "growth.trigger.scaling_law.E=-1",
+        "growth.max_tokens=0",
+        "growth.max_flops=0",
     ],
 )
 def test_wrong_values(base, override):
@@ -47,6 +53,18 @@ def test_wrong_values(base, override):
     with pytest.raises(UserError) as caught:
         load_config(base, [override])
     assert str(caught.value).startswith(f"{key} = {value}: ")
+
+
+@pytest.mark.parametrize("override", ["growth.trigger.smoothing=0", "growth.trigger.start=run"])
+def test_keys_that_are_gone_are_unknown(base, override):
+    with pytest.raises(UserError, match=r"^growth\.trigger\.\w+ = \w+: unknown key"):
+        load_config(base, [override])
+
+
+def test_fp16_is_refused_with_what_to_use(base):
+    told = r"^train\.precision = fp16: is not supported: .* few significant bits; use bf16 or fp32$"
+    with pytest.raises(UserError, match=told):
+        load_config(base, ["train.precision=fp16"])
 
 
 @pytest.mark.parametrize("override", ["resume=yes", "faults.max_skips=on", "checkpoint.keep_last=true"])

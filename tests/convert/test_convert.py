@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.command import run_command
 from support.sources import MemorySource, model_config
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -109,7 +108,7 @@ def test_shard_files_hold_what_each_rank_computes_with(source, tmp_path, tp, pp)
                     kind, name = key.split("/")
                     first, last = shard_rows(placement.specs[name], model, tp, tp_rank)
                     assert same(file.get_tensor(key), source.tensors[kind, name][first:last])
-                    assert placement.stage(name) == pp_rank
+                    assert placement.pp_rank(name) == pp_rank
                     assert index["tensors"][key]["axes"] == list(placement.specs[name].axes)
                     seen.add(key)
     assert seen == {f"{kind}/{name}" for kind, name in source.tensors} == set(index["tensors"])
@@ -214,8 +213,7 @@ def test_a_changed_shard_file_is_told(source, tmp_path):
 
 
 def test_options_of_other_forms_are_refused(tmp_path):
-    command = [sys.executable, ROOT / "tools/convert.py", tmp_path, tmp_path / "b", "--to", "hf", "--tp", "2"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ended = run_command("convert", tmp_path, tmp_path / "b", "--to", "hf", "--tp", "2")
     assert (ended.returncode, ended.stderr) == (2, "error: --tp = 2: says nothing to --to hf; leave it out\n")
 
 
@@ -235,12 +233,12 @@ def test_an_index_with_gaps_is_told(source, tmp_path):
 
 def test_the_command(tmp_path):
     convert(MemorySource(model_config("ngpt")), tmp_path / "a", "checkpoint")
-    command = [sys.executable, ROOT / "tools/convert.py", tmp_path / "a", tmp_path / "b", "--to", "shards"]
-    ended = subprocess.run([*command, "--tp", "2", "--verify"], capture_output=True, text=True, timeout=120)
+    command = ["convert", tmp_path / "a", tmp_path / "b", "--to", "shards", "--tp", "2"]
+    ended = run_command(*command, "--verify")
     assert ended.returncode == 0, ended.stderr
     assert "GB/s" in ended.stdout
     assert "equal bit for bit" in ended.stdout
-    again = subprocess.run([*command, "--tp", "2"], capture_output=True, text=True, timeout=120)
+    again = run_command(*command)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert again.stderr.startswith(f"error: out = {tmp_path / 'b'}: exists")
     assert checkpoints_of(tmp_path / "a").is_dir()

@@ -106,7 +106,7 @@ def test_damage_is_reported(tmp_path, damage):
     with pytest.raises(UserError) as caught:
         IndexedTokens(prefix)
     assert f"c.{suffix}" in str(caught.value)
-    assert "run tools/preprocess.py again" in caught.value.remedy
+    assert "run megabus preprocess again" in caught.value.remedy
 
 
 def test_size_error_names_both_sizes(tmp_path):

@@ -1,4 +1,4 @@
-"""tools/preprocess.py and tools/demo_text.py, offline."""
+"""`megabus preprocess` and tools/demo_text.py, offline."""
 
 import gzip
 import hashlib
@@ -13,13 +13,12 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-import demo_text
-import preprocess
-
+from megabus.cli import main
+from megabus.data import preprocess
 from megabus.data.indexed import IndexedTokens, read_meta
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
+from tools import demo_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SENTENCE = "the quick brown fox jumps over the lazy dog, and sixty wizards' quills make black jam.\n"
@@ -33,7 +32,7 @@ def model(tmp_path_factory):
 
 def run(model, output, *arguments):
     options = ["--tokenizer", str(model), "--output", str(output), "--workers", "1"]
-    return preprocess.main([*map(str, arguments), *options])
+    return main(["preprocess", *map(str, arguments), *options])
 
 
 def documents(model, prefix):
@@ -136,17 +135,16 @@ def test_validation_split(tmp_path, model):
 
 
 def test_bytes_do_not_depend_on_workers(tmp_path):
-    """As a user runs it: a subprocess, outside the repository, the package not on its path."""
+    """As a user runs it: a subprocess, outside the repository."""
     words, random_words = SENTENCE.split(), random.Random(0)
     lines = (" ".join(random_words.choices(words, k=200)) for _ in range(2800))
     (tmp_path / "in.txt").write_text("\n\n\n".join(lines))
     assert (tmp_path / "in.txt").stat().st_size > 2 * preprocess.BATCH_CHARACTERS  # three batches
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "tools/preprocess.py"), "in.txt", "--train-tokenizer", "300"]
     command += ["--model-type", "bpe", "--tokenizer-sample-mb", "0.1", "--valid-fraction", "0.1"]
     for workers in ("1", "2"):
         output = ["--output", f"with{workers}/c", "--workers", workers]
-        done = subprocess.run([*command, *output], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run([*command, *output], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("2800 documents, ")
     assert contents(tmp_path / "with1") == contents(tmp_path / "with2")
@@ -201,10 +199,10 @@ def inputs(tmp_path, monkeypatch):
 def test_errors_are_one_line_and_change_nothing(model, capsys, name):
     arguments, message = ERRORS[name]
     options = ["--tokenizer", str(model), "--output", "out/c", "--workers", "1"]
-    assert preprocess.main(["in.txt", *options]) == 0  # control, and a good corpus that must survive
+    assert main(["preprocess", "in.txt", *options]) == 0  # control, and a good corpus that must survive
     before = contents(Path("out"))
     capsys.readouterr()
-    assert preprocess.main([*options, *arguments]) == 2
+    assert main(["preprocess", *options, *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")

@@ -64,7 +64,9 @@ def _job(config, factor, steps, fault):
         hooks.move_to_end(next(key for key, hook in hooks.items() if hook == engine.boost._stretch))
 
     def step(number):
-        return engine.train_step(parity.rank_batches(engine, parity.batch_of(config, number)), config.optimizer.lr)
+        return engine.train_step(
+            parity.rank_batches(engine, parity.batch_of(engine.stage, number)), config.optimizer.lr
+        )
 
     seen, errors = [_masters(engine)], []
     engine.boost.factor = factor

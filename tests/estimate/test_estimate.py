@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from support.command import run_command
 from support.plans import needed_entries, owned_entries, traffic
+from support.trainings import run_of
 
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
 from megabus.config.stages import Stage
 from megabus.engine import ds_config
-from megabus.errors import UserError
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
 from megabus.estimate.devices import Link, device
@@ -28,7 +29,6 @@ from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
 from megabus.testing.memory import measure, memory_config
 from megabus.testing.ranks import run_ranks
-from tools import estimate as tool
 
 torch.set_num_threads(1)
 BUCKET = 300_000
@@ -49,9 +49,8 @@ def off(estimates, found):
     return max(abs(share - 1) for share in shares)
 
 
-def estimates(config, world):
-    stage = resolve_stages(config, world)[0]
-    return [rank_memory(config, stage, rank) for rank in range(world)]
+def estimates(config):
+    return [rank_memory(config.train, config.stage, rank) for rank in range(config.stage.layout.world)]
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def small_buckets(monkeypatch):
 def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeypatch):
     config = memory_config(kind, layout, **options)
     found = run_ranks(layout.world, measure, config, BUCKET, timeout=600.0)
-    planned = estimates(config, layout.world)
+    planned = estimates(config)
     for one, other in zip(planned, found, strict=True):
         assert (one.weights, one.masters, one.moments) == (other.weights, other.masters, other.moments)
         if config.train.precision == "bf16" and config.train.zero_stage == 1:
@@ -72,10 +71,10 @@ def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeyp
     # Negative controls: of other runs the same figures are not told.
     if layout.pp > 1:
         monkeypatch.setattr(rooms, "in_flight", lambda *_: 1)
-        assert off(estimates(config, layout.world), found) > 0.1
+        assert off(estimates(config), found) > 0.1
     for change in ({"micro_batch_size": 2 * config.train.micro_batch_size}, {"recompute": not config.train.recompute}):
         other_run = memory_config(kind, layout, **options | change)
-        assert off(estimates(other_run, layout.world), found) > 0.1
+        assert off(estimates(other_run), found) > 0.1
 
 
 # ---- large worlds
@@ -94,7 +93,7 @@ def test_the_large_run_s_states_are_all_of_its_parameters(large):
         entries = sum(g.entries for pp in range(layout.pp) for tp in range(layout.tp) for g in placement.groups(pp, tp))
         whole = sum(placement.numel(name) for name, spec in placement.specs.items() if not spec.sharded)
         assert entries == count_parameters(stage.model) + (layout.tp - 1) * whole
-        at = states_at(config, stage, placement, 0, 0)
+        at = states_at(config.train, stage, placement, 0, 0)
         groups = placement.groups(0, 0)
         owned = sum(g.partition for g in groups)
         assert (at.masters, at.moments, at.weights) == (4 * owned, 8 * owned, 2 * owned * layout.dp)
@@ -224,7 +223,7 @@ def test_candidates_are_all_that_a_run_accepts(large):
 
 
 def test_ranking_is_by_time_of_what_fits():
-    config = memory_config("gpt", Layout(2, 1, 2), precision="bf16")
+    config = run_of(memory_config("gpt", Layout(2, 1, 2), precision="bf16"))
     stage = resolve_stages(config, 4)[0]
     cpu = device("cpu")
     every = rank_layouts(config, stage, cpu, top=99)
@@ -249,30 +248,29 @@ def test_a_layout_of_one_s_own_that_fits_is_not_refused(monkeypatch, capsys):
     """Though no other is proposed: tensor parallelism over nodes is not."""
     words = ("--config", "configs/gpt_64m.yaml", "--world", "2", "--nodes-of", "1", "--reserve-gb", "0")
     words += ("layout.tp=2", "train.micro_batch_size=1", "train.precision=bf16")
-    assert "is number 1" in told(monkeypatch, capsys, *words, "--memory-gb", "1.05")
+    assert "is number 1" in told(*words, "--memory-gb", "1.05")
     small = ("--config", "configs/gpt_64m.yaml", "--world", "1", "--memory-gb", "4", "--reserve-gb", "0")
-    found = told(monkeypatch, capsys, *small)  # with smaller micro batches it would
+    found = told(*small)  # with smaller micro batches it would
     assert "configured, micro batches of 32 do not fit" in found
     assert "with micro batches of 32 does not fit" in found
-    monkeypatch.setattr(sys, "argv", ["estimate.py", *words, "--memory-gb", "0.3"])
-    with pytest.raises(UserError, match=r"^model = stage 0: fits no layout of 2 ranks of 0\.3 GB, with micro"):
-        tool.main()
+    refused = run_command("estimate", *words, "--memory-gb", "0.3")
+    assert refused.stderr.startswith("error: model = stage 0: fits no layout of 2 ranks of 0.3 GB, with micro")
 
 
 # ---- the command
 
 
-def told(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["estimate.py", *words])
-    assert tool.main() == 0
-    return capsys.readouterr().out
+def told(*words):
+    done = run_command("estimate", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 DEMO = ("--config", "configs/demo.yaml", "--world", "4", "--gpu", "cpu", "--top", "2")
 
 
-def test_tables_and_values_agree(monkeypatch, capsys, tmp_path):
-    text = told(monkeypatch, capsys, *DEMO, "--json", str(tmp_path / "out.json"))
+def test_tables_and_values_agree(tmp_path):
+    text = told(*DEMO, "--json", str(tmp_path / "out.json"))
     values = json.loads((tmp_path / "out.json").read_text())
     assert text.count("predicted, not measured") == 6  # a run, its steps, three stages' layouts, growths
     assert values["times"] == "predicted, not measured"
@@ -283,7 +281,7 @@ def test_tables_and_values_agree(monkeypatch, capsys, tmp_path):
         assert step["total"] == pytest.approx(sum(parts))
         assert len(stage["memory"]) == stage["layout"]["pp"]
         assert (stage["growth"] is None) == (stage["stage"] == 0)
-    slow = json.loads(told(monkeypatch, capsys, *DEMO, "--json", "-", "--tflops", "0.001", "train.micro_batch_size=8"))
+    slow = json.loads(told(*DEMO, "--json", "-", "--tflops", "0.001", "train.micro_batch_size=8"))
     first = values["stages"][0]["step"], slow["stages"][0]["step"]
     assert first[1]["compute"] == pytest.approx(40 * first[0]["compute"], rel=1e-6)
     assert slow["stages"][0]["micro_batch_size"] == 8
@@ -304,8 +302,7 @@ def test_tables_and_values_agree(monkeypatch, capsys, tmp_path):
     ],
     ids=str,
 )
-def test_bad_input_is_one_line(words, key, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["estimate.py", *DEMO, *words])
-    with pytest.raises(UserError) as told_off:
-        tool.main()
-    assert told_off.value.key == key
+def test_bad_input_is_one_line(words, key):
+    done = run_command("estimate", *DEMO, *words)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: {key} = .*\n", done.stderr)

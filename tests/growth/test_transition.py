@@ -25,7 +25,7 @@ SMALL = {"d_model": 36, "n_layers": 3, "n_heads": 2, "d_ff": 62}
 LARGE = {"d_model": 52, "n_layers": 5, "n_heads": 3, "d_ff": 90}
 
 
-def growth_config(stages, layouts, kind="ngpt", first=SMALL, seq_lens=None, **growth):
+def growth_config(stages, layouts, kind="ngpt", first=SMALL, **growth):
     """A run of several stages; `layouts` has one more entry than `stages`."""
     base = {"vocab_size": 67, "head_dim": 6, "kind": kind} | first
 
@@ -52,13 +52,13 @@ def _pieces(engine):
 def _steps(engine, config, count, first=0):
     results = []
     for step in range(first, first + count):
-        batches = parity.rank_batches(engine, parity.batch_of(config, step))
+        batches = parity.rank_batches(engine, parity.batch_of(engine.stage, step))
         results.append(engine.train_step(batches, config.optimizer.lr))
     return results
 
 
-def _loss(engine, config):
-    batches = parity.rank_batches(engine, parity.batch_of(config, 99))
+def _loss(engine):
+    batches = parity.rank_batches(engine, parity.batch_of(engine.stage, 99))
     return engine.evaluate(batches, engine.stage.grad_accum, engine.stage.seq_len)
 
 
@@ -72,14 +72,14 @@ def _grow_job(config, steps_before, steps_after):
     _steps(engine, config, steps_before)
     seen = []
     for number, stage in enumerate(stages[1:]):
-        before, loss_before, step = _pieces(engine), _loss(engine, config), engine.optimizer_step
+        before, loss_before, step = _pieces(engine), _loss(engine), engine.optimizer_step
         transition = grow_engine(engine, config, stage)
         engine = transition.engine
         seen.append(
             {
                 "before": before,
                 "after": _pieces(engine),
-                "losses": (loss_before, _loss(engine, config)),
+                "losses": (loss_before, _loss(engine)),
                 "steps": (step, engine.optimizer_step),
                 "unit": engine.unit_error(),
                 "sent": transition.sent,

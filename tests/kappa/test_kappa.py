@@ -13,20 +13,22 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megabus.config.schema import KappaConfig, ScalingLaw
 from megabus.errors import UserError
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
-from megabus.kappa.monitor import KappaMonitor, KappaSettings, bar
+from megabus.kappa.monitor import KappaMonitor, bar
 from megabus.kappa.predictors import (
     Constant,
     CurvePoint,
     Fit,
+    FromLaw,
     Reference,
-    ScalingLaw,
     StageSpan,
     make_predictor,
 )
 
 NAN = float("nan")
+FIT = {"predictor": "fit", "min_evals": 8}
 
 
 def curve(losses, tokens=1000, flops=6e6):
@@ -38,9 +40,9 @@ def power(n, E=2.5, A=3.0, b=0.4):
 
 
 def monitor(kappa=0.8, end=2.0, n_params=10, stage=0, caps=(None, None), **settings):
-    settings = {"predictor": Constant(end), "min_evals": 1, **settings}
-    made = KappaMonitor(KappaSettings(**settings))
-    made.start_stage(stage, n_params, kappa, *caps)
+    """By a constant prediction, unless the settings name another predictor."""
+    made = KappaMonitor(KappaConfig(**{"predictor": "constant", "constant": end, "min_evals": 1, **settings}))
+    made.start_stage(StageSpan(stage, n_params, kappa, 0, 0.0, *caps))
     return made
 
 
@@ -59,7 +61,7 @@ def first_growth(decisions):
 def test_fit_recovers_a_power_law():
     span = StageSpan(0, 10, 0.8)
     for E, b in ((2.5, 0.4), (1.2, 0.08), (3.0, 1.5)):
-        found = Fit()(span, curve(power(30, E=E, b=b)))
+        found = Fit(8)(span, curve(power(30, E=E, b=b)))
         assert found.loss == pytest.approx(E, rel=1e-3)
         assert found.std < 1e-2
 
@@ -72,14 +74,14 @@ def test_fit_predicts_the_end_of_the_budget():
     )
     both = StageSpan(0, 10, 0.8, max_tokens=200_000, max_flops=6e6 * 900)
     for span in (by_tokens, by_flops, both):
-        assert Fit()(span, curve(power(30))).loss == pytest.approx(at_200, rel=1e-4)
-    assert Fit()(StageSpan(0, 10, 0.8), curve(power(30))).loss < at_200 - 0.2  # control: no budget, so E
+        assert Fit(8)(span, curve(power(30))).loss == pytest.approx(at_200, rel=1e-4)
+    assert Fit(8)(StageSpan(0, 10, 0.8), curve(power(30))).loss < at_200 - 0.2  # control: no budget, so E
 
 
 def test_fit_counts_compute_from_the_start_of_the_run():
     """A grown stage goes on from where the run was: its points keep to the run's own clock."""
     points = curve(power(60))
-    found = Fit()(StageSpan(1, 10, 0.8, tokens=20_000, flops=6e6 * 20), points[20:])
+    found = Fit(8)(StageSpan(1, 10, 0.8, tokens=20_000, flops=6e6 * 20), points[20:])
     assert found.loss == pytest.approx(2.5, rel=1e-3)
 
 
@@ -88,7 +90,7 @@ def test_fit_std_covers_its_error():
     rng = np.random.default_rng(0)
     span = StageSpan(0, 10, 0.8, max_tokens=100_000)
     truth = 2.5 + 3.0 * 100**-0.4
-    found = [Fit()(span, curve(power(40) + 0.02 * rng.standard_normal(40))) for _ in range(60)]
+    found = [Fit(8)(span, curve(power(40) + 0.02 * rng.standard_normal(40))) for _ in range(60)]
     z = np.array([(p.loss - truth) / p.std for p in found])
     assert 0.6 < np.sqrt(np.mean(z**2)) < 1.6
 
@@ -97,9 +99,9 @@ def test_fit_shrugs_off_outliers():
     rng = np.random.default_rng(1)
     losses = power(40) + 0.002 * rng.standard_normal(40)
     span = StageSpan(0, 10, 0.8, max_tokens=80_000)
-    clean = Fit()(span, curve(losses)).loss
+    clean = Fit(8)(span, curve(losses)).loss
     losses[[12, 30]] += 2.0
-    assert Fit()(span, curve(losses)).loss == pytest.approx(clean, abs=0.02)
+    assert Fit(8)(span, curve(losses)).loss == pytest.approx(clean, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_fit_shrugs_off_outliers():
 )
 @pytest.mark.parametrize("budget", [None, 100_000])
 def test_fit_survives_any_curve(losses, budget):
-    found = Fit()(StageSpan(0, 10, 0.8, max_tokens=budget), curve(losses))
+    found = Fit(8)(StageSpan(0, 10, 0.8, max_tokens=budget), curve(losses))
     assert math.isfinite(found.loss)
     assert found.loss >= 0
     assert math.isfinite(found.std)
@@ -124,22 +126,22 @@ def test_fit_survives_any_curve(losses, budget):
 
 def test_fit_waits_for_enough_finite_points_at_different_compute():
     span = StageSpan(0, 10, 0.8)
-    assert Fit()(span, []) is None
-    assert Fit()(span, curve(power(7))) is None
-    assert Fit()(span, curve([*power(7), NAN, math.inf])) is None
-    assert Fit()(span, [CurvePoint(1000, 6e6, 3.0)] * 20) is None
-    assert Fit()(span, curve([*power(7), NAN, 3.0])) is not None
+    assert Fit(8)(span, []) is None
+    assert Fit(8)(span, curve(power(7))) is None
+    assert Fit(8)(span, curve([*power(7), NAN, math.inf])) is None
+    assert Fit(8)(span, [CurvePoint(1000, 6e6, 3.0)] * 20) is None
+    assert Fit(8)(span, curve([*power(7), NAN, 3.0])) is not None
 
 
 def test_scaling_law_closed_form():
-    law = ScalingLaw(E=1.0, A=8.0, B=27.0, alpha=0.5, beta=1 / 3)
+    law = FromLaw(ScalingLaw(E=1.0, A=8.0, B=27.0, alpha=0.5, beta=1 / 3))
     assert law(StageSpan(0, 16, 0.8), []).loss == pytest.approx(1 + 8 / 4)
     assert law(StageSpan(0, 16, 0.8, max_tokens=1000), curve([5])).loss == pytest.approx(1 + 8 / 4 + 27 / 10)
     by_flops = StageSpan(0, 16, 0.8, max_flops=6e6)  # the curve's 6000 FLOPs a token make that 1000 tokens
     assert law(by_flops, curve([5])).loss == pytest.approx(1 + 8 / 4 + 27 / 10)
     assert law(by_flops, []) is None
     # Hoffmann et al.: 70B parameters, 1.4T tokens
-    chinchilla = ScalingLaw()(StageSpan(0, 70 * 10**9, 0.8, max_tokens=14 * 10**11), curve([5])).loss
+    chinchilla = FromLaw(ScalingLaw())(StageSpan(0, 70 * 10**9, 0.8, max_tokens=14 * 10**11), curve([5])).loss
     assert chinchilla == pytest.approx(1.94, abs=0.01)
 
 
@@ -161,17 +163,35 @@ def test_reference_refuses_bad_tables(table):
         Reference(table)
 
 
-BAD_VALUES = [("constant", {"loss": bad}) for bad in (NAN, None, [], [3.0, -1.0])] + [("reference", {"table": None})]
-
-
 def test_make_predictor():
-    assert make_predictor("constant", loss=[3.0, 2.0])(StageSpan(1, 10, 0.8), []).loss == 2.0
-    assert make_predictor("fit") == Fit()
+    asked = {"constant": [3.0, 2.0], "reference": [(1e6, 3.0), (1e7, 2.5)], "min_evals": 6}
+    found = {name: make_predictor(KappaConfig(predictor=name, **asked)) for name in PREDICTORS}
+    assert found == {
+        "fit": Fit(6),
+        "scaling_law": FromLaw(ScalingLaw()),
+        "constant": Constant([3.0, 2.0]),
+        "reference": Reference([(1e6, 3.0), (1e7, 2.5)]),
+    }
+    assert found["constant"](StageSpan(1, 10, 0.8), []).loss == 2.0
     with pytest.raises(UserError, match="no entry for stage 2"):
-        Constant([3.0, 2.0])(StageSpan(2, 10, 0.8), [])
-    for name, options in (("oracle", {}), ("constant", {"value": 3}), *BAD_VALUES):
-        with pytest.raises(UserError):
-            make_predictor(name, **options)
+        found["constant"](StageSpan(2, 10, 0.8), [])
+
+
+PREDICTORS = ("fit", "scaling_law", "constant", "reference")
+REFUSED = [
+    ({"predictor": "constant"}, r"constant = \(missing\): predictor constant needs it; add it"),
+    ({"predictor": "constant", "constant": []}, r"constant = \[\]: not a finite loss >= 0"),
+    ({"predictor": "constant", "constant": [3.0, -1.0]}, r"constant = .*: not a finite loss >= 0"),
+    ({"predictor": "reference"}, r"reference = \(missing\): predictor reference needs it; add it"),
+    ({"predictor": "reference", "reference": [(1e6, 3.0)]}, r"reference = .*: needs at least 2 rows"),
+    ({"predictor": "fit", "min_evals": 4}, r"min_evals = 4: too few for the 3 coefficients"),
+]
+
+
+@pytest.mark.parametrize(("trigger", "told"), REFUSED)
+def test_a_predictor_without_what_it_needs_is_refused(trigger, told):
+    with pytest.raises(UserError, match=rf"growth\.trigger\.{told}"):
+        make_predictor(KappaConfig(**trigger))
 
 
 # ---- the monitor
@@ -180,7 +200,7 @@ def test_make_predictor():
 def test_the_literal_formula_is_no_loss():
     start, end, kappa = 10.0, 2.0, 0.8
     tp = end - start
-    assert tp * kappa + end < 0  # as the mission writes it: below zero, where no loss gets
+    assert tp * kappa + end < 0  # as the method's description writes it: no loss is negative
     watch = monitor(kappa, end)
     target = watch.observe(0, 0, start).view.target
     assert target == pytest.approx(start + kappa * tp)
@@ -200,8 +220,8 @@ def test_triggers_at_the_closed_form_point(kappa):
 
 def test_fit_triggers_near_the_truth():
     """End to end with the default predictor: a stage that knows only its own curve."""
-    watch = KappaMonitor(KappaSettings(kappa=0.8))
-    watch.start_stage(0, 10, max_tokens=400_000)
+    watch = KappaMonitor(KappaConfig())
+    watch.start_stage(StageSpan(0, 10, 0.8, max_tokens=400_000))
     losses = power(400)
     end = losses[-1]
     true = int(np.argmax(losses <= end + 0.2 * (losses[0] - end)))
@@ -209,23 +229,22 @@ def test_fit_triggers_near_the_truth():
     assert abs(first_growth(decisions) - true) <= 1
 
 
-def test_start_is_the_first_finite_loss_of_the_stage_or_run():
-    for start, expected in (("stage", 5.0), ("run", 9.0)):
-        watch = monitor(start=start)
-        feed(watch, [NAN, 9.0, 8.0])
-        watch.start_stage(1, 20, 0.5, tokens=3000, flops=18e6)
-        view = watch.observe(3000, 18e6, 5.0).view
-        assert view.start == expected
-        assert (view.stage, view.evals, view.stage_tokens) == (1, 1, 0)
-        assert view.target == pytest.approx(2 + 0.5 * (expected - 2))
+def test_start_is_the_first_finite_loss_of_the_stage():
+    watch = monitor()
+    assert feed(watch, [NAN, 9.0, 8.0])[-1].view.start == 9.0
+    watch.start_stage(StageSpan(1, 20, 0.5, tokens=3000, flops=18e6))
+    view = watch.observe(3000, 18e6, 5.0).view
+    assert view.start == 5.0
+    assert (view.stage, view.evals, view.stage_tokens) == (1, 1, 0)
+    assert view.target == pytest.approx(2 + 0.5 * (5.0 - 2))
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 def test_nonfinite_never_triggers_and_leaves_no_trace(bad):
-    watch, twin = monitor(0.5, patience=2, smoothing=0.5), monitor(0.5, patience=2, smoothing=0.5)
+    watch, twin = monitor(0.5, patience=2), monitor(0.5, patience=2)
     good, broken = feed(twin, [10, 3, 3]), feed(watch, [10, 3, bad])
     assert not broken[2].grow
-    assert broken[2].view.smoothed == good[1].view.smoothed
+    assert broken[2].view.loss == good[1].view.loss
     assert (broken[2].view.met, broken[2].view.nonfinite, broken[2].view.evals) == (0, 1, 2)
     assert not any(decision.grow for decision in feed(monitor(0.5), [10, *[bad] * 20]))
     assert feed(monitor(0.5), [10, 3])[1].grow  # control: finite, it does trigger
@@ -247,14 +266,6 @@ def test_patience_wants_consecutive_evaluations():
     assert first_growth(feed(monitor(0.5, patience=2), [10, 3, NAN, 3, 3])) == 4
 
 
-def test_smoothing_is_a_bias_corrected_mean():
-    watch = monitor(smoothing=0.5)
-    smoothed = [d.view.smoothed for d in feed(watch, [8.0, 4.0, 4.0])]
-    assert smoothed == pytest.approx([8.0, (1 * 8 + 2 * 4) / 3, (1 * 8 + 2 * 4 + 4 * 4) / 7])
-    assert first_growth(feed(monitor(0.7, smoothing=0.5), [10, 3, 8, 8])) is None
-    assert first_growth(feed(monitor(0.7), [10, 3, 8, 8])) == 1  # control
-
-
 def test_min_evals():
     assert first_growth(feed(monitor(0.5, min_evals=4), [10, 3, 3, 3, 3])) == 3
 
@@ -265,7 +276,7 @@ def test_caps_trigger_whatever_the_loss():
         decisions = feed(watch, [10.0, 10.0, 11.0, 12.0])
         assert first_growth(decisions) == 3
         assert decisions[3].reason == "cap"
-    watch.start_stage(1, 20, max_tokens=3000, tokens=3000, flops=18e6)  # caps count from the stage's start
+    watch.start_stage(StageSpan(1, 20, 0.8, 3000, 18e6, max_tokens=3000))  # caps count from the stage's start
     assert not watch.check_cap(5999, 36e6).grow
     assert watch.check_cap(6000, 36e6).grow
     assert not monitor().check_cap(10**15, 1e30).grow
@@ -279,9 +290,9 @@ def test_nothing_to_gain_is_said_and_only_the_cap_ends_it():
 
 def test_a_vague_prediction_does_not_trigger():
     noise = 0.3 * np.random.default_rng(3).standard_normal(60)
-    flat = feed(monitor(0.5, predictor=Fit()), 3.0 + noise)
+    flat = feed(monitor(0.5, **FIT), 3.0 + noise)
     assert first_growth(flat) is None
-    trusting = feed(monitor(0.5, predictor=Fit(), max_std=1e9), 3.0 + noise)
+    trusting = feed(monitor(0.5, **FIT, max_std=1e9), 3.0 + noise)
     assert first_growth(trusting) is not None  # control: noise alone would have grown the model
 
 
@@ -291,19 +302,19 @@ def test_view_slope_and_metrics():
     assert view.slope == pytest.approx(-0.25)
     metrics = json.loads(json.dumps(view.as_dict()))
     assert metrics["kappa"] == 0.8
-    assert {"kappa_progress", "kappa_target", "kappa_mp", "kappa_smoothed"} < set(metrics)
+    assert {"kappa_progress", "kappa_target", "kappa_mp", "kappa_loss"} < set(metrics)
 
 
 def test_resume_is_bitwise():
     rng = np.random.default_rng(4)
     losses = [NAN if i == 17 else float(x) for i, x in enumerate(power(40) + 0.01 * rng.standard_normal(40))]
-    settings = {"predictor": Fit(), "smoothing": 0.7, "patience": 3}
+    settings = FIT | {"patience": 3}
     whole = feed(monitor(0.7, caps=(60_000, None), **settings), losses)
     assert first_growth(whole) is not None
     for cut in (1, 16, 18, 30):
         before = monitor(0.7, caps=(60_000, None), **settings)
         feed(before, losses[:cut])
-        after = KappaMonitor(KappaSettings(**{"min_evals": 1, **settings}))
+        after = KappaMonitor(KappaConfig(**settings))
         after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         assert feed(after, losses[cut:], cut) == whole[cut:]
 
@@ -322,14 +333,9 @@ def test_a_resumed_stage_has_the_target_and_caps_that_it_is_given():
     assert (decision.grow, decision.reason) == (True, "cap")
 
 
-def test_monitor_refuses_bad_settings_and_order():
-    for bad in ({"kappa": 1.2}, {"smoothing": 1.0}, {"patience": 0}, {"min_evals": 0}, {"start": "now"}):
-        with pytest.raises(UserError, match=next(iter(bad))):
-            KappaSettings(**bad)
-    with pytest.raises(UserError, match="max_tokens"):
-        monitor(caps=(0, None))
+def test_a_monitor_without_a_stage_observes_nothing():
     with pytest.raises(RuntimeError, match="start_stage"):
-        KappaMonitor(KappaSettings()).observe(0, 0, 1.0)
+        KappaMonitor(KappaConfig()).observe(0, 0, 1.0)
 
 
 def test_bar():
@@ -342,13 +348,6 @@ def test_bar():
 # ---- all ranks
 
 
-def test_broadcast_in_one_process():
-    signal = GrowthSignal(True, "cap", 2, 77)
-    assert broadcast_decision(signal) == signal
-    with pytest.raises(ValueError, match="must pass"):
-        broadcast_decision(None)
-
-
 TOLD = [
     GrowthSignal(False, None, 0, 5),
     GrowthSignal(True, "kappa", 3, 2**40),
@@ -359,7 +358,10 @@ TOLD = [
 def _rank(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     heard = [broadcast_decision(signal if rank == 0 else None) for signal in TOLD]
-    heard.append(broadcast_decision(GrowthSignal(True, "cap", rank, rank), src=2))  # the others' are ignored
+    heard.append(broadcast_decision(GrowthSignal(True, "cap", rank + 7, rank)))  # the others' are ignored
+    if rank == 0:
+        with pytest.raises(ValueError, match="must pass"):
+            broadcast_decision(None)
     Path(folder, f"{rank}.txt").write_text(repr(heard))
     dist.destroy_process_group()
 
@@ -375,4 +377,4 @@ def test_broadcast_over_three_ranks():
             for process in ranks.processes:
                 process.kill()
         heard = {Path(folder, f"{rank}.txt").read_text() for rank in range(3)}
-    assert heard == {repr([*TOLD, GrowthSignal(True, "cap", 2, 2)])}
+    assert heard == {repr([*TOLD, GrowthSignal(True, "cap", 7, 0)])}

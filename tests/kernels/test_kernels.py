@@ -20,14 +20,16 @@ from support.small_models import config, lively_state, loss_of, model_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from megabus.errors import UserError
-from megabus.kernels import eager, table
+from megabus.kernels import choice as kernel_choice
+from megabus.kernels import eager
+from megabus.kernels.choice import select
 from megabus.kernels.compiled import _compile
-from megabus.kernels.table import EAGER, FUNCTIONS, select
+from megabus.kernels.form import EAGER, FUNCTIONS
 from megabus.model.decoder import Decoder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.bfloat16]
-HAS = {"eager": True, "triton": table.find_spec("triton") is not None}
+HAS = {"eager": True, "triton": kernel_choice.find_spec("triton") is not None}
 SMALL = [pytest.param(form, marks=pytest.mark.skipif(not there, reason="needs triton")) for form, there in HAS.items()]
 TRITON_ONLY = pytest.mark.skipif(not HAS["triton"], reason="needs triton")
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
@@ -343,10 +345,11 @@ def test_forms_have_every_function():
     for form in ("eager", *(["triton"] if HAS["triton"] else [])):
         assert form_of(form).name == form
         assert all(callable(getattr(form_of(form), name)) for name in FUNCTIONS)
+        assert form_of(form).attention is eager.attention
 
 
 def packages(monkeypatch, *there):
-    monkeypatch.setattr(table, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(kernel_choice, "find_spec", lambda name: name if name in there else None)
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

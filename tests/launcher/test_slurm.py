@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import submit
 import yaml
-from slurm.render import fill
 
-from megabus.command import run
+from megabus.cli import main
 from megabus.config import load_config
+from megabus.slurm.render import fill
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
@@ -39,15 +37,14 @@ def in_yaml(text):
     return "'" + text.replace("'", "''") + "'"
 
 
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["submit.py", "--config", "config.yaml", *arguments])
-    return run(submit.main)
+def command(*arguments):
+    return main(["submit", "--config", "config.yaml", *arguments])
 
 
 @pytest.fixture
-def rendered(monkeypatch, capsys):
+def rendered(capsys):
     def make(*arguments):
-        assert command(monkeypatch, "--dry-run", *arguments) == 0
+        assert command("--dry-run", *arguments) == 0
         return capsys.readouterr().out
 
     return make
@@ -87,7 +84,7 @@ def rendered(monkeypatch, capsys):
 def test_what_is_refused(monkeypatch, capsys, tmp_path, arguments, told):
     """Before sbatch, which is not even there to be found."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert command(monkeypatch, *arguments) == 2
+    assert command(*arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"error: {told.replace('{here}', str(tmp_path))}")
@@ -266,21 +263,21 @@ def test_every_character_arrives(job, in_bash, tmp_path, launcher):
     directory, *environment, port = started(tmp_path)[:5]
     assert (directory, environment, port) == (str(tmp_path), ["1", "cpu", "node-a"], "10031")
     arguments = started(tmp_path)[5:]
-    at = arguments.index(str(ROOT / "launcher/train.py"))
-    assert arguments[at + 1 : -1] == ["--config", "config.yaml", *overrides]
-    config = load_config("config.yaml", arguments[at + 3 :])
+    at = arguments.index("megabus")
+    assert arguments[at + 1 : -1] == ["train", "--config", "config.yaml", *overrides]
+    config = load_config("config.yaml", arguments[at + 4 :])
     assert (config.data.valid, config.run_dir) == (ODD, run_dir)
     if launcher == "torchrun":
         assert arguments[:at] == [
             *("-m", "torch.distributed.run", "--nnodes=2", "--node-rank=0", "--nproc-per-node=2"),
-            *("--rdzv-backend=static", "--master-addr=node-a", "--master-port=10031"),
+            *("--rdzv-backend=static", "--master-addr=node-a", "--master-port=10031", "-m"),
         ]
     else:
         hosts = tmp_path / run_dir / "slurm/31.hosts"
         assert hosts.read_text() == "node-a slots=2\nnode-b slots=2\n"
         assert arguments[:at] == [
             *("-m", "deepspeed.launcher.runner", f"--hostfile={hosts}", "--no_ssh", "--node_rank=0"),
-            *("--master_addr=node-a", "--master_port=10031"),
+            *("--master_addr=node-a", "--master_port=10031", "--module", "--no_local_rank"),
         ]
     assert (tmp_path / "srun.txt").read_text().splitlines()[:4] == [
         *("--export=ALL", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2"),
@@ -383,7 +380,7 @@ def sbatch(tmp_path, monkeypatch, text):
 
 def test_what_sbatch_gets(rendered, monkeypatch, capsys, tmp_path):
     sbatch(tmp_path, monkeypatch, '[[ -d runs/x/slurm && $* == --parsable ]] && cat >got && echo "17;cluster"')
-    assert command(monkeypatch, *CPU) == 0
+    assert command(*CPU) == 0
     assert capsys.readouterr().out == f"job 17: runs/x; logs in {tmp_path}/runs/x/slurm\n"
     assert Path("got").read_text() == rendered(*CPU)
 
@@ -395,6 +392,6 @@ def test_what_sbatch_refuses(monkeypatch, capsys, tmp_path, there):
     if not there:
         monkeypatch.setenv("PATH", "/nowhere")
         told = "error: sbatch = sbatch: cannot be run (No such file or directory); submit where slurm is installed"
-    assert command(monkeypatch, *CPU) == 2
+    assert command(*CPU) == 2
     assert capsys.readouterr().err.startswith(told)
     assert sorted(os.listdir()) == ["config.yaml", "sbatch"]  # a run's directory would be a run

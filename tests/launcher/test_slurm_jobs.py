@@ -70,7 +70,7 @@ def trainers(config) -> list[int]:
             words = (process / "cmdline").read_text().split("\0")
         except OSError:
             continue
-        if words[1:3] == ["-u", str(ROOT / "launcher/train.py")] and config.run_dir in "".join(words):
+        if words[1:5] == ["-u", "-m", "megabus", "train"] and config.run_dir in "".join(words):
             found.append(int(process.name))
     return found
 

@@ -1,14 +1,14 @@
-"""What `launcher/submit.py` reads: sweeps, and slurm's time limits."""
+"""What `megabus submit` reads: sweeps, and slurm's time limits."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from slurm.render import seconds
-from slurm.sweep import expand, folder
 
 from megabus.errors import UserError
+from megabus.slurm.render import seconds
+from megabus.slurm.sweep import expand, folder
 
 
 @pytest.mark.parametrize(

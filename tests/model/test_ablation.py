@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import small_runs
 import torch
+from support import small_runs
+from support.command import run_command
 from support.small_models import config, lively_state
 
 import megabus
-from megabus.model.decoder import Decoder, param_specs
 from megabus.ablation import ablate
+from megabus.model.decoder import Decoder, param_specs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,8 +45,7 @@ def test_a_layer_that_is_the_identity_is_worth_nothing(kind):
 
 
 def test_the_tool_wants_a_checkpoint(tmp_path):
-    command = [sys.executable, ROOT / "tools/layers.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command("layers", tmp_path)
     assert done.returncode == 2
     assert "checkpoint" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -59,8 +57,8 @@ def test_the_tool_measures_what_the_run_validates_on(tmp_path):
     config = small_runs.run_config(corpus, tmp_path / "run", [{}] * 3)
     small_runs.start(config, 1)
     last = small_runs.rows_of(config, "eval")[-1]["loss"]
-    command = [sys.executable, ROOT / "tools/layers.py", config.run_dir, "--tokens", "256"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_command("layers", config.run_dir, "--tokens", "256")
+    assert done.returncode == 0, done.stderr
     (loss,) = re.findall(r"whole model (\S+), over 256 tokens", done.stdout)
     assert float(loss) == pytest.approx(last, abs=6e-5)
     assert len(re.findall(r"^ +\d ", done.stdout, re.MULTILINE)) == 2 * config.growth.stages[-1].n_layers

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.command import run_command
 from support.sources import MemorySource, model_config
 
 import megabus
@@ -100,13 +99,13 @@ def test_the_command(tmp_path):
     source = MemorySource(model_config("ngpt", vocab_size=290))
     source.tokenizer = path
     convert(source, tmp_path / "run", "checkpoint")
-    command = [sys.executable, ROOT / "tools/generate.py", tmp_path / "run", "--prompt", "the cat", "--max-tokens", "9"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = ["generate", tmp_path / "run", "--prompt", "the cat", "--max-tokens", "9"]
+    ended = run_command(*command)
     assert ended.returncode == 0, ended.stderr
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode("the cat")
     drawn = generate(megabus.load(tmp_path / "run"), ids, 9, temperature=0.8, stop=tokenizer.eod)
     assert ended.stdout == tokenizer.decode(ids + list(drawn)) + "\n"
-    bad = subprocess.run([*command, "--tokenizer", tmp_path / "no.model"], capture_output=True, text=True, timeout=120)
+    bad = run_command(*command, "--tokenizer", tmp_path / "no.model")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: tokenizer = ")

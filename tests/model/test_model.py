@@ -12,7 +12,7 @@ from support.small_models import batch, config, lively_state, model_of
 import megabus
 from megabus import counter
 from megabus.kernels import eager
-from megabus.kernels.table import EAGER
+from megabus.kernels.form import EAGER
 from megabus.model import init, layers, ngpt
 from megabus.model.decoder import Decoder, param_specs
 from megabus.model.params import global_shape, shard_rows, spec_of

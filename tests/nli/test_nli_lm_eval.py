@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import yaml
+from support.forked import run_python
 from support.nli_data import rows_of, run_tool, write_rows, write_run
 
 from megabus.convert.convert import convert, open_source
@@ -64,8 +63,7 @@ def test_lm_eval_finds_the_same_accuracy(tmp_path):
     arguments += ["--tasks", "megabus_nli_local,hub_form", "--include_path", str(tasks)]
     arguments += ["--metadata", json.dumps({"pairs": str(pairs)}), "--output_path", str(tmp_path / "lm")]
     offline = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lm_eval", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline, cwd=tmp_path)
+    ended = run_python(["-m", "lm_eval", *arguments], env=os.environ | offline, cwd=tmp_path, timeout=300)
     assert ended.returncode == 0, ended.stderr
 
     (ours,) = json.loads((tmp_path / "out/results.json").read_text())["sets"].values()

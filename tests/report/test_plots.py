@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.command import run_command
 
 from megabus.errors import UserError
 from megabus.train.history import read_metrics
@@ -186,12 +187,12 @@ def test_time_counts_speed_and_stalls(tmp_path, monkeypatch):
 
 def test_command_line(tmp_path):
     run, out = grown_run(tmp_path), tmp_path / "loss.png"
-    command = [sys.executable, str(ROOT / "tools/plot.py"), "--out", str(out), "--x", "tokens", "--log-x"]
-    done = subprocess.run([*command, str(run)], capture_output=True, text=True, timeout=60, cwd=ROOT, env={})
+    command = ["plot", "--out", out, "--x", "tokens", "--log-x"]
+    done = run_command(*command, run)
     assert done.returncode == 0, done.stderr
     assert "d96 L4" in done.stdout
     assert out.read_bytes().startswith(b"\x89PNG")
-    failed = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env={})
+    failed = run_command(*command, tmp_path)
     assert failed.returncode != 0
     assert failed.stderr.startswith("error: run_dir = ")
 

@@ -7,12 +7,12 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.command import Done, run_command
 from support.report_runs import eval_rows, growth_row, rows, start_row, step_row, totals, write_run
 
 from megabus.errors import UserError
@@ -308,9 +308,8 @@ def test_a_configuration_that_cannot_be_read(tmp_path):
 # ---- the command, and a browser ----------------------------------------------------------------------------
 
 
-def report(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/report.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, env={})
+def report(*args: object) -> Done:
+    return run_command("report", *args)
 
 
 @pytest.fixture(scope="module")

@@ -101,8 +101,8 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 driver.set_active(NoGPU())
 JITFunction.run = compile_only
 
-from megabus.kernels.table import MAX_WIDTH  # noqa: E402
-from megabus.kernels.triton_table import TRITON  # noqa: E402
+from megabus.kernels.triton_form import TRITON  # noqa: E402
+from megabus.kernels.width import MAX_WIDTH  # noqa: E402
 
 
 def half(*shape):

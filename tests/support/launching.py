@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import megabus.train.loop  # noqa: F401  here once: it takes a second
-from megabus.command import run_rank
+from megabus.cli import main
 from megabus.testing.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +30,8 @@ class Ended(NamedTuple):
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Nothing of the test run's own: no PYTHONPATH, no ranks."""
-    kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR") if key in os.environ}
+    """Nothing of the test run's own ranks. PYTHONPATH is where megabus comes from, if it is not installed."""
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "PYTHONPATH") if key in os.environ}
     return kept | {"OMP_NUM_THREADS": "1"} | extra
 
 
@@ -76,17 +75,11 @@ def launch_forked(*args: object, world: int = 2, folders: tuple[Path, ...] = ())
 
 def run_launcher(args: tuple[object, ...], folders: tuple[Path, ...] = ()) -> tuple[int, str, str]:
     """On one rank: its exit code, and what it said."""
-    spec = importlib.util.spec_from_file_location("train_launcher", LAUNCHER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     if folders:
         os.chdir(folders[int(os.environ["RANK"])])
-    sys.argv = [str(LAUNCHER), *map(str, args)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:  # files: the watchdog needs them
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = run_rank(module.main)
+            code = main(["train", *map(str, args)])
         out.seek(0)
         err.seek(0)
         return code, out.read(), err.read()

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import importlib.util
 import io
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from support.small_models import lively_state
 
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.checkpoint.store import checkpoints_of
-from megabus.command import run_rank
+from megabus.cli import main
 from megabus.config import Layout, ModelConfig
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.data.tokenizer import train_tokenizer
 from megabus.nli.pairs import LABELS
+from support.small_models import lively_state
 
 WORDS = ("red", "green", "blue")  # of a hypothesis: each stands for a label
 NOUNS = ("cat", "dog", "bird", "horse", "fish", "cow", "hen")
@@ -76,15 +74,10 @@ def write_run(folder: Path, **sizes) -> Path:
 
 
 def run_tool(arguments):
-    """The tool's `main` in this process: (exit code, stdout, stderr)."""
-    path = Path(__file__).parents[2] / "tools/evaluate_nli.py"
-    spec = importlib.util.spec_from_file_location("evaluate_nli", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.argv = [str(path), *map(str, arguments)]
+    """`megabus evaluate-nli` in this process: (exit code, stdout, stderr)."""
     out = io.StringIO()
     with tempfile.TemporaryFile("w+") as err:  # a real file: the watchdog asks for its number
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = run_rank(module.main)
+            code = main(["evaluate-nli", *map(str, arguments)])
         err.seek(0)
         return code, out.getvalue(), err.read()

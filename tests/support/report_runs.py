@@ -63,7 +63,7 @@ def eval_rows(step, stage=0):
         "kappa_progress": step % 40 / 40,
         "kappa_target": 3.5,
         "kappa_mp": 3.2,
-        "kappa_smoothed": loss,
+        "kappa_loss": loss,
     }
     yield {"event": "eval", **totals(step, stage), "loss": loss} | kappa
     yield {"event": "gains", **totals(step, stage)} | gains

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from megabus.config import RunConfig, Stage, parse_config, resolve_stages
-from megabus.kappa.monitor import KappaMonitor, KappaSettings, KappaView
-from megabus.kappa.predictors import Constant
+from megabus.config.schema import KappaConfig
+from megabus.kappa.monitor import KappaMonitor, KappaView
+from megabus.kappa.predictors import StageSpan
 from megabus.train.metrics import Metrics, clock, describe, step_line
 
 ROOT = Path(__file__).parents[2]
@@ -126,8 +127,8 @@ def test_step_line_with_a_known_peak_and_kappa(stage: Stage) -> None:
 
 def view_at(progress: float) -> KappaView:
     """What the monitor shows once `progress` of the way from a loss of 4 to one of 2 is done."""
-    monitor = KappaMonitor(KappaSettings(kappa=0.8, predictor=Constant(2.0)))
-    monitor.start_stage(0, n_params=1000)
+    monitor = KappaMonitor(KappaConfig(predictor="constant", constant=2.0))
+    monitor.start_stage(StageSpan(0, 1000, 0.8))
     monitor.observe(0, 0.0, 4.0)
     view = monitor.observe(1000, 1e6, 4.0 - 2.0 * progress).view
     assert view is not None

@@ -148,16 +148,6 @@ def test_what_changes_the_mathematics_is_told(stopped, override, key, was, value
     assert strict == f"{key} = {value}: was {was} in {folder}; set it back, or resume=auto"
 
 
-@pytest.mark.parametrize(("read", "told"), [("clone", []), ("tilt", ["growth.read: clone -> tilt"])])
-def test_a_run_of_a_time_without_read_tilt_had_clones(stopped, read, told):
-    folder = stopped[2] / "checkpoints/step-00000002"
-    config = load_config(stopped[2] / "config.yaml", [f"growth.read={read}"])
-    stages, state = resolve_stages(config, 1), read_state(folder)
-    del state.config["growth"]["read"]
-    data = data_order(open_sources(config, stages))
-    assert check_continues(Found(folder, state, []), config, stages, data) == told
-
-
 def test_every_change_is_told(stopped):
     lines = continued(stopped[2], "optimizer.lr=0.02", "train.seed=1", "growth.stages.0.lr=1e-3")
     assert sorted(lines) == ["growth.stages.0.lr: None -> 0.001", "optimizer.lr: 0.01 -> 0.02", "train.seed: 0 -> 1"]

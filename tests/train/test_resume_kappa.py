@@ -15,15 +15,15 @@ FIRST, SECOND = {"d_model": 52, "n_heads": 4, "d_ff": 90}, {"n_layers": 4}
 # The trigger, the growths, and what a control forgets of the monitor's state.
 CASES = {
     "fit": (
-        {"predictor": "fit", "kappa": 0.12, "min_evals": 5, "smoothing": 0.3, "patience": 2, "max_std": 2.0},
+        {"predictor": "fit", "kappa": 0.12, "min_evals": 5, "patience": 2, "max_std": 2.0},
         [FIRST],
         {"curve": []},
     ),
-    "patience": (CONSTANT | {"kappa": 0.4, "min_evals": 3, "smoothing": 0.6, "patience": 3}, [FIRST], {"met": 0}),
-    "run's start": (
-        CONSTANT | {"kappa": 0.3, "min_evals": 2, "start": "run", "patience": 1},
-        [FIRST | {"kappa": 0.7}, SECOND],
-        {"run_start": None},
+    "patience": (CONSTANT | {"kappa": 0.4, "min_evals": 3, "patience": 3}, [FIRST], {"met": 0}),
+    "two growths": (
+        CONSTANT | {"kappa": 0.3, "min_evals": 2, "patience": 1},
+        [FIRST | {"kappa": 0.3}, SECOND],
+        {"curve": []},
     ),
 }
 

@@ -82,7 +82,7 @@ PANELS = (
         "κ: what the size is predicted to reach",
         "nats per token",
         (
-            Line("eval", "kappa_smoothed", "validation"),
+            Line("eval", "kappa_loss", "validation"),
             Line("eval", "kappa_target", "target, at which it grows", "dashed"),
             Line("eval", "kappa_mp", "predicted final loss", "thin"),
         ),

@@ -1,0 +1,83 @@
+"""Convert weights: to another layout's shards, to and from mp_rank_XX_YYY files, to and from Hugging Face.
+
+megabus convert runs/demo out/ --to shards --tp 2 --pp 2
+megabus convert runs/demo out/ --to hf --dtype bfloat16
+megabus convert path/to/llama out/ --to checkpoint
+
+SOURCE is a run, one of its checkpoints, a directory of shard files, or a Hugging Face directory; OUT must not exist.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from megabus.command import Parser
+from megabus.convert.convert import convert, open_source
+from megabus.convert.hugging_face import HuggingFaceSource
+from megabus.convert.source import OpenFiles
+from megabus.convert.tensor_file import DTYPES
+from megabus.convert.verify import verify
+from megabus.errors import UserError
+from megabus.parallel.fragments import Kind
+
+OPTIONS = {
+    "tp": ("checkpoint", "shards"),
+    "pp": ("checkpoint", "shards"),
+    "dp": ("checkpoint",),
+    "dtype": ("hf",),
+    "max_shard_gb": ("hf",),
+    "like": ("hf",),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus convert", description=__doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--to", choices=("checkpoint", "shards", "hf"), required=True)
+    parser.add_argument("--tp", type=int, help="of checkpoint and shards (1)")
+    parser.add_argument("--pp", type=int, help="of checkpoint and shards (1)")
+    parser.add_argument("--dp", type=int, help="of a checkpoint (1)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of hf (float32)")
+    parser.add_argument("--max-shard-gb", type=float, help="largest file of hf (5)")
+    parser.add_argument("--like", type=Path, metavar="DIR", help="hf: take tokenizer and special tokens from this one")
+    parser.add_argument("--weights-only", action="store_true", help="leave Adam's moments behind")
+    parser.add_argument("--verify", action="store_true", help="read both sides again and compare them bit by bit")
+    args = parser.parse_args(argv)
+    for option, forms in OPTIONS.items():
+        if getattr(args, option) is not None and args.to not in forms:
+            name = "--" + option.replace("_", "-")
+            raise UserError(name, getattr(args, option), f"says nothing to --to {args.to}", "leave it out")
+    dtype, limit = args.dtype or "float32", 5.0 if args.max_shard_gb is None else args.max_shard_gb
+    if not 0 < limit < math.inf:
+        raise UserError("--max-shard-gb", limit, "is no size", "give a positive number")
+    begun = time.perf_counter()
+    with OpenFiles() as files:
+        source = open_source(args.source, files, weights_only=args.weights_only)
+        nbytes = convert(
+            source,
+            args.out,
+            args.to,
+            (args.tp or 1, args.pp or 1, args.dp or 1),
+            dtype=dtype,
+            max_shard_bytes=int(limit * 1e9),
+            like=args.like,
+        )
+        seconds = time.perf_counter() - begun
+        print(f"{args.out}: {nbytes / 1e9:.3f} GB in {seconds:.3g} s, {nbytes / 1e9 / seconds:.2f} GB/s")
+        if args.to == "checkpoint":
+            model = source.state.model.model_dump(exclude_none=True, exclude_defaults=True)
+            print(f"its section of a run's file:\n{yaml.safe_dump({'model': model}, sort_keys=False)}", end="")
+        if isinstance(source, HuggingFaceSource) and source.left:
+            print(f"left behind: {', '.join(source.left)}; --to hf --like {args.source} takes them up again")
+        if args.verify:
+            begun = time.perf_counter()
+            kinds: tuple[Kind, ...] | None = ("weight",) if args.to == "hf" else None
+            total = verify(source, open_source(args.out, files), dtype, kinds)
+            print(f"verified: {total / 1e9:.3f} GB equal bit for bit, {time.perf_counter() - begun:.1f} s")
+    return 0

@@ -1,0 +1,72 @@
+"""Sample text from a run's newest checkpoint, or from one checkpoint.
+
+megabus generate runs/demo --prompt "KING: " --temperature 0.8 --top-p 0.95
+megabus generate runs/demo/checkpoints/step-00000500 --max-tokens 50 --top-k 40 < prompt.txt
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabus.command import Parser
+from megabus.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus generate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="runs/demo, or runs/demo/checkpoints/step-00000500")
+    parser.add_argument("--prompt", help="text to go on from; standard input when left out")
+    parser.add_argument("--max-tokens", type=int, default=200, help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=1.0, help="from the fewest whose shares sum to p (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the checkpoint's own when left out")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    import megabus
+    from megabus.checkpoint.load import checkpoint_at
+    from megabus.checkpoint.save import TOKENIZER
+    from megabus.data.tokenizer import Tokenizer
+    from megabus.generate import generate
+
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise UserError("--device", args.device, "is not there", "use cpu")
+    tokenizer = Tokenizer(args.tokenizer or checkpoint_at(args.checkpoint) / TOKENIZER)
+    model = megabus.load(args.checkpoint).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        problem = f"has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}"
+        raise UserError("--tokenizer", tokenizer.path, problem, "give the one that made its data")
+    try:
+        prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError("standard input", error.object[:20], "is not UTF-8", "give text") from error
+    # A document begins after the last one's end, so an empty prompt is that end.
+    ids, shown = tokenizer.encode(prompt) or [tokenizer.eod], ""
+    tokens = generate(
+        model,
+        ids,
+        args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=tokenizer.eod,
+    )
+    print(prompt, end="", flush=True)
+    written: list[int] = []
+    text, n_prompt = "", len(tokenizer.decode(ids))
+    for token in tokens:
+        written.append(token)
+        text = tokenizer.decode(ids + written)[n_prompt:]
+        if not text.endswith("\ufffd"):  # a character's last byte is yet to come
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(text[len(shown) :])
+    return 0

@@ -1,0 +1,60 @@
+"""What each layer of a checkpoint is worth: the validation loss with one of its branches silenced.
+
+The whole model is run in this process, on the CPU, twice for each layer.
+
+megabus layers runs/demo
+megabus layers runs/demo/checkpoints/step-00000500 --valid data/demo/shakespeare-valid --tokens 65536
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabus.command import Parser
+from megabus.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus layers", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a run, or one of its checkpoints")
+    parser.add_argument("--valid", help="prefix of a .bin/.idx pair; when left out the run's own, from this directory")
+    parser.add_argument(
+        "--seq-len", type=int, help="tokens of a sequence; those of the checkpoint's stage when left out"
+    )
+    parser.add_argument("--tokens", type=int, default=65536, help="the first that a validation takes (%(default)s)")
+    args = parser.parse_args(argv)
+
+    import megabus
+    from megabus.ablation import ablate
+    from megabus.checkpoint.load import checkpoint_at
+    from megabus.checkpoint.state import read_state
+    from megabus.config import parse_config, resolve_stages
+    from megabus.data.batches import TokenSource
+    from megabus.data.sources import VALID_SEED
+    from megabus.table import aligned
+
+    folder = checkpoint_at(args.checkpoint)
+    model, saved = megabus.load(folder), read_state(folder)
+    longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
+    if args.valid is None or args.seq_len is None:
+        if not saved.config:
+            raise UserError("checkpoint", folder, "is of no run", "give --valid and --seq-len")
+        config = parse_config(saved.config)
+        args.valid = args.valid or config.data.valid
+        if args.seq_len is None:
+            args.seq_len = resolve_stages(config, saved.layout.world)[saved.stage].seq_len
+    if args.seq_len < 1:
+        raise UserError("--seq-len", args.seq_len, "is no length", "give 1 or more")
+    if args.tokens < args.seq_len:
+        raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({args.seq_len}) or more")
+    source = TokenSource([(args.valid, 1.0)], longest, VALID_SEED, model.config.vocab_size)
+    rows = min(args.tokens, source.n_tokens - 1) // args.seq_len
+    loss, branches = ablate(model, *source.batch(0, args.seq_len, range(rows)))
+    lines = [
+        [str(branch.layer), branch.gate, f"{branch.strength:.4f}", f"{branch.loss:.4f}", f"{branch.loss - loss:+.4f}"]
+        for branch in branches
+    ]
+    print(aligned(["layer", "branch", "strength", "loss without it", "more"], lines, left={1}))
+    print(f"\nloss of the whole model {loss:.4f}, over {rows * args.seq_len} tokens of {args.valid}")
+    return 0

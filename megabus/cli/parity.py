@@ -1,0 +1,52 @@
+"""Print how far every layout of 1, 2 and 4 ranks is from plain PyTorch in one process (fp32, gloo, CPU).
+
+megabus parity
+
+The rows of the second table have `train.sequence_parallel: true`, and a seq_len that tp divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+from megabus.command import Parser
+from megabus.testing.ranks import preload
+
+LIMIT = 1e-5
+
+
+def main(argv: Sequence[str]) -> int:
+    Parser(prog="megabus parity", description=__doc__).parse_args(argv)
+    preload()
+    from megabus.testing.parity import LAYOUTS, difference, engine_trace, parity_config, plain_trace, worst
+
+    header = (
+        "model",
+        "layout",
+        "ZeRO",
+        "logits",
+        "gradients",
+        "5 losses",
+        "grad norm",
+        "masters",
+        "unit rows",
+    )
+    largest = 0.0
+    tables: list[dict[str, Any]] = [{}, {"seq_len": 12, "sequence_parallel": True}]
+    for train, kind in product(tables, ("ngpt", "gpt")):
+        if kind == "ngpt":
+            print(("\n{:<6}{:<14}{:<6}" + "{:>11}" * 6).format(*header))
+        reference = plain_trace(parity_config(kind, LAYOUTS[0], **train))
+        for layout in LAYOUTS if not train else [layout for layout in LAYOUTS if layout.tp > 1]:
+            for zero in (1, 2) if layout.pp == 1 and layout.dp > 1 else (1,):
+                trace = engine_trace(parity_config(kind, layout, zero_stage=zero, **train), layout)
+                d = difference(trace, reference)
+                numbers = (d.logits, d.grads, d.losses, d.grad_norms, d.masters)
+                unit = f"{trace.unit_error:>11.1e}" if kind == "ngpt" else f"{'-':>11}"
+                cells = "".join(f"{number:>11.1e}" for number in numbers)
+                print(f"{kind:<6}{layout!s:<14}{zero:<6}{cells}{unit}", flush=True)
+                largest = worst((largest, d.worst))
+    print(f"largest difference {largest:.1e} (limit {LIMIT:.0e})")
+    return int(not largest <= LIMIT)

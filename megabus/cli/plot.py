@@ -1,0 +1,27 @@
+"""Draw the loss curves of runs, and print a table of their stages, from their metrics.jsonl.
+
+megabus plot runs/demo
+megabus plot runs/a runs/b --out loss.png --x tokens --log-x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megabus.command import Parser
+from megabus.extras import need
+from megabus.train.plots import plot_loss, summary_table
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus plot", description=__doc__)
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--out", default="loss.png", help="picture to write (default: %(default)s)")
+    parser.add_argument("--x", choices=("flops", "tokens", "time"), default="flops", help="x axis")
+    parser.add_argument("--log-x", action="store_true", help="shows small stages beside large ones")
+    args = parser.parse_args(argv)
+    need("report", "command", "plot")
+    for run_dir in args.run_dirs:
+        print(f"{run_dir}\n{summary_table(run_dir)}\n")
+    print(plot_loss(args.run_dirs, args.out, args.x, args.log_x))
+    return 0

@@ -1,0 +1,70 @@
+"""Turns text into the token files that the trainer reads.
+
+    megabus preprocess corpus/ --train-tokenizer 32000 --valid-fraction 0.01 --output data/corpus
+    megabus preprocess 'dumps/*.jsonl.gz' --tokenizer my.model --text-key content --output data/dumps
+    megabus preprocess --dataset roneneldan/TinyStories --tokenizer my.model --output data/stories
+
+Inputs are files, quoted globs or directories of .txt[.gz], .jsonl[.gz|.zst] and .parquet, or a dataset of the
+Hugging Face hub. Writes OUTPUT.bin, .idx and .meta.json (OUTPUT-train.* and OUTPUT-valid.* with a
+--valid-fraction) and, when it trains one, OUTPUT-tokenizer.model: all of them, or on any error none.
+The bytes do not depend on --workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabus.command import Parser
+from megabus.data.preprocess import preprocess
+from megabus.data.tokenizer import MODEL_TYPES, NORMALIZATIONS
+from megabus.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_arguments(argv)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporaries are removed
+    try:
+        print(preprocess(args))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="megabus preprocess", description=__doc__, allow_abbrev=False)
+    parser.add_argument("inputs", nargs="*", help="files, quoted globs or directories")
+    parser.add_argument("--dataset", help="instead of inputs: a hub dataset, NAME or a local directory")
+    parser.add_argument("--subset", help="its configuration")
+    parser.add_argument("--split", default="train", help="its split (%(default)s)")
+    parser.add_argument("--text-key", default="text", help="column of .jsonl, .parquet, dataset (%(default)s)")
+    parser.add_argument(
+        "--split-documents",
+        choices=("blank-lines", "file", "line"),
+        default="blank-lines",
+        help="what ends a document of a .txt: two or more blank lines, its end, every line (%(default)s)",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece .model")
+    which.add_argument("--train-tokenizer", metavar="VOCAB_SIZE", type=int, help="train one on the inputs")
+    parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram", help="(%(default)s)")
+    parser.add_argument("--normalization", choices=NORMALIZATIONS, default="identity", help="(%(default)s)")
+    parser.add_argument("--tokenizer-sample-mb", type=float, default=200.0, help="train on so much (%(default)s)")
+    parser.add_argument("--output", required=True, metavar="PREFIX")
+    parser.add_argument("--valid-fraction", type=float, default=0.0, help="of the documents, picked by hash")
+    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="after each")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(%(default)s)")
+    args = parser.parse_args(argv)
+    if bool(args.inputs) == bool(args.dataset):
+        parser.error("give either inputs or --dataset")
+    if not 0 <= args.valid_fraction < 1:
+        raise UserError("--valid-fraction", args.valid_fraction, "not in [0, 1)", "give a fraction such as 0.05")
+    if args.output.endswith(os.sep) or Path(args.output).is_dir():
+        raise UserError("--output", args.output, "is a directory", "name the files in it: DIRECTORY/NAME")
+    if args.workers < 1:
+        raise UserError("--workers", args.workers, "not positive", "give the number of processes")
+    return args

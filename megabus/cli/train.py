@@ -1,0 +1,74 @@
+"""Train a model, growing it on the way: in this process, or in several, one a device.
+
+megabus train --config configs/demo.yaml layout.dp=1 layout.tp=1 layout.pp=1
+megabus train --nproc-per-node 4 --config configs/demo.yaml optimizer.lr=2e-3
+torchrun --nnodes 2 --nproc-per-node 8 ... -m megabus train --config configs/ngpt_0.5b.yaml
+deepspeed --module --no_local_rank megabus train --config configs/ngpt_0.5b.yaml
+
+With --preflight-only nothing is trained: it shows what the preflight finds (docs/preflight.md), and leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from megabus.cli.ranks import start_ranks
+from megabus.command import RankParser, tell_outcome
+from megabus.config import load_config, resolve_stages
+from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
+from megabus.errors import UserError, warn
+from megabus.extras import need
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = RankParser(prog="megabus train", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    parser.add_argument("--preflight-only", action="store_true", help="check everything, train nothing")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    world = args.nproc_per_node or int(os.environ.get("WORLD_SIZE", "1"))
+    resolve_stages(config, world)  # bad input ends here, before anything heavy is imported
+    for extra, wanted in (("wandb", config.log.wandb), ("tensorboard", config.log.tensorboard)):
+        if wanted:
+            need(extra, f"log.{extra}", "true", f"or set log.{extra}=false")
+    if args.nproc_per_node is not None:
+        return start_ranks(args.nproc_per_node, "train", argv)
+    prepare_environment()
+    # Later than the watchdog, which shows where the ranks hang.
+    start_distributed(timedelta(seconds=config.faults.hang_timeout + 60))
+    if args.preflight_only:
+        from megabus.train.run import check_only
+
+        check_only(config)
+        stop_distributed()
+        return 0
+    from megabus.train.loop import train
+
+    outcome = train(config)
+    if os.environ["RANK"] == "0" and outcome.stopped:
+        print(f"stopped and saved: {outcome.checkpoint}; the same command goes on from there")
+        tell_outcome("stopped")
+    elif os.environ["RANK"] == "0":
+        tell_outcome("finished")
+        try:
+            _show(config.run_dir)
+        except UserError as error:  # no reason to call a run failed that has trained to its end
+            warn(f"no picture or no page: {error}; `megabus report {config.run_dir}` draws them")
+        print(f"checkpoint: {outcome.checkpoint}")
+    stop_distributed()
+    return config.faults.stop_exit_code if outcome.stopped else 0
+
+
+def _show(run_dir: str) -> None:
+    from megabus.train.plots import plot_loss, summary_table
+
+    print(f"\n{summary_table(run_dir)}\n")
+    need("report", "run_dir", run_dir)
+    from megabus.train.report.page import write_page
+
+    print(f"plot:       {plot_loss([run_dir], Path(run_dir) / 'loss.png')}")
+    print(f"report:     {write_page([run_dir], run_dir)}")

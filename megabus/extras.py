@@ -1,0 +1,22 @@
+"""What is only needed for a part of megabus, and asked for before that part writes anything."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from megabus.errors import UserError
+
+# Extra of pyproject.toml: the modules that this package imports of it, and the packages they come in.
+EXTRAS = {
+    "report": {"matplotlib": "matplotlib", "jinja2": "jinja2"},
+    "wandb": {"wandb": "wandb"},
+    "tensorboard": {"tensorboard": "tensorboard"},
+    "eval": {"sklearn": "scikit-learn"},
+}
+
+
+def need(extra: str, key: str, value: object, remedy: str = "then start the same command again") -> None:
+    """Raise `UserError` where a module of the extra is not installed, because `key` has this value."""
+    for module, package in EXTRAS[extra].items():
+        if find_spec(module) is None:
+            raise UserError(key, value, f"needs {package}: pip install megabus[{extra}]", remedy)

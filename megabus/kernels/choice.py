@@ -1,0 +1,58 @@
+"""Which form of the functions a run computes with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from megabus.errors import UserError
+from megabus.kernels.form import EAGER, Kernels
+from megabus.kernels.width import too_wide
+
+Choice = Literal["auto", "eager", "compiled", "triton"]
+# On a CPU, compiling takes a minute once a machine, and pays only in runs of hours. On a GPU the other forms have not
+# been run yet: nobody gets them unasked before they are measured there to be right and faster.
+AUTO: Choice = "eager"
+
+
+def select(choice: Choice, device: torch.device) -> Kernels:
+    """The form that `train.kernels` asks for. Raises `UserError` where it cannot run on `device`."""
+    if choice == "auto":
+        choice = AUTO
+    problem = why_not(choice, device)
+    if problem is not None:
+        raise UserError("train.kernels", choice, problem, "use auto or eager")
+    # Imported when asked for: they need packages that are not everywhere, and time.
+    if choice == "compiled":
+        from megabus.kernels.compiled import COMPILED
+
+        return COMPILED
+    if choice == "triton":
+        from megabus.kernels.triton_form import TRITON
+
+        return TRITON
+    return EAGER
+
+
+def why_not_wide(choice: Choice, *axes: int) -> str | None:
+    """Why a form cannot hold rows of so many entries along `axes`, or None; only Triton's has a limit (`too_wide`)."""
+    return too_wide(*axes) if (AUTO if choice == "auto" else choice) == "triton" else None
+
+
+def why_not(choice: Choice, device: torch.device) -> str | None:
+    """Why a form cannot run on a device, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if choice == "triton" and find_spec("triton") is None:
+        return "needs the package triton, which comes with torch for CUDA"
+    if choice == "triton" and device.type != "cuda" and not interpreted:
+        return f"needs an NVIDIA GPU, and this run is on the {device.type}"
+    if choice == "compiled" and device.type == "cuda" and find_spec("triton") is None:
+        return "torch.compile needs the package triton on a GPU"
+    compiler = os.environ.get("CXX", "g++")
+    if choice == "compiled" and device.type == "cpu" and shutil.which(compiler) is None:
+        return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    return None

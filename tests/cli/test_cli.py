@@ -1,0 +1,163 @@
+"""The command as a whole: what it lists, what it refuses, and that it is quick to do so."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from support.command import run_command
+from support.launching import ROOT, environment
+
+from megabus import extras
+from megabus.cli import COMMANDS, GROUPS, main, overview
+from megabus.extras import EXTRAS
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONFIG = {
+    "run_dir": "run",
+    "data": {"train": "nowhere", "valid": "nowhere"},
+    "model": {"vocab_size": 67, "d_model": 32, "n_layers": 2, "n_heads": 4, "head_dim": 8, "d_ff": 64},
+    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 2},
+    "optimizer": {"lr": 1e-3},
+}
+
+
+def test_every_command_has_a_line_and_a_module():
+    assert run_command("--help") == (0, overview() + "\n", "")
+    assert run_command().returncode == 2
+    lines = overview().splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+    assert all(f"{title}:" in lines for title in GROUPS)
+    assert max(map(len, lines)) <= 100
+    modules = {path.stem for path in (ROOT / "megabus/cli").glob("*.py")} - {"__init__", "ranks"}
+    assert modules == {name.replace("-", "_") for name in COMMANDS}
+    assert run_command("--version").stdout == f"megabus {PROJECT['version']}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_examples(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert text.startswith(f"usage: megabus {name} ")
+    assert re.search(rf"^ *megabus {name}( |$)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["trian"], ["train", "--help"], ["submit", "--help"]], ids=" ".join)
+def test_help_is_quick(words):
+    """Neither torch nor what takes long beside it is imported; for the overview nothing but the standard library is."""
+    command = [sys.executable, "-X", "importtime", "-m", "megabus", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in ended.stderr.splitlines() if "|" in line}
+    assert "megabus" in imported
+    heavy = {"torch", "deepspeed", "matplotlib", "datasets", "transformers"}
+    assert not imported & (heavy if len(words) > 1 else heavy | {"numpy", "pydantic", "yaml"})
+
+
+def test_unknown_commands():
+    for name, remedy in (("trian", "did you mean train?"), ("evaluate_nli", "did you mean evaluate-nli?")):
+        assert run_command(name) == (2, "", f"error: command = {name}: is none of megabus's; {remedy}\n")
+    assert run_command("xyzzy").stderr == "error: command = xyzzy: is none of megabus's; see megabus --help\n"
+
+
+def test_a_wrong_command_line_shows_the_words_of_the_command():
+    done = run_command("plot", "--x", "miles", "two words")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: command line = --x miles 'two words': argument --x: invalid choice.*\n", done.stderr)
+
+
+# ---- what is not installed ------------------------------------------------------------------------------------
+
+
+def test_the_extras_are_those_of_the_project():
+    for extra, modules in EXTRAS.items():
+        listed = {re.match(r"[\w-]+", each)[0] for each in PROJECT["optional-dependencies"][extra]}
+        assert set(modules.values()) <= listed
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "told"),
+    [
+        ("wandb", ["train", "log.wandb=true"], "log.wandb = true: needs wandb: pip install megabus[wandb]; or set"),
+        ("tensorboard", ["train", "log.tensorboard=true"], "log.tensorboard = true: needs tensorboard: pip install"),
+        ("matplotlib", ["plot", "run"], "command = plot: needs matplotlib: pip install megabus[report]; "),
+        ("jinja2", ["report", "run"], "command = report: needs jinja2: pip install megabus[report]; "),
+        ("sklearn", ["evaluate-nli", "run"], "command = evaluate-nli: needs scikit-learn: pip install megabus[eval]; "),
+        (
+            "matplotlib",
+            ["evaluate-nli", "run", "--out", "a"],
+            "--out = a: needs matplotlib: pip install megabus[report]",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_missing_extra_is_told_before_anything_is_written(tmp_path, monkeypatch, module, words, told):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
+    Path("pairs.jsonl").write_text("")
+    words = [words[0], *(["--config", "config.yaml"] if words[0] == "train" else []), *words[1:]]
+    if words[0] == "evaluate-nli":
+        words += ["--valid", "pairs.jsonl"]
+    find = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == module else find(name))
+    monkeypatch.setattr("megabus.command.PATIENCE", 0)
+    done = run_command(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {told}")
+    assert done.stderr.count("\n") == 1
+    assert sorted(os.listdir()) == ["config.yaml", "pairs.jsonl"]
+
+
+# ---- the doors that clusters call -----------------------------------------------------------------------------
+
+DOORS = ["launcher/train.py", "launcher/submit.py", "tools/convert.py", "tools/evaluate_nli.py", "tools/preprocess.py"]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_leads_to_its_command(door, monkeypatch):
+    called = []
+    monkeypatch.setattr("megabus.cli.entry", called.append)
+    exec(compile((ROOT / door).read_text(), door, "exec"), {"__name__": "__main__"})
+    assert called == [Path(door).stem.replace("_", "-")]
+    assert set(called) <= COMMANDS.keys()
+    assert len((ROOT / door).read_text().splitlines()) < 20
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_says_that_megabus_is_not_installed(door):
+    command = [sys.executable, "-I", "-S", str(ROOT / door)]  # without site-packages
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: megabus is not installed: pip install -e .\n"
+
+
+def test_no_file_of_ours_changes_where_python_looks():
+    files = [
+        file
+        for folder in ("megabus", "launcher", "tools", "benchmarks", "tests")
+        for file in (ROOT / folder).rglob("*.py")
+    ]
+    word = "sys." + "path"
+    assert [str(file) for file in files if re.search(re.escape(word) + r"\b", file.read_text())] == []
+
+
+# ---- ranks on this machine ------------------------------------------------------------------------------------
+
+
+def test_ranks_that_cannot_be_started(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    words = ["train", "--config", tmp_path / "config.yaml", "--nproc-per-node"]
+    assert run_command(*words, "0").stderr.startswith("error: --nproc-per-node = 0: is no number of processes")
+    assert run_command(*words, "3", "layout.tp=2").stderr.startswith(
+        "error: layout = tp 2 x pp 1: cannot fill the world of 3"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = "error: --nproc-per-node = 1: is given to a rank that a launcher has started; leave it out\n"
+    assert run_command(*words, "1").stderr == told

@@ -1,0 +1,108 @@
+"""Plant each fault in a copy of a checkout, run the tests that are to notice it, and print which did.
+
+python -m tests.mutations                     # all of them, in this checkout: some seconds each
+python -m tests.mutations --only growth/      # those whose file's name has this in it
+python -m tests.mutations --root ../old       # in another checkout, with that one's tests
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.mutations.faults import FAULTS, Fault
+from tests.mutations.plant import place_of, tests_of
+
+HERE = Path(__file__).resolve().parents[2]
+LIMIT = 900.0  # seconds; a fault may make ranks wait for each other
+FAILED, PASSED, EMPTY = 1, 0, 5  # of pytest's exit codes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=HERE, help="the checkout; this one when left out")
+    parser.add_argument("--only", default="", help="a part of the names of files")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a fault may take")
+    args = parser.parse_args()
+    _import_heavy()
+    survived = 0
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copy = Path(folder) / "checkout"
+        shutil.copytree(
+            args.root, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", ".venv", "runs", "data.*")
+        )
+        for fault in (fault for fault in FAULTS if args.only in fault.file):
+            begun = time.monotonic()
+            word = _outcome(fault, copy, args.limit)
+            survived += word != "killed"
+            change = " ".join(f"{fault.old.strip()} -> {fault.new.strip() or '(nothing)'}".split())
+            print(f"{word:9} {time.monotonic() - begun:4.0f} s  {fault.file}: {change}", flush=True)
+    print(f"{survived} not killed")
+    return int(survived > 0)
+
+
+def _import_heavy() -> None:
+    """All but megabus, once: each fault's tests run in a fork of this process."""
+    import deepspeed  # noqa: F401
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+
+
+def _outcome(fault: Fault, copy: Path, limit: float) -> str:
+    try:
+        path, runs = place_of(fault, copy), tests_of(fault, copy)
+    except (LookupError, ValueError) as error:
+        return f"stale ({error})"
+    sound = path.read_text(encoding="utf-8")
+    path.write_text(sound.replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        codes = []
+        for arguments in runs:
+            codes.append(_tested(copy, arguments, limit))
+            if codes[-1] not in (PASSED, EMPTY):
+                return "killed" if codes[-1] is not None else "killed*"  # by the time limit
+        return "survived" if PASSED in codes else "no tests"
+    finally:
+        path.write_text(sound, encoding="utf-8")
+
+
+def _tested(copy: Path, arguments: list[str], limit: float) -> int | None:
+    """pytest's exit code in a fork; None where it did not end."""
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        with open(os.devnull, "w") as nowhere:
+            for number in (1, 2):
+                os.dup2(nowhere.fileno(), number)
+        os.chdir(copy)
+        sys.dont_write_bytecode = True
+        sys.path[:] = [str(copy), *(path for path in sys.path if path not in ("", str(HERE)))]
+        for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "megabus")]:
+            del sys.modules[name]
+        os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+        import pytest
+
+        os._exit(int(pytest.main(["-x", "-p", "no:cacheprovider", *arguments])))
+    deadline = time.monotonic() + limit
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""A Python command as its users type it, without starting Python anew: in a fork of this process, which has imported
+torch and DeepSpeed already. Importing them is most of what a small command would take."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, NoReturn
+
+
+def run_python(
+    command: Sequence[object], *, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run([sys.executable, *command], capture_output=True, text=True)`, for `script ...` and
+    `-m module ...`.
+
+    env: the whole environment; this process's own when left out. What a test must leave to a true process: which
+    modules a command imports, and what becomes of it when it is killed.
+    """
+    words = [str(word) for word in command]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # else the fork would write it again
+        pid = os.fork()
+        if pid == 0:
+            _child(words, cwd, env, out, err)
+        code = _wait(pid, time.monotonic() + timeout)
+        out.seek(0)
+        err.seek(0)
+        if code is None:
+            raise subprocess.TimeoutExpired(words, timeout, out.read(), err.read())
+        return subprocess.CompletedProcess(words, code, out.read(), err.read())
+
+
+def _wait(pid: int, deadline: float) -> int | None:
+    """The exit code; None for a process that had to be killed."""
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return None
+        time.sleep(0.005)
+
+
+def _child(words: list[str], cwd: Path | None, env: Mapping[str, str] | None, out: IO[str], err: IO[str]) -> NoReturn:
+    code = 1
+    try:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if cwd is not None:
+            os.chdir(cwd)
+        if env is not None:
+            os.environ.clear()
+            os.environ.update(env)
+        code = _run(words)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def _run(words: list[str]) -> int:
+    module = words[0] == "-m"
+    sys.argv = words[1:] if module else words
+    gc.disable()  # what was imported before the fork is left alone, and so shared
+    try:
+        if module:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as ended:
+        if ended.code is None or isinstance(ended.code, int):
+            return ended.code or 0
+        print(ended.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
