@@ -314,7 +314,11 @@ class FaultsConfig(Section):
 class PreflightConfig(Section):
     """What is looked at before training. Versions, code and configuration are compared over ranks in any case."""
 
-    enabled: bool = Field(True, description="compare and measure machines, files, memory and links, and show a table")
+    enabled: bool = Field(True, description="compare machines, files and memory, and show a table")
+    measure: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="speed of ranks and links before training; auto: on several nodes, and where min_bandwidth is set",
+    )
     min_bandwidth: Positive | None = Field(None, description="GB/s that a link between neighbours must carry each way")
 
 

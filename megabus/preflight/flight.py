@@ -67,19 +67,24 @@ class Local:
 
 
 def preflight(
-    config: RunConfig, reserve: Callable[[], None], heartbeat: Callable[[], None], full: bool
+    config: RunConfig,
+    reserve: Callable[[], None],
+    heartbeat: Callable[[], None],
+    full: bool,
+    measured: bool = False,
 ) -> tuple[list[Stage], Sources]:
     """The run's stages and its opened corpora, if nothing speaks against training. Collective.
 
     reserve: a collective that makes the run_dir this run's, or raises `UserError` on all ranks.
-    full: compare and measure everything, and let rank 0 print the table. Without it only what a start needs anyway is
-    looked at, and whether all ranks run the same code with the same configuration.
+    full: compare everything, and let rank 0 print the table. Without it only what a start needs anyway is looked at,
+    and whether all ranks run the same code with the same configuration.
+    measured: in a full preflight, measure how fast ranks compute and messages go, whatever `preflight.measure` says.
     Raises the first fault on all ranks.
     """
     begun, rows = time.monotonic(), list[Finding]()
     with _talking() as group:
         try:
-            ready = _checked(config, reserve, heartbeat, full, group, rows)
+            ready = _checked(config, reserve, heartbeat, full, measured, group, rows)
         finally:
             if full and dist.get_rank() == 0 and rows:
                 say(render(rows, time.monotonic() - begun))
@@ -93,6 +98,7 @@ def _checked(
     reserve: Callable[[], None],
     heartbeat: Callable[[], None],
     full: bool,
+    measured: bool,
     group: dist.ProcessGroup,
     rows: list[Finding],
 ) -> tuple[list[Stage], Sources] | None:
@@ -114,9 +120,12 @@ def _checked(
     heartbeat()
     found = _to_rank_0(local, group)
     good = _judged(rows, lambda: _local_rows(config, stages, found, reserved, sources, full))
-    if full:
-        hosts = [identity.host for identity in identities]
+    hosts = [identity.host for identity in identities]
+    if full and (measured or rank_0_tells(lambda: _asks_to_measure(config, hosts))):
         good = _measure(config, stages, group, rows, hosts, [local.machine for local in found], heartbeat)
+    elif full:
+        text = f"not measured: preflight.measure = {config.preflight.measure}; --preflight-only measures them"
+        rows.append(Finding("compute, links", text, skipped=True))
     return (stages, sources) if good and sources is not None else None
 
 
@@ -193,6 +202,14 @@ def _first(check: str, faults: Sequence[UserError | None], looked: Sequence[int]
         where = f"{fault.problem} (on {ranks_text(ranks)} only)"
         fault = UserError(fault.key, fault.value, where, fault.remedy)
     return refused(check, fault)
+
+
+def _asks_to_measure(config: RunConfig, hosts: Sequence[str]) -> bool:
+    """hosts: of every rank. Within one machine links are memory: nothing is measured there that nobody asked for."""
+    wish = config.preflight
+    if wish.measure == "auto":
+        return len(set(hosts)) > 1 or wish.min_bandwidth is not None
+    return wish.measure == "always"
 
 
 def _measure(

@@ -129,7 +129,7 @@ def check_only(config: RunConfig) -> None:
     lock = RunLock(Path(config.run_dir))
     try:
         with watched(config.faults.hang_timeout, dist.get_rank()) as watchdog:
-            preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full=True)
+            preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full=True, measured=True)
     finally:
         lock.release()
 

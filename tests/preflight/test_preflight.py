@@ -170,6 +170,28 @@ def test_the_launcher_checks_before_it_trains(config_file, tmp_path):
     assert "preflight" not in off[0].out
 
 
+@pytest.mark.parametrize(
+    ("changes", "hosts", "measures"),
+    [
+        ({}, "aa", False),
+        ({}, "ab", True),
+        ({"preflight.min_bandwidth": 1e-6}, "aa", True),
+        ({"preflight.measure": "always"}, "aa", True),
+        ({"preflight.measure": "never", "preflight.min_bandwidth": 1e-6}, "ab", False),
+    ],
+)
+def test_what_asks_for_measurements(tmp_path, changes, hosts, measures):
+    assert flight._asks_to_measure(run_config(tmp_path, changes), hosts) == measures
+
+
+@pytest.mark.parametrize(("measure", "links"), [("auto", False), ("always", True)])
+def test_a_start_measures_only_what_was_asked_for(config_file, measure, links):
+    ranks = launch_forked("--config", config_file, f"preflight.measure={measure}")
+    assert [rank.code for rank in ranks] == [0, 0]
+    assert bool(row_of(ranks[0].out, "links within machines")) == links
+    assert ("compute, links" in ranks[0].out) != links
+
+
 def _train_apart(folder):
     changes = {"preflight.enabled": dist.get_rank() == 0, "layout": {"dp": 2}, "growth": {}}
     try:
