@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megabus.checkpoint.manifest import Heartbeat, Entry, idle, settle
+from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
 from megabus.checkpoint.shards import write_shards
 from megabus.checkpoint.state import SavedState, write_state
 from megabus.checkpoint.store import begin, folder_of, partial_of, prune, publish
@@ -68,10 +68,10 @@ class Saver:
     def __init__(
         self,
         root: Path,
-        keep_last: int = 2,
-        keep_every: int | None = None,
-        asynchronous: bool = True,
-        tokenizer: str | None = None,
+        keep_last: int,
+        keep_every: int | None,
+        asynchronous: bool,
+        tokenizer: str | None,
         heartbeat: Heartbeat = idle,
     ) -> None:
         self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
