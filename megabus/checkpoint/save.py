@@ -66,10 +66,10 @@ class Saver:
     def __init__(
         self,
         root: Path,
-        keep_last: int = 2,
-        keep_every: int | None = None,
-        asynchronous: bool = True,
-        tokenizer: str | None = None,
+        keep_last: int,
+        keep_every: int | None,
+        asynchronous: bool,
+        tokenizer: str | None,
         heartbeat: Heartbeat = idle,
     ) -> None:
         self.root, self.keep_last, self.keep_every = root, keep_last, keep_every

@@ -36,10 +36,10 @@ class Source(Protocol):
         """Entries [start, stop) of a parameter's row-major flattening, fp32, (stop - start,)."""
 
 
-def whole(source: Source, name: str, kind: Kind = "weight") -> Tensor:
-    """A parameter in its logical shape."""
+def whole(source: Source, name: str) -> Tensor:
+    """A parameter's weight in its logical shape."""
     placement = Placement(source.state.model, source.state.layout)
-    values = source.read(kind, name, 0, placement.numel(name))
+    values = source.read("weight", name, 0, placement.numel(name))
     return values.view(global_shape(placement.specs[name], source.state.model))
 
 

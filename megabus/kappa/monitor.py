@@ -31,6 +31,7 @@ from megabus.kappa.predictors import CurvePoint, StageSpan, make_predictor
 Reason = Literal["kappa", "cap"]
 
 _SLOPE_POINTS = 5
+BAR_CELLS = 10
 
 
 @dataclass(frozen=True)
@@ -202,10 +203,10 @@ def _log_slope(curve: Sequence[CurvePoint]) -> float | None:
     return float(x @ (y - y.mean()) / (x @ x))
 
 
-def bar(progress: float | None, kappa: float, width: int = 10) -> str:
-    """One line of text, `κ ▕██████░░|░▏ 62%/80%`: share extracted, with a mark at κ; – while unknown."""
-    full = 0 if progress is None else round(min(max(progress, 0.0), 1.0) * width)
-    cells = ["█"] * full + ["░"] * (width - full)
-    cells[min(int(kappa * width), width - 1)] = "|"
+def bar(progress: float | None, kappa: float) -> str:
+    """One line of text, `κ ▕██████░░|░▏ 62%/80%`: the fraction achieved, with a mark at κ; – while unknown."""
+    full = 0 if progress is None else round(min(max(progress, 0.0), 1.0) * BAR_CELLS)
+    cells = ["█"] * full + ["░"] * (BAR_CELLS - full)
+    cells[min(int(kappa * BAR_CELLS), BAR_CELLS - 1)] = "|"
     share = "–" if progress is None else f"{progress:.0%}"
     return f"κ ▕{''.join(cells)}▏ {share}/{kappa:.0%}"

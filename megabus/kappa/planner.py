@@ -220,7 +220,7 @@ def plan_growth(
     seq_len: int,
     tokens: float,
     law: ScalingLaw,
-    max_stages: int = 3,
+    max_stages: int,
     tp: int = 1,
     pp: int = 1,
     *,

@@ -161,7 +161,7 @@ def test_a_proposal_is_the_best_of_all():
 
 def test_more_tokens_leave_less_to_save():
     counts = (1e5, 1e6, 1e7, 1e8, 1e9)
-    free, savings = ([plan_growth(FINAL, 64, n, LAW, reach_final=reach).saving for n in counts] for reach in (0, 1))
+    free, savings = ([plan_growth(FINAL, 64, n, LAW, 3, reach_final=reach).saving for n in counts] for reach in (0, 1))
     for found in (free, savings):
         assert found == sorted(found, reverse=True)
         assert found[0] > 2 > 1.1 > found[-1] >= 1
