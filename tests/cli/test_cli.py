@@ -138,14 +138,11 @@ def test_a_door_says_that_megabus_is_not_installed(door):
     assert ended.stderr == "error: megabus is not installed: pip install -e .\n"
 
 
-def test_no_file_of_ours_changes_where_python_looks():
-    files = [
-        file
-        for folder in ("megabus", "launcher", "tools", "benchmarks", "tests")
-        for file in (ROOT / folder).rglob("*.py")
-    ]
-    word = "sys." + "path"
-    assert [str(file) for file in files if re.search(re.escape(word) + r"\b", file.read_text())] == []
+def test_no_program_changes_where_python_looks():
+    folders = ("megabus", "launcher", "tools", "benchmarks")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    assert [str(file) for file in files if re.search(r"\bsys\.path\b", file.read_text())] == []
 
 
 # ---- ranks on this machine ------------------------------------------------------------------------------------
