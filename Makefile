@@ -32,7 +32,7 @@ demo: $(VENV)/.installed data/demo/shakespeare-train.bin
 	 $(BIN)/megabus train --nproc-per-node $(RANKS) --config configs/demo.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -48,7 +48,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python tools/make_docs.py $(PAGES)
 
 site: $(VENV)/.installed
-	$(PIP) -r requirements-docs.txt
+	$(PIP) -c requirements.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 parity: $(VENV)/.installed

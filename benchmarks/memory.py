@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from benchmarks.__main__ import machine
-from megabus.config import Layout, resolve_stages
+from megabus.config import Layout
 from megabus.engine import ds_config
 from megabus.estimate.memory import RankMemory, rank_memory
 from megabus.table import aligned
@@ -67,10 +67,9 @@ def main() -> int:
     rows = []
     for kind, layout, options in CASES:
         config = memory_config(kind, layout, **options)
-        stage = resolve_stages(config, layout.world)[0]
         name = ", ".join([kind, *(f"{key} {value}" for key, value in options.items())])
         found = run_ranks(layout.world, measure, config, BUCKET, timeout=900.0)
-        ranks = [(rank_memory(config, stage, rank), one) for rank, one in enumerate(found)]
+        ranks = [(rank_memory(config.train, config.stage, rank), one) for rank, one in enumerate(found)]
         worst = max(ranks, key=lambda pair: abs(parts(pair[0])[0] / pair[1].computing - 1))
         rows.append(_row(name, layout, *worst))
         print(" ".join(rows[-1]), file=sys.stderr, flush=True)

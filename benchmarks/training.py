@@ -7,8 +7,9 @@ from typing import Any
 
 from benchmarks.arms import Arm, Step, Timing, in_turn
 from benchmarks.comparisons import Comparison, compare, compare_seconds, compare_speeds
-from megabus.config import Layout, ModelConfig, RunConfig, parse_config, resolve_stages
+from megabus.config import Layout, ModelConfig
 from megabus.engine.startup import on_gpu
+from megabus.testing.training import Training, make_training
 
 ONE = Layout(1, 1, 1)
 CPU_SHAPES = [(96, 3), (256, 4), (512, 4)]  # d_model, layers
@@ -32,28 +33,18 @@ def paper_shape(kind: str, size: str) -> dict[str, Any]:
     return {"kind": kind, "vocab_size": 32_000, **sizes}
 
 
-def config_of(model: dict[str, Any], layout: Layout, seq_len: int, micro: int, batch: int, **train: Any) -> RunConfig:
-    batches = {"seq_len": seq_len, "micro_batch_size": micro, "global_batch_size": batch, "max_steps": 1_000_000}
-    return parse_config(
-        {
-            "run_dir": "unused",
-            "model": model,
-            "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
-            "train": batches | train,
-            "optimizer": {"lr": 1e-3},
-            "data": {"train": "unused", "valid": "unused"},
-        }
-    )
+def config_of(model: dict[str, Any], layout: Layout, seq_len: int, micro: int, batch: int, **train: Any) -> Training:
+    batches = {"seq_len": seq_len, "micro_batch_size": micro, "global_batch_size": batch}
+    return make_training(model, layout, batches | train, {"lr": 1e-3})
 
 
-def training_step(config: RunConfig) -> Step:
+def training_step(config: Training) -> Step:
     """On one rank: an engine with its first weights, and a step of it on random tokens."""
     import torch
-    import torch.distributed as dist
 
     from megabus.engine.engine import Engine
 
-    engine = Engine(config.train, config.optimizer, resolve_stages(config, dist.get_world_size())[0])
+    engine = Engine(config.train, config.optimizer, config.stage)
     engine.write_initial(0)
     stage, generator = engine.stage, torch.Generator().manual_seed(engine.mesh.at.dp)
     shape = (stage.grad_accum, stage.micro_batch_size, stage.seq_len + 1)
@@ -67,7 +58,7 @@ def training_step(config: RunConfig) -> Step:
     return step
 
 
-def compiled_blocks_step(config: RunConfig) -> Step:
+def compiled_blocks_step(config: Training) -> Step:
     """The same with every whole block under torch.compile, sizes fixed: what `train.kernels` does not offer."""
     import torch
 
@@ -78,7 +69,7 @@ def compiled_blocks_step(config: RunConfig) -> Step:
     return training_step(config)
 
 
-def arm(label: str, config: RunConfig, layout: Layout = ONE) -> Arm:
+def arm(label: str, config: Training, layout: Layout = ONE) -> Arm:
     return Arm(label, layout.world, training_step, (config,))
 
 

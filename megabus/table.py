@@ -1,4 +1,4 @@
-"""Tables for terminals."""
+"""Tables for terminals, and how numbers are written in them."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def si(number: float | None) -> str:
         if number >= 0.9995 * scale:  # what rounds up to 1000 belongs to the next suffix
             return f"{number / scale:.3g}{suffix}"
     return f"{number:.3g}"
+
+
+def clock(seconds: float) -> str:
+    """`4:05`, `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -18,3 +18,21 @@ def pytest_configure(config: pytest.Config) -> None:
         warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated")  # of torch's own modules
         preload()
         command.PATIENCE = 0.2  # of forked ranks: they have no launcher that would end rank 0 when another has ended
+
+
+SLOWEST = (  # files that take a minute or more: begun first, so that no worker is left with one when the other is done
+    "test_adam.py",
+    "test_slurm_jobs.py",
+    "test_kernels.py",
+    "test_launch.py",
+    "test_chaos.py",
+    "test_growth_runner.py",
+    "test_transition.py",
+    "test_parallel.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the same order in every worker, as xdist asks."""
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(SLOWEST)))

@@ -63,13 +63,13 @@ def test_what_a_rank_sends_is_little_of_what_the_world_does(number):
     for planned in in_child(plan_growth_of, [(CONFIG, before, after, rank) for rank in RANKS]):
         share = planned.received + planned.kept
         assert 0 < share < 2 * 3 * 4 * 7.0e10 / 1024
-        assert planned.correspondents < 16
+        assert planned.receivers < 16
         assert planned.cost.mib < 300  # 17 where it was measured
         assert planned.sent_messages + planned.received_messages < 200
 
 
 def looked_at(world, monkeypatch, everybody=False):
-    """How many times the plan of a rank in the middle looks at what some rank needs of a parameter or of a unit."""
+    """How many times the plan of a rank in the middle looks at what some rank needs of a parameter or row range."""
     count = [0]
 
     def counted(method):
@@ -81,10 +81,10 @@ def looked_at(world, monkeypatch, everybody=False):
 
     before, after = resolve_stages(CONFIG, world)[:2]
     with monkeypatch.context() as patch:
-        for name in ("need", "_parents"):
+        for name in ("required", "_parents"):
             patch.setattr(Plan, name, counted(getattr(Plan, name)))
         if everybody:
-            patch.setattr(Plan, "correspondents", lambda *_: range(world))
+            patch.setattr(Plan, "receivers", lambda *_: range(world))
         schedule_of(CONFIG, plan_between(CONFIG, before, after), world // 2 - 1)
     return count[0]
 

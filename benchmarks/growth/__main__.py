@@ -72,7 +72,7 @@ def main() -> int:
 
         say(instants_table(experiment, found))
         return 0
-    from benchmarks.growth.report import report
+    from benchmarks.growth.write_up import report
 
     say(report(experiment, results, args.out))
     return 0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.growth.experiment import Job
 from megabus.errors import UserError
-from megabus.train.history import places, read_metrics
+from megabus.report.history import places, read_metrics
 
 
 class Point(NamedTuple):

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from megabus.checkpoint.manifest import check_files, read_manifest
-from megabus.checkpoint.shards import read_shards
 from megabus.checkpoint.state import read_state
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
@@ -45,6 +44,8 @@ def checkpoint_at(path: str | Path) -> Path:
 
 def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model's configuration, and canonical name -> full fp32 master. Every file that is read is verified first."""
+    from megabus.checkpoint.shards import read_shards  # slow to import, and a new run reads none
+
     entries = read_manifest(folder)
     check_files(folder, entries)  # before any of it is believed
     saved = read_state(folder)

@@ -21,7 +21,7 @@ from megabus.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of manifest.json and state.json
-BLOCK = 1 << 20  # bytes hashed between two beats
+BLOCK = 1 << 20  # bytes hashed between two heartbeats
 THREADS = 4  # that hash files side by side
 ANOTHER_COPY = "restore it from another copy, or take the checkpoint before it, as resume=auto does"
 

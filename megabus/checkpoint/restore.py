@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megabus.checkpoint.manifest import Heartbeat, DamagedError, Entry, check_file, idle, read_manifest
-from megabus.checkpoint.shards import read_shards
+from megabus.checkpoint.manifest import DamagedError, Entry, Heartbeat, check_file, idle, read_manifest
 from megabus.checkpoint.state import SavedState, read_state
 from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside, step_of
 from megabus.engine.engine import Engine
@@ -56,6 +55,8 @@ def find_checkpoint(root: Path, strict: bool, heartbeat: Heartbeat = idle) -> Fo
 
 def restore(found: Found, engine: Engine, heartbeat: Heartbeat = idle) -> None:
     """Set the engine's masters and moments from a checkpoint of the same model, saved under any layout. Collective."""
+    from megabus.checkpoint.shards import read_shards  # slow to import, and a new run reads none
+
     fragments: Fragments = {
         piece: {kind: torch.empty(len(piece)) for kind in found.state.kinds}
         for piece in engine.placement.owned(engine.mesh.rank)

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megabus.checkpoint.manifest import Heartbeat, Entry, idle, settle
-from megabus.checkpoint.shards import write_shards
+from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
 from megabus.checkpoint.state import SavedState, write_state
 from megabus.checkpoint.store import begin, folder_of, partial_of, prune, publish
 from megabus.errors import UserError
@@ -86,6 +84,9 @@ class Saver:
         """Begin a save; call `wait` first. Without `asynchronous` it has ended on return."""
         assert self._save is None
         begun = time.perf_counter()
+        # A second of imports that no first step waits for; here, as a thread should not import while training runs.
+        import megabus.checkpoint.shards  # noqa: F401
+
         save = self._save = Save(state.progress.step)
         snapshot = Snapshot.take(state, placement, live)
         self._thread = threading.Thread(target=self._run, args=(snapshot, save), name="checkpoint", daemon=True)
@@ -133,6 +134,8 @@ class Saver:
             with self._together(step):
                 if rank == 0:
                     begin(self.root, step)
+            from megabus.checkpoint.shards import write_shards
+
             partial = partial_of(self.root, step)
             with self._together(step):
                 what = (snapshot.placement, snapshot.fragments, snapshot.state.kinds)
@@ -163,12 +166,6 @@ class Saver:
                 yield
             except (OSError, SafetensorError) as error:
                 raise UserError("checkpoint", folder_of(self.root, step), f"{problem} ({error})", remedy) from error
-            except CheckpointException as error:  # DCP raises it on all ranks
-                causes = [cause for cause, _ in error.failures.values()]
-                if not all(isinstance(cause, OSError | SafetensorError) for cause in causes):
-                    raise
-                text = f"{problem} ({causes[0]})"
-                raise UserError("checkpoint", folder_of(self.root, step), text, remedy) from error
 
     def _write_rest(self, partial: Path, state: SavedState) -> list[Path]:
         files = [write_state(partial, state)]

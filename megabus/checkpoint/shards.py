@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megabus.checkpoint.manifest import Heartbeat, Entry, idle
+from megabus.checkpoint.manifest import Entry, Heartbeat, idle
 from megabus.errors import UserError
 from megabus.parallel.fragments import KINDS, Fragments, Kind
 from megabus.parallel.placement import Piece, Placement
@@ -55,14 +56,23 @@ def write_shards(
     group: dist.ProcessGroup,
     heartbeat: Heartbeat = idle,
 ) -> list[Path]:
-    """Write this rank's part of the fragments (on the CPU). Collective over `group`. This rank's files."""
+    """Write this rank's part of the fragments (on the CPU). Collective over `group`. This rank's files.
+
+    Raises OSError or SafetensorError on all ranks where any of them cannot write.
+    """
     rank = dist.get_rank()
     chunks = {
         tensor_key(kind, piece.name): _Chunk(fragments[piece][kind], piece.start, placement.numel(piece.name))
         for piece in written_by(placement, rank, fragments)
         for kind in kinds
     }
-    save(chunks, storage_writer=_Writer(folder, rank, kinds, heartbeat), process_group=group)
+    try:
+        save(chunks, storage_writer=_Writer(folder, rank, kinds, heartbeat), process_group=group)
+    except CheckpointException as error:  # DCP raises it on all ranks
+        causes = [cause for cause, _ in error.failures.values()]
+        if not all(isinstance(cause, OSError | SafetensorError) for cause in causes):
+            raise
+        raise causes[0] from error
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 

@@ -22,7 +22,7 @@ from megabus.config.stages import stage_section
 from megabus.errors import UserError
 from megabus.estimate.devices import DEVICES, Device, device
 from megabus.estimate.layouts import micro_batches
-from megabus.estimate.report import StageEstimate, as_dict, estimate_run, tables
+from megabus.estimate.whole_run import StageEstimate, as_dict, estimate_run, tables
 
 REBUILD = 5.0
 

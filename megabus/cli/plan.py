@@ -23,7 +23,7 @@ from megabus.errors import UserError
 from megabus.kappa.laws import fit_law
 from megabus.kappa.planner import GrowthPlan, Size, plan_growth, plan_stages, spend
 from megabus.model.cost import count_parameters, flops_per_token
-from megabus.train.history import read_metrics
+from megabus.report.history import read_metrics
 
 MAX_STAGES = 3
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megabus.command import Parser
 from megabus.extras import need
-from megabus.train.plots import plot_loss, summary_table
+from megabus.report.plots import plot_loss, summary_table
 
 
 def main(argv: Sequence[str]) -> int:

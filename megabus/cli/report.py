@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     if args.out is not None and args.out.endswith(".html"):
         raise UserError("--out", args.out, "names a page", "name the folder that report.html shall be in")
     need("report", "command", "report")
-    from megabus.train.report.page import write_report
+    from megabus.report.page import write_report
 
     print(write_report(args.run_dirs, args.out or args.run_dirs[0]))
     return 0

@@ -80,7 +80,7 @@ def _print_planned(config: RunConfig, stages: Sequence[Stage], ranks: Sequence[i
         print(
             f"{f'{before.layout} to {after.layout}':<32} {rank:>6} {planned.sent_messages:>12} "
             f"{planned.received_messages:>6} {planned.sent / MIB:>8.1f} {planned.received / MIB:>8.1f} "
-            f"{planned.kept / MIB:>8.1f} {planned.correspondents:>6} {planned.waves:>5} {_cost(planned.cost)}"
+            f"{planned.kept / MIB:>8.1f} {planned.receivers:>6} {planned.waves:>5} {_cost(planned.cost)}"
         )
 
 
@@ -94,14 +94,14 @@ def _cost(cost: Cost) -> str:
 
 def _check_all(config: RunConfig, stages: Sequence[Stage]) -> int:
     """Every rank's schedule of every growth, by itself and against the others'. Returns the exit code."""
-    from megabus.growth.plan import plan_between, schedule_of, travelling
+    from megabus.growth.plan import plan_between, schedule_of
     from megabus.testing.plan_check import faults, loads
 
     sound = True
     for before, after in pairwise(stages):
         start, plan = time.perf_counter(), plan_between(config, before, after)
         schedules = {rank: schedule_of(config, plan, rank) for rank in range(after.layout.world)}
-        found = faults(plan, schedules, travelling(config))
+        found = faults(plan, schedules, plan.growth.sent_kinds)
         print(f"\n{before.layout} to {after.layout}: {', '.join(sorted(found)) or 'all ranks agree, nothing is wrong'}")
         print(f"  {len(schedules):,} ranks planned and compared in {time.perf_counter() - start:.0f} s")
         for what, load in loads(plan, schedules).items():

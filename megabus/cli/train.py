@@ -64,11 +64,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _show(run_dir: str) -> None:
-    from megabus.train.plots import plot_loss, summary_table
+    from megabus.report.plots import plot_loss, summary_table
 
     print(f"\n{summary_table(run_dir)}\n")
     need("report", "run_dir", run_dir)
-    from megabus.train.report.page import write_page
+    from megabus.report.page import write_page
 
     print(f"plot:       {plot_loss([run_dir], Path(run_dir) / 'loss.png')}")
     print(f"report:     {write_page([run_dir], run_dir)}")

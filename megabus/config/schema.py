@@ -218,8 +218,8 @@ class BoostConfig(Section):
 class GrowthConfig(Section):
     """How to grow (BUS, bootstrapped model upscaling) and through which stages."""
 
-    write: Literal["tilt", "clone", "noise"] = Field(
-        "tilt", description="copies of write rows: tilted (exact, breaks symmetry), plain clones, clones with noise"
+    write: Literal["tilt", "clone"] = Field(
+        "tilt", description="copies of write rows: tilted (exact, breaks symmetry), or plain clones"
     )
     read: Literal["tilt", "clone"] = Field(
         "tilt", description="rows that read h: tilted so that they see new channels too (exact), or plain clones"

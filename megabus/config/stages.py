@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megabus.config.pair import SIZES, check_pair, divides
-from megabus.config.schema import LayoutConfig, ModelConfig, RunConfig, StageConfig
+from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
 from megabus.errors import UserError
 
 
@@ -59,27 +59,19 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     """All stages in order, the first being the file's own sizes. Raises `UserError` on the first misfit."""
     _check_run(config)
     _check_last(config)
-    train = config.train
-    first = Stage(
-        index=0,
-        model=config.model,
-        layout=_layout("layout", config.layout, world_size),
-        seq_len=train.seq_len,
-        micro_batch_size=train.micro_batch_size,
-        global_batch_size=train.global_batch_size,
-        lr=config.optimizer.lr,
+    first = replace(
+        single_stage(config.model, config.layout, config.train, config.optimizer, world_size),
         kappa=config.growth.trigger.kappa,
         max_tokens=config.growth.max_tokens,
         max_flops=config.growth.max_flops,
     )
-    _check_stage(first, config, "", "train.")
     _check_sequence_parallel(first, None, config, "train.")
     stages = [first]
     for number, change in enumerate(config.growth.stages):
         key = f"{stage_section(number + 1)}."
         stages.append(_next_stage(stages[-1], change, key, world_size))
         check_pair(stages[-2].model, stages[-1].model, key)
-        _check_stage(stages[-1], config, key, key)
+        _check_stage(stages[-1], config.train, key, key)
         _check_sequence_parallel(stages[-1], stages[-2], config, key)
     longest = max(stage.seq_len for stage in stages)
     for stage in stages:
@@ -91,6 +83,27 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
                 "choose lengths that divide it, so that data order does not depend on them",
             )
     return stages
+
+
+def single_stage(
+    model: ModelConfig, layout: LayoutConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
+) -> Stage:
+    """What never grows, from its sections alone. Raises `UserError` on the first misfit."""
+    _check_optimizer(model, optimizer)
+    stage = Stage(
+        index=0,
+        model=model,
+        layout=_layout("layout", layout, world_size),
+        seq_len=train.seq_len,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        lr=optimizer.lr,
+        kappa=1.0,
+        max_tokens=None,
+        max_flops=None,
+    )
+    _check_stage(stage, train, "", "train.")
+    return stage
 
 
 def _next_stage(last: Stage, stage: StageConfig, key: str, world_size: int) -> Stage:
@@ -124,10 +137,16 @@ def _layout(key: str, layout: LayoutConfig, world_size: int) -> Layout:
 
 
 def _check_run(config: RunConfig) -> None:
-    train, optim = config.train, config.optimizer
+    train = config.train
     if not (train.max_tokens or train.max_flops or train.max_steps):
         raise UserError("train.max_tokens", "(missing)", "the run has no budget", "set it, max_flops or max_steps")
-    if config.model.kind == "ngpt" and optim.weight_decay:
+    if config.checkpoint.keep_every is not None:
+        divides("checkpoint.keep_every", config.checkpoint.keep_every, "checkpoint.every", config.checkpoint.every)
+    _check_trigger(config)
+
+
+def _check_optimizer(model: ModelConfig, optim: OptimizerConfig) -> None:
+    if model.kind == "ngpt" and optim.weight_decay:
         raise UserError(
             "optimizer.weight_decay",
             optim.weight_decay,
@@ -141,9 +160,6 @@ def _check_run(config: RunConfig) -> None:
             f"and warmup_share {optim.warmup_share} exceed the run",
             "make them sum to 1 or less",
         )
-    if config.checkpoint.keep_every is not None:
-        divides("checkpoint.keep_every", config.checkpoint.keep_every, "checkpoint.every", config.checkpoint.every)
-    _check_trigger(config)
 
 
 def _check_trigger(config: RunConfig) -> None:
@@ -173,7 +189,7 @@ def _check_last(config: RunConfig) -> None:
             )
 
 
-def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str) -> None:
+def _check_stage(stage: Stage, train: TrainConfig, size_key: str, batch_key: str) -> None:
     model, layout = stage.model, stage.layout
     size_key = size_key or "model."
     if model.head_dim % 2:
@@ -187,17 +203,17 @@ def _check_stage(stage: Stage, config: RunConfig, size_key: str, batch_key: str)
         raise UserError(
             size_key + "n_layers",
             model.n_layers,
-            f"leaves some of the layout.pp = {layout.pp} pipeline stages empty",
+            f"leaves some of the layout.pp = {layout.pp} pipeline ranks without a layer",
             "lower layout.pp or add layers (they need not divide evenly)",
         )
-    if config.train.zero_stage == 2 and layout.pp > 1:
+    if train.zero_stage == 2 and layout.pp > 1:
         raise UserError(
             "train.zero_stage",
             2,
             f"cannot be combined with layout.pp = {layout.pp}: the pipeline accumulates whole gradients",
             "set it to 1",
         )
-    if config.train.overlap_comm and config.train.zero_stage != 2:
+    if train.overlap_comm and train.zero_stage != 2:
         problem = "needs train.zero_stage = 2: in bf16 ZeRO-1 reduces after the last backward pass"
         raise UserError("train.overlap_comm", True, problem, "set train.zero_stage to 2, or overlap_comm to false")
     samples = stage.micro_batch_size * layout.dp

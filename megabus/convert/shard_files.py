@@ -44,7 +44,7 @@ def write_shard_files(source: Source, out: Path, tp: int, pp: int) -> None:
     model, placement = state.model, Placement(state.model, state.layout)
     tensors: dict[str, Any] = {}
     for pp_rank in range(pp):
-        names = [name for name in placement.specs if placement.stage(name) == pp_rank]
+        names = [name for name in placement.specs if placement.pp_rank(name) == pp_rank]
         keys = [(kind, name) for name in names for kind in state.kinds]
         for tp_rank in range(tp):
             rows = {name: shard_rows(placement.specs[name], model, tp, tp_rank) for name in names}

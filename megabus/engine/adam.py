@@ -17,7 +17,7 @@ def make_adam(config: OptimizerConfig, groups: list[dict[str, Any]], device: tor
     Raises `UserError` where it is not installed or cannot be built.
     """
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    options["weight_decay"] = 0.0  # the groups say theirs
+    options["weight_decay"] = 0.0  # each group has its own
     if config.implementation == "torch":
         return torch.optim.AdamW(groups, fused=True, **options)
     try:

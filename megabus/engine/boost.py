@@ -1,7 +1,7 @@
 """A larger learning rate for chosen rows: what Adam has moved them by is multiplied, in the fp32 masters.
 
 Adam's step is linear in lr, weight decay included, so that is what `factor` times the learning rate would have done,
-whichever Adam runs. Whole partitions are one tensor to it: it cannot be told of rows.
+whichever Adam runs. Adam itself sees a partition as one tensor and has no learning rate for some of its rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from megabus.engine.fragments import flat_partitions, inner_optimizer, places
-from megabus.model.params import ParamSpec
 from megabus.parallel.placement import Placement
 
 
@@ -51,8 +50,8 @@ class _Rows:
 
 
 class Boost:
-    """Multiplies the learning rate of the rows that `set_rows` chose by `factor`, which is for its user to keep up to
-    date. While it is 1, or no row is chosen, nothing is copied.
+    """Multiplies the learning rate of the rows that `set_rows` chose by `factor`, which its user sets before a step.
+    While it is 1, or no row is chosen, nothing is copied.
 
     engine: DeepSpeed's, of the module that `rank` has under `placement`.
     """
@@ -66,12 +65,12 @@ class Boost:
         inner = inner_optimizer(engine)
         self._hooks = [inner.register_step_pre_hook(self._keep), inner.register_step_post_hook(self._stretch)]
 
-    def set_rows(self, added: Callable[[ParamSpec], np.ndarray]) -> None:
-        """Choose rows, in place of those before: `added` tells which of a parameter's global rows, (rows,) bool."""
+    def set_rows(self, added: Callable[[str], np.ndarray]) -> None:
+        """Choose rows, in place of those before: `added` tells them by the parameter's name, (global rows,) bool."""
         found: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
         for place in places(self._module, self._placement, self._rank):
             piece, width = place.piece, self._placement.width(place.piece.name)
-            rows = np.flatnonzero(added(place.spec))
+            rows = np.flatnonzero(added(place.piece.name))
             start, stop = np.maximum(rows * width, piece.start), np.minimum((rows + 1) * width, piece.stop)
             here, at = start < stop, place.part.start - piece.start
             found.setdefault(place.group, []).append((width, start[here] + at, stop[here] + at))
@@ -89,10 +88,10 @@ class Boost:
 
     @torch.no_grad()
     def _keep(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._before = []  # of a step that failed halfway, if there is any
+        self._before = []  # if a step failed halfway, its rows are still here
         if self.factor == 1.0:
             return
-        # ZeRO in fp32 steps one group at a time: the others' turn is another step.
+        # ZeRO in fp32 steps one group at a time: other groups have calls of their own.
         stepping = {id(flat) for group in optimizer.param_groups for flat in group["params"]}
         self._before = [(rows, rows.read()) for rows in self._rows if id(rows.flat) in stepping]
 

@@ -32,7 +32,7 @@ from megabus.model.params import spec_of
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.mesh import Mesh
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import stage_layers
+from megabus.parallel.topology import layers_at
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, (micro_batch_size, seq_len) int64
 Loss = Callable[[Decoder, Tensor, Tensor], Tensor]  # the last layers, their hidden states (B, T, D), targets (B, T)
@@ -55,8 +55,8 @@ class StepResult:
 
     @property
     def is_finite(self) -> bool:
-        """The same on every rank: the norm is that of the whole world's gradients, which a loss that is none spoils on
-        whatever rank it is (`Engine._module`)."""
+        """The same on every rank: the norm is of all ranks' gradients, and a loss that is not finite makes its own
+        gradients NaN (`Engine._module`)."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -71,8 +71,9 @@ class DecoderWithLoss(nn.Module):
         return self.loss(self.decoder.hidden(inputs_BT), targets_BT)
 
 
-class PipelineStage(Decoder):
-    """What the engine with a pipeline runs; the last one's hidden states are the loss's, which needs no logits."""
+class PipelineLayers(Decoder):
+    """What the engine with a pipeline runs. The last pipeline rank returns hidden states too: the loss is computed from
+    them, without logits."""
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.hidden(x, cache)
@@ -102,7 +103,7 @@ class Engine:
             for matrix, decay in ((True, optimizer.weight_decay), (False, 0.0))
         ]
         for parameter in self.module.parameters():
-            # DeepSpeed's mark of a tensor-parallel shard; replicas must not carry it, or norms count them tp times.
+            # So DeepSpeed marks a tensor-parallel shard. A replica with the mark would count tp times in norms.
             if spec_of(parameter).sharded:
                 parameter.model_parallel = True  # type: ignore[attr-defined]
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints on stdout from several places
@@ -113,7 +114,7 @@ class Engine:
                 config=deepspeed_config(train, stage),
                 mpu=None if isinstance(self.module, PipelineModule) else self.mesh.grid,
             )
-        # Before unit rows: hooks run in this order, and the rows that a boost has moved are to be unit afterwards.
+        # Hooks run in this order: rows that a boost has moved are made unit afterwards.
         self.boost = Boost(self.deepspeed, self.module, self.placement, self.mesh.rank)
         self.unit_rows = self._unit_rows()
         self._pipe_seq_len = stage.seq_len
@@ -133,14 +134,14 @@ class Engine:
 
         def loss(h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
             loss = self.loss(self.decoder, h_BTD, targets_BT)
-            # DeepSpeed looks at gradients alone: a loss that is none must not have any.
+            # DeepSpeed looks at gradients alone, so a loss that is not finite gets NaNs for its gradients.
             return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
         if layout.pp == 1:
             return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute, self.kernels), loss)
-        # One spec a stage: which layers a stage holds is megabus's decision, not DeepSpeed's partitioner's.
-        stages = [stage_layers(model.n_layers, layout.pp, stage) for stage in range(layout.pp)]
-        specs = [LayerSpec(PipelineStage, model, layers, self.mesh.tp, recompute, self.kernels) for layers in stages]
+        # One spec a pipeline rank: which layers a rank holds is megabus's decision, not DeepSpeed's partitioner's.
+        parts = [layers_at(model.n_layers, layout.pp, pp_rank) for pp_rank in range(layout.pp)]
+        specs = [LayerSpec(PipelineLayers, model, layers, self.mesh.tp, recompute, self.kernels) for layers in parts]
         with contextlib.redirect_stdout(io.StringIO()):
             return PipelineModule(specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform")
 
@@ -152,8 +153,8 @@ class Engine:
         return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group, self.kernels.unit_rows_)
 
     def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
-        """One optimizer step over this data-parallel rank's `grad_accum` micro batches (none on middle stages), of
-        `seq_len` tokens where that is not the stage's."""
+        """One optimizer step over this data-parallel rank's `grad_accum` micro batches, which are none where it
+        needs no data. seq_len: their length where it is not the stage's."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.module, PipelineModule):
@@ -180,13 +181,13 @@ class Engine:
         return float(self._mean([self.deepspeed(self._on_device(x), self._on_device(y)) for x, y in batches]))
 
     def _expect_shape(self, seq_len: int) -> None:
-        """DeepSpeed's stages agree on the activations' shape once; tell them when it changes."""
+        """DeepSpeed's pipeline agrees on the activations' shape once; tell them when it changes."""
         if seq_len != self._pipe_seq_len:
             self.deepspeed.reset_activation_shape()
             self._pipe_seq_len = seq_len
 
     def _on_device(self, tokens: Tensor) -> Tensor:
-        """From pinned memory: a copy from other memory waits until the GPU has done all that it was given."""
+        """Through pinned memory: a copy from other memory waits until the GPU has finished all queued work."""
         on_gpu = self.device.type == "cuda" and not tokens.is_cuda
         return tokens.pin_memory().to(self.device, non_blocking=True) if on_gpu else tokens
 
@@ -212,7 +213,7 @@ class Engine:
         return optimizer_step_count(self.deepspeed)
 
     def unit_error(self) -> float | None:
-        """Largest | |row| - 1 | over all unit rows of the world's masters; None for a model that has none."""
+        """Largest | |row| - 1 | over all unit rows of all ranks' masters; None for a model without unit rows."""
         if self.unit_rows is None:
             return None
         worst = self.unit_rows.error()
@@ -220,7 +221,7 @@ class Engine:
         return float(worst)
 
     def gain_percentiles(self) -> dict[str, dict[str, float]]:
-        """By kind of gain, percentiles of its effective values over the world's masters; see there. Collective."""
+        """By kind of gain, percentiles of its effective values over all ranks' masters. Collective."""
         return gain_percentiles(self.placement, self.read(), self.mesh.rank, self.device)
 
     def micro_rows(self, micro_step: int) -> range:
@@ -231,7 +232,7 @@ class Engine:
 
     @property
     def needs_data(self) -> bool:
-        """Only the first and the last pipeline stage read tokens."""
+        """Only the first and the last pipeline rank read tokens."""
         return self.mesh.at.pp in (0, self.stage.layout.pp - 1)
 
     def close(self) -> None:

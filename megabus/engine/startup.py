@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from megabus.errors import UserError
 
@@ -38,7 +42,9 @@ def import_deepspeed() -> None:
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     warnings.filterwarnings("ignore", category=FutureWarning)
-    import deepspeed  # noqa: F401
+    with _compiling_at_first_call():
+        import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  else an engine imports it
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
@@ -46,6 +52,30 @@ def import_deepspeed() -> None:
         # On CPUs DeepSpeed would compile a shared-memory op here: a minute with g++, a crash without.
         # The attribute deepspeed.comm.torch is torch itself, so the module is found by its full name.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _compiling_at_first_call() -> Iterator[None]:
+    """What torch.compile decorates in the block is compiled when it is first called.
+
+    DeepSpeed decorates the Muon optimizer when it is imported, and torch then imports Inductor for it: a quarter of a
+    start's processor time, for functions that megabus never calls.
+    """
+    import torch
+
+    compile_now: Callable[..., Any] = torch.compile
+
+    def compile_later(model: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if model is None:
+            return lambda decorated: compile_later(decorated, **options)
+        compiled = functools.cache(lambda: compile_now(model, **options))
+        return functools.wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_later
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:

@@ -52,7 +52,7 @@ class UnitRows:
         self.hook = inner_optimizer(engine).register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        # ZeRO in fp32 steps one group at a time: act when it is the matrices' turn.
+        # ZeRO in fp32 steps one group at a time: act on the call that is the matrices'.
         if any(flat is self.flat for group in optimizer.param_groups for flat in group["params"]):
             self.normalise()
 

@@ -44,7 +44,7 @@ class Shape:
 
     @property
     def boundary(self) -> int:
-        """Bytes of h between two pipeline stages."""
+        """Bytes of h between two pipeline ranks."""
         return self.batch * self.seq_len * self.model.d_model * self.dtype.itemsize // (self.tp if self._cut else 1)
 
     @property
@@ -54,7 +54,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one micro batch on a pipeline stage, without its weights and gradients.
+    """Bytes of one micro batch on a pipeline rank, without its weights and gradients.
 
     saved: after forward, for backward. peak: the most while forward and backward run; later: the most of it from the
     first gradient of a weight on.
@@ -66,7 +66,7 @@ class Footprint:
 
 
 def footprint(shape: Shape, layers: int, first: bool, last: bool) -> Footprint:
-    """Of a pipeline stage of `layers` blocks, with the embedding if it is the `first`, the head if the `last`."""
+    """Of a pipeline rank of `layers` blocks, with the embedding if it is the `first`, the head if the `last`."""
     one = _run(shape, last)
     more = (layers - 1) * layer_bytes(shape) + (_embedding_saves(shape) if first else 0)
     least = _embedding_peak(shape) if first else 0

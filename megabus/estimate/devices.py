@@ -9,8 +9,8 @@ from megabus.model.cost import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)
-class Link:
-    """A message of n bytes takes latency + n / bandwidth: seconds, and bytes a second one way (Hockney 1994)."""
+class Interconnect:
+    """Carries a message of n bytes in latency + n / bandwidth seconds (Hockney 1994); bandwidth: bytes/s, one way."""
 
     latency: float
     bandwidth: float
@@ -35,8 +35,8 @@ class Device:
     fp32: float
     efficiency: float
     memory_bandwidth: float
-    intra: Link
-    inter: Link
+    intra: Interconnect
+    inter: Interconnect
     nodes_of: int
     source: str
 
@@ -60,8 +60,8 @@ def _gpu(name: str, chip: str, gb: float, fp32: float, hbm: float, intra: float,
         fp32=fp32 * 1e12,
         efficiency=EFFICIENCY,
         memory_bandwidth=hbm * 1e9,
-        intra=Link(NVLINK, intra * WIRE * 1e9),
-        inter=Link(NETWORK, inter * WIRE * 1e9),
+        intra=Interconnect(NVLINK, intra * WIRE * 1e9),
+        inter=Interconnect(NETWORK, inter * WIRE * 1e9),
         nodes_of=8,
         source=source,
     )
@@ -84,8 +84,8 @@ DEVICES = {
             fp32=40e9,
             efficiency=1.0,
             memory_bandwidth=10e9,
-            intra=Link(1e-4, 1e9),
-            inter=Link(1e-3, 1e8),
+            intra=Interconnect(1e-4, 1e9),
+            inter=Interconnect(1e-3, 1e8),
             nodes_of=2,
             source="no data sheet: one core with some GB, assumed throughout",
         ),

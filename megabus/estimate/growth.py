@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from megabus.config import RunConfig, Stage
 from megabus.estimate.devices import Device
 from megabus.estimate.memory import FP32, states_at
-from megabus.growth.plan import ELEMENT_BYTES, Plan, Wave, plan_between, schedule_of, travelling
+from megabus.growth.plan import ELEMENT_BYTES, Plan, Wave, plan_between, schedule_of
 
 ALL_RANKS = 16  # of larger worlds some ranks stand for all
 
 
 @dataclass(frozen=True)
-class Transition:
+class GrowthEstimate:
     """sent, received: bytes of the rank that sends or gets most; looked_at: ranks that were looked at for it, of all.
     messages: the most that one sends or gets. memory: bytes at the worst moment, at most. move, grow, rebuild: seconds.
     """
@@ -35,45 +35,46 @@ class Transition:
 
 def messages(schedule: Sequence[Wave], rank: int) -> tuple[list[int], list[int]]:
     """Bytes of each message that a rank sends to others, and gets from them."""
-    moves = [move for wave in schedule for *_, move in wave.moves if move.src != move.dst]
-    sent = [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank]
-    return sent, [len(move.piece) * ELEMENT_BYTES for move in moves if move.dst == rank]
+    transfers = [each for wave in schedule for *_, each in wave.transfers if each.src != each.dst]
+    sent = [len(each.piece) * ELEMENT_BYTES for each in transfers if each.src == rank]
+    return sent, [len(each.piece) * ELEMENT_BYTES for each in transfers if each.dst == rank]
 
 
-def transition(config: RunConfig, old: Stage, new: Stage, device: Device, rebuild: float) -> Transition:
+def estimate_growth(config: RunConfig, old: Stage, new: Stage, device: Device, rebuild: float) -> GrowthEstimate:
     """Of the growth from one stage to the next. rebuild: seconds that new engines take, for which there is no model."""
-    plan, kinds, world = plan_between(config, old, new), travelling(config), new.layout.world
-    # Spread over pipeline stages and data-parallel places.
+    plan, world = plan_between(config, old, new), new.layout.world
+    # Spread over pipeline ranks and data-parallel places.
     ranks = sorted({0, world - 1, *(i * world // ALL_RANKS for i in range(ALL_RANKS))})
     exchanged = [messages(schedule_of(config, plan, rank), rank) for rank in ranks]
     received = max(sum(got) for _, got in exchanged)
     sent, most = max(sum(gone) for gone, _ in exchanged), max(len(one) for both in exchanged for one in both)
     link = device.inter if world > device.nodes_of else device.intra
-    grown = max(sum(map(len, plan.new.owned(rank))) for rank in ranks) * len(kinds) * FP32
-    return Transition(
+    grown = max(sum(map(len, plan.new.owned(rank))) for rank in ranks) * len(plan.growth.sent_kinds) * FP32
+    return GrowthEstimate(
         sent=sent,
         received=received,
         messages=most,
         looked_at=len(ranks),
-        memory=transition_bytes(config, plan, new),
+        memory=growth_bytes(config, plan, new),
         move=link.seconds(max(sent, received), most),
         grow=8 * grown / device.memory_bandwidth,  # some passes in fp64 over what is made
         rebuild=rebuild,
     )
 
 
-def transition_bytes(config: RunConfig, plan: Plan, new: Stage) -> int:
+def growth_bytes(config: RunConfig, plan: Plan, new: Stage) -> int:
     """The most that a rank holds on its device between two engines: what it had and what it gets with the buffer, or
     what it got and the new engine, whose weights lie there twice while they are made flat."""
-    kinds = len(travelling(config))
+    kinds = len(plan.growth.sent_kinds)
     worst = 0
     for pp in range(new.layout.pp):
-        at = states_at(config, new, plan.new, pp, new.layout.tp - 1)
+        at = states_at(config.train, new, plan.new, pp, new.layout.tp - 1)
         rebuilt = at.weights * 2 + at.masters + at.gradients + (at.moments if kinds > 1 else 0)
         worst = max(worst, kinds * at.masters + rebuilt, kinds * at.masters + config.growth.buffer_mb * 2**20)
     old_layout = plan.old.layout
     had = max(
         FP32 * sum(group.partition for group in plan.old.groups(pp, old_layout.tp - 1)) for pp in range(old_layout.pp)
     )
-    new_masters = max(at.masters for at in (states_at(config, new, plan.new, pp, 0) for pp in (0, new.layout.pp - 1)))
+    ends = (states_at(config.train, new, plan.new, pp, 0) for pp in (0, new.layout.pp - 1))
+    new_masters = max(at.masters for at in ends)
     return max(worst, kinds * (had + new_masters) + config.growth.buffer_mb * 2**20)

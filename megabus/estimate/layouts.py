@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megabus.config import Layout, RunConfig, Stage, resolve_stages
 from megabus.errors import UserError
 from megabus.estimate.devices import Device
-from megabus.estimate.memory import RankMemory, memory_at, states_at
+from megabus.estimate.memory import RankMemory, boosts, memory_at, states_at
 from megabus.estimate.step_time import StepTime, step_time
 from megabus.parallel.placement import Placement
 
@@ -25,20 +25,23 @@ class Choice:
 
 
 def pipeline_memory(config: RunConfig, stage: Stage) -> list[RankMemory]:
-    """Of every pipeline stage's fullest rank: its last tensor-parallel one, which has most of the vocabulary."""
-    placement = Placement(stage.model, stage.layout)
-    return [memory_at(config, stage, placement, pp, stage.layout.tp - 1) for pp in range(stage.layout.pp)]
+    """Of every pipeline rank's fullest rank: its last tensor-parallel one, which has most of the vocabulary."""
+    placement, boosted = Placement(stage.model, stage.layout), boosts(config, stage)
+    return [
+        memory_at(config.train, stage, placement, pp, stage.layout.tp - 1, boosted=boosted)
+        for pp in range(stage.layout.pp)
+    ]
 
 
 def fullest(config: RunConfig, stage: Stage, placement: Placement, room: float) -> RankMemory | None:
     """The memory of the fullest rank, or None where one does not fit into `room` bytes.
 
-    Only the two ends of a pipeline are looked at: the first stage has the embedding, most micro batches in flight and
+    Only the two ends of a pipeline are looked at: the first rank has the embedding, most micro batches in flight and
     no fewer layers than any, the last one has the head.
     """
     worst = None
     for pp in sorted({0, stage.layout.pp - 1}):
-        at = (config, stage, placement, pp, stage.layout.tp - 1)
+        at = (config.train, stage, placement, pp, stage.layout.tp - 1, 0, boosts(config, stage))
         if states_at(*at).total > room or (memory := memory_at(*at)).total > room:
             return None
         worst = memory if worst is None or memory.total > worst.total else worst

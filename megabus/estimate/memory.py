@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megabus.config import RunConfig, Stage
+from megabus.config.schema import TrainConfig
 from megabus.engine import ds_config
 from megabus.estimate.activations import Footprint, Shape, footprint, layer_bytes
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import coordinate, rank_of, stage_layers
+from megabus.parallel.topology import coordinate, layers_at, rank_of
 
 FP32 = 4
 # DeepSpeed adds up the fp32 sums of bf16 training in one buffer for all groups, unless the first is larger than this.
@@ -47,35 +48,44 @@ class RankMemory:
         return self.states + max(self.gradients + self.buckets + self.activations, self.reduction, self.update)
 
 
-def rank_memory(config: RunConfig, stage: Stage, rank: int) -> RankMemory:
-    """Of a rank of the world while it trains `stage` of `config`."""
+def boosts(config: RunConfig, stage: Stage) -> bool:
+    """Whether `growth.boost` moves rows while this stage trains."""
+    return config.growth.boost is not None and stage.index > 0
+
+
+def rank_memory(train: TrainConfig, stage: Stage, rank: int, boosted: bool = False) -> RankMemory:
+    """Of a rank of the world while it trains a stage; boosted: see `boosts`."""
     at = coordinate(stage.layout, rank)
-    return memory_at(config, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
+    return memory_at(train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp, boosted)
 
 
-def memory_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0) -> RankMemory:
+def memory_at(
+    train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0, boosted: bool = False
+) -> RankMemory:
     """The same of the rank at these coordinates; its data-parallel neighbours have much the same."""
-    states, sums = states_at(config, stage, placement, pp, tp, dp), _sums(config, stage, placement, pp, tp, dp)
-    one = _footprint(config, stage, pp, tp)
-    begin, end = stage_layers(stage.model.n_layers, stage.layout.pp, pp)
-    gone = (end - begin - 1) * layer_bytes(shape_of(config, stage, tp))
+    states = states_at(train, stage, placement, pp, tp, dp, boosted)
+    sums = _sums(train, stage, placement, pp, tp, dp)
+    one = _footprint(train, stage, pp, tp)
+    begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
+    gone = (end - begin - 1) * layer_bytes(shape_of(train, stage, tp))
     early = one.peak - one.later if sums.late_buckets else 0
     return replace(
         states,
         gradients=states.gradients - min(sums.late, gone),
         buckets=states.buckets - min(states.buckets, early),
-        activations=activation_bytes(config, stage, pp, tp),
+        activations=activation_bytes(train, stage, pp, tp),
     )
 
 
-def states_at(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0) -> RankMemory:
+def states_at(
+    train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0, boosted: bool = False
+) -> RankMemory:
     """The same without activations, and so no more than that: no model is run, not even one without entries."""
-    sums = _sums(config, stage, placement, pp, tp, dp)
+    sums = _sums(train, stage, placement, pp, tp, dp)
     owned = sum(group.partition for group in placement.groups(pp, tp))
-    left = _left_in_pipeline(stage, pp) * shape_of(config, stage, tp).boundary
-    boosted = config.growth.boost is not None and stage.index
+    left = _left_in_pipeline(stage, pp) * shape_of(train, stage, tp).boundary
     return RankMemory(
-        weights=_itemsize(config) * owned * stage.layout.dp,
+        weights=_itemsize(train) * owned * stage.layout.dp,
         masters=FP32 * owned,
         moments=2 * FP32 * owned,
         gradients=sums.gradients,
@@ -103,12 +113,12 @@ class _Sums:
     late_buckets: bool = False
 
 
-def _sums(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int) -> _Sums:
-    train, layout, several = config.train, stage.layout, stage.grad_accum > 1
+def _sums(train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int) -> _Sums:
+    layout, several = stage.layout, stage.grad_accum > 1
     groups = placement.groups(pp, tp)
     entries, owned = sum(g.entries for g in groups), FP32 * sum(g.partition for g in groups)
     room = ds_config.BUCKET_ENTRIES
-    buckets = room * _itemsize(config) * (2 if train.overlap_comm else 1)
+    buckets = room * _itemsize(train) * (2 if train.overlap_comm else 1)
     if train.precision == "bf16" and train.zero_stage == 1:
         # BF16_Optimizer: whole fp32 sums, never given back; both groups in one message, copied to be sent.
         whole = owned * layout.dp
@@ -137,45 +147,44 @@ def _sums(config: RunConfig, stage: Stage, placement: Placement, pp: int, tp: in
     return _Sums(whole, buckets, reduction, update, late=0 if several else whole, late_buckets=not several)
 
 
-def _itemsize(config: RunConfig) -> int:
-    return 2 if config.train.precision == "bf16" else FP32
+def _itemsize(train: TrainConfig) -> int:
+    return 2 if train.precision == "bf16" else FP32
 
 
-def shape_of(config: RunConfig, stage: Stage, tp: int) -> Shape:
-    train = config.train
+def shape_of(train: TrainConfig, stage: Stage, tp: int) -> Shape:
     fused = train.kernels in ("compiled", "triton")
     sizes = (stage.layout.tp, tp, stage.micro_batch_size, stage.seq_len)
     return Shape(stage.model, *sizes, train.precision, train.recompute, train.sequence_parallel, fused)
 
 
 def in_flight(layout_pp: int, pp: int, grad_accum: int) -> int:
-    """Micro batches of which a pipeline stage holds the activations at a time (1F1B)."""
+    """Micro batches of which a pipeline rank holds the activations at a time (1F1B)."""
     return min(layout_pp - pp, grad_accum)
 
 
-def activation_bytes(config: RunConfig, stage: Stage, pp: int, tp: int) -> int:
-    """The most that forward and backward hold on a pipeline stage, beside weights, gradients and buckets.
+def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int) -> int:
+    """The most that forward and backward hold on a pipeline rank, beside weights, gradients and buckets.
 
-    Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last stage besides what its
+    Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last rank besides what its
     other buffer keeps of the micro batch before (counted on ranks, as was `_left_in_pipeline`).
     """
-    layout, one = stage.layout, _footprint(config, stage, pp, tp)
+    layout, one = stage.layout, _footprint(train, stage, pp, tp)
     first, last = pp == 0, pp == layout.pp - 1
     alive = in_flight(layout.pp, pp, stage.grad_accum)
     kept = 0
     if layout.pp > 1 and not first:
         kept = 4 + min(2, stage.grad_accum) if last else 2 * alive
-    return one.peak + (alive - 1) * one.saved + kept * shape_of(config, stage, tp).boundary
+    return one.peak + (alive - 1) * one.saved + kept * shape_of(train, stage, tp).boundary
 
 
-def _footprint(config: RunConfig, stage: Stage, pp: int, tp: int) -> Footprint:
-    begin, end = stage_layers(stage.model.n_layers, stage.layout.pp, pp)
-    return footprint(shape_of(config, stage, tp), end - begin, pp == 0, pp == stage.layout.pp - 1)
+def _footprint(train: TrainConfig, stage: Stage, pp: int, tp: int) -> Footprint:
+    begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
+    return footprint(shape_of(train, stage, tp), end - begin, pp == 0, pp == stage.layout.pp - 1)
 
 
 def _left_in_pipeline(stage: Stage, pp: int) -> int:
     """Tensors of the size of h that DeepSpeed's pipeline still holds when all micro batches are done: what it receives
-    into, and on the last stage three for each of its two buffers that was used."""
+    into, and on the last rank three for each of its two buffers that was used."""
     if stage.layout.pp == 1:
         return 0
     return 1 + 3 * min(2, stage.grad_accum) if pp == stage.layout.pp - 1 else 1

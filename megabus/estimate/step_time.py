@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 from megabus.config import RunConfig, Stage
 from megabus.config.stages import Layout
-from megabus.estimate.devices import Device, Link
+from megabus.estimate.devices import Device, Interconnect
 from megabus.model.cost import flops_per_token
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import rank_of, stage_layers
+from megabus.parallel.topology import layers_at, rank_of
 
 FP32 = 4
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step. compute, tensor, pipeline: of the slowest pipeline stage, over all micro batches; bubble: its
+    """Seconds of a step. compute, tensor, pipeline: of the slowest pipeline rank, over all micro batches; bubble: its
     waiting; data: gradients summed over ranks and weights gathered; update: Adam. model_flops: of the whole step."""
 
     compute: float
@@ -38,13 +38,13 @@ class StepTime:
         return self.model_flops / (self.total * world * device.peak(precision))
 
 
-def ring(link: Link, ranks: int, n_bytes: float, passes: int) -> float:
+def ring(link: Interconnect, ranks: int, n_bytes: float, passes: int) -> float:
     """Seconds of a ring collective: 2 passes for an all-reduce, 1 for a gather or a scatter of `n_bytes` in all."""
     steps = ranks - 1
     return passes * link.seconds(n_bytes * steps / ranks, steps)
 
 
-def links(layout: Layout, device: Device) -> tuple[Link, Link, Link]:
+def links(layout: Layout, device: Device) -> tuple[Interconnect, Interconnect, Interconnect]:
     """Of tensor-parallel, pipeline and data-parallel neighbours.
 
     Ranks fill nodes in order. A data-parallel ring that crosses nodes has as many rails as it has ranks in each.
@@ -56,7 +56,7 @@ def links(layout: Layout, device: Device) -> tuple[Link, Link, Link]:
         return tensor, pipe, device.intra
     rails = max(1, min(layout.dp, node // layout.tp))
     width = min(device.intra.bandwidth, rails * device.inter.bandwidth)
-    return tensor, pipe, Link(device.inter.latency, width)
+    return tensor, pipe, Interconnect(device.inter.latency, width)
 
 
 def _together(one: int, other: int, node: int) -> bool:
@@ -77,7 +77,7 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
     h_bytes = tokens * model.d_model * itemsize
     slowest = (0.0, 0.0)
     for pp in range(layout.pp):
-        begin, end = stage_layers(model.n_layers, layout.pp, pp)
+        begin, end = layers_at(model.n_layers, layout.pp, pp)
         flops = (end - begin) * block * (4 / 3 if train.recompute else 1.0) + (head if pp == layout.pp - 1 else 0.0)
         # A block sums h over ranks twice forward and twice backward, and twice more where it is recomputed; under
         # sequence parallelism each sum is a scatter and a gather, which is as much. Embedding and head: once more each.

@@ -1,12 +1,12 @@
-"""Which old entries travel from which rank to which, when a model grows, is laid out anew, or both.
+"""Which old entries are sent from which rank to which, when a model grows, is laid out anew, or both.
 
-Pure: a plan is computed from two placements alone, so that senders and receivers agree without a word. Old rows
-travel (they are narrower than new ones) and are grown where they arrive. A rank gets every old entry that its new
-ones are made of, no other, and none twice, however many copies it makes of it.
+A plan is computed from two placements alone, so planning needs no communication. Old rows are sent (they are narrower
+than new ones) and grown where they arrive. A rank gets every old entry that its new ones are made of, no other, and
+none twice, however many copies it makes of it.
 
-The receiver decides: what arrives in which wave follows from its own new pieces. A sender finds those who need what
-it owns and repeats their reckoning, so a rank computes no more than what it and its correspondents hold, in a world
-of whatever size.
+Each rank plans for itself and for those it sends to: what a rank receives in which wave follows from its own new
+pieces, and a sender repeats that calculation for every rank that needs what it owns. So the cost of planning does not
+grow with the world.
 """
 
 from __future__ import annotations
@@ -15,22 +15,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 
 from megabus.config import RunConfig, Stage
-from megabus.growth.maps import AxisMap
-from megabus.growth.rules import Growth
-from megabus.parallel.fragments import KINDS, Kind
+from megabus.growth.param_growth import Growth, growth_between
+from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
 
 ELEMENT_BYTES = 4  # masters and moments are fp32
 
 
+class Buffer(NamedTuple):
+    """How the memory that a growth may take is divided, in bytes: for the old rows of a wave, and for growing them."""
+
+    old_rows: int
+    growing: int
+
+    @classmethod
+    def of(cls, total: int) -> Buffer:
+        """Half for either."""
+        return cls(total // 2, total // 2)
+
+
 @dataclass(frozen=True)
-class Unit:
-    """Old rows [start, stop) of one old parameter: what moves together to a rank, as far as that needs them."""
+class RowRange:
+    """Old rows [start, stop) of one old parameter; what a rank needs of them, it gets in one wave."""
 
     name: str
     start: int
@@ -38,7 +50,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Move:
+class Transfer:
     """Old entries `piece` go from rank `src` to rank `dst` (which may be the same)."""
 
     src: int
@@ -46,24 +58,24 @@ class Move:
     piece: Piece
 
 
-Part = tuple[Unit, Kind, Move]
-"""A move with what it is part of: the unit of its destination, and which tensor."""
+ScheduledTransfer = tuple[RowRange, Kind, Transfer]
+"""A transfer, the row range of its destination that it belongs to, and which tensor it is of."""
 
 
 @dataclass(frozen=True)
 class Wave:
-    """What a rank does at a time: it takes in `units`, and these are its own moves, sent, received and kept.
+    """What a rank does at a time: it takes in `ranges`, and these are its own transfers, sent, received and kept.
 
-    Between two ranks the moves of a wave are in the same order on both.
+    Between two ranks the transfers of a wave are in the same order on both.
     """
 
-    units: list[Unit]
-    moves: list[Part]
+    ranges: list[RowRange]
+    transfers: list[ScheduledTransfer]
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a rank needs of a unit: its old rows, ascending, and the entries in them as disjoint ascending spans
+class Required:
+    """What a rank needs of a row range: its old rows, ascending, and the entries in them as disjoint ascending spans
     [start, stop). A span that crosses rows crosses only such rows."""
 
     rows: np.ndarray
@@ -94,91 +106,89 @@ class Plan:
     growth: Growth
 
     @cached_property
-    def heirs(self) -> dict[str, list[str]]:
+    def children(self) -> dict[str, list[str]]:
         """The new parameters that each old one grows into: itself, and its copies in added layers."""
-        heirs: dict[str, list[str]] = {name: [] for name in self.old.specs}
-        for name, spec in self.new.specs.items():
-            heirs[self.growth.old_spec(spec).name].append(name)
-        return heirs
+        children: dict[str, list[str]] = {name: [] for name in self.old.specs}
+        for name in self.new.specs:
+            children[self.growth.source(name)].append(name)
+        return children
 
-    def needs(self, rank: int) -> dict[str, list[Piece]]:
+    def sources(self, rank: int) -> dict[str, list[Piece]]:
         """The old parameters that a rank's new pieces grow from, in canonical order, and the pieces."""
         found: dict[str, list[Piece]] = {}
         for piece in self.new.owned(rank):
-            found.setdefault(self.growth.old_spec(self.new.specs[piece.name]).name, []).append(piece)
+            found.setdefault(self.growth.source(piece.name), []).append(piece)
         return {name: found[name] for name in sorted(found, key=self.old.number)}
 
-    def waves(self, rank: int, table_bytes: int, tensors: int) -> list[list[Unit]]:
-        """All old rows that a rank needs in groups, such that what it needs of a group takes it at most `table_bytes`,
-        for `tensors` tensors each; a single row may take more. A group is full when the next row has no room in it."""
-        budget = max(1, table_bytes // (ELEMENT_BYTES * tensors))
-        waves: list[list[Unit]] = []
+    def waves(self, rank: int, old_row_bytes: int, tensors: int) -> list[list[RowRange]]:
+        """All old rows that a rank needs in groups, of which each takes at most `old_row_bytes`, for `tensors` tensors;
+        a single row may take more. A group is full when the next row has no room in it."""
+        budget = max(1, old_row_bytes // (ELEMENT_BYTES * tensors))
+        waves: list[list[RowRange]] = []
         room = 0
-        for name, pieces in self.needs(rank).items():
+        for name, pieces in self.sources(rank).items():
             rows, width, at = self._parents(pieces), self.old.width(name), 0
             while at < len(rows):
                 if room < width:
                     waves.append([])
                     room = budget
                 part = rows[at : at + max(1, room // width)]
-                waves[-1].append(Unit(name, int(part[0]), int(part[-1]) + 1))
+                waves[-1].append(RowRange(name, int(part[0]), int(part[-1]) + 1))
                 at, room = at + len(part), room - len(part) * width
         return waves
 
-    def schedule(self, rank: int, table_bytes: int, kinds: tuple[Kind, ...]) -> list[Wave]:
+    def schedule(self, rank: int, old_row_bytes: int, kinds: tuple[Kind, ...]) -> list[Wave]:
         """What a rank receives, wave by wave, and what it sends in the waves of others, which go on at the same time.
 
-        table_bytes: see `waves`. Nobody waits in a circle: what a wave waits for is posted in the same wave.
+        old_row_bytes: see `waves`. Ranks cannot wait for each other in a circle: both ends of a transfer post it in the
+        same wave.
         """
-        mine = self.waves(rank, table_bytes, len(kinds))
-        moves = [[part for unit in wave for part in self._parts(rank, unit, kinds)] for wave in mine]
+        mine = self.waves(rank, old_row_bytes, len(kinds))
+        transfers = [[each for rows in wave for each in self._scheduled(rank, rows, kinds)] for wave in mine]
         owned = {piece.name: piece for piece in self.old.owned(rank)}
-        for dst in self.correspondents(rank):
-            for number, wave in enumerate(self.waves(dst, table_bytes, len(kinds))):
-                units = [unit for unit in wave if unit.name in owned and self._meets(unit, owned[unit.name])]
-                sent = [part for unit in units for part in self._parts(dst, unit, kinds) if part[2].src == rank]
+        for dst in self.receivers(rank):
+            for number, wave in enumerate(self.waves(dst, old_row_bytes, len(kinds))):
+                ranges = [rows for rows in wave if rows.name in owned and self._meets(rows, owned[rows.name])]
+                sent = [each for rows in ranges for each in self._scheduled(dst, rows, kinds) if each[2].src == rank]
                 if sent:
-                    moves.extend([] for _ in range(number + 1 - len(moves)))
-                    moves[number].extend(sent)
-        return [Wave(units or [], parts) for units, parts in zip_longest(mine, moves)]
+                    transfers.extend([] for _ in range(number + 1 - len(transfers)))
+                    transfers[number].extend(sent)
+        return [Wave(ranges or [], each) for ranges, each in zip_longest(mine, transfers)]
 
-    def correspondents(self, rank: int) -> list[int]:
-        """Other ranks that grow rows from such of which this one owns entries, ascending: whom it may send to."""
+    def receivers(self, rank: int) -> list[int]:
+        """The other ranks that grow rows from such of which this one owns entries, ascending: it may send to them."""
         found: set[int] = set()
         tp = coordinate(self.old.layout, rank).tp
         for piece in self.old.owned(rank):
             width = self.old.width(piece.name)
-            reached = self.destinations(Unit(piece.name, piece.start // width, -(-piece.stop // width)))
+            reached = self.destinations(RowRange(piece.name, piece.start // width, -(-piece.stop // width)))
             if not self.old.specs[piece.name].sharded:  # each replica serves its own
                 reached = [dst for dst in reached if coordinate(self.old.layout, dst).tp == tp]
             found.update(reached)
         return sorted(found - {rank})
 
-    def _parts(self, dst: int, unit: Unit, kinds: tuple[Kind, ...]) -> Iterator[Part]:
+    def _scheduled(self, dst: int, rows: RowRange, kinds: tuple[Kind, ...]) -> Iterator[ScheduledTransfer]:
         for kind in kinds:
-            for move in self.moves(dst, unit, kind):
-                yield unit, kind, move
+            for transfer in self.transfers(dst, rows, kind):
+                yield rows, kind, transfer
 
-    def _meets(self, unit: Unit, piece: Piece) -> bool:
-        width = self.old.width(unit.name)
-        return unit.start * width < piece.stop and piece.start < unit.stop * width
+    def _meets(self, rows: RowRange, piece: Piece) -> bool:
+        width = self.old.width(rows.name)
+        return rows.start * width < piece.stop and piece.start < rows.stop * width
 
-    def rows(self, name: str) -> AxisMap:
-        return self.growth.rows(self.new.specs[name])
-
-    def children(self, unit: Unit, piece: Piece) -> np.ndarray:
-        """New rows within `piece` whose parents lie in the unit, ascending."""
+    def child_rows(self, rows: RowRange, piece: Piece) -> np.ndarray:
+        """New rows within `piece` whose parents lie in the row range, ascending."""
         width = self.new.width(piece.name)
         low, high = piece.start // width, -(-piece.stop // width)
-        parents = self.rows(piece.name).parent[low:high]
-        return low + np.flatnonzero((parents >= unit.start) & (parents < unit.stop))
+        parents = self.growth.param(piece.name).rows.parent[low:high]
+        return low + np.flatnonzero((parents >= rows.start) & (parents < rows.stop))
 
-    def destinations(self, unit: Unit) -> list[int]:
-        """Who grows rows from this unit."""
+    def destinations(self, rows: RowRange) -> list[int]:
+        """The ranks that grow rows from this row range."""
         found: set[int] = set()
-        for name in self.heirs[unit.name]:
+        for name in self.children[rows.name]:
             width, number = self.new.width(name), self.new.rows(name)
-            for low, high in runs(self.children(unit, Piece(name, 0, number * width))):  # copied heads lie in several
+            for low, high in runs(self.child_rows(rows, Piece(name, 0, number * width))):  # copied heads: several runs
                 found.update(rank for rank, _ in self.new.owners(name, low * width, high * width))
         return sorted(found)
 
@@ -187,43 +197,38 @@ class Plan:
         parents = []
         for piece in pieces:
             width = self.new.width(piece.name)
-            parents.append(self.rows(piece.name).parent[piece.start // width : -(-piece.stop // width)])
+            parent = self.growth.param(piece.name).rows.parent
+            parents.append(parent[piece.start // width : -(-piece.stop // width)])
         return np.unique(np.concatenate(parents))
 
-    def need(self, unit: Unit, pieces: list[Piece], kind: Kind) -> Need:
-        """The old rows of the unit, and the entries in them, that the pieces' new entries are made of."""
+    def required(self, rows: RowRange, pieces: list[Piece], kind: Kind) -> Required:
+        """The old rows of the range, and the entries in them, that the pieces' new entries are made of."""
         starts, stops = [np.zeros(0, int)], [np.zeros(0, int)]
-        old_width = self.old.width(unit.name)
+        old_width = self.old.width(rows.name)
         for piece in pieces:
-            spec, width = self.new.specs[piece.name], self.new.width(piece.name)
-            rows = self.children(unit, piece)
-            rows = rows[self.growth.live(spec, kind)[rows]]
-            whole = self.growth.mixing(spec, kind)[rows]
-            columns = self.growth.columns(spec)
-            first = np.where(whole, 0, np.maximum(piece.start - rows * width, 0))
-            last = np.where(whole, width, np.minimum(piece.stop - rows * width, width)) - 1
-            begin = self.rows(piece.name).parent[rows] * old_width
-            starts.append(begin + columns[first])
-            stops.append(begin + columns[last] + 1)
+            param, width = self.growth.param(piece.name), self.new.width(piece.name)
+            grown = self.child_rows(rows, piece)
+            grown = grown[param.live[kind][grown]]
+            whole = param.mixing[kind][grown]
+            first = np.where(whole, 0, np.maximum(piece.start - grown * width, 0))
+            last = np.where(whole, width, np.minimum(piece.stop - grown * width, width)) - 1
+            begin = param.rows.parent[grown] * old_width
+            starts.append(begin + param.channels.parent[first])
+            stops.append(begin + param.channels.parent[last] + 1)
         start, stop = np.concatenate(starts), np.concatenate(stops)
-        return Need(np.unique(start // old_width), united(start, stop))
+        return Required(np.unique(start // old_width), united(start, stop))
 
-    def moves(self, dst: int, unit: Unit, kind: Kind = "weight") -> Iterator[Move]:
-        """All moves that bring rank `dst` what it needs of a unit, in ascending order of entries.
+    def transfers(self, dst: int, rows: RowRange, kind: Kind = "weight") -> Iterator[Transfer]:
+        """All transfers that bring rank `dst` what it needs of a row range, in ascending order of entries.
 
         A replicated parameter comes from the replica with the destination's own place in tensor parallelism: its own
         copy if it has one, and else neighbours ask different replicas.
         """
         tp = coordinate(self.old.layout, dst).tp
-        pieces = [piece for name in self.heirs[unit.name] if len(piece := self.new.share(name, dst))]
-        for start, stop in self.need(unit, pieces, kind).spans:
-            for src, part in self.old.owners(unit.name, start, stop, tp):
-                yield Move(src, dst, part)
-
-
-def growth_between(config: RunConfig, old: Stage, new: Stage) -> Growth:
-    """The seed is the run's: directions are keyed by parameter, row and new shape, so no two growths share any."""
-    return Growth(old.model, new.model, config.growth, config.train.seed)
+        pieces = [piece for name in self.children[rows.name] if len(piece := self.new.share(name, dst))]
+        for start, stop in self.required(rows, pieces, kind).spans:
+            for src, part in self.old.owners(rows.name, start, stop, tp):
+                yield Transfer(src, dst, part)
 
 
 def plan_between(config: RunConfig, old: Stage, new: Stage) -> Plan:
@@ -232,11 +237,6 @@ def plan_between(config: RunConfig, old: Stage, new: Stage) -> Plan:
     return Plan(before, after, growth_between(config, old, new))
 
 
-def travelling(config: RunConfig) -> tuple[Kind, ...]:
-    """The tensors that go along in a growth of a run that has taken steps."""
-    return ("weight",) if config.growth.moments == "reset" else KINDS
-
-
 def schedule_of(config: RunConfig, plan: Plan, rank: int) -> list[Wave]:
-    """What a rank does in a growth of this run: half of its buffer is for old rows, half for growing them."""
-    return plan.schedule(rank, config.growth.buffer_mb * 2**20 // 2, travelling(config))
+    """What a rank does in a growth of this run once it has taken steps."""
+    return plan.schedule(rank, Buffer.of(config.growth.buffer_mb * 2**20).old_rows, plan.growth.sent_kinds)

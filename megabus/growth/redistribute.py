@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megabus.growth.plan import Part, Plan, Unit, runs
-from megabus.growth.rules import BLOCK_BYTES, grow_blocks
+from megabus.growth.plan import Buffer, Plan, RowRange, ScheduledTransfer, runs
+from megabus.growth.rows import BLOCK_BYTES, grow_rows
 from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.placement import Piece
 
 
 @dataclass
-class Mail:
+class Traffic:
     """Bytes that this rank really sent to others, and that it had already."""
 
     sent: int = 0
@@ -26,9 +26,9 @@ class Mail:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Old rows that this rank needs, of one tensor: side by side in `values` (len(rows) * width,), which hold no more
-    than is needed of each."""
+class OldRows:
+    """Old rows that this rank needs, of one tensor: side by side in `values` (len(rows) * width,), of which only what
+    is needed is ever written."""
 
     rows: np.ndarray
     values: Tensor
@@ -46,76 +46,84 @@ class Table:
         return values[torch.from_numpy(at).to(values.device)]
 
 
-Tables = dict[tuple[Unit, Kind], Table]
+Arrivals = dict[tuple[RowRange, Kind], OldRows]
+"""Where a wave's old rows arrive."""
 Tensors = Mapping[str, tuple[Piece, dict[Kind, Tensor]]]
 """Fragments by the parameter's name."""
 
 
 def redistribute(
     plan: Plan, owned: Fragments, kinds: tuple[Kind, ...], rank: int, buffer_bytes: int
-) -> tuple[Fragments, Mail]:
+) -> tuple[Fragments, Traffic]:
     """This rank's fragments under the new placement, grown from everybody's old ones. Collective.
 
-    owned: this rank's fragments under the old placement. kinds: which tensors go along. buffer_bytes: the most memory
-    to take beside `owned` and what is returned, as long as it holds two rows and what growing one takes
-    (`rules.row_bytes`).
+    owned: this rank's fragments under the old placement. kinds: which tensors are sent and grown. buffer_bytes: the
+    most memory to take beside `owned` and what is returned, as long as it holds two rows and what growing one takes
+    (`rows.row_bytes`).
     """
     device = next(iter(owned.values()))["weight"].device
     grown: Fragments = {  # zeros: what is grown from nothing is not computed either
         piece: {kind: torch.zeros(len(piece), device=device) for kind in kinds} for piece in plan.new.owned(rank)
     }
-    mail = Mail()
+    traffic = Traffic()
     old = {piece.name: (piece, tensors) for piece, tensors in owned.items()}
     new = {piece.name: (piece, tensors) for piece, tensors in grown.items()}
-    half = buffer_bytes // 2  # for the old rows of a wave; the other half for growing them
-    limit = min(half, BLOCK_BYTES) if device.type == "cpu" else half  # a GPU likes its blocks as large as can be
-    for wave in plan.schedule(rank, half, kinds):
-        tables = _empty_tables(plan, wave.units, kinds, new, device)
-        _exchange(wave.moves, old, tables, rank, mail)
-        while tables:
-            _grow_table(plan, *tables.popitem(), new, limit)
-    return grown, mail
+    buffer = Buffer.of(buffer_bytes)
+    # A GPU likes its blocks as large as can be.
+    limit = min(buffer.growing, BLOCK_BYTES) if device.type == "cpu" else buffer.growing
+    for wave in plan.schedule(rank, buffer.old_rows, kinds):
+        arrivals = _empty_rows(plan, wave.ranges, kinds, new, device)
+        _exchange(wave.transfers, old, arrivals, rank, traffic)
+        while arrivals:
+            _grow_children(plan, *arrivals.popitem(), new, limit)
+    return grown, traffic
 
 
-def _heirs(plan: Plan, unit: Unit, new: Tensors) -> list[tuple[Piece, dict[Kind, Tensor]]]:
-    """This rank's part of the new parameters that grow from the unit's."""
-    return [new[name] for name in plan.heirs[unit.name] if name in new]
+def _children(plan: Plan, rows: RowRange, new: Tensors) -> list[tuple[Piece, dict[Kind, Tensor]]]:
+    """This rank's part of the new parameters that grow from a row range."""
+    return [new[name] for name in plan.children[rows.name] if name in new]
 
 
-def _empty_tables(plan: Plan, units: list[Unit], kinds: tuple[Kind, ...], new: Tensors, device: torch.device) -> Tables:
-    tables: Tables = {}
-    for unit, kind in product(units, kinds):
-        rows = plan.need(unit, [piece for piece, _ in _heirs(plan, unit, new)], kind).rows
-        if len(rows):
-            tables[unit, kind] = Table(rows, torch.empty(len(rows) * plan.old.width(unit.name), device=device))
-    return tables
+def _empty_rows(
+    plan: Plan, ranges: list[RowRange], kinds: tuple[Kind, ...], new: Tensors, device: torch.device
+) -> Arrivals:
+    arrivals: Arrivals = {}
+    for rows, kind in product(ranges, kinds):
+        needed = plan.required(rows, [piece for piece, _ in _children(plan, rows, new)], kind).rows
+        if len(needed):
+            values = torch.empty(len(needed) * plan.old.width(rows.name), device=device)
+            arrivals[rows, kind] = OldRows(needed, values)
+    return arrivals
 
 
-def _grow_table(plan: Plan, what: tuple[Unit, Kind], table: Table, new: Tensors, limit: int) -> None:
-    """Turn a unit's old rows into all new rows that this rank owns of it."""
-    unit, kind = what
-    for piece, tensors in _heirs(plan, unit, new):
-        for low, high in runs(plan.children(unit, piece)):
-            for first, block in grow_blocks(plan.growth, piece.name, kind, low, high, table.fetch, limit):
-                _place(block.view(-1), first * plan.new.width(piece.name), piece, tensors[kind])
+def _grow_children(plan: Plan, what: tuple[RowRange, Kind], old_rows: OldRows, new: Tensors, limit: int) -> None:
+    """Turn the old rows of a range into all new rows that this rank owns of it."""
+    rows, kind = what
+    for piece, tensors in _children(plan, rows, new):
+        param = plan.growth.param(piece.name)
+        for low, high in runs(plan.child_rows(rows, piece)):
+            for first, block in grow_rows(param, kind, low, high, old_rows.fetch, limit):
+                _place(block.view(-1), first * param.width, piece, tensors[kind])
 
 
-def _exchange(moves: list[Part], old: Tensors, tables: Tables, rank: int, mail: Mail) -> None:
-    """Fill the tables with what this rank has and what others send. Straight from masters into tables: no copies are
-    made to be sent. Between two ranks messages go in the order of moves."""
+def _exchange(
+    transfers: list[ScheduledTransfer], old: Tensors, arrivals: Arrivals, rank: int, traffic: Traffic
+) -> None:
+    """Fill the arrivals with what this rank has and what others send. Straight from masters into old rows: no copies
+    are made to be sent. Between two ranks messages go in the order of transfers."""
     jobs = []
-    for unit, kind, move in moves:
-        if move.src == rank:
-            whole, tensors = old[unit.name]
-            letter = tensors[kind][move.piece.start - whole.start : move.piece.stop - whole.start]
-        if move.src == move.dst:
-            tables[unit, kind].part(move.piece).copy_(letter)
-            mail.kept += letter.nbytes
-        elif move.src == rank:
-            jobs.append(dist.P2POp(dist.isend, letter, move.dst))
-            mail.sent += letter.nbytes
+    for rows, kind, transfer in transfers:
+        if transfer.src == rank:
+            whole, tensors = old[rows.name]
+            entries = tensors[kind][transfer.piece.start - whole.start : transfer.piece.stop - whole.start]
+        if transfer.src == transfer.dst:
+            arrivals[rows, kind].part(transfer.piece).copy_(entries)
+            traffic.kept += entries.nbytes
+        elif transfer.src == rank:
+            jobs.append(dist.P2POp(dist.isend, entries, transfer.dst))
+            traffic.sent += entries.nbytes
         else:
-            jobs.append(dist.P2POp(dist.irecv, tables[unit, kind].part(move.piece), move.src))
+            jobs.append(dist.P2POp(dist.irecv, arrivals[rows, kind].part(transfer.piece), transfer.src))
     if jobs:
         for work in dist.batch_isend_irecv(jobs):
             work.wait()

@@ -12,9 +12,10 @@ from torch import Tensor
 from megabus.config.pair import check_pair
 from megabus.config.schema import GrowthConfig, ModelConfig
 from megabus.errors import UserError
-from megabus.growth.rules import Growth, grow_blocks
+from megabus.growth.param_growth import Growth
+from megabus.growth.rows import grow_rows
 from megabus.model.decoder import param_specs
-from megabus.model.params import axis_sizes, global_shape
+from megabus.model.params import global_shape
 from megabus.parallel.fragments import Kind
 
 
@@ -42,12 +43,12 @@ def grow_state(
         if name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "(missing)"
             raise UserError(f"state[{name!r}]", found, f"the old config wants {shape}", "pass the matching config")
-    job = Growth(old_config, new_config, growth or GrowthConfig(), seed)
+    compiled = Growth(old_config, new_config, growth or GrowthConfig(), seed)
     grown = {}
-    for name, spec in param_specs(new_config).items():
-        old = state[job.old_spec(spec).name]
-        rows = axis_sizes(new_config)[spec.rows]
-        grown[name] = torch.cat([block for _, block in grow_blocks(job, name, kind, 0, rows, old.__getitem__)])
+    for name in param_specs(new_config):
+        param = compiled.param(name)
+        blocks = grow_rows(param, kind, 0, len(param.rows), state[param.source].__getitem__)
+        grown[name] = torch.cat([block for _, block in blocks])
     return grown
 
 

@@ -9,14 +9,15 @@ import torch.distributed as dist
 
 from megabus.config import RunConfig, Stage
 from megabus.engine.engine import Engine
-from megabus.growth.plan import growth_between, plan_between, travelling
+from megabus.growth.param_growth import growth_between
+from megabus.growth.plan import plan_between
 from megabus.growth.redistribute import redistribute
 from megabus.parallel.fragments import Kind
 
 
 @dataclass(frozen=True)
-class Transition:
-    """The grown engine, and the bytes that all ranks together sent and had already."""
+class GrownEngine:
+    """The engine after a growth, and the bytes that all ranks together sent and had already."""
 
     engine: Engine
     sent: int
@@ -28,22 +29,23 @@ def stage_engine(config: RunConfig, stage: Stage, before: Stage | None) -> Engin
     Collective; its weights are undefined until they are written."""
     engine = Engine(config.train, config.optimizer, stage)
     if before is not None and config.growth.boost is not None:
-        engine.boost.set_rows(growth_between(config, before, stage).added)
+        growth = growth_between(config, before, stage)
+        engine.boost.set_rows(lambda name: growth.param(name).added)
     return engine
 
 
-def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> Transition:
+def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> GrownEngine:
     """Grow `engine` into `stage` and close it. Collective, at a step boundary."""
     before = engine.stage
     plan = plan_between(config, before, stage)
-    kinds: tuple[Kind, ...] = travelling(config) if engine.optimizer_step else ("weight",)
+    kinds: tuple[Kind, ...] = plan.growth.sent_kinds if engine.optimizer_step else ("weight",)
     optimizer_step = engine.optimizer_step if len(kinds) > 1 else 0
     owned = {piece: {kind: tensors[kind] for kind in kinds} for piece, tensors in engine.read().items()}
-    engine.close()  # before the new shard is there: from now on only what travels is left of the old one
-    fragments, mail = redistribute(plan, owned, kinds, engine.mesh.rank, config.growth.buffer_mb * 2**20)
+    engine.close()  # before the new shard is there: from now on only what is sent is left of the old one
+    fragments, traffic = redistribute(plan, owned, kinds, engine.mesh.rank, config.growth.buffer_mb * 2**20)
     del owned
     grown = stage_engine(config, stage, before)
     grown.write(fragments, optimizer_step)
-    totals = torch.tensor([mail.sent, mail.kept], device=grown.device)
+    totals = torch.tensor([traffic.sent, traffic.kept], device=grown.device)
     dist.all_reduce(totals)
-    return Transition(grown, *totals.tolist())
+    return GrownEngine(grown, *totals.tolist())

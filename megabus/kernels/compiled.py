@@ -1,8 +1,8 @@
 """The functions of `megabus.kernels.eager` through torch.compile: one pass forward, one backward, inputs recomputed.
 
-Every size is a symbol of its own from the first call on, sizes of 1 apart. So a growth compiles nothing anew, and a run
-that is resumed after one computes with the code of the run that grew. What the compiler only guesses from the first
-sizes that it sees (on a GPU, how work is cut into blocks, and with it the order of sums) may still differ.
+Every size but 1 is a symbol of its own from the first call on. So a growth compiles nothing anew, and a run that is
+resumed after a growth computes with the same code as the run that grew. Only what the compiler guesses from the first
+sizes that it sees may differ: on a GPU, how work is cut into blocks, and with it the order of sums.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from megabus.kernels import eager
 from megabus.kernels.form import Kernels
 
-# Else sizes that happen to be equal at the first call (N = d_ff, T = C / 2) become one symbol, and must stay equal.
+# Without it, sizes that happen to be equal at the first call (N = d_ff, T = C / 2) become one symbol for ever.
 OWN_SYMBOLS = shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
 
@@ -27,7 +27,7 @@ def _compile(function: Callable[..., Any], backend: str | Callable[..., Any] = "
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        # Set for every call: any may be the one that compiles, and the setting is a thread's own, while with
+        # Set for every call, for any may be the one that compiles. The setting is a thread's own, and with
         # recomputation calls come from autograd's threads too. It costs some 10 us, a twentieth of the call itself.
         with OWN_SYMBOLS:
             return compiled(*args)

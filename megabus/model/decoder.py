@@ -1,4 +1,4 @@
-"""A decoder, or the slice of one that a pipeline stage holds. It knows its shape and nothing of engines."""
+"""A decoder, or the slice of one that a pipeline rank holds. It knows its shape and nothing of engines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {"ngpt": ngpt, "gpt": gpt}
 class Decoder(nn.Module):
     """Layers [first, last) of `config`'s model; the embedding comes with layer 0, the head with the last one.
 
-    forward: token ids (B, T) int64, or h (B, T, D) from the stage before; returns h, or this tensor-parallel
+    forward: token ids (B, T) int64, or h (B, T, D) from the layers before; returns h, or this tensor-parallel
     rank's logits (B, T, vocabulary rows). With a `cache` they follow what was read with it before. Under sequence
     parallelism h, and only h, is (B, T / tp, D).
     Parameters start at zero (see `Declare`).

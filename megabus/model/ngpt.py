@@ -28,9 +28,9 @@ class Block(nn.Module):
         self.attn = Attention(declare, unit=True, std=std, out_std=std, scale=sqrt(model.head_dim))
         self.mlp = GatedMLP(declare, unit=True, std=std, out_std=std)
         self.s_qk = declare("heads", role="gain", init=1 / root_d, multiplier=root_d)
-        self.s_u = declare("ffn", role="gain", divides=True)
+        self.s_u = declare("ffn", role="gain", compensates_clones=True)
         # v = (W h) s_v sqrt(d_model) (eq. 21): the root is part of the gain's effective value.
-        self.s_v = declare("ffn", role="gain", multiplier=root_d, restores=True)
+        self.s_v = declare("ffn", role="gain", multiplier=root_d, compensates_read_tilt=True)
         alpha = {"init": 1 / root_d, "multiplier": model.alpha_init * root_d, "gate": True}
         self.alpha_attn = declare("embed", role="gain", **alpha)
         self.alpha_mlp = declare("embed", role="gain", **alpha)
@@ -59,7 +59,8 @@ class Output(nn.Module):
         super().__init__()
         self.root_d = sqrt(declare.model.d_model)
         self.head = Head(declare, unit=True, std=1 / self.root_d)
-        self.s_z = declare("vocab", role="gain", init=1 / self.root_d, multiplier=self.root_d, restores=True)
+        scale = {"init": 1 / self.root_d, "multiplier": self.root_d}
+        self.s_z = declare("vocab", role="gain", compensates_read_tilt=True, **scale)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.head(h_BTD) * (self.s_z * self.root_d)

@@ -32,9 +32,9 @@ class ParamSpec:
     multiplier: a gain acts as raw * multiplier (nGPT's init/scale); growth preserves that product.
     gate: what silences this layer when 0 (a zero gate makes the layer the identity).
     lookup: rows are picked, not multiplied with h, and so cost no FLOPs.
-    restores: this gain makes up for read rows that turned away from the old channels (`read: tilt`).
+    compensates_read_tilt: this gain makes up for read rows that tilted away from the old channels (`read: tilt`).
     llama: its name in transformers' Llama, within its layer or the whole model; there write matrices are transposed.
-    divides: this gain makes up for cloned write rows under `write: clone|noise` (HyperCloning's 1/c).
+    compensates_clones: this gain makes up for cloned write rows under `write: clone` (HyperCloning's 1/c).
     name, layer: canonical name such as `layers.7.attn.out`, the same under every layout, and its layer's number.
     """
 
@@ -45,8 +45,8 @@ class ParamSpec:
     multiplier: float = 1.0
     gate: bool = False
     lookup: bool = False
-    divides: bool = False
-    restores: bool = False
+    compensates_clones: bool = False
+    compensates_read_tilt: bool = False
     llama: str = ""
     name: str = ""
     layer: int | None = None

@@ -6,9 +6,8 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,28 +46,21 @@ class PairSet:
     @property
     def counts(self) -> dict[str, int]:
         """Pairs of each label."""
-        counts = Counter(self.labels)
-        return {label: counts[place] for place, label in enumerate(LABELS)}
+        return {label: self.labels.count(place) for place, label in enumerate(LABELS)}
 
     @property
     def sha256(self) -> str:
         """Of labels and sentences in order, whatever file they came in."""
-        digest = hashlib.sha256()
-        for pair in self.pairs:
-            digest.update(json.dumps(pair).encode() + b"\n")
-        return digest.hexdigest()
+        return hashlib.sha256(b"".join(json.dumps(pair).encode() + b"\n" for pair in self.pairs)).hexdigest()
 
     def first(self, limit: int | None) -> PairSet:
-        return PairSet(self.name, self.pairs[:limit], self.skipped)
+        return replace(self, pairs=self.pairs[:limit])
 
     def sample(self, limit: int | None, seed: int) -> PairSet:
         """`limit` pairs drawn without replacement: the first ones of the seed's permutation."""
         if limit is None or limit >= len(self):
             return self
-        return PairSet(self.name, [self.pairs[permute(i, len(self), seed, 0)] for i in range(limit)], self.skipped)
-
-
-# ---- files
+        return replace(self, pairs=[self.pairs[permute(i, len(self), seed, 0)] for i in range(limit)])
 
 
 def read_jsonl(path: Path, key: str) -> PairSet:
@@ -92,9 +84,6 @@ def _rows(path: Path, key: str) -> Iterator[tuple[str, Any]]:
         raise UserError(key, path, f"line {number} is not JSON ({error})", "mend the line") from error
 
 
-# ---- the hub
-
-
 class HubData(NamedTuple):
     """Where a data set lies, which splits are reported, and on which one a fine-tuning is watched."""
 
@@ -110,10 +99,6 @@ HUB = {
 }
 
 
-def hub_data(name: str) -> HubData:
-    return HUB.get(name.lower(), HubData(name))
-
-
 class Hub:
     """A data set of the hub, or a local directory of the same form (parquet files, or what `save_to_disk` wrote)."""
 
@@ -122,12 +107,11 @@ class Hub:
 
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised below anyway
         datasets.disable_progress_bars()
-        self.name, path = name, hub_data(name).path
+        self.name, self.facts = name, HUB.get(name.lower(), HubData(name))
+        path = self.facts.path
         try:
-            if (Path(path) / "dataset_dict.json").is_file():
-                self._splits = datasets.load_from_disk(path)
-            else:
-                self._splits = datasets.load_dataset(path)
+            on_disk = (Path(path) / "dataset_dict.json").is_file()
+            self._splits = datasets.load_from_disk(path) if on_disk else datasets.load_dataset(path)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             remedy = "check the name and the connection, or give local files with --valid and --train"
             raise UserError("--data", name, f"cannot be read ({error})", remedy) from error
@@ -144,29 +128,21 @@ class Hub:
         if missing:
             problem = f"split {split} has no column {missing[0]}, its columns are {', '.join(data.column_names)}"
             raise UserError("--data", self.name, problem, f"it needs {', '.join(COLUMNS)}")
-        names = getattr(data.features["label"], "names", None) or LABELS
-
-        def rows() -> Iterator[tuple[str, Any]]:
-            for number, row in enumerate(data.select_columns(list(COLUMNS))):
-                if isinstance(row["label"], int) and 0 <= row["label"] < len(names):
-                    row["label"] = names[row["label"]]
-                yield f"row {number}", row
-
-        return _pair_set(f"{self.name}/{split}", rows(), COLUMNS, "--data", self.name)
-
-
-# ---- both
+        names = dict(enumerate(getattr(data.features["label"], "names", None) or LABELS))
+        rows = data.select_columns(list(COLUMNS))
+        named = ((f"row {n}", row | {"label": names.get(row["label"], row["label"])}) for n, row in enumerate(rows))
+        return _pair_set(f"{self.name}/{split}", named, COLUMNS, "--data", self.name)
 
 
 def _pair_set(name: str, rows: Iterator[tuple[str, Any]], fields: tuple[str, ...], key: str, value: object) -> PairSet:
     """Check and keep the rows; `key` and `value` say in an error where they came from."""
-    pairs, skipped, place = [], 0, ""
+    pairs, skipped, place, each = [], 0, "", f"each needs {', '.join(fields)}"
     for place, row in rows:
         if not isinstance(row, dict):
-            raise UserError(key, value, f"{place} is no JSON object", f"each line needs {', '.join(fields)}")
+            raise UserError(key, value, f"{place} is no JSON object", each.replace("each", "each line"))
         for field in fields:
             if field not in row:
-                raise UserError(key, value, f"{place} has no field {field}", f"each needs {', '.join(fields)}")
+                raise UserError(key, value, f"{place} has no field {field}", each)
         label, premise, hypothesis = (row[field] for field in fields)
         if str(label) in UNLABELLED:
             skipped += 1

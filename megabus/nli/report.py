@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,27 +14,37 @@ import torch
 import megabus
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
-from megabus.nli.baselines import MIN_PAIRS, Baselines, C
-from megabus.nli.metrics import CONFIDENCE, RESAMPLES, measure
+from megabus.nli.measures import CONFIDENCE, MIN_PAIRS, RESAMPLES, Baselines, C, measure
 from megabus.nli.pairs import LABELS, PairSet
 from megabus.nli.run import Outcome
 from megabus.nli.score import CONTENT_FREE, Scores
 from megabus.nli.settings import RESULTS, Settings
+from megabus.table import aligned
+from megabus.report.plots import INK, STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Results = dict[str, Any]
+_MODEL, _BASELINE = "#0b6e99", "#b9c2c9"
 
 
 def report(settings: Settings, outcome: Outcome, command: str) -> None:
     """Measure everything, write what --out asks for, fit the baselines, and print the table."""
-    results = describe(settings, outcome, command)
-    train = outcome.data.train
+    results, train = describe(settings, outcome, command), outcome.data.train
+    tuned: list[Scores] | list[None] = outcome.fine_tuned or [None] * len(outcome.zero_shot)
+
+    def sets(baselines: Baselines) -> Results:
+        parts = zip(outcome.data.reported, outcome.zero_shot, tuned, strict=True)
+        return {"sets": {part[0].name: measure_set(*part, baselines, settings.seed) for part in parts}}
+
     if train is not None:
         train = train.sample(settings.baseline_pairs, settings.seed)
         if settings.out is not None:  # fitting takes time and memory: what cost a fine-tuning is safe before
-            write(settings.out, results | measured(settings, outcome, Baselines(None)), outcome, settings.predictions)
+            write(settings.out, results | sets(Baselines(None)), outcome, settings.predictions)
         print(f"fitting the baselines to {len(train):,} pairs", flush=True)
     baselines = Baselines(train)
-    results |= measured(settings, outcome, baselines)
+    results |= sets(baselines)
     results["baselines"] |= {"pairs": 0 if train is None else len(train), "missing": baselines.missing}
     print(f"\n{table(results)}", flush=True)  # before anything can go wrong with files
     if settings.out is not None:
@@ -43,15 +52,6 @@ def report(settings: Settings, outcome: Outcome, command: str) -> None:
         print(f"\nwritten: {settings.out}")
     if outcome.saved is not None:
         print(f"saved:   {outcome.saved}")
-
-
-def measured(settings: Settings, outcome: Outcome, baselines: Baselines) -> Results:
-    """The sets of pairs by name, each with every predictor's numbers."""
-    sets: Results = {}
-    for number, pairs in enumerate(outcome.data.reported):
-        tuned = None if outcome.fine_tuned is None else outcome.fine_tuned[number]
-        sets[pairs.name] = measure_set(pairs, outcome.zero_shot[number], tuned, baselines, settings.seed)
-    return {"sets": sets}
 
 
 def describe(settings: Settings, outcome: Outcome, command: str) -> Results:
@@ -92,26 +92,20 @@ def measure_set(
     pairs: PairSet, zero_shot: Scores, fine_tuned: Scores | None, baselines: Baselines, seed: int
 ) -> Results:
     """Every predictor's numbers by its name, the model's own first; None where it is not available."""
-    predictions: dict[str, Sequence[int] | None] = {}
+    predictions: dict[str, list[int] | None] = {}
     for name, scores in (("fine-tuned", fine_tuned), ("zero-shot", zero_shot)):
         for rule, table in ({} if scores is None else scores.variants()).items():
             predictions[name if rule == "sum" else f"{name}, {rule}"] = table.argmax(1).tolist()
     predictions |= baselines.predict(pairs)
-    return _facts(pairs) | {
-        "premises_cut": zero_shot.n_cut,
-        "cut_beyond_the_premise": zero_shot.n_beyond,
-        "results": {
-            name: None if guess is None else measure(pairs.labels, guess, seed) for name, guess in predictions.items()
-        },
-    }
+    found = {name: guess and measure(pairs.labels, guess, seed) for name, guess in predictions.items()}
+    cut = {"premises_cut": zero_shot.n_cut, "cut_beyond_the_premise": zero_shot.n_beyond}
+    return _facts(pairs) | cut | {"results": found}
 
 
 # ---- files
 
 
 def write(out: Path, results: Results, outcome: Outcome, predictions: bool) -> None:
-    from megabus.nli.plots import plot_set
-
     try:
         (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         if predictions:
@@ -150,26 +144,26 @@ def table(results: Results) -> str:
 
 def _set_table(name: str, one: Results, missing: str | None) -> str:
     """Every predictor's accuracy and macro-F1, then the classes and the confusion of the first."""
-    notes = [f"{one['pairs']:,} pairs"]
-    if one["without_gold_label"]:
-        notes.append(f"{one['without_gold_label']:,} others have no gold label")
-    if one["premises_cut"]:
-        notes.append(f"{one['premises_cut']:,} premises cut to fit")
-    if one["cut_beyond_the_premise"]:
-        notes.append(f"{one['cut_beyond_the_premise']:,} lost more than the premise")
-    rows = [["", "accuracy", "95% interval", "macro-F1", "95% interval"]]
-    for who, numbers in one["results"].items():
-        rows.append([who, f"not available: {missing}", "", "", ""] if numbers is None else _numbers(who, numbers))
+    notes = {
+        "others have no gold label": one["without_gold_label"],
+        "premises cut to fit": one["premises_cut"],
+        "lost more than the premise": one["cut_beyond_the_premise"],
+    }
+    title = ", ".join([f"{name}: {one['pairs']:,} pairs", *(f"{n:,} {note}" for note, n in notes.items() if n)])
+    rows = [_numbers(who, numbers, missing) for who, numbers in one["results"].items()]
     first, numbers = next(iter(one["results"].items()))
-    classes = [[first, "precision", "recall", "F1", "pairs", *(f"→ {label}" for label in LABELS)]]
-    for label, counts in zip(LABELS, numbers["confusion"], strict=True):
-        of = numbers["classes"][label]
+    header = [first, "precision", "recall", "F1", "pairs", *(f"→ {label}" for label in LABELS)]
+    classes = []
+    for (label, of), counts in zip(numbers["classes"].items(), numbers["confusion"], strict=True):
         shares = [f"{of[key]:.3f}" for key in ("precision", "recall", "f1")]
         classes.append([label, *shares, f"{of['gold']:,}", *(f"{count:,}" for count in counts)])
-    return "\n".join([f"{name}: {', '.join(notes)}", "", *aligned(rows), "", *aligned(classes)])
+    accuracies = aligned(["", "accuracy", "95% interval", "macro-F1", "95% interval"], rows, left={0})
+    return "\n\n".join([title, accuracies, aligned(header, classes, left={0})])
 
 
-def _numbers(who: str, numbers: Results) -> list[str]:
+def _numbers(who: str, numbers: Results | None, missing: str | None) -> list[str]:
+    if numbers is None:
+        return [f"{who}, not available: {missing}", *["–"] * 4]
     cells = [who]
     for key in ("accuracy", "macro_f1"):
         low, high = numbers[f"{key}_interval"]
@@ -177,13 +171,60 @@ def _numbers(who: str, numbers: Results) -> list[str]:
     return cells
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns as wide as they must be, the first one's cells on the left; a cell with nothing to its right runs on."""
-    widths = [
-        max(len(row[i]) for row in rows if i in (0, len(row) - 1) or any(row[i + 1 :])) for i in range(len(rows[0]))
-    ]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+# ---- the picture
+
+
+def plot_set(name: str, one: dict[str, Any], out_png: Path) -> Path:
+    """Draw one set of `report`'s results; the file."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = {who: numbers for who, numbers in one["results"].items() if numbers is not None}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11.0, 4.4), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)  # draws into memory: no display, no pyplot state
+        left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.35))
+        first = next(iter(found))
+        _draw_confusion(left, found[first]["confusion"], first)
+        _draw_accuracies(right, found)
+        figure.suptitle(f"{Path(name).name}, {one['pairs']:,} pairs", fontsize=10)
+        try:
+            figure.savefig(out_png)
+        except (OSError, ValueError) as error:
+            raise UserError("picture", out_png, f"cannot be written ({error})", "name a writable .png") from error
+    return out_png
+
+
+def _draw_confusion(axes: Axes, counts: list[list[int]], who: str) -> None:
+    """Shares of each gold label, with the counts written in."""
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            colour = "white" if shares[i][j] > 0.55 else INK
+            axes.text(j, i, f"{count:,}\n{shares[i][j]:.0%}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set_xticks(range(len(LABELS)), LABELS)
+    axes.set_yticks(range(len(LABELS)), LABELS, rotation=90, va="center")
+    axes.set(xlabel=f"predicted ({who})", ylabel="gold")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _draw_accuracies(axes: Axes, found: dict[str, dict[str, Any]]) -> None:
+    names, rows = list(found), range(len(found))
+    accuracies = [numbers["accuracy"] for numbers in found.values()]
+    low, high = zip(*(numbers["accuracy_interval"] for numbers in found.values()), strict=True)
+    errors = [[a - end for a, end in zip(accuracies, low, strict=True)]]
+    errors += [[end - a for a, end in zip(accuracies, high, strict=True)]]
+    colours = [_MODEL if name.startswith(("zero-shot", "fine-tuned")) else _BASELINE for name in names]
+    axes.barh(rows, accuracies, xerr=errors, color=colours, ecolor=INK, capsize=3, height=0.65)
+    for row, accuracy, end in zip(rows, accuracies, high, strict=True):
+        axes.text(end + 0.01, row, f"{accuracy:.3f}", va="center", fontsize=9)
+    axes.set_yticks(rows, names)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, min(1.12, max(high) + 0.1)), xlabel="accuracy, with its 95% interval")
+    axes.grid(axis="x", color="#e6e9ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=3)

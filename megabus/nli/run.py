@@ -1,8 +1,11 @@
-"""One evaluation from the checkpoint to the scores, on every rank of an engine."""
+"""One evaluation from the checkpoint to the scores, on every rank of an engine; fine-tuning trains the same engine."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,23 +15,27 @@ import numpy as np
 import torch.distributed as dist
 
 from megabus.checkpoint.load import checkpoint_at
+from megabus.checkpoint.manifest import Heartbeat
 from megabus.checkpoint.restore import Found, restore, verified
 from megabus.checkpoint.save import TOKENIZER, Saver
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.checkpoint.store import checkpoints_of
-from megabus.config import RunConfig, Stage, resolve_stages
+from megabus.config import Stage
+from megabus.data.order import permute
 from megabus.data.tokenizer import Tokenizer
 from megabus.engine.engine import Engine
+from megabus.engine.likelihood import SequenceLoss, padded, width_of
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
-from megabus.nli.finetune import Row, Tuning, fine_tune, steps_of
-from megabus.nli.pairs import Hub, PairSet, hub_data, read_jsonl
-from megabus.nli.prompt import Encoder
-from megabus.nli.score import LabelLoss, Scores, score_pairs
-from megabus.nli.settings import Settings, run_config
+from megabus.nli.pairs import Hub, PairSet, read_jsonl
+from megabus.nli.score import Encoder, Scores, score_pairs
+from megabus.nli.settings import Settings
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.train.metrics import describe
+from megabus.train.schedule import learning_rate
 from megabus.train.watchdog import watched
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,68 +69,103 @@ class Outcome:
 def read_data(settings: Settings) -> Data:
     """Everything that will be read, in the form in which it will be used."""
     if settings.data is not None:
-        hub, facts = Hub(settings.data), hub_data(settings.data)
-        has_train, has_watched = "train" in hub.splits, facts.watched in hub.splits
-        train = hub.read("train") if has_train or settings.fine_tune else None
-        watched = hub.read(facts.watched) if settings.fine_tune and has_watched else None
-        reported = [hub.read(split) for split in settings.split or facts.reported]
+        hub = Hub(settings.data)
+        train = hub.read("train") if "train" in hub.splits or settings.fine_tune else None
+        watched = hub.read(hub.facts.watched) if settings.fine_tune and hub.facts.watched in hub.splits else None
+        reported = [hub.read(split) for split in settings.split or hub.facts.reported]
     else:
-        train = None if settings.train is None else read_jsonl(settings.train, "--train")
-        watched = None if settings.valid is None else read_jsonl(settings.valid, "--valid")
-        reported = [] if watched is None else [watched]
-        if settings.test is not None:
-            reported.append(read_jsonl(settings.test, "--test"))
+        files = {"--train": settings.train, "--valid": settings.valid, "--test": settings.test}
+        train, watched, test = (None if path is None else read_jsonl(path, key) for key, path in files.items())
+        reported = [pairs for pairs in (watched, test) if pairs is not None]
     return Data(
-        None if train is None else train.sample(settings.train_limit, settings.seed),
-        None if watched is None else watched.first(settings.limit).sample(settings.curve_pairs, settings.seed),
+        train and train.sample(settings.train_limit, settings.seed),
+        watched and watched.first(settings.limit).sample(settings.curve_pairs, settings.seed),
         [pairs.first(settings.limit) for pairs in reported],
     )
 
 
 def evaluate(settings: Settings) -> Outcome:
     """Score the pairs, fine-tune if asked to, and score them again; the settings are checked ones. Collective."""
-    begun, rank = time.perf_counter(), dist.get_rank()
-    found = verified(rank_0_tells(lambda: checkpoint_at(settings.checkpoint)))
-    with agreement():
-        config = run_config(settings, found.state, dist.get_world_size())
-        stage = resolve_stages(config, dist.get_world_size())[0]
-        tokenizer = open_tokenizer(settings, found)
-        encoder = Encoder(tokenizer, settings.template, stage.seq_len)
-    rank_0_tells(lambda: make_directories(settings))
-    data = rank_0_tells(lambda: read_data(settings))  # one reader: all ranks have the same pairs
-    with watched(settings.hang_timeout, rank) as watchdog:
-        engine = Engine(config.train, config.optimizer, stage, LabelLoss())
-        weights = replace(found.state, kinds=("weight",), optimizer_step=0)
-        restore(replace(found, state=weights), engine, watchdog.heartbeat)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "start"):
+        found = verified(rank_0_tells(lambda: checkpoint_at(settings.checkpoint)))
+        with agreement():
+            train, optimizer, stage = settings.engine_parts(found.state, dist.get_world_size())
+            tokenizer = open_tokenizer(settings, found)
+            encoder = Encoder(tokenizer, settings.template, stage.seq_len)
+        rank_0_tells(lambda: make_directories(settings))
+        data = rank_0_tells(lambda: read_data(settings))  # one reader: all ranks have the same pairs
+    with watched(settings.hang_timeout, dist.get_rank()) as watchdog:
+        with _timed(seconds, "start"):
+            engine = Engine(train, optimizer, stage, SequenceLoss())
+            weights = replace(found.state, kinds=("weight",), optimizer_step=0)
+            restore(replace(found, state=weights), engine, watchdog.heartbeat)
         _say(f"{found.folder}: {describe(stage)}, {count_parameters(stage.model):,} parameters, {settings.precision}")
-        seconds = {"start": time.perf_counter() - begun}
-        score = partial(_timed, seconds, "scoring", score_pairs, engine, encoder, heartbeat=watchdog.heartbeat)
-        zero_shot = [score(pairs=pairs) for pairs in data.reported]
+        score = partial(score_pairs, engine, encoder, heartbeat=watchdog.heartbeat)
+        with _timed(seconds, "scoring"):
+            zero_shot = [score(pairs=pairs) for pairs in data.reported]
         fine_tuned, curve, saved = None, [], None
         if settings.fine_tune:
             assert data.train is not None
-            tuning = Tuning(settings.epochs, settings.curve_every, settings.seed)
-            steps = steps_of(len(data.train), stage.global_batch_size, settings.epochs)
-            _say(f"fine-tuning on {len(data.train):,} pairs: {steps:,} steps of {stage.global_batch_size}")
-            measure = partial(_measure, engine, encoder, data.watched, watchdog.heartbeat)
-            tune = partial(fine_tune, engine, config.optimizer, encoder, data.train, tuning, measure, _tell)
-            curve = _timed(seconds, "fine-tuning", tune, watchdog.heartbeat)
-            fine_tuned = [score(pairs=pairs) for pairs in data.reported]
-            saved = _save(settings, config, engine, tokenizer, steps)
-        outcome = Outcome(
-            checkpoint=found.folder,
-            step=found.state.progress.step,
-            stage=stage,
-            data=data,
-            zero_shot=zero_shot,
-            fine_tuned=fine_tuned,
-            curve=curve,
-            unit_error=engine.unit_error(),
-            saved=saved,
-            seconds=seconds,
-        )
+            batch = stage.global_batch_size
+            steps = steps_of(len(data.train), batch, settings.epochs)
+            _say(f"fine-tuning on {len(data.train):,} pairs: {steps:,} steps of {batch}")
+            with _timed(seconds, "fine-tuning"):
+                curve, losses = [_point(0, 0, 0.0, None, score, data.watched)], []
+                lr_at = partial(learning_rate, optimizer, stage.lr)
+                for at, lr, loss in fine_tune(engine, encoder, data.train, steps, lr_at, watchdog.heartbeat):
+                    losses.append(loss)
+                    if at % settings.curve_every == 0 or at == steps:
+                        mean = sum(losses) / len(losses)
+                        curve.append(_point(at, at * batch, lr, mean, score, data.watched))
+                        losses = []
+            with _timed(seconds, "scoring"):
+                fine_tuned = [score(pairs=pairs) for pairs in data.reported]
+            sections = {"train": train.model_dump(), "optimizer": optimizer.model_dump(), "growth": {"stages": []}}
+            saved = None if settings.save is None else _save(settings.save, sections, engine, tokenizer, steps)
+        unit_error, step = engine.unit_error(), found.state.progress.step
         engine.close()
-    return outcome
+    return Outcome(found.folder, step, stage, data, zero_shot, fine_tuned, curve, unit_error, saved, seconds)
+
+
+# ---- fine-tuning
+
+
+def steps_of(n_pairs: int, batch_size: int, epochs: float) -> int:
+    return max(1, math.ceil(n_pairs * epochs / batch_size))
+
+
+def batch_places(step: int, batch_size: int, n_pairs: int, seed: int) -> list[int]:
+    """The pairs of a step, as a pure function. Epoch follows epoch, each in an order of its own; where the last batch
+    is not full, it is filled from the epoch that would follow."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [permute(place % n_pairs, n_pairs, seed, place // n_pairs) for place in places]
+
+
+def fine_tune(
+    engine: Engine, encoder: Encoder, train: PairSet, steps: int, lr_at: Callable[[float], float], heartbeat: Heartbeat
+) -> Iterator[tuple[int, float, float]]:
+    """Train on the gold labels; of each step, counted from 1, its learning rate and its loss in nats a label. `lr_at`
+    is a function of the share of the steps. Collective. Raises `UserError` where the loss is not finite."""
+    stage = engine.stage
+    for step in range(steps):
+        lr = lr_at((step + 0.5) / steps)  # at its middle, as in pre-training
+        places = batch_places(step, stage.global_batch_size, len(train), engine.train.seed)
+        pairs = [train.pairs[place] for place in places]
+        # Every rank encodes the whole batch: all of them must pad it to the same length.
+        sequences = [encoder.encode(pair.premise, pair.hypothesis, pair.label).sequence for pair in pairs]
+        width = width_of(max(sequence.n_inputs for sequence in sequences))
+        micro_steps = range(stage.grad_accum) if engine.needs_data else ()
+        batches = [padded([sequences[row] for row in engine.micro_rows(micro)], width) for micro in micro_steps]
+        result = engine.train_step(batches, lr, width)
+        if not result.is_finite:  # known to all ranks
+            problem = f"the loss of step {step + 1} is {result.loss}, its gradient's norm {result.grad_norm}"
+            raise UserError("--lr", stage.lr, problem, "lower it")
+        heartbeat()
+        yield step + 1, lr, result.loss
+
+
+# ---- small parts
 
 
 def make_directories(settings: Settings) -> None:
@@ -145,54 +187,40 @@ def open_tokenizer(settings: Settings, found: Found) -> Tokenizer:
     return tokenizer
 
 
-def _timed(seconds: dict[str, float], name: str, work: Any, *args: Any, **kwargs: Any) -> Any:
-    """What `work` returns; its time is added under `name`."""
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """What the block takes is added under `name`."""
     begun = time.perf_counter()
-    result = work(*args, **kwargs)
+    yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
-    return result
 
 
-def _measure(engine: Engine, encoder: Encoder, pairs: PairSet | None, heartbeat: Any) -> Row:
-    """A point of the curve; the loss in nats a gold label."""
-    if pairs is None:
-        return {"valid_accuracy": None, "valid_loss": None}
-    table, gold = score_pairs(engine, encoder, pairs, heartbeat).log_likelihood, np.array(pairs.labels)
-    hits = table.argmax(1) == gold
-    return {"valid_accuracy": float(hits.mean()), "valid_loss": float(-table[np.arange(len(gold)), gold].mean())}
+def _point(step: int, pairs: int, lr: float, train_loss: float | None, score: Any, watched: PairSet | None) -> Row:
+    """A point of the curve, which is told: losses are in nats a label, that of training the mean since the last one."""
+    row: Row = {"step": step, "pairs": pairs, "lr": lr, "train_loss": train_loss}
+    row |= {"valid_accuracy": None, "valid_loss": None}
+    text = f"step {step:>5}" + ("" if train_loss is None else f" | loss {train_loss:.4f}  lr {lr:.2e}")
+    if watched is not None:
+        table, gold = score(pairs=watched).log_likelihood, np.array(watched.labels)
+        hits = table.argmax(1) == gold
+        loss = -table[np.arange(len(gold)), gold].mean()
+        row |= {"valid_accuracy": float(hits.mean()), "valid_loss": float(loss)}
+        text += f" | valid loss {loss:.4f}  accuracy {hits.mean():.1%}"
+    _say(text)
+    return row
 
 
-def _save(settings: Settings, config: RunConfig, engine: Engine, tokenizer: Tokenizer, steps: int) -> Path | None:
+def _save(folder: Path, config: dict[str, Any], engine: Engine, tokenizer: Tokenizer, steps: int) -> Path | None:
     """Write the fine-tuned weights, without moments, as a checkpoint of `steps` steps. Collective."""
-    if settings.save is None:
-        return None
-    saver = Saver(checkpoints_of(settings.save), 1, None, False, str(tokenizer.path))
-    state = SavedState(
-        progress=Progress(step=steps),
-        stage=0,
-        model=engine.stage.model,
-        layout=engine.stage.layout,
-        optimizer_step=0,
-        kinds=("weight",),
-        monitor={},
-        config=config.model_dump(mode="json"),
-        data={},
-    )
+    saver = Saver(checkpoints_of(folder), 1, None, False, str(tokenizer.path))
+    model, layout = engine.stage.model, engine.stage.layout
+    state = SavedState(Progress(step=steps), 0, model, layout, 0, ("weight",), {}, config, {})
     saver.start(state, engine.placement, engine.read())
     save = saver.wait()
     assert save is not None
     if save.error is not None:
         raise save.error
     return save.folder
-
-
-def _tell(row: Row) -> None:
-    parts = [f"step {row['step']:>5}"]
-    if row["train_loss"] is not None:
-        parts.append(f"loss {row['train_loss']:.4f}  lr {row['lr']:.2e}")
-    if row["valid_loss"] is not None:
-        parts.append(f"valid loss {row['valid_loss']:.4f}  accuracy {row['valid_accuracy']:.1%}")
-    _say(" | ".join(parts))
 
 
 def _say(text: str) -> None:

@@ -1,24 +1,27 @@
-"""The log-likelihood of each label after each prompt, under any layout."""
+"""The log-likelihood of each label after each prompt, asked by lm-evaluation-harness, answered under any layout."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
 
-from megabus.engine.engine import Batch, Engine
-from megabus.model.decoder import Decoder
-from megabus.model.loss import IGNORED
-from megabus.nli.pairs import LABELS, PairSet
-from megabus.nli.prompt import Encoder, Scored
+from megabus.data.tokenizer import Tokenizer
+from megabus.engine.engine import Engine
+from megabus.engine.likelihood import Sequence, log_likelihoods
+from megabus.errors import UserError
+from megabus.nli.pairs import LABELS, Pair, PairSet
+from megabus.nli.prompt import Template
 
-WIDTH_STEP = 16  # sequences are padded to a multiple of this many tokens
-ROUND = 8  # micro batches between two signs of life
 CONTENT_FREE = "N/A"  # stands for both sentences in a prompt that says nothing (Zhao et al. 2021)
 
 
@@ -46,87 +49,113 @@ class Scores:
         }
 
 
-class LabelLoss:
-    """An engine's loss in nats a label: it does not depend on how a batch is cut or padded."""
+class Encoded(NamedTuple):
+    """A prompt and its label as tokens; n_cut: tokens of the prompt that were left out for room, more than the premise
+    had where `beyond`."""
 
-    def __init__(self) -> None:
-        self._sums: list[Tensor] = []
+    sequence: Sequence
+    n_cut: int = 0
+    beyond: bool = False
 
-    def __call__(self, decoder: Decoder, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        loss, losses_BT = decoder.loss(h_BTD, targets_BT, lambda losses_BT: losses_BT.sum(1).mean())
-        if not decoder.training:
-            self._sums.append(losses_BT.sum(1))
-        return loss
 
-    def of_sequences(self, engine: Engine, batches: Sequence[Batch], steps: int, width: int) -> Tensor | None:
-        """Each sequence's summed loss in nats, in the order of this data-parallel rank's batches; None on ranks before
-        the last of the pipeline. The engine is one that has this loss."""
-        assert engine.loss is self
-        self._sums.clear()
-        engine.evaluate(batches, steps, width)
-        return torch.cat(self._sums) if self._sums else None
+class Encoder:
+    """Turns pairs to tokens, at most `max_length` of them inputs of the model.
+
+    A prompt and its label are encoded together, as lm-evaluation-harness does it: what follows the prompt's own number
+    of tokens is the label, white space at the prompt's end included. What is too long loses tokens from the premise's
+    left, and, where that is not enough, from the left of the rest.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Template, max_length: int) -> None:
+        self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        for place, label in enumerate(LABELS):
+            n_label = self.encode("a", "a", place).sequence.n_scored
+            if n_label > max_length:
+                problem = f"is less than the {n_label} tokens of label {label}"
+                raise UserError("--max-length", max_length, problem, "raise it, or shorten the label")
+
+    def encode(self, premise: str, hypothesis: str, label: int) -> Encoded:
+        """The pair's prompt followed by one label."""
+        full, encode = self.template.prompt(premise, hypothesis), self.tokenizer.encode
+        prompt = full.rstrip()
+        n_prompt, tokens = len(encode(prompt)), encode(full + self.template.labels[label])
+        n_label = len(tokens) - n_prompt
+        if n_label < 1:
+            problem = f"adds no token of its own to {prompt[-20:]!r}"
+            raise UserError("--labels", self.template.labels[label], problem, "begin the label with a space")
+        if n_prompt == 0:  # a first token to predict the next from: the end of a document before
+            tokens, n_prompt = [self.tokenizer.eod, *tokens], 1
+        n_cut = min(len(tokens) - 1 - self.max_length, n_prompt - 1)
+        if n_cut <= 0:
+            return Encoded(Sequence(tokens, n_label))
+        head, first, last = self.template.before_premise(hypothesis), 0, 0
+        if head is not None:
+            first, last = (min(len(encode(text)), n_prompt) for text in (head, head + premise))
+        cut = {*[*range(first, last), *range(first), *range(last, n_prompt)][:n_cut]}
+        kept = [token for place, token in enumerate(tokens) if place not in cut]
+        return Encoded(Sequence(kept, n_label), n_cut, n_cut > last - first)
+
+
+class EngineLM(LM):
+    """An engine with a `SequenceLoss` as a model of lm-evaluation-harness, for tasks whose documents have `premise` and
+    `hypothesis`. Every rank asks and is answered everything: to the harness each is alone. encoded: what was read."""
+
+    def __init__(self, engine: Engine, encoder: Encoder, heartbeat: Callable[[], None]) -> None:
+        super().__init__()
+        self.engine, self.encoder, self.heartbeat = engine, encoder, heartbeat
+        self.encoded: list[Encoded] = []
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Of each label after its prompt, in nats; whether it is the likeliest text is not computed. Collective."""
+        docs = ((request.doc["premise"], request.doc["hypothesis"], request.idx) for request in requests)
+        self.encoded = [self.encoder.encode(*doc) for doc in docs]
+        sequences = [encoded.sequence for encoded in self.encoded]
+        return [(value, False) for value in log_likelihoods(self.engine, sequences, self.heartbeat).tolist()]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        raise NotImplementedError("only labels after prompts are scored")
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("only labels after prompts are scored")
+
+
+class PairTask(ConfigurableTask):
+    """Pairs as a task of lm-evaluation-harness: the one of configs/eval/nli, with any template."""
+
+    def __init__(self, pairs: list[Pair], template: Template) -> None:
+        self.dataset = {"test": datasets.Dataset.from_list([pair._asdict() for pair in pairs])}
+        config = {
+            "task": "megabus_nli",
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": lambda doc: template.prompt(doc["premise"], doc["hypothesis"]),
+            "doc_to_choice": list(template.labels),
+            "doc_to_target": "label",
+            "target_delimiter": "",
+            "num_fewshot": 0,
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        }
+        super().__init__(config=config)
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """The pairs are there."""
+
+    def build_all_requests(self, **options: Any) -> None:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its bar cannot be switched off
+            super().build_all_requests(**options)
 
 
 def score_pairs(engine: Engine, encoder: Encoder, pairs: PairSet, heartbeat: Callable[[], None]) -> Scores:
     """Score every label of every pair; the same on every rank. Collective."""
-    sequences = encoder.encode_all([*pairs.pairs, (0, CONTENT_FREE, CONTENT_FREE)])
-    table = log_likelihoods(engine, sequences, heartbeat).reshape(-1, len(LABELS))
-    by_pair = [sequences[i : i + len(LABELS)] for i in range(0, len(LABELS) * len(pairs), len(LABELS))]
+    lm = EngineLM(engine, encoder, heartbeat)
+    task = PairTask([*pairs.pairs, Pair(0, CONTENT_FREE, CONTENT_FREE)], encoder.template)
+    samples = evaluator.evaluate(lm, {"megabus_nli": task}, bootstrap_iters=0)["samples"]["megabus_nli"]
+    table = np.array([[value for value, _ in sample["filtered_resps"]] for sample in samples])
+    by_pair = [lm.encoded[i : i + len(LABELS)] for i in range(0, len(LABELS) * len(pairs), len(LABELS))]
     return Scores(
         log_likelihood=table[:-1],
         content_free=table[-1],
         label_chars=np.array([len(text) for text in encoder.template.labels], dtype=np.float64),
-        n_cut=sum(any(scored.n_cut for scored in group) for group in by_pair),
-        n_beyond=sum(any(scored.beyond for scored in group) for group in by_pair),
+        n_cut=sum(any(encoded.n_cut for encoded in group) for group in by_pair),
+        n_beyond=sum(any(encoded.beyond for encoded in group) for group in by_pair),
     )
-
-
-def log_likelihoods(engine: Engine, sequences: Sequence[Scored], heartbeat: Callable[[], None]) -> np.ndarray:
-    """Summed log-likelihood of each sequence's label tokens in nats, (len(sequences),) fp64, on every rank. Collective.
-
-    Sequences of about one length share micro batches, whatever the layout; the last ones are filled up with padding.
-    """
-    buckets: dict[int, list[int]] = defaultdict(list)
-    for number, scored in enumerate(sequences):
-        buckets[width_of(scored.n_inputs)].append(number)
-    found, label_loss = torch.zeros(len(sequences), dtype=torch.float64), engine.loss
-    assert isinstance(label_loss, LabelLoss)
-    size, dp = engine.stage.micro_batch_size, engine.stage.layout.dp
-    for width, members in sorted(buckets.items()):
-        steps = -(-len(members) // (size * dp))
-        for first in range(0, steps, ROUND):
-            count = min(ROUND, steps - first)
-            rows = [row for step in range(first, first + count) for row in engine.micro_rows(step)]
-            mine = [members[row] if row < len(members) else None for row in rows]
-            batches: list[Batch] = []
-            if engine.needs_data:
-                parts = [mine[i : i + size] for i in range(0, len(mine), size)]
-                batches = [padded([None if n is None else sequences[n] for n in part], width) for part in parts]
-            losses = label_loss.of_sequences(engine, batches, count, width)
-            if losses is not None and engine.mesh.at.tp == 0:  # of the ranks that know a score, one tells it
-                for member, loss in zip(mine, losses.tolist(), strict=True):
-                    if member is not None:
-                        found[member] = -loss
-            heartbeat()
-    found = found.to(engine.device)
-    dist.all_reduce(found)  # exact: all terms of a sum but one are zero
-    return found.cpu().numpy()
-
-
-def width_of(n_inputs: int) -> int:
-    """The padded length of a sequence, which must not depend on the layout."""
-    return -(-n_inputs // WIDTH_STEP) * WIDTH_STEP
-
-
-def padded(sequences: Sequence[Scored | None], width: int) -> Batch:
-    """Inputs and targets (len(sequences), width): targets are the label's tokens, all else is IGNORED. What is padded
-    on the right is seen by no token before it."""
-    inputs = torch.zeros(len(sequences), width, dtype=torch.int64)
-    targets = torch.full_like(inputs, IGNORED)
-    for row, scored in enumerate(sequences):
-        if scored is None:
-            continue
-        n, tokens = scored.n_inputs, torch.tensor(scored.tokens)
-        inputs[row, :n] = tokens[:-1]
-        targets[row, n - scored.n_label : n] = tokens[n + 1 - scored.n_label :]
-    return inputs, targets

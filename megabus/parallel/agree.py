@@ -34,9 +34,9 @@ def agreement(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as error:
         mine = error
-    told = mine if mine is None or isinstance(mine, UserError) else _other(mine)
+    sent = mine if mine is None or isinstance(mine, UserError) else _other(mine)
     errors: list[UserError | OtherRankError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, told, group=group)
+    dist.all_gather_object(errors, sent, group=group)
     if mine is not None and not isinstance(mine, UserError):
         raise mine
     first = next((error for error in errors if error is not None), None)

@@ -15,7 +15,7 @@ from megabus.config.schema import ModelConfig
 from megabus.config.stages import Layout
 from megabus.model.decoder import param_specs
 from megabus.model.params import Axis, ParamSpec, axis_sizes, shard_rows
-from megabus.parallel.topology import coordinate, rank_of, stage_of_layer
+from megabus.parallel.topology import coordinate, pp_rank_of, rank_of
 
 ZERO_ALIGNMENT = 2  # DeepSpeed pads a flattened group to a multiple of this times dp
 
@@ -34,7 +34,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A parameter on one (stage, tp) rank: its global interval and where it begins in its ZeRO group."""
+    """A parameter on one (pp, tp) rank: its global interval and where it begins in its ZeRO group."""
 
     piece: Piece
     offset: int
@@ -43,7 +43,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class ZeroGroup:
-    """A parameter group of a (stage, tp) rank: the entries that it computes with, and those that it owns, which is a
+    """A parameter group of a (pp, tp) rank: the entries that it computes with, and those that it owns, which is a
     partition with its padding."""
 
     entries: int
@@ -72,10 +72,11 @@ class Placement:
         """A parameter's place in canonical order."""
         return self._numbers[name]
 
-    def stage(self, name: str) -> int:
+    def pp_rank(self, name: str) -> int:
+        """Which pipeline rank holds a parameter."""
         layer = self.specs[name].layer
         if layer is not None:
-            return stage_of_layer(self.model.n_layers, self.layout.pp, layer)
+            return pp_rank_of(self.model.n_layers, self.layout.pp, layer)
         return 0 if name in self._before_layers else self.layout.pp - 1
 
     @cached_property
@@ -84,16 +85,16 @@ class Placement:
         first = next(i for i, name in enumerate(names) if self.specs[name].layer is not None)
         return set(names[:first])
 
-    def names(self, stage: int) -> list[str]:
-        """The parameters of a pipeline stage, in canonical order."""
-        return self._stages[stage]
+    def names(self, pp: int) -> list[str]:
+        """The parameters of a pipeline rank, in canonical order."""
+        return self._by_pp_rank[pp]
 
     @cached_property
-    def _stages(self) -> list[list[str]]:
-        stages: list[list[str]] = [[] for _ in range(self.layout.pp)]
+    def _by_pp_rank(self) -> list[list[str]]:
+        names: list[list[str]] = [[] for _ in range(self.layout.pp)]
         for name in self.specs:
-            stages[self.stage(name)].append(name)
-        return stages
+            names[self.pp_rank(name)].append(name)
+        return names
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -118,7 +119,7 @@ class Placement:
         slots: dict[str, _Slot] = {}
         for matrices in (True, False):
             group, total = {}, 0
-            for name in self._stages[pp]:
+            for name in self._by_pp_rank[pp]:
                 spec = self.specs[name]
                 if spec.is_matrix == matrices:
                     start, stop = shard_rows(spec, self.model, self.layout.tp, tp)
@@ -135,7 +136,7 @@ class Placement:
     def groups(self, pp: int, tp: int) -> tuple[ZeroGroup, ZeroGroup]:
         """Of the matrices, and of the gains, of every rank at (pp, tp)."""
         entries = {True: 0, False: 0}
-        for name in self._stages[pp]:
+        for name in self._by_pp_rank[pp]:
             start, stop = shard_rows(self.specs[name], self.model, self.layout.tp, tp)
             entries[self.specs[name].is_matrix] += (stop - start) * self.width(name)
         matrices, gains = (ZeroGroup(n, self._partition(n)) for n in (entries[True], entries[False]))
@@ -145,13 +146,13 @@ class Placement:
         """The non-empty intervals of masters (and moments) that a rank owns, in canonical order."""
         at = coordinate(self.layout, rank)
         slots = self._slots(at.pp, at.tp)
-        pieces = (_share(slots[name], at.dp) for name in self._stages[at.pp])
+        pieces = (_share(slots[name], at.dp) for name in self._by_pp_rank[at.pp])
         return [piece for piece in pieces if len(piece) > 0]
 
     def owners(self, name: str, start: int, stop: int, tp: int | None = None) -> Iterator[tuple[int, Piece]]:
         """Ranks that own a part of [start, stop) and the part. A parameter that tensor parallelism replicates has
         one owner for each tp rank; `tp` picks one of them."""
-        pp, layout = self.stage(name), self.layout
+        pp, layout = self.pp_rank(name), self.layout
         if self.specs[name].sharded:
             shards: Iterable[int] = self._shards(name, start, stop)
         else:

@@ -15,7 +15,7 @@ class Coordinate:
 
 
 def coordinate(layout: Layout, rank: int) -> Coordinate:
-    """Tensor-parallel neighbours are adjacent ranks, pipeline stages are furthest apart (DeepSpeed's order)."""
+    """Tensor-parallel neighbours are adjacent ranks, pipeline neighbours are furthest apart (DeepSpeed's order)."""
     return Coordinate(rank // (layout.dp * layout.tp), rank // layout.tp % layout.dp, rank % layout.tp)
 
 
@@ -23,10 +23,10 @@ def rank_of(layout: Layout, pp: int, dp: int, tp: int) -> int:
     return (pp * layout.dp + dp) * layout.tp + tp
 
 
-def stage_layers(n_layers: int, pp: int, stage: int) -> tuple[int, int]:
-    """Layers [first, last) of a pipeline stage, as even as can be; the last stage, which has the head, gets fewer."""
-    return -(-stage * n_layers // pp), -(-(stage + 1) * n_layers // pp)
+def layers_at(n_layers: int, pp: int, pp_rank: int) -> tuple[int, int]:
+    """Layers [first, last) of a pipeline rank, as even as can be; the last rank, which has the head, gets fewer."""
+    return -(-pp_rank * n_layers // pp), -(-(pp_rank + 1) * n_layers // pp)
 
 
-def stage_of_layer(n_layers: int, pp: int, layer: int) -> int:
+def pp_rank_of(n_layers: int, pp: int, layer: int) -> int:
     return layer * pp // n_layers

@@ -16,7 +16,7 @@ from megabus.data.indexed import REBUILD, IndexedTokens, read_meta
 from megabus.data.sources import Sources
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
-from megabus.preflight.table import Row, odd_ones, ranks_text, refused, size_text
+from megabus.preflight.findings import Finding, odd_ones, ranks_text, refused, size_text
 
 WHOLE = 16 * 2**20  # bytes up to which a file is read whole; of a larger one BLOCKS blocks are, evenly spread
 BLOCKS, BLOCK = 64, 64 * 2**10
@@ -102,7 +102,7 @@ def _check_tokens(key: str, corpus: IndexedTokens, blocks: Sequence[bytes], voca
             raise UserError(key, corpus.bin_path, problem, remedy)
 
 
-def data_row(ranks: Sequence[Sequence[Print]], n_tokens: int) -> Row:
+def data_row(ranks: Sequence[Sequence[Print]], n_tokens: int) -> Finding:
     """ranks: of each rank what it has read; nothing of those that leave it to another of their machine."""
     readers = [rank for rank, prints in enumerate(ranks) if prints]
     for prints in zip(*(ranks[rank] for rank in readers), strict=True):
@@ -111,7 +111,7 @@ def data_row(ranks: Sequence[Sequence[Print]], n_tokens: int) -> Row:
             path = prints[odd[0]][0]
             problem = f"has other bytes on {ranks_text([readers[i] for i in odd])} than on the other ranks that read it"
             return refused("data", UserError("data", path, problem, "copy it again to that machine"))
-    return Row(
+    return Finding(
         "data", f"{len(ranks[0])} files, {n_tokens:,} tokens, the same for {len(readers)} rank(s) that read them"
     )
 
@@ -121,7 +121,7 @@ def checkpoint_bytes(stages: Sequence[Stage]) -> int:
     return BYTES * max(count_parameters(stage.model) for stage in stages)
 
 
-def disk_row(config: RunConfig, stages: Sequence[Stage]) -> Row:
+def disk_row(config: RunConfig, stages: Sequence[Stage]) -> Finding:
     """keep_last checkpoints are kept while one more is written. What an earlier start left makes way for them."""
     keep, one = config.checkpoint.keep_last, checkpoint_bytes(stages)
     disk = os.statvfs(config.run_dir)
@@ -135,4 +135,4 @@ def disk_row(config: RunConfig, stages: Sequence[Stage]) -> Row:
     if need > free + there:
         remedy = "free some, lower checkpoint.keep_last, or choose another disk"
         return refused("disk", UserError("run_dir", config.run_dir, text, remedy))
-    return Row("disk", text)
+    return Finding("disk", text)

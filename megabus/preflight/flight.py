@@ -1,4 +1,4 @@
-"""All checks in their order, judged by rank 0, told by it, and decided together.
+"""All checks in their order, judged by rank 0, printed by it, and decided together.
 
 Every rank sends rank 0 two small messages, 1 KB of what it is and some 100 bytes a token file of what it found, and one
 of 40 bytes a link: at 1,024 ranks a few MB arrive there, and nowhere else.
@@ -24,10 +24,11 @@ from megabus.data.sources import Sources, open_sources
 from megabus.errors import UserError, say
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints, readable
+from megabus.preflight.findings import Finding, ranks_text, refused, render
 from megabus.preflight.identity import identity_rows, read_identity
 from megabus.preflight.links import (
     LATENCY_SLACK,
-    Link,
+    MeasuredLink,
     best_of,
     by_kind,
     faulty_links,
@@ -46,7 +47,6 @@ from megabus.preflight.machine import (
     speed,
 )
 from megabus.preflight.software import check_kernels, check_software
-from megabus.preflight.table import Row, ranks_text, refused, render
 
 T = TypeVar("T")
 ABSENT = 60.0  # seconds that ranks which have met wait for one that does not come back, at most
@@ -76,7 +76,7 @@ def preflight(
     looked at, and whether all ranks run the same code with the same configuration.
     Raises the first fault on all ranks.
     """
-    begun, rows = time.monotonic(), list[Row]()
+    begun, rows = time.monotonic(), list[Finding]()
     with _talking() as group:
         try:
             ready = _checked(config, reserve, heartbeat, full, group, rows)
@@ -94,7 +94,7 @@ def _checked(
     heartbeat: Callable[[], None],
     full: bool,
     group: dist.ProcessGroup,
-    rows: list[Row],
+    rows: list[Finding],
 ) -> tuple[list[Stage], Sources] | None:
     """Fill rank 0's rows. The answer is None where a row is a refusal."""
     # Some come late because they read the program from a slow file system: that is no fault.
@@ -104,7 +104,7 @@ def _checked(
         identity = read_identity(config, of_rank_0)
     identities = _to_rank_0(identity, group)
     if not _judged(rows, lambda: identity_rows(identities)):
-        rows.append(Row("all else", "not checked: it assumes that all ranks agree", skipped=True))
+        rows.append(Finding("all else", "not checked: it assumes that all ranks agree", skipped=True))
         return None
     with agreement(group):
         stages = resolve_stages(config, dist.get_world_size())
@@ -120,7 +120,9 @@ def _checked(
     return (stages, sources) if good and sources is not None else None
 
 
-def _look(config: RunConfig, stages: list[Stage], full: bool, heartbeat: Callable[[], None]) -> tuple[Sources | None, Local]:
+def _look(
+    config: RunConfig, stages: list[Stage], full: bool, heartbeat: Callable[[], None]
+) -> tuple[Sources | None, Local]:
     """This rank alone."""
     opened: list[Sources] = []
     prints: list[Print] = []
@@ -156,15 +158,15 @@ def _local_rows(
     reserved: UserError | None,
     sources: Sources | None,
     full: bool,
-) -> Iterator[Row]:
-    yield _first("software", [local.software for local in found]) or Row(
+) -> Iterator[Finding]:
+    yield _first("software", [local.software for local in found]) or Finding(
         "software", f"kernels {config.train.kernels} and optimizer {config.optimizer.implementation} run here"
     )
     readers = [rank for rank, local in enumerate(found) if local.reads]
     unread = _first("data", [local.data for local in found])
     unread = unread or _first("data", [local.tokens for local in found], readers)
     if unread is not None or sources is None or not full:
-        yield unread or Row("data", "opened")
+        yield unread or Finding("data", "opened")
     elif found[0].sums is not None:
         yield refused("data", found[0].sums)
     else:
@@ -172,7 +174,7 @@ def _local_rows(
     if reserved is not None:
         yield refused("run_dir", reserved)
     else:
-        yield Row("run_dir", f"{config.run_dir} is writable, and the same directory for all ranks")
+        yield Finding("run_dir", f"{config.run_dir} is writable, and the same directory for all ranks")
         if full:
             yield disk_row(config, stages)
     if full:
@@ -180,7 +182,7 @@ def _local_rows(
         yield from machine_rows(machines, expected_bytes(config, stages))
 
 
-def _first(check: str, faults: Sequence[UserError | None], looked: Sequence[int] | None = None) -> Row | None:
+def _first(check: str, faults: Sequence[UserError | None], looked: Sequence[int] | None = None) -> Finding | None:
     """The fault of the lowest rank that has one; it says which ranks do, if not all that `looked` (None: all)."""
     ranks = [rank for rank, fault in enumerate(faults) if fault is not None]
     if not ranks:
@@ -197,7 +199,7 @@ def _measure(
     config: RunConfig,
     stages: Sequence[Stage],
     group: dist.ProcessGroup,
-    rows: list[Row],
+    rows: list[Finding],
     hosts: Sequence[str],
     machines: Sequence[Machine | None],
     heartbeat: Callable[[], None],
@@ -206,7 +208,7 @@ def _measure(
     device, floor = torch.device(get_accelerator().current_device_name()), config.preflight.min_bandwidth
     slack = LATENCY_SLACK[device.type]
     rounds, known = neighbours([stage.layout for stage in stages]), [machine for machine in machines if machine]
-    speeds, links = [0.0] * len(hosts), list[Link]()
+    speeds, links = [0.0] * len(hosts), list[MeasuredLink]()
 
     def doubtful() -> bool:
         """Whether anything is slow in the best of all passes so far."""
@@ -298,7 +300,7 @@ def _to_rank_0(mine: T, group: dist.ProcessGroup) -> list[T]:
     return [each for each in everyone if each is not None] if root else []
 
 
-def _judged(rows: list[Row], judge: Callable[[], Iterator[Row] | Sequence[Row]]) -> bool:
+def _judged(rows: list[Finding], judge: Callable[[], Iterator[Finding] | Sequence[Finding]]) -> bool:
     """Rank 0 adds rows; whether nothing is refused, on all ranks."""
 
     def add() -> bool:
@@ -308,7 +310,7 @@ def _judged(rows: list[Row], judge: Callable[[], Iterator[Row] | Sequence[Row]])
     return rank_0_tells(add)
 
 
-def _raise_first(rows: Sequence[Row]) -> None:
+def _raise_first(rows: Sequence[Finding]) -> None:
     for row in rows:
         if row.error is not None:
             raise row.error

@@ -20,7 +20,7 @@ import megabus
 from megabus.config import RunConfig
 from megabus.engine.startup import on_gpu
 from megabus.errors import UserError
-from megabus.preflight.table import Row, odd_ones, ranks_text, refused
+from megabus.preflight.findings import Finding, odd_ones, ranks_text, refused
 
 PACKAGE = Path(megabus.__file__).parent
 SHOWN = 100  # characters of a value; with it a rank's identity stays below 1 KB
@@ -94,13 +94,13 @@ def pinned(package: str) -> str | None:
     return next((match[1] for match in found if match), None)
 
 
-def identity_rows(ranks: Sequence[Identity]) -> list[Row]:
+def identity_rows(ranks: Sequence[Identity]) -> list[Finding]:
     hosts = {identity.host for identity in ranks}
-    here = Row("ranks", f"{len(ranks)} on {len(hosts)} machine(s)")
+    here = Finding("ranks", f"{len(ranks)} on {len(hosts)} machine(s)")
     return [here, _versions_row(ranks), _code_row(ranks), _config_row(ranks)]
 
 
-def _versions_row(ranks: Sequence[Identity]) -> Row:
+def _versions_row(ranks: Sequence[Identity]) -> Finding:
     common, odd = odd_ones([identity.versions for identity in ranks])
     if odd:
         usual, first = dict(common), dict(ranks[odd[0]].versions)
@@ -114,23 +114,23 @@ def _versions_row(ranks: Sequence[Identity]) -> Row:
         problem = f"is not the {pin} that requirements.txt pins: megabus uses DeepSpeed down to its fragments"
         return refused("versions", UserError("deepspeed", versions["deepspeed"], problem, f"install {pin}"))
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return Row("versions", text + (" (as pinned)" if pin else " (deepspeed's pin was not found)"))
+    return Finding("versions", text + (" (as pinned)" if pin else " (deepspeed's pin was not found)"))
 
 
-def _code_row(ranks: Sequence[Identity]) -> Row:
+def _code_row(ranks: Sequence[Identity]) -> Finding:
     common, odd = odd_ones([identity.code for identity in ranks])
     if odd:
         other = ranks[odd[0]]
         problem = f"on {ranks_text(odd)} ({other.host}) is not the {common[:12]} of the other ranks"
         remedy = "put the same files on every machine"
         return refused("code", UserError("megabus's files", other.code[:12], problem, remedy))
-    return Row("code", f"megabus's files have the same SHA-256 everywhere, {common[:12]}...")
+    return Finding("code", f"megabus's files have the same SHA-256 everywhere, {common[:12]}...")
 
 
-def _config_row(ranks: Sequence[Identity]) -> Row:
+def _config_row(ranks: Sequence[Identity]) -> Finding:
     common, odd = odd_ones([identity.config for identity in ranks])
     if not odd:
-        return Row("configuration", f"the same everywhere, SHA-256 {common[:12]}...")
+        return Finding("configuration", f"the same everywhere, SHA-256 {common[:12]}...")
     remedy = "give all ranks the same file and the same overrides"
     if 0 in odd:  # the others were compared with it
         key, usual, value = next(i.difference for i in ranks if i.config == common and i.difference is not None)

@@ -22,8 +22,8 @@ from megabus.command import PEER_GONE
 from megabus.config.stages import Layout
 from megabus.errors import UserError
 from megabus.parallel.topology import rank_of
+from megabus.preflight.findings import Finding, ranks_text, refused, warned
 from megabus.preflight.slow import Pair, blame, usual
-from megabus.preflight.table import Row, ranks_text, refused, warned
 
 # Bytes by kind of device; the last is left out where the one before took CLIMB seconds or more.
 SIZES = {"cpu": (8, 64 * 2**10, 4 * 2**20), "cuda": (8, 64 * 2**10, 64 * 2**20)}
@@ -35,7 +35,7 @@ LATENCY_SLACK = {"cpu": 10e-3, "cuda": 1e-3}  # seconds above the usual latency 
 
 
 @dataclass(frozen=True)
-class Link:
+class MeasuredLink:
     """One pair: seconds of an exchange of 8 bytes, and bytes per second each way while both send."""
 
     pair: Pair
@@ -77,10 +77,10 @@ def _ring(ranks: list[int], closed: bool) -> Iterator[tuple[int, Pair]]:
 
 def measure(
     rounds: Sequence[Sequence[Pair]], device: torch.device, group: dist.ProcessGroup, silence: timedelta
-) -> tuple[list[Link], int | None]:
+) -> tuple[list[MeasuredLink], int | None]:
     """The links whose lower rank this is, and the first neighbour that has not answered for `silence`, after which
     nothing more is measured. Every rank goes through the rounds in order. group: unfit for use after a silence."""
-    rank, links = dist.get_rank(), list[Link]()
+    rank, links = dist.get_rank(), list[MeasuredLink]()
     for pairs in rounds:
         pair = next((pair for pair in pairs if rank in pair), None)
         if pair is not None:
@@ -120,7 +120,7 @@ class Wire:
     silence: timedelta
 
 
-def _measure_pair(pair: Pair, rank: int, device: torch.device, wire: Wire) -> Link:
+def _measure_pair(pair: Pair, rank: int, device: torch.device, wire: Wire) -> MeasuredLink:
     """The lower rank decides how long each size is exchanged, and says so in the first byte of its messages."""
     leads = rank == pair[0]
     peer = pair[1] if leads else pair[0]
@@ -132,7 +132,7 @@ def _measure_pair(pair: Pair, rank: int, device: torch.device, wire: Wire) -> Li
     exchange(peer, flag, answer, wire)
     if (flag if leads else answer).item():
         times.append(_repeat(peer, leads, _bytes(sizes[2], device), wire))
-    return Link(pair, times[0], sizes[len(times) - 1] / times[-1])
+    return MeasuredLink(pair, times[0], sizes[len(times) - 1] / times[-1])
 
 
 def _bytes(size: int, device: torch.device) -> Tensor:
@@ -175,7 +175,7 @@ def exchange(peer: int, out: Tensor, into: Tensor, wire: Wire) -> None:
         raise SilentError(peer) from error
 
 
-def best_of(before: Sequence[Link], again: Sequence[Link]) -> list[Link]:
+def best_of(before: Sequence[MeasuredLink], again: Sequence[MeasuredLink]) -> list[MeasuredLink]:
     """Of two measurements of the same links the better figures."""
     later = {link.pair: link for link in again}
     return [
@@ -188,7 +188,7 @@ def best_of(before: Sequence[Link], again: Sequence[Link]) -> list[Link]:
     ]
 
 
-def slow_links(links: Sequence[Link], slack: float) -> dict[Pair, Link]:
+def slow_links(links: Sequence[MeasuredLink], slack: float) -> dict[Pair, MeasuredLink]:
     """Of links of one kind those far below the others."""
     if not links:
         return {}
@@ -201,26 +201,26 @@ def slow_links(links: Sequence[Link], slack: float) -> dict[Pair, Link]:
     }
 
 
-def below_floor(links: Sequence[Link], floor: float | None) -> set[Pair]:
+def below_floor(links: Sequence[MeasuredLink], floor: float | None) -> set[Pair]:
     return {link.pair for link in links if floor is not None and link.bandwidth < floor * 1e9}
 
 
-def faulty_links(links: Sequence[Link], slack: float, floor: float | None) -> bool:
+def faulty_links(links: Sequence[MeasuredLink], slack: float, floor: float | None) -> bool:
     return bool(slow_links(links, slack) or below_floor(links, floor))
 
 
-def by_kind(links: Sequence[Link], hosts: Sequence[str]) -> dict[str, list[Link]]:
-    kinds: dict[str, list[Link]] = {"within machines": [], "between machines": []}
+def by_kind(links: Sequence[MeasuredLink], hosts: Sequence[str]) -> dict[str, list[MeasuredLink]]:
+    kinds: dict[str, list[MeasuredLink]] = {"within machines": [], "between machines": []}
     for link in links:
         same = hosts[link.pair[0]] == hosts[link.pair[1]]
         kinds["within machines" if same else "between machines"].append(link)
     return {kind: found for kind, found in kinds.items() if found}
 
 
-def links_rows(links: Sequence[Link], hosts: Sequence[str], slack: float, floor: float | None) -> list[Row]:
+def links_rows(links: Sequence[MeasuredLink], hosts: Sequence[str], slack: float, floor: float | None) -> list[Finding]:
     """hosts: the machine of each rank; floor: GB/s that each link must carry."""
     if not links:
-        return [Row("links", "one rank has no neighbour")]
+        return [Finding("links", "one rank has no neighbour")]
     rows = []
     for kind, found in by_kind(links, hosts).items():
         check, slowest = f"links {kind}", min(found, key=lambda link: link.bandwidth)
@@ -237,11 +237,11 @@ def links_rows(links: Sequence[Link], hosts: Sequence[str], slack: float, floor:
             who = _culprits(set(slow), found, hosts)
             rows.append(warned(check, f"{who} slow, {_figures(list(slow.values()))}; of all {text}"))
         else:
-            rows.append(Row(check, text))
+            rows.append(Finding(check, text))
     return rows
 
 
-def _culprits(slow: set[Pair], found: Sequence[Link], hosts: Sequence[str]) -> str:
+def _culprits(slow: set[Pair], found: Sequence[MeasuredLink], hosts: Sequence[str]) -> str:
     ranks, rest = blame(slow, [link.pair for link in found])
     parts = [f"{ranks_text(ranks)} ({', '.join(sorted({hosts[rank] for rank in ranks}))})"] if ranks else []
     if rest:
@@ -253,7 +253,7 @@ def _name(pair: Pair) -> str:
     return f"{pair[0]}-{pair[1]}"
 
 
-def _figures(links: Sequence[Link]) -> str:
+def _figures(links: Sequence[MeasuredLink]) -> str:
     bandwidths = sorted(link.bandwidth / 1e9 for link in links)
     latencies = sorted(link.latency * 1e6 for link in links)
     if len(links) == 1:

@@ -21,8 +21,8 @@ from megabus.estimate.layouts import pipeline_memory
 from megabus.estimate.memory import states_at
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import coordinate
+from megabus.preflight.findings import Finding, odd_ones, ranks_text, refused, size_text, warned
 from megabus.preflight.slow import usual
-from megabus.preflight.table import Row, odd_ones, ranks_text, refused, size_text, warned
 
 SLOW = 2.0  # times below the usual speed; two ranks that share a core are no reason to warn
 MATMULS = 20
@@ -56,7 +56,7 @@ def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
     Activations, buffers and what the libraries need come on top.
     """
     at = coordinate(stage.layout, rank)
-    held = states_at(config, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
+    held = states_at(config.train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
     return held.states + max(held.gradients, held.masters)  # sums of the gradients of what is owned, at least
 
 
@@ -120,30 +120,30 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b
 
 
-def machine_rows(ranks: Sequence[Machine], expected: Sequence[int]) -> list[Row]:
+def machine_rows(ranks: Sequence[Machine], expected: Sequence[int]) -> list[Finding]:
     """expected: of every rank, its `expected_bytes`."""
     return [_devices_row(ranks), _memory_row(ranks, expected)]
 
 
-def _devices_row(ranks: Sequence[Machine]) -> Row:
+def _devices_row(ranks: Sequence[Machine]) -> Finding:
     common, odd = odd_ones([(machine.device, machine.count) for machine in ranks])
     free = [machine.free for machine in ranks]
     least, most = size_text(min(free)), size_text(max(free))
     text = f"{common[1]} x {common[0]} a machine, {least if least == most else f'{least} to {most}'} free"
     if not odd:
-        return Row("devices", text)
+        return Finding("devices", text)
     other = ranks[odd[0]]
     alike = [rank for rank in odd if (ranks[rank].device, ranks[rank].count) == (other.device, other.count)]
     return warned("devices", f"{other.count} x {other.device} on {ranks_text(alike)} ({other.host}), else {text}")
 
 
-def _memory_row(ranks: Sequence[Machine], expected: Sequence[int]) -> Row:
+def _memory_row(ranks: Sequence[Machine], expected: Sequence[int]) -> Finding:
     """On GPUs each rank has its own memory; on CPUs the ranks of a machine share it. What is needed at least is refused
     where it does not fit, an estimate of all of it is a warning."""
     places: dict[object, list[int]] = defaultdict(list)
     for rank, machine in enumerate(ranks):
         places[(machine.host, rank) if machine.on_gpu else machine.host].append(rank)
-    tightest, row = -1.0, Row("memory", "")
+    tightest, row = -1.0, Finding("memory", "")
     for members in places.values():
         need, free = sum(ranks[rank].need for rank in members), min(ranks[rank].free for rank in members)
         largest = max((ranks[rank] for rank in members), key=lambda machine: machine.need)
@@ -157,7 +157,7 @@ def _memory_row(ranks: Sequence[Machine], expected: Sequence[int]) -> Row:
         if about / free > tightest:
             rest = f"some {size_text(about)} with activations and buffers"
             text = f"{what} take {size_text(need)} at least, {rest}; {size_text(free)} are free"
-            tightest, row = about / free, warned("memory", text) if about > free else Row("memory", text)
+            tightest, row = about / free, warned("memory", text) if about > free else Finding("memory", text)
     return row
 
 
@@ -167,10 +167,10 @@ def slow_ranks(speeds: Sequence[float], devices: Sequence[str]) -> list[int]:
     return [rank for rank, s in enumerate(speeds) if s * SLOW < usuals[devices[rank]]]
 
 
-def compute_row(speeds: Sequence[float], machines: Sequence[Machine]) -> Row:
+def compute_row(speeds: Sequence[float], machines: Sequence[Machine]) -> Finding:
     slow = slow_ranks(speeds, [machine.device for machine in machines])
     text = f"{min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GFLOP/s a rank"
     if not slow:
-        return Row("compute", text)
+        return Finding("compute", text)
     hosts = ", ".join(sorted({machines[rank].host for rank in slow}))
     return warned("compute", f"{ranks_text(slow)} ({hosts}) slow: {text}, most {usual(speeds) / 1e9:.1f}")

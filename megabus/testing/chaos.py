@@ -21,6 +21,7 @@ from megabus.config import RunConfig, parse_config
 from megabus.data.indexed import IndexedWriter
 from megabus.data.tokenizer import train_tokenizer
 from megabus.errors import UserError
+from megabus.report.history import read_metrics
 from megabus.testing.chaos_ranks import (
     LIMIT,
     ON_GROWTH,
@@ -33,7 +34,6 @@ from megabus.testing.chaos_ranks import (
     Spans,
     attempt,
 )
-from megabus.train.history import read_metrics
 
 VOCAB = 300
 EVAL_EVERY = 4

@@ -282,7 +282,7 @@ def _start(workload: Workload, disk: Disk, name: str, on_error: str, room_at: in
 
     def prepare(rank: int, board: Board) -> None:
         loop: Any = import_module("megabus.train.loop")
-        train_step, tell_unwritten = loop.train_step, loop.tell_unwritten
+        train_step, warn_unwritten = loop.train_step, loop.warn_unwritten
 
         def step(run: Any) -> None:
             if run.progress.step == FULL_AT:
@@ -293,9 +293,9 @@ def _start(workload: Workload, disk: Disk, name: str, on_error: str, room_at: in
 
         def told(run: Any) -> None:
             board.note(rank)
-            tell_unwritten(run)
+            warn_unwritten(run)
 
-        loop.train_step, loop.tell_unwritten = step, told
+        loop.train_step, loop.warn_unwritten = step, told
 
     return run_dir, attempt(config, None, prepare=prepare)  # a log would not be writable either
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megabus.config import Layout, RunConfig, parse_config, resolve_stages
+from megabus.config import Layout
 from megabus.engine import ds_config
 from megabus.engine.engine import Batch, Engine
 from megabus.engine.fragments import flat_partitions, inner_optimizer
 from megabus.estimate.live_bytes import LiveBytes
 from megabus.parallel.fragments import MOMENTS
+from megabus.testing.training import Training, make_training
 
 # Sizes that nothing divides evenly: rows that partitions cut, a vocabulary that tp does not divide, grouped queries.
 MODEL = {"vocab_size": 509, "d_model": 76, "n_layers": 5, "n_heads": 6, "n_kv_heads": 2, "head_dim": 14, "d_ff": 202}
@@ -24,20 +24,11 @@ MODEL = {"vocab_size": 509, "d_model": 76, "n_layers": 5, "n_heads": 6, "n_kv_he
 
 def memory_config(
     kind: str, layout: Layout, micro_batches: int = 3, model: dict[str, int] | None = None, **train: Any
-) -> RunConfig:
-    """A small run of one stage whose activations outweigh its states, as they may in a large one."""
-    batch = {"seq_len": 62, "micro_batch_size": 3, "max_steps": 3} | train
+) -> Training:
+    """A small training whose activations outweigh its states, as they may in a large one."""
+    batch = {"seq_len": 62, "micro_batch_size": 3} | train
     batch["global_batch_size"] = batch["micro_batch_size"] * layout.dp * micro_batches
-    return parse_config(
-        {
-            "run_dir": "unused",
-            "model": {"kind": kind, **MODEL, **(model or {})},
-            "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
-            "train": batch,
-            "optimizer": {"lr": 1e-3},
-            "data": {"train": "unused", "valid": "unused"},
-        }
-    )
+    return make_training({"kind": kind, **MODEL, **(model or {})}, layout, batch, {"lr": 1e-3})
 
 
 @dataclass(frozen=True)
@@ -57,13 +48,13 @@ class Measured:
         return self.weights + self.masters + self.moments + max(self.computing, self.reducing, self.updating)
 
 
-def measure(config: RunConfig, bucket: int | None = None) -> Measured:
-    """Train the first stage for three steps and count in the third. Collective; on CPUs, whose tensors are counted.
+def measure(config: Training, bucket: int | None = None) -> Measured:
+    """Train for three steps and count in the third. Collective; on CPUs, whose tensors are counted.
 
     bucket: entries of DeepSpeed's buckets in place of the usual number, beside which a small model is nothing.
     """
     ds_config.BUCKET_ENTRIES = bucket or ds_config.BUCKET_ENTRIES
-    stage = resolve_stages(config, dist.get_world_size())[0]
+    stage = config.stage
     engine = Engine(config.train, config.optimizer, stage)
     engine.write_initial(config.train.seed)
     batches = [_batch(engine, micro) for micro in range(stage.grad_accum)] if engine.needs_data else []

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megabus.config import Layout, RunConfig, parse_config, resolve_stages
+from megabus.config import Layout, Stage
 from megabus.model.init import build_model
 from megabus.model.params import spec_of
 from megabus.parallel.placement import Piece
+from megabus.testing.training import Training, make_training
 
 STEPS = 5
 LAYOUTS = [
@@ -43,10 +44,11 @@ class Trace:
     replica_error: float = 0.0
 
 
-def parity_config(kind: str, layout: Layout, **train: Any) -> RunConfig:
+def parity_config(kind: str, layout: Layout, **train: Any) -> Training:
     """A small model of awkward sizes: rows that partitions cut, a vocabulary that tp does not divide, layers that pp
     does not divide, grouped queries."""
     model = {
+        "kind": kind,
         "vocab_size": 67,
         "d_model": 37,
         "n_layers": 5,
@@ -55,41 +57,27 @@ def parity_config(kind: str, layout: Layout, **train: Any) -> RunConfig:
         "head_dim": 6,
         "d_ff": 60,
     }
-    batch = {
-        "seq_len": 13,
-        "micro_batch_size": 2,
-        "global_batch_size": 16,
-        "max_steps": STEPS,
-        "gradient_clipping": 0,
-    }
-    return parse_config(
-        {
-            "run_dir": "unused",
-            "model": {"kind": kind, **model},
-            "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp},
-            "train": batch | train,
-            # A larger eps than usual: entries whose gradient is mere rounding would otherwise move by a whole lr.
-            "optimizer": {"lr": 3e-3, "eps": 1e-6},
-            "data": {"train": "unused", "valid": "unused"},
-        }
-    )
+    batch = {"seq_len": 13, "micro_batch_size": 2, "global_batch_size": 16, "gradient_clipping": 0}
+    # A larger eps than usual: entries whose gradient is mere rounding would otherwise move by a whole lr.
+    return make_training(model, layout, batch | train, {"lr": 3e-3, "eps": 1e-6})
 
 
-def batch_of(config: RunConfig, step: int) -> tuple[Tensor, Tensor]:
+def batch_of(stage: Stage, step: int) -> tuple[Tensor, Tensor]:
     """The global batch of a step: inputs and targets (global_batch_size, seq_len)."""
-    shape = (config.train.global_batch_size, config.train.seq_len + 1)
-    tokens = torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(step))
+    shape = (stage.global_batch_size, stage.seq_len + 1)
+    tokens = torch.randint(stage.model.vocab_size, shape, generator=torch.Generator().manual_seed(step))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def plain_trace(config: RunConfig) -> Trace:
+def plain_trace(config: Training) -> Trace:
     """The same training in plain PyTorch, without megabus's engine and without DeepSpeed."""
-    model, optim = build_model(config.model, config.train.seed), config.optimizer
+    stage, optim = config.stage, config.optimizer
+    model = build_model(stage.model, config.train.seed)
     adam = torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, weight_decay=0.0)
     unit = [p for p in model.parameters() if spec_of(p).unit]
-    trace = Trace(model(batch_of(config, 0)[0]).detach(), {}, [], [], {})
+    trace = Trace(model(batch_of(stage, 0)[0]).detach(), {}, [], [], {})
     for step in range(STEPS):
-        inputs, targets = batch_of(config, step)
+        inputs, targets = batch_of(stage, step)
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         adam.zero_grad()
         loss.backward()
@@ -107,17 +95,15 @@ def plain_trace(config: RunConfig) -> Trace:
     return trace
 
 
-def engine_job(config: RunConfig) -> dict[str, Any]:
+def engine_job(config: Training) -> dict[str, Any]:
     """On one rank: the same training under a layout. Returns this rank's pieces; see `engine_trace`."""
-    import torch.distributed as dist
-
     from megabus.engine.engine import Engine
     from megabus.engine.fragments import inner_optimizer
 
-    stage = resolve_stages(config, dist.get_world_size())[0]
+    stage = config.stage
     engine = Engine(config.train, config.optimizer, stage)
     engine.write_initial(config.train.seed)
-    logits = _logits(engine, batch_of(config, 0))
+    logits = _logits(engine, batch_of(stage, 0))
     grads: dict[Piece, Tensor] = {}
 
     def keep_grads(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -129,7 +115,7 @@ def engine_job(config: RunConfig) -> dict[str, Any]:
     hook = inner_optimizer(engine.deepspeed).register_step_pre_hook(keep_grads)
     losses, norms, unit_error = [], [], engine.unit_error() or 0.0
     for step in range(STEPS):
-        result = engine.train_step(rank_batches(engine, batch_of(config, step)), config.optimizer.lr)
+        result = engine.train_step(rank_batches(engine, batch_of(stage, step)), config.optimizer.lr)
         hook.remove()  # the first step's gradients only
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -166,7 +152,7 @@ def rank_batches(engine: Any, batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor
 
 
 def _logits(engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor | None:
-    """This rank's vocabulary rows of its micro batches' logits; None before the last stage."""
+    """This rank's vocabulary rows of its micro batches' logits; None before the last pipeline rank."""
     batches = rank_batches(engine, batch)
     if engine.stage.layout.pp == 1:
         with torch.no_grad():
@@ -183,16 +169,15 @@ def _logits(engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor | None:
     return torch.cat(seen) if seen else None
 
 
-def engine_trace(config: RunConfig, layout: Layout) -> Trace:
+def engine_trace(config: Training, layout: Layout) -> Trace:
     """Run `engine_job` on the layout's ranks and put the pieces together."""
     from megabus.model.decoder import param_specs
     from megabus.model.params import global_shape
     from megabus.parallel.topology import rank_of
     from megabus.testing.ranks import run_ranks
 
-    ranks = run_ranks(layout.world, engine_job, config)
-    shapes = {name: global_shape(spec, config.model) for name, spec in param_specs(config.model).items()}
-
+    ranks, model = run_ranks(layout.world, engine_job, config), config.stage.model
+    shapes = {name: global_shape(spec, model) for name, spec in param_specs(model).items()}
     apart = [0.0]
 
     def whole(key: str) -> dict[str, Tensor]:
@@ -204,7 +189,7 @@ def engine_trace(config: RunConfig, layout: Layout) -> Trace:
                 part.copy_(values)
         return {name: values.view(shapes[name]) for name, values in full.items()}
 
-    rows = torch.empty(config.train.global_batch_size, config.train.seq_len, config.model.vocab_size)
+    rows = torch.empty(config.train.global_batch_size, config.train.seq_len, model.vocab_size)
     size = config.train.micro_batch_size
     for dp in range(layout.dp):
         parts = [ranks[rank_of(layout, layout.pp - 1, dp, tp)]["logits"] for tp in range(layout.tp)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megabus.config.stages import Layout
-from megabus.growth.plan import ELEMENT_BYTES, Move, Plan, Unit, Wave
+from megabus.growth.plan import ELEMENT_BYTES, Plan, RowRange, Transfer, Wave
 from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Piece
 from megabus.parallel.topology import coordinate
@@ -35,20 +35,20 @@ def faults(plan: Plan, schedules: Schedules, kinds: Sequence[Kind]) -> set[str]:
 
 def _faults_of(plan: Plan, rank: int, waves: Sequence[Wave], kinds: Sequence[Kind]) -> set[str]:
     found: set[str] = set()
-    arrived: dict[tuple[str, Kind], list[Move]] = {}
+    arrived: dict[tuple[str, Kind], list[Transfer]] = {}
     for wave in waves:
-        for _, kind, move in wave.moves:
-            if move.dst == rank:
-                arrived.setdefault((move.piece.name, kind), []).append(move)
-                found |= _faults_of_move(plan, move)
-            if move.src == rank and not _within(move.piece, plan.old.share(move.piece.name, rank)):
+        for _, kind, transfer in wave.transfers:
+            if transfer.dst == rank:
+                arrived.setdefault((transfer.piece.name, kind), []).append(transfer)
+                found |= _faults_of_transfer(plan, transfer)
+            if transfer.src == rank and not _within(transfer.piece, plan.old.share(transfer.piece.name, rank)):
                 found.add("not the owner's")
     needed: dict[tuple[str, Kind], list[tuple[int, int]]] = {}
-    for name, pieces in plan.needs(rank).items():
+    for name, pieces in plan.sources(rank).items():
         for kind in kinds:
-            needed[name, kind] = plan.need(Unit(name, 0, plan.old.rows(name)), pieces, kind).spans
+            needed[name, kind] = plan.required(RowRange(name, 0, plan.old.rows(name)), pieces, kind).spans
     for what in needed.keys() | arrived.keys():
-        spans = sorted((move.piece.start, move.piece.stop) for move in arrived.get(what, []))
+        spans = sorted((transfer.piece.start, transfer.piece.stop) for transfer in arrived.get(what, []))
         if any(start < stop for (_, stop), (start, _) in pairwise(spans)):
             found.add("twice")
         wanted = needed.get(what, [])
@@ -56,21 +56,21 @@ def _faults_of(plan: Plan, rank: int, waves: Sequence[Wave], kinds: Sequence[Kin
             found.add("missing")
         if _length(_common(spans, wanted)) < _length(spans):
             found.add("needless")
-    taken = ELEMENT_BYTES * sum(len(move.piece) for moves in arrived.values() for move in moves)
+    taken = ELEMENT_BYTES * sum(len(transfer.piece) for transfers in arrived.values() for transfer in transfers)
     if taken > most_taken(plan, rank, len(kinds)):
         found.add("unbalanced")
     return found
 
 
-def _faults_of_move(plan: Plan, move: Move) -> set[str]:
-    found, name = set(), move.piece.name
+def _faults_of_transfer(plan: Plan, transfer: Transfer) -> set[str]:
+    found, name = set(), transfer.piece.name
     old = plan.old.layout
-    if not _within(move.piece, plan.old.share(name, move.src)):
+    if not _within(transfer.piece, plan.old.share(name, transfer.src)):
         found.add("not the owner's")
-    own = plan.old.share(name, move.dst)
-    if move.src != move.dst and max(own.start, move.piece.start) < min(own.stop, move.piece.stop):
+    own = plan.old.share(name, transfer.dst)
+    if transfer.src != transfer.dst and max(own.start, transfer.piece.start) < min(own.stop, transfer.piece.stop):
         found.add("sent to its owner")
-    if not plan.old.specs[name].sharded and coordinate(old, move.src).tp != coordinate(old, move.dst).tp:
+    if not plan.old.specs[name].sharded and coordinate(old, transfer.src).tp != coordinate(old, transfer.dst).tp:
         found.add("another replica")
     return found
 
@@ -84,7 +84,7 @@ def most_taken(plan: Plan, rank: int, tensors: int) -> float:
     total = 0.0
     model = plan.growth.old
     group = model.n_heads // model.kv_heads * model.head_dim
-    for name, pieces in plan.needs(rank).items():
+    for name, pieces in plan.sources(rank).items():
         edge = 2 * ((group if plan.old.specs[name].rows == "heads" else 0) + 1) * plan.old.width(name)
         fair = sum(len(piece) * plan.old.numel(name) / plan.new.numel(piece.name) for piece in pieces)
         total += fair * (1 + BALANCE) + edge * len(pieces)
@@ -109,9 +109,9 @@ def loads(plan: Plan, schedules: Schedules) -> dict[str, Load]:
     taken, given = (dict.fromkeys(schedules, 0) for _ in range(2))
     for rank, waves in schedules.items():
         for wave in waves:
-            for _, _, move in wave.moves:
-                taken[rank] += len(move.piece) * ELEMENT_BYTES * (move.dst == rank)
-                given[rank] += len(move.piece) * ELEMENT_BYTES * (move.src == rank)
+            for _, _, transfer in wave.transfers:
+                taken[rank] += len(transfer.piece) * ELEMENT_BYTES * (transfer.dst == rank)
+                given[rank] += len(transfer.piece) * ELEMENT_BYTES * (transfer.src == rank)
     owned = {rank: ELEMENT_BYTES * sum(len(piece) for piece in plan.new.owned(rank)) for rank in schedules}
     return {
         "taken in": _load(taken, plan.new.layout),
@@ -134,10 +134,10 @@ def _messages(schedules: Schedules, sent: bool) -> dict[tuple[int, int, int], li
     found: dict[tuple[int, int, int], list[Message]] = {}
     for rank, waves in schedules.items():
         for number, wave in enumerate(waves):
-            for _, kind, move in wave.moves:
-                here, there = (move.src, move.dst) if sent else (move.dst, move.src)
+            for _, kind, transfer in wave.transfers:
+                here, there = (transfer.src, transfer.dst) if sent else (transfer.dst, transfer.src)
                 if here == rank and there in schedules:
-                    found.setdefault((number, move.src, move.dst), []).append((kind, move.piece))
+                    found.setdefault((number, transfer.src, transfer.dst), []).append((kind, transfer.piece))
     return found
 
 

@@ -32,6 +32,7 @@ def preload() -> None:
     import torch
     import torch._dynamo
 
+    import megabus.checkpoint.shards
     import megabus.engine.engine  # noqa: F401
 
     torch.set_num_threads(1)

@@ -26,7 +26,7 @@ from megabus.model.decoder import Decoder
 from megabus.model.params import spec_of
 from megabus.parallel.mesh import Mesh, process_groups, reuse_process_groups
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import stage_layers
+from megabus.parallel.topology import layers_at
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,14 @@ class Built:
 
 @dataclass(frozen=True)
 class Planned:
-    """A growth as one rank plans it: messages and bytes, other ranks that it may have to write to, waves; what it
-    took."""
+    """A growth as one rank plans it: messages, bytes, waves, and what it took."""
 
     sent_messages: int
     received_messages: int
     sent: int
     received: int
     kept: int
-    correspondents: int
+    receivers: int  # other ranks that it may send to
     waves: int
     cost: Cost
 
@@ -96,7 +95,7 @@ def meta_stage(config: RunConfig, stage: Stage, mesh: Mesh) -> Decoder:
 
     Raises RuntimeError where they are not the shards that `Placement` computes, which growth and checkpoints rest on.
     """
-    layers = stage_layers(stage.model.n_layers, stage.layout.pp, mesh.at.pp)
+    layers = layers_at(stage.model.n_layers, stage.layout.pp, mesh.at.pp)
     with torch.device("meta"):
         decoder = Decoder(stage.model, layers, mesh.tp, config.train.recompute)
     placement = Placement(stage.model, stage.layout)
@@ -126,11 +125,11 @@ def plan_growth_of(config: RunConfig, before: Stage, after: Stage, rank: int) ->
     plan = plan_between(config, before, after)
     waves = schedule_of(config, plan, rank)
     cost = took()
-    moves = [move for wave in waves for _, _, move in wave.moves]
-    sent = [len(move.piece) * ELEMENT_BYTES for move in moves if move.src == rank != move.dst]
-    received = [len(move.piece) * ELEMENT_BYTES for move in moves if move.dst == rank != move.src]
-    kept = sum(len(move.piece) * ELEMENT_BYTES for move in moves if move.src == move.dst)
-    others = len(plan.correspondents(rank))
+    transfers = [each for wave in waves for _, _, each in wave.transfers]
+    sent = [len(each.piece) * ELEMENT_BYTES for each in transfers if each.src == rank != each.dst]
+    received = [len(each.piece) * ELEMENT_BYTES for each in transfers if each.dst == rank != each.src]
+    kept = sum(len(each.piece) * ELEMENT_BYTES for each in transfers if each.src == each.dst)
+    others = len(plan.receivers(rank))
     return Planned(len(sent), len(received), sum(sent), sum(received), kept, others, len(waves), cost)
 
 

@@ -20,7 +20,7 @@ from megabus.parallel.agree import on_any_rank
 from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, roll_back, sizes, started, watch_stage
-from megabus.train.saving import collect, finish, save, tell_unwritten
+from megabus.train.saving import collect, finish, save, warn_unwritten
 from megabus.train.schedule import boost_factor, decays, learning_rate, spent_share
 from megabus.train.stop import listening
 from megabus.train.watchdog import watched
@@ -53,7 +53,7 @@ def train(config: RunConfig) -> Outcome:
                 if signal.grow:
                     grow(run, signal, loss)
                     run.save_is_due = True
-            if heed(run):
+            if agree_on_step_end(run):
                 roll_back(run)
             elif run.save_is_due:
                 save(run)
@@ -90,7 +90,7 @@ def train_step(run: Run) -> None:
             say(f"step {now.step:>5} | loss {result.loss} |g| {result.grad_norm}: no update")
 
 
-def heed(run: Run) -> bool:
+def agree_on_step_end(run: Run) -> bool:
     """At the end of a step, what any rank knows becomes known to all; whether to return to the last checkpoint."""
     run.watchdog.heartbeat()
     metrics = run.metrics
@@ -109,9 +109,9 @@ def heed(run: Run) -> bool:
     if ended or unsound:
         collect(run)
     if unwritten:
-        tell_unwritten(run)
+        warn_unwritten(run)
     else:
-        run.told_unwritten = False
+        run.warned_unwritten = False
     return unsound
 
 

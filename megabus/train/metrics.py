@@ -13,6 +13,7 @@ from typing import Any
 from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaView, bar
+from megabus.table import clock
 
 STEP = "trainer/step"  # wandb's x axis
 
@@ -161,9 +162,3 @@ def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: 
     if view is not None:
         parts.insert(-1, bar(view.progress, view.kappa))
     return " | ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

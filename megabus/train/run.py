@@ -56,7 +56,7 @@ class Run:
     saved_step: int | None = None  # of the newest checkpoint that is written, or being written
     save_is_due: bool = False
     stopping: bool = False
-    told_unwritten: bool = False  # that the metrics cannot be written, until they can
+    warned_unwritten: bool = False  # that the metrics cannot be written, until they can
     view: KappaView | None = None
     pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))  # (clock, share)
 

@@ -55,16 +55,16 @@ def collect(run: Run) -> Save | None:
     return ended
 
 
-def tell_unwritten(run: Run) -> None:
+def warn_unwritten(run: Run) -> None:
     """Metrics cannot be written. Told once an outage, or the end of the run as configured. Collective."""
     error = None if run.metrics is None else run.metrics.error
     path = Path(run.config.run_dir) / "metrics.jsonl"
     with agreement():
         if error is not None and run.config.checkpoint.on_error == "stop":
             raise UserError("log", path, f"cannot be written ({error})", "make room")
-    if error is not None and not run.told_unwritten:
+    if error is not None and not run.warned_unwritten:
         warn(f"{path} or what else is logged cannot be written ({error}): its rows wait in memory")
-    run.told_unwritten = True
+    run.warned_unwritten = True
     if run.metrics is not None:
         run.metrics.forget_lost()
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.forked import run_python
 
 from benchmarks.arms import Arm, Timing, in_turn
 from benchmarks.comparisons import compare, compare_speeds, markdown
@@ -33,12 +34,12 @@ def test_the_entry_point_measures_and_writes(tmp_path):
         assert all(1 << 20 < memory < 1 << 30 for memory in row["memory"])
         assert row["spread"][0] <= row["ratio"] <= row["spread"][1]
         assert row["one"] in done.stdout
-    wrong = subprocess.run([*command[:3], "--only", "nothing"], cwd=ROOT, capture_output=True, text=True, check=False)
+    wrong = run_python(["-m", "benchmarks", "--only", "nothing"], cwd=ROOT)
     assert wrong.returncode == 2
     assert "'nothing' is none of" in wrong.stderr
     for option, problem in (("--rounds=0", "is none"), ("--json=/proc/nowhere/x", "cannot be written")):
-        asked = [*command[:3], "--only", "step", option]  # what other parts need may not be there
-        wrong = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+        asked = ["-m", "benchmarks", "--only", "step", option]  # what other parts need may not be there
+        wrong = run_python(asked, cwd=ROOT)
         assert (wrong.returncode, problem in wrong.stderr) == (2, True)
 
 

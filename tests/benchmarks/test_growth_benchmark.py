@@ -8,16 +8,16 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from support import growth_experiments as small
 import pytest
+from support import growth_experiments as small
 
 from benchmarks.growth import prefix
 from benchmarks.growth.experiment import best_rate, jobs, load_experiment, make_job, overlaid
 from benchmarks.growth.groups import difference, groups
 from benchmarks.growth.prefix import Common, common
-from benchmarks.growth.report import report
 from benchmarks.growth.results import Results, result_of
 from benchmarks.growth.savings import Saving, overall, quantile, saving, spread
+from benchmarks.growth.write_up import report
 from megabus.config import parse_config
 from megabus.errors import UserError
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import growth_experiments as small
 import pytest
+from support import growth_experiments as small
 
 from benchmarks.growth import prefix, runner
 from benchmarks.growth.experiment import jobs

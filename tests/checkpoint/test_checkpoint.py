@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
-from support import checkpoints as ck
 import pytest
 import torch
+from support import checkpoints as ck
 
 import megabus
 from megabus.checkpoint.restore import find_checkpoint, restore

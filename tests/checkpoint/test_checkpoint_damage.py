@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import shutil
 
-from support import checkpoints as ck
 import pytest
 import torch.distributed as dist
+from support import checkpoints as ck
 
 import megabus
 from megabus.checkpoint.manifest import DamagedError, read_manifest

@@ -12,9 +12,9 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from support import checkpoints as ck
 import pytest
 import torch.distributed as dist
+from support import checkpoints as ck
 from support.disk_faults import Disk, refuse
 
 from megabus.checkpoint.manifest import check_file, read_manifest

@@ -9,9 +9,9 @@ import json
 import pathlib
 import shutil
 
-from support import checkpoints as ck
 import pytest
 import torch.distributed as dist
+from support import checkpoints as ck
 
 import megabus
 from megabus.checkpoint import manifest

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import threading
 
-from support import checkpoints as ck
 import pytest
+from support import checkpoints as ck
 
 import megabus
 import megabus.checkpoint.save as saving
+from megabus.checkpoint import shards
 from megabus.checkpoint.manifest import read_manifest
 from megabus.checkpoint.store import complete, folder_of, latest_of, step_of
 from megabus.config import Layout, resolve_stages
@@ -19,13 +20,13 @@ from megabus.testing.ranks import run_ranks
 
 def hold_back(gate):
     """Let nothing of a checkpoint be written before the gate opens."""
-    write_shards = saving.write_shards
+    write_shards = shards.write_shards
 
     def waiting(*args):
         assert gate.wait(timeout=60)
         return write_shards(*args)
 
-    saving.write_shards = waiting
+    shards.write_shards = waiting
 
 
 def save_while_training(root, config):

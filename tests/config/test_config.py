@@ -9,24 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.tiny_config import BASE
 
 from megabus.config import RunConfig, load_config, parse_config, resolve_stages
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
 
 ROOT = Path(__file__).parents[2]
-BASE = """
-run_dir: runs/test
-model: {vocab_size: 67, d_model: 36, n_layers: 3, n_heads: 4, head_dim: 6, d_ff: 62}
-train: {seq_len: 16, micro_batch_size: 2, global_batch_size: 8, max_steps: 10}
-optimizer: {lr: 1e-2}
-growth:
-  max_tokens: 2e3
-  stages:
-    - {d_model: 48, n_heads: 6, d_ff: 80, max_flops: 1.5e9}
-    - {n_layers: 5}
-data: {train: a, valid: b}
-"""
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_shard_files_hold_what_each_rank_computes_with(source, tmp_path, tp, pp)
                     kind, name = key.split("/")
                     first, last = shard_rows(placement.specs[name], model, tp, tp_rank)
                     assert same(file.get_tensor(key), source.tensors[kind, name][first:last])
-                    assert placement.stage(name) == pp_rank
+                    assert placement.pp_rank(name) == pp_rank
                     assert index["tensors"][key]["axes"] == list(placement.specs[name].axes)
                     seen.add(key)
     assert seen == {f"{kind}/{name}" for kind, name in source.tensors} == set(index["tensors"])

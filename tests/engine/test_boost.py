@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megabus.config.schema import BoostConfig
 from megabus.engine.engine import Engine
 from megabus.engine.fragments import inner_optimizer
 from megabus.errors import UserError
-from megabus.growth.rules import Growth
+from megabus.growth.param_growth import Growth
 from megabus.growth.transition import grow_engine
 from megabus.model.decoder import param_specs
 from megabus.parallel.placement import Placement
@@ -53,8 +54,8 @@ def _job(config, factor, steps, fault):
     """Grow before the first step, then train: the masters of this rank's pieces at first and after every step, unit
     errors, and how many rows' parts it boosts."""
     if fault == "wrong rows":
-        added = Growth.added
-        Growth.added = lambda self, spec, rows=None: ~added(self, spec, rows)
+        param = Growth.param
+        Growth.param = lambda self, name: replace(grown := param(self, name), added=~grown.added)
     stages = resolve_stages(config, dist.get_world_size())
     engine = Engine(config.train, config.optimizer, stages[0])
     engine.write_initial(config.train.seed)
@@ -64,7 +65,9 @@ def _job(config, factor, steps, fault):
         hooks.move_to_end(next(key for key, hook in hooks.items() if hook == engine.boost._stretch))
 
     def step(number):
-        return engine.train_step(parity.rank_batches(engine, parity.batch_of(config, number)), config.optimizer.lr)
+        return engine.train_step(
+            parity.rank_batches(engine, parity.batch_of(engine.stage, number)), config.optimizer.lr
+        )
 
     seen, errors = [_masters(engine)], []
     engine.boost.factor = factor

@@ -10,19 +10,20 @@ import pytest
 import torch
 from support.command import run_command
 from support.plans import needed_entries, owned_entries, traffic
+from support.trainings import run_of
 
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
 from megabus.config.stages import Stage
 from megabus.engine import ds_config
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
-from megabus.estimate.devices import Link, device
-from megabus.estimate.growth import messages, transition
+from megabus.estimate.devices import Interconnect, device
+from megabus.estimate.growth import estimate_growth, messages
 from megabus.estimate.layouts import candidates, fullest, rank_layouts
 from megabus.estimate.memory import rank_memory, states_at
 from megabus.estimate.step_time import links, ring, step_time
+from megabus.growth.param_growth import Growth
 from megabus.growth.plan import ELEMENT_BYTES, Plan
-from megabus.growth.rules import Growth
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
@@ -48,9 +49,8 @@ def off(estimates, found):
     return max(abs(share - 1) for share in shares)
 
 
-def estimates(config, world):
-    stage = resolve_stages(config, world)[0]
-    return [rank_memory(config, stage, rank) for rank in range(world)]
+def estimates(config):
+    return [rank_memory(config.train, config.stage, rank) for rank in range(config.stage.layout.world)]
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def small_buckets(monkeypatch):
 def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeypatch):
     config = memory_config(kind, layout, **options)
     found = run_ranks(layout.world, measure, config, BUCKET, timeout=600.0)
-    planned = estimates(config, layout.world)
+    planned = estimates(config)
     for one, other in zip(planned, found, strict=True):
         assert (one.weights, one.masters, one.moments) == (other.weights, other.masters, other.moments)
         if config.train.precision == "bf16" and config.train.zero_stage == 1:
@@ -71,10 +71,10 @@ def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeyp
     # Negative controls: of other runs the same figures are not told.
     if layout.pp > 1:
         monkeypatch.setattr(rooms, "in_flight", lambda *_: 1)
-        assert off(estimates(config, layout.world), found) > 0.1
+        assert off(estimates(config), found) > 0.1
     for change in ({"micro_batch_size": 2 * config.train.micro_batch_size}, {"recompute": not config.train.recompute}):
         other_run = memory_config(kind, layout, **options | change)
-        assert off(estimates(other_run, layout.world), found) > 0.1
+        assert off(estimates(other_run), found) > 0.1
 
 
 # ---- large worlds
@@ -93,7 +93,7 @@ def test_the_large_run_s_states_are_all_of_its_parameters(large):
         entries = sum(g.entries for pp in range(layout.pp) for tp in range(layout.tp) for g in placement.groups(pp, tp))
         whole = sum(placement.numel(name) for name, spec in placement.specs.items() if not spec.sharded)
         assert entries == count_parameters(stage.model) + (layout.tp - 1) * whole
-        at = states_at(config, stage, placement, 0, 0)
+        at = states_at(config.train, stage, placement, 0, 0)
         groups = placement.groups(0, 0)
         owned = sum(g.partition for g in groups)
         assert (at.masters, at.moments, at.weights) == (4 * owned, 8 * owned, 2 * owned * layout.dp)
@@ -149,7 +149,7 @@ def test_traffic_of_each_rank_is_the_plan_s(layouts, depth):
 
 def test_growth_of_the_large_run(large):
     config, stages = large
-    found = transition(config, stages[1], stages[2], device("h100"), rebuild=3.0)
+    found = estimate_growth(config, stages[1], stages[2], device("h100"), rebuild=3.0)
     share = 12 * count_parameters(stages[1].model) / 1024
     assert 0.1 * share < found.received < 3 * share
     assert found.stall == pytest.approx(found.move + found.grow + 3.0)
@@ -162,7 +162,7 @@ def test_growth_of_the_large_run(large):
 
 
 def test_a_ring_sends_each_part_round():
-    link = Link(1e-3, 100.0)
+    link = Interconnect(1e-3, 100.0)
     assert ring(link, 4, 400.0, 2) == pytest.approx(2 * (3e-3 + 3.0))
     assert ring(link, 1, 400.0, 2) == 0
 
@@ -182,7 +182,7 @@ def test_step_time_without_links_is_the_flops(large):
     config, stages = large
     model = stages[0].model.model_copy(update={"vocab_size": 8})
     config = config.model_copy(update={"train": config.train.model_copy(update={"recompute": False})})
-    free = replace(device("h100"), intra=Link(0, 1e30), inter=Link(0, 1e30), memory_bandwidth=1e30)
+    free = replace(device("h100"), intra=Interconnect(0, 1e30), inter=Interconnect(0, 1e30), memory_bandwidth=1e30)
     alone = Stage(0, model, Layout(1, 1, 1), 4096, 1, 6, 1e-3, 0.8, None, None)
     one = step_time(config, alone, Placement(model, alone.layout), free)
     flops = 6 * 4096 * flops_per_token(model, 4096)
@@ -223,7 +223,7 @@ def test_candidates_are_all_that_a_run_accepts(large):
 
 
 def test_ranking_is_by_time_of_what_fits():
-    config = memory_config("gpt", Layout(2, 1, 2), precision="bf16")
+    config = run_of(memory_config("gpt", Layout(2, 1, 2), precision="bf16"))
     stage = resolve_stages(config, 4)[0]
     cpu = device("cpu")
     every = rank_layouts(config, stage, cpu, top=99)

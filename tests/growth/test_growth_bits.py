@@ -12,8 +12,9 @@ from support.small_models import GQA, KINDS, config, lively_state, loss_of, mode
 
 import megabus
 from megabus import counter
-from megabus.growth import rules, writes
-from megabus.growth.rules import Growth, grow_blocks
+from megabus.growth import rows as rows_module
+from megabus.growth.param_growth import Growth
+from megabus.growth.rows import grow_rows, row_bytes
 from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape, spec_of
 
@@ -28,14 +29,14 @@ def growth_job(seed=1, kind="ngpt", after=FRACTION, **manner):
     return Growth(config(kind, GQA), new, how(**manner), seed)
 
 
-def grown_in_parts(job, name, kind, old, cuts):
+def grown_in_parts(param, kind, old, cuts):
     """A parameter grown span by span, each fetching no rows but those it asks for."""
 
     def fetch(parents):
         needed = np.unique(parents)
         return old[needed][np.searchsorted(needed, parents)]
 
-    return torch.cat([rows for span in pairwise(cuts) for _, rows in grow_blocks(job, name, kind, *span, fetch)])
+    return torch.cat([rows for span in pairwise(cuts) for _, rows in grow_rows(param, kind, *span, fetch)])
 
 
 def parts_agree(job, kind, draw, single_rows=()):
@@ -45,7 +46,7 @@ def parts_agree(job, kind, draw, single_rows=()):
         n = global_shape(spec, job.new)[0]
         cuts = sorted({0, n, *draw.integers(1, n, 3).tolist()})
         cuts = list(range(n + 1)) if name in single_rows else cuts
-        parts = grown_in_parts(job, name, kind, state[job.old_spec(spec).name], cuts)
+        parts = grown_in_parts(job.param(name), kind, state[job.source(name)], cuts)
         whole_is_parts &= torch.equal(parts, grown[name])
     return whole_is_parts
 
@@ -54,7 +55,7 @@ SINGLE = ("layers.1.attn.out", "layers.2.mlp.down", "layers.0.alpha_attn", "laye
 
 
 @pytest.mark.parametrize("moments", ["grow", "carry"])
-@pytest.mark.parametrize("write", ["tilt", "clone", "noise"])
+@pytest.mark.parametrize("write", ["tilt", "clone"])
 @pytest.mark.parametrize("kind", ["weight", "exp_avg", "exp_avg_sq"])
 def test_growing_row_ranges_gives_the_bits_of_growing_all(kind, write, moments):
     draw = np.random.default_rng(0)
@@ -64,26 +65,24 @@ def test_growing_row_ranges_gives_the_bits_of_growing_all(kind, write, moments):
             assert parts_agree(job, kind, draw, SINGLE if model == "ngpt" else ())
 
 
-@pytest.mark.parametrize("write", ["tilt", "noise"])
-def test_the_shard_check_notices_local_randomness(monkeypatch, write):
+def test_the_shard_check_notices_local_randomness(monkeypatch):
     normals = counter.normals
     monkeypatch.setattr(counter, "normals", lambda key, rows, n: normals(key, rows - rows[0], n))
-    assert not parts_agree(growth_job(write=write), "weight", np.random.default_rng(0))
-
-
-def test_the_shard_check_notices_values_that_depend_on_neighbours(monkeypatch):
-    length = writes._length
-    monkeypatch.setattr(writes, "_length", lambda w: (length(w)[0], length(w)[1] * (1 + 1e-6 * len(w))))
     assert not parts_agree(growth_job(), "weight", np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("write", ["tilt", "noise"])
-def test_bits_do_not_depend_on_threads_or_blocks(monkeypatch, write):
-    job, name = growth_job(after={"d_model": 400, "d_ff": 186}, write=write), "layers.0.mlp.down"
-    old = lively_state(job.old)[name]
+def test_the_shard_check_notices_values_that_depend_on_neighbours(monkeypatch):
+    tilt = rows_module._tilt_write
+    monkeypatch.setattr(rows_module, "_tilt_write", lambda w, *args: tilt(w, *args) * (1 + 1e-6 * len(w)))
+    assert not parts_agree(growth_job(), "weight", np.random.default_rng(0))
 
-    def grow(limit=rules.BLOCK_BYTES):
-        rows = grow_blocks(job, name, "weight", 0, 186, lambda parents: old[parents], limit)
+
+def test_bits_do_not_depend_on_threads_or_blocks(monkeypatch):
+    job, name = growth_job(after={"d_model": 400, "d_ff": 186}), "layers.0.mlp.down"
+    old, param = lively_state(job.old)[name], job.param(name)
+
+    def grow(limit=rows_module.BLOCK_BYTES):
+        rows = grow_rows(param, "weight", 0, 186, lambda parents: old[parents], limit)
         return torch.cat([block for _, block in rows])
 
     grown = grow()
@@ -94,22 +93,21 @@ def test_bits_do_not_depend_on_threads_or_blocks(monkeypatch, write):
     finally:
         torch.set_num_threads(1)
     blocks = []
-    row = rules.row_bytes(job, param_specs(job.new)[name])
-    monkeypatch.setattr(rules, "_weight", lambda *args, real=rules._weight: blocks.append(1) or real(*args))
-    assert torch.equal(grow(8 * row - 1), grown)
+    real = rows_module._weight
+    monkeypatch.setattr(rows_module, "_weight", lambda *args: blocks.append(1) or real(*args))
+    assert torch.equal(grow(8 * row_bytes(param) - 1), grown)
     assert len(blocks) == 27
 
 
 # ---- directions
 
 
-@pytest.mark.parametrize("write", ["tilt", "noise"])
-def test_seeds_layers_and_growths_draw_different_directions(write):
+def test_seeds_layers_and_growths_draw_different_directions():
     old, new = config(), config("ngpt", WIDTH)
     state = lively_state(old)
     for layer in range(3):  # the same write matrices in every layer
         state[f"layers.{layer}.mlp.down"] = state["layers.0.mlp.down"]
-    one, again, two = (megabus.grow_state(state, old, new, seed, how(write=write)) for seed in (1, 1, 2))
+    one, again, two = (megabus.grow_state(state, old, new, seed, how()) for seed in (1, 1, 2))
     assert same(one, again)
     downs = [grown[f"layers.{layer}.mlp.down"] for grown in (one, two) for layer in range(3)]
     assert len({x.numpy().tobytes() for x in downs}) == 6

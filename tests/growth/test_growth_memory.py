@@ -10,9 +10,10 @@ from support.plans import needed_entries, owned_entries, traffic
 
 from megabus.config import GrowthConfig, Layout, ModelConfig
 from megabus.estimate.live_bytes import LiveBytes
-from megabus.growth.plan import ELEMENT_BYTES, Plan
+from megabus.growth.param_growth import Growth
+from megabus.growth.plan import ELEMENT_BYTES, Plan, Required
 from megabus.growth.redistribute import redistribute
-from megabus.growth.rules import Growth, row_bytes
+from megabus.growth.rows import grow_rows, row_bytes
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
@@ -60,7 +61,7 @@ def peaks(plan, kinds, kib, greedy=False):
     return [(extra / 2**10, shard / 2**10) for extra, shard in ranks]
 
 
-@pytest.mark.parametrize(("kib", "manner"), [(64, "tilt"), (256, "noise")])
+@pytest.mark.parametrize(("kib", "manner"), [(64, "tilt"), (256, "clone")])
 @pytest.mark.parametrize("layouts", PAIRS, ids=str)
 def test_a_growth_takes_no_more_than_the_buffer(layouts, kib, manner):
     plan = plan_of(layouts, UNEVEN, LARGE, moments="grow", write=manner, channels="uneven")
@@ -81,25 +82,23 @@ def test_negative_control_without_waves_the_buffer_overflows():
     assert max(extra for extra, _ in peaks(plan, KINDS, 256, greedy=True)) > 256
 
 
-@pytest.mark.parametrize("write", ["tilt", "noise", "clone"])
+@pytest.mark.parametrize("write", ["tilt", "clone"])
 def test_rows_take_what_they_are_said_to(write):
     """The widest growth of a row: seven copies. Blocks of one row and of many."""
-    from megabus.growth.rules import grow_blocks
-
-    wider = {"tilt": {"d_model": 7 * 36}, "noise": {"d_model": 37}, "clone": {}}[write]
+    wider = {"tilt": {"d_model": 7 * 36}, "clone": {}}[write]
     larger = {"n_heads": 28, "n_kv_heads": 14, "d_ff": 7 * 62} | wider
     job = plan_of(PAIRS[0], larger, write=write, read="tilt", moments="grow").growth
     for name in ("layers.1.mlp.down", "layers.1.mlp.up", "layers.1.alpha_attn", "layers.1.s_u"):
         spec = Placement(job.new, Layout(1, 1, 1)).specs[name]
-        old = torch.randn(62, 36) if spec.is_matrix else torch.randn(62)
+        old, param = torch.randn(62, 36) if spec.is_matrix else torch.randn(62), job.param(name)
         for kind in KINDS:
             for count in (1, 20):
-                limit = count * row_bytes(job, spec)
+                limit = count * row_bytes(param)
                 with LiveBytes([old]) as live:
-                    for _ in grow_blocks(job, name, kind, 0, 36, lambda at, old=old: old[torch.from_numpy(at)], limit):
+                    for _ in grow_rows(param, kind, 0, 36, lambda at, old=old: old[torch.from_numpy(at)], limit):
                         pass
                 assert live.peak <= limit
-                assert live.peak > limit / 8 or kind != "weight"
+                assert live.peak > limit / 11 or kind != "weight"
 
 
 # ---- bytes
@@ -108,9 +107,9 @@ def test_rows_take_what_they_are_said_to(write):
 def _sent_job(plan, kinds, needless):
     """Bytes that this rank hands to torch.distributed to be sent."""
     if needless:
-        need = Plan.need
+        required = Plan.required
         Plan._parents = lambda self, pieces: np.arange(self.old.rows(_parent_of(self, pieces[0])))
-        Plan.need = lambda self, unit, pieces, kind: needless_rows(need(self, unit, pieces, kind), self, unit)
+        Plan.required = lambda self, rows, pieces, kind: needless_rows(required(self, rows, pieces, kind), self, rows)
     sent, batch = [], dist.batch_isend_irecv
 
     def counted(jobs):
@@ -119,23 +118,21 @@ def _sent_job(plan, kinds, needless):
 
     dist.batch_isend_irecv = counted
     rank = dist.get_rank()
-    _, mail = redistribute(plan, random_fragments(plan.old, rank, kinds), kinds, rank, 2**18)
-    assert mail.sent == sum(sent)
+    _, traffic = redistribute(plan, random_fragments(plan.old, rank, kinds), kinds, rank, 2**18)
+    assert traffic.sent == sum(sent)
     return sum(sent)
 
 
 def _parent_of(plan, piece):
-    return plan.growth.old_spec(plan.new.specs[piece.name]).name
+    return plan.growth.source(piece.name)
 
 
-def needless_rows(need, plan, unit):
-    """All of a unit to whoever needs any of it."""
-    from megabus.growth.plan import Need
-
-    if not len(need.rows):
-        return need
-    width = plan.old.width(unit.name)
-    return Need(torch.arange(unit.start, unit.stop).numpy(), [(unit.start * width, unit.stop * width)])
+def needless_rows(required, plan, rows):
+    """All of a row range to whoever needs any of it."""
+    if not len(required.rows):
+        return required
+    width = plan.old.width(rows.name)
+    return Required(np.arange(rows.start, rows.stop), [(rows.start * width, rows.stop * width)])
 
 
 def least(plan, kinds):
@@ -159,7 +156,7 @@ MOVES = [
 ]
 MANNERS = [
     (WIDTH, "reset", {}),
-    (WIDTH, "grow", {"write": "noise"}),
+    (WIDTH, "grow", {"write": "clone"}),
     ({"n_layers": 5}, "carry", {"depth": "stack"}),
     (BOTH, "grow", {"depth": "split"}),
     (BOTH, "carry", {"write": "clone"}),

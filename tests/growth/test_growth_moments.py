@@ -22,7 +22,7 @@ from support.growing import (
 from support.small_models import GQA, KINDS, config, lively_state
 
 import megabus
-from megabus.growth import rules
+from megabus.growth import param_growth
 from megabus.model.decoder import param_specs
 
 torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def test_embed_growth_maps_moments_as_gradients(kind, channels, power):
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_unmapped_scales_would_show(power, monkeypatch):
-    monkeypatch.setattr(rules, "channel_scale", flat_scale)
+    monkeypatch.setattr(param_growth, "channel_scale", flat_scale)
     _, _, mapped, true = mapped_and_true("ngpt", {}, {"d_model": 52}, power)
     assert min(gap(mapped[name], true[name]) for name in ("embed.weight", "layers.0.mlp.up")) > 0.1
 

@@ -22,8 +22,8 @@ from support.small_models import GQA, KINDS, config, lively_state
 
 import megabus
 from megabus import counter
-from megabus.growth import reads, rules
-from megabus.growth.maps import axis_maps
+from megabus.growth import param_growth, rows
+from megabus.growth.param_growth import axis_maps
 from megabus.model.decoder import param_specs
 
 torch.set_num_threads(1)
@@ -77,15 +77,14 @@ def test_the_baselines_read_rows_get_entries_of_the_initial_size():
         assert torch.allclose(c.norm(dim=-1), torch.tensor(spec.init * sqrt(131 - 36)).double(), rtol=1e-5)
 
 
-def without_projection(w, numbers, key, embed, a, init):
-    """Only that c is any direction."""
-    cos, c = reads.cosine(embed), counter.unit_rows(counter.normals(key, numbers, w.shape[1]))
-    return w + init * (len(embed) - 36) ** 0.5 * c if init else cos * w + (1 - cos**2) ** 0.5 * c
+def any_directions(param, numbers):
+    """Without the projection on what no old h has."""
+    return counter.unit_rows(counter.normals(param.key, numbers, param.width))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_an_old_h_can_see_would_change_the_function(monkeypatch, kind):
-    monkeypatch.setattr(reads, "tilt", without_projection)
+    monkeypatch.setattr(rows, "_unseen_directions", any_directions)
     assert change_of(*grown_pair(kind)) > 1e-2
 
 
@@ -122,7 +121,7 @@ def test_raw_gains_stay_as_they_are():
     _, new, state, grown = grown_pair(after={"d_model": 52})
     for name in ("layers.0.s_v", "output.s_z"):
         assert torch.allclose(grown[name], state[name], rtol=1e-6)
-    assert param_specs(new)["output.s_z"].restores
+    assert param_specs(new)["output.s_z"].compensates_read_tilt
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -173,7 +172,7 @@ def test_second_moments_are_as_large_as_the_squares(monkeypatch, channels, width
     assert 0.6 < min(found.values()) <= max(found.values()) < 1.6, found
     written = [value for (name, _), value in found.items() if name.endswith(("embed.weight", "out", "down"))]
     assert 0.7 < min(written) <= max(written) < 1.4, found
-    monkeypatch.setattr(rules, "_powers_of_a", lambda growth, spec, kind: 2 if spec.is_matrix else 4)
+    monkeypatch.setattr(param_growth, "_channel_power", lambda growth, spec, kind: 2 if spec.is_matrix else 4)
     wrong = ratios_of_squares({"d_model": width}, channels=channels)
     assert max(wrong.values()) > 1.7, wrong
 

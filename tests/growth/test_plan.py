@@ -12,8 +12,8 @@ from support.plans import MODEL, SEEDS, grown_plan, needed_entries, owned_entrie
 
 from megabus.config import GrowthConfig
 from megabus.config.stages import Layout
-from megabus.growth.plan import ELEMENT_BYTES, Move, Plan, Unit, runs
-from megabus.growth.rules import Growth
+from megabus.growth.param_growth import Growth
+from megabus.growth.plan import ELEMENT_BYTES, Plan, RowRange, Transfer, runs
 from megabus.parallel.placement import Piece, Placement
 
 torch.set_num_threads(1)
@@ -53,8 +53,8 @@ def faults(plan, moves, kind="weight"):
 
 
 def all_moves(plan, kind="weight"):
-    units = [Unit(name, 0, plan.old.rows(name)) for name in plan.old.specs]
-    return [move for unit in units for rank in world_of(plan) for move in plan.moves(rank, unit, kind)]
+    units = [RowRange(name, 0, plan.old.rows(name)) for name in plan.old.specs]
+    return [move for unit in units for rank in world_of(plan) for move in plan.transfers(rank, unit, kind)]
 
 
 @pytest.mark.parametrize("kind", ["weight", "exp_avg"])
@@ -71,11 +71,11 @@ def changed(plan):
     short = Piece(piece.name, piece.start, piece.stop - 1)
     liar = next(rank for rank in range(plan.old.layout.world) if rank not in (move.src, move.dst))
     return {
-        "missing": [*rest, Move(move.src, move.dst, short)],
+        "missing": [*rest, Transfer(move.src, move.dst, short)],
         "twice": [*moves, move],
-        "not the owner's": [*rest, Move(liar, move.dst, piece)],
-        "sent to its owner": [*moves, Move(move.dst, move.src, piece)],
-        "needless": [*moves, *(Move(move.src, rank, piece) for rank in range(plan.old.layout.world))],
+        "not the owner's": [*rest, Transfer(liar, move.dst, piece)],
+        "sent to its owner": [*moves, Transfer(move.dst, move.src, piece)],
+        "needless": [*moves, *(Transfer(move.src, rank, piece) for rank in range(plan.old.layout.world))],
     }
 
 
@@ -93,7 +93,7 @@ def unpaired(schedules):
     for number, waves in enumerate(itertools.zip_longest(*schedules)):
         sent, awaited = {}, {}
         for rank, wave in enumerate(waves):
-            for _, kind, move in wave.moves if wave else []:
+            for _, kind, move in wave.transfers if wave else []:
                 if move.src == rank:
                     sent.setdefault((number, move.src, move.dst), []).append((kind, move.piece))
                 if move.dst == rank:
@@ -102,8 +102,8 @@ def unpaired(schedules):
     return found
 
 
-def schedules_of(plan, table_bytes, kinds=("weight",)):
-    return [plan.schedule(rank, table_bytes, kinds) for rank in world_of(plan)]
+def schedules_of(plan, old_row_bytes, kinds=("weight",)):
+    return [plan.schedule(rank, old_row_bytes, kinds) for rank in world_of(plan)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -117,31 +117,31 @@ def test_the_check_of_pairs_notices(fault):
     plan = grown_plan(Layout(1, 2, 2), Layout(2, 1, 2))
     schedules = schedules_of(plan, 500)
     assert not unpaired(schedules)
-    number, wave = next((n, w) for n, w in enumerate(schedules[1]) if sum(m.src != m.dst for *_, m in w.moves) > 1)
-    at = [i for i, (*_, move) in enumerate(wave.moves) if move.src != move.dst]
+    number, wave = next((n, w) for n, w in enumerate(schedules[1]) if sum(m.src != m.dst for *_, m in w.transfers) > 1)
+    at = [i for i, (*_, move) in enumerate(wave.transfers) if move.src != move.dst]
     if fault == "out of order":
         pairs = itertools.combinations(at, 2)
-        ends = [(part[2].src, part[2].dst) for part in wave.moves]
+        ends = [(part[2].src, part[2].dst) for part in wave.transfers]
         i, j = next((i, j) for i, j in pairs if ends[i] == ends[j])
-        wave.moves[i], wave.moves[j] = wave.moves[j], wave.moves[i]
+        wave.transfers[i], wave.transfers[j] = wave.transfers[j], wave.transfers[i]
     else:
-        part = wave.moves.pop(at[0])
+        part = wave.transfers.pop(at[0])
         if fault == "late":
-            schedules[1][number + 1].moves.append(part)
+            schedules[1][number + 1].transfers.append(part)
     assert unpaired(schedules)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_new_row_is_grown_from_one_unit(seed):
-    """Children of a rank's units are all rows of its pieces, once; and heirs are all new parameters, once."""
+def test_every_new_row_is_grown_from_one_row_range(seed):
+    """Children of a rank's row ranges are all rows of its pieces, once; and children are all new parameters, once."""
     plan = random_pair(seed)
-    assert sorted(itertools.chain(*plan.heirs.values())) == sorted(plan.new.specs)
+    assert sorted(itertools.chain(*plan.children.values())) == sorted(plan.new.specs)
     for rank in range(plan.new.layout.world):
         split = list(itertools.chain(*plan.waves(rank, 300, 1)))
         for piece in plan.new.owned(rank):
             width = plan.new.width(piece.name)
-            source = plan.growth.old_spec(plan.new.specs[piece.name]).name
-            rows = sorted(row for u in split if u.name == source for row in plan.children(u, piece).tolist())
+            source = plan.growth.source(piece.name)
+            rows = sorted(row for u in split if u.name == source for row in plan.child_rows(u, piece).tolist())
             assert rows == list(range(piece.start // width, -(-piece.stop // width)))
 
 
@@ -170,7 +170,7 @@ def test_splitting_into_waves_changes_no_traffic(seed):
     plan = random_pair(seed)
     sent = kept = 0
     for rank, waves in enumerate(schedules_of(plan, 300)):
-        for _, _, move in itertools.chain(*(wave.moves for wave in waves)):
+        for _, _, move in itertools.chain(*(wave.transfers for wave in waves)):
             if move.src == move.dst:
                 kept += len(move.piece)
             elif move.dst == rank:

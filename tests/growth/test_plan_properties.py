@@ -13,8 +13,8 @@ from support.plans import layouts, needed_entries, random_model
 
 from megabus.config import GrowthConfig, ModelConfig
 from megabus.config.stages import Layout
-from megabus.growth.plan import Move, Plan, Unit
-from megabus.growth.rules import Growth
+from megabus.growth.param_growth import Growth
+from megabus.growth.plan import Plan, RowRange, Transfer
 from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
 from megabus.testing.plan_check import faults, loads
@@ -33,7 +33,7 @@ def plans(draw):
     still = draw(st.booleans()) and old.n_heads % after.tp == old.kv_heads % after.tp == old.d_ff % after.tp == 0
     new = old if still and old.n_layers >= after.pp else random_model(chance, after, old)
     how = GrowthConfig(
-        write=draw(st.sampled_from(["tilt", "clone", "noise"])),
+        write=draw(st.sampled_from(["tilt", "clone"])),
         read=draw(st.sampled_from(["clone", "tilt"])),
         depth=draw(st.sampled_from(["append", "identity", "split", "stack"])),
         channels=draw(st.sampled_from(["even", "uneven"])),
@@ -42,21 +42,21 @@ def plans(draw):
     return Plan(Placement(old, before), Placement(new, after), Growth(old, new, how, 3))
 
 
-def schedules_of(plan, table_bytes=500, kinds=KINDS):
-    return {rank: plan.schedule(rank, table_bytes, kinds) for rank in range(plan.old.layout.world)}
+def schedules_of(plan, old_row_bytes=500, kinds=KINDS):
+    return {rank: plan.schedule(rank, old_row_bytes, kinds) for rank in range(plan.old.layout.world)}
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(plans(), st.sampled_from([1, 300, 2**20]))
-def test_what_all_ranks_plan_fits_together(plan, table_bytes):
-    schedules = schedules_of(plan, table_bytes)
+def test_what_all_ranks_plan_fits_together(plan, old_row_bytes):
+    schedules = schedules_of(plan, old_row_bytes)
     assert faults(plan, schedules, KINDS) == set()
     for rank, waves in schedules.items():  # and against what a rank needs entry by entry, without megabus's maps
         for kind in KINDS:
             arrived = [
                 (move.piece.name, i)
                 for wave in waves
-                for _, which, move in wave.moves
+                for _, which, move in wave.transfers
                 if which == kind and move.dst == rank
                 for i in range(move.piece.start, move.piece.stop)
             ]
@@ -66,13 +66,13 @@ def test_what_all_ranks_plan_fits_together(plan, table_bytes):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(plans())
-def test_correspondents_are_all_to_whom_a_rank_sends(plan):
+def test_receivers_are_all_to_whom_a_rank_sends(plan):
     world = range(plan.old.layout.world)
     served = {(unit.name, dst) for dst in world for wave in plan.waves(dst, 2**40, 1) for unit in wave}
-    units = {name: Unit(name, 0, plan.old.rows(name)) for name in plan.old.specs}
-    moves = [move for name, dst in served for move in plan.moves(dst, units[name])]
+    units = {name: RowRange(name, 0, plan.old.rows(name)) for name in plan.old.specs}
+    moves = [move for name, dst in served for move in plan.transfers(dst, units[name])]
     for rank in world:
-        assert {move.dst for move in moves if move.src == rank} - {rank} <= set(plan.correspondents(rank))
+        assert {move.dst for move in moves if move.src == rank} - {rank} <= set(plan.receivers(rank))
 
 
 # ---- broken plans
@@ -87,14 +87,14 @@ def plan_of(before, after):
 
 def mutate(schedules, where, change):
     """Put `change(move)` in the place of the first move that `where` picks, on both of its ranks."""
-    victim = next(m for waves in schedules.values() for w in waves for *_, m in w.moves if where(m))
+    victim = next(m for waves in schedules.values() for w in waves for *_, m in w.transfers if where(m))
     for rank, waves in schedules.items():
         for number, wave in enumerate(waves):
             moves = []
-            for unit, kind, move in wave.moves:
+            for unit, kind, move in wave.transfers:
                 instead = change(move) if move == victim else [move]
                 moves += [(unit, kind, m) for m in instead if rank in (m.src, m.dst)]
-            waves[number] = replace(wave, moves=moves)
+            waves[number] = replace(wave, transfers=moves)
 
 
 def between(move):
@@ -102,17 +102,17 @@ def between(move):
 
 
 def shorter(move):
-    return [Move(move.src, move.dst, Piece(move.piece.name, move.piece.start, move.piece.stop - 1))]
+    return [Transfer(move.src, move.dst, Piece(move.piece.name, move.piece.start, move.piece.stop - 1))]
 
 
 def unneeded_by_its_owner(move):
     name = move.piece.name
-    need = PLAN.need(Unit(name, 0, PLAN.old.rows(name)), PLAN.needs(move.src).get(name, []), "weight")
+    need = PLAN.required(RowRange(name, 0, PLAN.old.rows(name)), PLAN.sources(move.src).get(name, []), "weight")
     return all(stop <= move.piece.start or move.piece.stop <= start for start, stop in need.spans)
 
 
 def from_another(move):
-    return [Move((move.src + 1) % 4, move.dst, move.piece)]
+    return [Transfer((move.src + 1) % 4, move.dst, move.piece)]
 
 
 PLAN = plan_of(Layout(1, 2, 2), Layout(2, 1, 2))
@@ -121,7 +121,7 @@ MUTATIONS = {
     "twice": (between, lambda move: [move, move]),
     "not the owner's": (between, from_another),
     "sent to its owner": (lambda move: move.src == move.dst, from_another),
-    "needless": (unneeded_by_its_owner, lambda move: [move, Move(move.src, move.src, move.piece)]),
+    "needless": (unneeded_by_its_owner, lambda move: [move, Transfer(move.src, move.src, move.piece)]),
 }
 
 
@@ -135,9 +135,9 @@ def test_a_broken_move_is_noticed(fault):
 
 def test_a_message_that_is_awaited_and_not_sent_is_noticed():
     schedules = schedules_of(PLAN)
-    sends = [(wave, part) for r in schedules for wave in schedules[r] for part in wave.moves if part[2].src == r]
+    sends = [(wave, part) for r in schedules for wave in schedules[r] for part in wave.transfers if part[2].src == r]
     wave, part = next((wave, part) for wave, part in sends if part[2].dst != part[2].src)
-    wave.moves.remove(part)
+    wave.transfers.remove(part)
     assert faults(PLAN, schedules, KINDS) == {"unpaired"}
 
 
@@ -156,7 +156,7 @@ def test_taking_in_more_than_a_share_is_noticed():
     schedules = schedules_of(PLAN, 2**20)
     wave = schedules[0][0]
     whole = [Piece(name, 0, PLAN.old.numel(name)) for name in PLAN.old.specs]
-    wave.moves.extend((wave.units[0], "weight", Move(1, 0, piece)) for piece in whole)
+    wave.transfers.extend((wave.ranges[0], "weight", Transfer(1, 0, piece)) for piece in whole)
     assert "unbalanced" in faults(PLAN, schedules, KINDS)
 
 
@@ -168,7 +168,7 @@ def test_where_only_the_layout_changes_a_rank_takes_in_what_it_comes_to_own(plan
     if plan.new.model != plan.old.model:
         plan = Plan(plan.old, plan.old, still)
     for rank, waves in schedules_of(plan, 500, ("weight",)).items():
-        taken = sum(len(m.piece) for wave in waves for *_, m in wave.moves if m.dst == rank)
+        taken = sum(len(m.piece) for wave in waves for *_, m in wave.transfers if m.dst == rank)
         assert taken == sum(len(piece) for piece in plan.new.owned(rank))
 
 

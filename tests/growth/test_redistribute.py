@@ -27,12 +27,12 @@ def telepathy(world):
     """`_exchange` that needs no network. world: every rank's fragments."""
     by_name = [{p.name: (p, tensors) for p, tensors in fragments.items()} for fragments in world]
 
-    def exchange(moves, old, tables, rank, mail):
-        for unit, kind, move in moves:
-            if move.dst == rank:
-                whole, tensors = by_name[move.src][move.piece.name]
-                part = slice(move.piece.start - whole.start, move.piece.stop - whole.start)
-                tables[unit, kind].part(move.piece).copy_(tensors[kind][part])
+    def exchange(transfers, old, arrivals, rank, traffic):
+        for rows, kind, transfer in transfers:
+            if transfer.dst == rank:
+                whole, tensors = by_name[transfer.src][transfer.piece.name]
+                part = slice(transfer.piece.start - whole.start, transfer.piece.stop - whole.start)
+                arrivals[rows, kind].part(transfer.piece).copy_(tensors[kind][part])
 
     return exchange
 
@@ -84,7 +84,7 @@ def test_random_redistributions(monkeypatch, seed):
 
 
 def test_the_redistribution_check_notices_a_wrong_row(monkeypatch):
-    children = Plan.children
-    monkeypatch.setattr(Plan, "children", lambda plan, unit, piece: children(plan, unit, piece)[1:])
+    child_rows = Plan.child_rows
+    monkeypatch.setattr(Plan, "child_rows", lambda plan, rows, piece: child_rows(plan, rows, piece)[1:])
     monkeypatch.setattr(torch, "empty", torch.zeros)
     assert not redistributed_equals_grown(grown_plan(*PAIRS[0]), monkeypatch, 2**28)

@@ -9,8 +9,8 @@ from support.growth_experiments import arm, load, result, spec
 
 from benchmarks.growth.groups import Group
 from benchmarks.growth.predicted import law_table
-from benchmarks.growth.report import _saving
 from benchmarks.growth.savings import Spread
+from benchmarks.growth.write_up import _saving
 
 TRUE = {"E": 2.0, "A": 40.0, "alpha": 0.25, "B": 60.0, "beta": 0.3}
 

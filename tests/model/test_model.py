@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support import reference
 import torch
+from support import reference
 from support.small_models import batch, config, lively_state, model_of
 
 import megabus
@@ -263,7 +263,7 @@ def test_shards_cover_every_row_once(kind, tp, vocab):
 
 
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
-def test_a_shard_of_the_initial_state_is_the_initial_state_of_the_shard(kind):
+def test_a_shard_of_the_initial_state_is_the_initial_state_of_the_shard(kind, monkeypatch):
     model_config = config(kind)
     model = megabus.build_model(model_config, seed=4)
     draw = torch.Generator().manual_seed(0)
@@ -274,6 +274,9 @@ def test_a_shard_of_the_initial_state_is_the_initial_state_of_the_shard(kind):
             assert torch.equal(init.initial_rows(model_config, name, 4, low, high), whole[low:high])
         single = torch.cat([init.initial_rows(model_config, name, 4, i, i + 1) for i in range(n)])
         assert torch.equal(single, whole)
+        with monkeypatch.context() as patch:  # nor does it depend on how many rows are drawn at a time
+            patch.setattr(init, "BLOCK_ELEMENTS", 3 * model_config.d_model)
+            assert torch.equal(init.initial_rows(model_config, name, 4, 0, n), whole)
 
 
 def test_the_shard_check_notices_local_row_numbers(monkeypatch):

@@ -3,6 +3,7 @@
 python -m tests.mutations                     # all of them, in this checkout: some seconds each
 python -m tests.mutations --only growth/      # those whose file's name has this in it
 python -m tests.mutations --root ../old       # in another checkout, with that one's tests
+python -m tests.mutations --control           # the same tests without a fault: all must pass
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=HERE, help="the checkout; this one when left out")
     parser.add_argument("--only", default="", help="a part of the names of files")
+    parser.add_argument("--control", action="store_true", help="plant nothing: every test must pass")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a fault may take")
     args = parser.parse_args()
     _import_heavy()
-    survived = 0
+    survived, wanted = 0, "survived" if args.control else "killed"
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy = Path(folder) / "checkout"
         shutil.copytree(
@@ -39,11 +41,12 @@ def main() -> int:
         )
         for fault in (fault for fault in FAULTS if args.only in fault.file):
             begun = time.monotonic()
+            fault = fault._replace(new=fault.old) if args.control else fault
             word = _outcome(fault, copy, args.limit)
-            survived += word != "killed"
+            survived += word != wanted
             change = " ".join(f"{fault.old.strip()} -> {fault.new.strip() or '(nothing)'}".split())
             print(f"{word:9} {time.monotonic() - begun:4.0f} s  {fault.file}: {change}", flush=True)
-    print(f"{survived} not killed")
+    print(f"{survived} not {wanted}")
     return int(survived > 0)
 
 

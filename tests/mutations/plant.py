@@ -26,14 +26,15 @@ def place_of(fault: Fault, root: Path) -> Path:
 
 
 def tests_of(fault: Fault, root: Path) -> list[list[str]]:
-    """pytest's arguments for each of its tests; a checkout may have all tests in one folder."""
+    """pytest's arguments for each of its tests that are there; an older checkout has them all in one folder."""
     runs = []
     for test in fault.tests:
         path, _, chosen = test.partition(" ")
         whole = root / "tests" / path
         if not whole.is_file():
-            (whole,) = (root / "tests").rglob(Path(path).name)
-        runs.append([str(whole), *(["-k", chosen.strip("'")] if chosen else [])])
+            whole = root / "tests" / Path(path).name
+        if whole.is_file():
+            runs.append([str(whole), *(["-k", chosen.strip("'")] if chosen else [])])
     return runs
 
 

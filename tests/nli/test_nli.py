@@ -14,9 +14,10 @@ import megabus
 from megabus.checkpoint.load import checkpoint_at
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
-from megabus.nli.finetune import batch_places, steps_of
 from megabus.nli.pairs import LABELS
-from megabus.nli.prompt import TEMPLATE, VERBALIZERS, Encoder, Template
+from megabus.nli.prompt import TEMPLATE, VERBALIZERS, Template
+from megabus.nli.run import batch_places, steps_of
+from megabus.nli.score import Encoder
 from megabus.nli.settings import Settings
 from megabus.testing.ranks import run_ranks
 
@@ -126,16 +127,17 @@ def test_what_is_cut_is_the_premise_even_behind_other_text(run):
     premise, hypothesis = "the cat and " * 12 + "the dog.", "the bird is red."
     whole, cut = long.encode(premise, hypothesis, 2), short.encode(premise, hypothesis, 2)
     n_head = len(long.tokenizer.encode("Facts: "))
-    assert (cut.n_inputs, cut.n_label, cut.beyond) == (40, whole.n_label, False)
-    assert cut.n_cut == whole.n_inputs - 40
-    assert cut.tokens == whole.tokens[:n_head] + whole.tokens[n_head + cut.n_cut :]
+    tokens = whole.sequence.tokens
+    assert (cut.sequence.n_inputs, cut.sequence.n_scored, cut.beyond) == (40, whole.sequence.n_scored, False)
+    assert cut.n_cut == whole.sequence.n_inputs - 40
+    assert cut.sequence.tokens == tokens[:n_head] + tokens[n_head + cut.n_cut :]
 
 
 def test_a_long_hypothesis_loses_its_beginning_last(run):
     scored = encoder_of(run, max_length=24).encode("I saw a cat.", "the cat and " * 12 + "the dog is red.", 0)
     whole = encoder_of(run).encode("I saw a cat.", "the cat and " * 12 + "the dog is red.", 0)
-    assert (scored.n_inputs, scored.beyond) == (24, True)
-    assert scored.tokens == whole.tokens[-25:]
+    assert (scored.sequence.n_inputs, scored.beyond) == (24, True)
+    assert scored.sequence.tokens == whole.sequence.tokens[-25:]
 
 
 def test_space_at_a_prompts_end_belongs_to_the_label(run):
@@ -146,9 +148,9 @@ def test_space_at_a_prompts_end_belongs_to_the_label(run):
 
 def test_an_empty_prompt_begins_with_the_end_of_a_document(run):
     encoder = encoder_of(run, Template("{premise}{hypothesis}"))
-    scored = encoder.encode("", "", 0)
+    scored = encoder.encode("", "", 0).sequence
     assert scored.tokens[0] == encoder.tokenizer.eod
-    assert scored.n_label == scored.n_inputs
+    assert scored.n_scored == scored.n_inputs
 
 
 TEMPLATES = {

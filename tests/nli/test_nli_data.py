@@ -10,20 +10,21 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from support.nli_data import rows_of, run_tool, write_rows, write_run
 from sklearn import metrics
+from support.nli_data import rows_of, run_tool, write_rows, write_run
 
 from megabus.errors import UserError
-from megabus.nli.baselines import (
+from megabus.nli.measures import (
     Baselines,
+    bootstrap_macro_f1,
     hypothesis_only,
+    macro_f1,
     majority,
+    measure,
     premise_and_hypothesis,
 )
-from megabus.nli.metrics import bootstrap_macro_f1, confusion_matrix, macro_f1, measure, wilson_interval
 from megabus.nli.pairs import LABELS, Hub, Pair, PairSet, read_jsonl
-from megabus.nli.plots import plot_set
-from megabus.nli.report import measure_set, table
+from megabus.nli.report import measure_set, plot_set, table
 from megabus.nli.score import Scores
 from megabus.nli.settings import Settings
 from megabus.testing.ranks import run_ranks
@@ -254,6 +255,13 @@ def test_a_full_directory_is_not_saved_into(places):
     assert "holds checkpoints already; choose another, or remove it" in message_of(settings.check)
 
 
+def test_a_missing_harness_is_told_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr("megabus.nli.settings.find_spec", lambda name: None)
+    settings = Settings(Path("nowhere"), valid=Path("nowhere"), out=Path("nowhere"))
+    assert message_of(settings.check) == "needs lm_eval: pip install megabus[eval]"
+    assert not Path("nowhere").exists()
+
+
 # ---- metrics
 
 
@@ -285,6 +293,10 @@ def test_a_label_that_is_never_said_counts_as_zero():
 def test_wilson_interval_is_the_closed_form():
     """Where a share p is just z standard errors from the measured one; 0 and n give shares within [0, 1]."""
     z = 1.959963984540054
+
+    def wilson_interval(hits, total):
+        return measure([0] * total, [0] * hits + [1] * (total - hits), seed=0)["accuracy_interval"]
+
     for hits, total in ((0, 10), (3, 10), (10, 10), (555, 1000)):
         low, high = wilson_interval(hits, total)
         assert 0 <= low < high <= 1
@@ -297,11 +309,11 @@ def test_wilson_interval_is_the_closed_form():
 def test_the_bootstrap_is_one_over_pairs():
     """Drawing confusion matrices gives what drawing pairs gives, the same each time."""
     gold, guess = labels(200, 1), np.where(labels(200, 2) == 0, labels(200, 1), labels(200, 3))
-    matrix = confusion_matrix(gold, guess)
+    matrix = metrics.confusion_matrix(gold, guess)
     low, high = bootstrap_macro_f1(matrix, seed=0)
-    assert (low, high) == bootstrap_macro_f1(matrix, seed=0) != bootstrap_macro_f1(matrix, seed=1)
+    assert [low, high] == bootstrap_macro_f1(matrix, seed=0) != bootstrap_macro_f1(matrix, seed=1)
     draws = np.random.default_rng(0).integers(0, 200, (1000, 200))
-    values = [macro_f1(confusion_matrix(gold[d], guess[d])) for d in draws]
+    values = [macro_f1(metrics.confusion_matrix(gold[d], guess[d])) for d in draws]
     assert (low, high) == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.015)
     assert low < macro_f1(matrix) < high
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megabus.config import Layout, resolve_stages
+from megabus.config import Layout
 from megabus.engine.engine import Engine
 from megabus.model.params import spec_of
 from megabus.parallel.tensor_parallel import ProcessGroupTP
@@ -78,7 +78,7 @@ def test_bf16_stays_near_and_keeps_unit_masters(layout, zero):
 def _sums_job(config):
     """(dtypes of the large all-reduces of a step, bytes of gradients that are kept in bf16 until then)."""
     dtypes, kept, all_reduce = set(), [], dist.all_reduce
-    engine = Engine(config.train, config.optimizer, resolve_stages(config, dist.get_world_size())[0])
+    engine = Engine(config.train, config.optimizer, config.stage)
     engine.write_initial(0)
 
     def spy(tensor, *args, **options):
@@ -88,7 +88,7 @@ def _sums_job(config):
         return all_reduce(tensor, *args, **options)
 
     dist.all_reduce = spy
-    engine.train_step(parity.rank_batches(engine, parity.batch_of(config, 0)), 1e-3)
+    engine.train_step(parity.rank_batches(engine, parity.batch_of(config.stage, 0)), 1e-3)
     return dtypes, max(kept)
 
 
@@ -173,8 +173,7 @@ def test_the_pool_shows_stacks_and_tracebacks():
 
 def test_uneven_vocabulary_leaves_no_padding():
     """Shards differ by a row and cover the vocabulary: no rank holds a row that the model does not have."""
-    config = parity.parity_config("ngpt", Layout(4, 1, 1))
-    stage = resolve_stages(config, 4)[0]
+    stage = parity.parity_config("ngpt", Layout(4, 1, 1)).stage
     from megabus.parallel.placement import Placement
 
     placement = Placement(stage.model, stage.layout)

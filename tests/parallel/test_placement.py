@@ -13,7 +13,7 @@ from support.plans import SEEDS, layouts, random_pair
 from megabus.model.params import shard_rows
 from megabus.parallel import placement as placing
 from megabus.parallel.placement import Piece
-from megabus.parallel.topology import coordinate, rank_of, stage_layers, stage_of_layer
+from megabus.parallel.topology import coordinate, layers_at, pp_rank_of, rank_of
 
 torch.set_num_threads(1)
 
@@ -51,13 +51,13 @@ def test_coordinates_number_the_world(layout):
 @pytest.mark.parametrize("n_layers", range(1, 14))
 @pytest.mark.parametrize("pp", range(1, 5))
 def test_stages_share_layers_evenly_and_the_last_has_fewest(n_layers, pp):
-    spans = [stage_layers(n_layers, pp, stage) for stage in range(pp)]
+    spans = [layers_at(n_layers, pp, pp_rank) for pp_rank in range(pp)]
     assert [layer for span in spans for layer in range(*span)] == list(range(n_layers))
     lengths = [stop - start for start, stop in spans]
     assert max(lengths) - min(lengths) <= 1
     assert lengths[-1] == min(lengths)
-    for stage, span in enumerate(spans):
-        assert all(stage_of_layer(n_layers, pp, layer) == stage for layer in range(*span))
+    for pp_rank, span in enumerate(spans):
+        assert all(pp_rank_of(n_layers, pp, layer) == pp_rank for layer in range(*span))
 
 
 # ---- placement
@@ -91,7 +91,7 @@ def test_owned_pieces_lie_in_the_ranks_shard_and_stage(seed):
                 spec, width = placement.specs[piece.name], placement.width(piece.name)
                 start, stop = shard_rows(spec, placement.model, placement.layout.tp, at.tp)
                 assert start * width <= piece.start < piece.stop <= stop * width
-                first, last = stage_layers(placement.model.n_layers, placement.layout.pp, at.pp)
+                first, last = layers_at(placement.model.n_layers, placement.layout.pp, at.pp)
                 if spec.layer is None:
                     assert at.pp == (0 if piece.name == "embed.weight" else placement.layout.pp - 1)
                 else:
@@ -116,7 +116,7 @@ def test_zero_partitions_are_equal_and_aligned(seed):
         flat = [
             (name, i)
             for name, spec in placement.specs.items()
-            if placement.stage(name) == pp and spec.is_matrix == matrices
+            if placement.pp_rank(name) == pp and spec.is_matrix == matrices
             for i in range(*(row * placement.width(name) for row in shard_rows(spec, placement.model, layout.tp, tp)))
         ]
         owned = [

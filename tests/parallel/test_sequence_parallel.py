@@ -7,8 +7,9 @@ import re
 
 import pytest
 import torch.distributed as dist
+from support.trainings import run_of
 
-from megabus.config import Layout, parse_config, resolve_stages
+from megabus.config import Layout, resolve_stages
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
 from megabus.parallel.tensor_parallel import ProcessGroupTP
@@ -68,7 +69,7 @@ def test_negative_control_gains_that_are_not_summed(kind, monkeypatch):
     monkeypatch.setattr(ProcessGroupTP, "shared", lambda self, parameter: parameter)
     trace, right = trace_of(kind, Layout(2, 1, 1)), reference(kind)
     assert trace.replica_error > 0
-    specs = param_specs(parity.parity_config(kind, Layout(2, 1, 1)).model)
+    specs = param_specs(parity.parity_config(kind, Layout(2, 1, 1)).stage.model)
     for name, grad in right.grads.items():
         error = float((trace.grads[name] - grad).abs().max() / grad.abs().max())
         assert (error <= LIMIT) == specs[name].sharded, name
@@ -81,10 +82,9 @@ def test_negative_control_gains_that_are_not_summed(kind, monkeypatch):
 
 def growing(kind="ngpt", layouts=({"tp": 1}, {"tp": 1}), seq_lens=(8, 16), sequence_parallel=True):
     train = {"seq_len": seq_lens[0], "global_batch_size": 4, "sequence_parallel": sequence_parallel}
-    config = parity.parity_config(kind, Layout(1, 1, 1), **train)
+    first = parity.parity_config(kind, Layout(1, 1, 1), **train)
     larger = {"d_model": 52, "n_heads": 12, "d_ff": 88, "n_layers": 6, "seq_len": seq_lens[1], "layout": layouts[1]}
-    changes = {"layout": layouts[0], "growth": {"stages": [larger]}}
-    return parse_config(config.model_dump() | changes)
+    return run_of(first, layout=layouts[0], growth={"stages": [larger]})
 
 
 def _lengths_job(config):
@@ -98,7 +98,7 @@ def _lengths_job(config):
     losses = []
 
     def batches(seq_len, step):
-        tokens = [x.repeat(1, 2)[:, :seq_len].contiguous() for x in parity.batch_of(config, step)]
+        tokens = [x.repeat(1, 2)[:, :seq_len].contiguous() for x in parity.batch_of(stages[0], step)]
         return parity.rank_batches(engine, (tokens[0], tokens[1]))
 
     def validate(seq_len):
@@ -117,7 +117,7 @@ def _lengths_job(config):
 
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_growth_and_other_lengths_equal_one_process(kind):
-    """The pipeline's stages send (B, T / tp, D): at the stage's own length, at another, and after a growth."""
+    """Pipeline ranks send (B, T / tp, D): at the stage's own length, at another, and after a growth."""
     alone = run_ranks(1, _lengths_job, growing(kind, sequence_parallel=False))[0]
     for losses in run_ranks(4, _lengths_job, growing(kind, [{"tp": 2, "pp": 2}, {"tp": 4}])):
         assert losses == pytest.approx(alone, rel=0, abs=LIMIT)

@@ -17,8 +17,9 @@ from megabus.errors import UserError
 from megabus.estimate.memory import rank_memory
 from megabus.parallel.placement import Placement
 from megabus.preflight import files, flight
+from megabus.preflight.findings import odd_ones, ranks_text, size_text
 from megabus.preflight.identity import pinned
-from megabus.preflight.links import Link, best_of, by_kind, links_rows, neighbours, silence_of, slow_links
+from megabus.preflight.links import MeasuredLink, best_of, by_kind, links_rows, neighbours, silence_of, slow_links
 from megabus.preflight.machine import (
     Machine,
     compute_row,
@@ -28,7 +29,6 @@ from megabus.preflight.machine import (
     slow_ranks,
 )
 from megabus.preflight.slow import blame
-from megabus.preflight.table import odd_ones, ranks_text, size_text
 from megabus.testing.preflight_faults import FAULTS, NONE, check, problems, row_of, run_config, write_corpora
 from megabus.testing.ranks import run_ranks
 from megabus.train.loop import train
@@ -210,7 +210,7 @@ def test_rounds_hold_every_two_neighbours_once(layout):
 
 def made(pairs, slow=(), factor=10.0):
     """Links of 1 GB/s and 100 µs, but for slow ones."""
-    return [Link(pair, 1e-4, 1e9 / (factor if pair in slow else 1)) for pair in pairs]
+    return [MeasuredLink(pair, 1e-4, 1e9 / (factor if pair in slow else 1)) for pair in pairs]
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_expected_memory_is_each_rank_s_largest_stage_s(tmp_path):
     changes = {"layout": {"tp": 1, "pp": 2}, "growth": {"stages": [{"layout": {"tp": 1, "pp": 1}}]}}
     config = run_config(tmp_path, changes)
     first, second = resolve_stages(config, 2)
-    each = [[rank_memory(config, stage, rank).total for rank in range(2)] for stage in (first, second)]
+    each = [[rank_memory(config.train, stage, rank).total for rank in range(2)] for stage in (first, second)]
     assert expected_bytes(config, [first, second]) == [max(pair) for pair in zip(*each, strict=True)]
     assert expected_bytes(config, [first])[0] != expected_bytes(config, [first])[1]
     assert all(least_bytes(config, first, rank) < each[0][rank] for rank in range(2))

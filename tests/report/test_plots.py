@@ -12,8 +12,8 @@ import pytest
 from support.command import run_command
 
 from megabus.errors import UserError
-from megabus.train.history import read_metrics
-from megabus.train.plots import MOST_FLAGS, plot_loss, summary_table
+from megabus.report.history import read_metrics
+from megabus.report.plots import MOST_FLAGS, plot_loss, summary_table
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"d_model": 96, "n_layers": 4, "n_heads": 3, "n_kv_heads": 3, "d_ff": 384, "n_params": 2_160_000}
@@ -198,5 +198,5 @@ def test_command_line(tmp_path):
 
 
 def test_training_needs_no_matplotlib():
-    probe = "import sys, megabus.train.plots; sys.exit('matplotlib' in sys.modules)"
+    probe = "import sys, megabus.report.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], env={"PYTHONPATH": str(ROOT)}).returncode == 0

@@ -16,9 +16,9 @@ from support.command import Done, run_command
 from support.report_runs import eval_rows, growth_row, rows, start_row, step_row, totals, write_run
 
 from megabus.errors import UserError
-from megabus.train.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
-from megabus.train.report.page import gather, names_of, render
-from megabus.train.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
+from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
+from megabus.report.page import gather, names_of, render
+from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -179,7 +179,7 @@ def test_runs_beside_each_other(tmp_path):
 
 
 def _config(*folders):
-    from megabus.train.report.page import _beside
+    from megabus.report.page import _beside
 
     return _beside([read_run(folder, "run").config for folder in folders])
 

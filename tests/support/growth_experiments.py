@@ -9,16 +9,15 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
-from support import launching
-from support import small_runs
 import yaml
 
-import megabus.train.plots as plots
-import megabus.train.report.page as page
+import megabus.report.page as page
+import megabus.report.plots as plots
 from benchmarks.growth import runner
 from benchmarks.growth.experiment import Experiment, load_experiment, make_job
 from benchmarks.growth.results import Point, Result, Results, _identity
 from megabus.testing.ranks import preload
+from support import launching, small_runs
 
 TWICE = {"write": "tilt", "max_tokens": 1024, "stages": [{"d_model": 52, "n_heads": 3, "d_ff": 90}]}
 TRIGGER = {"predictor": "constant", "constant": 1.5, "kappa": 0.99}

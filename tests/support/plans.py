@@ -9,8 +9,8 @@ import numpy as np
 
 from megabus.config import GrowthConfig, ModelConfig
 from megabus.config.stages import Layout
-from megabus.growth.plan import ELEMENT_BYTES, Plan, Unit
-from megabus.growth.rules import Growth
+from megabus.growth.param_growth import Growth
+from megabus.growth.plan import ELEMENT_BYTES, Plan, RowRange
 from megabus.parallel.placement import Placement
 
 SEEDS = range(8)
@@ -120,12 +120,12 @@ def traffic(plan, kinds=("weight",), ranks=None):
     """Bytes sent to `ranks` (None: to the whole world), and bytes that stay with them."""
     sent = kept = 0
     for dst in range(plan.new.layout.world) if ranks is None else ranks:
-        for name, kind in itertools.product(plan.needs(dst), kinds):
-            for move in plan.moves(dst, Unit(name, 0, plan.old.rows(name)), kind):
-                if move.src == dst:
-                    kept += len(move.piece)
+        for name, kind in itertools.product(plan.sources(dst), kinds):
+            for transfer in plan.transfers(dst, RowRange(name, 0, plan.old.rows(name)), kind):
+                if transfer.src == dst:
+                    kept += len(transfer.piece)
                 else:
-                    sent += len(move.piece)
+                    sent += len(transfer.piece)
     return sent * ELEMENT_BYTES, kept * ELEMENT_BYTES
 
 

@@ -28,8 +28,8 @@ from support.small_runs import (
 from megabus.data.batches import TokenSource
 from megabus.engine.engine import Engine, StepResult
 from megabus.model.decoder import Decoder
+from megabus.report.history import read_metrics
 from megabus.train import loop
-from megabus.train.history import read_metrics
 
 BAD = VOCAB - 1
 T, ROWS = 16, 8

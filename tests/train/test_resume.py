@@ -20,7 +20,7 @@ from support.small_runs import (
     write_corpus,
 )
 
-from megabus.train.history import read_metrics
+from megabus.report.history import read_metrics
 
 # Twelve steps, four in each stage: growths come after steps 4 and 8.
 STAGES = [
@@ -47,7 +47,7 @@ CASES = {
     "gpt bf16 reset": (
         [{"tp": 2}, {"pp": 2}, {"dp": 2}],
         LARGE
-        | {"model__kind": "gpt", "train__precision": "bf16", "growth__moments": "reset", "growth__write": "noise"},
+        | {"model__kind": "gpt", "train__precision": "bf16", "growth__moments": "reset", "growth__write": "clone"},
         {"asynchronous": False},
         (3, 4, 8),
     ),

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from test_config import BASE
+from support.tiny_config import BASE
 
 from megabus.config import ModelConfig, Stage, load_config, resolve_stages
 from megabus.config.schema import OptimizerConfig, TrainConfig

@@ -202,7 +202,7 @@ def _meets_bad_token(config, bad_rank):
 @pytest.mark.parametrize("bad_rank", [0, 1])
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}], ids=str)
 def test_a_bad_token_on_one_rank_is_told_by_all(corpus, tmp_path, layout, bad_rank):
-    """Not a hang, not a wrong loss, whichever pipeline stage or replica reads it: every rank names the token."""
+    """Not a hang, not a wrong loss, whichever pipeline rank or replica reads it: every rank names the token."""
     config = run_config(corpus, tmp_path / "bad", [layout, {"tp": 1}, {"tp": 1}])
     messages = run_ranks(2, _meets_bad_token, config, bad_rank)
     assert messages[0] == messages[1] == "data = corpus: token 7 has id 99, outside [0, 67); retokenize"

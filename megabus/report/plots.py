@@ -1,4 +1,4 @@
-"""Pictures and tables of runs, from what they have told (`megabus/train/history.py`)."""
+"""Pictures and tables of runs, from their metrics (`megabus/report/history.py`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megabus.errors import UserError
+from megabus.report.history import MetricsRow, XAxis, places, read_metrics
 from megabus.table import aligned, si
-from megabus.train.history import Row, XAxis, places, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
     return Path(out_png)
 
 
-def _series(rows: Sequence[Row], event: str, x: XAxis) -> tuple[list[float], list[float]]:
+def _series(rows: Sequence[MetricsRow], event: str, x: XAxis) -> tuple[list[float], list[float]]:
     """(x, loss) of the rows of one kind with a finite loss."""
     pairs = [
         (at, row["loss"])
@@ -75,7 +75,7 @@ def _series(rows: Sequence[Row], event: str, x: XAxis) -> tuple[list[float], lis
     return [at for at, _ in pairs], [loss for _, loss in pairs]
 
 
-def _draw_run(axes: Axes, rows: Sequence[Row], name: str, colour: str, x: XAxis, log_x: bool) -> None:
+def _draw_run(axes: Axes, rows: Sequence[MetricsRow], name: str, colour: str, x: XAxis, log_x: bool) -> None:
     train, valid = (_series([row for row in rows if row["step"] > 0 or not log_x], e, x) for e in ("step", "eval"))
     axes.plot(*train, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
     every = max(1, len(valid[0]) // 40)  # a point on each of hundreds of evaluations would be a thick line
@@ -84,13 +84,13 @@ def _draw_run(axes: Axes, rows: Sequence[Row], name: str, colour: str, x: XAxis,
     axes.plot(*valid, color=colour, linewidth=1.7, zorder=3, label=label, **points)
 
 
-def _growths(rows: Sequence[Row], x: XAxis) -> list[tuple[float, str]]:
+def _growths(rows: Sequence[MetricsRow], x: XAxis) -> list[tuple[float, str]]:
     """(x, label) of each growth."""
     pairs = zip(places(rows, x), rows, strict=True)
     return [(at, growth_text(row)) for at, row in pairs if row["event"] == "growth"]
 
 
-def growth_text(row: Row) -> str:
+def growth_text(row: MetricsRow) -> str:
     """`d 96→144, L 4→6 (κ)`: what changed in width and depth, else in whatever did, and why."""
     changed = [key for key, value in row["new"].items() if row["old"].get(key) != value and key != "n_params"]
     shown = [key for key in ("d_model", "n_layers") if key in changed] or changed[:2]
@@ -98,12 +98,12 @@ def growth_text(row: Row) -> str:
     return f"{sizes or 'same size'} ({why(row)})"
 
 
-def why(growth: Row) -> str:
+def why(growth: MetricsRow) -> str:
     reason: str = growth["reason"]
     return _REASON.get(reason, reason)
 
 
-def _dress(axes: Axes, runs: Sequence[Sequence[Row]], x: XAxis, log_x: bool) -> None:
+def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bool) -> None:
     """Axes, grid, legend, and a view that the first steps' high losses do not flatten."""
     seen = [
         point
@@ -203,14 +203,14 @@ class _Span:
     flops: float
     first_loss: float | None
     last_loss: float | None
-    growth: Row | None
+    growth: MetricsRow | None
 
 
-def _spans(rows: Sequence[Row]) -> Iterator[_Span]:
+def _spans(rows: Sequence[MetricsRow]) -> Iterator[_Span]:
     """Cut a run at its growth events."""
     start = next((row for row in rows if row["event"] == "start"), {})
     sizes, layout, stage = start.get("sizes", {}), start.get("layout", "–"), start.get("stage", 0)
-    origin: Row = {"step": 0, "tokens": 0, "flops": 0}
+    origin: MetricsRow = {"step": 0, "tokens": 0, "flops": 0}
     first = 0
     for cut in [*(i for i, row in enumerate(rows) if row["event"] == "growth"), None]:
         growth = None if cut is None else rows[cut]
@@ -238,7 +238,7 @@ def _spans(rows: Sequence[Row]) -> Iterator[_Span]:
             origin = growth
 
 
-def stage_table(rows: Sequence[Row]) -> list[list[str]]:
+def stage_table(rows: Sequence[MetricsRow]) -> list[list[str]]:
     """A header, then a line per stage: what it was, what it spent, what it learned, how it ended."""
     header = ["stage", "sizes", "params", "layout", "steps", "tokens", "FLOPs", "valid loss"]
     header += ["growth", "loss at growth", "stall"]

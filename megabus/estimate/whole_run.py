@@ -9,13 +9,13 @@ from typing import Any
 
 from megabus.config import RunConfig, Stage
 from megabus.estimate.devices import Device
-from megabus.estimate.growth import Transition, transition
+from megabus.estimate.growth import GrowthEstimate, estimate_growth
 from megabus.estimate.layouts import Choice, Ranking, pipeline_memory, rank_layouts
 from megabus.estimate.memory import RankMemory, in_flight
 from megabus.estimate.step_time import StepTime, step_time
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import stage_layers
+from megabus.parallel.topology import layers_at
 from megabus.table import aligned, si
 
 PREDICTED = "predicted, not measured"
@@ -23,7 +23,7 @@ PREDICTED = "predicted, not measured"
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """memory: of the fullest rank of every pipeline stage. growth: of the growth into this stage."""
+    """memory: of the fullest rank of every pipeline rank. growth: of the growth into this stage."""
 
     stage: Stage
     params: int
@@ -32,7 +32,7 @@ class StageEstimate:
     time: StepTime
     mfu: float
     ranking: Ranking
-    growth: Transition | None
+    growth: GrowthEstimate | None
 
 
 def estimate_run(
@@ -51,7 +51,7 @@ def estimate_run(
                 time=time,
                 mfu=time.mfu(device, config.train.precision, stage.layout.world),
                 ranking=rank_layouts(config, stage, device, top),
-                growth=transition(config, before, stage, device, rebuild) if before else None,
+                growth=estimate_growth(config, before, stage, device, rebuild) if before else None,
             )
         )
     return found
@@ -125,7 +125,7 @@ def _memory(estimates: Sequence[StageEstimate], device: Device) -> str:
     for one in estimates:
         stage, layout = one.stage, one.stage.layout
         for pp, memory in enumerate(one.memory):
-            begin, end = stage_layers(stage.model.n_layers, layout.pp, pp)
+            begin, end = layers_at(stage.model.n_layers, layout.pp, pp)
             alive = in_flight(layout.pp, pp, stage.grad_accum)
             row = [str(stage.index), f"{pp + 1}/{layout.pp}", str(end - begin), str(alive)]
             states = (memory.weights, memory.masters, memory.moments)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megabus.errors import UserError
+from megabus.report.curves import Curve, Drawn, Panel
+from megabus.report.plots import COLOURS, STYLE, X_LABEL
 from megabus.table import si
-from megabus.train.plots import COLOURS, STYLE, X_LABEL
-from megabus.train.report.curves import Curve, Drawn, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from megabus.errors import UserError
-from megabus.train.history import Row, XAxis, places
+from megabus.report.history import MetricsRow, XAxis, places
 
 POINTS = 400  # of a curve
 SMOOTH = 100  # what is smoothed is averaged over a hundredth of the rows before and after
@@ -125,10 +125,10 @@ PANELS = (
 )
 
 
-def gain_panels(runs: Sequence[Sequence[Row]]) -> list[Panel]:
-    """A panel for every kind of gain that any of the runs has told, in their order."""
-    told = (row for rows in runs for row in rows if row["event"] == "gains")
-    kinds = dict.fromkeys(kind for row in told for kind, value in row.items() if isinstance(value, dict))
+def gain_panels(runs: Sequence[Sequence[MetricsRow]]) -> list[Panel]:
+    """A panel for every kind of gain that any of the runs has logged, in their order."""
+    gains = (row for rows in runs for row in rows if row["event"] == "gains")
+    kinds = dict.fromkeys(kind for row in gains for kind, value in row.items() if isinstance(value, dict))
     return [
         Panel(
             f"gain:{kind}",
@@ -147,9 +147,9 @@ def gain_panels(runs: Sequence[Sequence[Row]]) -> list[Panel]:
 class Tracks:
     """A run's rows as columns of numbers, made when asked for. Raises `UserError` for what is no number."""
 
-    def __init__(self, rows: Sequence[Row], source: object) -> None:
+    def __init__(self, rows: Sequence[MetricsRow], source: object) -> None:
         self._source = source
-        self._rows: dict[str, list[Row]] = {event: [] for event in TIMED}
+        self._rows: dict[str, list[MetricsRow]] = {event: [] for event in TIMED}
         timed = [row for row in rows if row["event"] in TIMED]
         self._at: dict[str, dict[str, np.ndarray]] = {event: {} for event in TIMED}
         for key in ("step", "tokens", "flops"):
@@ -166,14 +166,14 @@ class Tracks:
             self._at.setdefault("all", {})[x] = everywhere
         self._at["all"]["step"] = np.array([row["step"] for row in timed], dtype=float)
 
-    def rows(self, event: str) -> list[Row]:
+    def rows(self, event: str) -> list[MetricsRow]:
         return self._rows[event]
 
     def at(self, event: str, x: XAxis) -> np.ndarray:
         """Places of the rows of a kind: (rows,)."""
         return self._at[event][x]
 
-    def place(self, row: Row, x: XAxis) -> float:
+    def place(self, row: MetricsRow, x: XAxis) -> float:
         """Where a row lies that has perhaps no more than its step, or was taken back."""
         steps = self._at["all"]["step"]
         return float(np.interp(row["step"], steps, self._at["all"][x])) if len(steps) else 0.0
@@ -182,7 +182,7 @@ class Tracks:
         """(rows,); NaN where a row has none."""
         return self._numbers(self._rows[event], key)
 
-    def _numbers(self, rows: Sequence[Row], key: str, required: bool = False) -> np.ndarray:
+    def _numbers(self, rows: Sequence[MetricsRow], key: str, required: bool = False) -> np.ndarray:
         values = [_value(row, key) for row in rows] if "|" in key else [row.get(key) for row in rows]
         allowed = {int, float} if required else {int, float, type(None)}
         if not set(map(type, values)) <= allowed:
@@ -192,7 +192,7 @@ class Tracks:
         return np.array(values, dtype=float)  # None becomes NaN
 
 
-def _value(row: Row, key: str) -> Any:
+def _value(row: MetricsRow, key: str) -> Any:
     """What is nested as `outer|inner`; None where there is none."""
     outer, _, inner = key.partition("|")
     value = row.get(outer)

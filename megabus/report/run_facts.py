@@ -12,11 +12,10 @@ import numpy as np
 import yaml
 
 from megabus.errors import UserError
-from megabus.table import si
-from megabus.train.history import Row, curve_rows, read_rows, what_counts
-from megabus.train.metrics import clock
-from megabus.train.plots import growth_text, short_sizes, stage_table, why
-from megabus.train.report.curves import Tracks
+from megabus.report.curves import Tracks
+from megabus.report.history import MetricsRow, curve_rows, read_rows, what_counts
+from megabus.report.plots import growth_text, short_sizes, stage_table, why
+from megabus.table import clock, si
 
 MOST_ROWS = 100  # of a table; what lies between the first and the last half is left to metrics.jsonl
 _GROWTH = {"old": dict, "new": dict, "reason": str, "from_stage": int, "to_stage": int, "stall_s": float}
@@ -25,35 +24,35 @@ _GROWTH_NUMBERS = ("loss_before", "loss_after", "unit_error", "bytes_sent", "byt
 
 @dataclass
 class RunFacts:
-    """A run, read. rows: those that count; told: all that were written, in order."""
+    """A run, read. rows: those that count; written: all rows of the file, in order."""
 
     name: str
     folder: Path
-    told: list[Row]
-    rows: list[Row]
+    written: list[MetricsRow]
+    rows: list[MetricsRow]
     tracks: Tracks
     config: dict[str, str]
     environment: dict[str, str]
 
     @property
-    def curve_rows(self) -> list[Row]:
-        """What `megabus.train.plots` draws and tabulates."""
+    def curve_rows(self) -> list[MetricsRow]:
+        """What `megabus.report.plots` draws and tabulates."""
         return curve_rows(self.rows)
 
     @property
-    def growths(self) -> list[Row]:
+    def growths(self) -> list[MetricsRow]:
         return self.tracks.rows("growth")
 
 
 def read_run(run_dir: str | Path, name: str) -> RunFacts:
     """Read a run directory. Raises `UserError` for what is none, or holds what no run writes."""
     folder = Path(run_dir)
-    told = read_rows(folder)
+    written = read_rows(folder)
     path = folder / "metrics.jsonl"
-    rows = what_counts(told)
+    rows = what_counts(written)
     if not curve_rows(rows):
         raise UserError("metrics", path, "is empty", "wait for the first logged step")
-    run = RunFacts(name, folder, told, rows, Tracks(rows, path), _config(folder), _environment(told))
+    run = RunFacts(name, folder, written, rows, Tracks(rows, path), _config(folder), _environment(written))
     for row in run.growths:
         for key, kind in _GROWTH.items():
             if not isinstance(row.get(key), kind):
@@ -79,9 +78,9 @@ def _config(folder: Path) -> dict[str, str]:
         raise UserError("config", path, f"cannot be read ({error})", "mend or remove it") from error
 
 
-def _environment(told: Sequence[Row]) -> dict[str, str]:
+def _environment(written: Sequence[MetricsRow]) -> dict[str, str]:
     """As it was at the last start."""
-    found = [row["environment"] for row in told if isinstance(row.get("environment"), dict)]
+    found = [row["environment"] for row in written if isinstance(row.get("environment"), dict)]
     if not found:
         return {}
     shown = dict(_flat("", found[-1]))
@@ -204,12 +203,12 @@ def growth_marks(run: RunFacts) -> list[dict[str, Any]]:
 def faults(run: RunFacts) -> list[dict[str, Any]]:
     """All that went wrong, and every start after the first, in order, what was taken back included: `row`, `what` and
     `details`."""
-    return list(_faults(run.told))
+    return list(_faults(run.written))
 
 
-def _faults(told: Sequence[Row]) -> Iterator[dict[str, Any]]:
+def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
     last = 0  # the step that the run had come to
-    for row in told:
+    for row in written:
         if row["event"] == "skip":
             given = (
                 f"loss {_figure(row.get('loss'), '{:.4f}')}, gradient norm {_figure(row.get('grad_norm'), '{:.3g}')}"

@@ -11,10 +11,10 @@ import jinja2
 
 import megabus
 from megabus.errors import UserError
-from megabus.train.plots import COLOURS, plot_loss, stage_table
-from megabus.train.report.curves import PANELS, Curve, Drawn, Panel, drawn, gain_panels
-from megabus.train.report.pictures import plot_curves
-from megabus.train.report.run_facts import (
+from megabus.report.curves import PANELS, Curve, Drawn, Panel, drawn, gain_panels
+from megabus.report.pictures import plot_curves
+from megabus.report.plots import COLOURS, plot_loss, stage_table
+from megabus.report.run_facts import (
     GROWTH_WORDS,
     RunFacts,
     faults,
@@ -150,10 +150,10 @@ def _fault_mark(run: RunFacts, fault: dict[str, Any]) -> dict[str, Any]:
 
 def _in_words(runs: Sequence[RunFacts], panel: Panel, curves: Sequence[list[Curve | None]]) -> str:
     """What a diagram shows, for whoever does not see it: where the main line of each run begins and ends."""
-    told = []
+    sentences = []
     for run, of_run in zip(runs, curves, strict=True):
         main = next((curve for curve in reversed(of_run) if curve is not None and "y" in curve), None)
         values = [y for y in main["y"] if y is not None] if main else []
         if values:
-            told.append(f"{run.name}: from {values[0]:.4g} to {values[-1]:.4g}")
-    return f"{panel.title} ({panel.unit or 'no unit'}). " + "; ".join(told)
+            sentences.append(f"{run.name}: from {values[0]:.4g} to {values[-1]:.4g}")
+    return f"{panel.title} ({panel.unit or 'no unit'}). " + "; ".join(sentences)

@@ -1,4 +1,4 @@
-"""What a run has told: the rows of its `metrics.jsonl`, as written, and what of them counts.
+"""The rows of a run's `metrics.jsonl`, as written, and which of them count.
 
 One JSON object a line, told apart by `event`, each with `step` and all but `save` with the run's totals tokens and
 flops: `step` and `eval` rows add loss (nats per token; step rows tokens_per_s too); `growth` rows from_stage,
@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 from megabus.errors import UserError
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 XAxis = Literal["flops", "tokens", "time"]
 
 _CURVES = ("start", "step", "eval", "growth")
 _CHUNK = 4096  # lines that are parsed at once, so that their keys are the same objects: half the memory
 
 
-def read_rows(run_dir: str | Path) -> list[Row]:
+def read_rows(run_dir: str | Path) -> list[MetricsRow]:
     """All rows of a run in the order they were written. Raises `UserError` where there is no file of them, or a line is
     no JSON object with an event and a step. A last line without its newline is still being written and is left out."""
     path = Path(run_dir) / "metrics.jsonl"
@@ -34,13 +34,13 @@ def read_rows(run_dir: str | Path) -> list[Row]:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("metrics", path, f"cannot be read ({error})", "name the directory of a megabus run") from error
-    rows: list[Row] = []
+    rows: list[MetricsRow] = []
     for first in range(0, len(lines), _CHUNK):
         rows += _parsed(path, first, lines[first : first + _CHUNK])
     return rows
 
 
-def _parsed(path: Path, first: int, lines: list[str]) -> list[Row]:
+def _parsed(path: Path, first: int, lines: list[str]) -> list[MetricsRow]:
     try:
         rows = json.loads(f"[{','.join(lines)}]")
         if len(rows) == len(lines) and all(_is_row(row) for row in rows):
@@ -64,9 +64,9 @@ def _is_row(row: Any) -> bool:
     return isinstance(row, dict) and isinstance(row.get("event"), str) and isinstance(row.get("step"), int)
 
 
-def what_counts(rows: Sequence[Row]) -> list[Row]:
-    """A `resume` row takes back all rows of later steps: the resumed run tells them anew."""
-    counted: list[Row] = []
+def what_counts(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
+    """A `resume` row takes back all rows of later steps: the resumed run writes them again."""
+    counted: list[MetricsRow] = []
     for row in rows:
         if row["event"] == "resume":
             counted = [earlier for earlier in counted if earlier["step"] <= row["step"]]
@@ -75,12 +75,12 @@ def what_counts(rows: Sequence[Row]) -> list[Row]:
     return counted
 
 
-def curve_rows(rows: Sequence[Row]) -> list[Row]:
+def curve_rows(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
     """The `start`, `step`, `eval` and `growth` rows."""
     return [row for row in rows if row["event"] in _CURVES]
 
 
-def read_metrics(run_dir: str | Path) -> list[Row]:
+def read_metrics(run_dir: str | Path) -> list[MetricsRow]:
     """The `start`, `step`, `eval` and `growth` rows of a run that count, in order. Raises `UserError` where there are
     none (see also `read_rows`)."""
     rows = curve_rows(what_counts(read_rows(run_dir)))
@@ -89,7 +89,7 @@ def read_metrics(run_dir: str | Path) -> list[Row]:
     return rows
 
 
-def places(rows: Sequence[Row], x: XAxis) -> list[float]:
+def places(rows: Sequence[MetricsRow], x: XAxis) -> list[float]:
     """Each row's place on the axis. Time, in hours, is tokens over the logged speed, plus growth stalls.
 
     A step row without tokens_per_s (the first, say) adds no time.

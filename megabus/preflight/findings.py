@@ -16,7 +16,7 @@ H = TypeVar("H", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Row:
+class Finding:
     """What a check found. A row with an error is a refusal; a warning stops nothing."""
 
     check: str
@@ -32,21 +32,21 @@ class Row:
         return "warning" if self.warning else "skipped" if self.skipped else "ok"
 
 
-def refused(check: str, error: UserError) -> Row:
-    return Row(check, f"{error.key} = {error.value}: {error.problem}", error=error)
+def refused(check: str, error: UserError) -> Finding:
+    return Finding(check, f"{error.key} = {error.value}: {error.problem}", error=error)
 
 
-def warned(check: str, text: str) -> Row:
-    return Row(check, text, warning=True)
+def warned(check: str, text: str) -> Finding:
+    return Finding(check, text, warning=True)
 
 
-def render(rows: Sequence[Row], seconds: float) -> str:
+def render(rows: Sequence[Finding], seconds: float) -> str:
     """The table, and a line that sums it up."""
     found = [(row.check, row.state, " ".join(row.text.split())) for row in rows]
     count = Counter(row.state for row in rows)
-    told = f"{count['refused'] or 'nothing'} refused, {count['warning'] or 'no'} warning(s)"
+    summary = f"{count['refused'] or 'nothing'} refused, {count['warning'] or 'no'} warning(s)"
     table = aligned(("check", "state", "found"), found, {0, 1, 2})
-    return f"{table}\npreflight: {len(rows)} checks in {seconds:.1f} s, {told}"
+    return f"{table}\npreflight: {len(rows)} checks in {seconds:.1f} s, {summary}"
 
 
 def odd_ones(values: Sequence[H]) -> tuple[H, list[int]]:

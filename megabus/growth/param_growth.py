@@ -1,0 +1,346 @@
+"""What a growth makes of every parameter, worked out once: `Growth.param` answers all that is asked about one of them.
+
+First the maps: which old index every new index copies, axis by axis. On every axis copies stand beside their originals.
+That keeps the maps monotone, so a rank's new rows come from a contiguous run of old rows and most of them are already
+on it. Layers do so only under `identity` and `split`: `append` and `stack` put copies on top, for which the layers of a
+pipeline move. Then `ParamGrowth`, which joins the maps, the manner of growing and the parameter's declaration. No other
+code reads `growth.write`, `read`, `channels`, `depth` or `moments`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import numpy as np
+
+from megabus import counter
+from megabus.config import RunConfig, Stage
+from megabus.config.schema import Depth, GrowthConfig, ModelConfig
+from megabus.model.decoder import param_specs
+from megabus.model.params import Axis, ParamSpec
+from megabus.parallel.fragments import KINDS, MOMENTS, Kind
+
+UNEVEN_RATIO = 0.75  # a_k of successive copies: two copies get 0.8 and 0.6
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """For each new index: its parent's old index, its number among the parent's copies (0 is the original), and
+    how many copies the parent has. int64 arrays of the new length."""
+
+    parent: np.ndarray
+    copy: np.ndarray
+    copies: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    def blocks(self, size: int) -> AxisMap:
+        """The map of rows when each index stands for a block of `size` rows (a head's)."""
+        rows = (self.parent[:, None] * size + np.arange(size)).reshape(-1)
+        return AxisMap(rows, self.copy.repeat(size), self.copies.repeat(size))
+
+
+def spread(old: int, new: int) -> AxisMap:
+    """Copies as even in number as can be: parent[i'] = floor(i' * old / new)."""
+    parent = np.arange(new) * old // new
+    copies = np.bincount(parent, minlength=old)
+    first = np.cumsum(copies) - copies
+    return AxisMap(parent, np.arange(new) - first[parent], copies[parent])
+
+
+def grouped(old_kv: int, new_kv: int, old_group: int, new_group: int) -> AxisMap:
+    """Query heads under GQA: a new query head copies a query head of the key head that its own key head copies."""
+    kv, group = spread(old_kv, new_kv), spread(old_group, new_group)
+    return AxisMap(
+        parent=(kv.parent[:, None] * old_group + group.parent).reshape(-1),
+        copy=(kv.copy[:, None] * group.copies + group.copy).reshape(-1),
+        copies=(kv.copies[:, None] * group.copies).reshape(-1),
+    )
+
+
+@lru_cache(maxsize=32)
+def axis_maps(old: ModelConfig, new: ModelConfig) -> dict[Axis, AxisMap]:
+    """The map of every named axis (rows of head axes are head * head_dim)."""
+    kv = spread(old.kv_heads, new.kv_heads)
+    heads = grouped(old.kv_heads, new.kv_heads, old.n_heads // old.kv_heads, new.n_heads // new.kv_heads)
+    return {
+        "embed": spread(old.d_model, new.d_model),
+        "heads": heads.blocks(old.head_dim),
+        "kv_heads": kv.blocks(old.head_dim),
+        "ffn": spread(old.d_ff, new.d_ff),
+        "vocab": spread(old.vocab_size, new.vocab_size),
+    }
+
+
+def channel_scale(embed: AxisMap, channels: Literal["even", "uneven"]) -> np.ndarray:
+    """a of the isometry E (h' = E h, E[i', parent[i']] = a[i']): squares sum to 1 over every family.
+
+    even: 1/sqrt(copies). uneven: a geometric series, which also tells copies of a channel apart.
+    """
+    if channels == "even":
+        return embed.copies**-0.5
+    powers = UNEVEN_RATIO**embed.copy
+    family = np.zeros(embed.parent.max() + 1)
+    np.add.at(family, embed.parent, powers**2)
+    return powers / np.sqrt(family[embed.parent])
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """Where a layer of the grown model comes from; copy 0 is the original."""
+
+    parent: int
+    copy: int
+    copies: int
+
+    def gate(self, depth: Depth) -> float:
+        """What its gates (alpha, or write matrices) are multiplied by."""
+        if depth in ("append", "identity"):
+            return 1.0 if self.copy == 0 else 0.0
+        return 1.0 / self.copies if depth == "split" else 1.0
+
+
+@lru_cache(maxsize=32)
+def layer_sources(old: int, new: int, depth: Depth) -> tuple[LayerSource, ...]:
+    """append and stack repeat the whole pile on top; identity and split interpose copies behind their originals."""
+    if depth in ("append", "stack"):
+        return tuple(LayerSource(i % old, i // old, len(range(i % old, new, old))) for i in range(new))
+    rows = spread(old, new)
+    triples = zip(rows.parent, rows.copy, rows.copies, strict=True)
+    return tuple(LayerSource(int(p), int(k), int(c)) for p, k, c in triples)
+
+
+# ---- parameters
+
+
+@dataclass(frozen=True)
+class ReadTilt:
+    """Read rows become keep * w + length * c, with c a random unit vector that no grown h has anything of."""
+
+    keep: float
+    length: float
+
+
+@dataclass(frozen=True, eq=False)
+class MomentGrowth:
+    """A new entry of an Adam moment is the old entry that it copies, times these.
+
+    rows: (rows,); channels: (width,), a power of E's entries; factor: of the whole parameter.
+    """
+
+    rows: np.ndarray
+    channels: np.ndarray
+    factor: float
+
+
+@dataclass(frozen=True, eq=False)
+class ParamGrowth:
+    """All that there is to know of how one new parameter grows. A gain is a matrix whose rows have one entry.
+
+    name, source: of the new parameter, and of the old one that it grows from.
+    rows, channels: which old row every new row copies, and which old entry of it every new entry.
+    scale: (width,) E's entries, by which copied channels are multiplied (1 for gains).
+    read_tilt: how rows turn towards new channels, or None. write_tilt: whether copies of a row tilt away from it.
+    key: of the directions that are drawn for either tilt.
+    multiplier, cosine, divisor, gate: after all that a weight is multiplied by `multiplier` (which keeps what a gain's
+        raw value stands for), divided by `cosine` (of a read tilt that a gain makes up for) and by `divisor` ((rows,),
+        of cloned rows; None for 1), and multiplied by `gate`.
+    moments: of both Adam moments.
+    live: by kind, the rows that are grown from anything at all, (rows,) bool; the others are zeros.
+    mixing: by kind, the rows of which every entry depends on all of the old row, (rows,) bool.
+    added: the rows that the growth has added to those that were there, (rows,) bool.
+    """
+
+    name: str
+    source: str
+    rows: AxisMap
+    channels: AxisMap
+    scale: np.ndarray
+    read_tilt: ReadTilt | None
+    write_tilt: bool
+    key: int
+    multiplier: float
+    cosine: float
+    divisor: np.ndarray | None
+    gate: float
+    moments: Mapping[Kind, MomentGrowth]
+    live: Mapping[Kind, np.ndarray]
+    mixing: Mapping[Kind, np.ndarray]
+    added: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """Entries of a new row."""
+        return len(self.channels)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One growth: from a model to a larger one, in a given manner, with randomness from `seed`."""
+
+    old: ModelConfig
+    new: ModelConfig
+    how: GrowthConfig
+    seed: int
+
+    def param(self, name: str) -> ParamGrowth:
+        """How a parameter of the new model grows. Worked out when first asked for, and kept."""
+        if name not in self._params:
+            self._params[name] = self._compile(param_specs(self.new)[name])
+        return self._params[name]
+
+    def source(self, name: str) -> str:
+        """The old parameter that a new one grows from."""
+        spec = param_specs(self.new)[name]
+        return spec.in_layer(self.layer_source(spec).parent)
+
+    @property
+    def sent_kinds(self) -> tuple[Kind, ...]:
+        """The tensors that are sent and grown once a run has taken steps."""
+        return ("weight",) if self.how.moments == "reset" else KINDS
+
+    def layer_source(self, spec: ParamSpec) -> LayerSource:
+        """Origin of the layer that a parameter of the new model lives in (itself, outside the layers)."""
+        if spec.layer is None:
+            return LayerSource(0, 0, 1)
+        return layer_sources(self.old.n_layers, self.new.n_layers, self.how.depth)[spec.layer]
+
+    @cached_property
+    def _params(self) -> dict[str, ParamGrowth]:
+        return {}
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, bool, LayerSource], ParamGrowth]:
+        """By namesake and origin of the layer: one that others share their arrays with."""
+        return {}
+
+    def _compile(self, spec: ParamSpec) -> ParamGrowth:
+        layer = self.layer_source(spec)
+        like = (spec.namesake, spec.layer is None, replace(layer, parent=0))
+        if like not in self._alike:
+            self._alike[like] = _compile(self, spec, layer)
+        one = self._alike[like]
+        key = counter.key(self.seed, spec.name, _PURPOSE.get(spec.role), one.width, len(one.rows))
+        return replace(one, name=spec.name, source=self.source(spec.name), key=key)
+
+    @cached_property
+    def cosine(self) -> float:
+        """What unit rows that tilt towards new channels keep of themselves; 1 where none tilt.
+
+        Old channels keep what they have of a random direction, sqrt(d/d').
+        """
+        if self.how.read != "tilt" or self.new.d_model == self.old.d_model:
+            return 1.0
+        return float(np.sqrt(self.old.d_model / self.new.d_model))
+
+    @cached_property
+    def unit(self) -> bool:
+        """Whether rows are unit vectors, as in nGPT."""
+        return any(spec.unit for spec in param_specs(self.new).values())
+
+
+_PURPOSE = {"read": "read", "write": "tilt"}
+_ONE_CHANNEL = spread(1, 1)  # of gains
+
+
+def growth_between(config: RunConfig, old: Stage, new: Stage) -> Growth:
+    """The seed is the run's: directions are keyed by parameter, row and new shape, so no two growths share any."""
+    return Growth(old.model, new.model, config.growth, config.train.seed)
+
+
+def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth:
+    how, axes = growth.how, axis_maps(growth.old, growth.new)
+    old, rows, channels = param_specs(growth.old)[spec.in_layer(layer.parent)], axes[spec.rows], _ONE_CHANNEL
+    a = channel_scale(axes["embed"], how.channels)
+    scale, gate = np.ones(1), layer.gate(how.depth) if spec.gate else 1.0
+    if spec.is_matrix:
+        channels, scale = axes["embed"], a
+    # On the embed axis nothing is new, for there is no original to prefer: E spreads each channel over its copies.
+    added = ((rows.copy != 0) & (spec.rows != "embed")) | (layer.copy != 0)
+    write_tilt = spec.role == "write" and how.write == "tilt"
+    # Copies of a write row sum to their parent by the tilt, or because each is divided by their number. Cloned unit
+    # rows cannot shrink, so a gain does it for them.
+    cloned = spec.compensates_clones or (spec.role == "write" and not spec.unit)
+    shares = {kind: _share(growth, spec, kind, rows, added) for kind in MOMENTS}
+    none = np.zeros(len(rows), bool)
+    return ParamGrowth(
+        name=spec.name,
+        source=old.name,
+        rows=rows,
+        channels=channels,
+        scale=scale,
+        read_tilt=_read_tilt(growth, spec),
+        write_tilt=write_tilt,
+        key=0,
+        multiplier=old.multiplier / spec.multiplier,  # a gain acts as raw * multiplier: that product is what stays
+        cosine=growth.cosine if spec.compensates_read_tilt else 1.0,
+        divisor=rows.copies.astype(np.float64) if cloned and how.write == "clone" else None,
+        gate=gate,
+        moments={kind: _moment(growth, spec, old, kind, a, shares[kind]) for kind in MOMENTS},
+        live={"weight": np.full(len(rows), gate != 0)} | {kind: share != 0 for kind, share in shares.items()},
+        mixing={"weight": (rows.copies > 1) & write_tilt, "exp_avg": none, "exp_avg_sq": none},
+        added=added,
+    )
+
+
+def _read_tilt(growth: Growth, spec: ParamSpec) -> ReadTilt | None:
+    """cos w + sin c of unit rows. Other rows keep what they are and get as many fresh entries as there are new
+    channels: `init` is the standard deviation of entries."""
+    if spec.role != "read" or spec.lookup or growth.cosine == 1:
+        return None
+    if spec.unit:
+        return ReadTilt(growth.cosine, (1 - growth.cosine**2) ** 0.5)
+    return ReadTilt(1.0, spec.init * (growth.new.d_model - growth.old.d_model) ** 0.5)
+
+
+def _share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap, added: np.ndarray) -> np.ndarray:
+    """What each new row gets of its parent's gradient, in the mean or in the root mean square: (rows,) fp64.
+
+    `carry` keeps only originals; `grow` maps everything; `reset` starts from zero. Copies of a read row (or of its
+    gain) share their family's gradient, while each copy of a write row sees all of it.
+    """
+    if growth.how.moments == "reset":
+        return np.zeros(len(rows))
+    if growth.how.moments == "carry":
+        return (~added).astype(np.float64)
+    shared = spec.role != "write" and spec.rows != "embed"
+    # A tilted copy sees delta . w_k where its parent saw delta . w. On average over directions that is a share 1/n of
+    # it, but w_k is as long as w: the square is as large (a test measures it).
+    if kind == "exp_avg_sq" and growth.how.write == "tilt":
+        shared = False
+    return 1.0 / rows.copies if shared else np.ones(len(rows))
+
+
+def _moment(
+    growth: Growth, spec: ParamSpec, old: ParamSpec, kind: Kind, a: np.ndarray, share: np.ndarray
+) -> MomentGrowth:
+    """Moments follow the gradient: m like g, v like g^2. A loss that is a function of E w has gradient a * g on the
+    copies of an entry."""
+    power = 1 if kind == "exp_avg" else 2
+    rows, channels = share**power, np.ones(1)
+    factor = (spec.multiplier / old.multiplier) ** power
+    if spec.compensates_read_tilt:
+        factor *= growth.cosine**power
+    if spec.is_matrix:
+        channels = a ** _channel_power(growth, spec, kind)
+        if spec.unit and _read_tilt(growth, spec):  # what it reads shrank by the cosine, which is made up for
+            rows = rows / growth.cosine**power
+    elif spec.rows == "embed":
+        rows = rows * a ** _channel_power(growth, spec, kind)
+    return MomentGrowth(rows, channels, factor)
+
+
+def _channel_power(growth: Growth, spec: ParamSpec, kind: Kind) -> int:
+    """What power of a the moment has on the copies of a channel.
+
+    The gradient of E w is a g. Where unit rows have turned to see all channels, what h is made of gets a gradient in
+    all of them: E's part, a g, and in the mean square (1 - a^2) g^2 outside of E's image, g^2 together. A gain of a
+    channel of a branch multiplies that with an entry of the branch, which is E's: a more.
+    """
+    power, branch = (1 if kind == "exp_avg" else 2), 0 if spec.is_matrix else 1
+    seen = growth.cosine < 1 and growth.unit and _read_tilt(growth, spec) is None and kind == "exp_avg_sq"
+    return power * ((0 if seen else 1) + branch)
