@@ -19,8 +19,8 @@ from megabus.nli.pairs import LABELS, PairSet
 from megabus.nli.run import Outcome
 from megabus.nli.score import CONTENT_FREE, Scores
 from megabus.nli.settings import RESULTS, Settings
-from megabus.table import aligned
 from megabus.report.plots import INK, STYLE
+from megabus.table import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
