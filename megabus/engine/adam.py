@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,6 +10,15 @@ from torch import Tensor
 
 from megabus.config.schema import OptimizerConfig
 from megabus.errors import UserError
+
+
+class LightAdamW(torch.optim.AdamW):
+    """torch's AdamW without the decorators that keep its methods out of compiled graphs: they import torch._dynamo, a
+    second of every start, and megabus compiles no optimizer."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))  # type: ignore[assignment]
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
 def make_adam(config: OptimizerConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
@@ -19,7 +29,7 @@ def make_adam(config: OptimizerConfig, groups: list[dict[str, Any]], device: tor
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     options["weight_decay"] = 0.0  # each group has its own
     if config.implementation == "torch":
-        return torch.optim.AdamW(groups, fused=True, **options)
+        return LightAdamW(groups, fused=True, **options)
     try:
         if config.implementation == "apex":
             from apex.optimizers import FusedAdam as ApexAdam  # the registry's `apex` is another package without it
