@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutations.faults import FAULTS
-from tests.mutations.plant import place_of, tests_of
+from tests.mutations.plant import place_of, runs_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_a_fault_can_be_planted(fault):
     assert fault.new != fault.old
     assert place_of(fault, ROOT).is_file()
-    assert len(tests_of(fault, ROOT)) == len(fault.tests)
+    assert len(runs_of(fault, ROOT)) == len(fault.tests)
 
 
 def test_there_are_enough_over_all_rooms():

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from tests.mutations.faults import FAULTS, Fault
-from tests.mutations.plant import place_of, tests_of
+from tests.mutations.plant import place_of, runs_of
 
 HERE = Path(__file__).resolve().parents[2]
 LIMIT = 900.0  # seconds; a fault may make ranks wait for each other
@@ -62,7 +62,7 @@ def _import_heavy() -> None:
 
 def _outcome(fault: Fault, copy: Path, limit: float) -> str:
     try:
-        path, runs = place_of(fault, copy), tests_of(fault, copy)
+        path, runs = place_of(fault, copy), runs_of(fault, copy)
     except (LookupError, ValueError) as error:
         return f"stale ({error})"
     sound = path.read_text(encoding="utf-8")

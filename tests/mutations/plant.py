@@ -25,7 +25,7 @@ def place_of(fault: Fault, root: Path) -> Path:
     return found[0]
 
 
-def tests_of(fault: Fault, root: Path) -> list[list[str]]:
+def runs_of(fault: Fault, root: Path) -> list[list[str]]:
     """pytest's arguments for each of its tests that are there; an older checkout has them all in one folder."""
     runs = []
     for test in fault.tests:
