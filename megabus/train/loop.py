@@ -189,9 +189,9 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     """Grow into the next stage, and measure on the same tokens what it did to the loss (`before`)."""
     old, new, now = run.stage, run.stages[signal.stage], run.progress
     begun = time.perf_counter()
-    transition = grow_engine(run.engine, run.config, new)
+    grown = grow_engine(run.engine, run.config, new)
     stall = time.perf_counter() - begun
-    run.engine = transition.engine
+    run.engine = grown.engine
     after = _validation_loss(run, old.seq_len)
     now.position = align_up(now.position, new.seq_len)
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
@@ -212,13 +212,13 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
             "loss_after": after,
             "unit_error": unit_error,
             "stall_s": stall,
-            "bytes_sent": transition.sent,
-            "bytes_kept": transition.kept,
+            "bytes_sent": grown.sent,
+            "bytes_kept": grown.kept,
         }
         run.metrics.write("growth", row)
         say(
             f"step {now.step:>5} | GROWTH ({signal.reason}) {describe(old)} -> {describe(new)} | loss {before:.6f} -> "
-            f"{after:.6f} | {stall:.1f} s, {transition.sent / 2**20:.1f} MiB sent"
+            f"{after:.6f} | {stall:.1f} s, {grown.sent / 2**20:.1f} MiB sent"
         )
     watch_stage(run)
     # The grown size's first loss is the start of its own kappa; it does not grow at once.

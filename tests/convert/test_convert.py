@@ -68,6 +68,17 @@ def test_a_checkpoint_of_any_layout(source, tmp_path, layout):
     assert all(same(loaded[name], values) for name, values in source.weights().items())
 
 
+def test_a_checkpoint_is_read_at_any_interval(source, tmp_path):
+    """One that begins or ends inside of what a rank wrote too: large tensors are read in blocks."""
+    convert(source, tmp_path / "out", "checkpoint", (2, 1, 3))
+    with OpenFiles() as files:
+        back = open_source(tmp_path / "out", files)
+        for (kind, name), values in source.tensors.items():
+            n = values.numel()
+            for start, stop in ((0, n), (1, n), (n // 3, n // 3 + 1), (n // 2, n - 1)):
+                assert same(back.read(kind, name, start, stop), source.read(kind, name, start, stop))
+
+
 def test_torch_reads_a_converted_checkpoint_by_itself(source, tmp_path):
     """torch.distributed.checkpoint finds every interval by what is written in the files, and needs nothing of us."""
     convert(source, tmp_path / "out", "checkpoint", (2, 2, 2))
