@@ -364,6 +364,7 @@ class _Reporter:
 
 def _tell_phases(tell: _Reporter) -> None:
     import megabus.checkpoint.save as save
+    import megabus.checkpoint.shards as shards
     import megabus.checkpoint.store as store
     import megabus.growth.transition as transition
     import megabus.train.loop as loop
@@ -385,7 +386,7 @@ def _tell_phases(tell: _Reporter) -> None:
     tell.wrap(loop, "save", Phase.SAVE)
     tell.wrap(loop, "finish", Phase.FINISH)
     tell.wrap(save.Saver, "_run", Phase.WRITE, saves)
-    tell.wrap(save, "write_shards", Phase.SHARDS)
+    tell.wrap(shards, "write_shards", Phase.SHARDS)
     tell.wrap(save, "publish", Phase.PUBLISH)
     tell.wrap(store, "point_latest", Phase.LATEST)
     tell.wrap(save, "prune", Phase.PRUNE)

@@ -62,8 +62,8 @@ def nan_loss(rank=None):
     """A bad target makes the loss NaN where it is computed (None: on all such ranks), and nowhere else."""
     whole = Decoder.loss
 
-    def loss(self, h, targets, reduce):
-        found, losses = whole(self, h, targets, reduce)
+    def loss(self, h, targets):
+        found, losses = whole(self, h, targets)
         bad = (targets == BAD).any() and rank in (None, dist.get_rank())
         return found * (math.nan if bad else 1.0), losses
 
@@ -306,8 +306,8 @@ def test_a_loss_without_a_number_whose_gradient_is_one(corpus, tmp_path):
     def nan_told():
         whole = Decoder.loss
 
-        def loss(self, h, targets, reduce):
-            found, losses = whole(self, h, targets, reduce)
+        def loss(self, h, targets):
+            found, losses = whole(self, h, targets)
             return found + (math.nan if (targets == BAD).any() else 0.0), losses
 
         Decoder.loss = loss
