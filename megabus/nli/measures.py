@@ -62,9 +62,6 @@ def measure(gold: Sequence[int], predicted: Sequence[int], seed: int) -> dict[st
     }
 
 
-# ---- baselines
-
-
 def words_of(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())
 

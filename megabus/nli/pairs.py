@@ -107,11 +107,9 @@ class Hub:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised below anyway
         datasets.disable_progress_bars()
         self.name, self.facts = name, HUB.get(name.lower(), HubData(name))
-        read = datasets.load_dataset
-        if (Path(self.facts.path) / "dataset_dict.json").is_file():
-            read = datasets.load_from_disk
+        saved = (Path(self.facts.path) / "dataset_dict.json").is_file()
         try:
-            self.splits = read(self.facts.path)
+            self.splits = (datasets.load_from_disk if saved else datasets.load_dataset)(self.facts.path)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             remedy = "check the name and the connection, or give local files with --valid and --train"
             raise UserError("--data", name, f"cannot be read ({error})", remedy) from error
@@ -153,7 +151,6 @@ def _pair_set(name: str, rows: Iterator[tuple[str, Any]], fields: tuple[str, ...
                 raise wrong(f"{place} has {field} {text!r}", "it must be text")
         pairs.append(Pair(LABELS.index(label), *texts))
     if not pairs:
-        raise wrong(
-            f"holds no pair with a gold label ({skipped} without)" if place else "is empty", "give labelled pairs"
-        )
+        problem = f"holds no pair with a gold label ({skipped} without)" if place else "is empty"
+        raise wrong(problem, "give labelled pairs")
     return PairSet(name, pairs, skipped)

@@ -26,7 +26,7 @@ from megabus.engine.likelihood import SequenceLoss, train_step
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
 from megabus.nli.pairs import Hub, PairSet, read_jsonl
-from megabus.nli.score import Encoder, EngineLM, Scores
+from megabus.nli.score import Encoder, Scorer, Scores
 from megabus.nli.settings import Settings
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.train.metrics import describe
@@ -47,11 +47,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that is known when the ranks part, the same on each. Scores are in the order of data.reported.
-
-    curve: see `_point`, empty without fine-tuning; unit_error: largest | |row| - 1 | afterwards; saved: the new
-    checkpoint.
-    """
+    """What every rank knows in the end; scores in the order of data.reported. curve: see `_point`, empty without
+    fine-tuning; unit_error: largest | |row| - 1 | afterwards; saved: the new checkpoint."""
 
     checkpoint: Path
     step: int
@@ -92,7 +89,8 @@ def evaluate(settings: Settings) -> Outcome:
             train, optimizer, stage = settings.engine_parts(found.state, dist.get_world_size())
             tokenizer = open_tokenizer(settings, found)
             encoder = Encoder(tokenizer, settings.template, stage.seq_len)
-        rank_0_tells(lambda: make_directories(settings))
+        rank_0_tells(lambda: make_directory("--out", settings.out))
+        rank_0_tells(lambda: make_directory("--save", settings.save))
         data = rank_0_tells(lambda: read_data(settings))  # one reader: all ranks have the same pairs
     with watched(settings.hang_timeout, dist.get_rank()) as watchdog:
         with _timed(seconds, "start"):
@@ -100,24 +98,21 @@ def evaluate(settings: Settings) -> Outcome:
             weights = replace(found.state, kinds=("weight",), optimizer_step=0)
             restore(replace(found, state=weights), engine, watchdog.heartbeat)
         _say(f"{found.folder}: {describe(stage)}, {count_parameters(stage.model):,} parameters, {settings.precision}")
-        lm = EngineLM(engine, encoder, watchdog.heartbeat)
+        scorer = Scorer(engine, encoder, watchdog.heartbeat)
         with _timed(seconds, "scoring"):
-            zero_shot = [lm.score(pairs) for pairs in data.reported]
+            zero_shot = [scorer.score(pairs) for pairs in data.reported]
         fine_tuned, curve, saved = None, [], None
         if settings.fine_tune:
             with _timed(seconds, "fine-tuning"):
-                curve = list(fine_tune(lm, data, settings, partial(learning_rate, optimizer, stage.lr)))
+                curve = list(fine_tune(scorer, data, settings, partial(learning_rate, optimizer, stage.lr)))
             with _timed(seconds, "scoring"):
-                fine_tuned = [lm.score(pairs) for pairs in data.reported]
+                fine_tuned = [scorer.score(pairs) for pairs in data.reported]
             sections = {"train": train.model_dump(), "optimizer": optimizer.model_dump(), "growth": {"stages": []}}
             if settings.save is not None:
                 saved = save_weights(settings.save, engine, curve[-1]["step"], sections, tokenizer.path)
         unit_error, step = engine.unit_error(), found.state.progress.step
         engine.close()
     return Outcome(found.folder, step, stage, data, zero_shot, fine_tuned, curve, unit_error, saved, seconds)
-
-
-# ---- fine-tuning
 
 
 def steps_of(n_pairs: int, batch_size: int, epochs: float) -> int:
@@ -131,36 +126,36 @@ def batch_places(step: int, batch_size: int, n_pairs: int, seed: int) -> list[in
     return [permute(place % n_pairs, n_pairs, seed, place // n_pairs) for place in places]
 
 
-def fine_tune(lm: EngineLM, data: Data, settings: Settings, lr_at: Callable[[float], float]) -> Iterator[Row]:
+def fine_tune(scorer: Scorer, data: Data, settings: Settings, lr_at: Callable[[float], float]) -> Iterator[Row]:
     """Train on the gold labels; points of the curve. `lr_at`: of the share of the steps. Collective. Raises `UserError`
     where the loss is not finite."""
     assert data.train is not None
-    pairs, batch, losses = data.train.pairs, lm.engine.stage.global_batch_size, []
+    pairs, batch, losses = data.train.pairs, scorer.engine.stage.global_batch_size, []
     steps = steps_of(len(pairs), batch, settings.epochs)
     _say(f"fine-tuning on {len(pairs):,} pairs: {steps:,} steps of {batch}")
-    yield _point(0, 0, 0.0, None, lm, data.watched)
+    yield _point(0, 0, 0.0, None, scorer, data.watched)
     for step in range(1, steps + 1):
         lr = lr_at((step - 0.5) / steps)  # at its middle, as in pre-training
         some = [pairs[place] for place in batch_places(step - 1, batch, len(pairs), settings.seed)]
-        sequences = [lm.encoder.encode(pair.premise, pair.hypothesis, pair.label).sequence for pair in some]
-        result = train_step(lm.engine, sequences, lr)
+        sequences = [scorer.encoder.encode(pair.premise, pair.hypothesis, pair.label).sequence for pair in some]
+        result = train_step(scorer.engine, sequences, lr)
         if not result.is_finite:  # known to all ranks
             problem = f"the loss of step {step} is {result.loss}, its gradient's norm {result.grad_norm}"
-            raise UserError("--lr", lm.engine.stage.lr, problem, "lower it")
-        lm.heartbeat()
+            raise UserError("--lr", scorer.engine.stage.lr, problem, "lower it")
+        scorer.heartbeat()
         losses.append(result.loss)
         if step % settings.curve_every == 0 or step == steps:
-            yield _point(step, step * batch, lr, sum(losses) / len(losses), lm, data.watched)
+            yield _point(step, step * batch, lr, sum(losses) / len(losses), scorer, data.watched)
             losses = []
 
 
-def _point(step: int, pairs: int, lr: float, train_loss: float | None, lm: EngineLM, watched: PairSet | None) -> Row:
+def _point(step: int, pairs: int, lr: float, train_loss: float | None, scorer: Scorer, watched: PairSet | None) -> Row:
     """A point of the curve, which is told: losses are in nats a label, that of training the mean since the last one."""
     row: Row = {"step": step, "pairs": pairs, "lr": lr, "train_loss": train_loss}
     row |= {"valid_accuracy": None, "valid_loss": None}
     text = f"step {step:>5}" + ("" if train_loss is None else f" | loss {train_loss:.4f}  lr {lr:.2e}")
     if watched is not None:
-        table, gold = lm.score(watched).log_likelihood, np.array(watched.labels)
+        table, gold = scorer.score(watched).log_likelihood, np.array(watched.labels)
         accuracy, loss = (table.argmax(1) == gold).mean(), -table[np.arange(len(gold)), gold].mean()
         row |= {"valid_accuracy": float(accuracy), "valid_loss": float(loss)}
         text += f" | valid loss {loss:.4f}  accuracy {accuracy:.1%}"
@@ -168,18 +163,13 @@ def _point(step: int, pairs: int, lr: float, train_loss: float | None, lm: Engin
     return row
 
 
-# ---- small parts
-
-
-def make_directories(settings: Settings) -> None:
+def make_directory(key: str, path: Path | None) -> None:
     """Before hours of work, not after them."""
-    for key, path in (("--out", settings.out), ("--save", settings.save)):
-        try:
-            if path is not None:
-                path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror})"
-            raise UserError(key, path, problem, "choose a writable place") from error
+    try:
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(key, path, f"cannot be written ({error.strerror})", "choose a writable place") from error
 
 
 def open_tokenizer(settings: Settings, found: Found) -> Tokenizer:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import datasets
 import numpy as np
-from lm_eval import evaluator
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.task import ConfigurableTask
 
 from megabus.data.tokenizer import Tokenizer
 from megabus.engine.engine import Engine
-from megabus.engine.likelihood import Sequence, log_likelihoods
+from megabus.engine.harness import EngineLM, MultipleChoice
+from megabus.engine.likelihood import Sequence
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS, Pair, PairSet
 from megabus.nli.prompt import Template
 
 CONTENT_FREE = "N/A"  # stands for both sentences in a prompt that says nothing (Zhao et al. 2021)
-TASK = "megabus_nli"
 
 
 @dataclass(frozen=True)
@@ -97,53 +91,26 @@ class Encoder:
         return Encoded(Sequence(kept, n_label), n_cut, n_cut > last - first)
 
 
-class EngineLM(LM):
-    """An engine with a `SequenceLoss` as a model of lm-evaluation-harness, for tasks whose documents have `premise` and
-    `hypothesis`. Every rank asks and is answered everything: to the harness each is alone. encoded: what was read."""
+class Scorer:
+    """What an engine says of pairs."""
 
     def __init__(self, engine: Engine, encoder: Encoder, heartbeat: Callable[[], None]) -> None:
-        super().__init__()
         self.engine, self.encoder, self.heartbeat = engine, encoder, heartbeat
-        self.encoded: list[Encoded] = []
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each label after its prompt, in nats; whether it is the likeliest text is not computed. Collective."""
-        docs = ((request.doc["premise"], request.doc["hypothesis"], request.idx) for request in requests)
-        self.encoded = [self.encoder.encode(*doc) for doc in docs]
-        sequences = [encoded.sequence for encoded in self.encoded]
-        return [(value, False) for value in log_likelihoods(self.engine, sequences, self.heartbeat).tolist()]
 
     def score(self, pairs: PairSet) -> Scores:
         """Score every label of every pair; the same on every rank. Collective."""
-        template = self.encoder.template
-        task = PairTask([*pairs.pairs, Pair(0, CONTENT_FREE, CONTENT_FREE)], template)
-        samples = evaluator.evaluate(self, {TASK: task}, bootstrap_iters=0)["samples"][TASK]
-        table = np.array([[value for value, _ in sample["filtered_resps"]] for sample in samples])
-        cuts = np.array([(encoded.n_cut > 0, encoded.beyond) for encoded in self.encoded])
+        template, read = self.encoder.template, list[Encoded]()
+
+        def encode(request: Instance) -> Sequence:
+            read.append(self.encoder.encode(request.doc["premise"], request.doc["hypothesis"], request.idx))
+            return read[-1].sequence
+
+        documents = [pair._asdict() for pair in (*pairs.pairs, Pair(0, CONTENT_FREE, CONTENT_FREE))]
+        task = MultipleChoice(
+            documents, lambda doc: template.prompt(doc["premise"], doc["hypothesis"]), [*template.labels]
+        )
+        table = task.score(EngineLM(self.engine, encode, self.heartbeat))
+        cuts = np.array([(encoded.n_cut > 0, encoded.beyond) for encoded in read])
         n_cut, n_beyond = cuts.reshape(len(table), len(LABELS), 2)[:-1].any(1).sum(0).tolist()
         chars = np.array([len(text) for text in template.labels], dtype=np.float64)
         return Scores(table[:-1], table[-1], chars, n_cut, n_beyond)
-
-    def _no_such_request(self, requests: list[Instance]) -> Any:
-        raise NotImplementedError("only labels after prompts are scored")
-
-    loglikelihood_rolling = generate_until = _no_such_request
-
-
-class PairTask(ConfigurableTask):
-    """Pairs as a task of lm-evaluation-harness: the one of configs/eval/nli, with any template."""
-
-    def __init__(self, pairs: list[Pair], template: Template) -> None:
-        self.dataset = {"test": datasets.Dataset.from_list([pair._asdict() for pair in pairs])}
-        said = {"doc_to_text": lambda doc: template.prompt(doc["premise"], doc["hypothesis"]), "doc_to_target": "label"}
-        said |= {"doc_to_choice": list(template.labels), "target_delimiter": "", "num_fewshot": 0}
-        metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-        config = {"task": TASK, "test_split": "test", "output_type": "multiple_choice", "metric_list": metrics}
-        super().__init__(config=config | said)
-
-    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """The pairs are there."""
-
-    def build_all_requests(self, **options: Any) -> None:
-        with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
-            super().build_all_requests(**options)

@@ -83,9 +83,9 @@ class Settings:
         """Raise `UserError` on what can be seen before anything is read."""
         if find_spec("lm_eval") is None:
             raise MissingExtraError("lm_eval", "eval")
-        for wrong, *error in self._rules():
+        for wrong, key, value, problem, remedy in self._rules():
             if wrong:
-                raise UserError(*error)
+                raise UserError(key, value, problem, remedy)
 
     def _rules(self) -> Iterator[tuple[object, str, object, str, str]]:
         """What would be wrong, and the error that says so; what comes later may rely on what comes before."""

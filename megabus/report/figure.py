@@ -74,7 +74,7 @@ def draw_bars(
     errors = [[value - end for value, end in zip(values.values(), low, strict=True)]]
     errors += [[end - value for value, end in zip(values.values(), high, strict=True)]]
     rows = range(len(values))
-    axes.barh(rows, values.values(), xerr=errors, color=colours, ecolor=INK, capsize=3, height=0.65)
+    axes.barh(rows, list(values.values()), xerr=errors, color=colours, ecolor=INK, capsize=3, height=0.65)
     for row, value, end in zip(rows, values.values(), high, strict=True):
         axes.text(end + 0.01, row, f"{value:.3f}", va="center", fontsize=9)
     axes.set_yticks(rows, list(values))
