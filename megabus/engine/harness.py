@@ -44,7 +44,7 @@ class MultipleChoice(ConfigurableTask):
 
     def __init__(
         self, documents: Sequence[dict[str, Any]], prompt: Callable[[dict[str, Any]], str], choices: list[str]
-    ):
+    ) -> None:
         self.dataset = {"test": datasets.Dataset.from_list(list(documents))}
         config = {
             "task": "multiple_choice",
