@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.growth.experiment import MOST_DRAWN, Experiment
 from benchmarks.growth.groups import Group, difference
 from megabus.errors import UserError
-from megabus.report.plots import FAINT, INK, STYLE
+from megabus.report.figure import FAINT, INK, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

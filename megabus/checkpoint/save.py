@@ -10,17 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
-from megabus.checkpoint.state import SavedState, write_state
-from megabus.checkpoint.store import begin, folder_of, partial_of, prune, publish
+from megabus.checkpoint.state import Progress, SavedState, write_state
+from megabus.checkpoint.store import begin, checkpoints_of, folder_of, partial_of, prune, publish
 from megabus.errors import UserError
 from megabus.parallel.agree import agreement
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
+
+if TYPE_CHECKING:
+    from megabus.engine.engine import Engine
 
 TOKENIZER = "tokenizer.model"
 SLOWEST = timedelta(days=1)  # that a rank may take to write: whether that is too long is the watchdog's business
@@ -173,3 +177,17 @@ class Saver:
             files.append(partial / TOKENIZER)
             files[-1].write_bytes(self.tokenizer)
         return files
+
+
+def save_weights(folder: Path, engine: Engine, steps: int, config: dict[str, Any], tokenizer: Path) -> Path | None:
+    """Write an engine's weights, without moments, as a run's only checkpoint, of `steps` steps; `config`: sections that
+    it is told to have been made with. Collective. Raises `UserError` where it cannot be written."""
+    saver = Saver(checkpoints_of(folder), 1, None, False, str(tokenizer))
+    model, layout = engine.stage.model, engine.stage.layout
+    state = SavedState(Progress(step=steps), 0, model, layout, 0, ("weight",), {}, config, {})
+    saver.start(state, engine.placement, engine.read())
+    save = saver.wait()
+    assert save is not None
+    if save.error is not None:
+        raise save.error
+    return save.folder

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megabus.engine.engine import Batch, Engine
+from megabus.engine.engine import Batch, Engine, StepResult
 from megabus.model.decoder import Decoder
 from megabus.model.loss import IGNORED
 
@@ -72,6 +72,15 @@ def log_likelihoods(engine: Engine, sequences: list[Sequence], heartbeat: Callab
     found = found.to(engine.device)
     dist.all_reduce(found)  # exact: all terms of a sum but one are zero
     return found.cpu()
+
+
+def train_step(engine: Engine, sequences: list[Sequence], lr: float) -> StepResult:
+    """One step on a global batch of sequences, of which every rank has all: they must pad it to the same length.
+    Collective."""
+    width = width_of(max(sequence.n_inputs for sequence in sequences))
+    micro_steps = range(engine.stage.grad_accum) if engine.needs_data else ()
+    batches = [padded([sequences[row] for row in engine.micro_rows(micro)], width) for micro in micro_steps]
+    return engine.train_step(batches, lr, width)
 
 
 def width_of(n_inputs: int) -> int:

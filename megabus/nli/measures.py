@@ -24,12 +24,10 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 C = 1.0  # inverse strength of the L2 penalty, scikit-learn's default
 MIN_PAIRS = 2  # that a term must be in: what is seen once is most of all terms, and says little
-MAX_ITERATIONS, TOLERANCE = 1000, 1e-6  # of L-BFGS
 
 
 def macro_f1(matrix: np.ndarray) -> np.ndarray:
-    """The mean of the labels' F1, (...) of confusion matrices (..., 3, 3): many at once, which scikit-learn cannot.
-    The F1 of a label that is neither gold nor predicted is 0."""
+    """(...) of confusion matrices (..., 3, 3), which scikit-learn cannot. The F1 of a label that is nowhere is 0."""
     hits, both = np.diagonal(matrix, axis1=-2, axis2=-1), matrix.sum(-1) + matrix.sum(-2)
     return (2.0 * hits / np.maximum(both, 1)).mean(-1)
 
@@ -50,7 +48,7 @@ def measure(gold: Sequence[int], predicted: Sequence[int], seed: int) -> dict[st
     matrix = confusion_matrix(gold, predicted, labels=labels)
     hits, total = int(np.trace(matrix)), int(matrix.sum())
     scores = precision_recall_fscore_support(gold, predicted, labels=labels, zero_division=0)
-    columns = zip(*scores, matrix.sum(0), strict=True)
+    table = np.array([*scores, matrix.sum(0)], dtype=object).T.tolist()
     names = ("precision", "recall", "f1", "gold", "predicted")
     return {
         "pairs": total,
@@ -59,15 +57,9 @@ def measure(gold: Sequence[int], predicted: Sequence[int], seed: int) -> dict[st
         "accuracy_interval": list(binomtest(hits, total).proportion_ci(CONFIDENCE, "wilson")),
         "macro_f1": float(macro_f1(matrix)),
         "macro_f1_interval": bootstrap_macro_f1(matrix, seed),
-        "classes": {
-            label: {name: value.item() for name, value in zip(names, column, strict=True)}
-            for label, column in zip(LABELS, columns, strict=True)
-        },
+        "classes": {label: dict(zip(names, row, strict=True)) for label, row in zip(LABELS, table, strict=True)},
         "confusion": matrix.tolist(),
     }
-
-
-# ---- baselines
 
 
 def words_of(text: str) -> list[str]:
@@ -84,8 +76,7 @@ def hypothesis_only(pair: Pair) -> list[str]:
 
 
 def premise_and_hypothesis(pair: Pair) -> list[str]:
-    """Both sentences' n-grams, and of each word whether it stands in both, in the hypothesis alone or in the premise
-    alone: a bag of words sees no overlap by itself."""
+    """Both sentences' n-grams, and which words stand in both or in one alone: a bag of words sees no overlap."""
     premise, hypothesis = words_of(pair.premise), words_of(pair.hypothesis)
     overlap = [("both:" if word in premise else "new:") + word for word in hypothesis]
     overlap += ["both" if word in premise else "new" for word in hypothesis]
@@ -94,12 +85,6 @@ def premise_and_hypothesis(pair: Pair) -> list[str]:
 
 
 CLASSIFIERS = {"hypothesis n-grams": hypothesis_only, "premise + hypothesis n-grams": premise_and_hypothesis}
-
-
-def fit(features: Callable[[Pair], list[str]], train: PairSet) -> Pipeline:
-    tf_idf = TfidfVectorizer(analyzer=features, min_df=MIN_PAIRS)
-    regression = LogisticRegression(C=C, tol=TOLERANCE, max_iter=MAX_ITERATIONS)
-    return make_pipeline(tf_idf, regression).fit(train.pairs, train.labels)
 
 
 def majority(labels: Sequence[int]) -> int:
@@ -113,19 +98,22 @@ class Baselines:
 
     def __init__(self, train: PairSet | None) -> None:
         self.train, self.missing = train, None if train is not None else "no training pairs"
-        self.fitted: dict[str, Pipeline] = {}
+        self.fitted: dict[str, Pipeline | None] = dict.fromkeys(CLASSIFIERS)
         try:
             if train is not None:
-                self.fitted = {name: fit(features, train) for name, features in CLASSIFIERS.items()}
+                self.fitted |= {name: fit(features, train) for name, features in CLASSIFIERS.items()}
         except ValueError as error:  # one label only, or no term that two pairs share: no reason to lose the rest
             self.missing = f"cannot be fitted to these training pairs ({str(error).splitlines()[0]})"
 
     def predict(self, pairs: PairSet) -> dict[str, list[int] | None]:
         """Predictions by the baseline's name; None for what is missing."""
-        source = "of training pairs" if self.train is not None else "of these pairs"
-        label = majority((pairs if self.train is None else self.train).labels)
-        found: dict[str, list[int] | None] = {f"majority {source}": [label] * len(pairs)}
-        fitted = {name: self.fitted.get(name) for name in CLASSIFIERS}
-        return found | {
-            n: None if model is None else model.predict(pairs.pairs).tolist() for n, model in fitted.items()
-        }
+        name, known = (
+            ("majority of these pairs", pairs) if self.train is None else ("majority of training pairs", self.train)
+        )
+        found: dict[str, list[int] | None] = {name: [majority(known.labels)] * len(pairs)}
+        return found | {n: model and model.predict(pairs.pairs).tolist() for n, model in self.fitted.items()}
+
+
+def fit(features: Callable[[Pair], list[str]], train: PairSet) -> Pipeline:
+    tf_idf = TfidfVectorizer(analyzer=features, min_df=MIN_PAIRS)
+    return make_pipeline(tf_idf, LogisticRegression(C=C, tol=1e-6, max_iter=1000)).fit(train.pairs, train.labels)

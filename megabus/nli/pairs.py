@@ -45,7 +45,6 @@ class PairSet:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Pairs of each label."""
         return {label: self.labels.count(place) for place, label in enumerate(LABELS)}
 
     @property
@@ -65,17 +64,17 @@ class PairSet:
 
 def read_jsonl(path: Path, key: str) -> PairSet:
     """Pairs of a file in SNLI's form, gzipped where its name ends with .gz. `key` names the file's option in errors."""
-    return _pair_set(str(path), _rows(path, key), FIELDS, key, path)
-
-
-def _rows(path: Path, key: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of each line that is not blank."""
     number = 0
-    try:
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        nonlocal number
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"line {number}", json.loads(line)
+
+    try:
+        return _pair_set(str(path), rows(), FIELDS, key, path)
     except FileNotFoundError as error:
         raise UserError(key, path, "no such file", "check the path") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -108,53 +107,50 @@ class Hub:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised below anyway
         datasets.disable_progress_bars()
         self.name, self.facts = name, HUB.get(name.lower(), HubData(name))
-        path = self.facts.path
+        saved = (Path(self.facts.path) / "dataset_dict.json").is_file()
         try:
-            on_disk = (Path(path) / "dataset_dict.json").is_file()
-            self._splits = datasets.load_from_disk(path) if on_disk else datasets.load_dataset(path)
+            self.splits = (datasets.load_from_disk if saved else datasets.load_dataset)(self.facts.path)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             remedy = "check the name and the connection, or give local files with --valid and --train"
             raise UserError("--data", name, f"cannot be read ({error})", remedy) from error
 
-    @property
-    def splits(self) -> list[str]:
-        return list(self._splits)
-
     def read(self, split: str) -> PairSet:
-        if split not in self._splits:
+        if split not in self.splits:
             raise UserError("--split", split, f"is no split of {self.name}", f"choose among {', '.join(self.splits)}")
-        data = self._splits[split]
-        missing = [column for column in COLUMNS if column not in data.column_names]
-        if missing:
+        data = self.splits[split]
+        if missing := [column for column in COLUMNS if column not in data.column_names]:
             problem = f"split {split} has no column {missing[0]}, its columns are {', '.join(data.column_names)}"
             raise UserError("--data", self.name, problem, f"it needs {', '.join(COLUMNS)}")
         names = dict(enumerate(getattr(data.features["label"], "names", None) or LABELS))
-        rows = data.select_columns(list(COLUMNS))
-        named = ((f"row {n}", row | {"label": names.get(row["label"], row["label"])}) for n, row in enumerate(rows))
+        rows = enumerate(data.select_columns(list(COLUMNS)))
+        named = ((f"row {n}", row | {"label": names.get(row["label"], row["label"])}) for n, row in rows)
         return _pair_set(f"{self.name}/{split}", named, COLUMNS, "--data", self.name)
 
 
 def _pair_set(name: str, rows: Iterator[tuple[str, Any]], fields: tuple[str, ...], key: str, value: object) -> PairSet:
     """Check and keep the rows; `key` and `value` say in an error where they came from."""
-    pairs, skipped, place, each = [], 0, "", f"each needs {', '.join(fields)}"
+
+    def wrong(problem: str, remedy: str) -> UserError:
+        return UserError(key, value, problem, remedy)
+
+    pairs, skipped, place, needs = [], 0, "", f"needs {', '.join(fields)}"
     for place, row in rows:
         if not isinstance(row, dict):
-            raise UserError(key, value, f"{place} is no JSON object", each.replace("each", "each line"))
-        for field in fields:
-            if field not in row:
-                raise UserError(key, value, f"{place} has no field {field}", each)
-        label, premise, hypothesis = (row[field] for field in fields)
+            raise wrong(f"{place} is no JSON object", f"each line {needs}")
+        if missing := [field for field in fields if field not in row]:
+            raise wrong(f"{place} has no field {missing[0]}", f"each {needs}")
+        label, *texts = (row[field] for field in fields)
         if str(label) in UNLABELLED:
             skipped += 1
             continue
         if label not in LABELS:
             allowed = f"allowed are {', '.join(LABELS)}, and {UNLABELLED[0]} for none"
-            raise UserError(key, value, f"{place} has {fields[0]} {label!r}", allowed)
-        for field, text in zip(fields[1:], (premise, hypothesis), strict=True):
+            raise wrong(f"{place} has {fields[0]} {label!r}", allowed)
+        for field, text in zip(fields[1:], texts, strict=True):
             if not isinstance(text, str):
-                raise UserError(key, value, f"{place} has {field} {text!r}", "it must be text")
-        pairs.append(Pair(LABELS.index(label), premise, hypothesis))
+                raise wrong(f"{place} has {field} {text!r}", "it must be text")
+        pairs.append(Pair(LABELS.index(label), *texts))
     if not pairs:
         problem = f"holds no pair with a gold label ({skipped} without)" if place else "is empty"
-        raise UserError(key, value, problem, "give labelled pairs")
+        raise wrong(problem, "give labelled pairs")
     return PairSet(name, pairs, skipped)

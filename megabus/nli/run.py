@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,20 +16,17 @@ import numpy as np
 import torch.distributed as dist
 
 from megabus.checkpoint.load import checkpoint_at
-from megabus.checkpoint.manifest import Heartbeat
 from megabus.checkpoint.restore import Found, restore, verified
-from megabus.checkpoint.save import TOKENIZER, Saver
-from megabus.checkpoint.state import Progress, SavedState
-from megabus.checkpoint.store import checkpoints_of
+from megabus.checkpoint.save import TOKENIZER, save_weights
 from megabus.config import Stage
 from megabus.data.order import permute
 from megabus.data.tokenizer import Tokenizer
 from megabus.engine.engine import Engine
-from megabus.engine.likelihood import SequenceLoss, padded, width_of
+from megabus.engine.likelihood import SequenceLoss, train_step
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
 from megabus.nli.pairs import Hub, PairSet, read_jsonl
-from megabus.nli.score import Encoder, Scores, score_pairs
+from megabus.nli.score import Encoder, Scorer, Scores
 from megabus.nli.settings import Settings
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.train.metrics import describe
@@ -49,10 +47,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All that is known when the ranks part, the same on each. Scores are in the order of data.reported.
-
-    curve: see `fine_tune`, empty without one; unit_error: largest | |row| - 1 | afterwards; saved: the new checkpoint.
-    """
+    """What every rank knows in the end; scores in the order of data.reported. curve: see `_point`, empty without
+    fine-tuning; unit_error: largest | |row| - 1 | afterwards; saved: the new checkpoint."""
 
     checkpoint: Path
     step: int
@@ -86,14 +82,15 @@ def read_data(settings: Settings) -> Data:
 
 def evaluate(settings: Settings) -> Outcome:
     """Score the pairs, fine-tune if asked to, and score them again; the settings are checked ones. Collective."""
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = defaultdict(float)
     with _timed(seconds, "start"):
         found = verified(rank_0_tells(lambda: checkpoint_at(settings.checkpoint)))
         with agreement():
             train, optimizer, stage = settings.engine_parts(found.state, dist.get_world_size())
             tokenizer = open_tokenizer(settings, found)
             encoder = Encoder(tokenizer, settings.template, stage.seq_len)
-        rank_0_tells(lambda: make_directories(settings))
+        rank_0_tells(lambda: make_directory("--out", settings.out))
+        rank_0_tells(lambda: make_directory("--save", settings.save))
         data = rank_0_tells(lambda: read_data(settings))  # one reader: all ranks have the same pairs
     with watched(settings.hang_timeout, dist.get_rank()) as watchdog:
         with _timed(seconds, "start"):
@@ -101,34 +98,21 @@ def evaluate(settings: Settings) -> Outcome:
             weights = replace(found.state, kinds=("weight",), optimizer_step=0)
             restore(replace(found, state=weights), engine, watchdog.heartbeat)
         _say(f"{found.folder}: {describe(stage)}, {count_parameters(stage.model):,} parameters, {settings.precision}")
-        score = partial(score_pairs, engine, encoder, heartbeat=watchdog.heartbeat)
+        scorer = Scorer(engine, encoder, watchdog.heartbeat)
         with _timed(seconds, "scoring"):
-            zero_shot = [score(pairs=pairs) for pairs in data.reported]
+            zero_shot = [scorer.score(pairs) for pairs in data.reported]
         fine_tuned, curve, saved = None, [], None
         if settings.fine_tune:
-            assert data.train is not None
-            batch = stage.global_batch_size
-            steps = steps_of(len(data.train), batch, settings.epochs)
-            _say(f"fine-tuning on {len(data.train):,} pairs: {steps:,} steps of {batch}")
             with _timed(seconds, "fine-tuning"):
-                curve, losses = [_point(0, 0, 0.0, None, score, data.watched)], []
-                lr_at = partial(learning_rate, optimizer, stage.lr)
-                for at, lr, loss in fine_tune(engine, encoder, data.train, steps, lr_at, watchdog.heartbeat):
-                    losses.append(loss)
-                    if at % settings.curve_every == 0 or at == steps:
-                        mean = sum(losses) / len(losses)
-                        curve.append(_point(at, at * batch, lr, mean, score, data.watched))
-                        losses = []
+                curve = list(fine_tune(scorer, data, settings, partial(learning_rate, optimizer, stage.lr)))
             with _timed(seconds, "scoring"):
-                fine_tuned = [score(pairs=pairs) for pairs in data.reported]
+                fine_tuned = [scorer.score(pairs) for pairs in data.reported]
             sections = {"train": train.model_dump(), "optimizer": optimizer.model_dump(), "growth": {"stages": []}}
-            saved = None if settings.save is None else _save(settings.save, sections, engine, tokenizer, steps)
+            if settings.save is not None:
+                saved = save_weights(settings.save, engine, curve[-1]["step"], sections, tokenizer.path)
         unit_error, step = engine.unit_error(), found.state.progress.step
         engine.close()
     return Outcome(found.folder, step, stage, data, zero_shot, fine_tuned, curve, unit_error, saved, seconds)
-
-
-# ---- fine-tuning
 
 
 def steps_of(n_pairs: int, batch_size: int, epochs: float) -> int:
@@ -142,41 +126,50 @@ def batch_places(step: int, batch_size: int, n_pairs: int, seed: int) -> list[in
     return [permute(place % n_pairs, n_pairs, seed, place // n_pairs) for place in places]
 
 
-def fine_tune(
-    engine: Engine, encoder: Encoder, train: PairSet, steps: int, lr_at: Callable[[float], float], heartbeat: Heartbeat
-) -> Iterator[tuple[int, float, float]]:
-    """Train on the gold labels; of each step, counted from 1, its learning rate and its loss in nats a label. `lr_at`
-    is a function of the share of the steps. Collective. Raises `UserError` where the loss is not finite."""
-    stage = engine.stage
-    for step in range(steps):
-        lr = lr_at((step + 0.5) / steps)  # at its middle, as in pre-training
-        places = batch_places(step, stage.global_batch_size, len(train), engine.train.seed)
-        pairs = [train.pairs[place] for place in places]
-        # Every rank encodes the whole batch: all of them must pad it to the same length.
-        sequences = [encoder.encode(pair.premise, pair.hypothesis, pair.label).sequence for pair in pairs]
-        width = width_of(max(sequence.n_inputs for sequence in sequences))
-        micro_steps = range(stage.grad_accum) if engine.needs_data else ()
-        batches = [padded([sequences[row] for row in engine.micro_rows(micro)], width) for micro in micro_steps]
-        result = engine.train_step(batches, lr, width)
+def fine_tune(scorer: Scorer, data: Data, settings: Settings, lr_at: Callable[[float], float]) -> Iterator[Row]:
+    """Train on the gold labels; points of the curve. `lr_at`: of the share of the steps. Collective. Raises `UserError`
+    where the loss is not finite."""
+    assert data.train is not None
+    pairs, batch, losses = data.train.pairs, scorer.engine.stage.global_batch_size, []
+    steps = steps_of(len(pairs), batch, settings.epochs)
+    _say(f"fine-tuning on {len(pairs):,} pairs: {steps:,} steps of {batch}")
+    yield _point(0, 0, 0.0, None, scorer, data.watched)
+    for step in range(1, steps + 1):
+        lr = lr_at((step - 0.5) / steps)  # at its middle, as in pre-training
+        some = [pairs[place] for place in batch_places(step - 1, batch, len(pairs), settings.seed)]
+        sequences = [scorer.encoder.encode(pair.premise, pair.hypothesis, pair.label).sequence for pair in some]
+        result = train_step(scorer.engine, sequences, lr)
         if not result.is_finite:  # known to all ranks
-            problem = f"the loss of step {step + 1} is {result.loss}, its gradient's norm {result.grad_norm}"
-            raise UserError("--lr", stage.lr, problem, "lower it")
-        heartbeat()
-        yield step + 1, lr, result.loss
+            problem = f"the loss of step {step} is {result.loss}, its gradient's norm {result.grad_norm}"
+            raise UserError("--lr", scorer.engine.stage.lr, problem, "lower it")
+        scorer.heartbeat()
+        losses.append(result.loss)
+        if step % settings.curve_every == 0 or step == steps:
+            yield _point(step, step * batch, lr, sum(losses) / len(losses), scorer, data.watched)
+            losses = []
 
 
-# ---- small parts
+def _point(step: int, pairs: int, lr: float, train_loss: float | None, scorer: Scorer, watched: PairSet | None) -> Row:
+    """A point of the curve, which is told: losses are in nats a label, that of training the mean since the last one."""
+    row: Row = {"step": step, "pairs": pairs, "lr": lr, "train_loss": train_loss}
+    row |= {"valid_accuracy": None, "valid_loss": None}
+    text = f"step {step:>5}" + ("" if train_loss is None else f" | loss {train_loss:.4f}  lr {lr:.2e}")
+    if watched is not None:
+        table, gold = scorer.score(watched).log_likelihood, np.array(watched.labels)
+        accuracy, loss = (table.argmax(1) == gold).mean(), -table[np.arange(len(gold)), gold].mean()
+        row |= {"valid_accuracy": float(accuracy), "valid_loss": float(loss)}
+        text += f" | valid loss {loss:.4f}  accuracy {accuracy:.1%}"
+    _say(text)
+    return row
 
 
-def make_directories(settings: Settings) -> None:
+def make_directory(key: str, path: Path | None) -> None:
     """Before hours of work, not after them."""
-    for key, path in (("--out", settings.out), ("--save", settings.save)):
-        try:
-            if path is not None:
-                path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror})"
-            raise UserError(key, path, problem, "choose a writable place") from error
+    try:
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(key, path, f"cannot be written ({error.strerror})", "choose a writable place") from error
 
 
 def open_tokenizer(settings: Settings, found: Found) -> Tokenizer:
@@ -189,38 +182,9 @@ def open_tokenizer(settings: Settings, found: Found) -> Tokenizer:
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """What the block takes is added under `name`."""
     begun = time.perf_counter()
     yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
-
-
-def _point(step: int, pairs: int, lr: float, train_loss: float | None, score: Any, watched: PairSet | None) -> Row:
-    """A point of the curve, which is told: losses are in nats a label, that of training the mean since the last one."""
-    row: Row = {"step": step, "pairs": pairs, "lr": lr, "train_loss": train_loss}
-    row |= {"valid_accuracy": None, "valid_loss": None}
-    text = f"step {step:>5}" + ("" if train_loss is None else f" | loss {train_loss:.4f}  lr {lr:.2e}")
-    if watched is not None:
-        table, gold = score(pairs=watched).log_likelihood, np.array(watched.labels)
-        hits = table.argmax(1) == gold
-        loss = -table[np.arange(len(gold)), gold].mean()
-        row |= {"valid_accuracy": float(hits.mean()), "valid_loss": float(loss)}
-        text += f" | valid loss {loss:.4f}  accuracy {hits.mean():.1%}"
-    _say(text)
-    return row
-
-
-def _save(folder: Path, config: dict[str, Any], engine: Engine, tokenizer: Tokenizer, steps: int) -> Path | None:
-    """Write the fine-tuned weights, without moments, as a checkpoint of `steps` steps. Collective."""
-    saver = Saver(checkpoints_of(folder), 1, None, False, str(tokenizer.path))
-    model, layout = engine.stage.model, engine.stage.layout
-    state = SavedState(Progress(step=steps), 0, model, layout, 0, ("weight",), {}, config, {})
-    saver.start(state, engine.placement, engine.read())
-    save = saver.wait()
-    assert save is not None
-    if save.error is not None:
-        raise save.error
-    return save.folder
+    seconds[name] += time.perf_counter() - begun
 
 
 def _say(text: str) -> None:

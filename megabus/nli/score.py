@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import datasets
 import numpy as np
-from lm_eval import evaluator
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.task import ConfigurableTask
 
 from megabus.data.tokenizer import Tokenizer
 from megabus.engine.engine import Engine
-from megabus.engine.likelihood import Sequence, log_likelihoods
+from megabus.engine.harness import EngineLM, MultipleChoice
+from megabus.engine.likelihood import Sequence
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS, Pair, PairSet
 from megabus.nli.prompt import Template
@@ -29,8 +24,8 @@ CONTENT_FREE = "N/A"  # stands for both sentences in a prompt that says nothing 
 class Scores:
     """What a model says of N pairs. log_likelihood: of each label's tokens, summed, in nats, (N, 3) fp64.
 
-    content_free: the same after a prompt without content, (3,). label_chars: characters of each label, (3,).
-    n_cut: pairs whose premise lost tokens for room; n_beyond: those that lost more than the premise.
+    content_free: the same after a prompt without content, (3,). label_chars: characters of each label, (3,). n_cut:
+    pairs whose premise lost tokens for room; n_beyond: those that lost more than the premise.
     """
 
     log_likelihood: np.ndarray
@@ -61,9 +56,9 @@ class Encoded(NamedTuple):
 class Encoder:
     """Turns pairs to tokens, at most `max_length` of them inputs of the model.
 
-    A prompt and its label are encoded together, as lm-evaluation-harness does it: what follows the prompt's own number
-    of tokens is the label, white space at the prompt's end included. What is too long loses tokens from the premise's
-    left, and, where that is not enough, from the left of the rest.
+    A prompt and its label are encoded together, as lm-evaluation-harness does it: after the prompt's own number of
+    tokens comes the label, and white space at the prompt's end is the label's. What is too long loses tokens from the
+    premise's left and, where that is not enough, from the left of the rest.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: Template, max_length: int) -> None:
@@ -96,66 +91,26 @@ class Encoder:
         return Encoded(Sequence(kept, n_label), n_cut, n_cut > last - first)
 
 
-class EngineLM(LM):
-    """An engine with a `SequenceLoss` as a model of lm-evaluation-harness, for tasks whose documents have `premise` and
-    `hypothesis`. Every rank asks and is answered everything: to the harness each is alone. encoded: what was read."""
+class Scorer:
+    """What an engine says of pairs."""
 
     def __init__(self, engine: Engine, encoder: Encoder, heartbeat: Callable[[], None]) -> None:
-        super().__init__()
         self.engine, self.encoder, self.heartbeat = engine, encoder, heartbeat
-        self.encoded: list[Encoded] = []
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each label after its prompt, in nats; whether it is the likeliest text is not computed. Collective."""
-        docs = ((request.doc["premise"], request.doc["hypothesis"], request.idx) for request in requests)
-        self.encoded = [self.encoder.encode(*doc) for doc in docs]
-        sequences = [encoded.sequence for encoded in self.encoded]
-        return [(value, False) for value in log_likelihoods(self.engine, sequences, self.heartbeat).tolist()]
+    def score(self, pairs: PairSet) -> Scores:
+        """Score every label of every pair; the same on every rank. Collective."""
+        template, read = self.encoder.template, list[Encoded]()
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise NotImplementedError("only labels after prompts are scored")
+        def encode(request: Instance) -> Sequence:
+            read.append(self.encoder.encode(request.doc["premise"], request.doc["hypothesis"], request.idx))
+            return read[-1].sequence
 
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("only labels after prompts are scored")
-
-
-class PairTask(ConfigurableTask):
-    """Pairs as a task of lm-evaluation-harness: the one of configs/eval/nli, with any template."""
-
-    def __init__(self, pairs: list[Pair], template: Template) -> None:
-        self.dataset = {"test": datasets.Dataset.from_list([pair._asdict() for pair in pairs])}
-        config = {
-            "task": "megabus_nli",
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": lambda doc: template.prompt(doc["premise"], doc["hypothesis"]),
-            "doc_to_choice": list(template.labels),
-            "doc_to_target": "label",
-            "target_delimiter": "",
-            "num_fewshot": 0,
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        }
-        super().__init__(config=config)
-
-    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """The pairs are there."""
-
-    def build_all_requests(self, **options: Any) -> None:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its bar cannot be switched off
-            super().build_all_requests(**options)
-
-
-def score_pairs(engine: Engine, encoder: Encoder, pairs: PairSet, heartbeat: Callable[[], None]) -> Scores:
-    """Score every label of every pair; the same on every rank. Collective."""
-    lm = EngineLM(engine, encoder, heartbeat)
-    task = PairTask([*pairs.pairs, Pair(0, CONTENT_FREE, CONTENT_FREE)], encoder.template)
-    samples = evaluator.evaluate(lm, {"megabus_nli": task}, bootstrap_iters=0)["samples"]["megabus_nli"]
-    table = np.array([[value for value, _ in sample["filtered_resps"]] for sample in samples])
-    by_pair = [lm.encoded[i : i + len(LABELS)] for i in range(0, len(LABELS) * len(pairs), len(LABELS))]
-    return Scores(
-        log_likelihood=table[:-1],
-        content_free=table[-1],
-        label_chars=np.array([len(text) for text in encoder.template.labels], dtype=np.float64),
-        n_cut=sum(any(encoded.n_cut for encoded in group) for group in by_pair),
-        n_beyond=sum(any(encoded.beyond for encoded in group) for group in by_pair),
-    )
+        documents = [pair._asdict() for pair in (*pairs.pairs, Pair(0, CONTENT_FREE, CONTENT_FREE))]
+        task = MultipleChoice(
+            documents, lambda doc: template.prompt(doc["premise"], doc["hypothesis"]), [*template.labels]
+        )
+        table = task.score(EngineLM(self.engine, encode, self.heartbeat))
+        cuts = np.array([(encoded.n_cut > 0, encoded.beyond) for encoded in read])
+        n_cut, n_beyond = cuts.reshape(len(table), len(LABELS), 2)[:-1].any(1).sum(0).tolist()
+        chars = np.array([len(text) for text in template.labels], dtype=np.float64)
+        return Scores(table[:-1], table[-1], chars, n_cut, n_beyond)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,10 +43,8 @@ Seed = Annotated[int, _range(lambda n: 0 <= n < 2**63, "is out of range", "give 
 
 @dataclass(frozen=True)
 class Settings:
-    """See `megabus evaluate-nli --help`. Counts in pairs; None: all of them, or found out from the checkpoint.
-
-    Raises `UserError` on a number out of its range.
-    """
+    """See `megabus evaluate-nli --help`. Counts in pairs; None: all of them, or found out from the checkpoint. Raises
+    `UserError` on a number out of its range."""
 
     checkpoint: Path
     tokenizer: Path | None = None
@@ -85,32 +83,32 @@ class Settings:
         """Raise `UserError` on what can be seen before anything is read."""
         if find_spec("lm_eval") is None:
             raise MissingExtraError("lm_eval", "eval")
+        for wrong, key, value, problem, remedy in self._rules():
+            if wrong:
+                raise UserError(key, value, problem, remedy)
+
+    def _rules(self) -> Iterator[tuple[object, str, object, str, str]]:
+        """What would be wrong, and the error that says so; what comes later may rely on what comes before."""
         files = {"--valid": self.valid, "--test": self.test, "--train": self.train}
         given = {key: path for key, path in files.items() if path is not None}
-        if self.data is not None and given:
-            raise UserError("--data", self.data, f"and {next(iter(given))} are two sources", "give one of them")
-        if self.data is None and self.valid is None and self.test is None:
-            raise UserError("--data", "(missing)", "there is nothing to evaluate", "give it, or --valid FILE")
-        if self.data is None and self.split is not None:
-            raise UserError("--split", " ".join(self.split), "is of --data, which is not given", "leave it out")
-        if self.valid is not None and self.valid == self.test:
-            raise UserError("--test", self.test, "is --valid too", "give it once")
-        for split, count in Counter(self.split or ()).items():
-            if count > 1:
-                raise UserError("--split", split, "is given twice", "give it once")
+        hub, splits, save, none = self.data is not None, self.split or (), self.save, "(missing)"
+        reported, tuned_on = hub or self.valid or self.test, hub or self.train
+        yield hub and given, "--data", self.data, f"and {next(iter(given), '')} are two sources", "give one of them"
+        yield not reported, "--data", none, "there is nothing to evaluate", "give it, or --valid FILE"
+        yield not hub and splits, "--split", " ".join(splits), "is of --data, which is not given", "leave it out"
+        yield self.valid and self.valid == self.test, "--test", self.test, "is --valid too", "give it once"
+        for split, count in Counter(splits).items():
+            yield count > 1, "--split", split, "is given twice", "give it once"
         for key, path in given.items():
-            if not path.is_file():
-                raise UserError(key, path, "no such file", "check the path")
-        if self.fine_tune and self.data is None and self.train is None:
-            raise UserError("--train", "(missing)", "there is nothing to fine-tune on", "give a file of pairs")
-        if self.save is not None and not self.fine_tune:
-            raise UserError("--save", self.save, "there is nothing new to save", "add --fine-tune")
-        if self.save is not None and complete(checkpoints_of(self.save)):
-            raise UserError("--save", self.save, "holds checkpoints already", "choose another, or remove it")
-        if self.out is not None and (self.out / RESULTS).exists():
-            raise UserError("--out", self.out, "holds results already", "choose another, or remove it")
-        if self.predictions and self.out is None:
-            raise UserError("--predictions", "given", "there is no directory to write them to", "give --out")
+            yield not path.is_file(), key, path, "no such file", "check the path"
+        nothing = "there is nothing to fine-tune on"
+        yield self.fine_tune and not tuned_on, "--train", none, nothing, "give a file of pairs"
+        yield save and not self.fine_tune, "--save", save, "there is nothing new to save", "add --fine-tune"
+        other = "choose another, or remove it"
+        yield save and complete(checkpoints_of(save)), "--save", save, "holds checkpoints already", other
+        yield self.out and (self.out / RESULTS).exists(), "--out", self.out, "holds results already", other
+        where = "there is no directory to write them to"
+        yield self.predictions and self.out is None, "--predictions", "given", where, "give --out"
 
     def as_json(self) -> dict[str, Any]:
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
@@ -133,10 +131,9 @@ class Settings:
             gradient_clipping=self.gradient_clipping,
             seed=self.seed,
         )
-        falls = {"schedule": "wsd", "decay_share": 1 - self.warmup_share}  # to 0, in a line after the warm-up
-        optimizer = OptimizerConfig.model_validate(
-            {"lr": self.lr, "warmup_share": self.warmup_share, "weight_decay": self.weight_decay}
-            | ({"schedule": "constant"} if self.schedule == "constant" else falls)
-        )
+        linear = {"schedule": "wsd", "decay_share": 1 - self.warmup_share}  # to 0, in a line after the warm-up
+        schedule = linear if self.schedule == "linear" else {"schedule": "constant"}
+        rates = {"lr": self.lr, "warmup_share": self.warmup_share, "weight_decay": self.weight_decay}
+        optimizer = OptimizerConfig.model_validate(rates | schedule)
         layout = LayoutConfig(tp=self.tp, pp=self.pp, dp=self.dp)
         return train, optimizer, single_stage(state.model, layout, train, optimizer, world)

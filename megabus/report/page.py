@@ -12,8 +12,9 @@ import jinja2
 import megabus
 from megabus.errors import UserError
 from megabus.report.curves import PANELS, Curve, Drawn, Panel, drawn, gain_panels
+from megabus.report.figure import COLOURS
 from megabus.report.pictures import plot_curves
-from megabus.report.plots import COLOURS, plot_loss, stage_table
+from megabus.report.plots import plot_loss, stage_table
 from megabus.report.run_facts import (
     GROWTH_WORDS,
     RunFacts,

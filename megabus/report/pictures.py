@@ -7,9 +7,9 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megabus.errors import UserError
 from megabus.report.curves import Curve, Drawn, Panel
-from megabus.report.plots import COLOURS, STYLE, X_LABEL
+from megabus.report.figure import COLOURS, dress, picture
+from megabus.report.plots import X_LABEL
 from megabus.table import si
 
 if TYPE_CHECKING:
@@ -20,15 +20,12 @@ _COLUMNS = 3
 
 def plot_curves(names: Sequence[str], panels: Sequence[Panel], runs: Sequence[Drawn], out_png: Path) -> Path:
     """Draw every panel but the loss that has anything to show, over tokens; the file."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     shown = [i for i, panel in enumerate(panels) if panel.key != "loss" and any(any(run.curves[i]) for run in runs)]
     lines = -(-max(1, len(shown)) // _COLUMNS)
-    with mpl.rc_context(STYLE | {"font.size": 8, "axes.formatter.use_mathtext": True}):
-        figure = Figure(figsize=(11.0, 0.4 + 2.3 * lines), dpi=130, layout="constrained")
-        FigureCanvasAgg(figure)  # draws into memory: no display, no pyplot state
+    size, style = (11.0, 0.4 + 2.3 * lines), {"font.size": 8, "axes.formatter.use_mathtext": True}
+    with picture(out_png, size, dpi=130, layout="constrained", style=style) as figure:
         grid = figure.subplots(lines, _COLUMNS, squeeze=False).flatten()
         for axes in grid[len(shown) :]:
             axes.set_visible(False)
@@ -37,12 +34,8 @@ def plot_curves(names: Sequence[str], panels: Sequence[Panel], runs: Sequence[Dr
         if not shown:
             figure.suptitle("nothing but the loss has been logged")
         elif len(names) > 1:
-            handles = [mpl.lines.Line2D([], [], color=COLOURS[n % len(COLOURS)]) for n in range(len(names))]
+            handles = [Line2D([], [], color=COLOURS[n % len(COLOURS)]) for n in range(len(names))]
             figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False)
-        try:
-            figure.savefig(out_png)
-        except (OSError, ValueError) as error:
-            raise UserError("picture", out_png, f"cannot be written ({error})", "name a writable .png") from error
     return out_png
 
 
@@ -66,9 +59,7 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[tuple[Drawn, list[Curve | Non
     axes.xaxis.set_major_formatter(lambda tokens, _: si(tokens))
     if panel.log and any(y and y > 0 for _, curves in runs for c in curves if c for y in c.get("y", [])):
         axes.set_yscale("log")
-    axes.grid(color="#e6e9ec", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes, width=0.7)
 
 
 def _alone(tokens: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:

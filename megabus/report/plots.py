@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megabus.errors import UserError
+from megabus.report.figure import COLOURS, dress, picture
 from megabus.report.history import MetricsRow, XAxis, places, read_metrics
 from megabus.table import aligned, si
 
@@ -19,18 +20,6 @@ if TYPE_CHECKING:
 _SHORT = {"d_model": "d", "n_layers": "L", "n_heads": "H", "n_kv_heads": "KV", "d_ff": "ff"}
 _REASON = {"kappa": "κ", "cap": "cap"}
 X_LABEL = {"flops": "training compute (FLOPs)", "tokens": "tokens", "time": "training time (hours)"}
-COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#5c6b73")
-INK, FAINT = "#22282e", "#8b949e"
-STYLE = {  # of every picture of the project
-    "font.size": 10,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-}
 _HEIGHT = 4.6  # of the axes, in inches
 MOST_FLAGS = 40  # labels of growths that a picture has room for
 
@@ -40,16 +29,10 @@ MOST_FLAGS = 40  # labels of growths that a picture has room for
 
 def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "flops", log_x: bool = False) -> Path:
     """Draw training loss (faint), validation loss and growth (labelled lines) of the runs; the file."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if x not in X_LABEL:
         raise UserError("x", x, "no such axis", f"use one of {', '.join(X_LABEL)}")
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
-    with mpl.rc_context(STYLE | {"axes.formatter.use_mathtext": True}):
-        figure = Figure(figsize=(9.6, _HEIGHT), dpi=150)
-        FigureCanvasAgg(figure)  # draws into memory: no display, no pyplot state
+    with picture(out_png, (9.6, _HEIGHT), style={"axes.formatter.use_mathtext": True}) as figure:
         axes = figure.add_axes((0.075, 0.1, 0.895, 0.8))
         labels = []
         for i, (run_dir, rows) in enumerate(zip(run_dirs, runs, strict=True)):
@@ -58,10 +41,6 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
             labels += [(at, text, colour) for at, text in _growths(rows, x)]
         _dress(axes, runs, x, log_x)
         _lay_labels(figure, axes, labels)
-        try:
-            figure.savefig(out_png)
-        except (OSError, ValueError) as error:
-            raise UserError("picture", out_png, f"cannot be written ({error})", "name a writable .png") from error
     return Path(out_png)
 
 
@@ -125,9 +104,7 @@ def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bo
         axes.xaxis.set_major_formatter(lambda tokens, _: si(tokens))
     axes.set_xlabel(X_LABEL[x], labelpad=6)
     axes.set_ylabel("loss (nats per token)", labelpad=6)
-    axes.grid(color="#e6e9ec", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes)
     axes.tick_params(length=3)
     axes.legend(
         title="validation loss  (faint: training)",
