@@ -28,18 +28,6 @@ class UserError(Exception):
         return type(self), (self.key, str(self.value), self.problem, self.remedy)
 
 
-class MissingExtraError(UserError):
-    """A package that only some commands need is not there; `pip install megabus[extra]` brings it."""
-
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(package, "(missing)", "is not installed", f"pip install megabus[{extra}]")
-        self.args = (f"needs {package}: {self.remedy}",)
-        self.extra = extra
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.key, self.extra)
-
-
 def say(text: str) -> None:
     """Print a line. A log on a full disk must not end a run, so what cannot be printed is lost."""
     with contextlib.suppress(OSError):

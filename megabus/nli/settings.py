@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config.schema import LayoutConfig, OptimizerConfig, TrainConfig
 from megabus.config.stages import Stage, single_stage
-from megabus.errors import MissingExtraError, UserError
+from megabus.errors import UserError
 from megabus.nli.prompt import Template
 
 if TYPE_CHECKING:
@@ -81,8 +80,6 @@ class Settings:
 
     def check(self) -> None:
         """Raise `UserError` on what can be seen before anything is read."""
-        if find_spec("lm_eval") is None:
-            raise MissingExtraError("lm_eval", "eval")
         for wrong, key, value, problem, remedy in self._rules():
             if wrong:
                 raise UserError(key, value, problem, remedy)

@@ -89,6 +89,7 @@ def test_the_extras_are_those_of_the_project():
         ("tensorboard", ["train", "log.tensorboard=true"], "log.tensorboard = true: needs tensorboard: pip install"),
         ("matplotlib", ["plot", "run"], "command = plot: needs matplotlib: pip install megabus[report]; "),
         ("jinja2", ["report", "run"], "command = report: needs jinja2: pip install megabus[report]; "),
+        ("lm_eval", ["evaluate-nli", "run"], "command = evaluate-nli: needs lm_eval: pip install megabus[eval]; "),
         ("sklearn", ["evaluate-nli", "run"], "command = evaluate-nli: needs scikit-learn: pip install megabus[eval]; "),
         (
             "matplotlib",

@@ -255,13 +255,6 @@ def test_a_full_directory_is_not_saved_into(places):
     assert "holds checkpoints already; choose another, or remove it" in message_of(settings.check)
 
 
-def test_a_missing_harness_is_told_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr("megabus.nli.settings.find_spec", lambda name: None)
-    settings = Settings(Path("nowhere"), valid=Path("nowhere"), out=Path("nowhere"))
-    assert message_of(settings.check) == "needs lm_eval: pip install megabus[eval]"
-    assert not Path("nowhere").exists()
-
-
 # ---- metrics
 
 
