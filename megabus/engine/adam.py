@@ -16,7 +16,7 @@ class LightAdamW(torch.optim.AdamW):
     """torch's AdamW without the decorators that keep its methods out of compiled graphs: they import torch._dynamo, a
     second of every start, and megabus compiles no optimizer."""
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))  # type: ignore[assignment]
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
