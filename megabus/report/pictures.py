@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _COLUMNS = 3  # of the picture
 _CLIPPED = ("loss", "target")  # panels whose first values would flatten the rest
 _FAULT = "#b3261e"
-_SIZES = {"loss": (1180, 340)}  # of the page's drawings, in units of their view box
+_SIZES = {"loss": (1000, 320)}  # of the page's drawings, in units of their view box
 _SIZE = (370, 225)
 _THEME = {  # the page's colours, which are others in the dark
     **{colour: f"var(--run{number})" for number, colour in enumerate(COLOURS)},
@@ -79,7 +79,9 @@ def view_of(runs: Sequence[RunCurves], x: XAxis, log: bool = False) -> View:
 # ---- one panel
 
 
-def draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunCurves], curves: Sequence[list[Curve | None]], view: View):  # type: ignore[no-untyped-def]
+def draw_panel(
+    axes: Axes, panel: Panel, runs: Sequence[RunCurves], curves: Sequence[list[Curve | None]], view: View
+) -> None:
     """Draw the panel's curves (by run, then by line) and the runs' growths and faults, in place of what was there."""
     for artist in [*axes.lines, *axes.collections, *axes.texts]:
         artist.remove()
@@ -87,6 +89,9 @@ def draw_panel(axes: Axes, panel: Panel, runs: Sequence[RunCurves], curves: Sequ
     axes.set_yscale("log" if panel.log and limits else "linear")
     dress(axes, view.x, view.log, view.unit)
     axes.set_xlim(view.low * view.scale, view.high * view.scale)
+    if not view.log:  # as many as have room
+        letters = 8 if view.x == "flops" else 6
+        axes.locator_params(axis="x", nbins=max(2, int(_points(axes) / letters / _font_size(axes))))
     if limits is None or (view.log and not any(_positive(run, view.x) for run in runs)):
         axes.set_ylim(0, 1)
         axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", transform=axes.transAxes)
@@ -147,13 +152,12 @@ def _apart(axes: Axes, xs: np.ndarray) -> np.ndarray:
     """One of those that would fall on the same point of the drawing: of a thousand growths a page stays small."""
     xs = xs[np.isfinite(xs)]
     at = axes.transData.transform(np.stack([xs, np.ones_like(xs)], axis=1))[:, 0]
-    return xs[np.unique(np.round(at * 72 / axes.figure.dpi), return_index=True)[1]]
+    return xs[np.unique(np.round(at * 72 / float(axes.figure.dpi)), return_index=True)[1]]
 
 
 def _number_growths(axes: Axes, runs: Sequence[RunCurves], view: View, names: bool) -> None:
     """Names over the growths where there is room, if wanted, then numbers, then nothing."""
-    width = axes.bbox.width * 72 / axes.figure.dpi  # points
-    size = axes.xaxis.label.get_fontsize()
+    width, size = _points(axes), _font_size(axes)
     transform = axes.transData + axes.transAxes.inverted()
     labels = sorted(
         (float(transform.transform((mark[view.x] * view.scale, 0))[0]) * width, number, str(i), mark["text"])
@@ -173,6 +177,15 @@ def _number_growths(axes: Axes, runs: Sequence[RunCurves], view: View, names: bo
             shown, (at / width, 1), color=colour, fontsize=size, gid=f"run{number}", parse_math=False, **place
         )
         free = at + 0.62 * size * (len(shown) + 1)
+
+
+def _points(axes: Axes) -> float:
+    """The width in points."""
+    return float(axes.bbox.width * 72 / float(axes.figure.dpi))
+
+
+def _font_size(axes: Axes) -> float:
+    return float(axes.xaxis.label.get_fontsize())
 
 
 def _heights(panel: Panel, curves: Sequence[list[Curve | None]]) -> Iterator[float]:
