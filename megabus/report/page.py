@@ -151,7 +151,7 @@ def render(report: Report) -> str:
 
 
 def _packed(drawn_panels: dict[str, dict[str, str]]) -> str:
-    """A fiftieth of their length: the drawings of a panel differ in little."""
+    """Less than a seventh of their length, as the drawings of a panel differ in little."""
     return base64.b64encode(gzip.compress(json.dumps(drawn_panels).encode(), mtime=0)).decode()
 
 

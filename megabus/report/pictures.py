@@ -90,7 +90,7 @@ def draw_panel(
     dress(axes, view.x, view.log, view.unit)
     axes.set_xlim(view.low * view.scale, view.high * view.scale)
     if not view.log:  # as many as have room
-        letters = 8 if view.x == "flops" else 6
+        letters = 6 if view.x == "flops" else 5
         axes.locator_params(axis="x", nbins=max(2, int(_points(axes) / letters / _font_size(axes))))
     if limits is None or (view.log and not any(_positive(run, view.x) for run in runs)):
         axes.set_ylim(0, 1)
@@ -140,7 +140,7 @@ def _draw_marks(axes: Axes, run: RunCurves, number: int, view: View) -> None:
     if len(grown):
         xs = np.stack([grown, grown, np.full_like(grown, np.nan)], axis=1).ravel()
         own: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "gid": f"run{number}"}
-        lines = {"linewidth": 0.9, "linestyle": (0, (3, 3)), "alpha": 0.8}
+        lines: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (3, 3)), "alpha": 0.8}
         axes.plot(xs, [0.0, 1.0, np.nan] * len(grown), transform=across, **own, **lines)
     failed = _apart(axes, _numbers([mark[view.x] for mark in run.faults], view.log) * view.scale)
     if len(failed):
