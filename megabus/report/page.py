@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 
 import megabus
 from megabus.errors import UserError
-from megabus.report.curves import PANELS, Curve, Drawn, Panel, drawn, gain_panels
+from megabus.report.curves import PANELS, Curve, Panel, drawn, gain_panels
 from megabus.report.figure import COLOURS
-from megabus.report.pictures import plot_curves
+from megabus.report.pictures import RunCurves, drawings, plot_curves
 from megabus.report.plots import plot_loss, stage_table
 from megabus.report.run_facts import (
     GROWTH_WORDS,
@@ -27,22 +31,28 @@ from megabus.report.run_facts import (
 )
 
 _FILES = Path(__file__).parent / "page"
+_MOST_MARKS = 1000  # of a run's faults
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page and its pictures show. thinned: by run."""
+    """All that the page and its pictures show. curves: by run."""
 
     runs: list[RunFacts]
     panels: list[Panel]
-    thinned: list[Drawn]
+    curves: list[RunCurves]
 
 
 def gather(run_dirs: Sequence[str | Path]) -> Report:
     """Read the runs. Raises `UserError` for what is none, or holds what no run writes."""
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
     panels = [*PANELS, *gain_panels([run.rows for run in runs])]
-    return Report(runs, panels, [drawn(run.tracks, panels) for run in runs])
+    return Report(runs, panels, [_curves(run, panels) for run in runs])
+
+
+def _curves(run: RunFacts, panels: Sequence[Panel]) -> RunCurves:
+    fault_marks = [_fault_mark(run, fault) for fault in faults(run)[:_MOST_MARKS]]
+    return RunCurves(run.name, drawn(run.tracks, panels), growth_marks(run), fault_marks)
 
 
 def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Path:
@@ -51,7 +61,7 @@ def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Path:
     report = gather(run_dirs)
     page = _write(report, Path(out_dir))
     plot_loss(run_dirs, page.with_name("loss.png"))
-    plot_curves([run.name for run in report.runs], report.panels, report.thinned, page.with_name("curves.png"))
+    plot_curves(report.panels, report.curves, page.with_name("curves.png"))
     return page
 
 
@@ -87,8 +97,9 @@ def names_of(run_dirs: Sequence[str | Path]) -> list[str]:
 
 def render(report: Report) -> str:
     """The HTML."""
-    runs, panels, thinned = report.runs, report.panels, report.thinned
-    shown = [i for i in range(len(panels)) if any(curve for run in thinned for curve in run.curves[i])]
+    runs, panels, curves = report.runs, report.panels, report.curves
+    shown = [i for i in range(len(panels)) if any(curve for run in curves for curve in run.drawn.curves[i])]
+    drawn_panels = drawings(panels, curves, shown)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FILES),
         autoescape=True,
@@ -96,44 +107,53 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found = [list(faults(run)) for run in runs]
     data = {
         "runs": [
             {
                 "name": run.name,
-                "growths": growth_marks(run),
-                "faults": [_fault_mark(run, fault) for fault in found[number][:1000]],
-                "places": thinned[number].places,
-                "curves": {panels[i].key: thinned[number].curves[i] for i in shown},
+                "growths": run.growths,
+                "faults": run.faults,
+                "places": run.drawn.places,
+                "curves": {panels[i].key: run.drawn.curves[i] for i in shown},
             }
-            for number, run in enumerate(runs)
+            for run in curves
         ],
         "panels": [
             {
                 "key": panels[i].key,
-                "title": panels[i].title,
-                "unit": panels[i].unit,
-                "log": panels[i].log,
-                "lines": [{"event": o.event, "label": o.label, "shape": o.shape} for o in panels[i].lines],
+                "lines": [{"event": line.event, "label": line.label} for line in panels[i].lines],
             }
             for i in shown
         ],
+        "drawings": _packed(drawn_panels),
     }
     return environment.get_template("report.html").render(
         version=megabus.__version__,
         runs=runs,
         n_colours=len(COLOURS),
-        panels=[(panels[i], _in_words(runs, panels[i], [run.curves[i] for run in thinned])) for i in shown],
+        panels=[
+            (
+                panels[i],
+                _in_words(runs, panels[i], [run.drawn.curves[i] for run in curves]),
+                markupsafe.Markup(drawn_panels[panels[i].key]["tokens"]),  # matplotlib has escaped what it wrote
+            )
+            for i in shown
+        ],
         missing=[panel for i, panel in enumerate(panels) if i not in shown],
         finals=_beside([final_figures(run) for run in runs]),
         stages=[stage_table(run.curve_rows) for run in runs],
         words=GROWTH_WORDS,
         growths=[shortened(growth_table(run)) for run in runs],
-        faults=[shortened(of_run) for of_run in found],
+        faults=[shortened(faults(run)) for run in runs],
         config=_beside([run.config for run in runs]),
         environment=_beside([run.environment for run in runs]),
         data=data,
     )
+
+
+def _packed(drawn_panels: dict[str, dict[str, str]]) -> str:
+    """Less than a seventh of their length, as the drawings of a panel differ in little."""
+    return base64.b64encode(gzip.compress(json.dumps(drawn_panels).encode(), mtime=0)).decode()
 
 
 def _beside(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str], bool]]:

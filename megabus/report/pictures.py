@@ -1,83 +1,286 @@
-"""The page's diagrams, but for the loss, as one PNG: for papers, chats and mails."""
+"""The curves of runs, drawn: a picture of all panels, and the drawings that the page holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import isfinite
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
 
 from megabus.report.curves import Curve, Drawn, Panel
-from megabus.report.figure import COLOURS, dress, picture
-from megabus.report.plots import X_LABEL
-from megabus.table import si
+from megabus.report.figure import COLOURS, FAINT, GRID, INK, STYLE, picture
+from megabus.report.history import XAxis
+from megabus.report.plots import dress_curves, short, span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLUMNS = 3
+_COLUMNS = 3  # of the picture
+_CLIPPED = ("loss", "target")  # panels whose first values would flatten the rest
+_FAULT = "#b3261e"
+_SIZES = {"loss": (1000, 320)}  # of the page's drawings, in units of their view box
+_SIZE = (370, 225)
+_THEME = {  # the page's colours, which are others in the dark
+    **{colour: f"var(--run{number})" for number, colour in enumerate(COLOURS)},
+    INK: "var(--ink)",
+    FAINT: "var(--faint)",
+    GRID: "var(--rule)",
+    _FAULT: "var(--fault)",
+}
 
 
-def plot_curves(names: Sequence[str], panels: Sequence[Panel], runs: Sequence[Drawn], out_png: Path) -> Path:
+@dataclass(frozen=True)
+class RunCurves:
+    """A run as it is drawn. growths, faults: a mark each, with its place on every axis and its `text`."""
+
+    name: str
+    drawn: Drawn
+    growths: list[dict[str, Any]]
+    faults: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class View:
+    """The stretch of the horizontal axis that every panel shows: from low to high, in hours where it is time.
+
+    unit: of time; scale: from hours to it.
+    """
+
+    x: XAxis
+    log: bool
+    low: float
+    high: float
+    unit: str = "hours"
+    scale: float = 1.0
+
+    @property
+    def key(self) -> str:
+        return f"{self.x} log" if self.log else self.x
+
+
+def view_of(runs: Sequence[RunCurves], x: XAxis, log: bool = False) -> View:
+    """What all runs cover; linear axes begin at zero."""
+    every = [at for run in runs for places in run.drawn.places.values() for at in places[x] if at is not None]
+    seen = [at for at in every if at > 0] if log else [*every, 0.0]
+    low, high = min(seen, default=1.0), max(seen, default=1.0)
+    if low == high:
+        high = low + (abs(low) or 1.0)
+    if x != "time":
+        return View(x, log, low, high)
+    unit, scale = ("hours", 1.0) if high > 2 else ("minutes", 60.0) if high > 1 / 30 else ("seconds", 3600.0)
+    return View(x, log, low, high, unit, scale)
+
+
+# ---- one panel
+
+
+def draw_panel(
+    axes: Axes, panel: Panel, runs: Sequence[RunCurves], curves: Sequence[list[Curve | None]], view: View
+) -> None:
+    """Draw the panel's curves (by run, then by line) and the runs' growths and faults, in place of what was there."""
+    for artist in [*axes.lines, *axes.collections, *axes.texts]:
+        artist.remove()
+    limits = span(list(_heights(panel, curves)), panel.log, clipped=panel.key in _CLIPPED)
+    axes.set_yscale("log" if panel.log and limits else "linear")
+    dress_curves(axes, view.x, view.log, view.unit)
+    axes.set_xlim(view.low * view.scale, view.high * view.scale)
+    if not view.log:  # as many as have room
+        letters = 6 if view.x == "flops" else 5
+        axes.locator_params(axis="x", nbins=max(2, int(_points(axes) / letters / _font_size(axes))))
+    if limits is None or (view.log and not any(_positive(run, view.x) for run in runs)):
+        axes.set_ylim(0, 1)
+        axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", transform=axes.transAxes)
+        return
+    axes.set_ylim(*limits)
+    if not panel.log:
+        axes.locator_params(axis="y", nbins=7 if panel.key == "loss" else 5)
+    axes.yaxis.set_major_formatter(lambda value, _: short(value))
+    axes.yaxis.set_minor_formatter(lambda value, _: short(value) if limits[1] < 8 * limits[0] else "")
+    for number, (run, of_run) in enumerate(zip(runs, curves, strict=True)):
+        _draw_marks(axes, run, number, view)
+        for line, curve in zip(panel.lines, of_run, strict=True):
+            if curve is not None:
+                at = _numbers(run.drawn.places[line.event][view.x], view.log) * view.scale
+                values = {key: _numbers(curve[key], panel.log) for key in curve}
+                _draw_curve(axes, at, values, line.shape, number)
+    _number_growths(axes, runs, view, names=panel.key == "loss")
+
+
+def _draw_curve(axes: Axes, at: np.ndarray, values: dict[str, np.ndarray], shape: str, number: int) -> None:
+    """gid: by it the page finds what belongs to a run."""
+    own: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "gid": f"run{number}"}
+    if "low" in values:
+        axes.fill_between(at, values["low"], values["high"], alpha=0.2, linewidth=0, **own)
+        return
+    axes.plot(at, values["y"], **_MANNER[shape], **own)
+    there = np.isfinite(at) & np.isfinite(values["y"])
+    beside = np.concatenate([[False], there, [False]])
+    alone = there & ~beside[:-2] & ~beside[2:]  # of these a line shows nothing
+    if alone.any():
+        axes.plot(at[alone], values["y"][alone], ".", markersize=4, **own)
+
+
+_MANNER: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.6},
+    "thin": {"linewidth": 1.1},
+    "range": {"linewidth": 0.8, "alpha": 0.4},
+    "dashed": {"linewidth": 1.3, "linestyle": (0, (4, 2))},
+}
+
+
+def _draw_marks(axes: Axes, run: RunCurves, number: int, view: View) -> None:
+    """Upright lines at growths, triangles on the axis at faults."""
+    across = axes.get_xaxis_transform()
+    grown = _apart(axes, _numbers([mark[view.x] for mark in run.growths], view.log) * view.scale)
+    if len(grown):
+        xs = np.stack([grown, grown, np.full_like(grown, np.nan)], axis=1).ravel()
+        own: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "gid": f"run{number}"}
+        lines: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (3, 3)), "alpha": 0.8}
+        axes.plot(xs, [0.0, 1.0, np.nan] * len(grown), transform=across, **own, **lines)
+    failed = _apart(axes, _numbers([mark[view.x] for mark in run.faults], view.log) * view.scale)
+    if len(failed):
+        shape: dict[str, Any] = {"marker": "^", "linestyle": "", "markersize": 5, "color": _FAULT}
+        axes.plot(failed, [0.0] * len(failed), transform=across, clip_on=False, gid=f"run{number}", zorder=3, **shape)
+
+
+def _apart(axes: Axes, xs: np.ndarray) -> np.ndarray:
+    """One of those that would fall on the same point of the drawing: of a thousand growths a page stays small."""
+    xs = xs[np.isfinite(xs)]
+    at = axes.transData.transform(np.stack([xs, np.ones_like(xs)], axis=1))[:, 0]
+    return xs[np.unique(np.round(at * 72 / float(axes.figure.dpi)), return_index=True)[1]]
+
+
+def _number_growths(axes: Axes, runs: Sequence[RunCurves], view: View, names: bool) -> None:
+    """Names over the growths where there is room, if wanted, then numbers, then nothing."""
+    width, size = _points(axes), _font_size(axes)
+    transform = axes.transData + axes.transAxes.inverted()
+    labels = sorted(
+        (float(transform.transform((mark[view.x] * view.scale, 0))[0]) * width, number, str(i), mark["text"])
+        for number, run in enumerate(runs)
+        for i, mark in enumerate(run.growths, 1)
+        if mark[view.x] > 0 or not view.log
+    )
+    free = -size
+    for (at, number, digit, text), (end, *_) in pairwise([*labels, (width, 0, "", "")]):
+        full = f"{digit}: {text}"
+        shown = full if names and 0.62 * size * len(full) < end - at else digit
+        if at < free:
+            continue
+        colour = COLOURS[number % len(COLOURS)]
+        place: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "xycoords": "axes fraction"}
+        axes.annotate(
+            shown, (at / width, 1), color=colour, fontsize=size, gid=f"run{number}", parse_math=False, **place
+        )
+        free = at + 0.62 * size * (len(shown) + 1)
+
+
+def _points(axes: Axes) -> float:
+    """The width in points."""
+    return float(axes.bbox.width * 72 / float(axes.figure.dpi))
+
+
+def _font_size(axes: Axes) -> float:
+    return float(axes.xaxis.label.get_fontsize())
+
+
+def _heights(panel: Panel, curves: Sequence[list[Curve | None]]) -> Iterator[float]:
+    for curve in (curve for of_run in curves for curve in of_run if curve is not None):
+        for values in curve.values():
+            yield from (y for y in values if y is not None)
+
+
+def _positive(run: RunCurves, x: XAxis) -> bool:
+    return any(at is not None and at > 0 for places in run.drawn.places.values() for at in places[x])
+
+
+def _numbers(values: Sequence[float | None], log: bool) -> np.ndarray:
+    """NaN for what an axis cannot show."""
+    numbers = np.array(values, dtype=float)
+    return np.where(numbers > 0, numbers, np.nan) if log else numbers
+
+
+# ---- the picture, and the page's drawings
+
+
+def plot_curves(panels: Sequence[Panel], runs: Sequence[RunCurves], out_png: Path) -> Path:
     """Draw every panel but the loss that has anything to show, over tokens; the file."""
     from matplotlib.lines import Line2D
 
-    shown = [i for i, panel in enumerate(panels) if panel.key != "loss" and any(any(run.curves[i]) for run in runs)]
+    shown = [i for i, panel in enumerate(panels) if panel.key != "loss" and any(any(r.drawn.curves[i]) for r in runs)]
     lines = -(-max(1, len(shown)) // _COLUMNS)
-    size, style = (11.0, 0.4 + 2.3 * lines), {"font.size": 8, "axes.formatter.use_mathtext": True}
+    view = view_of(runs, "tokens")
+    size, style = (11.0, 0.4 + 2.3 * lines), {"font.size": 8}
     with picture(out_png, size, dpi=130, layout="constrained", style=style) as figure:
         grid = figure.subplots(lines, _COLUMNS, squeeze=False).flatten()
         for axes in grid[len(shown) :]:
             axes.set_visible(False)
         for axes, i in zip(grid, shown, strict=False):
-            _draw(axes, panels[i], [(run, run.curves[i]) for run in runs])
+            panel = panels[i]
+            title = f"{panel.title}{f' ({panel.unit})' if panel.unit else ''}"
+            axes.set_title(title, fontsize=8.5, loc="left", pad=12, parse_math=False)
+            draw_panel(axes, panel, runs, [run.drawn.curves[i] for run in runs], view)
         if not shown:
             figure.suptitle("nothing but the loss has been logged")
-        elif len(names) > 1:
-            handles = [Line2D([], [], color=COLOURS[n % len(COLOURS)]) for n in range(len(names))]
-            figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False)
+        elif len(runs) > 1:
+            handles = [Line2D([], [], color=COLOURS[n % len(COLOURS)]) for n in range(len(runs))]
+            figure.legend(handles, [run.name for run in runs], loc="outside upper left", ncols=4, frameon=False)
     return out_png
 
 
-def _draw(axes: Axes, panel: Panel, runs: Sequence[tuple[Drawn, list[Curve | None]]]) -> None:
-    for number, (run, curves) in enumerate(runs):
-        colour = COLOURS[number % len(COLOURS)]
-        for line, curve in zip(panel.lines, curves, strict=True):
-            if curve is None:
-                continue
-            tokens = _floats(run.places[line.event]["tokens"])
-            if "low" in curve:
-                low, high = (_floats(curve[key]) for key in ("low", "high"))
-                axes.fill_between(tokens, low, high, color=colour, alpha=0.16, linewidth=0)
-            else:
-                values = _floats(curve["y"])
-                axes.plot(tokens, values, color=colour, **_manner(line.shape))
-                for token, value in _alone(tokens, values):
-                    axes.plot(token, value, ".", color=colour, markersize=3)
-    axes.set_title(f"{panel.title}{f' ({panel.unit})' if panel.unit else ''}", fontsize=8.5, loc="left")
-    axes.set_xlabel(X_LABEL["tokens"])
-    axes.xaxis.set_major_formatter(lambda tokens, _: si(tokens))
-    if panel.log and any(y and y > 0 for _, curves in runs for c in curves if c for y in c.get("y", [])):
-        axes.set_yscale("log")
-    dress(axes, width=0.7)
+def drawings(panels: Sequence[Panel], runs: Sequence[RunCurves], shown: Sequence[int]) -> dict[str, dict[str, str]]:
+    """SVG elements, by panel and by view: of each axis, linear and logarithmic. shown: which of the panels."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    views = [view_of(runs, x, log) for log in (False, True) for x in get_args(XAxis)]
+    found: dict[str, dict[str, str]] = {}
+    # Text stays text; names of clip paths do not depend on chance.
+    with mpl.rc_context(STYLE | {"font.size": 10.5, "svg.fonttype": "none", "svg.hashsalt": "megabus"}):
+        for i in shown:
+            panel = panels[i]
+            width, height = _SIZES.get(panel.key, _SIZE)
+            figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+            FigureCanvasSVG(figure)
+            left, bottom, right, top = 50, 38, width - 14, height - 18
+            box = (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
+            axes = figure.add_axes(box)
+            axes.xaxis.set_label_coords(0.5, -26 / (top - bottom))  # else it is sought anew for every view
+            axes.yaxis.set_label_coords(0, 0.5)
+            axes.patch.set_visible(False)
+            figure.patch.set_visible(False)
+            curves = [run.drawn.curves[i] for run in runs]
+            found[panel.key] = {}
+            for view in views:  # on the same axes, as making them takes longest
+                draw_panel(axes, panel, runs, curves, view)
+                file = io.StringIO()
+                figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+                facts = {
+                    "box": f"{left} {right} {height - top} {height - bottom}",
+                    "span": f"{view.low:.10g} {view.high:.10g}",
+                    "scale": f"{view.scale:g}",
+                    "unit": view.unit if view.x == "time" else "FLOPs" if view.x == "flops" else "tokens",
+                }
+                attributes = "".join(f' data-{key}="{value}"' for key, value in facts.items())
+                found[panel.key][view.key] = _for_page(file.getvalue(), f"panel{i}", width, height, attributes)
+    return found
 
 
-def _alone(tokens: Sequence[float], values: Sequence[float]) -> list[tuple[float, float]]:
-    """Points without a neighbour, of which a line shows nothing."""
-    there = [False, *map(isfinite, values), False]
-    points = enumerate(zip(tokens, values, strict=True), 1)
-    return [point for i, point in points if there[i] and not there[i - 1] and not there[i + 1]]
-
-
-def _floats(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
-
-
-def _manner(shape: str) -> dict[str, Any]:
-    manners: dict[str, dict[str, Any]] = {
-        "line": {"linewidth": 1.5},
-        "thin": {"linewidth": 1.0, "alpha": 0.75},
-        "range": {"linewidth": 0.7, "alpha": 0.3},
-        "dashed": {"linewidth": 1.1, "linestyle": (0, (4, 2))},
-    }
-    return manners[shape]
+def _for_page(svg: str, name: str, width: int, height: int, attributes: str) -> str:
+    """What matplotlib wrote as an element of the page: its ids begin with the name, its colours are the page's."""
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r"<style.*?</style>", "", body, count=1, flags=re.DOTALL)
+    body = re.sub(r'<g id="run(\d+)"', r'<g data-run="\1"', body)
+    body = re.sub(r'<g id="xlabel">(\s*)<text', r'<g>\1<text class="xlabel"', body)
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    body = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\1{name}-", body)
+    body = re.sub(r"\n *", "\n", body)
+    body = re.sub(r' d="[^"]*"', lambda d: re.sub(r"\d+\.\d+", lambda place: f"{float(place[0]):.1f}", d[0]), body)
+    for colour, themed in _THEME.items():
+        body = body.replace(colour, themed)
+    return f'<svg viewBox="0 0 {width} {height}" aria-hidden="true"{attributes}>{body}'

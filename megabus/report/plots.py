@@ -24,6 +24,51 @@ _HEIGHT = 4.6  # of the axes, in inches
 MOST_FLAGS = 40  # labels of growths that a picture has room for
 
 
+# ---- what all curves have in common
+
+
+def dress_curves(axes: Axes, x: XAxis, log_x: bool, unit: str = "hours") -> None:
+    """The horizontal axis, the grid and the frame. unit: of time."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    axes.set_xscale("log" if log_x else "linear")
+    if log_x:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(lambda at, _: _power(at) if x == "flops" else short(at))
+    axes.set_xlabel(X_LABEL[x].replace("hours", unit), labelpad=5, gid="xlabel")
+    dress(axes)
+    axes.tick_params(length=3)
+
+
+def span(values: Sequence[float], log: bool, clipped: bool) -> tuple[float, float] | None:
+    """The lowest and the highest value of a vertical axis; None where it can show nothing.
+
+    clipped: without the highest hundredth and a half, such as the first steps' losses.
+    """
+    shown = sorted(value for value in values if value > 0 or not log)
+    if not shown:
+        return None
+    low, high = shown[0], shown[int((0.985 if clipped else 1.0) * (len(shown) - 1))]
+    if log:
+        return (low / 1.15, high * 1.15) if low < high else (low / 2, high * 2)
+    pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - pad, high + pad
+
+
+def short(value: float) -> str:
+    """As on an axis: 12.5M, 0.0125."""
+    if value == 0 or 1e-3 <= abs(value) < 999.5:
+        return f"{value:.4g}"
+    return si(value) if 999.5 <= value < 1e15 else _power(value)
+
+
+def _power(value: float) -> str:
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return "0" if value == 0 else f"{float(mantissa):g}e{int(exponent)}"
+
+
 # ---- the picture
 
 
@@ -32,7 +77,7 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
     if x not in X_LABEL:
         raise UserError("x", x, "no such axis", f"use one of {', '.join(X_LABEL)}")
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
-    with picture(out_png, (9.6, _HEIGHT), style={"axes.formatter.use_mathtext": True}) as figure:
+    with picture(out_png, (9.6, _HEIGHT)) as figure:
         axes = figure.add_axes((0.075, 0.1, 0.895, 0.8))
         labels = []
         for i, (run_dir, rows) in enumerate(zip(run_dirs, runs, strict=True)):
@@ -83,7 +128,7 @@ def why(growth: MetricsRow) -> str:
 
 
 def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bool) -> None:
-    """Axes, grid, legend, and a view that the first steps' high losses do not flatten."""
+    """Axes, legend, and a view that the first steps' high losses do not flatten."""
     seen = [
         point
         for rows in runs
@@ -92,20 +137,14 @@ def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bo
         if point[0] > 0 or not log_x
     ]
     axes.margins(x=0.015)
-    if seen:
-        losses = sorted(loss for _, loss in seen)
-        low, high = losses[0], losses[int(0.985 * (len(losses) - 1))]
-        pad = 0.05 * (high - low) or 0.1
-        axes.set_ylim(low - pad, high + pad)
-    if log_x and seen:
-        axes.set_xscale("log")
-        axes.set_xlim(left=0.9 * min(at for at, loss in seen if loss <= high + pad))
-    elif x == "tokens":
-        axes.xaxis.set_major_formatter(lambda tokens, _: si(tokens))
-    axes.set_xlabel(X_LABEL[x], labelpad=6)
+    log_x = log_x and bool(seen)
+    dress_curves(axes, x, log_x)
+    limits = span([loss for _, loss in seen], log=False, clipped=True)
+    if limits:
+        axes.set_ylim(*limits)
+        if log_x:
+            axes.set_xlim(left=0.9 * min(at for at, loss in seen if loss <= limits[1]))
     axes.set_ylabel("loss (nats per token)", labelpad=6)
-    dress(axes)
-    axes.tick_params(length=3)
     axes.legend(
         title="validation loss  (faint: training)",
         loc="upper right",
