@@ -84,13 +84,16 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._save: Save | None = None
 
+    def prepare(self) -> None:
+        """Import what writing takes, a second of processor time: after the first step, which should not wait for it, and
+        before the first save, whose thread should not import while training runs."""
+        import megabus.checkpoint.shards  # noqa: F401
+
     def start(self, state: SavedState, placement: Placement, live: Fragments) -> None:
         """Begin a save; call `wait` first. Without `asynchronous` it has ended on return."""
         assert self._save is None
+        self.prepare()
         begun = time.perf_counter()
-        # A second of imports that no first step waits for; here, as a thread should not import while training runs.
-        import megabus.checkpoint.shards  # noqa: F401
-
         save = self._save = Save(state.progress.step)
         snapshot = Snapshot.take(state, placement, live)
         self._thread = threading.Thread(target=self._run, args=(snapshot, save), name="checkpoint", daemon=True)

@@ -146,6 +146,6 @@ def _full_disk(workloads: Sequence[Workload], folder: Path) -> int:
                 row = case(workload, place)
                 verdict = "; ".join(row.problems[:3]) or "ok"
                 cells = (row.case, row.disk, row.failed_saves, row.kept, "yes" if row.waited else "no", verdict)
-                print(DISK_ROW.format(*cells, row.told), flush=True)
+                print(DISK_ROW.format(*cells, row.ending), flush=True)
                 failed += bool(row.problems)
     return failed

@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
         return start_ranks(nproc, "evaluate-nli", argv)
     prepare_environment()
     start_distributed(timedelta(seconds=settings.hang_timeout + 60))  # later than the watchdog, which shows stacks
-    from megabus.nli.report import report
+    from megabus.nli.results import report
     from megabus.nli.run import evaluate
 
     outcome = evaluate(settings)

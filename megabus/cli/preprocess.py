@@ -53,10 +53,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     which.add_argument("--train-tokenizer", metavar="VOCAB_SIZE", type=int, help="train one on the inputs")
     parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram", help="(%(default)s)")
     parser.add_argument("--normalization", choices=NORMALIZATIONS, default="identity", help="(%(default)s)")
-    parser.add_argument("--tokenizer-sample-mb", type=float, default=200.0, help="train on so much (%(default)s)")
+    parser.add_argument(
+        "--tokenizer-sample-mb", type=float, default=200.0, help="MB of text to train the tokenizer on (%(default)s)"
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX")
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="of the documents, picked by hash")
-    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True, help="after each")
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write an end-of-document token after each document (%(default)s)",
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(%(default)s)")
     args = parser.parse_args(argv)
     if bool(args.inputs) == bool(args.dataset):

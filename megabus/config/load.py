@@ -46,10 +46,10 @@ def _check_undone(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     """The same key again is a change of mind. A section over a key of its own is an accident."""
     said = [override.partition("=")[::2] for override in overrides]
     for number, (key, text) in enumerate(said):
-        above = [(other, told) for other, told in said[number + 1 :] if key.startswith(f"{other}.")]
+        above = [(other, value) for other, value in said[number + 1 :] if key.startswith(f"{other}.")]
         if above and _at(tree, key) != yaml_value(text):
-            other, told = above[-1]
-            raise UserError(other, told, f"would undo {key}={text}, which comes before", "leave one of the two out")
+            other, value = above[-1]
+            raise UserError(other, value, f"would undo {key}={text}, which comes before", "leave one of the two out")
 
 
 def _at(tree: Any, key: str) -> Any:

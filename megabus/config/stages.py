@@ -142,6 +142,9 @@ def _check_run(config: RunConfig) -> None:
         raise UserError("train.max_tokens", "(missing)", "the run has no budget", "set it, max_flops or max_steps")
     if config.checkpoint.keep_every is not None:
         divides("checkpoint.keep_every", config.checkpoint.keep_every, "checkpoint.every", config.checkpoint.every)
+    if config.preflight.measure == "never" and config.preflight.min_bandwidth is not None:
+        problem = "leaves nothing to hold against min_bandwidth"
+        raise UserError("preflight.measure", "never", problem, "set it to auto, or leave min_bandwidth out")
     _check_trigger(config)
 
 

@@ -53,10 +53,10 @@ def boosts(config: RunConfig, stage: Stage) -> bool:
     return config.growth.boost is not None and stage.index > 0
 
 
-def rank_memory(train: TrainConfig, stage: Stage, rank: int, boosted: bool = False) -> RankMemory:
-    """Of a rank of the world while it trains a stage; boosted: see `boosts`."""
+def rank_memory(train: TrainConfig, stage: Stage, rank: int) -> RankMemory:
+    """Of a rank of the world while it trains a stage, without a boost."""
     at = coordinate(stage.layout, rank)
-    return memory_at(train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp, boosted)
+    return memory_at(train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
 
 
 def memory_at(

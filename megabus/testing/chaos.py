@@ -233,7 +233,7 @@ def undisturbed(corpus: Path, folder: Path, schedule: str) -> Workload:
     run_dir = folder / f"undisturbed-{schedule}"
     run = attempt(run_config(corpus, run_dir, schedule), folder / f"undisturbed-{schedule}.log")
     if not run.done:
-        raise RuntimeError(f"the undisturbed run {schedule} fails: {run.told()}")
+        raise RuntimeError(f"the undisturbed run {schedule} fails: {run.ending()}")
     spans = {phase: run.board.span(phase) for phase in Phase}
     return Workload(schedule, corpus, run_dir, remains(run_dir), spans)
 
@@ -290,7 +290,7 @@ def trial(
         if newest != workload.last_step and any(end.how == "done" for end in run.ends):
             kill.problems.append("a rank ended well without the last checkpoint")
         kills.append(kill)
-    problems = losses(workload.remains, config.run_dir) if run.done else [f"did not finish: {run.told()}"]
+    problems = losses(workload.remains, config.run_dir) if run.done else [f"did not finish: {run.ending()}"]
     if problems and not kills:
         raise RuntimeError(f"run {number} of schedule {workload.schedule}, which was not killed: {problems[0]}")
     for kill in kills:

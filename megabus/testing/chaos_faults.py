@@ -130,11 +130,11 @@ def _find(root: Path, scratch: Path, case: Damage) -> Finding:
         find_checkpoint(scratch, strict=True)
     except DamagedError as error:
         refused, strict_named = True, str(error.value) == str(path)
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         found = find_checkpoint(scratch, strict=False)
     right = found is not None and found.folder == folders[-1 if case.kind == "latest" else -2]
-    return Finding(case, f" = {path}: " in told.getvalue(), right, refused, strict_named)
+    return Finding(case, f" = {path}: " in stderr.getvalue(), right, refused, strict_named)
 
 
 # ---- a full disk
@@ -224,7 +224,7 @@ class FullDisk:
 
     case: str
     disk: str
-    told: str
+    ending: str
     failed_saves: int
     waited: bool  # whether rows of metrics.jsonl had to wait for room
     kept: int | None
@@ -239,7 +239,7 @@ def room_is_made(workload: Workload, disk: Disk) -> FullDisk:
     run_dir, run = _start(workload, disk, "room", "continue", ROOM_AT)
     row = _row("continue, room is made", disk, run, run_dir)
     if not run.done:
-        row.problems.append(f"did not finish: {run.told()}")
+        row.problems.append(f"did not finish: {run.ending()}")
     else:
         row.problems += losses(workload.remains, run_dir)
     if not row.failed_saves:
@@ -291,11 +291,11 @@ def _start(workload: Workload, disk: Disk, name: str, on_error: str, room_at: in
                 disk.free(rank)
             train_step(run)
 
-        def told(run: Any) -> None:
+        def warned(run: Any) -> None:
             board.note(rank)
             warn_unwritten(run)
 
-        loop.train_step, loop.warn_unwritten = step, told
+        loop.train_step, loop.warn_unwritten = step, warned
 
     return run_dir, attempt(config, None, prepare=prepare)  # a log would not be writable either
 
@@ -304,7 +304,7 @@ def _row(case: str, disk: Disk, run: Attempt, run_dir: Path) -> FullDisk:
     newest, torn = newest_whole(run_dir / "checkpoints")
     rows = (run_dir / "metrics.jsonl").read_text().splitlines()
     failed = sum('"event": "save"' in line and '"error": null' not in line for line in rows)
-    row = FullDisk(case, disk.name, run.told(), failed, run.board.noted(0), newest)
+    row = FullDisk(case, disk.name, run.ending(), failed, run.board.noted(0), newest)
     row.problems += [f"{name} is not whole" for name in torn]
     if newest is None or newest < FULL_AT - 2:
         row.problems.append(f"the newest checkpoint is that of step {newest}")
@@ -313,7 +313,7 @@ def _row(case: str, disk: Disk, run: Attempt, run_dir: Path) -> FullDisk:
 
 def _expect_error(row: FullDisk, run: Attempt) -> None:
     if {end.how for end in run.ends} != {"UserError"} or "cannot be written" not in run.ends[0].text:
-        row.problems.append(f"is no clean end: {run.told()}")
+        row.problems.append(f"is no clean end: {run.ending()}")
 
 
 def _go_on(workload: Workload, disk: Disk, run_dir: Path, row: FullDisk) -> None:
@@ -323,6 +323,6 @@ def _go_on(workload: Workload, disk: Disk, run_dir: Path, row: FullDisk) -> None
     if run.began != {row.kept}:
         row.problems.append(f"went on from {run.began}, the checkpoint of step {row.kept} was there")
     if not run.done:
-        row.problems.append(f"did not finish with room: {run.told()}")
+        row.problems.append(f"did not finish with room: {run.ending()}")
     else:
         row.problems += losses(workload.remains, run_dir)

@@ -189,7 +189,7 @@ class Attempt:
         """The steps that ranks went on from: one, if all is well."""
         return {self.board.began(rank) for rank in range(self.board.world)}
 
-    def told(self) -> str:
+    def ending(self) -> str:
         texts = {f"{end.how}: {end.text.strip().splitlines()[-1]}" if end.text else end.how for end in self.ends}
         return " | ".join(sorted(texts))
 
@@ -350,7 +350,7 @@ class _Reporter:
         """`first` hears the function's arguments before the phase begins, `then` its result after it has ended."""
         function = getattr(owner, name)
 
-        def told(*args: Any, **kwargs: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             if first is not None:
                 first(*args)
             with self.during(phase):
@@ -359,7 +359,7 @@ class _Reporter:
                 then(result)
             return result
 
-        setattr(owner, name, told)
+        setattr(owner, name, wrapped)
 
 
 def _tell_phases(tell: _Reporter) -> None:

@@ -32,13 +32,13 @@ VOCAB = 67
 class Fault:
     """What is wrong, and what must be said of it.
 
-    check, told: a row of the table, and words of it. refused: whether all ranks end with it as their error.
+    check, words: a row of the table, and words of it. refused: whether all ranks end with it as their error.
     plant: on the disk, and in what all ranks are configured with. change: in one process, a rank's own.
     """
 
     name: str
     check: str
-    told: str
+    words: str
     refused: bool = True
     plant: Callable[[Path], dict[str, Any]] = lambda folder: {}
     change: Callable[[int, Path], dict[str, Any] | None] = lambda rank, folder: None
@@ -102,8 +102,8 @@ def row_of(out: str, check: str) -> str:
 def problems(fault: Fault, ranks: Sequence[Ended]) -> list[str]:
     """What the preflight did not do about the fault."""
     found, row = [], row_of(ranks[0].out, fault.check)
-    if f" {'refused' if fault.refused else 'warning'} " not in row or fault.told not in row:
-        found.append(f"no row {fault.check} says '{fault.told}'")
+    if f" {'refused' if fault.refused else 'warning'} " not in row or fault.words not in row:
+        found.append(f"no row {fault.check} says '{fault.words}'")
     errors = {rank.error for rank in ranks}
     if len(errors) > 1 or (None in errors) == fault.refused:
         found.append(f"ranks ended with {errors}")

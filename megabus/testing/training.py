@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megabus.config import Layout, ModelConfig, Stage
-from megabus.config.schema import OptimizerConfig, TrainConfig
+from megabus.config.schema import LayoutConfig, OptimizerConfig, TrainConfig
+from megabus.config.stages import single_stage
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,8 @@ class Training:
 
 
 def make_training(model: dict[str, Any], layout: Layout, train: dict[str, Any], optimizer: dict[str, Any]) -> Training:
-    """From the keys of a configuration's sections. That they fit together is not checked (`resolve_stages` does)."""
+    """From the keys of a configuration's sections. Raises `UserError` where they do not fit together."""
     batches, adam = TrainConfig.model_validate(train), OptimizerConfig.model_validate(optimizer)
-    stage = Stage(
-        index=0,
-        model=ModelConfig.model_validate(model),
-        layout=layout,
-        seq_len=batches.seq_len,
-        micro_batch_size=batches.micro_batch_size,
-        global_batch_size=batches.global_batch_size,
-        lr=adam.lr,
-        kappa=1.0,  # what decides on growth, of which there is none
-        max_tokens=None,
-        max_flops=None,
-    )
+    degrees = LayoutConfig(tp=layout.tp, pp=layout.pp, dp=layout.dp)
+    stage = single_stage(ModelConfig.model_validate(model), degrees, batches, adam, layout.world)
     return Training(batches, adam, stage)

@@ -46,6 +46,7 @@ def train(config: RunConfig) -> Outcome:
             observe(run, validate(run))
         while run.share < 1 and not run.stopping:
             train_step(run)
+            run.saver.prepare()
             run.save_is_due |= run.progress.step % config.checkpoint.every == 0
             if run.progress.step % config.eval.every == 0 or stage_is_spent(run) or run.share >= 1:
                 loss = validate(run)

@@ -241,6 +241,9 @@ layout.pp=4 @ 4
 layout.pp=2 train.zero_stage=2 @ 2
     train.zero_stage = 2: cannot be combined with layout.pp = 2: ...; set it to 1
     train.zero_stage=1
+preflight.measure=never preflight.min_bandwidth=1.5 @ 1
+    preflight.measure = never: leaves nothing to hold against min_bandwidth; set it to auto, or leave min_bandwidth out
+    preflight.measure=auto
 train.overlap_comm=true @ 2
     train.overlap_comm = True: needs train.zero_stage = 2: ...; set train.zero_stage to 2, or overlap_comm to false
     train.zero_stage=2

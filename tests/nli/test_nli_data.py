@@ -24,7 +24,7 @@ from megabus.nli.measures import (
     premise_and_hypothesis,
 )
 from megabus.nli.pairs import LABELS, Hub, Pair, PairSet, read_jsonl
-from megabus.nli.report import measure_set, plot_set, table
+from megabus.nli.results import measure_set, plot_set, table
 from megabus.nli.score import Scores
 from megabus.nli.settings import Settings
 from megabus.testing.ranks import run_ranks
