@@ -47,10 +47,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class RankParser(Parser):
-    """Of a command with one process a rank."""
+    """Of a command with one process a rank. No abbreviations: ranks are given the same words less `NPROC`."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(**{"allow_abbrev": False, **options})
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
         self.add_argument(*NPROC, type=int, metavar="N", help="start N ranks on this machine, as torchrun does")
 

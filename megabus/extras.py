@@ -18,5 +18,6 @@ EXTRAS = {
 def need(extra: str, key: str, value: object, remedy: str = "then start the same command again") -> None:
     """Raise `UserError` where a module of the extra is not installed, because `key` has this value."""
     for module, package in EXTRAS[extra].items():
-        if find_spec(module) is None:
+        spec = find_spec(module)
+        if spec is None or spec.origin is None:  # no origin: a mere folder of this name, such as wandb's own ./wandb
             raise UserError(key, value, f"needs {package}: pip install megabus[{extra}]", remedy)

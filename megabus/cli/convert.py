@@ -13,18 +13,17 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from megabus.command import Parser
-from megabus.convert.convert import convert, open_source
-from megabus.convert.hugging_face import HuggingFaceSource
-from megabus.convert.source import OpenFiles
-from megabus.convert.tensor_file import DTYPES
-from megabus.convert.verify import verify
 from megabus.errors import UserError
-from megabus.parallel.fragments import Kind
 
+if TYPE_CHECKING:  # it imports torch, as all that converts does: only where it is needed
+    from megabus.parallel.fragments import Kind
+
+DTYPES = ("float32", "bfloat16", "float16")  # the keys in convert/tensor_file.py, which imports torch
 OPTIONS = {
     "tp": ("checkpoint", "shards"),
     "pp": ("checkpoint", "shards"),
@@ -56,6 +55,11 @@ def main(argv: Sequence[str]) -> int:
     dtype, limit = args.dtype or "float32", 5.0 if args.max_shard_gb is None else args.max_shard_gb
     if not 0 < limit < math.inf:
         raise UserError("--max-shard-gb", limit, "is no size", "give a positive number")
+    from megabus.convert.convert import convert, open_source
+    from megabus.convert.hugging_face import HuggingFaceSource
+    from megabus.convert.source import OpenFiles
+    from megabus.convert.verify import verify
+
     begun = time.perf_counter()
     with OpenFiles() as files:
         source = open_source(args.source, files, weights_only=args.weights_only)

@@ -1,8 +1,8 @@
 """Estimate a run on a cluster before there is one: memory, step time, layouts, growths. Computed, with no GPU.
 
-megabus estimate --config configs/ngpt_70b.yaml --world 1024 --gpu h100
-megabus estimate --config configs/ngpt_1b.yaml --world 16 --gpu a100 --nodes-of 4 layout.tp=4
-megabus estimate --config configs/demo.yaml --world 4 --gpu cpu --json -
+megabus estimate --config run.yaml --world 1024 --gpu h100
+megabus estimate --config run.yaml --world 16 --gpu a100 --nodes-of 4 layout.tp=4
+megabus estimate --config run.yaml --world 4 --gpu cpu --json -
 
 Times are predicted, not measured: docs/estimate.md says from what.
 """
@@ -15,15 +15,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.config.stages import stage_section
 from megabus.errors import UserError
-from megabus.estimate.devices import DEVICES, Device, device
-from megabus.estimate.layouts import micro_batches
-from megabus.estimate.whole_run import StageEstimate, as_dict, estimate_run, tables
 
+if TYPE_CHECKING:  # they import torch: only where they are needed
+    from megabus.estimate.devices import Device
+    from megabus.estimate.whole_run import StageEstimate
+
+GPUS = ("a100", "h100", "h200", "l40s", "cpu")  # the names in estimate/devices.py, which imports torch
 REBUILD = 5.0
 
 
@@ -32,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks")
-    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(DEVICES)} (%(default)s)")
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (%(default)s)")
     parser.add_argument("--nodes-of", type=int, help="devices of a node; tensor parallelism is proposed within one")
     parser.add_argument("--memory-gb", type=float, help="of a device, in 10^9 bytes")
     parser.add_argument("--reserve-gb", type=float, help="of that, for drivers and communication")
@@ -55,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
     if args.efficiency is not None and args.efficiency > 1:
         raise UserError("--efficiency", args.efficiency, "is more than the whole peak", "give a share, such as 0.6")
     config = load_config(args.config, args.overrides)
+    from megabus.estimate.devices import device
+    from megabus.estimate.whole_run import as_dict, estimate_run, tables
+
     chosen = _changed(device(args.gpu), args)
     if chosen.reserve >= chosen.memory:
         problem = f"leaves nothing of a device's {chosen.memory / 1e9:g} GB"
@@ -75,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _refuse_what_fits_nowhere(config: RunConfig, estimates: Sequence[StageEstimate], device: Device) -> None:
+    from megabus.estimate.layouts import micro_batches
+
     for one in estimates:
         if not one.ranking.best and one.ranking.own is None:
             room = f"{(device.memory - device.reserve) / 1e9:.3g} GB"

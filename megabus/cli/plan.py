@@ -1,9 +1,9 @@
 """Plan a growth before it is trained: sizes, when to grow, and what that is predicted to save.
 
-megabus plan configs/gpt_64m.yaml                   # stages for this final size, to paste
-megabus plan configs/ngpt_64m.yaml                  # when the file's own stages should grow
-megabus plan configs/gpt_64m.yaml --free            # even if a smaller model is the better choice
-megabus plan configs/demo.yaml --fit runs/a runs/b ...  # with a law fitted to finished runs
+megabus plan run.yaml            # when the file's stages should grow; of a single size: stages for it, to paste
+megabus plan run.yaml --propose  # stages for the final size, whatever stages the file has
+megabus plan run.yaml --free     # even if a smaller model is the better choice
+megabus plan run.yaml --fit runs/a runs/b ...           # with a law fitted to finished runs
 megabus plan runs/demo/config.yaml --compare runs/demo  # beside what happened
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -21,9 +22,10 @@ from megabus.config.pair import sizes_of
 from megabus.config.schema import ModelConfig, ScalingLaw, TrainConfig
 from megabus.errors import UserError
 from megabus.kappa.laws import fit_law
-from megabus.kappa.planner import GrowthPlan, Size, plan_growth, plan_stages, spend
-from megabus.model.cost import count_parameters, flops_per_token
 from megabus.report.history import read_metrics
+
+if TYPE_CHECKING:  # the planner counts parameters, which imports torch: only where it is needed
+    from megabus.kappa.planner import GrowthPlan
 
 MAX_STAGES = 3
 
@@ -52,6 +54,9 @@ def main(argv: Sequence[str]) -> int:
     if args.max_stages is not None and not proposing:
         problem = f"is of a proposal, and {args.config} has {len(stages)} sizes of its own"
         raise UserError("--max-stages", args.max_stages, problem, "leave it out, or add --propose")
+    from megabus.kappa.planner import Size, spend
+    from megabus.model.cost import count_parameters
+
     happened = _happened(args.compare) if args.compare else []
     law = _fitted(args.fit, last.model.kind) if args.fit else config.growth.trigger.scaling_law
     tokens = _tokens(config, last)
@@ -87,6 +92,8 @@ def _planned(
     stages: Sequence[Stage], tokens: float, law: ScalingLaw, max_stages: int, proposing: bool, *, reach_final: bool
 ) -> GrowthPlan:
     """A proposal for the last stage's size, or the plan of all of the stages' sizes."""
+    from megabus.kappa.planner import Size, plan_growth, plan_stages
+
     last = stages[-1]
     if proposing:
         tp, pp = last.layout.tp, last.layout.pp
@@ -97,6 +104,8 @@ def _planned(
 
 def _by_caps(train: TrainConfig, stages: Sequence[Stage]) -> list[float] | None:
     """FLOPs of every stage of the run that the file asks for, if caps alone end its stages; None where one has none."""
+    from megabus.model.cost import flops_per_token
+
     left = {
         "tokens": train.max_tokens or math.inf,
         "steps": train.max_steps or math.inf,
@@ -121,6 +130,8 @@ def _by_caps(train: TrainConfig, stages: Sequence[Stage]) -> list[float] | None:
 
 def _tokens(config: RunConfig, last: Stage) -> float:
     """Tokens that the final size from scratch would get of the run's budget."""
+    from megabus.model.cost import flops_per_token
+
     train, cost = config.train, flops_per_token(last.model, last.seq_len)
     budgets = [
         float(train.max_tokens) if train.max_tokens else math.inf,
@@ -189,6 +200,8 @@ def _matching(
     plan: GrowthPlan, happened: Sequence[tuple[int, float, float | None]], run_dir: str
 ) -> dict[int, tuple[float, float | None]]:
     """What happened, by the parameters of the size."""
+    from megabus.model.cost import count_parameters
+
     found = {size: (tokens, loss) for size, tokens, loss in happened}
     planned = [count_parameters(stage.model) for stage in plan.stages]
     if not found.keys() & set(planned):
@@ -199,6 +212,8 @@ def _matching(
 
 
 def _table(plan: GrowthPlan, happened: dict[int, tuple[float, float | None]]) -> str:
+    from megabus.model.cost import count_parameters
+
     header = f"{'sizes':<28} {'params':>8} {'tokens':>9} {'FLOPs':>9} {'share':>6} {'loss at end':>11} {'way':>6}"
     lines = [header + (f"   {'tokens':>9} {'loss at end':>11}  (what happened)" if happened else "")]
     for stage in plan.stages:

@@ -1,9 +1,9 @@
 """Train a model, growing it on the way: in this process, or in several, one a device.
 
-megabus train --config configs/demo.yaml layout.dp=1 layout.tp=1 layout.pp=1
-megabus train --nproc-per-node 4 --config configs/demo.yaml optimizer.lr=2e-3
-torchrun --nnodes 2 --nproc-per-node 8 ... -m megabus train --config configs/ngpt_0.5b.yaml
-deepspeed --module --no_local_rank megabus train --config configs/ngpt_0.5b.yaml
+megabus train --config run.yaml layout.dp=1 layout.tp=1 layout.pp=1
+megabus train --nproc-per-node 4 --config run.yaml optimizer.lr=2e-3
+torchrun --nnodes 2 --nproc-per-node 8 ... -m megabus train --config run.yaml
+deepspeed --module --no_local_rank megabus train --config run.yaml
 
 With --preflight-only nothing is trained: it shows what the preflight finds (docs/preflight.md), and leaves nothing.
 """
@@ -25,15 +25,17 @@ from megabus.extras import need
 
 def main(argv: Sequence[str]) -> int:
     parser = RankParser(prog="megabus train", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--preflight-only", action="store_true", help="check everything, train nothing")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
     world = args.nproc_per_node or int(os.environ.get("WORLD_SIZE", "1"))
     resolve_stages(config, world)  # bad input ends here, before anything heavy is imported
+    # Of rank 0 alone, which writes them: the other machines need neither.
+    writes = args.nproc_per_node is not None or os.environ.get("RANK", "0") == "0"
     for extra, wanted in (("wandb", config.log.wandb), ("tensorboard", config.log.tensorboard)):
-        if wanted:
+        if wanted and writes:
             need(extra, f"log.{extra}", "true", f"or set log.{extra}=false")
     if args.nproc_per_node is not None:
         return start_ranks(args.nproc_per_node, "train", argv)
@@ -67,7 +69,7 @@ def _show(run_dir: str) -> None:
     from megabus.report.plots import plot_loss, summary_table
 
     print(f"\n{summary_table(run_dir)}\n")
-    need("report", "run_dir", run_dir)
+    need("report", "run_dir", run_dir, "the run is complete without it")
     from megabus.report.page import write_page
 
     print(f"plot:       {plot_loss([run_dir], Path(run_dir) / 'loss.png')}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
+from importlib import invalidate_caches
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,10 @@ from support.command import run_command
 from support.launching import ROOT, environment
 
 from megabus import extras
-from megabus.cli import COMMANDS, GROUPS, main, overview
+from megabus.cli import COMMANDS, GROUPS, convert, estimate, main, overview, ranks, train
+from megabus.convert import tensor_file
+from megabus.errors import UserError
+from megabus.estimate.devices import DEVICES
 from megabus.extras import EXTRAS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -50,7 +55,7 @@ def test_help_shows_examples(name, capsys):
     assert re.search(rf"^ *megabus {name}( |$)", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["trian"], ["train", "--help"], ["submit", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["--help"], ["trian"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_is_quick(words):
     """Neither torch nor what takes long beside it is imported; for the overview nothing but the standard library is."""
     command = [sys.executable, "-X", "importtime", "-m", "megabus", *words]
@@ -59,6 +64,12 @@ def test_help_is_quick(words):
     assert "megabus" in imported
     heavy = {"torch", "deepspeed", "matplotlib", "datasets", "transformers"}
     assert not imported & (heavy if len(words) > 1 else heavy | {"numpy", "pydantic", "yaml"})
+
+
+def test_help_names_what_there_is():
+    """The names that stand a second time, so that `--help` imports no torch."""
+    assert tuple(DEVICES) == estimate.GPUS
+    assert tuple(tensor_file.DTYPES) == convert.DTYPES
 
 
 def test_unknown_commands():
@@ -116,6 +127,47 @@ def test_a_missing_extra_is_told_before_anything_is_written(tmp_path, monkeypatc
     assert sorted(os.listdir()) == ["config.yaml", "pairs.jsonl"]
 
 
+def test_only_the_rank_that_writes_needs_the_extras(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr("megabus.command.PATIENCE", 0)
+
+    def reached() -> None:
+        raise UserError("environment", "-", "was prepared", "-")
+
+    monkeypatch.setattr("megabus.cli.train.prepare_environment", reached)
+    monkeypatch.setenv("RANK", "1")
+    words = ["--config", str(tmp_path / "config.yaml"), "log.wandb=true"]
+    with pytest.raises(UserError, match="was prepared"):
+        train.main(words)
+    with pytest.raises(UserError, match="needs wandb"):
+        train.main(["--nproc-per-node", "1", *words])
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="needs wandb"):
+        train.main(words)
+
+
+def test_a_folder_is_no_extra(tmp_path, monkeypatch):
+    """./wandb, which wandb itself writes runs to."""
+    (tmp_path / "lonely").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(EXTRAS, "lonely", {"lonely": "lonely"})
+    with pytest.raises(UserError, match="needs lonely"):
+        extras.need("lonely", "log.lonely", "true")
+    (tmp_path / "lonely/__init__.py").write_text("")
+    invalidate_caches()
+    extras.need("lonely", "log.lonely", "true")
+
+
+def test_a_run_that_has_ended_is_not_to_be_started_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr("megabus.report.plots.summary_table", lambda run_dir: "the table")
+    with pytest.raises(UserError) as told:
+        train._show(str(tmp_path))
+    assert str(told.value).endswith("pip install megabus[report]; the run is complete without it")
+    assert "the table" in capsys.readouterr().out
+
+
 # ---- the doors that clusters call -----------------------------------------------------------------------------
 
 DOORS = ["launcher/train.py", "launcher/submit.py", "tools/convert.py", "tools/evaluate_nli.py", "tools/preprocess.py"]
@@ -148,6 +200,9 @@ def test_no_program_changes_where_python_looks():
 
 # ---- ranks on this machine ------------------------------------------------------------------------------------
 
+OF_LAUNCHERS = ("WORLD_SIZE", "RANK", "TORCHELASTIC_RUN_ID")
+HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 def test_ranks_that_cannot_be_started(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
@@ -156,6 +211,69 @@ def test_ranks_that_cannot_be_started(tmp_path, monkeypatch):
     assert run_command(*words, "3", "layout.tp=2").stderr.startswith(
         "error: layout = tp 2 x pp 1: cannot fill the world of 3"
     )
-    monkeypatch.setenv("WORLD_SIZE", "2")
     told = "error: --nproc-per-node = 1: is given to a rank that a launcher has started; leave it out\n"
-    assert run_command(*words, "1").stderr == told
+    for name in OF_LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in zip(OF_LAUNCHERS, ("2", "0", "1f"), strict=True):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            assert run_command(*words, "1").stderr == told
+    # An abbreviation would reach the ranks, and they would start ranks of their own.
+    assert "unrecognized arguments: --nproc-per" in run_command(*words[:-1], "--nproc-per", "1").stderr
+
+
+def launched(monkeypatch, launch) -> int:
+    """The exit code of a launch in which torch does `launch(config)`. All handlers are as before."""
+    from torch.distributed.launcher import api
+
+    for name in OF_LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(api, "elastic_launch", lambda config, _: lambda *_: launch(config))
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        code = ranks.start_ranks(2, "train", [])
+        assert before == {number: signal.getsignal(number) for number in HANDLED}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_signal_before_there_is_a_rank_ends_the_launch(monkeypatch, number):
+    monkeypatch.setattr("psutil.Process.children", lambda self: [])
+    assert launched(monkeypatch, lambda config: signal.raise_signal(number)) == 128 + number
+
+
+def test_a_second_signal_after_the_ranks_have_saved_changes_nothing(monkeypatch):
+    told: list[int] = []
+    here = [type("Rank", (), {"send_signal": lambda self, number: told.append(number)})()]
+    monkeypatch.setattr("psutil.Process.children", lambda self: here)
+
+    def launch(config) -> None:
+        signal.raise_signal(signal.SIGINT)
+        here.clear()
+        signal.raise_signal(signal.SIGTERM)
+
+    assert launched(monkeypatch, launch) == 0
+    assert told == [signal.SIGINT]
+
+
+def test_hanging_up(monkeypatch):
+    """Ends the ranks, unless nohup has said that it should not."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def launch(config) -> None:
+        assert config.signals_to_handle == "SIGHUP,SIGQUIT"
+        raise SignalException("hung up", signal.SIGHUP)
+
+    def ignoring(config) -> None:
+        assert config.signals_to_handle == "SIGQUIT"
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert launched(monkeypatch, launch) == 129
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert launched(monkeypatch, ignoring) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

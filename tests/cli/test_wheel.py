@@ -103,13 +103,15 @@ def test_it_trains_two_stages_and_converts_them(installed, folder):
     assert "-m megabus train" in script
 
 
-def test_ranks_are_given_time_to_save(installed, folder):
-    """SIGTERM to the one process that a user has started: all ranks stop and save, and their exit code is its own."""
-    command = [installed / "megabus", "train", "--nproc-per-node", "2", "--config", "run.yaml", "run_dir=stopped"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_are_given_time_to_save(installed, folder, number):
+    """A signal to the one process that a user has started: all ranks stop and save, and their exit code is its own."""
+    run_dir = f"stopped-by-{number.name}"
+    command = [installed / "megabus", "train", "--nproc-per-node", "2", "--config", "run.yaml", f"run_dir={run_dir}"]
     command += ["train.max_steps=1000000", "faults.stop_exit_code=75", "log.every=1"]
     env = environment()
     env.pop("PYTHONPATH", None)
-    metrics = folder / "stopped/metrics.jsonl"
+    metrics = folder / run_dir / "metrics.jsonl"
     with subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=env
     ) as process:
@@ -119,12 +121,12 @@ def test_ranks_are_given_time_to_save(installed, folder):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-            os.kill(process.pid, signal.SIGTERM)
+            os.kill(process.pid, number)
             out, _ = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == 75
-    assert "asked to stop by SIGTERM: saving" in out
-    assert "stopped and saved: stopped/checkpoints/" in out
+    assert f"asked to stop by {number.name}: saving" in out
+    assert f"stopped and saved: {run_dir}/checkpoints/" in out
     assert "Traceback" not in out
     assert "torch/distributed" not in out
