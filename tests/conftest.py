@@ -1,6 +1,8 @@
 """Imports torch and DeepSpeed once a process: ranks are forked from here (see megabus.testing.ranks)."""
 
 import os
+import platform
+import shutil
 import warnings
 
 import pytest
@@ -18,6 +20,27 @@ def pytest_configure(config: pytest.Config) -> None:
         warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated")  # of torch's own modules
         preload()
         command.PATIENCE = 0.2  # of forked ranks: they have no launcher that would end rank 0 when another has ended
+
+
+@pytest.fixture(scope="session")
+def deepspeed_adam(pytestconfig: pytest.Config) -> None:
+    """DeepSpeed's AdamW for CPUs is built and loaded, here and in the ranks that are forked from here.
+
+    Built once a checkout, Python and torch, before ranks are timed; without what debuggers read, which is 40% of the
+    compiler's time.
+    """
+    if shutil.which("ninja") is None or shutil.which("g++") is None:
+        pytest.skip("DeepSpeed builds its own with ninja and g++")
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    built_for = f"torch_extensions-python{platform.python_version()}-torch{torch.__version__}"
+    flags = [flag for flag in CPUAdamBuilder().cxx_args() if flag != "-g"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(pytestconfig.cache.mkdir(built_for)))
+        patch.setattr(CPUAdamBuilder, "cxx_args", lambda self: list(flags))
+        DeepSpeedCPUAdam([torch.zeros(1)])
 
 
 SLOWEST = (  # files that take a minute or more: begun first, so that no worker is left with one when the other is done

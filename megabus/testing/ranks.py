@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import gc
 import io
+import itertools
 import os
 import pickle
 import shutil
@@ -22,13 +23,16 @@ from typing import Any
 
 from megabus.engine.startup import import_deepspeed, prepare_environment, start_distributed, stop_distributed
 
+PORTS = range(20_000, 32_768)  # Linux gives out those from 32768 on by itself, for any connection
+WORKERS = 32  # of pytest, with a range each; the first range is for all that is none
+_ports = itertools.count(os.getpid())  # several programs of one range begin at different places
+
 
 def preload() -> None:
     """Import what every rank needs, once. No thread may be started here: ranks are forked."""
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")  # ranks of a test share no GPU, and are forked
     prepare_environment()
     import_deepspeed()
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  DeepSpeed imports it late: 2 s a rank, here once
     import torch
     import torch._dynamo
 
@@ -104,6 +108,17 @@ def _rank(rank: int, world: int, port: int, folder: Path, job: Callable[..., Any
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing has, and that nothing is likely to take in the seconds before ranks listen on it.
+
+    It is none of those that the system gives out by itself, and each of pytest's workers has a range of its own.
+    Raises RuntimeError where the whole range is taken.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    size = len(PORTS) // (WORKERS + 1)
+    begin = size * (1 + int(worker) % WORKERS) if worker else 0
+    for _ in range(size):
+        port = PORTS[begin + next(_ports) % size]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise RuntimeError(f"no port is free from {PORTS[begin]} to {PORTS[begin + size - 1]}")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import types
 
 import pytest
-import torch
-from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.ops.op_builder import CPUAdamBuilder
 from support.small_runs import refusal, rows_of, run_config, start, stop_after, write_corpus
 
 LAYOUTS = [{"tp": 2}, {"dp": 2}, {"pp": 2}]
@@ -24,15 +20,8 @@ def losses(config):
     return [(row["step"], row["loss"]) for row in rows_of(config, "step")]
 
 
-@pytest.mark.skipif(
-    shutil.which("ninja") is None or shutil.which("g++") is None, reason="DeepSpeed builds its own with them"
-)
-def test_deepspeeds_is_torchs_to_rounding(corpus, tmp_path, pytestconfig, monkeypatch):
-    # Built once a checkout, before ranks are timed; without what debuggers read, which is 40% of the compiler's time.
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(pytestconfig.cache.mkdir("torch_extensions")))
-    flags = CPUAdamBuilder().cxx_args()
-    monkeypatch.setattr(CPUAdamBuilder, "cxx_args", lambda self: [flag for flag in flags if flag != "-g"])
-    DeepSpeedCPUAdam([torch.zeros(1)])
+@pytest.mark.usefixtures("deepspeed_adam")
+def test_deepspeeds_is_torchs_to_rounding(corpus, tmp_path):
     found = {}
     for name in ("torch", "deepspeed"):
         config = run_config(corpus, tmp_path / name, LAYOUTS, optimizer__implementation=name, log={"every": 1})

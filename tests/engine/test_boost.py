@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.ops.adam import DeepSpeedCPUAdam
 from support.plans import row_parents
 from support.small_runs import after_step, rows_of, run_config, start, stop_after, write_corpus
 
@@ -127,7 +125,6 @@ def is_boosted(config, plain, states):
     return True
 
 
-CAN_BUILD = shutil.which("ninja") is not None and shutil.which("g++") is not None
 CASES = {
     "fp32": {},
     "zero2": {"train": {"zero_stage": 2}},
@@ -138,11 +135,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_added_rows_move_further_and_no_other(case):
+def test_added_rows_move_further_and_no_other(case, request):
     if case == "deepspeed":
-        if not CAN_BUILD:
-            pytest.skip("DeepSpeed builds its own with ninja and g++")
-        DeepSpeedCPUAdam([torch.zeros(1)])  # builds it once a machine, before ranks are timed
+        request.getfixturevalue("deepspeed_adam")
     config = config_of(**CASES[case])
     (plain, *_), (states, *_) = boosted(config, 1.0), boosted(config)
     assert is_boosted(config, plain, states)

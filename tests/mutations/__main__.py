@@ -4,6 +4,9 @@ python -m tests.mutations                     # all of them, in this checkout: s
 python -m tests.mutations --only growth/      # those whose file's name has this in it
 python -m tests.mutations --root ../old       # in another checkout, with that one's tests
 python -m tests.mutations --control           # the same tests without a fault: all must pass
+
+killed: a test failed (with *: none ended in time). survived: all passed. stale: the fault has no place any more, or
+one of its tests is gone. broken: pytest ended otherwise, so that no test has said anything.
 """
 
 from __future__ import annotations
@@ -68,14 +71,31 @@ def _outcome(fault: Fault, copy: Path, limit: float) -> str:
     sound = path.read_text(encoding="utf-8")
     path.write_text(sound.replace(fault.old, fault.new), encoding="utf-8")
     try:
-        codes = []
         for arguments in runs:
-            codes.append(_tested(copy, arguments, limit))
-            if codes[-1] not in (PASSED, EMPTY):
-                return "killed" if codes[-1] is not None else "killed*"  # by the time limit
-        return "survived" if PASSED in codes else "no tests"
+            code = _tested(copy, arguments, limit)
+            if code != PASSED:
+                return _word(code, arguments)
+        return "survived" if runs else "stale (no tests)"
     finally:
         path.write_text(sound, encoding="utf-8")
+
+
+def _word(code: int | None, arguments: list[str]) -> str:
+    if code is None:
+        return "killed*"  # by the time limit
+    if code == EMPTY:
+        return f"stale (nothing is selected by {' '.join(arguments)})"
+    return "killed" if code == FAILED else f"broken ({code})"
+
+
+class _Collection:
+    """For pytest: a file that cannot be imported ends it; with -x that could count as a test that failed."""
+
+    def pytest_collectreport(self, report) -> None:
+        import pytest
+
+        if report.failed:
+            pytest.exit(str(report.longrepr), pytest.ExitCode.INTERRUPTED)
 
 
 def _tested(copy: Path, arguments: list[str], limit: float) -> int | None:
@@ -94,7 +114,7 @@ def _tested(copy: Path, arguments: list[str], limit: float) -> int | None:
         os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
         import pytest
 
-        os._exit(int(pytest.main(["-x", "-p", "no:cacheprovider", *arguments])))
+        os._exit(int(pytest.main(["-x", *arguments], [_Collection()])))
     deadline = time.monotonic() + limit
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)

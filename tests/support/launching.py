@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import megabus.train.loop  # noqa: F401  here once: it takes a second
 from megabus.cli import main
+from megabus.testing import ranks as forked
 from megabus.testing.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +36,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return str(forked.free_port())
 
 
 def launch(*args: object, world: int = 2, limit: float = LIMIT) -> list[Ended]:

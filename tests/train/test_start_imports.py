@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from support.small_runs import run_config, write_corpus
+
+# A whole run's start, to the end of its first step.
 PROBE = """
+import os
 import sys
-from megabus.engine.startup import import_deepspeed, prepare_environment
-prepare_environment()
-import_deepspeed()
-import torch
-import megabus.train.loop
-from megabus.engine.adam import LightAdamW
-weight = torch.nn.Parameter(torch.ones(3))
-weight.grad = torch.ones(3)
-adam = LightAdamW([weight], fused=True)
-adam.step()
-adam.zero_grad()
-print([name for name in ("torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "matplotlib", "jinja2")
-       if name in sys.modules])
+from megabus.cli import main
+from megabus.engine import engine
+
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "sympy", "matplotlib", "jinja2")
+train_step = engine.Engine.train_step
+
+def first_step(*args, **options):
+    train_step(*args, **options)
+    print([name for name in HEAVY if name in sys.modules], flush=True)
+    os._exit(0)
+
+engine.Engine.train_step = first_step
+sys.exit(main(["train", "--config", sys.argv[1]]))
 """
 
 
-def test_a_start_imports_nothing_that_it_does_not_use():
+def test_a_start_imports_nothing_that_it_does_not_use(tmp_path):
+    """Without the preflight, whose count of bytes builds the model on torch's meta device, which imports Dynamo."""
+    config = run_config(write_corpus(tmp_path), tmp_path / "run", [{}] * 3)
+    assert not config.preflight.enabled
+    (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", PROBE, str(tmp_path / "config.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
