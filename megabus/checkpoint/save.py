@@ -85,8 +85,8 @@ class Saver:
         self._save: Save | None = None
 
     def prepare(self) -> None:
-        """Import what writing takes, a second of processor time. Call it after the first step, which should not wait for
-        it, and before the first save, whose thread should not import while training runs."""
+        """Import what writing takes, a second of processor time. Call it after the first step, which need not wait,
+        and before the first save, whose thread should not import while training runs."""
         import megabus.checkpoint.shards  # noqa: F401
 
     def start(self, state: SavedState, placement: Placement, live: Fragments) -> None:

@@ -79,7 +79,7 @@ def _call(words: Sequence[str]) -> Callable[[], int]:
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, 1)
             remedy = f"did you mean {close[0]}?" if close else "see megabus --help"
-            raise UserError("command", name, "is none of megabus's", remedy)
+            raise UserError("command", name, "is no command", remedy)
         module = import_module(f"megabus.cli.{name.replace('-', '_')}")
         code: int = module.main(rest)
         return code

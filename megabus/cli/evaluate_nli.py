@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megabus.cli.ranks import start_ranks
+from megabus.cli.ranks import check_ranks, start_ranks
 from megabus.command import RankParser
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
@@ -112,6 +112,7 @@ def main(argv: Sequence[str]) -> int:
     args = vars(parser().parse_args(argv))
     del args["local_rank"]
     nproc, settings = args.pop("nproc_per_node"), settings_of(args)
+    check_ranks(nproc)
     need("eval", "command", "evaluate-nli")
     if settings.out is not None:
         need("report", "--out", settings.out, "or leave it out")

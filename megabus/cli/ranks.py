@@ -16,6 +16,12 @@ from megabus.command import NPROC
 from megabus.errors import UserError
 
 
+def check_ranks(nproc: int | None) -> None:
+    """Raise `UserError` where it is no number of ranks; None is one."""
+    if nproc is not None and nproc < 1:
+        raise UserError(NPROC[0], nproc, "is no number of processes", "give 1 or more")
+
+
 def start_ranks(nproc: int, command: str, argv: Sequence[str]) -> int:
     """Run `megabus COMMAND ARGV`, less the number of ranks, on `nproc` ranks of this machine.
 
@@ -23,8 +29,6 @@ def start_ranks(nproc: int, command: str, argv: Sequence[str]) -> int:
     on to the ranks, which may then take as long to save as they need; one that comes before there is a rank, or that
     asks for an end at once, gives 128 + its number. Raises `UserError` inside of another launcher.
     """
-    if nproc < 1:
-        raise UserError(NPROC[0], nproc, "is no number of processes", "give 1 or more")
     of_launcher = any(os.environ.get(name) for name in ("RANK", "TORCHELASTIC_RUN_ID"))
     if of_launcher or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(NPROC[0], nproc, "is given to a rank that a launcher has started", "leave it out")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from megabus.cli.ranks import start_ranks
+from megabus.cli.ranks import check_ranks, start_ranks
 from megabus.command import RankParser, tell_outcome
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--preflight-only", action="store_true", help="check everything, train nothing")
     args = parser.parse_args(argv)
+    check_ranks(args.nproc_per_node)
     config = load_config(args.config, args.overrides)
     world = args.nproc_per_node or int(os.environ.get("WORLD_SIZE", "1"))
     resolve_stages(config, world)  # bad input ends here, before anything heavy is imported

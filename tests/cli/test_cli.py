@@ -74,8 +74,8 @@ def test_help_names_what_there_is():
 
 def test_unknown_commands():
     for name, remedy in (("trian", "did you mean train?"), ("evaluate_nli", "did you mean evaluate-nli?")):
-        assert run_command(name) == (2, "", f"error: command = {name}: is none of megabus's; {remedy}\n")
-    assert run_command("xyzzy").stderr == "error: command = xyzzy: is none of megabus's; see megabus --help\n"
+        assert run_command(name) == (2, "", f"error: command = {name}: is no command; {remedy}\n")
+    assert run_command("xyzzy").stderr == "error: command = xyzzy: is no command; see megabus --help\n"
 
 
 def test_a_wrong_command_line_shows_the_words_of_the_command():
@@ -207,7 +207,9 @@ HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def test_ranks_that_cannot_be_started(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     words = ["train", "--config", tmp_path / "config.yaml", "--nproc-per-node"]
-    assert run_command(*words, "0").stderr.startswith("error: --nproc-per-node = 0: is no number of processes")
+    for number in (0, -1):  # before the layout is held against it
+        done = run_command(*words, str(number), "layout.tp=2")
+        assert done.stderr.startswith(f"error: --nproc-per-node = {number}: is no number of processes")
     assert run_command(*words, "3", "layout.tp=2").stderr.startswith(
         "error: layout = tp 2 x pp 1: cannot fill the world of 3"
     )
