@@ -5,8 +5,8 @@ python -m tests.mutations --only growth/      # those whose file's name has this
 python -m tests.mutations --root ../old       # in another checkout, with that one's tests
 python -m tests.mutations --control           # the same tests without a fault: all must pass
 
-killed: a test failed (with *: none ended in time). survived: all passed. stale: the fault has no place any more, or
-one of its tests is gone. broken: pytest ended otherwise, so that no test has said anything.
+killed: a test failed. survived: all passed. stale: the fault has no place any more, or one of its tests is gone.
+broken: pytest ended otherwise, or not in time, so that no test has said anything.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _outcome(fault: Fault, copy: Path, limit: float) -> str:
 
 def _word(code: int | None, arguments: list[str]) -> str:
     if code is None:
-        return "killed*"  # by the time limit
+        return "broken (no end in time)"
     if code == EMPTY:
         return f"stale (nothing is selected by {' '.join(arguments)})"
     return "killed" if code == FAILED else f"broken ({code})"
