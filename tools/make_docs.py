@@ -147,7 +147,8 @@ class Scratch:
             raise UserError(
                 page, name, f"ended with {done.returncode}: {said[-1][:300]}", "mend the page, or the command"
             )
-        text = done.stdout.replace(str(where), "$PWD").replace(f"{Path(sys.executable).parent}/", "")
+        text = done.stdout.replace(str(where), "$PWD")
+        text = re.sub(rf"{re.escape(str(Path(sys.executable).parent))}/(python)?[\d.]*", r"\1", text)  # python3.11 too
         return re.sub(rf"{tempfile.gettempdir()}/[\w.-]+", "...", text)
 
     def printed(self, block: Block, page: str) -> str:
