@@ -27,7 +27,7 @@ def deepspeed_adam(pytestconfig: pytest.Config) -> None:
     """DeepSpeed's AdamW for CPUs is built and loaded, here and in the ranks that are forked from here.
 
     Built once a checkout, Python and torch, before ranks are timed; hardly optimized and without what debuggers read,
-    which takes a quarter of the compiler's time (25 s, not 99).
+    which takes some 26 s.
     """
     if shutil.which("ninja") is None or shutil.which("g++") is None:
         pytest.skip("DeepSpeed builds its own with ninja and g++")
