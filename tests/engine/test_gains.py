@@ -150,7 +150,7 @@ def test_a_run_tells_what_it_runs_on(tmp_path):
     for row in (begun, resumed):
         found = row["environment"]
         assert found["ranks"] == 2
-        assert found["torch"] == torch.__version__
+        assert torch.__version__.startswith(found["torch"])  # a build's +cu130 is not in its package's version
         assert found["backend"] == "gloo"
         assert len(found["hosts"]) == len(found["devices"]) == 1
         assert found["memory_bytes"] > 2**28
