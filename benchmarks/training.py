@@ -178,7 +178,8 @@ def gpu_step_times(rounds: int, small: bool) -> list[Comparison]:
 
 def mfu(rounds: int, small: bool) -> list[Comparison]:
     """On a GPU in bf16: the share of its dense peak at which a step's FLOPs are made (counted in `model/cost.py`)."""
-    from megabus.model.cost import flops_per_token, peak_flops
+    from megabus.model.cost import flops_per_token
+    from megabus.model.peak import peak_flops
 
     peak, rows = peak_flops(None, "bf16"), []
     if peak is None:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import yaml
 
 from megabus.command import Parser
+from megabus.convert.dtypes import CODES
 from megabus.errors import UserError
 
 if TYPE_CHECKING:  # it imports torch, as all that converts does: only where it is needed
     from megabus.parallel.fragments import Kind
 
-DTYPES = ("float32", "bfloat16", "float16")  # the keys in convert/tensor_file.py, which imports torch
 OPTIONS = {
     "tp": ("checkpoint", "shards"),
     "pp": ("checkpoint", "shards"),
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tp", type=int, help="of checkpoint and shards (1)")
     parser.add_argument("--pp", type=int, help="of checkpoint and shards (1)")
     parser.add_argument("--dp", type=int, help="of a checkpoint (1)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of hf (float32)")
+    parser.add_argument("--dtype", choices=tuple(CODES), help="of hf (float32)")
     parser.add_argument("--max-shard-gb", type=float, help="largest file of hf (5)")
     parser.add_argument("--like", type=Path, metavar="DIR", help="hf: take tokenizer and special tokens from this one")
     parser.add_argument("--weights-only", action="store_true", help="leave Adam's moments behind")

@@ -21,12 +21,11 @@ from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.config.stages import stage_section
 from megabus.errors import UserError
+from megabus.estimate.devices import DEVICES, Device, device
 
-if TYPE_CHECKING:  # they import torch: only where they are needed
-    from megabus.estimate.devices import Device
+if TYPE_CHECKING:  # it imports torch: only where it is needed
     from megabus.estimate.whole_run import StageEstimate
 
-GPUS = ("a100", "h100", "h200", "l40s", "cpu")  # the names in estimate/devices.py, which imports torch
 REBUILD = 5.0
 
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks")
-    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(GPUS)} (%(default)s)")
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(DEVICES)} (%(default)s)")
     parser.add_argument("--nodes-of", type=int, help="devices of a node; tensor parallelism is proposed within one")
     parser.add_argument("--memory-gb", type=float, help="of a device, in 10^9 bytes")
     parser.add_argument("--reserve-gb", type=float, help="of that, for drivers and communication")
@@ -58,7 +57,6 @@ def main(argv: Sequence[str]) -> int:
     if args.efficiency is not None and args.efficiency > 1:
         raise UserError("--efficiency", args.efficiency, "is more than the whole peak", "give a share, such as 0.6")
     config = load_config(args.config, args.overrides)
-    from megabus.estimate.devices import device
     from megabus.estimate.whole_run import as_dict, estimate_run, tables
 
     chosen = _changed(device(args.gpu), args)

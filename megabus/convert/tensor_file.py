@@ -12,7 +12,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
+from megabus.convert.dtypes import CODES
+
+DTYPES: dict[str, tuple[str, torch.dtype]] = {name: (code, getattr(torch, name)) for name, code in CODES.items()}
 ALIGNMENT = 8  # of the first tensor, as the format's own writer does it
 
 

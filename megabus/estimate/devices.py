@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megabus.errors import UserError
-from megabus.model.cost import PEAK_TFLOPS
+from megabus.model.peak import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)

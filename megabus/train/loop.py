@@ -15,7 +15,8 @@ from megabus.errors import say
 from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached
-from megabus.model.cost import flops_per_token, peak_flops
+from megabus.model.cost import flops_per_token
+from megabus.model.peak import peak_flops
 from megabus.parallel.agree import on_any_rank
 from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line

@@ -11,8 +11,9 @@ from support.tiny_config import BASE
 from megabus.config import ModelConfig, Stage, load_config, resolve_stages
 from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.ds_config import deepspeed_config
-from megabus.model.cost import count_parameters, flops_per_token, peak_flops
+from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.init import build_model
+from megabus.model.peak import peak_flops
 from megabus.train.schedule import learning_rate, spent_share
 
 
