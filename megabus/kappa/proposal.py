@@ -1,0 +1,106 @@
+"""A growth plan for a run's stages: made from its configuration, and written as a table and as sections to paste."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import yaml
+
+from megabus.config import RunConfig, Stage
+from megabus.config.pair import sizes_of
+from megabus.config.schema import ScalingLaw, TrainConfig
+from megabus.errors import UserError
+from megabus.kappa.planner import GrowthPlan, Size, plan_growth, plan_stages
+from megabus.model.cost import count_parameters, flops_per_token
+
+
+def plan_of(
+    stages: Sequence[Stage], tokens: float, law: ScalingLaw, max_stages: int, proposing: bool, *, reach_final: bool
+) -> GrowthPlan:
+    """A proposal for the last stage's size, or the plan of all of the stages' sizes."""
+    last = stages[-1]
+    if proposing:
+        tp, pp = last.layout.tp, last.layout.pp
+        return plan_growth(last.model, last.seq_len, tokens, law, max_stages, tp, pp, reach_final=reach_final)
+    sizes = [Size(stage.model, stage.seq_len, law) for stage in stages]
+    return plan_stages(sizes, sizes[-1].loss(tokens), reach_final=reach_final)
+
+
+def flops_by_caps(train: TrainConfig, stages: Sequence[Stage]) -> list[float] | None:
+    """FLOPs of every stage of the run that the file asks for, if caps alone end its stages; None where one has none."""
+    left = {
+        "tokens": train.max_tokens or math.inf,
+        "steps": train.max_steps or math.inf,
+        "flops": train.max_flops or math.inf,
+    }
+    spent: list[float] = []
+    for stage in stages:
+        cost = flops_per_token(stage.model, stage.seq_len)
+        tokens = min(left["tokens"], left["steps"] * stage.tokens_per_step, left["flops"] / cost)
+        if stage is not stages[-1]:
+            cap = min(stage.max_tokens or math.inf, (stage.max_flops or math.inf) / cost)
+            if math.isinf(cap):
+                return None
+            tokens = min(tokens, cap)
+        tokens = max(0.0, tokens) if tokens * cost > 1e-9 * sum(spent) else 0.0  # no crumbs of rounding
+        spent.append(tokens * cost)
+        left["tokens"] -= tokens
+        left["steps"] -= tokens / stage.tokens_per_step
+        left["flops"] -= tokens * cost
+    return spent
+
+
+def tokens_of(config: RunConfig, last: Stage) -> float:
+    """Tokens that the final size from scratch would get of the run's budget."""
+    train, cost = config.train, flops_per_token(last.model, last.seq_len)
+    budgets = [
+        float(train.max_tokens) if train.max_tokens else math.inf,
+        train.max_flops / cost if train.max_flops else math.inf,
+        float(train.max_steps * last.tokens_per_step) if train.max_steps else math.inf,
+    ]
+    return min(budgets)
+
+
+def matching(
+    plan: GrowthPlan, happened: Sequence[tuple[int, float, float | None]], run_dir: str
+) -> dict[int, tuple[float, float | None]]:
+    """What happened, by the parameters of the size."""
+    found = {size: (tokens, loss) for size, tokens, loss in happened}
+    planned = [count_parameters(stage.model) for stage in plan.stages]
+    if not found.keys() & set(planned):
+        ours, theirs = (", ".join(f"{n / 1e6:.2f}M" for n in sizes) for sizes in (planned, found))
+        problem = f"has sizes of {theirs} parameters, and none of the plan's {ours}"
+        raise UserError("--compare", run_dir, problem, "name the config.yaml of that run, and no --propose")
+    return found
+
+
+def table(plan: GrowthPlan, happened: dict[int, tuple[float, float | None]]) -> str:
+    header = f"{'sizes':<28} {'params':>8} {'tokens':>9} {'FLOPs':>9} {'share':>6} {'loss at end':>11} {'way':>6}"
+    lines = [header + (f"   {'tokens':>9} {'loss at end':>11}  (what happened)" if happened else "")]
+    for stage in plan.stages:
+        model = stage.model
+        sizes = f"d{model.d_model} L{model.n_layers} H{model.n_heads} ff{model.d_ff}"
+        n, way = count_parameters(model), "–" if stage.way is None else f"{stage.way:.2f}"
+        line = f"{sizes:<28} {n / 1e6:>7.2f}M {stage.tokens:>9.2e} {stage.flops:>9.2e} {stage.flops / plan.flops:>6.0%}"
+        line += f" {stage.end:>11.4f} {way:>6}"
+        if n in happened:
+            tokens, loss = happened[n]
+            line += f"   {tokens:>9.2e} {'–' if loss is None else f'{loss:.4f}':>11}"
+        lines.append(line)
+    return "\n".join([*lines, "way: share of the way from a size's first loss to its floor, with endless tokens"])
+
+
+def as_yaml(plan: GrowthPlan) -> str:
+    """The sections of a configuration that follow the plan; every stage's tokens as its cap."""
+    models = [stage.model for stage in plan.stages]
+    caps = [max(1, int(stage.tokens)) for stage in plan.stages]
+    final = models[-1]
+    first, *grown = [sizes_of(model) for model in models]
+    for sizes, cap in zip(grown[:-1], caps[1:], strict=False):  # the last stage ends with the run
+        sizes["max_tokens"] = cap
+    tree: dict[str, object] = {"model": final.model_dump(exclude_unset=True) | first}
+    tree["train"] = {"max_flops": float(f"{plan.flops:.4g}"), "max_tokens": None, "max_steps": None}
+    if grown:
+        tree["growth"] = {"moments": "grow", "max_tokens": caps[0], "stages": grown}
+    return yaml.safe_dump(tree, sort_keys=False)
