@@ -92,7 +92,6 @@ class Saver:
     def start(self, state: SavedState, placement: Placement, live: Fragments) -> None:
         """Begin a save; call `wait` first. Without `asynchronous` it has ended on return."""
         assert self._save is None
-        self.prepare()
         begun = time.perf_counter()
         save = self._save = Save(state.progress.step)
         snapshot = Snapshot.take(state, placement, live)
