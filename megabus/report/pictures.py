@@ -112,8 +112,7 @@ def draw_panel(
 
 
 def _draw_curve(axes: Axes, at: np.ndarray, values: dict[str, np.ndarray], shape: str, number: int) -> None:
-    """gid: by it the page finds what belongs to a run."""
-    own: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "gid": f"run{number}"}
+    own = _of_run(number)
     if "low" in values:
         axes.fill_between(at, values["low"], values["high"], alpha=0.2, linewidth=0, **own)
         return
@@ -133,15 +132,19 @@ _MANNER: dict[str, dict[str, Any]] = {
 }
 
 
+def _of_run(number: int) -> dict[str, Any]:
+    """A run's colour, and the gid by which the page finds what belongs to it."""
+    return {"color": COLOURS[number % len(COLOURS)], "gid": f"run{number}"}
+
+
 def _draw_marks(axes: Axes, run: RunCurves, number: int, view: View) -> None:
     """Upright lines at growths, triangles on the axis at faults."""
     across = axes.get_xaxis_transform()
     grown = _apart(axes, _numbers([mark[view.x] for mark in run.growths], view.log) * view.scale)
     if len(grown):
         xs = np.stack([grown, grown, np.full_like(grown, np.nan)], axis=1).ravel()
-        own: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "gid": f"run{number}"}
         lines: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (3, 3)), "alpha": 0.8}
-        axes.plot(xs, [0.0, 1.0, np.nan] * len(grown), transform=across, **own, **lines)
+        axes.plot(xs, [0.0, 1.0, np.nan] * len(grown), transform=across, **_of_run(number), **lines)
     failed = _apart(axes, _numbers([mark[view.x] for mark in run.faults], view.log) * view.scale)
     if len(failed):
         shape: dict[str, Any] = {"marker": "^", "linestyle": "", "markersize": 5, "color": _FAULT}
@@ -171,11 +174,8 @@ def _number_growths(axes: Axes, runs: Sequence[RunCurves], view: View, names: bo
         shown = full if names and 0.62 * size * len(full) < end - at else digit
         if at < free:
             continue
-        colour = COLOURS[number % len(COLOURS)]
         place: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "xycoords": "axes fraction"}
-        axes.annotate(
-            shown, (at / width, 1), color=colour, fontsize=size, gid=f"run{number}", parse_math=False, **place
-        )
+        axes.annotate(shown, (at / width, 1), fontsize=size, parse_math=False, **_of_run(number), **place)
         free = at + 0.62 * size * (len(shown) + 1)
 
 
