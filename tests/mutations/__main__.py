@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from tests.mutations.faults import FAULTS, Fault
 from tests.mutations.plant import place_of, runs_of
+from tests.support.forked import wait_for
 
 HERE = Path(__file__).resolve().parents[2]
 LIMIT = 900.0  # seconds; a fault may make ranks wait for each other
@@ -115,16 +115,7 @@ def _tested(copy: Path, arguments: list[str], limit: float) -> int | None:
         import pytest
 
         os._exit(int(pytest.main(["-x", *arguments], [_Collection()])))
-    deadline = time.monotonic() + limit
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return None
-        time.sleep(0.05)
+    return wait_for(pid, limit, kill=os.killpg)
 
 
 if __name__ == "__main__":

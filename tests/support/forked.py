@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -34,7 +34,7 @@ def run_python(
         pid = os.fork()
         if pid == 0:
             _child(words, cwd, env, out, err)
-        code = _wait(pid, time.monotonic() + timeout)
+        code = wait_for(pid, timeout)
         out.seek(0)
         err.seek(0)
         if code is None:
@@ -42,14 +42,15 @@ def run_python(
         return subprocess.CompletedProcess(words, code, out.read(), err.read())
 
 
-def _wait(pid: int, deadline: float) -> int | None:
-    """The exit code; None for a process that had to be killed."""
+def wait_for(pid: int, timeout: float, kill: Callable[[int, int], None] = os.kill) -> int | None:
+    """The exit code; None for a process that had to be killed. kill: os.killpg where it leads a group."""
+    deadline = time.monotonic() + timeout
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
+            kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return None
         time.sleep(0.005)
