@@ -17,7 +17,7 @@ from megabus.config import Layout
 from megabus.engine import ds_config
 from megabus.estimate.memory import RankMemory, rank_memory
 from megabus.table import aligned
-from megabus.testing.memory import Measured, measure, memory_config
+from megabus.testing.memory import Measured, measure, memory_training
 from megabus.testing.ranks import run_ranks
 
 BUCKET = 300_000  # entries, less than the model has: buckets of the usual size would be nearly all there is
@@ -66,7 +66,7 @@ def main() -> int:
         header += [what, "found", "off"]
     rows = []
     for kind, layout, options in CASES:
-        config = memory_config(kind, layout, **options)
+        config = memory_training(kind, layout, **options)
         name = ", ".join([kind, *(f"{key} {value}" for key, value in options.items())])
         found = run_ranks(layout.world, measure, config, BUCKET, timeout=900.0)
         ranks = [(rank_memory(config.train, config.stage, rank), one) for rank, one in enumerate(found)]

@@ -20,7 +20,7 @@ LIMIT = 1e-5
 def main(argv: Sequence[str]) -> int:
     Parser(prog="megabus parity", description=__doc__).parse_args(argv)
     preload()
-    from megabus.testing.parity import LAYOUTS, difference, engine_trace, parity_config, plain_trace, worst
+    from megabus.testing.parity import LAYOUTS, difference, engine_trace, parity_training, plain_trace, worst
 
     header = (
         "model",
@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> int:
     for train, kind in product(tables, ("ngpt", "gpt")):
         if kind == "ngpt":
             print(("\n{:<6}{:<14}{:<6}" + "{:>11}" * 6).format(*header))
-        reference = plain_trace(parity_config(kind, LAYOUTS[0], **train))
+        reference = plain_trace(parity_training(kind, LAYOUTS[0], **train))
         for layout in LAYOUTS if not train else [layout for layout in LAYOUTS if layout.tp > 1]:
             for zero in (1, 2) if layout.pp == 1 and layout.dp > 1 else (1,):
-                trace = engine_trace(parity_config(kind, layout, zero_stage=zero, **train), layout)
+                trace = engine_trace(parity_training(kind, layout, zero_stage=zero, **train))
                 d = difference(trace, reference)
                 numbers = (d.logits, d.grads, d.losses, d.grad_norms, d.masters)
                 unit = f"{trace.unit_error:>11.1e}" if kind == "ngpt" else f"{'-':>11}"

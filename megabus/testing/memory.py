@@ -22,7 +22,7 @@ from megabus.testing.training import Training, make_training
 MODEL = {"vocab_size": 509, "d_model": 76, "n_layers": 5, "n_heads": 6, "n_kv_heads": 2, "head_dim": 14, "d_ff": 202}
 
 
-def memory_config(
+def memory_training(
     kind: str, layout: Layout, micro_batches: int = 3, model: dict[str, int] | None = None, **train: Any
 ) -> Training:
     """A small training whose activations outweigh its states, as they may in a large one."""
@@ -48,15 +48,15 @@ class Measured:
         return self.weights + self.masters + self.moments + max(self.computing, self.reducing, self.updating)
 
 
-def measure(config: Training, bucket: int | None = None) -> Measured:
+def measure(training: Training, bucket: int | None = None) -> Measured:
     """Train for three steps and count in the third. Collective; on CPUs, whose tensors are counted.
 
     bucket: entries of DeepSpeed's buckets in place of the usual number, beside which a small model is nothing.
     """
     ds_config.BUCKET_ENTRIES = bucket or ds_config.BUCKET_ENTRIES
-    stage = config.stage
-    engine = Engine(config.train, config.optimizer, stage)
-    engine.write_initial(config.train.seed)
+    stage = training.stage
+    engine = Engine(training.train, training.optimizer, stage)
+    engine.write_initial(training.train.seed)
     batches = [_batch(engine, micro) for micro in range(stage.grad_accum)] if engine.needs_data else []
     for _ in range(2):
         engine.train_step(batches, 1e-3)
@@ -68,7 +68,7 @@ def measure(config: Training, bucket: int | None = None) -> Measured:
             live.count(tensor)
         del held, tensor
         marks = _Marks(live)
-        pipeline = stage.layout.pp > 1 and config.train.precision == "bf16"
+        pipeline = stage.layout.pp > 1 and training.train.precision == "bf16"
         marks.around(engine.deepspeed, "_bf16_reduce_grads" if pipeline else "allreduce_gradients", "reducing")
         marks.around(engine.deepspeed.optimizer, "step", "updating")
         engine.train_step(batches, 1e-3)

@@ -44,7 +44,7 @@ class Trace:
     replica_error: float = 0.0
 
 
-def parity_config(kind: str, layout: Layout, **train: Any) -> Training:
+def parity_training(kind: str, layout: Layout, **train: Any) -> Training:
     """A small model of awkward sizes: rows that partitions cut, a vocabulary that tp does not divide, layers that pp
     does not divide, grouped queries."""
     model = {
@@ -69,10 +69,10 @@ def batch_of(stage: Stage, step: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def plain_trace(config: Training) -> Trace:
+def plain_trace(training: Training) -> Trace:
     """The same training in plain PyTorch, without megabus's engine and without DeepSpeed."""
-    stage, optim = config.stage, config.optimizer
-    model = build_model(stage.model, config.train.seed)
+    stage, optim = training.stage, training.optimizer
+    model = build_model(stage.model, training.train.seed)
     adam = torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, weight_decay=0.0)
     unit = [p for p in model.parameters() if spec_of(p).unit]
     trace = Trace(model(batch_of(stage, 0)[0]).detach(), {}, [], [], {})
@@ -82,7 +82,7 @@ def plain_trace(config: Training) -> Trace:
         adam.zero_grad()
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        clip = config.train.gradient_clipping or float("inf")
+        clip = training.train.gradient_clipping or float("inf")
         trace.grad_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
         if step == 0:
             trace.grads = {name: grad.clone() for name, grad in grads.items()}
@@ -95,14 +95,14 @@ def plain_trace(config: Training) -> Trace:
     return trace
 
 
-def engine_job(config: Training) -> dict[str, Any]:
+def engine_job(training: Training) -> dict[str, Any]:
     """On one rank: the same training under a layout. Returns this rank's pieces; see `engine_trace`."""
     from megabus.engine.engine import Engine
     from megabus.engine.fragments import inner_optimizer
 
-    stage = config.stage
-    engine = Engine(config.train, config.optimizer, stage)
-    engine.write_initial(config.train.seed)
+    stage = training.stage
+    engine = Engine(training.train, training.optimizer, stage)
+    engine.write_initial(training.train.seed)
     logits = _logits(engine, batch_of(stage, 0))
     grads: dict[Piece, Tensor] = {}
 
@@ -115,7 +115,7 @@ def engine_job(config: Training) -> dict[str, Any]:
     hook = inner_optimizer(engine.deepspeed).register_step_pre_hook(keep_grads)
     losses, norms, unit_error = [], [], engine.unit_error() or 0.0
     for step in range(STEPS):
-        result = engine.train_step(rank_batches(engine, batch_of(stage, step)), config.optimizer.lr)
+        result = engine.train_step(rank_batches(engine, batch_of(stage, step)), training.optimizer.lr)
         hook.remove()  # the first step's gradients only
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -169,14 +169,15 @@ def _logits(engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor | None:
     return torch.cat(seen) if seen else None
 
 
-def engine_trace(config: Training, layout: Layout) -> Trace:
+def engine_trace(training: Training) -> Trace:
     """Run `engine_job` on the layout's ranks and put the pieces together."""
     from megabus.model.decoder import param_specs
     from megabus.model.params import global_shape
     from megabus.parallel.topology import rank_of
     from megabus.testing.ranks import run_ranks
 
-    ranks, model = run_ranks(layout.world, engine_job, config), config.stage.model
+    model, layout = training.stage.model, training.stage.layout
+    ranks = run_ranks(layout.world, engine_job, training)
     shapes = {name: global_shape(spec, model) for name, spec in param_specs(model).items()}
     apart = [0.0]
 
@@ -189,8 +190,8 @@ def engine_trace(config: Training, layout: Layout) -> Trace:
                 part.copy_(values)
         return {name: values.view(shapes[name]) for name, values in full.items()}
 
-    rows = torch.empty(config.train.global_batch_size, config.train.seq_len, model.vocab_size)
-    size = config.train.micro_batch_size
+    rows = torch.empty(training.train.global_batch_size, training.train.seq_len, model.vocab_size)
+    size = training.train.micro_batch_size
     for dp in range(layout.dp):
         parts = [ranks[rank_of(layout, layout.pp - 1, dp, tp)]["logits"] for tp in range(layout.tp)]
         mine = torch.cat(parts, dim=-1).view(-1, size, *rows.shape[1:])

@@ -27,7 +27,7 @@ from megabus.growth.plan import ELEMENT_BYTES, Plan
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
-from megabus.testing.memory import measure, memory_config
+from megabus.testing.memory import measure, memory_training
 from megabus.testing.ranks import run_ranks
 
 torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def small_buckets(monkeypatch):
 
 @pytest.mark.parametrize(("kind", "layout", "options"), RUNS, ids=str)
 def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeypatch):
-    config = memory_config(kind, layout, **options)
+    config = memory_training(kind, layout, **options)
     found = run_ranks(layout.world, measure, config, BUCKET, timeout=600.0)
     planned = estimates(config)
     for one, other in zip(planned, found, strict=True):
@@ -73,7 +73,7 @@ def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeyp
         monkeypatch.setattr(rooms, "in_flight", lambda *_: 1)
         assert off(estimates(config), found) > 0.1
     for change in ({"micro_batch_size": 2 * config.train.micro_batch_size}, {"recompute": not config.train.recompute}):
-        other_run = memory_config(kind, layout, **options | change)
+        other_run = memory_training(kind, layout, **options | change)
         assert off(estimates(other_run), found) > 0.1
 
 
@@ -223,7 +223,7 @@ def test_candidates_are_all_that_a_run_accepts(large):
 
 
 def test_ranking_is_by_time_of_what_fits():
-    config = run_of(memory_config("gpt", Layout(2, 1, 2), precision="bf16"))
+    config = run_of(memory_training("gpt", Layout(2, 1, 2), precision="bf16"))
     stage = resolve_stages(config, 4)[0]
     cpu = device("cpu")
     every = rank_layouts(config, stage, cpu, top=99)

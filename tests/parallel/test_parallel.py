@@ -23,11 +23,11 @@ LIMIT = 1e-5
 
 @functools.cache
 def reference(kind: str) -> parity.Trace:
-    return parity.plain_trace(parity.parity_config(kind, Layout(1, 1, 1)))
+    return parity.plain_trace(parity.parity_training(kind, Layout(1, 1, 1)))
 
 
 def trace_of(kind: str, layout: Layout, **train: object) -> parity.Trace:
-    return parity.engine_trace(parity.parity_config(kind, layout, **train), layout)
+    return parity.engine_trace(parity.parity_training(kind, layout, **train))
 
 
 @pytest.mark.parametrize("layout", parity.LAYOUTS, ids=str)
@@ -56,7 +56,7 @@ def test_recompute_equals_one_process(layout):
 def test_clipping_uses_the_global_norm(layout):
     """Clipped at a fifth of the norm: wrong norms of shards or replicas would scale the update."""
     clip = {"gradient_clipping": reference("ngpt").grad_norms[0] / 5}
-    plain = parity.plain_trace(parity.parity_config("ngpt", Layout(1, 1, 1), **clip))
+    plain = parity.plain_trace(parity.parity_training("ngpt", Layout(1, 1, 1), **clip))
     trace = trace_of("ngpt", layout, **clip)
     difference = parity.difference(trace, plain)
     assert max(difference.losses, difference.grad_norms) <= LIMIT
@@ -97,7 +97,7 @@ def _sums_job(config):
 )
 def test_bf16_gradients_add_up_in_fp32(layout, zero):
     """Over micro batches and over ranks: DeepSpeed's own settings send and add them in bf16."""
-    config = parity.parity_config("ngpt", layout, precision="bf16", zero_stage=zero)
+    config = parity.parity_training("ngpt", layout, precision="bf16", zero_stage=zero)
     for dtypes, kept in run_ranks(layout.world, _sums_job, config):
         assert dtypes == {torch.float32}
         assert zero == 2 or kept == 0
@@ -143,7 +143,7 @@ def _wrong_job(config, fault):
 
 def test_negative_controls(monkeypatch):
     """The comparison sees a missing all-reduce in the backward pass, and a norm that counts replicas twice."""
-    config = parity.parity_config("ngpt", Layout(2, 1, 1))
+    config = parity.parity_training("ngpt", Layout(2, 1, 1))
     wrong = run_ranks(2, _wrong_job, config, "no sum in backward")[0]
     assert abs(wrong["norms"][0] - reference("ngpt").grad_norms[0]) > 1e-3
     wrong = run_ranks(2, _wrong_job, config, "replica counted twice")[0]
@@ -173,7 +173,7 @@ def test_the_pool_shows_stacks_and_tracebacks():
 
 def test_uneven_vocabulary_leaves_no_padding():
     """Shards differ by a row and cover the vocabulary: no rank holds a row that the model does not have."""
-    stage = parity.parity_config("ngpt", Layout(4, 1, 1)).stage
+    stage = parity.parity_training("ngpt", Layout(4, 1, 1)).stage
     from megabus.parallel.placement import Placement
 
     placement = Placement(stage.model, stage.layout)

@@ -23,13 +23,13 @@ SEQ_LEN = 12
 
 @functools.cache
 def reference(kind):
-    return parity.plain_trace(parity.parity_config(kind, Layout(1, 1, 1), seq_len=SEQ_LEN))
+    return parity.plain_trace(parity.parity_training(kind, Layout(1, 1, 1), seq_len=SEQ_LEN))
 
 
 def trace_of(kind, layout, **train):
     """Of steps of two micro batches, for on CPUs each costs a hundred small collectives."""
     train |= {"seq_len": SEQ_LEN, "micro_batch_size": 8 // layout.dp, "sequence_parallel": True}
-    return parity.engine_trace(parity.parity_config(kind, layout, **train), layout)
+    return parity.engine_trace(parity.parity_training(kind, layout, **train))
 
 
 def assert_equals_one_process(trace, kind):
@@ -69,7 +69,7 @@ def test_negative_control_gains_that_are_not_summed(kind, monkeypatch):
     monkeypatch.setattr(ProcessGroupTP, "shared", lambda self, parameter: parameter)
     trace, right = trace_of(kind, Layout(2, 1, 1)), reference(kind)
     assert trace.replica_error > 0
-    specs = param_specs(parity.parity_config(kind, Layout(2, 1, 1)).stage.model)
+    specs = param_specs(parity.parity_training(kind, Layout(2, 1, 1)).stage.model)
     for name, grad in right.grads.items():
         error = float((trace.grads[name] - grad).abs().max() / grad.abs().max())
         assert (error <= LIMIT) == specs[name].sharded, name
@@ -82,7 +82,7 @@ def test_negative_control_gains_that_are_not_summed(kind, monkeypatch):
 
 def growing(kind="ngpt", layouts=({"tp": 1}, {"tp": 1}), seq_lens=(8, 16), sequence_parallel=True):
     train = {"seq_len": seq_lens[0], "global_batch_size": 4, "sequence_parallel": sequence_parallel}
-    first = parity.parity_config(kind, Layout(1, 1, 1), **train)
+    first = parity.parity_training(kind, Layout(1, 1, 1), **train)
     larger = {"d_model": 52, "n_heads": 12, "d_ff": 88, "n_layers": 6, "seq_len": seq_lens[1], "layout": layouts[1]}
     return run_of(first, layout=layouts[0], growth={"stages": [larger]})
 
