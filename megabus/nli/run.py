@@ -22,13 +22,13 @@ from megabus.config import Stage
 from megabus.data.order import permute
 from megabus.data.tokenizer import Tokenizer
 from megabus.engine.engine import Engine
-from megabus.engine.likelihood import SequenceLoss, train_step
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
 from megabus.nli.pairs import Hub, PairSet, read_jsonl
 from megabus.nli.score import Encoder, Scorer, Scores
 from megabus.nli.settings import Settings
 from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.scoring.likelihood import SequenceLoss, train_step
 from megabus.train.metrics import describe
 from megabus.train.schedule import learning_rate
 from megabus.train.watchdog import watched

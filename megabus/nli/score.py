@@ -11,11 +11,11 @@ from lm_eval.api.instance import Instance
 
 from megabus.data.tokenizer import Tokenizer
 from megabus.engine.engine import Engine
-from megabus.engine.harness import EngineLM, MultipleChoice
-from megabus.engine.likelihood import Sequence
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS, Pair, PairSet
 from megabus.nli.prompt import Template
+from megabus.scoring.harness import EngineLM, MultipleChoice
+from megabus.scoring.likelihood import Sequence
 
 CONTENT_FREE = "N/A"  # stands for both sentences in a prompt that says nothing (Zhao et al. 2021)
 

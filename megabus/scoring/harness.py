@@ -14,8 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 
-from megabus.engine import likelihood
 from megabus.engine.engine import Engine
+from megabus.scoring import likelihood
 
 
 class EngineLM(LM):

@@ -1,0 +1,1 @@
+"""Log-likelihoods of texts, computed by a running engine under any layout."""
