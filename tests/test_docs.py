@@ -285,9 +285,11 @@ def test_quoted_messages_are_the_codes():
 def test_a_message_that_nobody_says_is_found():
     assert not_said("is in use by another run; wait for it, or choose another") == []
     assert not_said("is in use by another ship; wait for it, or choose another") == ["is in use by another ship"]
-    assert not_said("no progress for ... s (faults.hang_timeout):") == []
+    assert not_said("no progress for ... s (faults.hang_timeout, less ... s to say so):") == []
     assert not_said("no progress for ... hours") == ["no progress for ... hours"]
-    assert not_said("... s (faults.hang_timeout): no progress for") == ["... s (faults.hang_timeout): no progress for"]
+    assert not_said("... s (faults.hang_timeout, less no progress for") == [
+        "... s (faults.hang_timeout, less no progress for"
+    ]
 
 
 def test_keys_in_the_troubleshooting_page_exist():

@@ -304,7 +304,7 @@ class FaultsConfig(Section):
         2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
     )
     hang_timeout: Annotated[float, Field(gt=0, le=604_800)] = Field(
-        600.0, description="seconds without progress before a rank shows its stacks and ends"
+        600.0, description="seconds without progress in which a rank ends, its stacks shown some seconds before"
     )
     stop_exit_code: Annotated[int, Field(ge=0, le=255)] = Field(
         0, description="of a run that saved because of a signal or the stop file; a scheduler's requeue code"

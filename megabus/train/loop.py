@@ -65,6 +65,7 @@ def train(config: RunConfig) -> Outcome:
 def train_step(run: Run) -> None:
     """One optimizer step, its accounting and its log line."""
     begun, stage, config, now = time.perf_counter(), run.stage, run.config, run.progress
+    run.watchdog.heartbeat(f"step {now.step + 1}")
     cost = stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len)
     # At the step's middle: a warm-up does not begin, nor a decay end, with a step of learning rate 0.
     middle = spent_share(config.train, now.step + 0.5, now.tokens + stage.tokens_per_step / 2, now.flops + cost / 2)
@@ -94,7 +95,7 @@ def train_step(run: Run) -> None:
 
 def agree_on_step_end(run: Run) -> bool:
     """At the end of a step, what any rank knows becomes known to all; whether to return to the last checkpoint."""
-    run.watchdog.heartbeat()
+    run.watchdog.heartbeat(f"the end of step {run.progress.step}")
     metrics = run.metrics
     unsound = run.progress.nonfinite_in_a_row > run.config.faults.max_skips
     stop, ended, unwritten = on_any_rank(
@@ -151,7 +152,7 @@ def validate(run: Run) -> float:
 
 
 def _validation_loss(run: Run, seq_len: int) -> float:
-    run.watchdog.heartbeat()
+    run.watchdog.heartbeat(f"the validation after step {run.progress.step}")
     batches = run.corpora.valid_batches(run.engine, seq_len)
     return run.engine.evaluate(batches, run.corpora.valid_steps(run.stage, seq_len), seq_len)
 
@@ -190,6 +191,7 @@ def _gauge(run: Run) -> None:
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     """Grow into the next stage, and measure on the same tokens what it did to the loss (`before`)."""
     old, new, now = run.stage, run.stages[signal.stage], run.progress
+    run.watchdog.heartbeat(f"the growth after step {now.step}")
     begun = time.perf_counter()
     grown = grow_engine(run.engine, run.config, new)
     stall = time.perf_counter() - begun
