@@ -109,12 +109,13 @@ def _locate(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str],
             any_name = False
         elif part in known:
             path.append(part)
-            leaves = _flatten(known[part].annotation)
+            leaves = parts_of(known[part].annotation)
             sections = [t for t in leaves if isinstance(t, type) and issubclass(t, BaseModel)]
             any_name = bool(sections) and get_origin(known[part].annotation) is dict
             known = sections[0].model_fields if sections else {}
     return path, list(known)
 
 
-def _flatten(annotation: Any) -> list[Any]:
-    return [annotation, *(leaf for arg in get_args(annotation) for leaf in _flatten(arg))]
+def parts_of(annotation: Any) -> list[Any]:
+    """A type, and all the types that it is made of."""
+    return [annotation, *(leaf for arg in get_args(annotation) for leaf in parts_of(arg))]
