@@ -112,6 +112,10 @@ def test_what_is_no_such_file_is_told(tmp_path):
     assert message_of(read_jsonl, path, "--valid").startswith(
         f"--valid = {path}, line 1 = b'\\xff\\xfe\\n': Invalid JSON"
     )
+    path.write_text(json.dumps([GOOD] * 300))  # all rows on one line
+    assert len(message_of(read_jsonl, path, "--valid")) < 500
+    path.write_text("x" * 1000)
+    assert len(message_of(read_jsonl, path, "--valid")) < 500
     gz = write_rows(tmp_path / "b.gz", [GOOD] * 300)
     gz.write_bytes(gz.read_bytes()[:-12])
     assert "b.gz: cannot be read (" in message_of(read_jsonl, gz, "--valid")
