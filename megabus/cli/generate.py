@@ -33,16 +33,14 @@ def main(argv: Sequence[str]) -> int:
     import megabus
     from megabus.checkpoint.load import checkpoint_at
     from megabus.checkpoint.save import TOKENIZER
-    from megabus.data.tokenizer import Tokenizer
+    from megabus.data.tokenizer import open_tokenizer
     from megabus.generate import generate
 
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError("--device", args.device, "is not there", "use cpu")
-    tokenizer = Tokenizer(args.tokenizer or checkpoint_at(args.checkpoint) / TOKENIZER)
     model = megabus.load(args.checkpoint).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        problem = f"has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}"
-        raise UserError("--tokenizer", tokenizer.path, problem, "give the one that made its data")
+    saved = checkpoint_at(args.checkpoint) / TOKENIZER
+    tokenizer = open_tokenizer(args.tokenizer or saved, model.config.vocab_size)
     try:
         prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megabus.checkpoint.load import checkpoint_at
-from megabus.checkpoint.manifest import Heartbeat
-from megabus.checkpoint.restore import Found, find_checkpoint, restore, verified
+from megabus.checkpoint.restore import Found, find_checkpoint, restore, weights_of
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
@@ -25,7 +23,7 @@ from megabus.growth.transition import stage_engine
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters
-from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.parallel.agree import agreement
 from megabus.preflight.flight import preflight
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
@@ -89,7 +87,8 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
     if config.init_from is not None and found is None:
-        origin = _origin(config.init_from, stages[0], watchdog.heartbeat)
+        origin = weights_of(config.init_from, watchdog.heartbeat)
+        check_same_model(origin, stages[0], "give the model that was saved")
     changes: list[str] = []
     with agreement():
         if found is not None:
@@ -146,13 +145,6 @@ def _reserve(config: RunConfig, lock: RunLock) -> None:
 
 def _engine(config: RunConfig, stages: list[Stage], index: int) -> Engine:
     return stage_engine(config, stages[index], stages[index - 1] if index else None)
-
-
-def _origin(path: str, stage: Stage, heartbeat: Heartbeat) -> Found:
-    """The checkpoint whose weights, but not moments, a new run begins with. Collective."""
-    found = verified(rank_0_tells(lambda: checkpoint_at(path)), heartbeat)
-    check_same_model(found, stage, "give the model that was saved")
-    return replace(found, state=replace(found.state, kinds=("weight",), optimizer_step=0))
 
 
 @contextmanager
