@@ -290,7 +290,8 @@ def test_a_message_that_nobody_says_is_found():
     assert not_said("is in use by another ship; wait for it, or choose another") == ["is in use by another ship"]
     assert not_said("no progress for ... s (faults.hang_timeout, less ... s to say so):") == []
     assert not_said("no progress for ... hours") == ["no progress for ... hours"]
-    assert not_said("... s (faults.hang_timeout, less no progress for") == [
+    swapped = "... s (faults.hang_timeout, less no progress for"
+    assert not_said(swapped) == [swapped]
         "... s (faults.hang_timeout, less no progress for"
     ]
 
