@@ -292,8 +292,6 @@ def test_a_message_that_nobody_says_is_found():
     assert not_said("no progress for ... hours") == ["no progress for ... hours"]
     swapped = "... s (faults.hang_timeout, less no progress for"
     assert not_said(swapped) == [swapped]
-        "... s (faults.hang_timeout, less no progress for"
-    ]
 
 
 def test_keys_in_the_troubleshooting_page_exist():
