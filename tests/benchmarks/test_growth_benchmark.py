@@ -120,9 +120,9 @@ def test_jobs_come_in_order_and_once(tmp_path):
 
 def test_a_failed_rate_is_never_chosen(tmp_path):
     experiment = small.load(tmp_path, small.spec(arms=TUNED))
-    assert best_rate(experiment, "of", losses_by({0.01: INF, 0.02: 9.0, 0.04: INF})) == 0.02
+    assert best_rate(experiment, "of", 1.0, losses_by({0.01: INF, 0.02: 9.0, 0.04: INF})) == 0.02
     failed = dict.fromkeys((0.01, 0.02, 0.04), INF)
-    assert best_rate(experiment, "scratch", losses_by(failed)) is None
+    assert best_rate(experiment, "scratch", 1.0, losses_by(failed)) is None
     assert {job.arm for job in jobs(experiment, losses_by(failed)) if not job.tuning} == {"fixed"}
 
 
@@ -361,9 +361,9 @@ def test_a_law_is_held_against_what_grew(tmp_path):
         "growth": {"max_tokens": 1024, "trigger": small.TRIGGER, "stages": [{"d_model": 36, "n_heads": 2, "d_ff": 62}]}
     }
     arms = {
-        "scratch": small.arm(budgets=[1, 2, 4], law=True, seeds=[0, 1]),
-        "little": small.arm(budgets=[1, 2, 4], law=True, set={"model": size}),
-        "middle": small.arm(budgets=[1, 2, 4], law=True, set={"model": size | {"d_ff": 50}}),
+        "scratch": small.arm(budgets=[1, 2, 4], ladder=True, seeds=[0, 1]),
+        "little": small.arm(budgets=[1, 2, 4], ladder=True, set={"model": size}),
+        "middle": small.arm(budgets=[1, 2, 4], ladder=True, set={"model": size | {"d_ff": 50}}),
         "grown": small.arm(set={"model": size, **stages}),
         "other": small.arm(budgets=[1, 2, 4], set={"model": {"kind": "gpt"}}),  # not marked, being of another kind
     }

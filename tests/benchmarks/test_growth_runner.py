@@ -74,7 +74,7 @@ def test_sharing_too_much_is_seen(corpus, alone, tmp_path, monkeypatch, broken):
         name, key = "scratch-lr0.01-seed0-x2", ("scratch", 0.01, 0, 2.0)
     else:
         monkeypatch.setattr(prefix, "MANNER", ())
-        monkeypatch.setattr(prefix, "_common_growths", lambda a, b: 1)
+        monkeypatch.setattr(prefix, "_common_growths", lambda a, b: (1, (None, None)))
         name, key = "clone-lr0.01-seed0-x1", ("clone", 0.01, 0, 1.0)
     tree = growing(corpus)
     tree["arms"] = {k: v for k, v in tree["arms"].items() if (k == "scratch") == (broken == "decay")}
