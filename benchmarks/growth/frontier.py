@@ -46,7 +46,7 @@ def claims(experiment: Experiment, results: Results, found: Sequence[Group]) -> 
     for group in (group for group in found if group.finite):
         fixed = experiment.arms[group.arm].ladder
         keeps = kept(experiment, done, group, len(group.finite) if fixed else seeds_in_pairs(group, ladder))
-        short = keeps.short_by()
+        short = (worst([keeps]) if fixed else keeps).short_by()
         if fixed or not decayed(experiment, group):
             told.append(Claim(group, {}, {}, {}, None, False, keeps, short))
             continue

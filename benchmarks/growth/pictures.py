@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.growth.experiment import MOST_DRAWN, Experiment
 from benchmarks.growth.frontier import trunks
-from benchmarks.growth.groups import Group, difference
+from benchmarks.growth.groups import Group, decayed, difference
 from megabus.errors import UserError
 from megabus.report.figure import FAINT, INK, STYLE
 
@@ -82,7 +82,7 @@ def draw_anytime(experiment: Experiment, found: Sequence[Group], path: Path) -> 
     colours = iter(COLOURS)
     styles = iter(("-", "--", "-.", ":") * len(experiment.arms))
     for arm, spec in experiment.arms.items():
-        mine = [group for group in found if group.arm == arm and group.finite]
+        mine = [group for group in found if group.arm == arm and group.finite and decayed(experiment, group)]
         if not mine or not (spec.ladder or arm in trunks(experiment)):
             continue
         flops = [np.mean([run.flops for run in group.finite]) for group in mine]

@@ -66,7 +66,7 @@ def _check_text(experiment: Experiment, where: str, config: RunConfig) -> None:
         seen, there = tokens * weight / whole, IndexedTokens(prefix).n_tokens
         if seen > experiment.epochs * there:
             problem = f"{'may' if by_kappa else 'would'} see the {there} of {prefix} {seen / there:.2f} times"
-            remedy = "lower the budget, add text, or allow it with `epochs`, which no claim bears"
+            remedy = "lower the budget, add text, or allow it with `epochs`, which weakens every claim"
             raise UserError(where, f"{seen:.0f} tokens", problem, remedy)
 
 

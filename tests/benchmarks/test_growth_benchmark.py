@@ -18,6 +18,7 @@ from benchmarks.growth.prefix import Common, common
 from benchmarks.growth.results import Results, result_of
 from benchmarks.growth.savings import Saving, overall, quantile, saving, spread
 from benchmarks.growth.write_up import report
+from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import parse_config
 from megabus.errors import UserError
 
@@ -29,6 +30,11 @@ def refused(tmp_path, **changes):
         small.load(tmp_path, small.spec(**changes))
     assert str(tmp_path / "tiny.yaml") in str(error.value)
     return str(error.value)
+
+
+def trunk(**sections):
+    """Its keys laid over those of an arm that grows at a place of its own."""
+    return two(set=overlaid({"growth": small.TWICE}, sections), caps_at=[0.1])
 
 
 def two(**second):
@@ -57,6 +63,16 @@ def two(**second):
         ({"arms": two(set={"growth": small.TWICE}, caps=[0.2, 0.2])}, ["arms.b.caps", "do not end 1 stage"]),
         ({"arms": two(set={"growth": small.TWICE}, caps=[1.0])}, ["arms.b.caps", "before the run does"]),
         ({"arms": two(set={"growth": small.TWICE}, caps=[1.5])}, ["arms.b.caps", "less than or equal to 1"]),
+        ({"arms": two(set={"growth": small.TWICE}, caps_at=[0.1, 0.2])}, ["arms.b.caps_at", "of 1 growth"]),
+        ({"arms": two(set={"growth": small.TWICE}, caps_at=[0.7])}, ["arms.b.caps_at = 0.7", "falls from 0.7 on"]),
+        ({"arms": two(set={"growth": small.TWICE}, caps_at=[0.1], caps=[0.1])}, ["arms.b.caps", "beside caps_at"]),
+        ({"arms": two(caps_at=[0.1])}, ["arms.b.caps_at", "does not grow"]),
+        ({"arms": trunk(optimizer={"schedule": "cosine"})}, ["optimizer.schedule = cosine", "choose wsd"]),
+        ({"arms": trunk(optimizer={"decay_share": "x"})}, ["arms.b", "optimizer", "decay_share"]),
+        ({"arms": trunk(growth={"max_flops": 9})}, ["growth.max_flops = 9", "nothing beside caps"]),
+        ({"arms": two(lr={"at": [1], "value": 1})}, ["arms.b.lr", "nothing to tune"]),
+        ({"arms": two(lr={"tune": [1], "at": [1, 1]})}, ["arms.b.lr.at", "names one twice"]),
+        ({"epochs": 0}, ["epochs"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, changes, words):
@@ -126,6 +142,22 @@ def test_a_failed_rate_is_never_chosen(tmp_path):
     assert {job.arm for job in jobs(experiment, losses_by(failed)) if not job.tuning} == {"fixed"}
 
 
+def test_rates_are_tuned_at_several_budgets(tmp_path):
+    """A run takes what the nearest of them chose, by ratio; where two are as near, the smaller."""
+    tuned = small.arm(lr={"tune": [0.01, 0.02], "at": [4, 1]}, budgets=[0.5, 1, 2, 3, 8])
+    arms = {"scratch": tuned, "of": small.arm(lr={"of": "scratch"}, budgets=[4], set={"model": {"d_ff": 64}})}
+    experiment = small.load(tmp_path, small.spec(arms=arms))
+    best = {1.0: 0.02, 4.0: 0.01}
+    found = list(jobs(experiment, lambda job: abs(job.lr - best[job.budget]) if job.tuning else 1.0))
+    tuning = [(job.lr, job.budget) for job in found if job.tuning]
+    assert tuning == [(0.01, 1.0), (0.02, 1.0), (0.01, 4.0), (0.02, 4.0)]
+    chosen = {(job.arm, job.budget): job.lr for job in found if not job.tuning}
+    by_budget = {0.5: 0.02, 2.0: 0.02, 3.0: 0.01, 8.0: 0.01}
+    assert chosen == {("scratch", budget): lr for budget, lr in by_budget.items()} | {("of", 4.0): 0.01}
+    half = list(jobs(experiment, lambda job: 1.0 if job.budget == 1 else None))  # those of the other budget wait
+    assert {job.budget for job in half if not job.tuning} == {0.5, 2.0}
+
+
 def test_the_digest_is_of_the_mathematics(tmp_path):
     def digest(**changes):
         base = small.tree_of(small.spec(), **changes)
@@ -167,6 +199,26 @@ def test_caps_are_shares_of_each_budget(tmp_path):
     assert caps("d", 1.0) == [0.75, None]
     assert caps("e", 1.0) == caps("scratch", 1.0) == [None]
     assert "max_flops" not in str(experiment.tree("b"))
+
+
+def test_places_of_growths_are_the_same_for_all_budgets(tmp_path):
+    """What would come when the rate falls already, or later, is left out: of budget x from 0.7x on."""
+    stages = [{"d_model": 52, "n_heads": 3, "d_ff": 90}, {"d_ff": 100}]
+    arms = two(set={"growth": {"stages": stages}}, caps_at=[0.25, 0.7], budgets=[0.3, 0.5, 1, 4]) | {
+        "c": small.arm(like="b", caps=[0.25, 0.5]),
+        "d": small.arm(like="b", set={"optimizer": {"decay_share": 0.9}}, budgets=[3, 8]),
+    }
+    experiment = small.load(tmp_path, small.spec(arms=arms))
+
+    def caps(arm, budget):
+        growth = make_job(experiment, arm, 0, 0.01, budget).asked.growth
+        return [each and each / small.UNIT for each in (growth.max_flops, *(x.max_flops for x in growth.stages))]
+
+    assert [caps("b", budget) for budget in (0.3, 0.5, 1.0)] == [[None], [0.25, None], [0.25, None]]
+    assert caps("b", 4.0) == pytest.approx([0.25, 0.45, None])
+    assert caps("c", 4.0) == [1.0, 2.0, None]
+    assert [caps("d", budget)[:1] for budget in (2.0, 3.0)] == [[None], [0.25]]
+    assert [len(caps("d", budget)) for budget in (3.0, 8.0)] == [2, 3]
 
 
 # ---- results
@@ -251,12 +303,17 @@ def test_intervals():
 
 
 A, B, C = {"d_model": 52, "n_heads": 3, "max_tokens": 9}, {"n_layers": 3, "max_tokens": 9}, {"n_layers": 4}
+D = {"d_model": 52, "n_heads": 3}
 MORE = {"train__max_flops": 300.0}
 NONE = Common(-1, 0.0)
 
 
 def grow(*stages, **keys):
     return {"growth": {"max_tokens": 5, "trigger": {"kappa": 0.5}, "stages": list(stages)} | keys}
+
+
+def by_caps(*stages, **keys):
+    return grow(*stages, trigger={"kappa": 1.0, "predictor": "constant", "constant": 0.0}, **keys)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +340,15 @@ def grow(*stages, **keys):
         (grow(A, B, C), grow(A, C), Common(1, INF)),
         (grow(A, C), grow(B, C), Common(0, INF)),
         (grow(A, C), grow(A, C, trigger={"kappa": 0.6}), NONE),
-        (grow(A, C), grow(A, C, max_tokens=6), NONE),
+        (grow(A, C), grow(A, C, max_tokens=6), NONE),  # a fit looks at the cap
+        (by_caps(A, C), by_caps(A, C, max_tokens=6), Common(0, INF, (6, None))),
+        (by_caps(A, C), by_caps(B, C, max_tokens=6), Common(0, INF, (6, None))),
+        (by_caps(C), by_caps(A, C) | MORE, Common(0, 70.0)),
+        (by_caps(D), by_caps(A, C) | MORE, Common(1, 70.0, (9, None))),  # one growth less
+        (by_caps(A, C), by_caps(D), Common(1, INF)),
+        ({}, by_caps(A, C), Common(0, INF, (5, None))),
+        (grow(A, C), by_caps(A, C), Common(0, INF, (5, None))),
+        (by_caps(A, C), grow(A, C), NONE),
         (grow(A, C), {}, Common(0, INF)),  # until it grows
         ({}, grow(A, C), NONE),  # it went on where the new one grows
         ({}, grow(), Common(0, INF)),
@@ -301,8 +366,16 @@ def test_what_runs_have_in_common(done, new, expected):
     if "optimizer__lr" in new:
         assert extra == {}
     found = common(one, other)
-    assert found.growths == expected.growths
+    assert (found.growths, found.cap) == (expected.growths, expected.cap)
     assert found.flops == pytest.approx(expected.flops)
+
+
+@pytest.mark.parametrize(("stage", "spent", "holds"), [(0, 8, True), (1, 4, True), (1, 5, False), (2, 0, False)])
+def test_a_state_is_another_runs_until_that_one_grows(stage, spent, holds):
+    progress = Progress(tokens=20, stage_tokens=20 - spent, flops=60.0)
+    state = SavedState(progress, stage, None, None, 0, (), {}, {}, {})
+    assert Common(1, 70.0, (5, None)).holds(state) == holds
+    assert not Common(1, 60.0, (5, None)).holds(state)
 
 
 # ---- the report
@@ -338,7 +411,7 @@ def test_a_report(tmp_path, seeds, failed):
         assert f"{len(seeds)} failed" in row
     else:
         assert "d 36 → 52 | 25% | 0.00M | κ | 3.5000 +5.0e-04 |" in text
-        assert "d 36 → 52 | 25% | 0.00M | κ | – |" in text
+        assert "d 36 → 52 | 25% | 0.00M | κ | – | – | – |" in text
         found = groups(experiment, results)
         gain = difference(experiment, found, next(group for group in found if group.arm == "grown"))
         if len(seeds) == 1:
@@ -347,7 +420,7 @@ def test_a_report(tmp_path, seeds, failed):
             assert gain.std == pytest.approx(0.01 / 3**0.5)
             assert "| 3 | 3.2967 ± 0.1002 | +0.2033 (+0.1890 to +0.2177) | 1.42 (" in row
     for line in text.splitlines():
-        assert not line.startswith("|") or line.count("|") in (5, 12, 8)
+        assert not line.startswith("|") or line.count("|") in (5, 12, 8, 9, 10)
     assert (tmp_path / "out/tiny.md").read_text(encoding="utf-8") == f"# tiny\n\n{text}"
     for name in ("curves", "arms"):
         assert (tmp_path / f"out/tiny-{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
