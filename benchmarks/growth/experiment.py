@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from megabus.config import RunConfig, parse_config, resolve_stages
+from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.read import described, read_tree
 from megabus.config.schema import OptimizerConfig, Positive, Section, Share
 from megabus.data.indexed import read_meta
@@ -79,7 +79,7 @@ class Arm(Section):
     caps_at: list[Positive] | None = Field(
         None,
         min_length=1,
-        description="FLOPs at which the run grows, in units of the experiment's budget: its own do not",
+        description="instead: FLOPs at which a run of any budget grows, in units of the experiment's",
     )
     lr: Annotated[Rate, BeforeValidator(_rate)]
     budgets: list[Positive] = Field(default_factory=lambda: [1.0], min_length=1)
@@ -113,10 +113,10 @@ class Experiment(Section):
         spec = self.arms[arm]
         return overlaid(self.tree(spec.like) if spec.like else self.base, spec.set)
 
-    def caps(self, arm: str) -> Arm:
-        """The arm that says when this one grows: itself, or else the one that it is like. Maybe none of them does."""
+    def capping(self, arm: str) -> Arm:
+        """The arm whose caps hold for this one: itself, or else that of the one that it is like. It may have none."""
         spec = self.arms[arm]
-        return self.caps(spec.like) if spec.like and spec.caps is None and spec.caps_at is None else spec
+        return self.capping(spec.like) if spec.like and spec.caps is None and spec.caps_at is None else spec
 
     def tuned_at(self, arm: str) -> list[float]:
         """The budgets at which an arm with rates to tune tries them."""
@@ -185,12 +185,17 @@ def load_experiment(path: Path) -> Experiment:
         grows = len(_stages(experiment.tree(name))) > 1
         if grows:
             _check_caps(experiment, name, path)
+        stages: list[Stage] = []
         try:
             # Where growths have a place of their own, a run of few FLOPs ends before some of them.
-            for budget in {*arm.budgets, *experiment.tuned_at(name)} if experiment.caps(name).caps_at else {1.0}:
-                resolve_stages(make_job(experiment, name, experiment.seeds[0], 1e-3, budget).asked, world_size=1)
+            for budget in sorted({*arm.budgets, *experiment.tuned_at(name)}) if grows else [1.0]:
+                job = make_job(experiment, name, experiment.seeds[0], 1e-3, budget)
+                stages = resolve_stages(job.asked, world_size=1)
         except UserError as error:
             raise error.within(f"{path}: arms.{name}") from None
+        if arm.ladder and len(stages) > 1:
+            problem, remedy = "grows, and a ladder is of fixed sizes", "leave out `ladder`, or set its growth to null"
+            raise UserError(f"{path}: arms.{name}.ladder", True, problem, remedy)
         if (arm.caps or arm.caps_at) and not grows:  # what is no growth at all has been refused above
             key, problem = "caps" if arm.caps else "caps_at", "are of an arm that does not grow by stages of its own"
             raise UserError(
@@ -251,7 +256,7 @@ def _check_own(tree: Mapping[str, Any], where: str) -> None:
 
 
 def _check_caps(experiment: Experiment, name: str, path: Path) -> None:
-    spec, stages = experiment.caps(name), _stages(experiment.tree(name))
+    spec, stages = experiment.capping(name), _stages(experiment.tree(name))
     if spec.caps and spec.caps_at:
         problem = "stands beside caps_at, which says the same otherwise"
         raise UserError(f"{path}: arms.{name}.caps", spec.caps, problem, "leave out one of the two")
@@ -279,11 +284,8 @@ def _check_caps_at(experiment: Experiment, name: str, places: Sequence[float], w
     except ValidationError as error:
         raise described(error, OptimizerConfig).within(f"{where}: optimizer") from None
     if optimizer.schedule != "wsd":
-        problem, remedy = (
-            "has no constant rate that runs of several budgets have in common",
-            "choose wsd, or use `caps`",
-        )
-        raise UserError(f"{where}: optimizer.schedule", optimizer.schedule, problem, remedy)
+        problem = "has no constant rate that runs of several budgets have in common"
+        raise UserError(f"{where}: optimizer.schedule", optimizer.schedule, problem, "choose wsd, or use `caps`")
     begins = max(experiment.arms[name].budgets) * (1 - optimizer.decay_share)
     if places[-1] >= begins:
         problem = f"is where no run of the arm can grow: the rate of the largest falls from {begins:g} on"
@@ -322,9 +324,9 @@ def make_job(experiment: Experiment, arm: str, seed: int, lr: float, budget: flo
     flops = budget * experiment.budget
     settings = {"train": {"seed": seed, "max_flops": flops}, "optimizer": {"lr": lr}}
     tree = overlaid(experiment.tree(arm), settings)
-    spec, stages = experiment.caps(arm), _stages(tree)
+    spec, stages = experiment.capping(arm), _stages(tree)
     caps = [cap * flops for cap in spec.caps or ()]
-    if spec.caps_at and stages:
+    if spec.caps_at and len(stages) > 1:
         # What a run would grow into while its rate falls already is left to runs of more FLOPs.
         places = [place for place in spec.caps_at if place < budget * (1 - _optimizer(tree).decay_share)]
         caps = [(b - a) * experiment.budget for a, b in pairwise([0.0, *places])]

@@ -152,7 +152,8 @@ def protocol_table(experiment: Experiment, found: Sequence[Claim]) -> str:
 
 
 def trunks(experiment: Experiment) -> list[str]:
-    return [arm for arm, spec in experiment.arms.items() if experiment.caps(arm).caps_at and not spec.ladder]
+    """The arms that grow at places of their own."""
+    return [arm for arm in experiment.arms if experiment.capping(arm).caps_at and "growth" in experiment.tree(arm)]
 
 
 def below_cell(claim: Claim) -> str:

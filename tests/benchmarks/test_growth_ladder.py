@@ -79,6 +79,14 @@ def test_a_size_that_begins_while_it_leads_leaves_it_open(begins, is_open):
     assert saving_by_best(law(9e4, at), at, sizes) == Saving(pytest.approx(1.0, rel=1e-2), "<" if is_open else "")
 
 
+@pytest.mark.parametrize("run", ["too late", "too early"])
+def test_a_size_that_was_run_elsewhere_alone_leaves_it_open(run):
+    """Where a larger size is better already it may have led before, where a smaller one still is it may lead later."""
+    elsewhere = [c for c in FINE if c > CROSSING * 2] if run == "too late" else FINE[:5]
+    assert envelope(ladder(middle=elsewhere), CROSSING * 0.7).is_open
+    assert saving_by_best(law(2e4, CROSSING * 0.7), CROSSING * 0.7, ladder(middle=elsewhere)).bound == "<"
+
+
 def test_bounds_at_both_ends_of_the_ladder():
     assert saving_by_best(1.0, FINE[-1], ladder()) == Saving(pytest.approx(1.0), ">")
     assert saving_by_best(9.0, FINE[0], ladder()) == Saving(pytest.approx(1.0), "<")

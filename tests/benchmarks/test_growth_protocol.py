@@ -67,6 +67,9 @@ def test_a_run_that_would_see_text_twice_is_refused_before_any_starts(tmp_path, 
     ]
     assert all(word in str(error.value) for word in words), error.value
     check_text(experiment, ["scratch"])
+    tuned = {"scratch": small.arm(lr={"tune": [0.01], "at": [2]}), "of": small.arm(lr={"of": "scratch"})}
+    with pytest.raises(UserError, match="scratch at budget 2"):  # its runs that tune are run for the other one too
+        check_text(with_text(tmp_path, arms=tuned), ["of"])
     check_text(with_text(tmp_path, arms=arms, epochs=2))
 
 
