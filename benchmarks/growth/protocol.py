@@ -121,7 +121,7 @@ def _entry(job: Job) -> Entry:
 
 
 def kept(experiment: Experiment, done: Sequence[Entry], group: Group, pairs: int) -> Kept:
-    """pairs: seeds that are in pairs, see `Kept`."""
+    """Of a group with runs that ended well. pairs: seeds that are in pairs, see `Kept`."""
     mine = _entry(make_job(experiment, group.arm, experiment.seeds[0], group.lr, group.budget))
     rates = sorted({entry.job.lr for entry in done if entry.recipe == mine.recipe})
     shares = sorted({entry.job.asked.optimizer.decay_share for entry in done if entry.kind == mine.kind})
@@ -129,7 +129,7 @@ def kept(experiment: Experiment, done: Sequence[Entry], group: Group, pairs: int
     cost = flops_per_token(last.model, last.seq_len) * count_parameters(last.model)
     transfer = mine.job.tree["optimizer"].get("transfer") is not None
     at_edge = group.lr in (rates[0], rates[-1]) if rates else False
-    return Kept(pairs, rates, shares, group.budget * experiment.budget / cost, at_edge, transfer)
+    return Kept(pairs, rates, shares, group.finite[0].flops / cost, at_edge, transfer)
 
 
 def seeds_in_pairs(group: Group, ladder: dict[int, list[Size]]) -> int:
