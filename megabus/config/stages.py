@@ -90,6 +90,7 @@ def single_stage(
 ) -> Stage:
     """What never grows, from its sections alone. Raises `UserError` on the first misfit."""
     _check_optimizer(model, optimizer)
+    _check_sphere(model, train)
     stage = Stage(
         index=0,
         model=model,
@@ -163,6 +164,13 @@ def _check_optimizer(model: ModelConfig, optim: OptimizerConfig) -> None:
             f"and warmup_share {optim.warmup_share} exceed the run",
             "make them sum to 1 or less",
         )
+
+
+def _check_sphere(model: ModelConfig, train: TrainConfig) -> None:
+    """What only has a meaning where vectors are unit vectors."""
+    if model.kind != "ngpt" and train.logit_power is not None:
+        problem = f"preconditions by s_z, which {model.kind} has none of"
+        raise UserError("train.logit_power", train.logit_power, problem, "leave it out, or set model.kind to ngpt")
 
 
 def _check_trigger(config: RunConfig) -> None:

@@ -130,7 +130,7 @@ class Engine:
 
     def _module(self) -> nn.Module:
         model, layout = self.stage.model, self.stage.layout
-        recompute = self.train.recompute
+        how = (self.mesh.tp, self.train.recompute, self.kernels, self.train.logit_power)
 
         def loss(h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
             loss = self.loss(self.decoder, h_BTD, targets_BT)
@@ -138,10 +138,10 @@ class Engine:
             return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
         if layout.pp == 1:
-            return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute, self.kernels), loss)
+            return DecoderWithLoss(Decoder(model, None, *how), loss)
         # One spec a pipeline rank: which layers a rank holds is megabus's decision, not DeepSpeed's partitioner's.
         parts = [layers_at(model.n_layers, layout.pp, pp_rank) for pp_rank in range(layout.pp)]
-        specs = [LayerSpec(PipelineLayers, model, layers, self.mesh.tp, recompute, self.kernels) for layers in parts]
+        specs = [LayerSpec(PipelineLayers, model, layers, *how) for layers in parts]
         with contextlib.redirect_stdout(io.StringIO()):
             return PipelineModule(specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform")
 

@@ -61,8 +61,10 @@ class Output(nn.Module):
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.head(self.norm(h_BTD))
 
-    def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        return self.head.loss(self.norm(h_BTD), None, targets_BT, reduce)
+    def loss(
+        self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce, power: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.head.loss(self.norm(h_BTD), None, targets_BT, reduce, power)
 
 
 def embedding(declare: Declare) -> Embedding:

@@ -65,8 +65,10 @@ class Output(nn.Module):
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.head(h_BTD) * (self.s_z * self.root_d)
 
-    def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        return self.head.loss(h_BTD, wide(self.s_z) * self.root_d, targets_BT, reduce)
+    def loss(
+        self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce, power: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.head.loss(h_BTD, wide(self.s_z) * self.root_d, targets_BT, reduce, power)
 
 
 def embedding(declare: Declare) -> Embedding:
