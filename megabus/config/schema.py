@@ -113,6 +113,11 @@ class TrainConfig(Section):
     zero_stage: Literal[1, 2] = Field(1, description="ZeRO: 2 cuts gradients too, and needs layout.pp = 1")
     overlap_comm: bool = Field(False, description="with zero_stage 2: reduce gradients while backward goes on (GPUs)")
     gradient_clipping: NonNegative = Field(1.0, description="largest gradient norm; 0 clips nothing")
+    logit_power: NonNegative | None = Field(
+        None,
+        description="ngpt: precondition the gradients of E_out h by (s_z / mean s_z) to this power in place of s_z; "
+        "s_z's own stay true",
+    )
     kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
         "auto", description="form of what runs between matrix products; auto takes eager"
     )
@@ -142,12 +147,18 @@ class OptimizerConfig(Section):
     beta2: Decay = Field(0.95, description="decay of Adam's second moment")
     eps: Positive = Field(1e-8, description="added to the root of the second moment")
     weight_decay: NonNegative = Field(0.0, description="on matrices only; ngpt has none")
-    schedule: Literal["constant", "cosine", "wsd"] = Field(
-        "wsd", description="course of lr over the budget; wsd (warm-up, stable, decay) falls at its end only"
+    schedule: Literal["constant", "cosine", "log", "wsd"] = Field(
+        "wsd",
+        description="course of lr over the budget; wsd (warm-up, stable, decay) falls at its end only, cosine and log "
+        "(logarithmic) from the warm-up on",
     )
     warmup_share: Share = Field(0.0, description="share of the budget to warm up over; ngpt needs none")
     decay_share: Share = Field(0.2, description="wsd: the last share of the budget, over which lr falls")
-    min_lr_ratio: Share = Field(0.0, description="cosine and wsd: share of lr that they end at")
+    decay: Literal["linear", "log"] = Field("linear", description="wsd: the course of its fall")
+    decay_rho: Positive = Field(
+        0.1, description="of a logarithmic fall: the share of it after which it slows down; the smaller, the steeper"
+    )
+    min_lr_ratio: Share = Field(0.0, description="cosine, log and wsd: share of lr that they end at")
     implementation: Literal["torch", "deepspeed", "apex"] = Field(
         "torch", description="of AdamW: torch's fused one, DeepSpeed's (built when first used), or NVIDIA apex's"
     )
@@ -215,6 +226,13 @@ class BoostConfig(Section):
     tokens: Count = Field(1_000_000, description="tokens after the growth over which it falls linearly to 1")
 
 
+class RewarmConfig(Section):
+    """A lower learning rate for the whole model after every growth, until it has settled."""
+
+    share: Share = Field(0.0, description="share of the scheduled rate that the first step after a growth begins at")
+    tokens: Count = Field(description="tokens after the growth over which it rises linearly to the scheduled rate")
+
+
 class GrowthConfig(Section):
     """How to grow (BUS, bootstrapped model upscaling) and through which stages."""
 
@@ -236,6 +254,7 @@ class GrowthConfig(Section):
         "as much in a growth as afresh does",
     )
     boost: BoostConfig | None = None
+    rewarm: RewarmConfig | None = None
     buffer_mb: Count = Field(256, description="most MiB that growing takes on a rank beside its old and its new shard")
     max_tokens: Count | None = Field(None, description="cap of the first stage, in tokens")
     max_flops: Positive | None = Field(None, description="cap of the first stage, in FLOPs")

@@ -22,7 +22,7 @@ from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, roll_back, sizes, started, watch_stage
 from megabus.train.saving import collect, finish, save, warn_unwritten
-from megabus.train.schedule import boost_factor, decays, learning_rate, spent_share
+from megabus.train.schedule import boost_factor, decays, learning_rate, rewarm_factor, spent_share
 from megabus.train.stop import listening
 from megabus.train.watchdog import watched
 
@@ -72,6 +72,7 @@ def train_step(run: Run) -> None:
     if stage.index:  # the first stage has grown from nothing
         since = now.tokens + stage.tokens_per_step / 2 - now.stage_tokens
         run.engine.boost.factor = boost_factor(config.growth.boost, since)
+        lr *= rewarm_factor(config.growth.rewarm, since)
     result = run.engine.train_step(run.corpora.train_batches(run.engine, now.position), lr)
     now.step += 1
     now.tokens += stage.tokens_per_step

@@ -196,6 +196,9 @@ optimizer.weight_decay=0.1 @ 1
 optimizer.warmup_share=0.5 optimizer.decay_share=0.6 @ 1
     optimizer.decay_share = 0.6: and warmup_share 0.5 exceed the run; make them sum to 1 or less
     optimizer.decay_share=0.5
+train.logit_power=1 model.kind=gpt @ 1
+    train.logit_power = 1.0: preconditions by s_z, which gpt has none of; leave it out, or set model.kind to ngpt
+    model.kind=ngpt
 growth.trigger.predictor=constant @ 1
     growth.trigger.constant = (missing): predictor constant needs it; add it
     growth.trigger.constant=3
