@@ -139,6 +139,17 @@ class TrainConfig(Section):
         return value
 
 
+class TransferConfig(Section):
+    """The run in which lr was tuned: rates and initial values follow from how each stage differs from it.
+
+    ngpt: nu-GPT's rules (arXiv 2604.27077). gpt: muP's (arXiv 2203.03466), which are of the width alone.
+    """
+
+    d_model: Count = Field(description="its channels")
+    n_layers: Count | None = Field(None, description="ngpt: its blocks; needed")
+    steps: Count | None = Field(None, description="ngpt: its optimizer steps; needed")
+
+
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, a function of the share of the budget that is spent."""
 
@@ -162,6 +173,7 @@ class OptimizerConfig(Section):
     implementation: Literal["torch", "deepspeed", "apex"] = Field(
         "torch", description="of AdamW: torch's fused one, DeepSpeed's (built when first used), or NVIDIA apex's"
     )
+    transfer: TransferConfig | None = None
 
 
 class StageConfig(Section):

@@ -164,6 +164,24 @@ def _check_optimizer(model: ModelConfig, optim: OptimizerConfig) -> None:
             f"and warmup_share {optim.warmup_share} exceed the run",
             "make them sum to 1 or less",
         )
+    _check_transfer(model, optim)
+
+
+def _check_transfer(model: ModelConfig, optim: OptimizerConfig) -> None:
+    tuned = optim.transfer
+    if tuned is None:
+        return
+    if optim.implementation != "torch":
+        problem = "has one learning rate for all matrices, and optimizer.transfer wants several"
+        raise UserError("optimizer.implementation", optim.implementation, problem, "use torch")
+    for name in ("n_layers", "steps"):
+        value = getattr(tuned, name)
+        if model.kind == "ngpt" and value is None:
+            remedy = "say with how many lr was tuned"
+            raise UserError(f"optimizer.transfer.{name}", "(missing)", "ngpt's rates follow from it", remedy)
+        if model.kind == "gpt" and value is not None:
+            problem = "has no rule for gpt: muP is of the width alone"
+            raise UserError(f"optimizer.transfer.{name}", value, problem, "leave it out, and tune lr at this one")
 
 
 def _check_sphere(model: ModelConfig, train: TrainConfig) -> None:

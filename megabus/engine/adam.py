@@ -3,22 +3,87 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from megabus.config.schema import OptimizerConfig
 from megabus.errors import UserError
+from megabus.parallel.fragments import MOMENTS
 
 
-class LightAdamW(torch.optim.AdamW):
-    """torch's AdamW without the decorators that keep its methods out of compiled graphs: they import torch._dynamo, a
-    second of every start, and megabus compiles no optimizer."""
+class Segment(NamedTuple):
+    """Entries [start, stop) of a flat partition, whose learning rate is `rate` times the group's."""
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    start: int
+    stop: int
+    rate: float
+
+
+class SegmentedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW with learning rates that differ along a flat partition, as its group's `segments` say; where
+    there are none, all of it has the group's.
+
+    `weight_decay` is per lr of the group, whatever a segment's rate: what decays does not depend on a model's width, as
+    in Dey et al. 2025 (CompleteP, arXiv 2505.01618), table 1.
+    torch's decorators keep an optimizer's methods out of compiled graphs. They import torch._dynamo, a second of every
+    start, and megabus compiles no optimizer: so its methods are here without them.
+    """
+
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is not None:
+                    self._step_partition(group, flat)
+
+    def _step_partition(self, group: dict[str, Any], flat: Tensor) -> None:
+        if not self.state.get(flat):
+            write_state(self, flat, {kind: torch.zeros_like(flat) for kind in MOMENTS}, 0)
+        state = self.state[flat]
+        tensors = (flat, flat.grad, *(state[kind] for kind in MOMENTS))
+        by_rate: dict[float, list[slice]] = {}
+        for start, stop, rate in group.get("segments") or [Segment(0, flat.numel(), 1.0)]:
+            by_rate.setdefault(rate, []).append(slice(start, stop))
+        for rate, parts in by_rate.items():
+            params, grads, exp_avgs, exp_avg_sqs = ([tensor[part] for part in parts] for tensor in tensors)
+            steps = [state["step"].clone() for _ in parts]  # each is counted on in place
+            self._update(group, rate, params, grads, exp_avgs, exp_avg_sqs, steps)
+        state["step"] += 1
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        rate: float,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
+        """One step of segments that share a rate; `steps`: made before this one, of each."""
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"] * rate,
+            weight_decay=group["weight_decay"] / rate,
+            eps=group["eps"],
+        )
 
 
 def make_adam(config: OptimizerConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
@@ -29,7 +94,7 @@ def make_adam(config: OptimizerConfig, groups: list[dict[str, Any]], device: tor
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     options["weight_decay"] = 0.0  # each group has its own
     if config.implementation == "torch":
-        return LightAdamW(groups, fused=True, **options)
+        return SegmentedAdamW(groups, fused=True, **options)
     try:
         if config.implementation == "apex":
             from apex.optimizers import FusedAdam as ApexAdam  # the registry's `apex` is another package without it

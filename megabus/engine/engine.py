@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -24,11 +25,13 @@ from megabus.engine.boost import Boost
 from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.fragments import initial_fragments, optimizer_step_count, read_fragments, write_fragments
 from megabus.engine.gains import gain_percentiles
+from megabus.engine.rates import set_rates
 from megabus.engine.unit_rows import UnitRows
 from megabus.kernels.choice import select
 from megabus.model.decoder import Decoder
 from megabus.model.layers import KVCache
 from megabus.model.params import spec_of
+from megabus.model.rates import relative_rate
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.mesh import Mesh
 from megabus.parallel.placement import Placement
@@ -114,6 +117,9 @@ class Engine:
                 config=deepspeed_config(train, stage),
                 mpu=None if isinstance(self.module, PipelineModule) else self.mesh.grid,
             )
+        if (tuned := optimizer.transfer) is not None:
+            rate = partial(relative_rate, model=stage.model, d_model=tuned.d_model)
+            set_rates(self.deepspeed, self.module, self.placement, self.mesh.rank, rate)
         # Hooks run in this order: rows that a boost has moved are made unit afterwards.
         self.boost = Boost(self.deepspeed, self.module, self.placement, self.mesh.rank)
         self.unit_rows = self._unit_rows()
