@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import pi
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,6 +20,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Angle = Annotated[float, Field(gt=0.0, le=pi)]
 
 
 def _whole(value: Any) -> Any:
@@ -156,7 +158,17 @@ class OptimizerConfig(Section):
     lr: Positive = Field(description="highest learning rate of the first stage")
     beta1: Decay = Field(0.9, description="decay of Adam's first moment")
     beta2: Decay = Field(0.95, description="decay of Adam's second moment")
-    eps: Positive = Field(1e-8, description="added to the root of the second moment")
+    eps: Positive = Field(
+        1e-8, description="added to the root of the second moment; with a gate, where it is half open"
+    )
+    gate: Positive | None = Field(
+        None,
+        description="a of GatedAdamW: steps are multiplied by sigmoid(a log(root of the second moment / eps)); 1 is "
+        "AdamW, 0.5 is the paper's",
+    )
+    max_angle: Angle | None = Field(
+        None, description="ngpt: radians that a row may turn by in a step at most, but for the embedding's"
+    )
     weight_decay: NonNegative = Field(0.0, description="on matrices only; ngpt has none")
     schedule: Literal["constant", "cosine", "log", "wsd"] = Field(
         "wsd",
@@ -245,6 +257,16 @@ class RewarmConfig(Section):
     tokens: Count = Field(description="tokens after the growth over which it rises linearly to the scheduled rate")
 
 
+class SettleConfig(Section):
+    """ngpt: a tight cap on the angle that rows turn by in a step, which is loosened after every growth."""
+
+    max_angle: Angle = Field(description="radians a step just after a growth; the embedding's rows are free")
+    tokens: Count = Field(
+        description="tokens after the growth over which the cap rises to optimizer.max_angle, or beyond all bounds: "
+        "its inverse falls linearly"
+    )
+
+
 class GrowthConfig(Section):
     """How to grow (BUS, bootstrapped model upscaling) and through which stages."""
 
@@ -267,6 +289,7 @@ class GrowthConfig(Section):
     )
     boost: BoostConfig | None = None
     rewarm: RewarmConfig | None = None
+    settle: SettleConfig | None = None
     buffer_mb: Count = Field(256, description="most MiB that growing takes on a rank beside its old and its new shard")
     max_tokens: Count | None = Field(None, description="cap of the first stage, in tokens")
     max_flops: Positive | None = Field(None, description="cap of the first stage, in FLOPs")

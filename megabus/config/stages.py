@@ -90,7 +90,7 @@ def single_stage(
 ) -> Stage:
     """What never grows, from its sections alone. Raises `UserError` on the first misfit."""
     _check_optimizer(model, optimizer)
-    _check_sphere(model, train)
+    _check_sphere(model, train, optimizer)
     stage = Stage(
         index=0,
         model=model,
@@ -146,6 +146,7 @@ def _check_run(config: RunConfig) -> None:
     if config.preflight.measure == "never" and config.preflight.min_bandwidth is not None:
         problem = "leaves nothing to hold against min_bandwidth"
         raise UserError("preflight.measure", "never", problem, "set it to auto, or leave min_bandwidth out")
+    _check_settle(config)
     _check_trigger(config)
 
 
@@ -164,6 +165,9 @@ def _check_optimizer(model: ModelConfig, optim: OptimizerConfig) -> None:
             f"and warmup_share {optim.warmup_share} exceed the run",
             "make them sum to 1 or less",
         )
+    if optim.gate is not None and optim.implementation != "torch":
+        problem = "has no gate, and optimizer.gate wants one"
+        raise UserError("optimizer.implementation", optim.implementation, problem, "use torch")
     _check_transfer(model, optim)
 
 
@@ -184,11 +188,28 @@ def _check_transfer(model: ModelConfig, optim: OptimizerConfig) -> None:
             raise UserError(f"optimizer.transfer.{name}", value, problem, "leave it out, and tune lr at this one")
 
 
-def _check_sphere(model: ModelConfig, train: TrainConfig) -> None:
+def _check_sphere(model: ModelConfig, train: TrainConfig, optim: OptimizerConfig) -> None:
     """What only has a meaning where vectors are unit vectors."""
+    remedy = "leave it out, or set model.kind to ngpt"
     if model.kind != "ngpt" and train.logit_power is not None:
         problem = f"preconditions by s_z, which {model.kind} has none of"
-        raise UserError("train.logit_power", train.logit_power, problem, "leave it out, or set model.kind to ngpt")
+        raise UserError("train.logit_power", train.logit_power, problem, remedy)
+    if model.kind != "ngpt" and optim.max_angle is not None:
+        raise UserError(
+            "optimizer.max_angle", optim.max_angle, f"caps what unit rows turn by: {model.kind} has none", remedy
+        )
+
+
+def _check_settle(config: RunConfig) -> None:
+    settle, kind, whole = config.growth.settle, config.model.kind, config.optimizer.max_angle
+    if settle is None:
+        return
+    key, remedy = "growth.settle.max_angle", "leave growth.settle out, or set model.kind to ngpt"
+    if kind != "ngpt":
+        raise UserError(key, settle.max_angle, f"caps what unit rows turn by: {kind} has none", remedy)
+    if whole is not None and settle.max_angle >= whole:
+        problem = f"is not below optimizer.max_angle = {whole}, to which it is loosened"
+        raise UserError(key, settle.max_angle, problem, "lower it, or leave growth.settle out")
 
 
 def _check_trigger(config: RunConfig) -> None:

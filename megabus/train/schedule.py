@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from math import cos, log1p, pi
+from math import cos, inf, log1p, pi
 
-from megabus.config.schema import BoostConfig, OptimizerConfig, RewarmConfig, TrainConfig
+from megabus.config.schema import BoostConfig, OptimizerConfig, RewarmConfig, SettleConfig, TrainConfig
 
 
 def spent_share(train: TrainConfig, step: float, tokens: float, flops: float) -> float:
@@ -65,3 +65,16 @@ def rewarm_factor(rewarm: RewarmConfig | None, tokens: float) -> float:
     if rewarm is None or tokens >= rewarm.tokens:
         return 1.0
     return rewarm.share + (1 - rewarm.share) * tokens / rewarm.tokens
+
+
+def angle_bound(max_angle: float | None, settle: SettleConfig | None, tokens: float | None) -> float:
+    """Radians that a row may turn by in a step, `tokens` tokens after the last growth (None: there was none).
+
+    max_angle bounds all steps (None: nothing does). settle bounds those after a growth further: settle.max_angle at
+    first, and its inverse falls linearly to that of max_angle, which is 0 where nothing bounds, over settle.tokens.
+    """
+    whole = inf if max_angle is None else max_angle
+    if settle is None or tokens is None or tokens >= settle.tokens:
+        return whole
+    way = tokens / settle.tokens
+    return 1 / ((1 - way) / settle.max_angle + way / whole)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from math import inf
 from pathlib import Path
 
 import pytest
 from support.tiny_config import BASE
 
 from megabus.config import ModelConfig, Stage, load_config, resolve_stages
-from megabus.config.schema import OptimizerConfig, RewarmConfig, TrainConfig
+from megabus.config.schema import OptimizerConfig, RewarmConfig, SettleConfig, TrainConfig
 from megabus.engine.ds_config import deepspeed_config
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.init import build_model
 from megabus.model.peak import peak_flops
-from megabus.train.schedule import decays, learning_rate, rewarm_factor, spent_share
+from megabus.train.schedule import angle_bound, decays, learning_rate, rewarm_factor, spent_share
 
 
 @pytest.fixture
@@ -101,6 +102,15 @@ def test_a_rewarmed_rate_rises_linearly() -> None:
     assert [rewarm_factor(rewarm, tokens) for tokens in (0, 50, 100, 200, 1000)] == pytest.approx([0.2, 0.4, 0.6, 1, 1])
     assert rewarm_factor(RewarmConfig(tokens=200), 50) == 0.25
     assert rewarm_factor(None, 0) == 1.0
+
+
+def test_the_cap_on_angles_loosens_after_a_growth() -> None:
+    """Its inverse falls linearly, to that of the cap that holds all along or to 0."""
+    settle = SettleConfig(max_angle=0.1, tokens=200)
+    assert [angle_bound(0.4, settle, tokens) for tokens in (0, 100, 200, 999)] == pytest.approx([0.1, 0.16, 0.4, 0.4])
+    assert [angle_bound(None, settle, tokens) for tokens in (0, 100, 150, 200)] == pytest.approx([0.1, 0.2, 0.4, inf])
+    assert (angle_bound(None, settle, None), angle_bound(0.4, settle, None)) == (inf, 0.4)  # nothing has grown
+    assert (angle_bound(None, None, 0), angle_bound(0.4, None, 0)) == (inf, 0.4)
 
 
 @pytest.mark.parametrize(
