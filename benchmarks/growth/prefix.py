@@ -20,7 +20,8 @@ from megabus.checkpoint.state import SavedState, read_state
 from megabus.checkpoint.store import checkpoints_of, complete, point_latest, remove
 from megabus.config import RunConfig
 
-MANNER = ("write", "read", "channels", "depth", "moments", "boost")  # what does nothing before the first growth
+# What does nothing before the first growth.
+MANNER = ("write", "read", "channels", "depth", "moments", "boost", "rewarm", "settle")
 ASIDE = (*NOT_THE_MATHEMATICS, "train", "optimizer", "growth")  # what `common` looks at by itself
 
 

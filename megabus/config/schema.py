@@ -80,12 +80,23 @@ class ModelConfig(Section):
     rope_theta: Positive = Field(10000.0, description="base of RoPE's frequencies")
     rope_scaling: RopeScaling | None = None
     alpha_init: Positive = Field(0.05, description="ngpt: the initial eigen learning rate of every block")
+    s_z_init: Positive = Field(1.0, description="ngpt: the initial scale of the logits")
     init_std: Positive = Field(0.02, description="gpt: standard deviation of the initial weights")
+    embed_init_std: Positive | None = Field(None, description="gpt: the embedding's; init_std when left out")
+    head_init_std: Positive | None = Field(None, description="gpt: the head's; init_std when left out")
     norm_eps: Positive = Field(1e-5, description="gpt: added to the squared length of h, so growth keeps it")
 
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
+
+    @property
+    def embed_std(self) -> float:
+        return self.embed_init_std or self.init_std
+
+    @property
+    def head_std(self) -> float:
+        return self.head_init_std or self.init_std
 
     def grown(self, **sizes: int) -> ModelConfig:
         """This model with larger sizes, validated. Raises pydantic's ValidationError for what is none."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from megabus.config.pair import SIZES, check_pair, divides
 from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
+from megabus.config.transfer import transferred
 from megabus.errors import UserError
 
 
@@ -60,7 +61,7 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     _check_run(config)
     _check_last(config)
     first = replace(
-        single_stage(config.model, config.layout, config.train, config.optimizer, world_size),
+        _alone(config.model, config.layout, config.train, config.optimizer, world_size),
         kappa=config.growth.trigger.kappa,
         max_tokens=config.growth.max_tokens,
         max_flops=config.growth.max_flops,
@@ -82,13 +83,24 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
                 f"does not divide the run's longest sequence, {longest}",
                 "choose lengths that divide it, so that data order does not depend on them",
             )
-    return stages
+    return [_transferred(stage, config.optimizer) for stage in stages]
 
 
 def single_stage(
     model: ModelConfig, layout: LayoutConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
 ) -> Stage:
     """What never grows, from its sections alone. Raises `UserError` on the first misfit."""
+    return _transferred(_alone(model, layout, train, optimizer, world_size), optimizer)
+
+
+def _transferred(stage: Stage, optimizer: OptimizerConfig) -> Stage:
+    return replace(stage, model=transferred(stage.model, optimizer.transfer))
+
+
+def _alone(
+    model: ModelConfig, layout: LayoutConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
+) -> Stage:
+    """A stage with the model that its section says."""
     _check_optimizer(model, optimizer)
     _check_sphere(model, train, optimizer)
     stage = Stage(

@@ -79,6 +79,7 @@ def _restaged(config: RunConfig, stage: Stage, layout: Layout, micro: int) -> St
             "model": stage.model,
             "layout": config.layout.model_copy(update={"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}),
             "train": config.train.model_copy(update=batch),
+            "optimizer": config.optimizer.model_copy(update={"transfer": None}),  # the stage's model has followed it
             "growth": config.growth.model_copy(update={"stages": [], "max_tokens": None, "max_flops": None}),
         }
     )

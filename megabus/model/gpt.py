@@ -56,7 +56,7 @@ class Output(nn.Module):
     def __init__(self, declare: Declare) -> None:
         super().__init__()
         self.norm = RMSNorm(declare, llama="model.norm.weight")
-        self.head = Head(declare, unit=False, std=declare.model.init_std)
+        self.head = Head(declare, unit=False, std=declare.model.head_std)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.head(self.norm(h_BTD))
@@ -68,4 +68,4 @@ class Output(nn.Module):
 
 
 def embedding(declare: Declare) -> Embedding:
-    return Embedding(declare, unit=False, std=declare.model.init_std)
+    return Embedding(declare, unit=False, std=declare.model.embed_std)

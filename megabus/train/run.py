@@ -29,6 +29,7 @@ from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.preflight.flight import preflight
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
+from megabus.train.horizon import at_horizon
 from megabus.train.metrics import Metrics, describe
 from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_continues, check_same_model, data_order
@@ -84,13 +85,14 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     full = config.preflight.enabled
     stages, sources = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full)
+    stages = at_horizon(config, stages)
     with agreement():
         monitor = KappaMonitor(config.growth.trigger)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
     if config.init_from is not None and found is None:
-        origin = _origin(config.init_from, stages[0], watchdog.heartbeat)
+        origin = _origin(config, config.init_from, stages[0], watchdog.heartbeat)
     changes: list[str] = []
     with agreement():
         told = [] if found is not None else check_growths(config, stages)
@@ -158,10 +160,10 @@ def _engine(config: RunConfig, stages: list[Stage], index: int) -> Engine:
     return stage_engine(config, stages[index], stages[index - 1] if index else None)
 
 
-def _origin(path: str, stage: Stage, heartbeat: Heartbeat) -> Found:
+def _origin(config: RunConfig, path: str, stage: Stage, heartbeat: Heartbeat) -> Found:
     """The checkpoint whose weights, but not moments, a new run begins with. Collective."""
     found = verified(rank_0_tells(lambda: checkpoint_at(path)), heartbeat)
-    check_same_model(found, stage, "give the model that was saved")
+    check_same_model(found, config, stage, "give the model that was saved")
     return replace(found, state=replace(found.state, kinds=("weight",), optimizer_step=0))
 
 

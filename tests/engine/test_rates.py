@@ -116,8 +116,6 @@ CASES = {
     "dp3": (Layout(1, 1, 3), {"global_batch_size": 18}),
     "zero2": (Layout(1, 1, 2), {"zero_stage": 2}),
     "bf16": (Layout(1, 1, 2), {"precision": "bf16"}),
-    "pp2": (Layout(1, 2, 1), {}),
-    "tp2": (Layout(2, 1, 1), {}),
 }
 
 
@@ -129,3 +127,23 @@ def test_every_entry_moves_by_its_rate(case):
 
 def test_negative_control_of_the_rates():
     assert not moved_as_asked(ONE, "swapped")
+
+
+# ---- a training with optimizer.transfer ----------------------------------------------------------------------
+
+TRANSFER = {"ngpt": {"d_model": 5, "n_layers": 2, "steps": 9}, "gpt": {"d_model": 5}}
+DP2 = Layout(1, 1, 2)  # it cuts within a segment
+CASES_OF_LAYOUTS = [("ngpt", Layout(2, 1, 1)), ("ngpt", Layout(1, 2, 1)), ("ngpt", DP2), ("gpt", DP2)]
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES_OF_LAYOUTS, ids=str)
+def test_every_layout_is_plain_pytorch(kind, layout):
+    """torch's AdamW, with each parameter in a group of its own."""
+    found = parity.engine_trace(parity_training(kind, layout, TRANSFER[kind]))
+    alone = parity.plain_trace(parity_training(kind, ONE, TRANSFER[kind]))
+    told = parity.difference(found, alone)
+    assert max(told.worst, told.masters) <= 1e-5
+    assert found.unit_error <= 1e-6
+    if layout == DP2:  # control
+        plain = parity.plain_trace(parity_training(kind, ONE))
+        assert parity.difference(plain, alone).masters > 1e-3
