@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from megabus.config import RunConfig, parse_config, resolve_stages
 from megabus.config.read import described, read_tree
-from megabus.config.schema import Positive, Section, Share
+from megabus.config.section import Positive, Section, Share
 from megabus.data.indexed import read_meta
 from megabus.errors import UserError
 

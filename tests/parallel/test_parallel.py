@@ -92,7 +92,7 @@ def lively_gains(monkeypatch):
 
 def preconditioned_logits(self, h_BTD):
     """Logits of their true value with the derivative that `train.logit_power` 0.5 asks for."""
-    u, gain = self.head(h_BTD), self.s_z * self.root_d
+    u, gain = self.head(h_BTD), self.s_z * self.scale
     return gain * u.detach() + (gain / gain.mean()).sqrt().detach() * (u - u.detach())
 
 
