@@ -36,7 +36,7 @@ def report(experiment: Experiment, results: Results, out: Path | None) -> str:
 
 def tuning_table(experiment: Experiment, results: Results) -> str:
     """Every rate that was tried. One at the end of its list may not be the best there is, and is marked."""
-    lines = ["| arm | budget | losses by learning rate | chosen |", "|---|---|---|---|"]
+    lines = ["| arm | budget | losses by learning rate | chosen | best by a parabola |", "|---|---|---|---|---|"]
     for arm in experiment.arms:
         if experiment.arms[arm].lr.tune is None:
             continue
@@ -45,8 +45,22 @@ def tuning_table(experiment: Experiment, results: Results) -> str:
         best = best_rate(experiment, arm, results.loss_of)
         edge = best is not None and len(tried) > 1 and best in (min(tried)[0], max(tried)[0])
         chosen = "–" if best is None else f"{best:g}" + (" (at the end of the list!)" if edge else "")
-        lines.append(f"| {arm} | {experiment.tune_budget:g} | {losses} | {chosen} |")
+        fitted = parabola([(lr, loss) for lr, loss in tried if loss is not None and math.isfinite(loss)])
+        between = "–" if fitted is None else f"{fitted:.2g}"
+        lines.append(f"| {arm} | {experiment.tune_budget:g} | {losses} | {chosen} | {between} |")
     return "\n".join(lines)
+
+
+def parabola(tried: Sequence[tuple[float, float]]) -> float | None:
+    """The learning rate at the bottom of the parabola, in the rate's logarithm, through the best of some (rate, loss)
+    and its two neighbours; None where it has not two."""
+    rates = sorted(tried)
+    at = min(range(len(rates)), key=lambda i: rates[i][1], default=0)
+    if not 0 < at < len(rates) - 1:
+        return None
+    (x, a), (y, b), (z, c) = ((math.log(rate), loss) for rate, loss in rates[at - 1 : at + 2])
+    left, right = (b - a) / (y - x), (c - b) / (z - y)  # slopes at the middle of either half
+    return math.exp((x + y) / 2 - left * (z - x) / 2 / (right - left))  # left < 0: the first of the best is the best
 
 
 def arms_table(experiment: Experiment, found: Sequence[Group]) -> str:

@@ -127,7 +127,7 @@ class TransferConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, a function of the share of the budget that is spent."""
 
-    lr: Positive = Field(description="highest learning rate of the first stage")
+    lr: Positive = Field(description="highest learning rate of the first stage; with transfer, in the run it names")
     beta1: Decay = Field(0.9, description="decay of Adam's first moment")
     beta2: Decay = Field(0.95, description="decay of Adam's second moment")
     eps: Positive = Field(

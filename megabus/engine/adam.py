@@ -55,7 +55,7 @@ class SegmentedAdamW(torch.optim.AdamW):
             by_rate.setdefault(rate, []).append(slice(start, stop))
         for rate, parts in by_rate.items():
             params, grads, exp_avgs, exp_avg_sqs = ([tensor[part] for part in parts] for tensor in tensors)
-            steps = [state["step"].clone() for _ in parts]  # each is counted on in place
+            steps = list(state["step"].repeat(len(parts)).unbind())  # each is counted on in place
             self._update(group, rate, params, grads, exp_avgs, exp_avg_sqs, steps)
         state["step"] += 1
 
