@@ -22,7 +22,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.read import described, read_tree
-from megabus.config.schema import OptimizerConfig, Positive, Section, Share
+from megabus.config.schema import OptimizerConfig
+from megabus.config.section import Positive, Section, Share
 from megabus.data.indexed import read_meta
 from megabus.errors import UserError
 

@@ -23,7 +23,8 @@ from megabus.config import RunConfig
 from megabus.config.schema import GrowthConfig
 from megabus.kappa.monitor import cap_is_reached
 
-MANNER = ("write", "read", "channels", "depth", "moments", "boost")  # what does nothing before the first growth
+# What does nothing before the first growth.
+MANNER = ("write", "read", "channels", "depth", "moments", "boost", "rewarm", "settle")
 Cap = tuple[int | None, float | None]  # tokens and FLOPs of a stage; None where there is none
 ASIDE = (*NOT_THE_MATHEMATICS, "train", "optimizer", "growth")  # what `common` looks at by itself
 

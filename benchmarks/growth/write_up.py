@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def report(experiment: Experiment, results: Results, out: Path | None) -> str:
 
 def tuning_table(experiment: Experiment, results: Results) -> str:
     """Every rate that was tried. One at the end of its list may not be the best there is, and is marked."""
-    lines = ["| arm | budget | losses by learning rate | chosen |", "|---|---|---|---|"]
+    lines = ["| arm | budget | losses by learning rate | chosen | best by a parabola |", "|---|---|---|---|---|"]
     for arm, spec in experiment.arms.items():
         for budget in experiment.tuned_at(arm) if spec.lr.tune is not None else ():
             tried = [(job.lr, results.loss_of(job)) for job in tuning_jobs(experiment, arm, [budget])]
@@ -52,8 +53,22 @@ def tuning_table(experiment: Experiment, results: Results) -> str:
             best = best_rate(experiment, arm, budget, results.loss_of)
             edge = best is not None and len(tried) > 1 and best in (min(tried)[0], max(tried)[0])
             chosen = "–" if best is None else f"{best:g}" + (" (at the end of the list!)" if edge else "")
-            lines.append(f"| {arm} | {budget:g} | {losses} | {chosen} |")
+            fitted = parabola([(lr, loss) for lr, loss in tried if loss is not None and math.isfinite(loss)])
+            between = "–" if fitted is None else f"{fitted:.2g}"
+            lines.append(f"| {arm} | {budget:g} | {losses} | {chosen} | {between} |")
     return "\n".join(lines)
+
+
+def parabola(tried: Sequence[tuple[float, float]]) -> float | None:
+    """The learning rate at the bottom of the parabola, in the rate's logarithm, through the best of some (rate, loss)
+    and its two neighbours; None where it has not two."""
+    rates = sorted(tried)
+    at = min(range(len(rates)), key=lambda i: rates[i][1], default=0)
+    if not 0 < at < len(rates) - 1:
+        return None
+    (x, a), (y, b), (z, c) = ((math.log(rate), loss) for rate, loss in rates[at - 1 : at + 2])
+    left, right = (b - a) / (y - x), (c - b) / (z - y)  # slopes at the middle of either half
+    return math.exp((x + y) / 2 - left * (z - x) / 2 / (right - left))  # left < 0: the first of the best is the best
 
 
 def arms_table(experiment: Experiment, found: Sequence[Group]) -> str:

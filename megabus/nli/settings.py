@@ -12,7 +12,8 @@ from pydantic import Field, FilePath
 
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import ModelConfig, Stage
-from megabus.config.schema import Count, LayoutConfig, NonNegative, OptimizerConfig, Positive, Section, TrainConfig
+from megabus.config.schema import LayoutConfig, OptimizerConfig, TrainConfig
+from megabus.config.section import Count, NonNegative, Positive, Section
 from megabus.config.stages import single_stage
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS, Pair

@@ -18,7 +18,7 @@ from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
 from megabus.data.order import align_up
 from megabus.engine.engine import Engine
-from megabus.errors import UserError, say
+from megabus.errors import UserError, say, warn
 from megabus.growth.transition import stage_engine
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
@@ -27,7 +27,9 @@ from megabus.parallel.agree import agreement
 from megabus.preflight.flight import preflight
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
+from megabus.train.horizon import at_horizon
 from megabus.train.metrics import Metrics, describe
+from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_continues, check_same_model, data_order
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
@@ -81,6 +83,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     full = config.preflight.enabled
     stages, sources = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full)
+    stages = at_horizon(config, stages)
     with agreement():
         monitor = KappaMonitor(config.growth.trigger)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
@@ -88,12 +91,16 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     origin = None
     if config.init_from is not None and found is None:
         origin = weights_of(config.init_from, watchdog.heartbeat)
-        check_same_model(origin, stages[0], "give the model that was saved")
+        check_same_model(origin, config, stages[0], "give the model that was saved")
     changes: list[str] = []
     with agreement():
+        told = [] if found is not None else check_growths(config, stages)
         if found is not None:
             changes = check_continues(found, config, stages, data_order(corpora.sources))
     lock.keep()
+    if dist.get_rank() == 0:
+        for line in told:
+            warn(line)
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
@@ -128,7 +135,12 @@ def check_only(config: RunConfig) -> None:
     lock = RunLock(Path(config.run_dir))
     try:
         with watched(config.faults.hang_timeout, dist.get_rank()) as watchdog:
-            preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full=True, measured=True)
+            stages, _ = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full=True, measured=True)
+            with agreement():
+                told = check_growths(config, stages)
+            if dist.get_rank() == 0:
+                for line in told:
+                    warn(line)
     finally:
         lock.release()
 

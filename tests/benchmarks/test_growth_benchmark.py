@@ -16,7 +16,7 @@ from benchmarks.growth.experiment import best_rate, jobs, load_experiment, make_
 from benchmarks.growth.groups import difference, groups
 from benchmarks.growth.results import Results, result_of
 from benchmarks.growth.savings import Saving, overall, quantile, saving, spread
-from benchmarks.growth.write_up import report
+from benchmarks.growth.write_up import parabola, report
 from megabus.errors import UserError
 
 INF = math.inf
@@ -324,7 +324,7 @@ def test_a_report(tmp_path, seeds, failed):
         loss = INF if failed else 3.2 + 0.1 * seed - 0.01 * (seed == 1)
         results.add(small.result(experiment, "grown", seed, loss=loss, growths=[GROWTH, unsound]))
     text = report(experiment, results, tmp_path / "out")
-    assert "| scratch | 1 | 0.01: 3.4000, 0.02: 3.5000 | 0.01 (at the end of the list!) |" in text
+    assert "| scratch | 1 | 0.01: 3.4000, 0.02: 3.5000 | 0.01 (at the end of the list!) | – |" in text
     row = next(line for line in text.splitlines() if line.startswith("| grown"))
     assert "| missing" not in text
     if failed:
@@ -340,7 +340,7 @@ def test_a_report(tmp_path, seeds, failed):
             assert gain.std == pytest.approx(0.01 / 3**0.5)
             assert "| 3 | 3.2967 ± 0.1002 | +0.2033 (+0.1890 to +0.2177) | 1.42 (" in row
     for line in text.splitlines():
-        assert not line.startswith("|") or line.count("|") in (5, 12, 8, 9, 10)
+        assert not line.startswith("|") or line.count("|") in (6, 12, 8, 9, 10)
     assert (tmp_path / "out/tiny.md").read_text(encoding="utf-8") == f"# tiny\n\n{text}"
     for name in ("curves", "arms"):
         assert (tmp_path / f"out/tiny-{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -391,3 +391,15 @@ def test_the_experiments_that_come_along_can_be_run(path):
     experiment = load_experiment(path)
     assert experiment.name == path.stem
     assert {job.arm for job in jobs(experiment, lambda job: -job.lr)} == set(experiment.arms)
+
+
+def test_the_best_rate_between_those_that_were_tried():
+    """Of losses that are a parabola in the rate's logarithm, exactly; of others none outside of its neighbours."""
+    rates = [1e-3, 2e-3, 5e-3, 8e-3]  # unevenly spaced
+    exact = [(rate, 3 + 0.2 * (math.log(rate) - math.log(2.7e-3)) ** 2) for rate in rates]
+    assert parabola(exact) == pytest.approx(2.7e-3)
+    assert parabola(list(reversed(exact))) == pytest.approx(2.7e-3)
+    assert 1e-3 < parabola([(1e-3, 2.0), (2e-3, 1.0), (4e-3, 1e9)]) < 2e-3
+    assert parabola([(1e-3, 1.0), (2e-3, 1.0), (4e-3, 1.0)]) is None
+    assert parabola(exact[1:]) is None
+    assert parabola([]) is None
