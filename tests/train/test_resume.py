@@ -41,6 +41,7 @@ CASES = {
             "growth__moments": "reset",
             "growth__settle": {"max_angle": 1e-3, "tokens": 320},
             "optimizer__max_angle": 2e-3,
+            "optimizer__gate": 0.5,
         },
         {"every": 1, "asynchronous": False},
         (4, 6, 9),
