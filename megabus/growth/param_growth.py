@@ -20,7 +20,7 @@ from megabus import counter
 from megabus.config import RunConfig, Stage
 from megabus.config.schema import Depth, GrowthConfig, ModelConfig
 from megabus.model.decoder import param_specs
-from megabus.model.params import Axis, ParamSpec
+from megabus.model.params import Axis, ParamSpec, axis_sizes
 from megabus.parallel.fragments import KINDS, MOMENTS, Kind
 
 UNEVEN_RATIO = 0.75  # a_k of successive copies: two copies get 0.8 and 0.6
@@ -262,9 +262,6 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
     # On the embed axis nothing is new, for there is no original to prefer: E spreads each channel over its copies.
     added = ((rows.copy != 0) & (spec.rows != "embed")) | (layer.copy != 0)
     write_tilt = spec.role == "write" and how.write == "tilt"
-    # Copies of a write row sum to their parent by the tilt, or because each is divided by their number. Cloned unit
-    # rows cannot shrink, so a gain does it for them.
-    cloned = spec.compensates_clones or (spec.role == "write" and not spec.unit)
     shares = {kind: _share(growth, spec, kind, rows, added) for kind in MOMENTS}
     none = np.zeros(len(rows), bool)
     return ParamGrowth(
@@ -278,7 +275,7 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
         key=0,
         multiplier=old.multiplier / spec.multiplier,  # a gain acts as raw * multiplier: that product is what stays
         cosine=growth.cosine if spec.compensates_read_tilt else 1.0,
-        divisor=rows.copies.astype(np.float64) if cloned and how.write == "clone" else None,
+        divisor=rows.copies.astype(np.float64) if how.write == "clone" and _divided(spec) else None,
         gate=gate,
         moments={kind: _moment(growth, spec, old, kind, a, shares[kind]) for kind in MOMENTS},
         live={"weight": np.full(len(rows), gate != 0)} | {kind: share != 0 for kind, share in shares.items()},
@@ -301,18 +298,43 @@ def _share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap, added: np
     """What each new row gets of its parent's gradient, in the mean or in the root mean square: (rows,) fp64.
 
     `carry` keeps only originals; `grow` maps everything; `reset` starts from zero. Copies of a read row (or of its
-    gain) share their family's gradient, while each copy of a write row sees all of it.
+    gain) share their family's gradient, while each tilted copy of a write row sees all of it.
     """
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
     if growth.how.moments == "carry":
         return (~added).astype(np.float64)
-    shared = spec.role != "write" and spec.rows != "embed"
+    if growth.how.write == "clone":
+        return _clone_share(growth, spec, rows)
     # A tilted copy sees delta . w_k where its parent saw delta . w. On average over directions that is a share 1/n of
     # it, but w_k is as long as w: the square is as large (a test measures it).
-    if kind == "exp_avg_sq" and growth.how.write == "tilt":
-        shared = False
+    shared = spec.role != "write" and spec.rows != "embed" and kind == "exp_avg"
     return 1.0 / rows.copies if shared else np.ones(len(rows))
+
+
+def _divided(spec: ParamSpec) -> bool:
+    """Whether clones of this are divided by their number, so that they sum to their parent: write rows, or where these
+    are unit rows, which cannot shrink, a gain of their unit."""
+    return spec.compensates_clones or (spec.role == "write" and not spec.unit)
+
+
+def _clone_share(growth: Growth, spec: ParamSpec, rows: AxisMap) -> np.ndarray:
+    """What plain clones get of their parent's gradient: (rows,). All of it where they have been divided themselves;
+    else 1/n, for something that they are multiplied with has been.
+
+    But nothing of nGPT's heads is divided: the branch's output x is longer instead, and since it is normalised next,
+    its gradient is shorter, by |x| / |x'| for all heads alike. Where each has n clones that is 1/n. Where they have
+    c_i, it is near (mean c_i^2)^-1/2, since what different heads write is nearly orthogonal. A key head adds up what
+    its queries see, and may have more of them than before.
+    """
+    if spec.rows == "embed" or _divided(spec):
+        return np.ones(len(rows))
+    if not growth.unit or spec.rows not in ("heads", "kv_heads"):
+        return 1.0 / rows.copies
+    heads, old = axis_maps(growth.old, growth.new)["heads"], axis_sizes(growth.old)
+    shorter = (heads.copies.sum() / old["heads"]) ** -0.5  # every c_i stands there c_i times
+    queries = (len(heads) / len(rows)) / (old["heads"] / old[spec.rows])
+    return np.full(len(rows), shorter * queries)
 
 
 def _moment(
