@@ -14,7 +14,7 @@ from pydantic import (
     field_validator,
 )
 
-Depth = Literal["append", "identity", "split", "stack"]
+Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -227,8 +227,9 @@ class GrowthConfig(Section):
     channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
     depth: Depth = Field(
         "append",
-        description="new layers: silent copies of the pile on top of it (exact), or each beside its original (exact), "
-        "copies beside originals that share the gate, the pile again",
+        description="new layers: silent copies of the pile on top of it (exact), or each beside its original (exact); "
+        "copies beside originals that share the gate, evenly or so that less changes; copies as loud as their "
+        "originals, the pile again or each beside its own; or layers drawn afresh, on top",
     )
     moments: Literal["reset", "carry", "grow"] = Field(
         "grow",

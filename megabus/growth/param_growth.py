@@ -2,9 +2,9 @@
 
 First the maps: which old index every new index copies, axis by axis. On every axis copies stand beside their originals.
 That keeps the maps monotone, so a rank's new rows come from a contiguous run of old rows and most of them are already
-on it. Layers do so only under `identity` and `split`: `append` and `stack` put copies on top, for which the layers of a
-pipeline move. Then `ParamGrowth`, which joins the maps, the manner of growing and the parameter's declaration. No other
-code reads `growth.write`, `read`, `channels`, `depth` or `moments`.
+on it. Layers do so unless new ones go on top (`ON_TOP`), for which the layers of a pipeline move. Then `ParamGrowth`,
+which joins the maps, the manner of growing and the parameter's declaration. No other code reads `growth.write`, `read`,
+`channels`, `depth` or `moments`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from megabus import counter
 from megabus.config import RunConfig, Stage
 from megabus.config.schema import Depth, GrowthConfig, ModelConfig
 from megabus.model.decoder import param_specs
-from megabus.model.params import Axis, ParamSpec, axis_sizes
+from megabus.model.params import Axis, ParamSpec, axis_sizes, global_shape
 from megabus.parallel.fragments import KINDS, MOMENTS, Kind
 
 UNEVEN_RATIO = 0.75  # a_k of successive copies: two copies get 0.8 and 0.6
+TAPER_RATIO = 1 / 3  # of successive copies' shares of a gate: two copies get 3/4 and 1/4
+ON_TOP = ("append", "stack", "fresh")
+SILENT = ("append", "identity")
+SHARED = ("split", "taper")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,17 +101,30 @@ class LayerSource:
     copy: int
     copies: int
 
-    def gate(self, depth: Depth) -> float:
-        """What its gates (alpha, or write matrices) are multiplied by."""
-        if depth in ("append", "identity"):
+    def gate(self, depth: Depth, branch: int) -> float:
+        """Share of the original's that the gate of the first or second branch gets. The shares of a layer and its
+        copies sum to 1 under `split` and `taper`.
+
+        taper: attention acts before the MLP and is to do so still, so it stays with the first copies and the MLP with
+        the last, by a geometric series.
+        """
+        if depth in SILENT:
             return 1.0 if self.copy == 0 else 0.0
-        return 1.0 / self.copies if depth == "split" else 1.0
+        if depth == "split":
+            return 1.0 / self.copies
+        if depth == "taper":
+            powers = TAPER_RATIO ** np.arange(self.copies)
+            return float((powers if branch == 1 else powers[::-1])[self.copy] / powers.sum())
+        return 1.0
 
 
 @lru_cache(maxsize=32)
-def layer_sources(old: int, new: int, depth: Depth) -> tuple[LayerSource, ...]:
-    """append and stack repeat the whole pile on top; identity and split interpose copies behind their originals."""
-    if depth in ("append", "stack"):
+def layer_sources(old: int, new: int, depth: Depth) -> tuple[LayerSource | None, ...]:
+    """None where a layer is drawn afresh. Else it copies one: the whole pile is repeated on top, or copies follow their
+    originals."""
+    if depth == "fresh":
+        return tuple(LayerSource(i, 0, 1) if i < old else None for i in range(new))
+    if depth in ON_TOP:
         return tuple(LayerSource(i % old, i // old, len(range(i % old, new, old))) for i in range(new))
     rows = spread(old, new)
     triples = zip(rows.parent, rows.copy, rows.copies, strict=True)
@@ -149,6 +166,7 @@ class ParamGrowth:
     multiplier, cosine, divisor, gate: after all that a weight is multiplied by `multiplier` (which keeps what a gain's
         raw value stands for), divided by `cosine` (of a read tilt that a gain makes up for) and by `divisor` ((rows,),
         of cloned rows; None for 1), and multiplied by `gate`.
+    sphere: 0, or what a raw gate is multiplied by to be the alpha whose share `gate` is taken on the sphere.
     moments: of both Adam moments.
     live: by kind, the rows that are grown from anything at all, (rows,) bool; the others are zeros.
     mixing: by kind, the rows of which every entry depends on all of the old row, (rows,) bool.
@@ -167,6 +185,7 @@ class ParamGrowth:
     cosine: float
     divisor: np.ndarray | None
     gate: float
+    sphere: float
     moments: Mapping[Kind, MomentGrowth]
     live: Mapping[Kind, np.ndarray]
     mixing: Mapping[Kind, np.ndarray]
@@ -188,23 +207,32 @@ class Growth:
     seed: int
 
     def param(self, name: str) -> ParamGrowth:
-        """How a parameter of the new model grows. Worked out when first asked for, and kept."""
+        """How a parameter of the new model, which has a source, grows. Worked out when first asked for, and kept."""
         if name not in self._params:
             self._params[name] = self._compile(param_specs(self.new)[name])
         return self._params[name]
 
-    def source(self, name: str) -> str:
-        """The old parameter that a new one grows from."""
+    def source(self, name: str) -> str | None:
+        """The old parameter that a new one grows from; None for one that is drawn as the initial weights are, and whose
+        moments are zero. No run draws a name twice, so the run's seed serves for this, too."""
         spec = param_specs(self.new)[name]
-        return spec.in_layer(self.layer_source(spec).parent)
+        layer = self.layer_source(spec)
+        return None if layer is None else spec.in_layer(layer.parent)
+
+    def added(self, name: str) -> np.ndarray:
+        """The rows of a new parameter that the growth has added to those that were there, (rows,) bool."""
+        if self.source(name) is None:
+            return np.ones(global_shape(param_specs(self.new)[name], self.new)[0], bool)
+        return self.param(name).added
 
     @property
     def sent_kinds(self) -> tuple[Kind, ...]:
         """The tensors that are sent and grown once a run has taken steps."""
         return ("weight",) if self.how.moments == "reset" else KINDS
 
-    def layer_source(self, spec: ParamSpec) -> LayerSource:
-        """Origin of the layer that a parameter of the new model lives in (itself, outside the layers)."""
+    def layer_source(self, spec: ParamSpec) -> LayerSource | None:
+        """Origin of the layer that a parameter of the new model lives in (itself, outside the layers); None where that
+        is drawn."""
         if spec.layer is None:
             return LayerSource(0, 0, 1)
         return layer_sources(self.old.n_layers, self.new.n_layers, self.how.depth)[spec.layer]
@@ -220,12 +248,13 @@ class Growth:
 
     def _compile(self, spec: ParamSpec) -> ParamGrowth:
         layer = self.layer_source(spec)
+        assert layer is not None, f"{spec.name} grows from nothing"
         like = (spec.namesake, spec.layer is None, replace(layer, parent=0))
         if like not in self._alike:
             self._alike[like] = _compile(self, spec, layer)
         one = self._alike[like]
         key = counter.key(self.seed, spec.name, _PURPOSE.get(spec.role), one.width, len(one.rows))
-        return replace(one, name=spec.name, source=self.source(spec.name), key=key)
+        return replace(one, name=spec.name, source=spec.in_layer(layer.parent), key=key)
 
     @cached_property
     def cosine(self) -> float:
@@ -256,13 +285,13 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
     how, axes = growth.how, axis_maps(growth.old, growth.new)
     old, rows, channels = param_specs(growth.old)[spec.in_layer(layer.parent)], axes[spec.rows], _ONE_CHANNEL
     a = channel_scale(axes["embed"], how.channels)
-    scale, gate = np.ones(1), layer.gate(how.depth) if spec.gate else 1.0
+    scale, gate = np.ones(1), layer.gate(how.depth, spec.gate) if spec.gate else 1.0
     if spec.is_matrix:
         channels, scale = axes["embed"], a
     # On the embed axis nothing is new, for there is no original to prefer: E spreads each channel over its copies.
     added = ((rows.copy != 0) & (spec.rows != "embed")) | (layer.copy != 0)
     write_tilt = spec.role == "write" and how.write == "tilt"
-    shares = {kind: _share(growth, spec, kind, rows, added) for kind in MOMENTS}
+    shares = {kind: _share(growth, spec, layer, kind, rows, added) for kind in MOMENTS}
     none = np.zeros(len(rows), bool)
     return ParamGrowth(
         name=spec.name,
@@ -277,6 +306,7 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
         cosine=growth.cosine if spec.compensates_read_tilt else 1.0,
         divisor=rows.copies.astype(np.float64) if how.write == "clone" and _divided(spec) else None,
         gate=gate,
+        sphere=spec.multiplier if spec.gate and growth.unit and how.depth == "taper" else 0.0,
         moments={kind: _moment(growth, spec, old, kind, a, shares[kind]) for kind in MOMENTS},
         live={"weight": np.full(len(rows), gate != 0)} | {kind: share != 0 for kind, share in shares.items()},
         mixing={"weight": (rows.copies > 1) & write_tilt, "exp_avg": none, "exp_avg_sq": none},
@@ -294,16 +324,25 @@ def _read_tilt(growth: Growth, spec: ParamSpec) -> ReadTilt | None:
     return ReadTilt(1.0, spec.init * (growth.new.d_model - growth.old.d_model) ** 0.5)
 
 
-def _share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap, added: np.ndarray) -> np.ndarray:
+def _share(
+    growth: Growth, spec: ParamSpec, layer: LayerSource, kind: Kind, rows: AxisMap, added: np.ndarray
+) -> np.ndarray:
     """What each new row gets of its parent's gradient, in the mean or in the root mean square: (rows,) fp64.
 
     `carry` keeps only originals; `grow` maps everything; `reset` starts from zero. Copies of a read row (or of its
-    gain) share their family's gradient, while each tilted copy of a write row sees all of it.
+    gain) share their family's gradient, while each tilted copy of a write row sees all of it. So it is with layers
+    that share a gate: the gate sees all of its gradient, and what is behind it a share.
     """
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
     if growth.how.moments == "carry":
         return (~added).astype(np.float64)
+    behind = 1 / layer.copies if growth.how.depth in SHARED and not spec.gate else 1.0
+    return behind * _row_share(growth, spec, kind, rows)
+
+
+def _row_share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap) -> np.ndarray:
+    """See `_share`; of rows within their layer, when all moments grow."""
     if growth.how.write == "clone":
         return _clone_share(growth, spec, rows)
     # A tilted copy sees delta . w_k where its parent saw delta . w. On average over directions that is a share 1/n of

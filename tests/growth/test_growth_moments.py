@@ -138,6 +138,22 @@ def test_squares_of_copied_rows_are_what_they_become(kind, write, low, high):
     assert not any(low < float(after[n].sum() / wrong[n].sum()) < high for n in names if ".0." in n)
 
 
+@pytest.mark.parametrize("depth", ["split", "taper"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_share_a_gate_share_what_is_behind_it(kind, depth):
+    """First moments over gradients, together over a layer's two copies: 1 for gates and for all that they silence."""
+    old, new = config(kind), config(kind, {"n_layers": 6})
+    state, manner = lively_state(old, larger=1), how(moments="grow", depth=depth)
+    moments = {name: g.float() for name, g in gradients(old, state).items()}
+    mapped = megabus.grow_state(moments, old, new, 1, manner, "exp_avg")
+    true = gradients(new, megabus.grow_state(state, old, new, 1, manner))
+    for name, spec in param_specs(old).items():
+        copies = [spec.in_layer(2 * spec.layer + k) for k in (0, 1)] if spec.layer is not None else [name]
+        ours, theirs = (torch.stack([x[each].double() for each in copies]).sum(0) for x in (mapped, true))
+        slope = float((ours * theirs).sum() / theirs.square().sum())
+        assert 0.85 < slope < 1.15, (name, slope)
+
+
 # ---- plain clones
 
 CLONE = {"write": "clone", "channels": "uneven"}
