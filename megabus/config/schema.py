@@ -9,6 +9,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveInt,
     ValidationInfo,
     field_validator,
@@ -32,6 +33,7 @@ def _whole(value: Any) -> Any:
 
 
 Count = Annotated[PositiveInt, BeforeValidator(_whole)]
+CountFrom0 = Annotated[NonNegativeInt, BeforeValidator(_whole)]
 
 
 class Section(BaseModel):
@@ -70,7 +72,9 @@ class ModelConfig(Section):
     kind: Literal["ngpt", "gpt"] = Field("ngpt", description="never changes in a run")
     vocab_size: Count = Field(description="pieces of the tokenizer; never changes in a run")
     d_model: Count = Field(description="channels of the residual stream")
-    n_layers: Count = Field(description="blocks of attention and MLP; at least layout.pp")
+    n_layers: CountFrom0 = Field(
+        description="blocks of attention and MLP; at least layout.pp, or none (head on embedding) to grow by fresh ones"
+    )
     n_heads: Count = Field(description="query heads; divisible by n_kv_heads and by layout.tp")
     n_kv_heads: Count | None = Field(None, description="key/value heads (GQA); n_heads when left out")
     head_dim: Count = Field(description="entries of a head, even; never changes in a run")

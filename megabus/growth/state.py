@@ -34,7 +34,8 @@ def grow_state(
     Raises `UserError` if a size shrinks, a tensor is missing or of another shape.
     """
     old_config, new_config = _validated(old_config, "old_config."), _validated(new_config, "new_config.")
-    check_pair(old_config, new_config, "new_config.")
+    growth = growth or GrowthConfig()
+    check_pair(old_config, new_config, growth.depth, "new_config.")
     unknown = sorted(set(state) - set(param_specs(old_config)))
     if unknown:
         raise UserError("state", ", ".join(unknown), "the old config has no such tensors", "pass the matching config")
@@ -43,7 +44,7 @@ def grow_state(
         if name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "(missing)"
             raise UserError(f"state[{name!r}]", found, f"the old config wants {shape}", "pass the matching config")
-    compiled = Growth(old_config, new_config, growth or GrowthConfig(), seed)
+    compiled = Growth(old_config, new_config, growth, seed)
     return {name: _whole(compiled, name, kind, state) for name in param_specs(new_config)}
 
 
