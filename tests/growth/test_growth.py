@@ -21,8 +21,8 @@ from support.growing import (
 from support.small_models import GQA, KINDS, config, lively_state
 
 import megabus
-from megabus.growth import param_growth, rows
-from megabus.growth.param_growth import axis_maps, channel_scale, grouped, layer_sources, spread
+from megabus.growth import maps, param_growth, rows
+from megabus.growth.maps import axis_maps, channel_scale, grouped, layer_sources, spread
 from megabus.model.decoder import param_specs
 
 torch.set_num_threads(1)
@@ -206,7 +206,7 @@ BREAKS = [
     (rows, "_simplex", one_sided_simplex, {"sum", "angle"}),
     (rows, "_directions", lambda key, rows, away, n: away.expand(-1, n, -1), {"tilt", "length"}),
     (param_growth, "channel_scale", flat_scale, {"read", "sum"}),
-    (param_growth, "grouped", lambda kv, new_kv, g, new_g: spread(kv * g, new_kv * new_g), {"read", "gain"}),
+    (maps, "grouped", lambda kv, new_kv, g, new_g: spread(kv * g, new_kv * new_g), {"read", "gain"}),
 ]
 
 

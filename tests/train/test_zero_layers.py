@@ -38,7 +38,9 @@ def configured(corpus, run_dir, layouts, **changes):
 def runs(corpus, tmp_path_factory):
     made = {}
     for name, layouts in LAYOUTS.items():
-        made[name] = configured(corpus, tmp_path_factory.mktemp("runs") / name, layouts, checkpoint={"every": 3, "keep_last": 9})
+        made[name] = configured(
+            corpus, tmp_path_factory.mktemp("runs") / name, layouts, checkpoint={"every": 3, "keep_last": 9}
+        )
         start(made[name], 1 if name == "one" else 2)
     return made
 
