@@ -20,7 +20,7 @@ def test_every_manner_has_a_row(tmp_path, capsys):
         assert depth_rise.main([str(corpus / "train"), str(corpus / "valid"), *words]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert maps.TAPER_RATIO == ratio
+    assert ratio == maps.TAPER_RATIO
     told = capsys.readouterr().out
     table = {line.split("  ")[0]: re.findall(r"[+-]\d\.\d{4}|–", line) for line in told.splitlines()}
     assert [re.sub(r"\D+", " ", line).split() for line in told.splitlines() if line.startswith("new")] == [
