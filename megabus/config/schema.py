@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from megabus.config.section import Angle, Count, Decay, NonNegative, Positive, Section, Share
+from megabus.config.section import Angle, Count, CountFrom0, Decay, NonNegative, Positive, Section, Share
 
-Depth = Literal["append", "identity", "split", "stack"]
+Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
 
 
 class RopeScaling(Section):
@@ -33,7 +33,9 @@ class ModelConfig(Section):
     kind: Literal["ngpt", "gpt"] = Field("ngpt", description="never changes in a run")
     vocab_size: Count = Field(description="pieces of the tokenizer; never changes in a run")
     d_model: Count = Field(description="channels of the residual stream")
-    n_layers: Count = Field(description="blocks of attention and MLP; at least layout.pp")
+    n_layers: CountFrom0 = Field(
+        description="blocks of attention and MLP; at least layout.pp, or none (head on embedding) to grow by fresh ones"
+    )
     n_heads: Count = Field(description="query heads; divisible by n_kv_heads and by layout.tp")
     n_kv_heads: Count | None = Field(None, description="key/value heads (GQA); n_heads when left out")
     head_dim: Count = Field(description="entries of a head, even; never changes in a run")
@@ -251,8 +253,9 @@ class GrowthConfig(Section):
     channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
     depth: Depth = Field(
         "append",
-        description="new layers: silent copies of the pile on top of it (exact), or each beside its original (exact), "
-        "copies beside originals that share the gate, the pile again",
+        description="new layers: silent copies of the pile on top of it (exact), or each beside its original (exact); "
+        "copies beside originals that share the gate, evenly or so that less changes; copies as loud as their "
+        "originals, the pile again or each beside its own; or layers drawn afresh, on top",
     )
     moments: Literal["reset", "carry", "grow"] = Field(
         "grow",

@@ -260,6 +260,12 @@ layout.tp=2 model.vocab_size=1 @ 2
 layout.pp=4 @ 4
     model.n_layers = 3: leaves some of the layout.pp = 4 ...; lower layout.pp or add layers...
     model.n_layers=5
+layout.pp=2 model.n_layers=0 growth.depth=fresh @ 2
+    model.n_layers = 0: leaves some of the layout.pp = 2 ...; lower layout.pp or add layers...
+    layout.pp=1
+model.n_layers=0 @ 1
+    growth.stages.1.n_layers = 5: cannot come from growth.depth = append: ...; set growth.depth to fresh
+    growth.depth=fresh
 layout.pp=2 train.zero_stage=2 @ 2
     train.zero_stage = 2: cannot be combined with layout.pp = 2: ...; set it to 1
     train.zero_stage=1

@@ -59,6 +59,12 @@ CASES = {
         {"asynchronous": False},
         (3, 4, 8),
     ),
+    "fresh layers on none": (
+        [{"tp": 2}, {"dp": 2}, {"pp": 2}],
+        LARGE | {"model__n_layers": 0, "growth__depth": "fresh"},
+        {"every": 4},
+        (4, 9),
+    ),
     "four": (
         [{"tp": 2, "pp": 2}, {"pp": 2}, {"tp": 2}],
         LARGE
