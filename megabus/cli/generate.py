@@ -31,14 +31,13 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     import megabus
-    from megabus.checkpoint.load import checkpoint_at
-    from megabus.checkpoint.save import TOKENIZER
+    from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
     from megabus.data.tokenizer import Tokenizer
     from megabus.generate import generate
 
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError("--device", args.device, "is not there", "use cpu")
-    tokenizer = Tokenizer(args.tokenizer or checkpoint_at(args.checkpoint) / TOKENIZER)
+    tokenizer = Tokenizer(args.tokenizer or saved_tokenizer(checkpoint_at(args.checkpoint)))
     model = megabus.load(args.checkpoint).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
     if tokenizer.vocab_size != model.config.vocab_size:
         problem = f"has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}"

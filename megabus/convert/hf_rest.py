@@ -9,7 +9,7 @@ from typing import Any
 
 import sentencepiece
 
-from megabus.checkpoint.save import TOKENIZER
+from megabus.checkpoint.contents import TOKENIZER
 from megabus.errors import UserError
 
 TOKENIZER_FILES = (

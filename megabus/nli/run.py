@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megabus.checkpoint.load import checkpoint_at
-from megabus.checkpoint.restore import Found, restore, verified
-from megabus.checkpoint.save import TOKENIZER, save_weights
+from megabus.checkpoint.contents import Found
+from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
+from megabus.checkpoint.restore import restore, verified
+from megabus.checkpoint.save import save_weights
 from megabus.config import Stage
 from megabus.data.order import permute
 from megabus.data.tokenizer import Tokenizer
@@ -173,7 +174,7 @@ def make_directory(key: str, path: Path | None) -> None:
 
 
 def open_tokenizer(settings: Settings, found: Found) -> Tokenizer:
-    tokenizer = Tokenizer(settings.tokenizer or found.folder / TOKENIZER)
+    tokenizer = Tokenizer(settings.tokenizer or saved_tokenizer(found.folder))
     if tokenizer.vocab_size != found.state.model.vocab_size:
         problem = f"has {tokenizer.vocab_size} pieces, the model {found.state.model.vocab_size}"
         raise UserError("--tokenizer", tokenizer.path, problem, "give the one that made its data")

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megabus.checkpoint.contents import Found
 from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import Heartbeat
-from megabus.checkpoint.restore import Found, find_checkpoint, restore, verified
+from megabus.checkpoint.restore import find_checkpoint, restore, verified
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
