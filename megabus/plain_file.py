@@ -6,7 +6,6 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,7 +47,7 @@ def parse_json(raw: bytes) -> Any:
     """What JSON in UTF-8 says. Raises ValueError for what is none, and for what JSON allows and nobody writes: a key
     twice, NaN and infinities, more than `DEEPEST` levels, and NUL in a text."""
     try:
-        tree = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
+        tree = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except RecursionError:
         raise ValueError(f"nests deeper than {DEEPEST} levels") from None
     _check_plain(tree)
@@ -72,25 +71,21 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"holds {constant}")
-
-
 def _check_plain(tree: Any) -> None:
     """Level by level, since the tree may be deeper than Python can call."""
-    level = [tree]
+    level: list[tuple[str, Any]] = [("", tree)]
     for _ in range(DEEPEST + 1):
-        if not level:
-            return
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, Mapping):
-                below += [*value, *value.values()]
+        below: list[tuple[str, Any]] = []
+        for key, value in level:
+            if isinstance(value, dict):
+                below += [(f"{key}.{name}" if key else name, part) for name, part in value.items()]
             elif isinstance(value, list):
-                below += value
-            elif isinstance(value, str) and "\0" in value:
-                raise ValueError("holds a NUL")
+                below += [(f"{key}.{number}", part) for number, part in enumerate(value)]
             elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError("holds a number that is too large")
+                raise ValueError(f"{shown(key)} is {value}")
+            if "\0" in key or (isinstance(value, str) and "\0" in value):
+                raise ValueError(f"{shown(key)} holds a NUL")
+        if not below:
+            return
         level = below
-    raise ValueError(f"nests deeper than {DEEPEST} levels")
+    raise ValueError(f"{shown(level[0][0])} nests deeper than {DEEPEST} levels")

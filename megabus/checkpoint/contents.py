@@ -62,6 +62,8 @@ def look(folder: Path) -> Found:
     entries = read_manifest(folder)
     for entry in entries:
         check_size(folder, entry)
+        if _SHARD.fullmatch(entry.name) is None and entry.bytes > LARGEST:  # shards are held against the state
+            raise DamagedError(folder / MANIFEST, f"is damaged (files: {entry.name} has {entry.bytes} bytes)")
     check_file(folder, listed(folder, entries, STATE))
     state = read_state(folder)
     if state.progress.step != step_of(folder):
@@ -113,7 +115,7 @@ def check_fits(folder: Path, state: SavedState, stored: int) -> None:
     tensors, entries = totals(state.model)
     needed = (entries * ENTRY + tensors * NAMED) * len(state.kinds)
     if needed > stored:
-        problem = f"is damaged (model: its sizes take {needed} bytes or more, all files have {stored})"
+        problem = f"is damaged (model: its sizes take {needed} bytes or more, all files listed have {stored})"
         raise DamagedError(folder / STATE, problem)
 
 
@@ -180,8 +182,6 @@ def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) ->
         if match is None:
             if entry.name not in (STATE, TOKENIZER):
                 raise DamagedError(path, f"is damaged (files: {entry.name} is none that a save writes)")
-            if entry.bytes > LARGEST:
-                raise DamagedError(path, f"is damaged (files: {entry.name} has {entry.bytes} bytes)")
             continue
         rank, number = int(match[1]) - 1, int(match[2])
         if entry.name != shard_name(rank, number, kinds) or not (0 <= rank < layout.world and 0 < number <= kinds):
