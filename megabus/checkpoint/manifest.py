@@ -85,10 +85,9 @@ def read_manifest(folder: Path) -> list[Entry]:
         raw = read_regular(path)
     try:
         tree = parse_json(raw)
-        whole = _sealed({key: value for key, value in tree.items() if key != "sha256"}) == raw
-    except (AttributeError, ValueError):
-        whole = False
-    if not whole:
+    except ValueError as error:
+        raise DamagedError(path, f"is damaged (it is not JSON as it is saved: {error})") from error
+    if not isinstance(tree, dict) or _sealed({key: tree[key] for key in tree if key != "sha256"}) != raw:
         raise DamagedError(path)
     check_format(path, tree)
     if tree.keys() != {"format", "files", "sha256"}:

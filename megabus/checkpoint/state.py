@@ -24,6 +24,16 @@ from megabus.plain_file import parse_json, read_regular
 STATE = "state.json"
 LONGEST = 2048  # tokens, of a model whose run is not known
 
+# Keys that every state of this format has. Those that come later have defaults, by which nothing changes.
+WRITTEN = {
+    "progress": "step tokens position flops stage_tokens stage_flops growths nonfinite nonfinite_in_a_row rollbacks",
+    "model": "kind vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff rope_theta rope_scaling alpha_init "
+    "init_std norm_eps",
+    "model.rope_scaling": "kind factor low_freq_factor high_freq_factor original_max_position",
+    "monitor": "span curve met nonfinite",
+    "monitor.span": "index n_params kappa tokens flops max_tokens max_flops",
+}
+
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]
 Length = Annotated[int, Field(ge=1, lt=2**31)]
@@ -145,6 +155,10 @@ def read_state(folder: Path) -> SavedState:
     if not isinstance(tree, dict):
         raise DamagedError(path, "is damaged (it holds no keys)")
     check_format(path, tree)
+    for section, keys in WRITTEN.items():
+        found = _section(tree, section)
+        if found and (missing := [key for key in keys.split() if key not in found]):
+            raise DamagedError(path, f"is damaged ({section}.{missing[0]}: is missing)")
     state = validated(_STATE, {key: value for key, value in tree.items() if key != "format"}, path)
     validated(_GROWTHS, state.progress.growths, path, "progress.growths")
     try:
@@ -163,6 +177,13 @@ def read_state(folder: Path) -> SavedState:
     except ValueError as error:
         raise DamagedError(path, f"is damaged ({error})") from error
     return state
+
+
+def _section(tree: Any, key: str) -> dict[str, Any]:
+    """The section of a dotted key; empty where there is none, which types tell."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}
 
 
 def _check_whole(state: SavedState) -> None:

@@ -43,6 +43,7 @@ DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 REBUILD = "run megabus preprocess again"
+CHECKED = 1 << 20  # entries of an index that are checked at once
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
@@ -137,15 +138,32 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     pointers = raw[4 * n_sequences : 12 * n_sequences].view("<i8")
     documents = raw[12 * n_sequences :].view("<i8")
     dtype = np.dtype(DTYPES[code])
-    # The flat stream is only meaningful if sequences lie one after another, as every known writer lays them.
-    contiguous = n_sequences == 0 or (
-        pointers[0] == 0
-        and pointers[-1] == (lengths.sum(dtype=np.int64) - lengths[-1]) * dtype.itemsize
-        and lengths.min() >= 0
-    )
-    if not contiguous or documents[0] != 0 or documents[-1] != n_sequences:
+    if not np.issubdtype(dtype, np.integer):
+        raise UserError("data", path, f"holds numbers of type {dtype}, which are no tokens", REBUILD)
+    if not _contiguous(lengths, pointers, dtype.itemsize) or not _bounds(documents, n_sequences):
         raise UserError("data", path, "damaged: offsets, lengths and documents disagree", REBUILD)
     return dtype, lengths, pointers, documents
+
+
+def _contiguous(lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> bool:
+    """Whether sequences lie one after another, as every known writer lays them: else there is no flat stream."""
+    stop = 0
+    for first in range(0, len(lengths), CHECKED):
+        some = lengths[first : first + CHECKED].astype(np.int64)
+        stops = stop + np.cumsum(some) * itemsize
+        if some.min() < 0 or not np.array_equal(stops - some * itemsize, pointers[first : first + CHECKED]):
+            return False
+        stop = int(stops[-1])
+    return True
+
+
+def _bounds(documents: np.ndarray, n_sequences: int) -> bool:
+    """Whether documents follow each other, from the first sequence to the last."""
+    ordered = all(
+        (some[1:] >= some[:-1]).all()
+        for some in (documents[first : first + CHECKED + 1] for first in range(0, len(documents), CHECKED))
+    )
+    return bool(documents[0] == 0 and documents[-1] == n_sequences and ordered)
 
 
 class IndexedWriter:
