@@ -182,13 +182,14 @@ def spare(folder):
 
 
 @pytest.mark.parametrize("spoil", [swap, other_rank, lose])
-def test_shards_that_do_not_fit_the_placement_are_refused(root, spoil):
+def test_shards_that_do_not_fit_the_placement_are_refused(root, spoil, capfd):
     folder = folder_of(root, 2)
     assert run_ranks(2, restoring, root, spare) == [None, None]
     first, second = run_ranks(2, restoring, root, spoil)
     assert first == second
     kind, text = first
     assert kind == "UserError"
+    assert "Traceback" not in capfd.readouterr().err  # torch's, before that line
     assert text.startswith(f"checkpoint = {folder}: cannot be read (")
     assert text.endswith("; restore it from another copy")
     if spoil is not lose:
