@@ -92,8 +92,8 @@ def opened(folder: Path) -> Found:
     return found
 
 
-def check_header(path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Iterable[str] = ("F32",)) -> None:
-    """Raise `DamagedError` unless a safetensors file holds just these tensors, of one of these dtypes."""
+def check_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `DamagedError` unless a safetensors file holds just these tensors, in fp32."""
     try:
         with safe_open(path, framework="pt") as file:
             found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -102,9 +102,8 @@ def check_header(path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Iter
                 raise DamagedError(path, f"{problem}, {shown(odd[0])}")
             for key, shape in shapes.items():
                 dtype, there = found[key].get_dtype(), tuple(found[key].get_shape())
-                if dtype not in dtypes or there != shape:
-                    wanted = f"{'/'.join(dtypes)} {list(shape)}"
-                    raise DamagedError(path, f"is damaged ({key} is {dtype} {list(there)}, and not {wanted})")
+                if dtype != "F32" or there != shape:
+                    raise DamagedError(path, f"is damaged ({key} is {dtype} {list(there)}, and not F32 {list(shape)})")
     except SafetensorError as error:
         raise DamagedError(path, f"is damaged ({shown(str(error))})") from error
 

@@ -157,8 +157,9 @@ def read_state(folder: Path) -> SavedState:
     check_format(path, tree)
     for section, keys in WRITTEN.items():
         found = _section(tree, section)
-        if found and (missing := [key for key in keys.split() if key not in found]):
-            raise DamagedError(path, f"is damaged ({section}.{missing[0]}: is missing)")
+        absent = [key for key in keys.split() if found is not None and key not in found]
+        if absent and (found or section != "monitor"):  # which is empty where no run was
+            raise DamagedError(path, f"is damaged ({section}.{absent[0]}: is missing)")
     state = validated(_STATE, {key: value for key, value in tree.items() if key != "format"}, path)
     validated(_GROWTHS, state.progress.growths, path, "progress.growths")
     try:
@@ -179,11 +180,11 @@ def read_state(folder: Path) -> SavedState:
     return state
 
 
-def _section(tree: Any, key: str) -> dict[str, Any]:
-    """The section of a dotted key; empty where there is none, which types tell."""
+def _section(tree: Any, key: str) -> dict[str, Any] | None:
+    """The section of a dotted key; None where something else or nothing stands, which types tell."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree if isinstance(tree, dict) else {}
+    return tree if isinstance(tree, dict) else None
 
 
 def _check_whole(state: SavedState) -> None:

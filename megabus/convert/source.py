@@ -23,6 +23,7 @@ from megabus.errors import UserError
 from megabus.model.params import global_shape
 from megabus.parallel.fragments import KINDS, Kind
 from megabus.parallel.placement import Placement
+from megabus.plain_file import NotPlainError, check_regular
 
 
 class Source(Protocol):
@@ -62,8 +63,9 @@ class OpenFiles:
     def __getitem__(self, path: Path) -> Any:
         if path not in self._files:
             try:
+                check_regular(path, links=True)  # the hub's cache holds links
                 self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
+            except (OSError, NotPlainError, SafetensorError) as error:
                 problem = f"cannot be read ({error})"
                 raise UserError("source", path, problem, "restore it from another copy") from error
         return self._files[path]

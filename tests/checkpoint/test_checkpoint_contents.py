@@ -20,8 +20,9 @@ import megabus
 from megabus.checkpoint.contents import look, totals
 from megabus.checkpoint.manifest import MANIFEST, DamagedError
 from megabus.checkpoint.restore import find_checkpoint
-from megabus.checkpoint.state import STATE, SavedState, read_state
+from megabus.checkpoint.state import STATE, WRITTEN, SavedState, read_state
 from megabus.checkpoint.store import checkpoints_of, complete, latest_of, step_of
+from megabus.config.schema import RopeScaling
 from megabus.model.cost import count_parameters
 from megabus.testing.ranks import run_ranks
 
@@ -163,6 +164,18 @@ def test_a_key_that_the_state_lacks_is_named(folder, key):
     del tree[key]
     altered.put_state(folder, json.dumps(tree))
     assert key in refused(folder, STATE)
+
+
+@pytest.mark.parametrize("section", WRITTEN)
+def test_a_key_that_a_section_lacks_is_named(folder, section):
+    tree = json.loads((folder / STATE).read_text())
+    tree["model"]["rope_scaling"] = RopeScaling(kind="linear", factor=2.0).model_dump()
+    for key in WRITTEN[section].split():
+        spoilt = json.loads(json.dumps(tree))
+        inside, _ = altered.at(spoilt, f"{section}.{key}")
+        del inside[key]
+        altered.put_state(folder, json.dumps(spoilt))
+        assert f"({section}.{key}: is missing)" in refused(folder, STATE)
 
 
 @pytest.mark.parametrize("text", WRONG_TEXTS.values(), ids=WRONG_TEXTS)
