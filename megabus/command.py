@@ -87,13 +87,19 @@ def run_rank(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if any(words in str(error) for words in PEER_GONE):
+        if peer_is_gone(error):
             where = traceback.extract_tb(error.__traceback__)[-1]
             told = f": {LOST} ({where.name}: {str(error).splitlines()[0]})"
+            told = "\n".join((told, *getattr(error, "__notes__", ())))
         else:
             told = f" failed:\n{traceback.format_exc()}"
         print(f"rank {_rank()}{told}", file=sys.stderr)
         return 1
+
+
+def peer_is_gone(error: Exception) -> bool:
+    """Whether it says that the connection to another rank was closed."""
+    return any(words in str(error) for words in PEER_GONE)
 
 
 def end_rank(main: Callable[[], int]) -> NoReturn:

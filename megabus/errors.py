@@ -22,8 +22,8 @@ class UserError(Exception):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
     def within(self, where: str) -> UserError:
-        """The same of a key inside of something that is named."""
-        return UserError(f"{where}: {self.key}", self.value, self.problem, self.remedy)
+        """The same of a key inside of something that is named; without a key, of that thing itself."""
+        return UserError(f"{where}: {self.key}" if self.key else where, self.value, self.problem, self.remedy)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle their args, here the text, where __init__ wants its parts.

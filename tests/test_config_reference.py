@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from megabus.config import RunConfig
-from megabus.config.schema import Section
+from megabus.config.section import Section
 from megabus.errors import UserError
 
 ROOT = Path(__file__).parents[1]

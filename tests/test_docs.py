@@ -15,6 +15,7 @@ import yaml
 from megabus.cli import COMMANDS, OF_RANKS
 from megabus.command import NPROC
 from megabus.config import load_config, resolve_stages
+from megabus.nli.settings import Settings
 from tools import site_hooks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,8 @@ def flags_of(name: str) -> set[str]:
     """Every flag that a program takes, read from its source: --help would import torch."""
     program = PROGRAMS[name]
     found = {"-h", "--help", *(NPROC if program.stem.replace("_", "-") in OF_RANKS else ())}
+    if program.stem == "evaluate_nli":  # its parser is made of these
+        found |= {f"--{field.replace('_', '-')}" for field in Settings.model_fields}
     for node in ast.walk(ast.parse(program.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
             names = {arg.value for arg in node.args if isinstance(arg, ast.Constant) and str(arg.value).startswith("-")}
@@ -285,9 +288,10 @@ def test_quoted_messages_are_the_codes():
 def test_a_message_that_nobody_says_is_found():
     assert not_said("is in use by another run; wait for it, or choose another") == []
     assert not_said("is in use by another ship; wait for it, or choose another") == ["is in use by another ship"]
-    assert not_said("no progress for ... s (faults.hang_timeout):") == []
+    assert not_said("no progress for ... s (faults.hang_timeout, less ... s to say so):") == []
     assert not_said("no progress for ... hours") == ["no progress for ... hours"]
-    assert not_said("... s (faults.hang_timeout): no progress for") == ["... s (faults.hang_timeout): no progress for"]
+    swapped = "... s (faults.hang_timeout, less no progress for"
+    assert not_said(swapped) == [swapped]
 
 
 def test_keys_in_the_troubleshooting_page_exist():

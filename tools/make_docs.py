@@ -50,10 +50,11 @@ from megabus.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("quickstart", "grow_your_llama", "growth", "estimate", "cluster", "commands")),
-    *(f"docs/{name}.md" for name in ("preflight", "parity")),
+    *(f"docs/{name}.md" for name in ("quickstart", "rates", "grow_your_llama", "growth", "estimate", "cluster")),
+    *(f"docs/{name}.md" for name in ("commands", "preflight", "parity")),
 )
-NEEDS = {"docs/quickstart.md": "docs/grow_your_llama.md"}  # a page whose commands make what the other's read
+READ_QUICKSTART = ("docs/rates.md", "docs/grow_your_llama.md")
+NEEDS = dict.fromkeys(READ_QUICKSTART, "docs/quickstart.md")  # a page, and the one whose commands make what it reads
 LINKED = ("configs", "launcher", "tools")
 FENCE = re.compile(r"^<!-- ((?:run|file|output)\b.*?) -->\n```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MACHINE = re.compile(r"(?<=^<!-- machine -->\n).*$", re.MULTILINE)
@@ -245,7 +246,7 @@ def main() -> int:
             text = file.read_text()
             if args.check:
                 found += stale(text, page, scratch) if page in chosen else []
-            elif page in chosen or NEEDS.get(page, "") in chosen:
+            elif page in chosen or page in {NEEDS.get(other) for other in chosen}:
                 fresh = made(text, page, scratch, cheap_only=False)
                 if page in chosen and fresh != text:
                     file.write_text(MACHINE.sub(lambda _: machine(), fresh))

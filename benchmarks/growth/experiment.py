@@ -14,14 +14,16 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from megabus.config import RunConfig, parse_config, resolve_stages
+from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.read import described, read_tree
-from megabus.config.schema import Positive, Section, Share
+from megabus.config.schema import OptimizerConfig
+from megabus.config.section import Positive, Section, Share
 from megabus.data.indexed import read_meta
 from megabus.errors import UserError
 
@@ -47,16 +49,20 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Rate(Section):
-    """An arm's learning rate: `value`, or the best of `tune`, or that `of` another arm."""
+    """An arm's learning rate: `value`, or the best of `tune`, or that `of` another arm. at: budgets at which `tune` is
+    tried, else the experiment's tune_budget alone; a run takes what the nearest of them chose."""
 
     value: Positive | None = None
     tune: list[Positive] | None = Field(None, min_length=1)
+    at: list[Positive] | None = Field(None, min_length=1)
     of: str | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Rate:
         if sum(x is not None for x in (self.value, self.tune, self.of)) != 1:
             raise ValueError("is not one rate; give a number, `tune: [...]`, or `of: ARM`")
+        if self.at is not None and self.tune is None:
+            raise ValueError("has budgets to tune at and nothing to tune; give `tune: [...]` too, or leave out `at`")
         return self
 
 
@@ -71,17 +77,23 @@ class Arm(Section):
     like: str | None = Field(None, description="arm whose `set` this one's is laid over")
     set: dict[str, Any] = Field(default_factory=dict, description="keys of a run's configuration")
     caps: list[Share] | None = Field(None, description="of the stages but the last: shares of a run's FLOPs")
+    caps_at: list[Positive] | None = Field(
+        None,
+        min_length=1,
+        description="instead: FLOPs at which a run of any budget grows, in units of the experiment's",
+    )
     lr: Annotated[Rate, BeforeValidator(_rate)]
     budgets: list[Positive] = Field(default_factory=lambda: [1.0], min_length=1)
     seeds: list[Seed] | None = Field(None, min_length=1)
-    law: bool = Field(False, description="trained like the reference but for its size: a law is fitted to its runs")
+    ladder: bool = Field(False, description="a fixed size, trained like the reference: S* and the law are of these")
     drawn: bool = Field(False, description="among the curves of the picture (six at most)")
 
 
 class Experiment(Section):
     """`base` is a run's configuration without run_dir; `budget` the FLOPs of a run of budget 1.
 
-    tune_budget: what a run that tunes a learning rate may spend, with the first of `seeds`.
+    tune_budget: what a run that tunes a learning rate may spend, with the first of `seeds`. epochs: how often a run may
+    see its training text at most.
     reference: the arm against whose loss over FLOPs others are held; versus: the one whose final losses others are
     compared with.
     """
@@ -91,6 +103,7 @@ class Experiment(Section):
     budget: Positive
     seeds: list[Seed] = Field(min_length=1)
     tune_budget: Positive = 1.0
+    epochs: Positive = 1.0
     reference: str
     versus: str
     base: dict[str, Any]
@@ -101,12 +114,14 @@ class Experiment(Section):
         spec = self.arms[arm]
         return overlaid(self.tree(spec.like) if spec.like else self.base, spec.set)
 
-    def caps(self, arm: str) -> list[float]:
-        """An arm's own caps, or those of the arm that it is like."""
+    def capping(self, arm: str) -> Arm:
+        """The arm whose caps hold for this one: itself, or else that of the one that it is like. It may have none."""
         spec = self.arms[arm]
-        if spec.caps is not None:
-            return spec.caps
-        return self.caps(spec.like) if spec.like else []
+        return self.capping(spec.like) if spec.like and spec.caps is None and spec.caps_at is None else spec
+
+    def tuned_at(self, arm: str) -> list[float]:
+        """The budgets at which an arm with rates to tune tries them."""
+        return sorted(self.arms[arm].lr.at or [self.tune_budget])
 
 
 @dataclass(frozen=True)
@@ -167,18 +182,25 @@ def load_experiment(path: Path) -> Experiment:
     _check_names(experiment, path)
     for name in experiment.arms:
         _check_own(experiment.tree(name), f"{path}: arms.{name}")
-        job = make_job(experiment, name, experiment.seeds[0], 1e-3, 1.0)
-        grows = len(_stages(job.tree)) > 1
+        arm = experiment.arms[name]
+        grows = len(_stages(experiment.tree(name))) > 1
         if grows:
-            _check_caps(experiment, name, job, path)
+            _check_caps(experiment, name, path)
+        stages: list[Stage] = []
         try:
-            resolve_stages(job.asked, world_size=1)
+            # Where growths have a place of their own, a run of few FLOPs ends before some of them.
+            for budget in sorted({*arm.budgets, *experiment.tuned_at(name)}) if grows else [1.0]:
+                job = make_job(experiment, name, experiment.seeds[0], 1e-3, budget)
+                stages = resolve_stages(job.asked, world_size=1)
         except UserError as error:
             raise error.within(f"{path}: arms.{name}") from None
-        if experiment.arms[name].caps and not grows:  # what is no growth at all has been refused above
-            problem = "are of an arm that does not grow by stages of its own"
+        if arm.ladder and len(stages) > 1:
+            problem, remedy = "grows, and a ladder is of fixed sizes", "leave out `ladder`, or set its growth to null"
+            raise UserError(f"{path}: arms.{name}.ladder", True, problem, remedy)
+        if (arm.caps or arm.caps_at) and not grows:  # what is no growth at all has been refused above
+            key, problem = "caps" if arm.caps else "caps_at", "are of an arm that does not grow by stages of its own"
             raise UserError(
-                f"{path}: arms.{name}.caps", experiment.caps(name), problem, "give it growth.stages, or none"
+                f"{path}: arms.{name}.{key}", arm.caps or arm.caps_at, problem, "give it growth.stages, or none"
             )
     return experiment
 
@@ -207,6 +229,7 @@ def _check_names(experiment: Experiment, path: Path) -> None:
             ("seeds", arm.seeds or experiment.seeds),
             ("budgets", arm.budgets),
             ("lr.tune", arm.lr.tune or ()),
+            ("lr.at", arm.lr.at or ()),
         ):
             if len(set(values)) < len(values):
                 raise UserError(f"{path}: arms.{name}.{key}", values, "names one twice", "name it once")
@@ -233,17 +256,45 @@ def _check_own(tree: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {key}", found[name], "would do nothing", remedy)
 
 
-def _check_caps(experiment: Experiment, arm: str, job: Job, path: Path) -> None:
-    caps, sizes = experiment.caps(arm), len(_stages(job.tree)[1:])
-    if not caps:
+def _check_caps(experiment: Experiment, name: str, path: Path) -> None:
+    spec, stages = experiment.capping(name), _stages(experiment.tree(name))
+    if spec.caps and spec.caps_at:
+        problem = "stands beside caps_at, which says the same otherwise"
+        raise UserError(f"{path}: arms.{name}.caps", spec.caps, problem, "leave out one of the two")
+    if not spec.caps and not spec.caps_at:
         return
-    for number, stage in enumerate(_stages(experiment.tree(arm))):
+    for number, stage in enumerate(stages):
         if stage.get("max_flops") is not None:
-            key = f"{path}: arms.{arm}: growth{f'.stages.{number - 1}' if number else ''}.max_flops"
+            key = f"{path}: arms.{name}: growth{f'.stages.{number - 1}' if number else ''}.max_flops"
             raise UserError(key, stage["max_flops"], "would do nothing beside caps", "leave out one of the two")
-    if len(caps) != sizes or sum(caps) >= 1:
-        problem = f"do not end {sizes} stage(s) before the run does"
-        raise UserError(f"{path}: arms.{arm}.caps", caps, problem, "give one a growth, of less than 1 in all")
+    if spec.caps_at:
+        _check_caps_at(experiment, name, spec.caps_at, f"{path}: arms.{name}")
+    elif spec.caps and (len(spec.caps) != len(stages) - 1 or sum(spec.caps) >= 1):
+        problem = f"do not end {len(stages) - 1} stage(s) before the run does"
+        raise UserError(f"{path}: arms.{name}.caps", spec.caps, problem, "give one a growth, of less than 1 in all")
+
+
+def _check_caps_at(experiment: Experiment, name: str, places: Sequence[float], where: str) -> None:
+    tree = experiment.tree(name)
+    n_growths = len(_stages(tree)) - 1
+    if len(places) != n_growths or sorted(set(places)) != list(places):
+        problem = f"are not the places of {n_growths} growth(s), one after the other"
+        raise UserError(f"{where}.caps_at", places, problem, "give one a growth, each later than the last")
+    try:
+        optimizer = _optimizer(tree)
+    except ValidationError as error:
+        raise described(error, OptimizerConfig).within(f"{where}: optimizer") from None
+    if optimizer.schedule != "wsd":
+        problem = "has no constant rate that runs of several budgets have in common"
+        raise UserError(f"{where}: optimizer.schedule", optimizer.schedule, problem, "choose wsd, or use `caps`")
+    begins = max(experiment.arms[name].budgets) * (1 - optimizer.decay_share)
+    if places[-1] >= begins:
+        problem = f"is where no run of the arm can grow: the rate of the largest falls from {begins:g} on"
+        raise UserError(f"{where}.caps_at", places[-1], problem, "place it before, or give a larger budget")
+
+
+def _optimizer(tree: Mapping[str, Any]) -> OptimizerConfig:
+    return OptimizerConfig.model_validate({**tree.get("optimizer", {}), "lr": 1.0})
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,29 +325,42 @@ def make_job(experiment: Experiment, arm: str, seed: int, lr: float, budget: flo
     flops = budget * experiment.budget
     settings = {"train": {"seed": seed, "max_flops": flops}, "optimizer": {"lr": lr}}
     tree = overlaid(experiment.tree(arm), settings)
-    for stage, cap in zip(_stages(tree), experiment.caps(arm), strict=False):
-        stage["max_flops"] = cap * flops
+    spec, stages = experiment.capping(arm), _stages(tree)
+    caps = [cap * flops for cap in spec.caps or ()]
+    if spec.caps_at and len(stages) > 1:
+        # What a run would grow into while its rate falls already is left to runs of more FLOPs.
+        places = [place for place in spec.caps_at if place < budget * (1 - _optimizer(tree).decay_share)]
+        caps = [(b - a) * experiment.budget for a, b in pairwise([0.0, *places])]
+        tree["growth"]["stages"] = stages[1 : 1 + len(caps)]
+    for stage, cap in zip(stages, caps, strict=False):
+        stage["max_flops"] = cap
     return Job(experiment.name, arm, seed, lr, budget, tree, tuning)
 
 
-def tuning_jobs(experiment: Experiment, arm: str) -> list[Job]:
-    """The runs that an arm's learning rate is chosen from; none where it is given."""
+def tuning_jobs(experiment: Experiment, arm: str, at: Sequence[float] | None = None) -> list[Job]:
+    """The runs that an arm's learning rate is chosen from, at the budgets in `at` or at all; none where it is given."""
     rate = experiment.arms[arm].lr
     if rate.of is not None:
-        return tuning_jobs(experiment, rate.of)
-    seed, budget = experiment.seeds[0], experiment.tune_budget
-    return [make_job(experiment, arm, seed, lr, budget, tuning=True) for lr in rate.tune or ()]
+        return tuning_jobs(experiment, rate.of, at)
+    budgets = experiment.tuned_at(arm) if at is None else at
+    return [
+        make_job(experiment, arm, experiment.seeds[0], lr, budget, tuning=True)
+        for budget in budgets
+        for lr in rate.tune or ()
+    ]
 
 
-def best_rate(experiment: Experiment, arm: str, loss_of: Losses) -> float | None:
-    """An arm's learning rate; None while runs that it is chosen from are not done. A run that failed, whose loss is
-    infinite, is never the best: None too where all failed."""
+def best_rate(experiment: Experiment, arm: str, budget: float, loss_of: Losses) -> float | None:
+    """An arm's learning rate for a budget: what the nearest budget (by its ratio, the smaller of two) chose at which
+    rates were tried. None while runs that it is chosen from are not done. A run that failed, whose loss is infinite, is
+    never the best: None too where all failed."""
     rate = experiment.arms[arm].lr
     if rate.of is not None:
-        return best_rate(experiment, rate.of, loss_of)
+        return best_rate(experiment, rate.of, budget, loss_of)
     if rate.value is not None:
         return rate.value
-    losses = [(loss_of(job), job.lr) for job in tuning_jobs(experiment, arm)]
+    nearest = min(experiment.tuned_at(arm), key=lambda at: abs(math.log(at / budget)))
+    losses = [(loss_of(job), job.lr) for job in tuning_jobs(experiment, arm, [nearest])]
     if any(loss is None for loss, _ in losses):
         return None
     finite = [(loss, lr) for loss, lr in losses if loss is not None and math.isfinite(loss)]
@@ -316,10 +380,10 @@ def jobs(experiment: Experiment, loss_of: Losses, only: Sequence[str] = ()) -> I
 
     for arm in arms:
         yield from filter(fresh, tuning_jobs(experiment, arm))
-    rates = {arm: best_rate(experiment, arm, loss_of) for arm in arms}
+    rates = {(arm, x): best_rate(experiment, arm, x, loss_of) for arm, spec in arms.items() for x in spec.budgets}
     for number in range(max(len(spec.seeds or experiment.seeds) for spec in arms.values())):
         for arm, spec in arms.items():
-            seeds, lr = spec.seeds or experiment.seeds, rates[arm]
-            if lr is not None and number < len(seeds):
-                for budget in sorted(spec.budgets):
+            seeds = spec.seeds or experiment.seeds
+            for budget in sorted(spec.budgets) if number < len(seeds) else ():
+                if (lr := rates[arm, budget]) is not None:
                     yield from filter(fresh, [make_job(experiment, arm, seeds[number], lr, budget)])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.growth.experiment import Experiment, make_job
 from benchmarks.growth.groups import Group
-from benchmarks.growth.results import Point, Result
+from benchmarks.growth.results import Point, Result, points_of_stages
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.config.schema import KappaConfig
 from megabus.kappa.monitor import KappaMonitor
@@ -22,17 +22,6 @@ from megabus.train.run import point_at
 from megabus.train.schedule import decays, spent_share
 
 KAPPAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-
-
-def points_of_stages(run: Result) -> list[list[Point]]:
-    """A run's validations by the stages that they were made in, the first of each at its beginning."""
-    left, parts = list(run.curve), list[list[Point]]()
-    for growth in run.growths:
-        # A growth validates twice at its instant: the old size's last loss and the new one's first.
-        n = next((i + 1 for i, point in enumerate(left) if point.flops >= growth["flops"]), len(left))
-        parts.append(left[:n])
-        left = left[n:]
-    return [*parts, left]
 
 
 def instant(stage: Stage, points: Sequence[Point], trigger: KappaConfig) -> float | None:

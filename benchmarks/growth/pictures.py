@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.growth.experiment import MOST_DRAWN, Experiment
-from benchmarks.growth.groups import Group, difference
+from benchmarks.growth.frontier import trunks
+from benchmarks.growth.groups import Group, decayed, difference
 from megabus.errors import UserError
 from megabus.report.figure import FAINT, INK, STYLE
 
@@ -71,6 +72,33 @@ def draw_arms(experiment: Experiment, found: Sequence[Group], path: Path) -> Non
     axes.set_yticks(range(len(rows)), labels)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_xlabel(f"final loss below that of `{experiment.versus}` (nats)", labelpad=6)
+    _save(figure, path)
+
+
+def draw_anytime(experiment: Experiment, found: Sequence[Group], path: Path) -> None:
+    """Decayed losses over FLOPs: of each fixed size of the ladder, in grey, and of the arms that are one trunk, whose
+    decays are its dots. Means over seeds, bars from the lowest to the highest."""
+    figure, axes = _figure(9.6, 5.0)
+    colours = iter(COLOURS)
+    styles = iter(("-", "--", "-.", ":") * len(experiment.arms))
+    for arm, spec in experiment.arms.items():
+        mine = [group for group in found if group.arm == arm and group.finite and decayed(experiment, group)]
+        if not mine or not (spec.ladder or arm in trunks(experiment)):
+            continue
+        flops = [np.mean([run.flops for run in group.finite]) for group in mine]
+        losses = np.array([[f(run.loss for run in group.finite) for f in (min, max)] for group in mine])
+        means = np.array([np.mean([run.loss for run in group.finite]) for group in mine])
+        colour, style = ("#8a939a", next(styles)) if spec.ladder else (next(colours, INK), "-")
+        bars = np.abs(losses.T - means)
+        axes.errorbar(
+            flops, means, bars, color=colour, linestyle=style, marker="o", markersize=4.5, linewidth=1.4,
+            elinewidth=0.8, label=f"{arm}: {spec.about}", zorder=2 if spec.ladder else 3,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("training compute (FLOPs), all stages counted", labelpad=6)
+    axes.set_ylabel("validation loss at the end (nats per token)", labelpad=6)
+    if axes.containers:
+        axes.legend(loc="upper right", frameon=True, framealpha=0.92, edgecolor="none", fontsize=9)
     _save(figure, path)
 
 

@@ -24,14 +24,14 @@ def stages_of(experiment: Experiment, group: Group) -> list[Stage]:
 def law_table(experiment: Experiment, found: Sequence[Group]) -> str:
     """The law fitted to the arms that are marked for it, and for every arm that grows the plan of its sizes to the loss
     that it ended with: of seeds that all law arms have, at each of their budgets."""
-    marked = [g for g in found if g.finite and experiment.arms[g.arm].law]
+    marked = [g for g in found if g.finite and experiment.arms[g.arm].ladder]
     arms = ", ".join(dict.fromkeys(g.arm for g in marked))
     # other seeds, of some sizes and budgets only, are other data
     common = set.intersection(*({run.seed for run in g.finite} for g in marked)) if marked else set()
     if marked and not common:
         return f"No law yet: no seed has every marked arm ({arms}) at each of its budgets."
     narrowed = [replace(g, runs=[run for run in g.finite if run.seed in common]) for g in found]
-    fixed = [g for g in narrowed if g.runs and experiment.arms[g.arm].law]
+    fixed = [g for g in narrowed if g.runs and experiment.arms[g.arm].ladder]
     points = [(run.n_params, run.tokens, run.loss) for g in fixed for run in g.runs]
     try:
         fitted = fit_law([(float(n), float(d), loss) for n, d, loss in points])

@@ -1,8 +1,8 @@
 """What runs have in common is computed once: a run goes on from another's checkpoint, up to which both are the same.
 
 A run repeats another bit for bit as long as their configurations mean the same: a larger budget changes nothing before
-the learning rate falls, another manner of growing nothing before the first growth. So the other run's checkpoint of
-that time is this run's own, and all it spent up to there counts as this run's.
+the learning rate falls, another manner of growing nothing before the first growth, one growth more nothing before that
+growth. So the other run's checkpoint of that time is this run's own, and all it spent up to there counts as this run's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,29 @@ from benchmarks.growth.experiment import NOT_THE_MATHEMATICS
 from megabus.checkpoint.state import SavedState, read_state
 from megabus.checkpoint.store import checkpoints_of, complete, point_latest, remove
 from megabus.config import RunConfig
+from megabus.config.schema import GrowthConfig
+from megabus.kappa.monitor import cap_is_reached
 
-MANNER = ("write", "read", "channels", "depth", "moments", "boost")  # what does nothing before the first growth
+# What does nothing before the first growth.
+MANNER = ("write", "read", "channels", "depth", "moments", "boost", "rewarm", "settle")
+Cap = tuple[int | None, float | None]  # tokens and FLOPs of a stage; None where there is none
 ASIDE = (*NOT_THE_MATHEMATICS, "train", "optimizer", "growth")  # what `common` looks at by itself
 
 
 @dataclass(frozen=True)
 class Common:
     """Two runs are the same in stages 0 to `growths`, while they have spent less than `flops`: the smaller one's last
-    state has seen an evaluation more."""
+    state has seen an evaluation more. `cap`: tokens and FLOPs with which the new one leaves the last of these stages,
+    where the other one stays longer."""
 
     growths: int
     flops: float
+    cap: Cap = (None, None)
 
     def holds(self, state: SavedState) -> bool:
-        return state.stage <= self.growths and state.progress.flops < self.flops
+        now = state.progress
+        left = cap_is_reached(now.tokens - now.stage_tokens, now.flops - now.stage_flops, *self.cap)
+        return state.stage <= self.growths - left and now.flops < self.flops
 
 
 NOTHING = Common(-1, 0.0)
@@ -47,9 +56,8 @@ def common(done: RunConfig, new: RunConfig) -> Common:
         return NOTHING
     if _order(done) != _order(new):
         return NOTHING
-    flops = _constant_until(done, new)
-    growths = _common_growths(done, new)
-    return Common(growths, flops) if growths >= 0 else NOTHING
+    growths, cap = _common_growths(done.growth, new.growth)
+    return Common(growths, _constant_until(done, new), cap) if growths >= 0 else NOTHING
 
 
 def _order(config: RunConfig) -> tuple[int, int, list[str]]:
@@ -73,25 +81,41 @@ def _constant_until(done: RunConfig, new: RunConfig) -> float:
     return min(budget for budget in budgets if budget) * (1 - tail)
 
 
-def _common_growths(done: RunConfig, new: RunConfig) -> int:
-    """The last stage in which both are the same; -1 if there is none."""
-    a, b = done.growth, new.growth
-    grow = {*MANNER, "stages", "buffer_mb"}
-    watched = a.model_dump(exclude=grow) == b.model_dump(exclude=grow)
-    if not b.stages:
-        return 0  # nothing is watched for, and what never grows is the same until the other does
-    if not watched or not a.stages:
-        return -1
-    if any(getattr(a, key) != getattr(b, key) for key in MANNER):
-        return 0
-    same = 0
-    for one, other in zip(a.stages, b.stages, strict=False):
-        if one != other:
-            break
-        same += 1
-    if len(a.stages) != len(b.stages) and same == min(len(a.stages), len(b.stages)):
-        same -= 1  # where one of them ends, the other may grow again
-    return same
+def _common_growths(done: GrowthConfig, new: GrowthConfig) -> tuple[int, Cap]:
+    """The last stage in which both are the same, -1 if there is none, and the cap that `new` has there alone."""
+    forever: Cap = (None, None)
+    watched = done.trigger == new.trigger or not done.stages or not new.stages
+    mannered = all(getattr(done, key) == getattr(new, key) for key in MANNER)
+    for stage in count():
+        if stage and not (mannered and _size(done, stage) == _size(new, stage)):
+            return stage - 1, forever
+        if stage == len(new.stages):  # it never leaves the stage, and a state of `done` has not left it yet
+            return stage, forever
+        if stage < len(done.stages) and watched and _end(done, stage) == _end(new, stage):
+            continue
+        # `done` stays longer, or may. Whether a κ of `new` would have been met on the way is not known.
+        return (stage, _end(new, stage)[1:]) if by_caps_alone(new) else (stage - 1, forever)
+    raise AssertionError("a stage that is the last of either has ended the search")
+
+
+def by_caps_alone(growth: GrowthConfig) -> bool:
+    """Whether κ waits for a loss of 0, which no run has."""
+    trigger = growth.trigger
+    losses = trigger.constant if isinstance(trigger.constant, list) else [trigger.constant or 0.0]
+    kappas = [trigger.kappa, *(stage.kappa for stage in growth.stages if stage.kappa is not None)]
+    return trigger.predictor == "constant" and max(losses) <= 0 and min(kappas) == 1
+
+
+def _size(growth: GrowthConfig, stage: int) -> dict[str, Any]:
+    return _but(growth.stages[stage - 1], "kappa", "max_tokens", "max_flops")
+
+
+def _end(growth: GrowthConfig, stage: int) -> tuple[float | None, int | None, float | None]:
+    """What ends a stage: κ, and caps in tokens and FLOPs of its own."""
+    if stage == 0:
+        return growth.trigger.kappa, growth.max_tokens, growth.max_flops
+    section = growth.stages[stage - 1]
+    return section.kappa, section.max_tokens, section.max_flops
 
 
 def _but(section: Any, *keys: str) -> dict[str, Any]:

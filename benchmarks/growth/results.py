@@ -99,6 +99,17 @@ def _identity(job: Job) -> dict[str, Any]:
     }
 
 
+def points_of_stages(run: Result) -> list[list[Point]]:
+    """A run's validations by the stages that they were made in, the first of each at its beginning."""
+    left, parts = list(run.curve), list[list[Point]]()
+    for growth in run.growths:
+        # A growth validates twice at its instant: the old size's last loss and the new one's first.
+        n = next((i + 1 for i, point in enumerate(left) if point.flops >= growth["flops"]), len(left))
+        parts.append(left[:n])
+        left = left[n:]
+    return [*parts, left]
+
+
 class Results:
     """A file of results, by what was asked for. A line that was cut off by a kill is passed over."""
 

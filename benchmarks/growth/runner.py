@@ -19,6 +19,7 @@ import yaml
 
 from benchmarks.growth.experiment import Experiment, Job, jobs
 from benchmarks.growth.prefix import common, go_on_from_others, keep_what_others_may_need
+from benchmarks.growth.protocol import check_text
 from benchmarks.growth.results import Results, failed, result_of
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig
@@ -57,6 +58,7 @@ class Runner:
 
     def run(self, side_by_side: int, only: Sequence[str] = (), hours: float | None = None) -> bool:
         """Run what is not done, at most so many at a time, for at most so long; whether all is done."""
+        check_text(self.experiment, only)
         deadline = None if hours is None else time.monotonic() + hours * 3600
         with self._alone():
             try:

@@ -1,4 +1,4 @@
-"""S, the honest figure of a growth, and statistics over seeds.
+"""S against the final size, and statistics over seeds. S* against the best fixed size is in ladder.py.
 
 S = FLOPs that the reference (from scratch, final size, own tuned learning rate) needs to reach the loss L* that a run
 ended with, over all FLOPs of that run. Both losses are decayed ones: the reference's FLOPs at L* lie between those of
@@ -41,7 +41,7 @@ class Spread:
 
 def saving(loss: float, flops: float, reference: Sequence[tuple[float, float]]) -> Saving | None:
     """S of a run that ended at `loss` after `flops`, by the reference's (FLOPs, decayed loss); None without any."""
-    points = _falling(reference)
+    points = falling(reference)
     if not points:
         return None
     for (c0, l0), (c1, l1) in pairwise(points):
@@ -53,7 +53,7 @@ def saving(loss: float, flops: float, reference: Sequence[tuple[float, float]]) 
     return Saving(points[0][0] / flops, "" if loss == points[0][1] else "<")
 
 
-def _falling(reference: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def falling(reference: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points at which more FLOPs were of use: a reference is as good as its best run of no more FLOPs."""
     points: list[tuple[float, float]] = []
     for flops, loss in sorted(reference):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from megabus.checkpoint.contents import Found, check_entry, look
+from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import DamagedError, Heartbeat, idle, read_manifest
 from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, warn
-from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
 from megabus.parallel.fragments import Fragments
 
 
@@ -32,7 +34,7 @@ def find_checkpoint(root: Path, strict: bool, heartbeat: Heartbeat = idle) -> Fo
             if strict:
                 raise
             damaged.append(folder)
-            _warn(str(error))
+            rank_0_says(str(error), warn)
             continue
         rank_0_tells(partial(_tidy, root, found.folder, damaged))
         return found
@@ -55,6 +57,12 @@ def restore(found: Found, engine: Engine, heartbeat: Heartbeat = idle) -> None:
     engine.write(fragments, found.state.optimizer_step)
 
 
+def weights_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found:
+    """A checkpoint, or the newest of a run, to begin from with its weights alone. Collective."""
+    found = verified(rank_0_tells(lambda: checkpoint_at(path)), heartbeat)
+    return replace(found, state=replace(found.state, kinds=("weight",), optimizer_step=0))
+
+
 def _candidates(root: Path, strict: bool) -> list[Path]:
     folders = complete(root)
     if len(folders) > 1 or (root / LATEST).exists():  # a run killed right after its first one appeared has none
@@ -65,7 +73,7 @@ def _candidates(root: Path, strict: bool) -> list[Path]:
         except DamagedError as error:
             if strict:
                 raise
-            _warn(str(error))
+            rank_0_says(str(error), warn)
     return folders
 
 
@@ -88,12 +96,7 @@ def verified(folder: Path, heartbeat: Heartbeat = idle) -> Found:
 def _tidy(root: Path, good: Path, damaged: list[Path]) -> None:
     try:
         for folder in damaged:
-            _warn(f"{folder} is set aside as {set_aside(folder).name}; {good.name} is used instead")
+            rank_0_says(f"{folder} is set aside as {set_aside(folder).name}; {good.name} is used instead", warn)
         point_latest(good)
     except OSError as error:
         raise UserError("checkpoint", root, f"cannot be tidied ({error})", "make it writable") from error
-
-
-def _warn(text: str) -> None:
-    if dist.get_rank() == 0:
-        warn(text)

@@ -17,6 +17,7 @@ GROUPS = {
         "preprocess": "turn text into token files, and train a tokenizer",
         "plan": "propose sizes and growth points for a final size and a token budget",
         "estimate": "memory, step time and layouts of a run on a cluster, computed without one",
+        "coord-check": "how far a step moves parameters at each size of a run, before and after growths",
     },
     "Train": {
         "train": "train a model that grows while it trains, on one process or many",

@@ -32,16 +32,14 @@ def main(argv: Sequence[str]) -> int:
 
     import megabus
     from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
-    from megabus.data.tokenizer import Tokenizer
+    from megabus.data.tokenizer import open_tokenizer
     from megabus.generate import generate
 
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError("--device", args.device, "is not there", "use cpu")
-    tokenizer = Tokenizer(args.tokenizer or saved_tokenizer(checkpoint_at(args.checkpoint)))
     model = megabus.load(args.checkpoint).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        problem = f"has {tokenizer.vocab_size} pieces, the model {model.config.vocab_size}"
-        raise UserError("--tokenizer", tokenizer.path, problem, "give the one that made its data")
+    path = args.tokenizer or saved_tokenizer(checkpoint_at(args.checkpoint))
+    tokenizer = open_tokenizer(path, model.config.vocab_size)
     try:
         prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

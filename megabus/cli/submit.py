@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
+from megabus.durable import make_directory
 from megabus.errors import UserError
 from megabus.slurm.render import Job, Member, render, seconds
 from megabus.slurm.sweep import expand, folder
@@ -133,11 +134,7 @@ def make_job(args: argparse.Namespace) -> Job:
 
 def submit(script: str, logs: Path) -> str:
     """Hand the script to sbatch; the job's number. Makes the directory of the logs, without which slurm starts none."""
-    try:
-        made = [path for path in (logs, *logs.parents) if not path.exists()]
-        logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("run_dir", logs.parent, f"cannot be written ({error.strerror})", "choose another") from error
+    made = make_directory("run_dir", logs)
     try:
         said = subprocess.run(["sbatch", "--parsable"], input=script, text=True, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

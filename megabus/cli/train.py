@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
     if args.nproc_per_node is not None:
         return start_ranks(args.nproc_per_node, "train", argv)
     prepare_environment()
-    # Later than the watchdog, which shows where the ranks hang.
-    start_distributed(timedelta(seconds=config.faults.hang_timeout + 60))
+    # The watchdog, which shows where the ranks hang, ends them sooner once they have met.
+    start_distributed(timedelta(seconds=config.faults.hang_timeout))
     if args.preflight_only:
         from megabus.train.run import check_only
 

@@ -6,7 +6,7 @@ from megabus.config.schema import ModelConfig
 from megabus.errors import UserError
 
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
-KEPT = ("kind", "vocab_size", "head_dim", "rope_theta", "rope_scaling", "alpha_init", "norm_eps")
+KEPT = ("kind", "vocab_size", "head_dim", "rope_theta", "rope_scaling", "norm_eps")
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int]:

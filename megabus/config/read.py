@@ -12,6 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from megabus.errors import UserError
 
+SHOWN = 200  # characters of a wrong value
+
 
 class _NoKeyTwice(yaml.SafeLoader):
     """YAML forbids a key twice in one mapping; PyYAML takes the last and says nothing."""
@@ -64,7 +66,7 @@ def described(error: ValidationError, root: type[BaseModel], add: str = "add it"
     found = error.errors()
     first = _closest(root, found)
     where, known = _locate(root, first["loc"])
-    key, value = ".".join(where), first["input"]
+    key, value = ".".join(where), _shown(first["input"])
     if first["type"] == "extra_forbidden":
         unknown = str(first["loc"][-1])
         close = difflib.get_close_matches(unknown, known, n=1)
@@ -83,6 +85,12 @@ def described(error: ValidationError, root: type[BaseModel], add: str = "add it"
         return UserError(key, value, problem, remedy or "give another value")
     kinds = dict.fromkeys(one["msg"] for one in complaints)
     return UserError(key, value, ", or: ".join(kinds), "give a value of that kind")
+
+
+def _shown(value: Any) -> Any:
+    """A value, or the beginning of a long one, such as a whole line of a file."""
+    text = str(value)
+    return value if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _closest(root: type[BaseModel], found: Sequence[Any]) -> Any:
@@ -109,12 +117,13 @@ def _locate(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str],
             any_name = False
         elif part in known:
             path.append(part)
-            leaves = _flatten(known[part].annotation)
+            leaves = parts_of(known[part].annotation)
             sections = [t for t in leaves if isinstance(t, type) and issubclass(t, BaseModel)]
             any_name = bool(sections) and get_origin(known[part].annotation) is dict
             known = sections[0].model_fields if sections else {}
     return path, list(known)
 
 
-def _flatten(annotation: Any) -> list[Any]:
-    return [annotation, *(leaf for arg in get_args(annotation) for leaf in _flatten(arg))]
+def parts_of(annotation: Any) -> list[Any]:
+    """A type, and all the types that it is made of."""
+    return [annotation, *(leaf for arg in get_args(annotation) for leaf in parts_of(arg))]

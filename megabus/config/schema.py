@@ -4,48 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator
+
+from megabus.config.section import Angle, Count, Decay, NonNegative, Positive, Section, Share
 
 Depth = Literal["append", "identity", "split", "stack"]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-def _whole(value: Any) -> Any:
-    """Let counts be written 2e6: YAML reads that as a string or a float, and a budget is rarely typed in full."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Count = Annotated[PositiveInt, BeforeValidator(_whole)]
-
-
-class Section(BaseModel):
-    """Every section refuses unknown keys and cannot change after it was read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `yes` is no 1: pydantic would take it for a number."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("is true or false where no switch is; quote a word that YAML reads as one")
-        return value
 
 
 class RopeScaling(Section):
@@ -78,12 +41,23 @@ class ModelConfig(Section):
     rope_theta: Positive = Field(10000.0, description="base of RoPE's frequencies")
     rope_scaling: RopeScaling | None = None
     alpha_init: Positive = Field(0.05, description="ngpt: the initial eigen learning rate of every block")
+    s_z_init: Positive = Field(1.0, description="ngpt: the initial scale of the logits")
     init_std: Positive = Field(0.02, description="gpt: standard deviation of the initial weights")
+    embed_init_std: Positive | None = Field(None, description="gpt: the embedding's; init_std when left out")
+    head_init_std: Positive | None = Field(None, description="gpt: the head's; init_std when left out")
     norm_eps: Positive = Field(1e-5, description="gpt: added to the squared length of h, so growth keeps it")
 
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
+
+    @property
+    def embed_std(self) -> float:
+        return self.embed_init_std or self.init_std
+
+    @property
+    def head_std(self) -> float:
+        return self.head_init_std or self.init_std
 
     def grown(self, **sizes: int) -> ModelConfig:
         """This model with larger sizes, validated. Raises pydantic's ValidationError for what is none."""
@@ -113,6 +87,11 @@ class TrainConfig(Section):
     zero_stage: Literal[1, 2] = Field(1, description="ZeRO: 2 cuts gradients too, and needs layout.pp = 1")
     overlap_comm: bool = Field(False, description="with zero_stage 2: reduce gradients while backward goes on (GPUs)")
     gradient_clipping: NonNegative = Field(1.0, description="largest gradient norm; 0 clips nothing")
+    logit_power: NonNegative | None = Field(
+        None,
+        description="ngpt: precondition the gradients of E_out h by (s_z / mean s_z) to this power in place of s_z; "
+        "s_z's own stay true",
+    )
     kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
         "auto", description="form of what runs between matrix products; auto takes eager"
     )
@@ -134,23 +113,51 @@ class TrainConfig(Section):
         return value
 
 
+class TransferConfig(Section):
+    """The run in which lr was tuned: rates and initial values follow from how each stage differs from it.
+
+    ngpt: nu-GPT's rules (arXiv 2604.27077). gpt: muP's (arXiv 2203.03466), which are of the width alone.
+    """
+
+    d_model: Count = Field(description="its channels")
+    n_layers: Count | None = Field(None, description="ngpt: its blocks; needed")
+    steps: Count | None = Field(None, description="ngpt: its optimizer steps; needed")
+
+
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule, a function of the share of the budget that is spent."""
 
-    lr: Positive = Field(description="highest learning rate of the first stage")
+    lr: Positive = Field(description="highest learning rate of the first stage; with transfer, in the run it names")
     beta1: Decay = Field(0.9, description="decay of Adam's first moment")
     beta2: Decay = Field(0.95, description="decay of Adam's second moment")
-    eps: Positive = Field(1e-8, description="added to the root of the second moment")
+    eps: Positive = Field(
+        1e-8, description="added to the root of the second moment; with a gate, where it is half open"
+    )
+    gate: Positive | None = Field(
+        None,
+        description="a of GatedAdamW: steps are multiplied by sigmoid(a log(root of the second moment / eps)); 1 is "
+        "AdamW, 0.5 is the paper's",
+    )
+    max_angle: Angle | None = Field(
+        None, description="ngpt: radians that a row may turn by in a step at most, but for the embedding's"
+    )
     weight_decay: NonNegative = Field(0.0, description="on matrices only; ngpt has none")
-    schedule: Literal["constant", "cosine", "wsd"] = Field(
-        "wsd", description="course of lr over the budget; wsd (warm-up, stable, decay) falls at its end only"
+    schedule: Literal["constant", "cosine", "log", "wsd"] = Field(
+        "wsd",
+        description="course of lr over the budget; wsd (warm-up, stable, decay) falls at its end only, cosine and log "
+        "(logarithmic) from the warm-up on",
     )
     warmup_share: Share = Field(0.0, description="share of the budget to warm up over; ngpt needs none")
     decay_share: Share = Field(0.2, description="wsd: the last share of the budget, over which lr falls")
-    min_lr_ratio: Share = Field(0.0, description="cosine and wsd: share of lr that they end at")
+    decay: Literal["linear", "log"] = Field("linear", description="wsd: the course of its fall")
+    decay_rho: Positive = Field(
+        0.1, description="of a logarithmic fall: the share of it after which it slows down; the smaller, the steeper"
+    )
+    min_lr_ratio: Share = Field(0.0, description="cosine, log and wsd: share of lr that they end at")
     implementation: Literal["torch", "deepspeed", "apex"] = Field(
         "torch", description="of AdamW: torch's fused one, DeepSpeed's (built when first used), or NVIDIA apex's"
     )
+    transfer: TransferConfig | None = None
 
 
 class StageConfig(Section):
@@ -215,6 +222,23 @@ class BoostConfig(Section):
     tokens: Count = Field(1_000_000, description="tokens after the growth over which it falls linearly to 1")
 
 
+class RewarmConfig(Section):
+    """A lower learning rate for the whole model after every growth, until it has settled."""
+
+    share: Share = Field(0.0, description="share of the scheduled rate that the first step after a growth begins at")
+    tokens: Count = Field(description="tokens after the growth over which it rises linearly to the scheduled rate")
+
+
+class SettleConfig(Section):
+    """ngpt: a tight cap on the angle that rows turn by in a step, which is loosened after every growth."""
+
+    max_angle: Angle = Field(description="radians a step just after a growth; the embedding's rows are free")
+    tokens: Count = Field(
+        description="tokens after the growth over which the cap rises to optimizer.max_angle, or beyond all bounds: "
+        "its inverse falls linearly"
+    )
+
+
 class GrowthConfig(Section):
     """How to grow (BUS, bootstrapped model upscaling) and through which stages."""
 
@@ -236,6 +260,8 @@ class GrowthConfig(Section):
         "as much in a growth as afresh does",
     )
     boost: BoostConfig | None = None
+    rewarm: RewarmConfig | None = None
+    settle: SettleConfig | None = None
     buffer_mb: Count = Field(256, description="most MiB that growing takes on a rank beside its old and its new shard")
     max_tokens: Count | None = Field(None, description="cap of the first stage, in tokens")
     max_flops: Positive | None = Field(None, description="cap of the first stage, in FLOPs")
@@ -304,7 +330,7 @@ class FaultsConfig(Section):
         2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
     )
     hang_timeout: Annotated[float, Field(gt=0, le=604_800)] = Field(
-        600.0, description="seconds without progress before a rank shows its stacks and ends"
+        600.0, description="seconds without progress in which a rank ends, its stacks shown some seconds before"
     )
     stop_exit_code: Annotated[int, Field(ge=0, le=255)] = Field(
         0, description="of a run that saved because of a signal or the stop file; a scheduler's requeue code"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from megabus.config.pair import SIZES, check_pair, divides
 from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
+from megabus.config.transfer import transferred
 from megabus.errors import UserError
 
 
@@ -60,7 +61,7 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     _check_run(config)
     _check_last(config)
     first = replace(
-        single_stage(config.model, config.layout, config.train, config.optimizer, world_size),
+        _alone(config.model, config.layout, config.train, config.optimizer, world_size),
         kappa=config.growth.trigger.kappa,
         max_tokens=config.growth.max_tokens,
         max_flops=config.growth.max_flops,
@@ -82,14 +83,26 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
                 f"does not divide the run's longest sequence, {longest}",
                 "choose lengths that divide it, so that data order does not depend on them",
             )
-    return stages
+    return [_transferred(stage, config.optimizer) for stage in stages]
 
 
 def single_stage(
     model: ModelConfig, layout: LayoutConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
 ) -> Stage:
     """What never grows, from its sections alone. Raises `UserError` on the first misfit."""
+    return _transferred(_alone(model, layout, train, optimizer, world_size), optimizer)
+
+
+def _transferred(stage: Stage, optimizer: OptimizerConfig) -> Stage:
+    return replace(stage, model=transferred(stage.model, optimizer.transfer))
+
+
+def _alone(
+    model: ModelConfig, layout: LayoutConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
+) -> Stage:
+    """A stage with the model that its section says."""
     _check_optimizer(model, optimizer)
+    _check_sphere(model, train, optimizer)
     stage = Stage(
         index=0,
         model=model,
@@ -145,6 +158,7 @@ def _check_run(config: RunConfig) -> None:
     if config.preflight.measure == "never" and config.preflight.min_bandwidth is not None:
         problem = "leaves nothing to hold against min_bandwidth"
         raise UserError("preflight.measure", "never", problem, "set it to auto, or leave min_bandwidth out")
+    _check_settle(config)
     _check_trigger(config)
 
 
@@ -163,6 +177,51 @@ def _check_optimizer(model: ModelConfig, optim: OptimizerConfig) -> None:
             f"and warmup_share {optim.warmup_share} exceed the run",
             "make them sum to 1 or less",
         )
+    if optim.gate is not None and optim.implementation != "torch":
+        problem = "has no gate, and optimizer.gate wants one"
+        raise UserError("optimizer.implementation", optim.implementation, problem, "use torch")
+    _check_transfer(model, optim)
+
+
+def _check_transfer(model: ModelConfig, optim: OptimizerConfig) -> None:
+    tuned = optim.transfer
+    if tuned is None:
+        return
+    if optim.implementation != "torch":
+        problem = "has one learning rate for all matrices, and optimizer.transfer wants several"
+        raise UserError("optimizer.implementation", optim.implementation, problem, "use torch")
+    for name in ("n_layers", "steps"):
+        value = getattr(tuned, name)
+        if model.kind == "ngpt" and value is None:
+            remedy = "say with how many lr was tuned"
+            raise UserError(f"optimizer.transfer.{name}", "(missing)", "ngpt's rates follow from it", remedy)
+        if model.kind == "gpt" and value is not None:
+            problem = "has no rule for gpt: muP is of the width alone"
+            raise UserError(f"optimizer.transfer.{name}", value, problem, "leave it out, and tune lr at this one")
+
+
+def _check_sphere(model: ModelConfig, train: TrainConfig, optim: OptimizerConfig) -> None:
+    """What only has a meaning where vectors are unit vectors."""
+    remedy = "leave it out, or set model.kind to ngpt"
+    if model.kind != "ngpt" and train.logit_power is not None:
+        problem = f"preconditions by s_z, which {model.kind} has none of"
+        raise UserError("train.logit_power", train.logit_power, problem, remedy)
+    if model.kind != "ngpt" and optim.max_angle is not None:
+        raise UserError(
+            "optimizer.max_angle", optim.max_angle, f"caps what unit rows turn by: {model.kind} has none", remedy
+        )
+
+
+def _check_settle(config: RunConfig) -> None:
+    settle, kind, whole = config.growth.settle, config.model.kind, config.optimizer.max_angle
+    if settle is None:
+        return
+    key, remedy = "growth.settle.max_angle", "leave growth.settle out, or set model.kind to ngpt"
+    if kind != "ngpt":
+        raise UserError(key, settle.max_angle, f"caps what unit rows turn by: {kind} has none", remedy)
+    if whole is not None and settle.max_angle >= whole:
+        problem = f"is not below optimizer.max_angle = {whole}, to which it is loosened"
+        raise UserError(key, settle.max_angle, problem, "lower it, or leave growth.settle out")
 
 
 def _check_trigger(config: RunConfig) -> None:

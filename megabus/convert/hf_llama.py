@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from megabus.config import ModelConfig
-from megabus.config.schema import NonNegative, Positive, RopeScaling
+from megabus.config.schema import RopeScaling
+from megabus.config.section import NonNegative, Positive
 from megabus.errors import UserError
 
 Size = Annotated[int, Field(ge=1, lt=2**31)]

@@ -142,6 +142,7 @@ def _ngpt_config(state: SavedState) -> dict[str, Any]:
         **_sizes(state),
         "rope_frequencies": list(rope_frequencies(state.model)),
         "alpha_init": state.model.alpha_init,
+        "s_z_init": state.model.s_z_init,
         "megabus": state.model.model_dump(),
     }
 
@@ -297,7 +298,7 @@ def _check_fits(model: ModelConfig, folder: Path, tensors: int, stored: int) -> 
 
 def _says_the_same(config: dict[str, Any], model: ModelConfig) -> bool:
     """Whether the keys that transformers computes with are still those of the `megabus` section."""
-    ours = _config(_without_a_run(model))
+    ours, config = _config(_without_a_run(model)), {"s_z_init": 1.0} | config  # which was no key at first
     return all(config.get(key) == value for key, value in ours.items() if key not in FREE)
 
 

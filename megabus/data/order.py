@@ -38,6 +38,12 @@ def permute(index: int, n: int, seed: int, epoch: int) -> int:
             return index
 
 
+def nth_visited(number: int, n: int, seed: int) -> int:
+    """What is visited as the `number`-th, from 0 on: epoch follows epoch, each visits [0, n) in an order of its own."""
+    epoch, index = divmod(number, n)
+    return permute(index, n, seed, epoch)
+
+
 def align_up(position: int, seq_len: int) -> int:
     """The first multiple of `seq_len` at or after `position`: where a stage with that length may start."""
     return -(-position // seq_len) * seq_len
@@ -71,8 +77,7 @@ class ChunkOrder:
         if position_tokens < 0 or position_tokens % seq_len:
             raise ValueError(f"position {position_tokens} is not a multiple of {seq_len}: use align_up")
         number, offset = divmod(position_tokens, self.chunk_len)
-        epoch, index = divmod(number, self.n_chunks)
-        start = permute(index, self.n_chunks, self.seed, epoch) * self.chunk_len + offset
+        start = nth_visited(number, self.n_chunks, self.seed) * self.chunk_len + offset
         return start, start + seq_len + 1
 
 

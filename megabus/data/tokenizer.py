@@ -48,6 +48,15 @@ class Tokenizer:
         return self._processor.decode(ids)
 
 
+def open_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model with that vocabulary. Raises `UserError` where it is another's."""
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != vocab_size:
+        problem = f"has {tokenizer.vocab_size} pieces, the model {vocab_size}"
+        raise UserError("tokenizer", path, problem, "give the one that made its data")
+    return tokenizer
+
+
 def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,

@@ -3,33 +3,142 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from megabus.config.schema import OptimizerConfig
 from megabus.errors import UserError
+from megabus.parallel.fragments import MOMENTS
+
+TINY = 1e-20  # nothing beside any gradient whose square fp32 can hold
+BLOCK = 1 << 20  # entries that a step is computed for at a time, where it takes temporaries
 
 
-class LightAdamW(torch.optim.AdamW):
-    """torch's AdamW without the decorators that keep its methods out of compiled graphs: they import torch._dynamo, a
-    second of every start, and megabus compiles no optimizer."""
+class Segment(NamedTuple):
+    """Entries [start, stop) of a flat partition, whose learning rate is `rate` times the group's."""
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    start: int
+    stop: int
+    rate: float
+
+
+class SegmentedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW with learning rates that differ along a flat partition, as its group's `segments` say; where
+    there are none, all of it has the group's.
+
+    `weight_decay` is per lr of the group, whatever a segment's rate: what decays does not depend on a model's width, as
+    in Dey et al. 2025 (CompleteP, arXiv 2505.01618), table 1.
+    torch's decorators keep an optimizer's methods out of compiled graphs. They import torch._dynamo, a second of every
+    start, and megabus compiles no optimizer: so its methods are here without them.
+    """
+
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is not None:
+                    self._step_partition(group, flat)
+
+    def _step_partition(self, group: dict[str, Any], flat: Tensor) -> None:
+        if not self.state.get(flat):
+            write_state(self, flat, {kind: torch.zeros_like(flat) for kind in MOMENTS}, 0)
+        state = self.state[flat]
+        tensors = (flat, flat.grad, *(state[kind] for kind in MOMENTS))
+        by_rate: dict[float, list[slice]] = {}
+        for start, stop, rate in group.get("segments") or [Segment(0, flat.numel(), 1.0)]:
+            by_rate.setdefault(rate, []).append(slice(start, stop))
+        for rate, parts in by_rate.items():
+            params, grads, exp_avgs, exp_avg_sqs = ([tensor[part] for part in parts] for tensor in tensors)
+            steps = list(state["step"].repeat(len(parts)).unbind())  # each is counted on in place
+            self._update(group, rate, params, grads, exp_avgs, exp_avg_sqs, steps)
+        state["step"] += 1
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        rate: float,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
+        """One step of segments that share a rate; `steps`: made before this one, of each."""
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"] * rate,
+            weight_decay=group["weight_decay"] / rate,
+            eps=group["eps"],
+        )
+
+
+class GatedAdamW(SegmentedAdamW):
+    """AdamW whose steps m / d are gated by sigmoid(a log(d / eps)), a = `gate`, entry by entry (Loshchilov & Ginsburg
+    2026, "Training nGPT", arXiv 2608.01284).
+
+    d is the root of the bias-corrected second moment. In AdamW eps is such a gate already: m / (d + eps) = (m / d)
+    sigmoid(log(d / eps)), which is a = 1. A smaller a opens and closes more slowly: the step is
+    m / (d + eps^a d^(1 - a)), half of m / d where d = eps, 0.91 of it at d = 100 eps for a = 1/2 (0.99 for AdamW). So
+    `eps` is where the gate is half open, and says which gradients are small: at 1e-8 few are. What is added to d
+    against a division by 0 is TINY, whatever eps is. The paper has d entry by entry too; its additional factor of all
+    steps, alpha, is lr's here.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], gate: float, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.gate = gate
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        rate: float,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+    ) -> None:
+        (beta1, beta2), eps, keep = group["betas"], group["eps"], 1 - group["lr"] * group["weight_decay"]
+        for *tensors, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+            now = step.double() + 1
+            corrected1, corrected2 = 1 - beta1**now, 1 - beta2**now
+            for weight, grad, m, v in zip(*(tensor.split(BLOCK) for tensor in tensors), strict=True):
+                m.lerp_(grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                d = (v / corrected2).sqrt_().add_(TINY)
+                divisor = d.pow(1 - self.gate).mul_(eps**self.gate).add_(d).mul_(corrected1)
+                weight.mul_(keep).addcdiv_(m, divisor, value=-group["lr"] * rate)
+
 
 def make_adam(config: OptimizerConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that `optimizer.implementation` asks for: torch's fused one, DeepSpeed's, or NVIDIA apex's.
+    """The optimizer that `optimizer.implementation` asks for: torch's fused one, DeepSpeed's, or NVIDIA apex's; with
+    `optimizer.gate` the gated one.
 
     Raises `UserError` where it is not installed or cannot be built.
     """
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     options["weight_decay"] = 0.0  # each group has its own
+    if config.gate is not None:
+        return GatedAdamW(groups, config.gate, **options)
     if config.implementation == "torch":
-        return LightAdamW(groups, fused=True, **options)
+        return SegmentedAdamW(groups, fused=True, **options)
     try:
         if config.implementation == "apex":
             from apex.optimizers import FusedAdam as ApexAdam  # the registry's `apex` is another package without it

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -22,13 +23,24 @@ from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.adam import make_adam
 from megabus.engine.boost import Boost
 from megabus.engine.ds_config import deepspeed_config
-from megabus.engine.fragments import initial_fragments, optimizer_step_count, read_fragments, write_fragments
+from megabus.engine.fragments import (
+    flat_partitions,
+    initial_fragments,
+    optimizer_step_count,
+    places,
+    read_fragments,
+    write_fragments,
+)
 from megabus.engine.gains import gain_percentiles
+from megabus.engine.rates import set_rates
+from megabus.engine.turns import AngleCap
 from megabus.engine.unit_rows import UnitRows
+from megabus.engine.vectors import Vectors
 from megabus.kernels.choice import select
 from megabus.model.decoder import Decoder
 from megabus.model.layers import KVCache
 from megabus.model.params import spec_of
+from megabus.model.rates import relative_rate
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.mesh import Mesh
 from megabus.parallel.placement import Placement
@@ -114,9 +126,14 @@ class Engine:
                 config=deepspeed_config(train, stage),
                 mpu=None if isinstance(self.module, PipelineModule) else self.mesh.grid,
             )
-        # Hooks run in this order: rows that a boost has moved are made unit afterwards.
+        if (tuned := optimizer.transfer) is not None:
+            rate = partial(relative_rate, model=stage.model, d_model=tuned.d_model)
+            set_rates(self.deepspeed, self.module, self.placement, self.mesh.rank, rate)
+        # Hooks run in this order: rows that a boost has moved are turned back and made unit afterwards.
         self.boost = Boost(self.deepspeed, self.module, self.placement, self.mesh.rank)
-        self.unit_rows = self._unit_rows()
+        vectors, max_angle = self._unit_vectors(), optimizer.max_angle or math.inf
+        self.angle_cap = None if vectors is None else AngleCap(self.deepspeed, vectors, self._looked_up(), max_angle)
+        self.unit_rows = None if vectors is None else UnitRows(self.deepspeed, vectors, self.kernels.unit_rows_)
         self._pipe_seq_len = stage.seq_len
 
     @property
@@ -130,7 +147,7 @@ class Engine:
 
     def _module(self) -> nn.Module:
         model, layout = self.stage.model, self.stage.layout
-        recompute = self.train.recompute
+        how = (self.mesh.tp, self.train.recompute, self.kernels, self.train.logit_power)
 
         def loss(h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
             loss = self.loss(self.decoder, h_BTD, targets_BT)
@@ -138,19 +155,24 @@ class Engine:
             return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
         if layout.pp == 1:
-            return DecoderWithLoss(Decoder(model, None, self.mesh.tp, recompute, self.kernels), loss)
+            return DecoderWithLoss(Decoder(model, None, *how), loss)
         # One spec a pipeline rank: which layers a rank holds is megabus's decision, not DeepSpeed's partitioner's.
         parts = [layers_at(model.n_layers, layout.pp, pp_rank) for pp_rank in range(layout.pp)]
-        specs = [LayerSpec(PipelineLayers, model, layers, self.mesh.tp, recompute, self.kernels) for layers in parts]
+        specs = [LayerSpec(PipelineLayers, model, layers, *how) for layers in parts]
         with contextlib.redirect_stdout(io.StringIO()):
             return PipelineModule(specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform")
 
-    def _unit_rows(self) -> UnitRows | None:
+    def _unit_vectors(self) -> Vectors | None:
+        """Of this rank's partition of the matrices; None for a model without unit rows."""
         matrices = [p for p in self.module.parameters() if spec_of(p).is_matrix]
         if not all(spec_of(p).unit for p in matrices):
             return None
         total = sum(p.numel() for p in matrices)
-        return UnitRows(self.deepspeed, 0, self.stage.model.d_model, total, self.mesh.dp_group, self.kernels.unit_rows_)
+        return Vectors(flat_partitions(self.deepspeed)[0], self.stage.model.d_model, total, self.mesh.dp_group)
+
+    def _looked_up(self) -> list[slice]:
+        """Where the embedding lies in that partition."""
+        return [x.part for x in places(self.module, self.placement, self.mesh.rank) if x.spec.lookup]
 
     def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
         """One optimizer step over this data-parallel rank's `grad_accum` micro batches, which are none where it
@@ -237,15 +259,15 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine; the process groups stay for the next one."""
-        self.boost.remove()
-        if self.unit_rows is not None:
-            self.unit_rows.remove()
+        for hooked in (self.boost, self.angle_cap, self.unit_rows):
+            if hooked is not None:
+                hooked.remove()
         self.deepspeed.destroy()
         if isinstance(self.module, PipelineModule):
             # The last loss's graph holds hooks that hold the engine: a cycle through C++, which gc cannot see.
             for name in ("loss", "total_loss", "fwd_outputs", "pipe_buffers"):
                 setattr(self.deepspeed, name, None)
-        del self.deepspeed, self.module, self.unit_rows, self.boost
+        del self.deepspeed, self.module, self.unit_rows, self.angle_cap, self.boost
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import faulthandler
 import functools
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -101,6 +102,12 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         problem = f"the ranks cannot meet there ({str(error).splitlines()[0]})"
         raise UserError("MASTER_ADDR:MASTER_PORT", address, problem, "name a free port to the launcher") from error
+    except torch.distributed.DistStoreError as error:
+        came = re.search(r"\d+/\d+ clients joined", str(error))
+        problem = f"ranks are to come, and have not all in {timeout.total_seconds():g} s"
+        problem += f" ({came.group()})" if came else ""
+        remedy = "look whether every machine has started its ranks and can reach MASTER_ADDR"
+        raise UserError("WORLD_SIZE", os.environ["WORLD_SIZE"], problem, remedy) from error
     finally:
         faulthandler.cancel_dump_traceback_later()
     reuse_process_groups(timeout)

@@ -1,7 +1,8 @@
 """What a micro batch takes of memory: the model's own code, run on tensors that have shapes and no entries.
 
 So of blocks and head there is no formula here that could differ from the model. Layers are alike, and only one is run;
-each further one adds what it saves.
+each further one adds what it saves. A small model is run on the CPU instead: that takes less time than operations on
+shapes, the first of which imports torch's compiler, while all other ranks of a starting run wait.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from megabus.model.decoder import Decoder
 from megabus.model.layers import rope_at, rope_frequencies
 from megabus.parallel.tensor_parallel import ProcessGroupTP
 
-META = torch.device("meta")
+CPU, META = torch.device("cpu"), torch.device("meta")
+LITTLE = 2e8  # multiply-adds of a forward pass that a CPU does in some 10 ms
 Precision = Literal["fp32", "bf16"]
 
 
@@ -102,8 +104,8 @@ def _run(shape: Shape, last: bool) -> Footprint:
 
 def _trace(shape: Shape, last: bool) -> Footprint:
     model = shape.model.model_copy(update={"n_layers": 2 if last else 3})
-    tp = _ShapesOnly(shape.tp, shape.rank, shape.sequence_parallel)
-    with META:
+    tp, device = _ShapesOnly(shape.tp, shape.rank, shape.sequence_parallel), _device(shape, last)
+    with device:
         decoder = Decoder(model, (1, 2), tp, shape.recompute, FUSED if shape.fused else UNFUSED)
         decoder.to(shape.dtype)
         targets = torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64)
@@ -111,7 +113,7 @@ def _trace(shape: Shape, last: bool) -> Footprint:
         h = torch.zeros(shape.batch, length, model.d_model, dtype=shape.dtype, requires_grad=True)
     tables = rope_at(0, shape.seq_len, rope_frequencies(model), h)  # shared by all layers, counted on their own
     known = [*decoder.parameters(), *tables, targets, h]
-    live, before = LiveBytes(known, "meta"), 0
+    live, before = LiveBytes(known, device.type), 0
 
     def hand_over(parameter: Tensor) -> None:
         """What DeepSpeed does with a gradient: it goes into sums, which are counted elsewhere, by way of fp32."""
@@ -132,8 +134,29 @@ def _trace(shape: Shape, last: bool) -> Footprint:
             del out
             loss.backward()
         else:
-            out.backward(torch.empty_like(out))
+            _Next.apply(out).backward()
     return Footprint(saved, max(before, live.peak), live.peak)
+
+
+def _device(shape: Shape, last: bool) -> torch.device:
+    model, tokens = shape.model, shape.batch * shape.seq_len
+    rows = (2 * model.n_heads + 2 * model.kv_heads) * model.head_dim + 3 * model.d_ff + last * model.vocab_size
+    return CPU if tokens * rows * model.d_model <= LITTLE * shape.tp else META
+
+
+class _Next(torch.autograd.Function):
+    """The layers that follow, as far as h sees them: they give a gradient of its size. (`backward` does too where it is
+    handed one, and imports sympy.)"""
+
+    @staticmethod
+    def forward(ctx: Any, h_BTD: Tensor) -> Tensor:
+        ctx.save_for_backward(h_BTD)
+        return h_BTD.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (h_BTD,) = ctx.saved_tensors
+        return torch.empty_like(h_BTD)
 
 
 class _ShapesOnly(ProcessGroupTP):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megabus.config import Layout, RunConfig, Stage, resolve_stages
 from megabus.errors import UserError
 from megabus.estimate.devices import Device
-from megabus.estimate.memory import RankMemory, boosts, memory_at, states_at
+from megabus.estimate.memory import RankMemory, held_copies, memory_at, states_at
 from megabus.estimate.step_time import StepTime, step_time
 from megabus.parallel.placement import Placement
 
@@ -26,10 +26,9 @@ class Choice:
 
 def pipeline_memory(config: RunConfig, stage: Stage) -> list[RankMemory]:
     """Of every pipeline rank's fullest rank: its last tensor-parallel one, which has most of the vocabulary."""
-    placement, boosted = Placement(stage.model, stage.layout), boosts(config, stage)
+    placement, held = Placement(stage.model, stage.layout), held_copies(config, stage)
     return [
-        memory_at(config.train, stage, placement, pp, stage.layout.tp - 1, boosted=boosted)
-        for pp in range(stage.layout.pp)
+        memory_at(config.train, stage, placement, pp, stage.layout.tp - 1, held=held) for pp in range(stage.layout.pp)
     ]
 
 
@@ -41,7 +40,7 @@ def fullest(config: RunConfig, stage: Stage, placement: Placement, room: float) 
     """
     worst = None
     for pp in sorted({0, stage.layout.pp - 1}):
-        at = (config.train, stage, placement, pp, stage.layout.tp - 1, 0, boosts(config, stage))
+        at = (config.train, stage, placement, pp, stage.layout.tp - 1, 0, held_copies(config, stage))
         if states_at(*at).total > room or (memory := memory_at(*at)).total > room:
             return None
         worst = memory if worst is None or memory.total > worst.total else worst
@@ -80,6 +79,7 @@ def _restaged(config: RunConfig, stage: Stage, layout: Layout, micro: int) -> St
             "model": stage.model,
             "layout": config.layout.model_copy(update={"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}),
             "train": config.train.model_copy(update=batch),
+            "optimizer": config.optimizer.model_copy(update={"transfer": None}),  # the stage's model has followed it
             "growth": config.growth.model_copy(update={"stages": [], "max_tokens": None, "max_flops": None}),
         }
     )

@@ -26,6 +26,11 @@ class LiveBytes(TorchDispatchMode):
         self.device = device
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's switch for a decorator of `__torch_dispatch__` that imports its compiler, a second of every start."""
+        return False
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
         for tensor in tree_iter((args, kwargs, found)):

@@ -48,22 +48,25 @@ class RankMemory:
         return self.states + max(self.gradients + self.buckets + self.activations, self.reduction, self.update)
 
 
-def boosts(config: RunConfig, stage: Stage) -> bool:
-    """Whether `growth.boost` moves rows while this stage trains."""
-    return config.growth.boost is not None and stage.index > 0
+def held_copies(config: RunConfig, stage: Stage) -> int:
+    """Copies of the masters that are held while Adam steps in this stage: by `growth.boost` of the rows that it moves,
+    before and after, which at most are all; by a cap on angles, before."""
+    growth, grown = config.growth, stage.index > 0
+    capped = config.optimizer.max_angle is not None or (growth.settle is not None and grown)
+    return 2 * (growth.boost is not None and grown) + capped
 
 
 def rank_memory(train: TrainConfig, stage: Stage, rank: int) -> RankMemory:
-    """Of a rank of the world while it trains a stage, without a boost."""
+    """Of a rank of the world while it trains a stage, without what `held_copies` counts."""
     at = coordinate(stage.layout, rank)
     return memory_at(train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
 
 
 def memory_at(
-    train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0, boosted: bool = False
+    train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0, held: int = 0
 ) -> RankMemory:
     """The same of the rank at these coordinates; its data-parallel neighbours have much the same."""
-    states = states_at(train, stage, placement, pp, tp, dp, boosted)
+    states = states_at(train, stage, placement, pp, tp, dp, held)
     sums = _sums(train, stage, placement, pp, tp, dp)
     one = _footprint(train, stage, pp, tp)
     begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
@@ -78,7 +81,7 @@ def memory_at(
 
 
 def states_at(
-    train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0, boosted: bool = False
+    train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0, held: int = 0
 ) -> RankMemory:
     """The same without activations, and so no more than that: no model is run, not even one without entries."""
     sums = _sums(train, stage, placement, pp, tp, dp)
@@ -92,8 +95,7 @@ def states_at(
         buckets=sums.buckets,
         activations=0,
         reduction=sums.reduction + left,
-        # The rows that a boost moves, before and after Adam; at most all.
-        update=sums.update + left + (2 * FP32 * owned if boosted else 0),
+        update=sums.update + left + held * FP32 * owned,
     )
 
 

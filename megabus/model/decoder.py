@@ -25,6 +25,7 @@ class Decoder(nn.Module):
     forward: token ids (B, T) int64, or h (B, T, D) from the layers before; returns h, or this tensor-parallel
     rank's logits (B, T, vocabulary rows). With a `cache` they follow what was read with it before. Under sequence
     parallelism h, and only h, is (B, T / tp, D).
+    logit_power: of nGPT's logit gradient preconditioning, see `megabus.model.loss.preconditioned`; None: none.
     Parameters start at zero (see `Declare`).
     """
 
@@ -35,9 +36,10 @@ class Decoder(nn.Module):
         tp: TensorParallel | None = None,
         recompute: bool = False,
         kernels: Kernels = EAGER,
+        logit_power: float | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.logit_power = config, recompute, logit_power
         first, last = layers or (0, config.n_layers)
         declare, kind = Declare(config, tp or Unsharded(), kernels), KINDS[config.kind]
         self.embed = kind.embedding(declare) if first == 0 else None
@@ -64,7 +66,7 @@ class Decoder(nn.Module):
     def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce = torch.mean) -> tuple[Tensor, Tensor]:
         """From what `hidden` gave on the last layers: (the reduced loss, the token losses (B, T)), see `head_loss`."""
         assert self.output is not None, "these layers have no head"
-        return self.output.loss(h_BTD, targets_BT, reduce)
+        return self.output.loss(h_BTD, targets_BT, reduce, self.logit_power)
 
 
 def _layer_of(name: str) -> int | None:

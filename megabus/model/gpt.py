@@ -56,14 +56,16 @@ class Output(nn.Module):
     def __init__(self, declare: Declare) -> None:
         super().__init__()
         self.norm = RMSNorm(declare, llama="model.norm.weight")
-        self.head = Head(declare, unit=False, std=declare.model.init_std)
+        self.head = Head(declare, unit=False, std=declare.model.head_std)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.head(self.norm(h_BTD))
 
-    def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        return self.head.loss(self.norm(h_BTD), None, targets_BT, reduce)
+    def loss(
+        self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce, power: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.head.loss(self.norm(h_BTD), None, targets_BT, reduce, power)
 
 
 def embedding(declare: Declare) -> Embedding:
-    return Embedding(declare, unit=False, std=declare.model.init_std)
+    return Embedding(declare, unit=False, std=declare.model.embed_std)

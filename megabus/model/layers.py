@@ -99,10 +99,12 @@ class Head(nn.Module):
     def forward(self, h_BTD: Tensor) -> Tensor:
         return F.linear(self.tp.enter(h_BTD), self.weight)
 
-    def loss(self, h_BTD: Tensor, gain_V: Tensor | None, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, h_BTD: Tensor, gain_V: Tensor | None, targets_BT: Tensor, reduce: Reduce, power: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `head_loss`: it never holds the logits."""
         h_BTD = self.tp.enter(h_BTD)
-        return head_loss(h_BTD, self.weight, gain_V, targets_BT, reduce, self.first_row, self.tp)
+        return head_loss(h_BTD, self.weight, gain_V, targets_BT, reduce, self.first_row, self.tp, power)
 
 
 class Attention(nn.Module):

@@ -34,21 +34,41 @@ def head_loss(
     reduce: Reduce,
     start: int,
     tp: TensorParallel,
+    power: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(reduce of the token losses, the token losses themselves (B, T) without gradients), the same on every rank.
 
     The logits are gain * (h W^T). A token's loss is the negative log-likelihood of its target in nats, 0 where that is
     IGNORED. weight and gain: this rank's vocabulary rows, the first of which is global row `start`; targets: global
     token ids. reduce: any linear function of the token losses (a mean, a weighted sum) that gives one number.
+    power: q of `preconditioned`, for which there must be a gain; None leaves the gradients true.
     """
+    assert power is None or gain_V is not None, "without gains there is nothing to precondition by"
     with torch.enable_grad():
         ones = torch.ones_like(targets_BT, dtype=torch.promote_types(h_BTD.dtype, torch.float32), requires_grad=True)
         (share_BT,) = torch.autograd.grad(reduce(ones), ones)  # what each token's loss counts for
     flat = h_BTD.reshape(-1, h_BTD.shape[-1])
     learns = torch.is_grad_enabled()  # inside the function it never is
-    parts = (targets_BT.reshape(-1), share_BT.reshape(-1), start, tp, learns)
+    slope_V = gain_V
+    if power is not None and gain_V is not None and learns:
+        slope_V = preconditioned(gain_V.detach(), power, tp)
+    parts = (slope_V, targets_BT.reshape(-1), share_BT.reshape(-1), start, tp, learns)
     loss, losses_N = _HeadLoss.apply(flat, weight_VD, gain_V, *parts)
     return loss, losses_N.view_as(targets_BT)
+
+
+def preconditioned(gain_V: Tensor, power: float, tp: TensorParallel) -> Tensor:
+    """What takes the place of the gain s in dL/du = s dL/dz of logits z = s u: (s / mean |s|)^power, (V,), the mean
+    over the whole vocabulary. The loss keeps its value, and s its true gradient.
+
+    Logit gradient preconditioning (Loshchilov & Ginsburg 2026, arXiv 2608.01284). At power 1 only the scale of s is
+    gone, which grows in training: Adam does not see that, but clipping does, and s weighs more in the norm. At 0 all
+    rows count alike. The paper's mean is of s, which is the same while every s is positive. A negative s keeps its
+    sign, so that a step goes down.
+    """
+    total, count = tp.sum(torch.stack((gain_V.abs().sum(), gain_V.new_tensor(float(len(gain_V))))))
+    ratio_V = gain_V * (count / total)
+    return ratio_V.sign() * ratio_V.abs().pow(power)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -58,6 +78,7 @@ class _HeadLoss(torch.autograd.Function):
         h_ND: Tensor,
         weight_VD: Tensor,
         gain_V: Tensor | None,
+        slope_V: Tensor | None,
         targets_N: Tensor,
         share_N: Tensor,
         start: int,
@@ -68,8 +89,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_h = torch.empty_like(h_ND) if learns else None
         grad_w = torch.zeros_like(weight_VD, dtype=share_N.dtype) if learns else None
         scaled_VD = weight_VD
-        if learns and gain_V is not None:
-            scaled_VD = torch.mul(weight_VD, gain_V[:, None], out=torch.empty_like(weight_VD))
+        if learns and slope_V is not None:
+            scaled_VD = torch.mul(weight_VD, slope_V[:, None], out=torch.empty_like(weight_VD))
         step = max(LEAST, CHUNK // len(weight_VD))
         for part in (slice(first, first + step) for first in range(0, len(h_ND), step)):
             h, targets = h_ND[part], targets_N[part]
@@ -97,11 +118,11 @@ class _HeadLoss(torch.autograd.Function):
             grad_w += narrow.T @ h
             del raw, logits, exp, grad, narrow  # before anything else of the head's size is made
         grad_gain = None
-        if gain_V is not None and grad_w is not None:
+        if slope_V is not None and grad_w is not None:
             # logit = gain (h w): both gradients follow from that by gain w, without another pass over the logits.
             blocks = zip(grad_w.split(LEAST), weight_VD.split(LEAST), strict=True)
             grad_gain = torch.cat([(grad * weight).sum(-1) for grad, weight in blocks])
-            grad_w.mul_(gain_V[:, None])
+            grad_w.mul_(slope_V[:, None])
         ctx.save_for_backward(grad_h, grad_w, grad_gain)
         ctx.dtype = weight_VD.dtype
         ctx.mark_non_differentiable(losses_N)
@@ -115,4 +136,4 @@ class _HeadLoss(torch.autograd.Function):
         gain = None if grad_gain is None else grad_gain * scale
         weight = torch.empty_like(grad_w, dtype=ctx.dtype)
         torch.mul(grad_w, scale, out=weight)  # rounded as it is multiplied: no third copy of the head
-        return (grad_h * scale).to(grad_h.dtype), weight, gain, None, None, None, None, None
+        return (grad_h * scale).to(grad_h.dtype), weight, gain, None, None, None, None, None, None

@@ -57,16 +57,19 @@ class Output(nn.Module):
 
     def __init__(self, declare: Declare) -> None:
         super().__init__()
-        self.root_d = sqrt(declare.model.d_model)
-        self.head = Head(declare, unit=True, std=1 / self.root_d)
-        scale = {"init": 1 / self.root_d, "multiplier": self.root_d}
-        self.s_z = declare("vocab", role="gain", compensates_read_tilt=True, **scale)
+        root_d = sqrt(declare.model.d_model)
+        self.scale = declare.model.s_z_init * root_d
+        self.head = Head(declare, unit=True, std=1 / root_d)
+        gain = {"init": 1 / root_d, "multiplier": self.scale}
+        self.s_z = declare("vocab", role="gain", compensates_read_tilt=True, **gain)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        return self.head(h_BTD) * (self.s_z * self.root_d)
+        return self.head(h_BTD) * (self.s_z * self.scale)
 
-    def loss(self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-        return self.head.loss(h_BTD, wide(self.s_z) * self.root_d, targets_BT, reduce)
+    def loss(
+        self, h_BTD: Tensor, targets_BT: Tensor, reduce: Reduce, power: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.head.loss(h_BTD, wide(self.s_z) * self.scale, targets_BT, reduce, power)
 
 
 def embedding(declare: Declare) -> Embedding:

@@ -7,23 +7,24 @@ and no inference (Gururangan et al. 2018, Poliak et al. 2018).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.compose import make_column_transformer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from megabus.nli.pairs import LABELS, Pair, PairSet
+from megabus.nli.pairs import LABELS, PairSet
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 C = 1.0  # inverse strength of the L2 penalty, scikit-learn's default
 MIN_PAIRS = 2  # that a term must be in: what is seen once is most of all terms, and says little
+WORD = r"\w+|[^\w\s]"
 
 
 def macro_f1(matrix: np.ndarray) -> np.ndarray:
@@ -62,34 +63,26 @@ def measure(gold: Sequence[int], predicted: Sequence[int], seed: int) -> dict[st
     }
 
 
-def words_of(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+def overlap(sentences: Sequence[str]) -> list[str]:
+    """Which words stand in both sentences or in one alone: a bag of words sees no overlap."""
+    premise, hypothesis = (re.findall(WORD, sentence.lower()) for sentence in sentences)
+    where = [("both" if word in premise else "new", word) for word in hypothesis]
+    where += [("missing", word) for word in premise if word not in hypothesis]
+    return [f"{kind}:{word}" for kind, word in where] + [kind for kind, _ in where if kind != "missing"]
 
 
-def n_grams(words: Sequence[str], mark: str) -> list[str]:
-    """Words and pairs of neighbours, each behind the mark of where they stand."""
-    return [mark + word for word in words] + [f"{mark}{a} {b}" for a, b in pairwise(words)]
+def classifiers() -> dict[str, Pipeline]:
+    """Logistic regressions on the TF-IDF of words and pairs of neighbours, to be fitted to `Pair`s."""
 
+    def regression(*terms: tuple[dict[str, Any], Any]) -> Pipeline:
+        """terms: what is counted, and in which of a `Pair`'s columns: 1 is the premise, 2 the hypothesis."""
+        counts = ((CountVectorizer(min_df=MIN_PAIRS, **how), of) for how, of in terms)
+        table = make_column_transformer(*counts, sparse_threshold=1)  # never a dense one
+        return make_pipeline(table, TfidfTransformer(), LogisticRegression(C=C, tol=1e-6, max_iter=1000))
 
-def hypothesis_only(pair: Pair) -> list[str]:
-    return n_grams(words_of(pair.hypothesis), "h:")
-
-
-def premise_and_hypothesis(pair: Pair) -> list[str]:
-    """Both sentences' n-grams, and which words stand in both or in one alone: a bag of words sees no overlap."""
-    premise, hypothesis = words_of(pair.premise), words_of(pair.hypothesis)
-    overlap = [("both:" if word in premise else "new:") + word for word in hypothesis]
-    overlap += ["both" if word in premise else "new" for word in hypothesis]
-    overlap += [f"missing:{word}" for word in premise if word not in hypothesis]
-    return n_grams(premise, "p:") + n_grams(hypothesis, "h:") + overlap
-
-
-CLASSIFIERS = {"hypothesis n-grams": hypothesis_only, "premise + hypothesis n-grams": premise_and_hypothesis}
-
-
-def majority(labels: Sequence[int]) -> int:
-    """The commonest label; of equally common ones the first in LABELS."""
-    return int(np.bincount(labels, minlength=len(LABELS)).argmax())
+    n_grams = {"token_pattern": WORD, "ngram_range": (1, 2)}
+    both = regression((n_grams, 1), (n_grams, 2), ({"analyzer": overlap}, [1, 2]))
+    return {"hypothesis n-grams": regression((n_grams, 2)), "premise + hypothesis n-grams": both}
 
 
 class Baselines:
@@ -98,22 +91,16 @@ class Baselines:
 
     def __init__(self, train: PairSet | None) -> None:
         self.train, self.missing = train, None if train is not None else "no training pairs"
-        self.fitted: dict[str, Pipeline | None] = dict.fromkeys(CLASSIFIERS)
+        self.fitted: dict[str, Pipeline | None] = dict.fromkeys(classifiers())
         try:
             if train is not None:
-                self.fitted |= {name: fit(features, train) for name, features in CLASSIFIERS.items()}
+                self.fitted |= {name: model.fit(train.pairs, train.labels) for name, model in classifiers().items()}
         except ValueError as error:  # one label only, or no term that two pairs share: no reason to lose the rest
             self.missing = f"cannot be fitted to these training pairs ({str(error).splitlines()[0]})"
 
     def predict(self, pairs: PairSet) -> dict[str, list[int] | None]:
         """Predictions by the baseline's name; None for what is missing."""
-        name, known = (
-            ("majority of these pairs", pairs) if self.train is None else ("majority of training pairs", self.train)
-        )
-        found: dict[str, list[int] | None] = {name: [majority(known.labels)] * len(pairs)}
+        known, whose = (pairs, "these pairs") if self.train is None else (self.train, "training pairs")
+        majority = int(np.bincount(known.labels).argmax())  # of equally common labels the first in LABELS
+        found: dict[str, list[int] | None] = {f"majority of {whose}": [majority] * len(pairs)}
         return found | {n: model and model.predict(pairs.pairs).tolist() for n, model in self.fitted.items()}
-
-
-def fit(features: Callable[[Pair], list[str]], train: PairSet) -> Pipeline:
-    tf_idf = TfidfVectorizer(analyzer=features, min_df=MIN_PAIRS)
-    return make_pipeline(tf_idf, LogisticRegression(C=C, tol=1e-6, max_iter=1000)).fit(train.pairs, train.labels)

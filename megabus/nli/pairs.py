@@ -6,18 +6,30 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+from pydantic import BaseModel, ValidationError
+
+from megabus.config.read import described
 from megabus.data.order import permute
 from megabus.errors import UserError
 
-LABELS = ("entailment", "neutral", "contradiction")  # in the order of SNLI's and MNLI's label ids
-UNLABELLED = ("-", "-1")  # the annotators did not agree: in SNLI's files, and on the hub
-FIELDS = ("gold_label", "sentence1", "sentence2")  # SNLI 1.0 and MultiNLI 1.0 distribution
-COLUMNS = ("label", "premise", "hypothesis")  # the same on the hub
+GoldLabel = Literal["entailment", "neutral", "contradiction"]
+LABELS: tuple[str, ...] = get_args(GoldLabel)  # in the order of SNLI's and MNLI's label ids
+
+
+class Row(BaseModel, strict=True):
+    """A pair as SNLI 1.0's and MultiNLI 1.0's files have it; - (-1 on the hub) where the annotators did not agree."""
+
+    gold_label: Literal[GoldLabel, "-", "-1"]
+    sentence1: str
+    sentence2: str
+
+
+COLUMNS = {"label": "gold_label", "premise": "sentence1", "hypothesis": "sentence2"}  # the hub's names of the same
 
 
 class Pair(NamedTuple):
@@ -43,14 +55,12 @@ class PairSet:
     def labels(self) -> list[int]:
         return [pair.label for pair in self.pairs]
 
-    @property
-    def counts(self) -> dict[str, int]:
-        return {label: self.labels.count(place) for place, label in enumerate(LABELS)}
-
-    @property
-    def sha256(self) -> str:
-        """Of labels and sentences in order, whatever file they came in."""
-        return hashlib.sha256(b"".join(json.dumps(pair).encode() + b"\n" for pair in self.pairs)).hexdigest()
+    def facts(self) -> dict[str, Any]:
+        """What it is, as JSON has it; sha256: of labels and sentences in order, whatever file they came in."""
+        digest = hashlib.sha256(b"".join(json.dumps(pair).encode() + b"\n" for pair in self.pairs)).hexdigest()
+        gold = {label: self.labels.count(place) for place, label in enumerate(LABELS)}
+        facts = {"name": self.name, "pairs": len(self), "without_gold_label": self.skipped}
+        return facts | {"gold": gold, "sha256": digest}
 
     def first(self, limit: int | None) -> PairSet:
         return replace(self, pairs=self.pairs[:limit])
@@ -64,37 +74,19 @@ class PairSet:
 
 def read_jsonl(path: Path, key: str) -> PairSet:
     """Pairs of a file in SNLI's form, gzipped where its name ends with .gz. `key` names the file's option in errors."""
-    number = 0
-
-    def rows() -> Iterator[tuple[str, Any]]:
-        nonlocal number
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", json.loads(line)
-
     try:
-        return _pair_set(str(path), rows(), FIELDS, key, path)
-    except FileNotFoundError as error:
-        raise UserError(key, path, "no such file", "check the path") from error
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+            return _pair_set(key, str(path), lines, Row.model_validate_json)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(key, path, f"cannot be read ({error})", "check the file") from error
-    except ValueError as error:  # of json, or of UTF-8
-        raise UserError(key, path, f"line {number} is not JSON ({error})", "mend the line") from error
 
 
-class HubData(NamedTuple):
-    """Where a data set lies, which splits are reported, and on which one a fine-tuning is watched."""
-
-    path: str
-    reported: tuple[str, ...] = ("test",)
-    watched: str = "validation"
-
-
+# By its name the path of a data set, the splits that are reported, and the one that a fine-tuning is watched on.
 HUB = {
-    "snli": HubData("stanfordnlp/snli"),
+    "snli": ("stanfordnlp/snli", ("test",), "validation"),
     # Its test labels were never published, so its two validation splits are what papers report.
-    "mnli": HubData("nyu-mll/multi_nli", ("validation_matched", "validation_mismatched"), "validation_matched"),
+    "mnli": ("nyu-mll/multi_nli", ("validation_matched", "validation_mismatched"), "validation_matched"),
 }
 
 
@@ -106,10 +98,10 @@ class Hub:
 
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised below anyway
         datasets.disable_progress_bars()
-        self.name, self.facts = name, HUB.get(name.lower(), HubData(name))
-        saved = (Path(self.facts.path) / "dataset_dict.json").is_file()
+        self.name, (path, self.reported, self.watched) = name, HUB.get(name.lower(), (name, ("test",), "validation"))
+        saved = (Path(path) / "dataset_dict.json").is_file()
         try:
-            self.splits = (datasets.load_from_disk if saved else datasets.load_dataset)(self.facts.path)
+            self.splits = (datasets.load_from_disk if saved else datasets.load_dataset)(path)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             remedy = "check the name and the connection, or give local files with --valid and --train"
             raise UserError("--data", name, f"cannot be read ({error})", remedy) from error
@@ -117,40 +109,29 @@ class Hub:
     def read(self, split: str) -> PairSet:
         if split not in self.splits:
             raise UserError("--split", split, f"is no split of {self.name}", f"choose among {', '.join(self.splits)}")
-        data = self.splits[split]
-        if missing := [column for column in COLUMNS if column not in data.column_names]:
-            problem = f"split {split} has no column {missing[0]}, its columns are {', '.join(data.column_names)}"
-            raise UserError("--data", self.name, problem, f"it needs {', '.join(COLUMNS)}")
-        names = dict(enumerate(getattr(data.features["label"], "names", None) or LABELS))
-        rows = enumerate(data.select_columns(list(COLUMNS)))
-        named = ((f"row {n}", row | {"label": names.get(row["label"], row["label"])}) for n, row in rows)
-        return _pair_set(f"{self.name}/{split}", named, COLUMNS, "--data", self.name)
+        try:
+            data = self.splits[split].select_columns(list(COLUMNS)).rename_columns(COLUMNS)
+        except ValueError as error:
+            raise UserError("--data", self.name, f"split {split}: {error}", f"it needs {', '.join(COLUMNS)}") from error
+        names = dict(enumerate(getattr(data.features["gold_label"], "names", None) or LABELS))
+
+        def named(row: dict[str, Any]) -> Row:
+            return Row.model_validate(row | {"gold_label": names.get(row["gold_label"], str(row["gold_label"]))})
+
+        rows = ((f"row {number}", row) for number, row in enumerate(data))
+        return _pair_set("--data", f"{self.name}/{split}", rows, named)
 
 
-def _pair_set(name: str, rows: Iterator[tuple[str, Any]], fields: tuple[str, ...], key: str, value: object) -> PairSet:
-    """Check and keep the rows; `key` and `value` say in an error where they came from."""
-
-    def wrong(problem: str, remedy: str) -> UserError:
-        return UserError(key, value, problem, remedy)
-
-    pairs, skipped, place, needs = [], 0, "", f"needs {', '.join(fields)}"
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise wrong(f"{place} is no JSON object", f"each line {needs}")
-        if missing := [field for field in fields if field not in row]:
-            raise wrong(f"{place} has no field {missing[0]}", f"each {needs}")
-        label, *texts = (row[field] for field in fields)
-        if str(label) in UNLABELLED:
-            skipped += 1
-            continue
-        if label not in LABELS:
-            allowed = f"allowed are {', '.join(LABELS)}, and {UNLABELLED[0]} for none"
-            raise wrong(f"{place} has {fields[0]} {label!r}", allowed)
-        for field, text in zip(fields[1:], texts, strict=True):
-            if not isinstance(text, str):
-                raise wrong(f"{place} has {field} {text!r}", "it must be text")
-        pairs.append(Pair(LABELS.index(label), *texts))
-    if not pairs:
-        problem = f"holds no pair with a gold label ({skipped} without)" if place else "is empty"
-        raise wrong(problem, "give labelled pairs")
-    return PairSet(name, pairs, skipped)
+def _pair_set(key: str, name: str, rows: Iterable[tuple[str, Any]], parse: Callable[[Any], Row]) -> PairSet:
+    """Check and keep the rows, each behind its place; `key` is the option that `name` was given to."""
+    parsed = []
+    for place, given in rows:
+        try:
+            parsed.append(parse(given))
+        except ValidationError as error:
+            raise described(error, Row).within(f"{key} = {name}, {place}") from None
+    labelled = [row for row in parsed if row.gold_label in LABELS]
+    if not labelled:
+        raise UserError(key, name, f"holds no pair with a gold label ({len(parsed)} without)", "give labelled pairs")
+    pairs = [Pair(LABELS.index(row.gold_label), row.sentence1, row.sentence2) for row in labelled]
+    return PairSet(name, pairs, len(parsed) - len(pairs))

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
-from megabus.checkpoint.contents import Found
-from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
-from megabus.checkpoint.restore import restore, verified
+from megabus.checkpoint.load import saved_tokenizer
+from megabus.checkpoint.restore import restore, weights_of
 from megabus.checkpoint.save import save_weights
-from megabus.config import Stage
-from megabus.data.order import permute
-from megabus.data.tokenizer import Tokenizer
+from megabus.config.schema import OptimizerConfig
+from megabus.data.order import nth_visited
+from megabus.data.tokenizer import open_tokenizer
+from megabus.durable import make_directory
 from megabus.engine.engine import Engine
-from megabus.errors import UserError
 from megabus.model.cost import count_parameters
 from megabus.nli.pairs import Hub, PairSet, read_jsonl
-from megabus.nli.score import Encoder, Scorer, Scores
+from megabus.nli.score import CONTENT_FREE, Encoder, Scorer
 from megabus.nli.settings import Settings
-from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
+from megabus.scoring.harness import Scores
 from megabus.scoring.likelihood import SequenceLoss, train_step
+from megabus.train.environment import environment
 from megabus.train.metrics import describe
 from megabus.train.schedule import learning_rate
 from megabus.train.watchdog import watched
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,19 +44,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What every rank knows in the end; scores in the order of data.reported. curve: see `_point`, empty without
-    fine-tuning; unit_error: largest | |row| - 1 | afterwards; saved: the new checkpoint."""
+    """What every rank knows in the end. scores: of a model, "zero-shot" and perhaps "fine-tuned", in the order of
+    data.reported; facts: all that they depend on, as JSON has it."""
 
-    checkpoint: Path
-    step: int
-    stage: Stage
     data: Data
-    zero_shot: list[Scores]
-    fine_tuned: list[Scores] | None
-    curve: list[Row]
-    unit_error: float | None
-    saved: Path | None
-    seconds: dict[str, float]
+    scores: dict[str, list[Scores]]
+    facts: dict[str, Any]
 
 
 def read_data(settings: Settings) -> Data:
@@ -68,8 +57,8 @@ def read_data(settings: Settings) -> Data:
     if settings.data is not None:
         hub = Hub(settings.data)
         train = hub.read("train") if "train" in hub.splits or settings.fine_tune else None
-        watched = hub.read(hub.facts.watched) if settings.fine_tune and hub.facts.watched in hub.splits else None
-        reported = [hub.read(split) for split in settings.split or hub.facts.reported]
+        watched = hub.read(hub.watched) if settings.fine_tune and hub.watched in hub.splits else None
+        reported = [hub.read(split) for split in settings.split or hub.reported]
     else:
         files = {"--train": settings.train, "--valid": settings.valid, "--test": settings.test}
         train, watched, test = (None if path is None else read_jsonl(path, key) for key, path in files.items())
@@ -83,111 +72,77 @@ def read_data(settings: Settings) -> Data:
 
 def evaluate(settings: Settings) -> Outcome:
     """Score the pairs, fine-tune if asked to, and score them again; the settings are checked ones. Collective."""
-    seconds: dict[str, float] = defaultdict(float)
-    with _timed(seconds, "start"):
-        found = verified(rank_0_tells(lambda: checkpoint_at(settings.checkpoint)))
-        with agreement():
-            train, optimizer, stage = settings.engine_parts(found.state, dist.get_world_size())
-            tokenizer = open_tokenizer(settings, found)
-            encoder = Encoder(tokenizer, settings.template, stage.seq_len)
-        rank_0_tells(lambda: make_directory("--out", settings.out))
-        rank_0_tells(lambda: make_directory("--save", settings.save))
-        data = rank_0_tells(lambda: read_data(settings))  # one reader: all ranks have the same pairs
-    with watched(settings.hang_timeout, dist.get_rank()) as watchdog:
-        with _timed(seconds, "start"):
-            engine = Engine(train, optimizer, stage, SequenceLoss())
-            weights = replace(found.state, kinds=("weight",), optimizer_step=0)
-            restore(replace(found, state=weights), engine, watchdog.heartbeat)
-        _say(f"{found.folder}: {describe(stage)}, {count_parameters(stage.model):,} parameters, {settings.precision}")
-        scorer = Scorer(engine, encoder, watchdog.heartbeat)
-        with _timed(seconds, "scoring"):
-            zero_shot = [scorer.score(pairs) for pairs in data.reported]
-        fine_tuned, curve, saved = None, [], None
-        if settings.fine_tune:
-            with _timed(seconds, "fine-tuning"):
-                curve = list(fine_tune(scorer, data, settings, partial(learning_rate, optimizer, stage.lr)))
-            with _timed(seconds, "scoring"):
-                fine_tuned = [scorer.score(pairs) for pairs in data.reported]
-            sections = {"train": train.model_dump(), "optimizer": optimizer.model_dump(), "growth": {"stages": []}}
-            if settings.save is not None:
-                saved = save_weights(settings.save, engine, curve[-1]["step"], sections, tokenizer.path)
-        unit_error, step = engine.unit_error(), found.state.progress.step
-        engine.close()
-    return Outcome(found.folder, step, stage, data, zero_shot, fine_tuned, curve, unit_error, saved, seconds)
-
-
-def steps_of(n_pairs: int, batch_size: int, epochs: float) -> int:
-    return max(1, math.ceil(n_pairs * epochs / batch_size))
-
-
-def batch_places(step: int, batch_size: int, n_pairs: int, seed: int) -> list[int]:
-    """The pairs of a step, as a pure function. Epoch follows epoch, each in an order of its own; where the last batch
-    is not full, it is filled from the epoch that would follow."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [permute(place % n_pairs, n_pairs, seed, place // n_pairs) for place in places]
-
-
-def fine_tune(scorer: Scorer, data: Data, settings: Settings, lr_at: Callable[[float], float]) -> Iterator[Row]:
-    """Train on the gold labels; points of the curve. `lr_at`: of the share of the steps. Collective. Raises `UserError`
-    where the loss is not finite."""
-    assert data.train is not None
-    pairs, batch, losses = data.train.pairs, scorer.engine.stage.global_batch_size, []
-    steps = steps_of(len(pairs), batch, settings.epochs)
-    _say(f"fine-tuning on {len(pairs):,} pairs: {steps:,} steps of {batch}")
-    yield _point(0, 0, 0.0, None, scorer, data.watched)
-    for step in range(1, steps + 1):
-        lr = lr_at((step - 0.5) / steps)  # at its middle, as in pre-training
-        some = [pairs[place] for place in batch_places(step - 1, batch, len(pairs), settings.seed)]
-        sequences = [scorer.encoder.encode(pair.premise, pair.hypothesis, pair.label).sequence for pair in some]
-        result = train_step(scorer.engine, sequences, lr)
-        if not result.is_finite:  # known to all ranks
-            problem = f"the loss of step {step} is {result.loss}, its gradient's norm {result.grad_norm}"
-            raise UserError("--lr", scorer.engine.stage.lr, problem, "lower it")
-        scorer.heartbeat()
-        losses.append(result.loss)
-        if step % settings.curve_every == 0 or step == steps:
-            yield _point(step, step * batch, lr, sum(losses) / len(losses), scorer, data.watched)
-            losses = []
-
-
-def _point(step: int, pairs: int, lr: float, train_loss: float | None, scorer: Scorer, watched: PairSet | None) -> Row:
-    """A point of the curve, which is told: losses are in nats a label, that of training the mean since the last one."""
-    row: Row = {"step": step, "pairs": pairs, "lr": lr, "train_loss": train_loss}
-    row |= {"valid_accuracy": None, "valid_loss": None}
-    text = f"step {step:>5}" + ("" if train_loss is None else f" | loss {train_loss:.4f}  lr {lr:.2e}")
-    if watched is not None:
-        table, gold = scorer.score(watched).log_likelihood, np.array(watched.labels)
-        accuracy, loss = (table.argmax(1) == gold).mean(), -table[np.arange(len(gold)), gold].mean()
-        row |= {"valid_accuracy": float(accuracy), "valid_loss": float(loss)}
-        text += f" | valid loss {loss:.4f}  accuracy {accuracy:.1%}"
-    _say(text)
-    return row
-
-
-def make_directory(key: str, path: Path | None) -> None:
-    """Before hours of work, not after them."""
-    try:
-        if path is not None:
-            path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(key, path, f"cannot be written ({error.strerror})", "choose a writable place") from error
-
-
-def open_tokenizer(settings: Settings, found: Found) -> Tokenizer:
-    tokenizer = Tokenizer(settings.tokenizer or saved_tokenizer(found.folder))
-    if tokenizer.vocab_size != found.state.model.vocab_size:
-        problem = f"has {tokenizer.vocab_size} pieces, the model {found.state.model.vocab_size}"
-        raise UserError("--tokenizer", tokenizer.path, problem, "give the one that made its data")
-    return tokenizer
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     begun = time.perf_counter()
-    yield
-    seconds[name] += time.perf_counter() - begun
+    found = weights_of(settings.checkpoint)
+    state = found.state
+    with agreement():
+        train, optimizer, stage = settings.engine_parts(state.model, state.longest_sequence(), dist.get_world_size())
+        tokenizer = open_tokenizer(settings.tokenizer or saved_tokenizer(found.folder), stage.model.vocab_size)
+        encoder = Encoder(tokenizer, settings.template, stage.seq_len)
+    for key, folder in (("--out", settings.out), ("--save", settings.save)):
+        if folder is not None:  # before hours of work, not after them
+            rank_0_tells(partial(make_directory, key, folder))
+    data = rank_0_tells(lambda: read_data(settings))  # one reader: all ranks have the same pairs
+    used = {"max_length": stage.seq_len, "micro_batch_size": stage.micro_batch_size, "content_free": CONTENT_FREE}
+    parameters, tuning = count_parameters(stage.model), None
+    with watched(settings.hang_timeout, dist.get_rank()) as watchdog:
+        engine = Engine(train, optimizer, stage, SequenceLoss())
+        restore(found, engine, watchdog.heartbeat)
+        machine, scorer = environment(engine.device), Scorer(engine, encoder, watchdog.heartbeat)
+        rank_0_says(f"{found.folder}: {describe(stage)}, {parameters:,} parameters, {settings.precision}")
+        scores = {"zero-shot": [scorer.score(pairs) for pairs in data.reported]}
+        if settings.fine_tune:
+            curve = list(fine_tune(scorer, data, settings, optimizer))
+            scores["fine-tuned"] = [scorer.score(pairs) for pairs in data.reported]
+            sections = {"train": train.model_dump(), "optimizer": optimizer.model_dump(), "growth": {"stages": []}}
+            steps, saved = curve[-1]["step"], None
+            if settings.save is not None:
+                saved = str(save_weights(settings.save, engine, steps, sections, tokenizer.path))
+                rank_0_says(f"saved: {saved}")
+            tuning = {"steps": steps, "watched": data.watched and data.watched.facts(), "curve": curve, "saved": saved}
+        unit_error = engine.unit_error()
+        engine.close()
+    facts = {
+        "environment": machine,
+        "checkpoint": {"path": str(found.folder.resolve()), "step": state.progress.step},
+        "model": stage.model.model_dump() | {"parameters": parameters},
+        "layout": asdict(stage.layout),
+        "settings": settings.model_dump(mode="json") | used,
+        "train": data.train and data.train.facts(),
+        "fine_tuning": tuning,
+        "unit_error": unit_error,
+        "seconds": time.perf_counter() - begun,
+    }
+    return Outcome(data, scores, facts)
 
 
-def _say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
+def fine_tune(scorer: Scorer, data: Data, settings: Settings, optimizer: OptimizerConfig) -> Iterator[dict[str, Any]]:
+    """Train on the gold labels, epoch after epoch, each in an order of its own; points of the curve. A last batch that
+    is not full is filled from the epoch that would follow. Collective."""
+    assert data.train is not None
+    pairs, watched, batch = data.train.pairs, data.watched, scorer.engine.stage.global_batch_size
+    steps, losses = math.ceil(len(pairs) * settings.epochs / batch), list[float]()
+    rank_0_says(f"fine-tuning on {len(pairs):,} pairs: {steps:,} steps of {batch}")
+
+    def point(step: int, lr: float) -> dict[str, Any]:
+        """It is told: losses are in nats a label, that of training the mean since the last point."""
+        mean, accuracy, loss = sum(losses) / len(losses) if losses else None, None, None
+        text = f"step {step:>5}" + ("" if mean is None else f" | loss {mean:.4f}  lr {lr:.2e}")
+        if watched is not None:
+            table, gold = scorer.score(watched).log_likelihood, np.array(watched.labels)
+            accuracy, loss = float((table.argmax(1) == gold).mean()), float(-table[np.arange(len(gold)), gold].mean())
+            text += f" | valid loss {loss:.4f}  accuracy {accuracy:.1%}"
+        rank_0_says(text)
+        row = {"step": step, "pairs": step * batch, "lr": lr, "train_loss": mean}
+        return row | {"valid_accuracy": accuracy, "valid_loss": loss}
+
+    yield point(0, 0.0)
+    for step in range(1, steps + 1):
+        lr = learning_rate(optimizer, optimizer.lr, (step - 0.5) / steps)  # at its middle, as in pre-training
+        visits = range((step - 1) * batch, step * batch)
+        some = [pairs[nth_visited(number, len(pairs), settings.seed)] for number in visits]
+        sequences = [scorer.encoder.encode(pair, pair.label).sequence for pair in some]
+        losses.append(train_step(scorer.engine, sequences, lr, scorer.heartbeat))
+        if step % settings.curve_every == 0 or step == steps:
+            yield point(step, lr)
+            losses.clear()

@@ -1,136 +1,132 @@
-"""What an evaluation is asked to do, and what an engine is built from for it."""
+"""What an evaluation is asked to do: how a pair becomes text, its options, and what an engine is built from for it."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, field
+import string
+from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ValidationInfo
-from pydantic.dataclasses import dataclass
+from pydantic import Field, FilePath
 
 from megabus.checkpoint.store import checkpoints_of, complete
+from megabus.config import ModelConfig, Stage
 from megabus.config.schema import LayoutConfig, OptimizerConfig, TrainConfig
-from megabus.config.stages import Stage, single_stage
+from megabus.config.section import Count, NonNegative, Positive, Section
+from megabus.config.stages import single_stage
 from megabus.errors import UserError
-from megabus.nli.prompt import Template
-
-if TYPE_CHECKING:
-    from megabus.checkpoint.state import SavedState  # which needs torch; settings are checked without
+from megabus.nli.pairs import LABELS, Pair
 
 RESULTS = "results.json"
 LARGEST_MICRO_BATCH = 16
-
-
-def _range(holds: Callable[[Any], bool], problem: str, remedy: str) -> AfterValidator:
-    def check(value: Any, info: ValidationInfo) -> Any:
-        if not holds(value):
-            raise UserError("--" + str(info.field_name).replace("_", "-"), value, problem, remedy)
-        return value
-
-    return AfterValidator(check)
-
-
-Count = Annotated[int, _range(lambda n: n >= 1, "is below 1", "give 1 or more")]
-Positive = Annotated[float, _range(lambda x: 0 < x < float("inf"), "is not a positive number", "raise it")]
-NonNegative = Annotated[float, _range(lambda x: 0 <= x < float("inf"), "is below 0", "give 0 or more")]
-Share = Annotated[float, _range(lambda x: 0 <= x <= 1, "is no share", "give 0 to 1")]
-Seed = Annotated[int, _range(lambda n: 0 <= n < 2**63, "is out of range", "give 0 to 2^63 - 1")]
+S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """See `megabus evaluate-nli --help`. Counts in pairs; None: all of them, or found out from the checkpoint. Raises
-    `UserError` on a number out of its range."""
+class Template:
+    """text: with {premise} and {hypothesis}, and {{ for a brace; labels: what follows it, in the order of LABELS. The
+    default is GPT-3's for such tasks (Brown et al. 2020, appendix G), as in lm-evaluation-harness's MNLI."""
 
-    checkpoint: Path
-    tokenizer: Path | None = None
-    data: str | None = None
-    split: tuple[str, ...] | None = None
-    valid: Path | None = None
-    test: Path | None = None
-    train: Path | None = None
-    limit: Count | None = None
-    train_limit: Count | None = None
-    baseline_pairs: Count | None = None
-    template: Template = field(default_factory=Template)
-    max_length: Count | None = None
-    tp: Count = 1
-    pp: Count = 1
-    dp: Count | None = None
-    micro_batch_size: Count | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
-    seed: Seed = 0
-    hang_timeout: Positive = 600.0
-    fine_tune: bool = False
-    epochs: Positive = 1.0
-    lr: Positive = 1e-3
-    schedule: Literal["constant", "linear"] = "linear"
-    warmup_share: Share = 0.0
-    batch_size: Count = 32
-    weight_decay: NonNegative = 0.0
-    gradient_clipping: NonNegative = 1.0
-    curve_every: Count = 100
-    curve_pairs: Count = 1000
-    save: Path | None = None
-    out: Path | None = None
-    predictions: bool = False
+    text: str = "{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:"
+    labels: tuple[str, ...] = (" True", " Neither", " False")
+
+    def __post_init__(self) -> None:
+        try:
+            fields = sorted(name for _, name, _, _ in string.Formatter().parse(self.text) if name is not None)
+        except ValueError as error:
+            raise UserError("--template", self.text, f"is malformed ({error})", "write {{ and }} for braces") from error
+        if fields not in (["hypothesis"], ["hypothesis", "premise"]):
+            problem = "must hold {hypothesis} once, {premise} at most once, and no other field"
+            raise UserError("--template", self.text, problem, "see --help, and write {{ and }} for braces")
+        for label, text in zip(LABELS, self.labels, strict=True):
+            if not text.strip() or self.labels.count(text) > 1:
+                problem = "is blank or another label's too"
+                raise UserError("--labels", f"{label}={text!r}", problem, "give each a word of its own")
+
+    def prompt(self, pair: Pair) -> str:
+        return self.text.format_map(pair._asdict())
+
+    def before_premise(self, pair: Pair) -> str:
+        """The prompt's text up to the premise; all of it where it has none."""
+        prompts = [self.prompt(pair._replace(premise=premise)) for premise in ("a", "b")]
+        return commonprefix(prompts)  # noqa: RUF071 - of characters
+
+
+class Settings(Section):
+    """The options of `megabus evaluate-nli`, in the order of its --help. None: all, or as the checkpoint has it."""
+
+    checkpoint: Path = Field(description="a run, or one of its checkpoints")
+    tokenizer: Path | None = Field(None, description="SentencePiece model; the checkpoint's own when left out")
+    data: str | None = Field(None, description="snli, mnli, a hub data set of their form, or a local directory of one")
+    split: tuple[str, ...] | None = Field(None, description="of --data, to report (test; mnli: both validation splits)")
+    valid: FilePath | None = Field(None, description="file of pairs to report; the curve is measured on them too")
+    test: FilePath | None = Field(None, description="file of pairs to report, and nothing else")
+    train: FilePath | None = Field(None, description="file of pairs to fine-tune on, and to fit the baselines to")
+    limit: Count | None = Field(None, description="report on the first pairs of each set, so many")
+    train_limit: Count | None = Field(None, description="pairs to train on, drawn from the training pairs (all)")
+    baseline_pairs: Count | None = Field(None, description="fit the baselines to so many of them (all)")
+    template: Template = Field(Template(), description=r"text with {premise} and {hypothesis}, \n for a line break")
+    max_length: Count | None = Field(None, description="tokens of a prompt; the run's longest sequence")
+    tp: Count = Field(1, description="tensor parallelism")
+    pp: Count = Field(1, description="pipeline parallelism")
+    dp: Count | None = Field(None, description="data parallelism; what is left of the ranks")
+    micro_batch_size: Count | None = Field(None, description="sequences a rank computes at once (at most 16)")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and activations")
+    seed: int = Field(0, ge=0, lt=2**63, description="of orders, samples and resampling")
+    hang_timeout: Positive = Field(600.0, description="seconds without progress before a rank ends")
+    fine_tune: bool = Field(False, description="train on the gold labels; report before and after")
+    epochs: Positive = Field(1.0, description="times that each training pair is seen")
+    lr: Positive = Field(1e-3, description="highest learning rate")
+    schedule: Literal["constant", "linear"] = Field("linear", description="course of the learning rate; linear: to 0")
+    warmup_share: float = Field(0.0, ge=0, le=1, description="share of the steps to warm up over")
+    batch_size: Count = Field(32, description="pairs a step, all ranks together")
+    weight_decay: NonNegative = Field(0.0, description="on matrices of a gpt")
+    gradient_clipping: NonNegative = Field(1.0, description="largest gradient norm; 0 clips nothing")
+    curve_every: Count = Field(100, description="steps between points of the curve")
+    curve_pairs: Count = Field(1000, description="pairs of a point")
+    save: Path | None = Field(None, description="write the fine-tuned model there as a checkpoint")
+    out: Path | None = Field(None, description="directory for results.json and a picture of each set")
+    predictions: bool = Field(False, description="and every pair's scores, predictions.jsonl")
 
     def check(self) -> None:
         """Raise `UserError` on what can be seen before anything is read."""
-        for wrong, key, value, problem, remedy in self._rules():
+        files = {"--valid": self.valid, "--test": self.test, "--train": self.train}
+        file = next((key for key, path in files.items() if path is not None), None)
+        hub, splits, save, out, none = self.data is not None, self.split or (), self.save, self.out, "(missing)"
+        reported, tuned_on = hub or self.valid or self.test, hub or self.train or not self.fine_tune
+        split, other = " ".join(splits), "choose another, or remove it"
+        for wrong, key, value, problem, remedy in (
+            (hub and file, "--data", self.data, f"and {file} are two sources", "give one of them"),
+            (not reported, "--data", none, "there is nothing to evaluate", "give it, or --valid FILE"),
+            (not hub and splits, "--split", split, "is of --data, which is not given", "leave it out"),
+            (len({*splits}) < len(splits), "--split", split, "names one twice", "give each once"),
+            (self.valid and self.valid == self.test, "--test", self.test, "is --valid too", "give it once"),
+            (not tuned_on, "--train", none, "there is nothing to fine-tune on", "give a file of pairs"),
+            (save and not self.fine_tune, "--save", save, "there is nothing new to save", "add --fine-tune"),
+            (save and complete(checkpoints_of(save)), "--save", save, "holds checkpoints already", other),
+            (out and (out / RESULTS).exists(), "--out", out, "holds results already", other),
+            (self.predictions and not out, "--predictions", "given", "there is no directory for them", "give --out"),
+        ):
             if wrong:
                 raise UserError(key, value, problem, remedy)
 
-    def _rules(self) -> Iterator[tuple[object, str, object, str, str]]:
-        """What would be wrong, and the error that says so; what comes later may rely on what comes before."""
-        files = {"--valid": self.valid, "--test": self.test, "--train": self.train}
-        given = {key: path for key, path in files.items() if path is not None}
-        hub, splits, save, none = self.data is not None, self.split or (), self.save, "(missing)"
-        reported, tuned_on = hub or self.valid or self.test, hub or self.train
-        yield hub and given, "--data", self.data, f"and {next(iter(given), '')} are two sources", "give one of them"
-        yield not reported, "--data", none, "there is nothing to evaluate", "give it, or --valid FILE"
-        yield not hub and splits, "--split", " ".join(splits), "is of --data, which is not given", "leave it out"
-        yield self.valid and self.valid == self.test, "--test", self.test, "is --valid too", "give it once"
-        for split, count in Counter(splits).items():
-            yield count > 1, "--split", split, "is given twice", "give it once"
-        for key, path in given.items():
-            yield not path.is_file(), key, path, "no such file", "check the path"
-        nothing = "there is nothing to fine-tune on"
-        yield self.fine_tune and not tuned_on, "--train", none, nothing, "give a file of pairs"
-        yield save and not self.fine_tune, "--save", save, "there is nothing new to save", "add --fine-tune"
-        other = "choose another, or remove it"
-        yield save and complete(checkpoints_of(save)), "--save", save, "holds checkpoints already", other
-        yield self.out and (self.out / RESULTS).exists(), "--out", self.out, "holds results already", other
-        where = "there is no directory to write them to"
-        yield self.predictions and self.out is None, "--predictions", "given", where, "give --out"
+    def engine_parts(self, model: ModelConfig, longest: int, world: int) -> tuple[TrainConfig, OptimizerConfig, Stage]:
+        """The model with this evaluation's layout, batches and optimizer; `longest`: tokens that it can read."""
 
-    def as_json(self) -> dict[str, Any]:
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        def section(kind: type[S], **others: Any) -> S:
+            """A section of a run's configuration: the keys that it shares with the settings, and others."""
+            return kind.model_validate(self.model_dump(include={*kind.model_fields}) | others)
 
-    def engine_parts(self, state: SavedState, world: int) -> tuple[TrainConfig, OptimizerConfig, Stage]:
-        """The checkpoint's model with this evaluation's layout, batches and optimizer."""
         dp = self.dp or max(1, world // (self.tp * self.pp))
-        micro, batch = self.micro_batch_size, self.batch_size
-        if not self.fine_tune:
-            micro = micro or LARGEST_MICRO_BATCH
-            batch = micro * dp
-        elif batch % (dp * (micro or 1)):
-            parts = f"dp = {dp}" if micro is None else f"--micro-batch-size x dp = {micro} x {dp}"
-            raise UserError("--batch-size", batch, f"is not divisible by {parts}", "choose a multiple")
-        train = TrainConfig(
-            seq_len=self.max_length or state.longest_sequence(),
-            micro_batch_size=micro or next(n for n in range(LARGEST_MICRO_BATCH, 0, -1) if batch // dp % n == 0),
-            global_batch_size=batch,
-            precision=self.precision,
-            gradient_clipping=self.gradient_clipping,
-            seed=self.seed,
-        )
+        batch = self.batch_size if self.fine_tune else (self.micro_batch_size or LARGEST_MICRO_BATCH) * dp
+        fitting = (n for n in range(LARGEST_MICRO_BATCH, 0, -1) if batch % (n * dp) == 0)
+        micro = self.micro_batch_size or next(fitting, 1)
+        if batch % (micro * dp):
+            problem = f"is not divisible by --micro-batch-size x dp = {micro} x {dp}"
+            raise UserError("--batch-size", batch, problem, "choose a multiple")
+        length = self.max_length or longest
+        train = section(TrainConfig, seq_len=length, micro_batch_size=micro, global_batch_size=batch)
         linear = {"schedule": "wsd", "decay_share": 1 - self.warmup_share}  # to 0, in a line after the warm-up
-        schedule = linear if self.schedule == "linear" else {"schedule": "constant"}
-        rates = {"lr": self.lr, "warmup_share": self.warmup_share, "weight_decay": self.weight_decay}
-        optimizer = OptimizerConfig.model_validate(rates | schedule)
-        layout = LayoutConfig(tp=self.tp, pp=self.pp, dp=self.dp)
-        return train, optimizer, single_stage(state.model, layout, train, optimizer, world)
+        optimizer = section(OptimizerConfig, **(linear if self.schedule == "linear" else {}))
+        return train, optimizer, single_stage(model, section(LayoutConfig), train, optimizer, world)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megabus.errors import UserError
+from megabus.errors import UserError, say
 
 T = TypeVar("T")
 
@@ -68,6 +68,12 @@ def rank_0_tells(make: Callable[[], T]) -> T:
     if message[1] is not None:
         raise message[1]
     return message[0]
+
+
+def rank_0_says(text: str, how: Callable[[str], None] = say) -> None:
+    """Tell it once: by `say`, or as `warn` does."""
+    if dist.get_rank() == 0:
+        how(text)
 
 
 def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:

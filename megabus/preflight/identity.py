@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -42,7 +43,7 @@ def read_identity(config: RunConfig, of_rank_0: dict[str, Any]) -> Identity:
     mine = config.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     difference = next(_differences(of_rank_0, mine), None)
-    return Identity(platform.node(), tuple(_versions().items()), code_digest(PACKAGE), digest, difference)
+    return Identity(socket.gethostname(), tuple(_versions().items()), code_digest(PACKAGE), digest, difference)
 
 
 def _versions() -> dict[str, str]:

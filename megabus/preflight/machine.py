@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def read_machine(config: RunConfig, stages: Sequence[Stage], rank: int) -> Machi
         device, count, free = torch.cuda.get_device_name(), torch.cuda.device_count(), torch.cuda.mem_get_info()[0]
     else:
         device, count, free = processor(), len(os.sched_getaffinity(0)), free_memory()
-    return Machine(platform.node(), device, count, free, need, stage, get_accelerator().device_name() == "cuda")
+    return Machine(socket.gethostname(), device, count, free, need, stage, get_accelerator().device_name() == "cuda")
 
 
 def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:

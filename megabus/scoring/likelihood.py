@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megabus.engine.engine import Batch, Engine, StepResult
+from megabus.engine.engine import Batch, Engine
+from megabus.errors import UserError
 from megabus.model.decoder import Decoder
 from megabus.model.loss import IGNORED
 
@@ -74,13 +75,17 @@ def log_likelihoods(engine: Engine, sequences: list[Sequence], heartbeat: Callab
     return found.cpu()
 
 
-def train_step(engine: Engine, sequences: list[Sequence], lr: float) -> StepResult:
-    """One step on a global batch of sequences, of which every rank has all: they must pad it to the same length.
-    Collective."""
+def train_step(engine: Engine, sequences: list[Sequence], lr: float, heartbeat: Callable[[], None]) -> float:
+    """One step on a global batch of sequences, of which every rank has all: they must pad it to the same length. The
+    loss in nats a sequence. Collective. Raises `UserError` where it or the gradient is not finite."""
     width = width_of(max(sequence.n_inputs for sequence in sequences))
     micro_steps = range(engine.stage.grad_accum) if engine.needs_data else ()
     batches = [padded([sequences[row] for row in engine.micro_rows(micro)], width) for micro in micro_steps]
-    return engine.train_step(batches, lr, width)
+    result = engine.train_step(batches, lr, width)
+    if not result.is_finite:  # known to all ranks
+        raise UserError("lr", lr, f"the loss is {result.loss}, its gradient's norm {result.grad_norm}", "lower it")
+    heartbeat()
+    return result.loss
 
 
 def width_of(n_inputs: int) -> int:

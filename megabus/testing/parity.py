@@ -14,6 +14,7 @@ from torch import Tensor
 from megabus.config import Layout, Stage
 from megabus.model.init import build_model
 from megabus.model.params import spec_of
+from megabus.model.rates import relative_rate
 from megabus.parallel.placement import Piece
 from megabus.testing.training import Training, make_training
 
@@ -44,9 +45,9 @@ class Trace:
     replica_error: float = 0.0
 
 
-def parity_training(kind: str, layout: Layout, **train: Any) -> Training:
+def parity_training(kind: str, layout: Layout, transfer: dict[str, int] | None = None, **train: Any) -> Training:
     """A small model of awkward sizes: rows that partitions cut, a vocabulary that tp does not divide, layers that pp
-    does not divide, grouped queries."""
+    does not divide, grouped queries. transfer: what `optimizer.transfer` says."""
     model = {
         "kind": kind,
         "vocab_size": 67,
@@ -59,7 +60,7 @@ def parity_training(kind: str, layout: Layout, **train: Any) -> Training:
     }
     batch = {"seq_len": 13, "micro_batch_size": 2, "global_batch_size": 16, "gradient_clipping": 0}
     # A larger eps than usual: entries whose gradient is mere rounding would otherwise move by a whole lr.
-    return make_training(model, layout, batch | train, {"lr": 3e-3, "eps": 1e-6})
+    return make_training(model, layout, batch | train, {"lr": 3e-3, "eps": 1e-6, "transfer": transfer})
 
 
 def batch_of(stage: Stage, step: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,8 @@ def plain_trace(training: Training) -> Trace:
     """The same training in plain PyTorch, without megabus's engine and without DeepSpeed."""
     stage, optim = training.stage, training.optimizer
     model = build_model(stage.model, training.train.seed)
-    adam = torch.optim.AdamW(model.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, weight_decay=0.0)
+    groups = [{"params": [p], "lr": optim.lr * _rate(p, training)} for p in model.parameters()]
+    adam = torch.optim.AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, weight_decay=0.0)
     unit = [p for p in model.parameters() if spec_of(p).unit]
     trace = Trace(model(batch_of(stage, 0)[0]).detach(), {}, [], [], {})
     for step in range(STEPS):
@@ -93,6 +95,11 @@ def plain_trace(training: Training) -> Trace:
         trace.losses.append(float(loss.detach()))
     trace.masters = {name: p.detach().clone() for name, p in model.named_parameters()}
     return trace
+
+
+def _rate(parameter: torch.nn.Parameter, training: Training) -> float:
+    tuned = training.optimizer.transfer
+    return 1.0 if tuned is None else relative_rate(spec_of(parameter), training.stage.model, tuned.d_model)
 
 
 def engine_job(training: Training) -> dict[str, Any]:

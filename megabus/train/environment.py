@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shlex
+import socket
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,7 +24,7 @@ PACKAGES = ("torch", "deepspeed", "numpy")
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and ranks; what cannot be known is None. Of the machine of the rank that asks, but for `hosts`
     and `devices`, which are all that the ranks are on. Collective."""
-    mine = (platform.node(), torch.cuda.get_device_name(device) if device.type == "cuda" else processor())
+    mine = (socket.gethostname(), torch.cuda.get_device_name(device) if device.type == "cuda" else processor())
     places: list[tuple[str, str]] = [mine] * dist.get_world_size()
     dist.all_gather_object(places, mine)
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, roll_back, sizes, started, watch_stage
 from megabus.train.saving import collect, finish, save, warn_unwritten
-from megabus.train.schedule import boost_factor, decays, learning_rate, spent_share
+from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor, spent_share
 from megabus.train.stop import listening
 from megabus.train.watchdog import watched
 
@@ -65,13 +66,18 @@ def train(config: RunConfig) -> Outcome:
 def train_step(run: Run) -> None:
     """One optimizer step, its accounting and its log line."""
     begun, stage, config, now = time.perf_counter(), run.stage, run.config, run.progress
+    run.watchdog.heartbeat(f"step {now.step + 1}")
     cost = stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len)
     # At the step's middle: a warm-up does not begin, nor a decay end, with a step of learning rate 0.
     middle = spent_share(config.train, now.step + 0.5, now.tokens + stage.tokens_per_step / 2, now.flops + cost / 2)
     lr = learning_rate(config.optimizer, stage.lr, middle)
-    if stage.index:  # the first stage has grown from nothing
+    since = None  # tokens since the last growth; the first stage has grown from nothing
+    if stage.index:
         since = now.tokens + stage.tokens_per_step / 2 - now.stage_tokens
         run.engine.boost.factor = boost_factor(config.growth.boost, since)
+        lr *= rewarm_factor(config.growth.rewarm, since)
+    if run.engine.angle_cap is not None:
+        run.engine.angle_cap.bound = angle_bound(config.optimizer.max_angle, config.growth.settle, since)
     result = run.engine.train_step(run.corpora.train_batches(run.engine, now.position), lr)
     now.step += 1
     now.tokens += stage.tokens_per_step
@@ -94,7 +100,7 @@ def train_step(run: Run) -> None:
 
 def agree_on_step_end(run: Run) -> bool:
     """At the end of a step, what any rank knows becomes known to all; whether to return to the last checkpoint."""
-    run.watchdog.heartbeat()
+    run.watchdog.heartbeat(f"the end of step {run.progress.step}")
     metrics = run.metrics
     unsound = run.progress.nonfinite_in_a_row > run.config.faults.max_skips
     stop, ended, unwritten = on_any_rank(
@@ -134,6 +140,8 @@ def _log_step(run: Run, result: StepResult, lr: float, unit_error: float | None,
     }
     if run.engine.boost.factor != 1:
         row["boost"] = run.engine.boost.factor
+    if run.engine.angle_cap is not None and isfinite(run.engine.angle_cap.bound):
+        row["max_angle"] = run.engine.angle_cap.bound
     run.metrics.write("step", row)
     run.pace.append((time.monotonic(), run.share))
     if step % run.config.log.every == 0 or run.share >= 1:
@@ -151,7 +159,7 @@ def validate(run: Run) -> float:
 
 
 def _validation_loss(run: Run, seq_len: int) -> float:
-    run.watchdog.heartbeat()
+    run.watchdog.heartbeat(f"the validation after step {run.progress.step}")
     batches = run.corpora.valid_batches(run.engine, seq_len)
     return run.engine.evaluate(batches, run.corpora.valid_steps(run.stage, seq_len), seq_len)
 
@@ -190,6 +198,7 @@ def _gauge(run: Run) -> None:
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     """Grow into the next stage, and measure on the same tokens what it did to the loss (`before`)."""
     old, new, now = run.stage, run.stages[signal.stage], run.progress
+    run.watchdog.heartbeat(f"the growth after step {now.step}")
     begun = time.perf_counter()
     grown = grow_engine(run.engine, run.config, new)
     stall = time.perf_counter() - begun

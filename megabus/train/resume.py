@@ -7,6 +7,7 @@ from typing import Any
 
 from megabus.checkpoint.contents import Found
 from megabus.config import ModelConfig, RunConfig, Stage
+from megabus.config.pair import SIZES
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
@@ -44,7 +45,7 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     if saved.stage >= len(stages):
         problem = f"has {len(stages) - 1} growths, {found.folder.name} comes after growth {saved.stage}"
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
-    check_same_model(found, stages[saved.stage], "set it back, or choose another run_dir")
+    check_same_model(found, config, stages[saved.stage], "set it back, or choose another run_dir")
     changes = list(_changes(saved.config, config.model_dump(mode="json")))
     changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(saved.data, data)]
     if changes and config.resume == "strict":
@@ -53,17 +54,20 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     return [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
 
 
-def check_same_model(found: Found, stage: Stage, remedy: str) -> None:
+def check_same_model(found: Found, config: RunConfig, stage: Stage, remedy: str) -> None:
     """Raise `UserError` unless the stage's model is the checkpoint's."""
     now = _shape(stage.model)
     for key, value in _shape(found.state.model).items():
         if now[key] != value:
-            raise UserError(f"{stage_section(stage.index)}.{key}", now[key], f"is {value} in {found.folder}", remedy)
+            problem = f"is {value} in {found.folder}"
+            if key not in SIZES and now[key] != getattr(config.model, key):
+                problem = f"follows from optimizer.transfer, and {problem}"
+            raise UserError(f"{stage_section(stage.index)}.{key}", now[key], problem, remedy)
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
     """All that an initialised model's function depends on."""
-    return model.model_dump(exclude={"init_std"}) | {"n_kv_heads": model.kv_heads}
+    return model.model_dump(exclude={"init_std", "embed_init_std", "head_init_std"}) | {"n_kv_heads": model.kv_heads}
 
 
 def _changes(was: Any, is_now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

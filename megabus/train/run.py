@@ -12,25 +12,25 @@ from typing import Any
 import torch.distributed as dist
 
 from megabus.checkpoint.contents import Found
-from megabus.checkpoint.load import checkpoint_at
-from megabus.checkpoint.manifest import Heartbeat
-from megabus.checkpoint.restore import find_checkpoint, restore, verified
+from megabus.checkpoint.restore import find_checkpoint, restore, weights_of
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
 from megabus.data.order import align_up
 from megabus.engine.engine import Engine
-from megabus.errors import UserError, say
+from megabus.errors import UserError, say, warn
 from megabus.growth.transition import stage_engine
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters
-from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.parallel.agree import agreement
 from megabus.preflight.flight import preflight
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
+from megabus.train.horizon import at_horizon
 from megabus.train.metrics import Metrics, describe
+from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_continues, check_same_model, data_order
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
@@ -84,18 +84,24 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     full = config.preflight.enabled
     stages, sources = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full)
+    stages = at_horizon(config, stages)
     with agreement():
         monitor = KappaMonitor(config.growth.trigger)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
     if config.init_from is not None and found is None:
-        origin = _origin(config.init_from, stages[0], watchdog.heartbeat)
+        origin = weights_of(config.init_from, watchdog.heartbeat)
+        check_same_model(origin, config, stages[0], "give the model that was saved")
     changes: list[str] = []
     with agreement():
+        told = [] if found is not None else check_growths(config, stages)
         if found is not None:
             changes = check_continues(found, config, stages, data_order(corpora.sources))
     lock.keep()
+    if dist.get_rank() == 0:
+        for line in told:
+            warn(line)
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
@@ -130,7 +136,12 @@ def check_only(config: RunConfig) -> None:
     lock = RunLock(Path(config.run_dir))
     try:
         with watched(config.faults.hang_timeout, dist.get_rank()) as watchdog:
-            preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full=True, measured=True)
+            stages, _ = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full=True, measured=True)
+            with agreement():
+                told = check_growths(config, stages)
+            if dist.get_rank() == 0:
+                for line in told:
+                    warn(line)
     finally:
         lock.release()
 
@@ -147,13 +158,6 @@ def _reserve(config: RunConfig, lock: RunLock) -> None:
 
 def _engine(config: RunConfig, stages: list[Stage], index: int) -> Engine:
     return stage_engine(config, stages[index], stages[index - 1] if index else None)
-
-
-def _origin(path: str, stage: Stage, heartbeat: Heartbeat) -> Found:
-    """The checkpoint whose weights, but not moments, a new run begins with. Collective."""
-    found = verified(rank_0_tells(lambda: checkpoint_at(path)), heartbeat)
-    check_same_model(found, stage, "give the model that was saved")
-    return replace(found, state=replace(found.state, kinds=("weight",), optimizer_step=0))
 
 
 @contextmanager

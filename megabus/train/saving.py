@@ -30,6 +30,7 @@ def save(run: Run) -> None:
 
 
 def _begin(run: Run) -> None:
+    run.watchdog.heartbeat(f"the save after step {run.progress.step}")
     run.saver.start(_state(run), run.engine.placement, run.engine.read())
     run.saved_step, run.save_is_due = run.progress.step, False
     run.watchdog.heartbeat()

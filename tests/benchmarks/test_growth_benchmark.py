@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 from support import growth_experiments as small
 
-from benchmarks.growth import prefix
+import benchmarks.growth
 from benchmarks.growth.experiment import best_rate, jobs, load_experiment, make_job, overlaid
 from benchmarks.growth.groups import difference, groups
-from benchmarks.growth.prefix import Common, common
 from benchmarks.growth.results import Results, result_of
 from benchmarks.growth.savings import Saving, overall, quantile, saving, spread
-from benchmarks.growth.write_up import report
-from megabus.config import parse_config
+from benchmarks.growth.write_up import parabola, report
 from megabus.errors import UserError
 
 INF = math.inf
@@ -29,6 +27,11 @@ def refused(tmp_path, **changes):
         small.load(tmp_path, small.spec(**changes))
     assert str(tmp_path / "tiny.yaml") in str(error.value)
     return str(error.value)
+
+
+def trunk(**sections):
+    """Its keys laid over those of an arm that grows at a place of its own."""
+    return two(set=overlaid({"growth": small.TWICE}, sections), caps_at=[0.1])
 
 
 def two(**second):
@@ -57,6 +60,18 @@ def two(**second):
         ({"arms": two(set={"growth": small.TWICE}, caps=[0.2, 0.2])}, ["arms.b.caps", "do not end 1 stage"]),
         ({"arms": two(set={"growth": small.TWICE}, caps=[1.0])}, ["arms.b.caps", "before the run does"]),
         ({"arms": two(set={"growth": small.TWICE}, caps=[1.5])}, ["arms.b.caps", "less than or equal to 1"]),
+        ({"arms": two(set={"growth": small.TWICE}, caps_at=[0.1, 0.2])}, ["arms.b.caps_at", "of 1 growth"]),
+        ({"arms": two(set={"growth": small.TWICE}, caps_at=[0.7])}, ["arms.b.caps_at = 0.7", "falls from 0.7 on"]),
+        ({"arms": two(set={"growth": small.TWICE}, caps_at=[0.1], caps=[0.1])}, ["arms.b.caps", "beside caps_at"]),
+        ({"arms": two(caps_at=[0.1])}, ["arms.b.caps_at", "does not grow"]),
+        ({"arms": trunk(optimizer={"schedule": "cosine"})}, ["optimizer.schedule = cosine", "choose wsd"]),
+        ({"arms": trunk(optimizer={"decay_share": "x"})}, ["arms.b", "optimizer", "decay_share"]),
+        ({"arms": trunk(growth={"max_flops": 9})}, ["growth.max_flops = 9", "nothing beside caps"]),
+        ({"arms": two(lr={"at": [1], "value": 1})}, ["arms.b.lr", "nothing to tune"]),
+        ({"arms": two(lr={"tune": [1], "at": [1, 1]})}, ["arms.b.lr.at", "names one twice"]),
+        ({"epochs": 0}, ["epochs"]),
+        ({"arms": two(set={"growth": small.TWICE}, ladder=True)}, ["arms.b.ladder", "is of fixed sizes"]),
+        ({"arms": two(set={"growth": "auto"}, ladder=True)}, ["arms.b.ladder", "is of fixed sizes"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, changes, words):
@@ -120,10 +135,26 @@ def test_jobs_come_in_order_and_once(tmp_path):
 
 def test_a_failed_rate_is_never_chosen(tmp_path):
     experiment = small.load(tmp_path, small.spec(arms=TUNED))
-    assert best_rate(experiment, "of", losses_by({0.01: INF, 0.02: 9.0, 0.04: INF})) == 0.02
+    assert best_rate(experiment, "of", 1.0, losses_by({0.01: INF, 0.02: 9.0, 0.04: INF})) == 0.02
     failed = dict.fromkeys((0.01, 0.02, 0.04), INF)
-    assert best_rate(experiment, "scratch", losses_by(failed)) is None
+    assert best_rate(experiment, "scratch", 1.0, losses_by(failed)) is None
     assert {job.arm for job in jobs(experiment, losses_by(failed)) if not job.tuning} == {"fixed"}
+
+
+def test_rates_are_tuned_at_several_budgets(tmp_path):
+    """A run takes what the nearest of them chose, by ratio; where two are as near, the smaller."""
+    tuned = small.arm(lr={"tune": [0.01, 0.02], "at": [4, 1]}, budgets=[0.5, 1, 2, 3, 8])
+    arms = {"scratch": tuned, "of": small.arm(lr={"of": "scratch"}, budgets=[4], set={"model": {"d_ff": 64}})}
+    experiment = small.load(tmp_path, small.spec(arms=arms))
+    best = {1.0: 0.02, 4.0: 0.01}
+    found = list(jobs(experiment, lambda job: abs(job.lr - best[job.budget]) if job.tuning else 1.0))
+    tuning = [(job.lr, job.budget) for job in found if job.tuning]
+    assert tuning == [(0.01, 1.0), (0.02, 1.0), (0.01, 4.0), (0.02, 4.0)]
+    chosen = {(job.arm, job.budget): job.lr for job in found if not job.tuning}
+    by_budget = {0.5: 0.02, 2.0: 0.02, 3.0: 0.01, 8.0: 0.01}
+    assert chosen == {("scratch", budget): lr for budget, lr in by_budget.items()} | {("of", 4.0): 0.01}
+    half = list(jobs(experiment, lambda job: 1.0 if job.budget == 1 else None))  # those of the other budget wait
+    assert {job.budget for job in half if not job.tuning} == {0.5, 2.0}
 
 
 def test_the_digest_is_of_the_mathematics(tmp_path):
@@ -167,6 +198,26 @@ def test_caps_are_shares_of_each_budget(tmp_path):
     assert caps("d", 1.0) == [0.75, None]
     assert caps("e", 1.0) == caps("scratch", 1.0) == [None]
     assert "max_flops" not in str(experiment.tree("b"))
+
+
+def test_places_of_growths_are_the_same_for_all_budgets(tmp_path):
+    """What would come when the rate falls already, or later, is left out: of budget x from 0.7x on."""
+    stages = [{"d_model": 52, "n_heads": 3, "d_ff": 90}, {"d_ff": 100}]
+    arms = two(set={"growth": {"stages": stages}}, caps_at=[0.25, 0.7], budgets=[0.3, 0.5, 1, 4]) | {
+        "c": small.arm(like="b", caps=[0.25, 0.5]),
+        "d": small.arm(like="b", set={"optimizer": {"decay_share": 0.9}}, budgets=[3, 8]),
+    }
+    experiment = small.load(tmp_path, small.spec(arms=arms))
+
+    def caps(arm, budget):
+        growth = make_job(experiment, arm, 0, 0.01, budget).asked.growth
+        return [each and each / small.UNIT for each in (growth.max_flops, *(x.max_flops for x in growth.stages))]
+
+    assert [caps("b", budget) for budget in (0.3, 0.5, 1.0)] == [[None], [0.25, None], [0.25, None]]
+    assert caps("b", 4.0) == pytest.approx([0.25, 0.45, None])
+    assert caps("c", 4.0) == [1.0, 2.0, None]
+    assert [caps("d", budget)[:1] for budget in (2.0, 3.0)] == [[None], [0.25]]
+    assert [len(caps("d", budget)) for budget in (3.0, 8.0)] == [2, 3]
 
 
 # ---- results
@@ -247,68 +298,10 @@ def test_intervals():
         assert (mean.mean, mean.interval, bound) == (pytest.approx(4.0), None, told)
 
 
-# ---- what runs share
-
-
-A, B, C = {"d_model": 52, "n_heads": 3, "max_tokens": 9}, {"n_layers": 3, "max_tokens": 9}, {"n_layers": 4}
-MORE = {"train__max_flops": 300.0}
-NONE = Common(-1, 0.0)
-
-
-def grow(*stages, **keys):
-    return {"growth": {"max_tokens": 5, "trigger": {"kappa": 0.5}, "stages": list(stages)} | keys}
-
-
-@pytest.mark.parametrize(
-    ("done", "new", "expected"),
-    [
-        ({}, {}, Common(0, INF)),
-        ({}, MORE, Common(0, 70.0)),
-        (MORE, {}, Common(0, 70.0)),
-        ({"optimizer__schedule": "constant"}, MORE, Common(0, 100.0)),
-        ({"optimizer__schedule": "constant", "optimizer__warmup_share": 0.1}, MORE, Common(0, 0.0)),
-        ({"optimizer__warmup_share": 0.1}, MORE, Common(0, 0.0)),
-        ({"optimizer__schedule": "cosine"}, MORE, Common(0, 0.0)),
-        ({"optimizer__schedule": "cosine"}, {}, Common(0, INF)),
-        ({"train__max_steps": 50}, MORE, Common(0, 0.0)),
-        ({}, {"train__seed": 1}, NONE),
-        ({}, {"optimizer__lr": 0.02}, NONE),
-        ({}, {"eval__every": 5}, NONE),
-        ({}, {"model__d_ff": 64}, NONE),
-        ({}, {"log__every": 5, "checkpoint__every": 9}, Common(0, INF)),
-        (grow(A, C), grow(A, C), Common(2, INF)),
-        (grow(A, C), grow(A, C) | MORE, Common(2, 70.0)),
-        (grow(A, C), grow(A, C, write="clone"), Common(0, INF)),
-        (grow(A, C), grow(A, C, moments="reset", depth="stack") | MORE, Common(0, 70.0)),
-        (grow(A, B, C), grow(A, C), Common(1, INF)),
-        (grow(A, C), grow(B, C), Common(0, INF)),
-        (grow(A, C), grow(A, C, trigger={"kappa": 0.6}), NONE),
-        (grow(A, C), grow(A, C, max_tokens=6), NONE),
-        (grow(A, C), {}, Common(0, INF)),  # until it grows
-        ({}, grow(A, C), NONE),  # it went on where the new one grows
-        ({}, grow(), Common(0, INF)),
-        (grow({"n_layers": 3}), grow({"n_layers": 3}, C), Common(0, INF)),
-        (grow(A, C | {"seq_len": 32}), grow(A, C), NONE),  # chunks are cut by the longest sequence
-        (grow(A, C | {"micro_batch_size": 3}), grow(A, C), NONE),  # 256 validation tokens become 384
-        (grow(A, C | {"micro_batch_size": 4}), grow(A, C), Common(1, INF)),
-    ],
-)
-def test_what_runs_have_in_common(done, new, expected):
-    extra = {key: value for key, value in done.items() if key.startswith(("optimizer", "train__max_steps"))}
-    one, other = (parse_config(small.tree_of(small.spec(), **extra, **x)) for x in (
-        {k: v for k, v in done.items() if k not in extra}, {k: v for k, v in new.items() if k not in extra}
-    ))  # fmt: skip
-    if "optimizer__lr" in new:
-        assert extra == {}
-    found = common(one, other)
-    assert found.growths == expected.growths
-    assert found.flops == pytest.approx(expected.flops)
-
-
 # ---- the report
 
 
-EXPERIMENTS = Path(prefix.__file__).parent
+EXPERIMENTS = Path(benchmarks.growth.__file__).parent
 ARMS = {
     "scratch": small.arm(lr={"tune": [0.01, 0.02]}, budgets=[1, 2], drawn=True),
     "grown": small.arm(drawn=True, set={"model": {"d_ff": 64}}),
@@ -331,14 +324,14 @@ def test_a_report(tmp_path, seeds, failed):
         loss = INF if failed else 3.2 + 0.1 * seed - 0.01 * (seed == 1)
         results.add(small.result(experiment, "grown", seed, loss=loss, growths=[GROWTH, unsound]))
     text = report(experiment, results, tmp_path / "out")
-    assert "| scratch | 1 | 0.01: 3.4000, 0.02: 3.5000 | 0.01 (at the end of the list!) |" in text
+    assert "| scratch | 1 | 0.01: 3.4000, 0.02: 3.5000 | 0.01 (at the end of the list!) | – |" in text
     row = next(line for line in text.splitlines() if line.startswith("| grown"))
     assert "| missing" not in text
     if failed:
         assert f"{len(seeds)} failed" in row
     else:
         assert "d 36 → 52 | 25% | 0.00M | κ | 3.5000 +5.0e-04 |" in text
-        assert "d 36 → 52 | 25% | 0.00M | κ | – |" in text
+        assert "d 36 → 52 | 25% | 0.00M | κ | – | – | – |" in text
         found = groups(experiment, results)
         gain = difference(experiment, found, next(group for group in found if group.arm == "grown"))
         if len(seeds) == 1:
@@ -347,7 +340,7 @@ def test_a_report(tmp_path, seeds, failed):
             assert gain.std == pytest.approx(0.01 / 3**0.5)
             assert "| 3 | 3.2967 ± 0.1002 | +0.2033 (+0.1890 to +0.2177) | 1.42 (" in row
     for line in text.splitlines():
-        assert not line.startswith("|") or line.count("|") in (5, 12, 8)
+        assert not line.startswith("|") or line.count("|") in (6, 12, 8, 9, 10)
     assert (tmp_path / "out/tiny.md").read_text(encoding="utf-8") == f"# tiny\n\n{text}"
     for name in ("curves", "arms"):
         assert (tmp_path / f"out/tiny-{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -361,9 +354,9 @@ def test_a_law_is_held_against_what_grew(tmp_path):
         "growth": {"max_tokens": 1024, "trigger": small.TRIGGER, "stages": [{"d_model": 36, "n_heads": 2, "d_ff": 62}]}
     }
     arms = {
-        "scratch": small.arm(budgets=[1, 2, 4], law=True, seeds=[0, 1]),
-        "little": small.arm(budgets=[1, 2, 4], law=True, set={"model": size}),
-        "middle": small.arm(budgets=[1, 2, 4], law=True, set={"model": size | {"d_ff": 50}}),
+        "scratch": small.arm(budgets=[1, 2, 4], ladder=True, seeds=[0, 1]),
+        "little": small.arm(budgets=[1, 2, 4], ladder=True, set={"model": size}),
+        "middle": small.arm(budgets=[1, 2, 4], ladder=True, set={"model": size | {"d_ff": 50}}),
         "grown": small.arm(set={"model": size, **stages}),
         "other": small.arm(budgets=[1, 2, 4], set={"model": {"kind": "gpt"}}),  # not marked, being of another kind
     }
@@ -398,3 +391,15 @@ def test_the_experiments_that_come_along_can_be_run(path):
     experiment = load_experiment(path)
     assert experiment.name == path.stem
     assert {job.arm for job in jobs(experiment, lambda job: -job.lr)} == set(experiment.arms)
+
+
+def test_the_best_rate_between_those_that_were_tried():
+    """Of losses that are a parabola in the rate's logarithm, exactly; of others none outside of its neighbours."""
+    rates = [1e-3, 2e-3, 5e-3, 8e-3]  # unevenly spaced
+    exact = [(rate, 3 + 0.2 * (math.log(rate) - math.log(2.7e-3)) ** 2) for rate in rates]
+    assert parabola(exact) == pytest.approx(2.7e-3)
+    assert parabola(list(reversed(exact))) == pytest.approx(2.7e-3)
+    assert 1e-3 < parabola([(1e-3, 2.0), (2e-3, 1.0), (4e-3, 1e9)]) < 2e-3
+    assert parabola([(1e-3, 1.0), (2e-3, 1.0), (4e-3, 1.0)]) is None
+    assert parabola(exact[1:]) is None
+    assert parabola([]) is None

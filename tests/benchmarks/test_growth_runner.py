@@ -32,6 +32,8 @@ def growing(corpus):
         "scratch": small.arm(budgets=[1, 2]),
         "tilt": small.arm(set={"growth": growth}),
         "clone": small.arm(like="tilt", set={"growth": {"write": "clone"}}),
+        # A trunk that grows at a place of its own: its first decay begins before that.
+        "trunk": small.arm(set={"growth": small.BY_CAPS}, caps_at=[0.3], budgets=[0.4, 1]),
     }
     return small.spec(corpus, arms=arms)
 
@@ -58,26 +60,34 @@ def test_going_on_from_another_run_changes_no_bit(corpus, alone, tmp_path, monke
     results, tensors = ran(small.load(tmp_path, growing(corpus)), tmp_path)
     said = capsys.readouterr().out
     shared = [line.split(":")[0] for line in said.splitlines() if ": the same as" in line]
-    assert shared == ["scratch-lr0.01-seed0-x2", "clone-lr0.01-seed0-x1"]
+    arms = ["scratch-lr0.01-seed0-x2", "clone-lr0.01-seed0-x1", "trunk-lr0.01-seed0-x0.4", "trunk-lr0.01-seed0-x1"]
+    assert shared == arms
     assert results == alone[0]
     assert tensors == alone[1]
     grown = next(value for key, value in results.items() if key[0] == "clone")
     assert [row["reason"] for row in grown[-1]] == ["cap"]
+    assert [len(results["trunk", 0.01, 0, budget][-1]) for budget in (0.4, 1.0)] == [0, 1]
 
 
-@pytest.mark.parametrize("broken", ["decay", "manner"])
+@pytest.mark.parametrize("broken", ["decay", "manner", "cap"])
 def test_sharing_too_much_is_seen(corpus, alone, tmp_path, monkeypatch, broken):
     """The test above would notice it."""
     small.forking(monkeypatch)
     if broken == "decay":
         monkeypatch.setattr(prefix, "_constant_until", lambda done, new: math.inf)
         name, key = "scratch-lr0.01-seed0-x2", ("scratch", 0.01, 0, 2.0)
+    elif broken == "cap":
+        monkeypatch.setattr(prefix, "cap_is_reached", lambda *_: False)
+        name, key = "trunk-lr0.01-seed0-x1", ("trunk", 0.01, 0, 1.0)
     else:
         monkeypatch.setattr(prefix, "MANNER", ())
-        monkeypatch.setattr(prefix, "_common_growths", lambda a, b: 1)
+        monkeypatch.setattr(prefix, "_common_growths", lambda a, b: (1, (None, None)))
         name, key = "clone-lr0.01-seed0-x1", ("clone", 0.01, 0, 1.0)
     tree = growing(corpus)
-    tree["arms"] = {k: v for k, v in tree["arms"].items() if (k == "scratch") == (broken == "decay")}
+    kept = {"decay": ("scratch",), "manner": ("tilt", "clone"), "cap": ("scratch", "trunk")}[broken]
+    tree["arms"] = {k: v for k, v in tree["arms"].items() if k in kept}
+    for one in tree["arms"].values() if broken == "cap" else ():
+        one["budgets"] = [1]
     tree |= {"reference": key[0], "versus": key[0]}
     results, tensors = ran(small.load(tmp_path, tree), tmp_path)
     assert tensors[name] != alone[1][name]
@@ -108,16 +118,18 @@ def test_stopped_runs_go_on_side_by_side(corpus, alone, tmp_path, monkeypatch, c
     """Cut into pieces, each ending with the next checkpoint of any of the two runs that go on at a time."""
     small.forking(monkeypatch)
     monkeypatch.setattr(runner, "TIDY", 0.0)  # all but what is needed is deleted at once
-    experiment, pieces = small.load(tmp_path, growing(corpus)), 0
+    tree = growing(corpus)
+    del tree["arms"]["trunk"]
+    experiment, pieces = small.load(tmp_path, tree), 0
     while not piece(small.new_runner(experiment, tmp_path)):
         pieces += 1
     assert pieces > 3
     again = small.new_runner(experiment, tmp_path)
-    assert small.told(again.results) == alone[0]
+    assert small.told(again.results) == {key: row for key, row in alone[0].items() if key[0] != "trunk"}
     before = again.results.path.read_bytes()
     assert again.run(2)
     assert again.results.path.read_bytes() == before
-    assert before.count(b"\n") == len(alone[0])
+    assert before.count(b"\n") == len(small.told(again.results))
     assert all(len(small.kept(folder)) <= 3 for folder in again.work.glob("*/checkpoints"))
 
 

@@ -116,6 +116,13 @@ def test_unknown_keys(base: Path, override: str, key: str, meant: str | None) ->
         ("optimizer.lr=on", "optimizer.lr", "True"),
         ("optimizer.lr=0", "optimizer.lr", "0"),
         ("optimizer.beta2=1.5", "optimizer.beta2", "1.5"),
+        ("optimizer.gate=0", "optimizer.gate", "0"),
+        ("optimizer.max_angle=3.2", "optimizer.max_angle", "3.2"),
+        ("optimizer.schedule=logarithmic", "optimizer.schedule", "logarithmic"),
+        ("optimizer.decay_rho=0", "optimizer.decay_rho", "0"),
+        ("train.logit_power=-1", "train.logit_power", "-1"),
+        ("growth.rewarm={share: 1.5, tokens: 9}", "growth.rewarm.share", "1.5"),
+        ("growth.settle={max_angle: 0, tokens: 9}", "growth.settle.max_angle", "0"),
         ("model.kind=bert", "model.kind", "bert"),
         ("model=7", "model", "7"),
         ("growth.stages=7", "growth.stages", "7"),
@@ -196,6 +203,21 @@ optimizer.weight_decay=0.1 @ 1
 optimizer.warmup_share=0.5 optimizer.decay_share=0.6 @ 1
     optimizer.decay_share = 0.6: and warmup_share 0.5 exceed the run; make them sum to 1 or less
     optimizer.decay_share=0.5
+train.logit_power=1 model.kind=gpt @ 1
+    train.logit_power = 1.0: preconditions by s_z, which gpt has none of; leave it out, or set model.kind to ngpt
+    model.kind=ngpt
+optimizer.gate=0.5 optimizer.implementation=deepspeed @ 1
+    optimizer.implementation = deepspeed: has no gate, and optimizer.gate wants one; use torch
+    optimizer.implementation=torch
+optimizer.max_angle=0.1 model.kind=gpt @ 1
+    optimizer.max_angle = 0.1: caps what unit rows turn by: gpt has none; leave it out, or set model.kind to ngpt
+    model.kind=ngpt
+growth.settle.max_angle=0.1 growth.settle.tokens=100 model.kind=gpt @ 1
+    growth.settle.max_angle = 0.1: caps what unit rows turn by: gpt ...; leave growth.settle out, or ... to ngpt
+    model.kind=ngpt
+growth.settle.max_angle=0.1 growth.settle.tokens=100 optimizer.max_angle=0.1 @ 1
+    growth.settle.max_angle = 0.1: is not below optimizer.max_angle = 0.1, to which it is loosened; lower it, or ...
+    growth.settle.max_angle=0.09
 growth.trigger.predictor=constant @ 1
     growth.trigger.constant = (missing): predictor constant needs it; add it
     growth.trigger.constant=3

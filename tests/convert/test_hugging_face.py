@@ -33,7 +33,7 @@ def exported(tmp_path, source, **options):
 @pytest.mark.parametrize("limit", [10**9, 20_000], ids=["one file", "many files"])
 @torch.no_grad()
 def test_logits_are_equal(tmp_path, kind, limit):
-    ours, theirs = exported(tmp_path, MemorySource(model_config(kind)), max_shard_bytes=limit)
+    ours, theirs = exported(tmp_path, MemorySource(model_config(kind, s_z_init=1.5)), max_shard_bytes=limit)
     assert type(theirs).__name__ == {"ngpt": "NGPTForCausalLM", "gpt": "LlamaForCausalLM"}[kind]
     assert (tmp_path / "hf/model.safetensors").exists() == (limit == 10**9)
     assert (theirs(TOKENS).logits - ours(TOKENS)).abs().max() <= 1e-5
@@ -159,7 +159,8 @@ def test_an_edited_export_is_not_read_as_if_it_were_not(tmp_path, kind):
     good = json.loads(path.read_text())
     assert model_of(good | {"max_position_embeddings": 7, "bos_token_id": 3}, path, *PLENTY).kind == kind
     if kind == "ngpt":
-        for change in ({"alpha_init": 0.1}, {"rope_frequencies": [1.0, 0.5, 0.2]}):
+        assert model_of({key: value for key, value in good.items() if key != "s_z_init"}, path).s_z_init == 1  # of old
+        for change in ({"alpha_init": 0.1}, {"s_z_init": 2.0}, {"rope_frequencies": [1.0, 0.5, 0.2]}):
             with pytest.raises(UserError, match="was changed since megabus wrote it"):
                 model_of(good | change, path, *PLENTY)
         return

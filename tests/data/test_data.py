@@ -11,7 +11,7 @@ import torch
 
 from megabus.data.batches import TokenSource
 from megabus.data.indexed import IndexedTokens, IndexedWriter, dtype_for_vocab, meta_path
-from megabus.data.order import BLEND_PERIOD, Blend, ChunkOrder, align_up, permute
+from megabus.data.order import BLEND_PERIOD, Blend, ChunkOrder, align_up, nth_visited, permute
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
 
@@ -167,6 +167,13 @@ def test_permute_at_corpus_scale_and_negative_seeds():
     assert len({permute(i, n, -3, 0) for i in range(500)}) == 500
     with pytest.raises(ValueError, match="outside"):
         permute(n, n, 0, 0)
+
+
+def test_each_epoch_visits_everything_once_in_an_order_of_its_own():
+    visits = [nth_visited(number, 10, 3) for number in range(20)]
+    assert sorted(visits[:10]) == sorted(visits[10:]) == list(range(10))
+    assert visits[:10] != visits[10:]
+    assert visits != [nth_visited(number, 10, 4) for number in range(20)]
 
 
 def inputs_of_epoch(order, seq_len, epoch=0):

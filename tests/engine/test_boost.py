@@ -210,12 +210,13 @@ STAGES = [
 def run_of(tmp_path_factory):
     corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
 
-    def make(boost, **checkpoint):
+    def make(boost, changes=None, **checkpoint):
         growth = {"growth__max_tokens": 512, "growth__boost": boost, "growth__stages": STAGES}
         stages = [stage | {"layout": layout} for stage, layout in zip(STAGES, ({"dp": 2}, {"tp": 2}), strict=True)]
         growth["growth__stages"] = stages
         run = {"train__max_tokens": 1536, "eval__every": 6, "checkpoint": {"asynchronous": False} | checkpoint}
-        return run_config(corpus, tmp_path_factory.mktemp("run") / "run", [{"dp": 2}] * 3, **growth, **run)
+        changes = growth | run | (changes or {})
+        return run_config(corpus, tmp_path_factory.mktemp("run") / "run", [{"dp": 2}] * 3, **changes)
 
     return make
 
@@ -241,6 +242,17 @@ def test_a_run_boosts_after_each_growth(run_of, whole):
     assert told == dict.fromkeys(range(1, 11), None) | {5: 2.6, 6: pytest.approx(1.8), 9: pytest.approx(2.2)}
     plain = start(run_of(None), 2, stop_after(5))[0].steps
     assert [step in steps for step in plain] == [True] * 4 + [False]
+
+
+def test_a_run_settles_after_each_growth(run_of):
+    """The bound on angles and the rewarmed rate at the middle of every step, in tokens since the growth."""
+    settle = {"growth__settle": {"max_angle": 1e-3, "tokens": 320}, "growth__rewarm": {"share": 0.5, "tokens": 320}}
+    config = run_of(None, settle)
+    start(config, 2, stop_after(6))
+    rows = {row["step"]: row for row in rows_of(config, "step")}
+    told = {step: row.get("max_angle") for step, row in rows.items()}
+    assert told == dict.fromkeys(range(1, 5), None) | {5: pytest.approx(1.25e-3), 6: pytest.approx(2.5e-3)}
+    assert [rows[step]["lr"] for step in (4, 5, 6)] == pytest.approx([1e-2, 0.6e-2, 0.8e-2])
 
 
 def test_resume_amid_a_boost_is_bitwise(run_of, whole):

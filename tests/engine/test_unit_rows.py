@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megabus.engine import unit_rows
+from megabus.engine import vectors as vectors_room
 from megabus.engine.unit_rows import UnitRows
+from megabus.engine.vectors import Vectors
 from megabus.kernels import eager
 from megabus.testing.ranks import run_ranks
 
@@ -30,12 +31,12 @@ def _normalise(rows, width, fault=None):
     padded[:total] = matrix.flatten()
     flat = padded[rank * partition : (rank + 1) * partition].clone().requires_grad_()
     if fault == "no all-reduce":
-        unit_rows.dist = type("NoDist", (), {**vars(dist), "all_reduce": staticmethod(lambda *a, **k: None)})
+        vectors_room.dist = type("NoDist", (), {**vars(dist), "all_reduce": staticmethod(lambda *a, **k: None)})
     engine = _fake_engine(flat)
-    keeper = UnitRows(engine, 0, width, total, dist.group.WORLD, eager.unit_rows_)
+    keeper = UnitRows(engine, Vectors(flat, width, total, dist.group.WORLD), eager.unit_rows_)
     flat.grad = torch.zeros_like(flat)
     engine.optimizer.optimizer.step()
-    return flat.detach(), float(keeper.error()), keeper.n_cut
+    return flat.detach(), float(keeper.error()), keeper.vectors.n_cut
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -15,6 +17,7 @@ from support.trainings import run_of
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
 from megabus.config.stages import Stage
 from megabus.engine import ds_config
+from megabus.estimate import activations
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
 from megabus.estimate.devices import Interconnect, device
@@ -115,10 +118,24 @@ def test_recomputed_blocks_save_what_they_were_given(large, fused):
 
 def test_larger_micro_batches_follow_from_two():
     model = ModelConfig(vocab_size=67, d_model=36, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=62)
-    from megabus.estimate.activations import _run, _trace
-
     shape = Shape(model, 2, 1, 5, 22, "bf16", False, True, False)
-    assert _run(shape, False) == _trace(shape, False)
+    assert activations._run(shape, False) == activations._trace(shape, False)
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("cut", [{}, {"tp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str)
+def test_a_small_model_that_is_run_counts_as_shapes_do(kind, precision, cut, monkeypatch):
+    model = ModelConfig(kind=kind, vocab_size=68, d_model=36, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=62)
+    plain = {"tp": 1, "sequence_parallel": False} | cut
+    for recompute, fused, last in itertools.product([False, True], repeat=3):
+        shape = Shape(
+            model, rank=0, batch=3, seq_len=22, precision=precision, recompute=recompute, fused=fused, **plain
+        )
+        monkeypatch.setattr(activations, "LITTLE", math.inf)
+        run = activations._trace(shape, last)
+        monkeypatch.setattr(activations, "LITTLE", 0)
+        assert run == activations._trace(shape, last)
 
 
 # ---- growth

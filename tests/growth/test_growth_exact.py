@@ -35,8 +35,9 @@ STEPS = [
     (GQA, {"n_heads": 6, "n_kv_heads": 3, **{k: FRACTION[k] for k in ("d_model", "d_ff", "n_layers")}}),
     (GQA, {"n_heads": 6, "d_model": 52}),
     (GQA, {"n_heads": 9, "n_kv_heads": 3, "d_model": 52}),
+    ({}, FRACTION | {"alpha_init": 0.03, "s_z_init": 1.2, "init_std": 0.017, "head_init_std": 0.014}),
 ]
-STEP_IDS = ["fraction", "many", "depth", "one", *WIDTH_IDS[2:]]
+STEP_IDS = ["fraction", "many", "depth", "one", *WIDTH_IDS[2:], "transfer"]
 
 
 @pytest.mark.parametrize("read", READS)

@@ -94,6 +94,51 @@ def test_negative_controls_bf16(monkeypatch):
     assert abs(ours / theirs - 1) > 2 * BF16_LIMITS["loss"]
 
 
+def preconditioned(h, weight, gain, targets, reduce, power):
+    """By autograd: logits whose value is gain u, and whose derivative by u is (gain / mean |gain|)^power."""
+    u = h @ weight.T
+    slope = (gain / gain.abs().mean()).detach()
+    slope = slope.sign() * slope.abs() ** power
+    logits = gain * u.detach() + slope * (u - u.detach())
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+    return reduce(losses)
+
+
+def gradients(function, power, spread=1.0):
+    (h, weight, gain), targets = case()
+    with torch.no_grad():
+        gain.mul_(spread)
+        gain[7] *= -1  # a step has to go down there too
+    rest = () if function is preconditioned else (0, Unsharded())
+    found = function(h, weight, gain, targets, REDUCTIONS["sequences"], *rest, power)
+    loss = found if isinstance(found, torch.Tensor) else found[0]
+    (3 * loss).backward()
+    return [loss.detach(), h.grad, weight.grad, gain.grad]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_preconditioned_gradients(monkeypatch, power):
+    """Those of h and of the rows are autograd's of such logits; loss and the gain's own gradient stay true."""
+    in_chunks(monkeypatch, 7 * V + 3)
+    ours, true = gradients(head_loss, power), gradients(head_loss, None)
+    for mine, theirs in zip(ours, gradients(preconditioned, power), strict=True):
+        assert (mine - theirs).abs().max() < 1e-12
+    assert torch.equal(ours[0], true[0])
+    assert torch.equal(ours[3], true[3])
+    for mine, theirs in zip(ours[1:3], true[1:3], strict=True):
+        assert (mine - theirs).abs().max() > 1e-3  # control: it does something
+        assert (mine * theirs).sum() > 0
+
+
+def test_power_one_takes_the_scale_of_the_gains_away(monkeypatch):
+    """Ten times the gains is another softmax, but the gradients are not ten times as long for their scale's sake."""
+    in_chunks(monkeypatch, V)
+    true, ours = gradients(head_loss, None, 3.0), gradients(head_loss, 1.0, 3.0)
+    mean = 3.0 * case()[0][2].abs().mean().item()
+    for mine, theirs in zip(ours[1:3], true[1:3], strict=True):
+        torch.testing.assert_close(mine * mean, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_it_has_no_second_derivative(monkeypatch):
     """Its gradients are numbers by then: whoever differentiates them is told."""
     (h, weight, gain), targets = case()

@@ -58,7 +58,7 @@ def worst(found, wanted):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_model_equals_the_reference(kind, kv, dtype, tolerance):
     """Logits, loss and the gradient of every parameter."""
-    model_config = config(kind, n_kv_heads=kv)
+    model_config = config(kind, n_kv_heads=kv, alpha_init=0.07, s_z_init=1.5)
     model, data = lively(model_config), batch()
     wanted = run_reference(model, *data)
     assert all(x.abs().max() > 0 for x in wanted.values())
@@ -304,6 +304,10 @@ def test_seeds_and_names_differ():
 def test_initial_statistics():
     """Uncorrelated, mean 0, the declared deviation; write matrices of the baseline are smaller."""
     model_config = config("gpt", vocab_size=2000)
+    for std, own in ((0.02, None), (0.05, 0.05)):
+        drawn = megabus.build_model(config("gpt", vocab_size=2000, embed_init_std=own, head_init_std=own))
+        for matrix in (drawn.embed.weight, drawn.output.head.weight):
+            assert matrix.std().item() == pytest.approx(std, rel=4 / (2 * matrix.numel()) ** 0.5)
     model = megabus.build_model(model_config)
     x = model.embed.weight.detach().double()
     n = x.numel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +14,14 @@ import megabus
 from megabus.checkpoint.load import checkpoint_at
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
-from megabus.nli.pairs import LABELS
-from megabus.nli.prompt import TEMPLATE, VERBALIZERS, Template
-from megabus.nli.run import batch_places, steps_of
+from megabus.nli.pairs import LABELS, Pair
 from megabus.nli.score import Encoder
-from megabus.nli.settings import Settings
+from megabus.nli.settings import Settings, Template
 from megabus.testing.ranks import run_ranks
 
 LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}]
 N = 23  # of no batch a multiple
+TEMPLATE = Template().text
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def evaluate(settings):
 
 def outcomes(settings, layout):
     """Of every rank."""
-    return run_ranks(world_of(layout), evaluate, replace(settings, **layout))
+    return run_ranks(world_of(layout), evaluate, settings.model_copy(update=layout))
 
 
 def plain_scores(run, rows, max_length=None):
@@ -78,9 +77,10 @@ def test_scores_are_those_of_one_plain_process(run, files, layout):
     rows = rows_of(N, seed=1)
     expected = plain_scores(run, rows)
     assert np.ptp(expected, axis=1).min() > 1e-3  # control: labels differ
-    for outcome in outcomes(Settings(run, valid=files[0], micro_batch_size=3), layout):
-        pairs, scores = outcome.data.reported[0], outcome.zero_shot[0]
-        assert (len(pairs), pairs.skipped, scores.n_cut, outcome.step) == (N, 1, 0, 7)
+    for outcome in outcomes(Settings(checkpoint=run, valid=files[0], micro_batch_size=3), layout):
+        pairs, scores = outcome.data.reported[0], outcome.scores["zero-shot"][0]
+        assert (len(pairs), pairs.skipped, scores.n_cut) == (N, 1, 0)
+        assert outcome.facts["checkpoint"]["step"] == 7
         assert [LABELS[label] for label in pairs.labels] == [row["gold_label"] for row in rows]
         assert scores.log_likelihood.shape == (N, 3)
         assert np.abs(scores.log_likelihood - expected).max() <= 1e-5
@@ -89,8 +89,8 @@ def test_scores_are_those_of_one_plain_process(run, files, layout):
 
 def test_long_premises_lose_their_beginning(run, files):
     rows = rows_of(N, seed=1)
-    (outcome,) = outcomes(Settings(run, valid=files[0], max_length=30), {})
-    scores = outcome.zero_shot[0]
+    (outcome,) = outcomes(Settings(checkpoint=run, valid=files[0], max_length=30), {})
+    scores = outcome.scores["zero-shot"][0]
     lengths = [len(Tokenizer(checkpoint_at(run) / "tokenizer.model").encode(row["sentence1"])) for row in rows]
     assert 0 < scores.n_cut < N
     assert scores.n_beyond == 0
@@ -99,17 +99,17 @@ def test_long_premises_lose_their_beginning(run, files):
 
 
 def test_variants_of_the_score(run, files):
-    (outcome,) = outcomes(Settings(run, valid=files[0]), {})
-    variants = outcome.zero_shot[0].variants()
+    (outcome,) = outcomes(Settings(checkpoint=run, valid=files[0]), {})
+    scores = outcome.scores["zero-shot"][0]
     expected = plain_scores(run, rows_of(N, seed=1))
     empty = plain_scores(run, [{"sentence1": "N/A", "sentence2": "N/A"}])
-    assert np.abs(variants["per character"] - expected / [5, 8, 6]).max() <= 1e-5
-    assert np.abs(variants["PMI"] - (expected - empty)).max() <= 2e-5
+    assert np.abs(scores.per_character - expected / [5, 8, 6]).max() <= 1e-5
+    assert np.abs(scores.pmi - (expected - empty)).max() <= 2e-5
 
 
 def test_bf16_is_near(run, files):
-    (outcome,) = outcomes(Settings(run, valid=files[0], precision="bf16"), {})
-    difference = np.abs(outcome.zero_shot[0].log_likelihood - plain_scores(run, rows_of(N, seed=1)))
+    (outcome,) = outcomes(Settings(checkpoint=run, valid=files[0], precision="bf16"), {})
+    difference = np.abs(outcome.scores["zero-shot"][0].log_likelihood - plain_scores(run, rows_of(N, seed=1)))
     assert 1e-5 < difference.max() < 0.5
 
 
@@ -125,7 +125,7 @@ def test_what_is_cut_is_the_premise_even_behind_other_text(run):
     template = Template("Facts: {premise} Claim: {hypothesis} It is", (" so", " open", " not so"))
     short, long = encoder_of(run, template, 40), encoder_of(run, template)
     premise, hypothesis = "the cat and " * 12 + "the dog.", "the bird is red."
-    whole, cut = long.encode(premise, hypothesis, 2), short.encode(premise, hypothesis, 2)
+    whole, cut = long.encode(Pair(0, premise, hypothesis), 2), short.encode(Pair(0, premise, hypothesis), 2)
     n_head = len(long.tokenizer.encode("Facts: "))
     tokens = whole.sequence.tokens
     assert (cut.sequence.n_inputs, cut.sequence.n_scored, cut.beyond) == (40, whole.sequence.n_scored, False)
@@ -134,29 +134,30 @@ def test_what_is_cut_is_the_premise_even_behind_other_text(run):
 
 
 def test_a_long_hypothesis_loses_its_beginning_last(run):
-    scored = encoder_of(run, max_length=24).encode("I saw a cat.", "the cat and " * 12 + "the dog is red.", 0)
-    whole = encoder_of(run).encode("I saw a cat.", "the cat and " * 12 + "the dog is red.", 0)
+    pair = Pair(0, "I saw a cat.", "the cat and " * 12 + "the dog is red.")
+    scored, whole = encoder_of(run, max_length=24).encode(pair, 0), encoder_of(run).encode(pair, 0)
     assert (scored.sequence.n_inputs, scored.beyond) == (24, True)
     assert scored.sequence.tokens == whole.sequence.tokens[-25:]
 
 
 def test_space_at_a_prompts_end_belongs_to_the_label(run):
     """As in lm-evaluation-harness: pieces begin with their space."""
-    spaced = encoder_of(run, Template(TEMPLATE + " ", tuple(label.strip() for label in VERBALIZERS)))
-    assert spaced.encode("a", "b", 1) == encoder_of(run).encode("a", "b", 1)
+    spaced = encoder_of(run, Template(TEMPLATE + " ", tuple(label.strip() for label in Template().labels)))
+    assert spaced.encode(Pair(0, "a", "b"), 1) == encoder_of(run).encode(Pair(0, "a", "b"), 1)
 
 
 def test_an_empty_prompt_begins_with_the_end_of_a_document(run):
     encoder = encoder_of(run, Template("{premise}{hypothesis}"))
-    scored = encoder.encode("", "", 0).sequence
+    scored = encoder.encode(Pair(0, "", ""), 0).sequence
     assert scored.tokens[0] == encoder.tokenizer.eod
     assert scored.n_scored == scored.n_inputs
 
 
 TEMPLATES = {
-    "{premise} {hypothesis} {other}": "has a field {other}",
-    "{premise} {}": "has a field {}",
+    "{premise} {hypothesis} {other}": "and no other field",
+    "{premise} {}": "and no other field",
     "{premise}": "must hold {hypothesis} once",
+    "{premise}{premise}{hypothesis}": "{premise} at most once",
     "{hypothesis} {hypothesis}": "must hold {hypothesis} once",
     "{premise {hypothesis}": "is malformed",
 }
@@ -171,11 +172,11 @@ def test_wrong_templates_are_told(text, problem):
 
 
 def test_wrong_labels_are_told(run):
-    with pytest.raises(UserError, match="--labels = neutral=' Yes': is another label's too"):
+    with pytest.raises(UserError, match="--labels = neutral=' Yes': is blank or another label's too"):
         Template(labels=(" No", " Yes", " Yes"))
-    with pytest.raises(UserError, match="--labels = contradiction=' ': is blank"):
+    with pytest.raises(UserError, match="--labels = contradiction=' ': is blank or"):
         Template(labels=(" No", " Yes", " "))
-    with pytest.raises(UserError, match=r"--max-length = 3: is less than the \d+ tokens of label neutral"):
+    with pytest.raises(UserError, match=r"max_length = 3: is less than the \d+ tokens of ' neither"):
         encoder_of(run, Template(labels=(" True", " neither the one nor the other", " False")), max_length=3)
 
 
@@ -191,51 +192,52 @@ def tuned(run, files, tmp_path_factory):
     for layout in LAYOUTS:
         folder = tmp_path_factory.mktemp("tuned") / "run"
         micro = 2 if layout else None  # several micro batches a step, or one
-        settings = Settings(run, valid=files[0], train=files[1], save=folder, micro_batch_size=micro, **TUNING)
+        settings = Settings(
+            checkpoint=run, valid=files[0], train=files[1], save=folder, micro_batch_size=micro, **TUNING
+        )
         found[str(layout)] = outcomes(settings, layout)[0]
     return found
+
+
+def curve_of(outcome):
+    return outcome.facts["fine_tuning"]["curve"]
+
+
+def guesses_of(outcome):
+    return outcome.scores["fine-tuned"][0].log_likelihood.argmax(1)
 
 
 def test_fine_tuning_learns(tuned):
     outcome = tuned["{}"]
     gold = outcome.data.reported[0].labels
-    assert (outcome.zero_shot[0].log_likelihood.argmax(1) == gold).mean() < 0.7
-    assert (outcome.fine_tuned[0].log_likelihood.argmax(1) == gold).mean() > 0.9
-    assert [row["step"] for row in outcome.curve] == [0, 20, 40]
-    assert outcome.curve[-1]["train_loss"] < 1 < outcome.curve[1]["train_loss"]
-    assert outcome.curve[-1]["valid_accuracy"] > 0.9
-    assert [row["lr"] for row in outcome.curve][-1] == pytest.approx(4e-2 * 0.5 / 40)
-    assert outcome.unit_error <= 1e-6  # it stays on the sphere
+    assert (outcome.scores["zero-shot"][0].log_likelihood.argmax(1) == gold).mean() < 0.7
+    assert (outcome.scores["fine-tuned"][0].log_likelihood.argmax(1) == gold).mean() > 0.9
+    curve = curve_of(outcome)
+    assert [row["step"] for row in curve] == [0, 20, 40]
+    assert curve[-1]["train_loss"] < 1 < curve[1]["train_loss"]
+    assert curve[-1]["valid_accuracy"] > 0.9
+    assert [row["lr"] for row in curve][-1] == pytest.approx(4e-2 * 0.5 / 40)
+    assert outcome.facts["unit_error"] <= 1e-6  # it stays on the sphere
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
 def test_fine_tuning_does_not_depend_on_the_layout(tuned, layout):
     one, other = tuned["{}"], tuned[str(layout)]
-    for a, b in zip(one.curve, other.curve, strict=True):
+    for a, b in zip(curve_of(one), curve_of(other), strict=True):
         assert (a["step"], a["lr"], a["valid_accuracy"]) == (b["step"], b["lr"], b["valid_accuracy"])
         assert abs(a["valid_loss"] - b["valid_loss"]) <= 3e-5  # after 40 steps
         assert a["step"] == 0 or abs(a["train_loss"] - b["train_loss"]) <= 3e-5
-    assert (one.fine_tuned[0].log_likelihood.argmax(1) == other.fine_tuned[0].log_likelihood.argmax(1)).all()
-    assert other.unit_error <= 1e-6
+    assert (guesses_of(one) == guesses_of(other)).all()
+    assert other.facts["unit_error"] <= 1e-6
 
 
 def test_the_saved_model_is_the_fine_tuned_one(tuned):
     for outcome in tuned.values():
-        folder = outcome.saved
+        folder = Path(outcome.facts["fine_tuning"]["saved"])
         assert folder.name == "step-00000040"
         assert (folder / "tokenizer.model").is_file()
         scores = plain_scores(folder, rows_of(N, seed=1))
-        assert np.abs(scores - outcome.fine_tuned[0].log_likelihood).max() <= 1e-5
-
-
-def test_every_epoch_visits_every_pair_once():
-    n, size = 10, 4
-    places = [place for step in range(5) for place in batch_places(step, size, n, seed=3)]
-    assert sorted(places[:n]) == sorted(places[n : 2 * n]) == list(range(n))
-    assert places[:n] != places[n : 2 * n]
-    assert steps_of(n, size, 2) == 5
-    assert steps_of(n, size, 0.5) == 2
-    assert places != [place for step in range(5) for place in batch_places(step, size, n, seed=4)]
+        assert np.abs(scores - outcome.scores["fine-tuned"][0].log_likelihood).max() <= 1e-5
 
 
 def test_the_report_and_its_files(run, files, tmp_path):

@@ -17,16 +17,16 @@ from megabus.errors import UserError
 from megabus.nli.measures import (
     Baselines,
     bootstrap_macro_f1,
-    hypothesis_only,
+    classifiers,
     macro_f1,
-    majority,
     measure,
-    premise_and_hypothesis,
+    overlap,
 )
 from megabus.nli.pairs import LABELS, Hub, Pair, PairSet, read_jsonl
-from megabus.nli.results import measure_set, plot_set, table
-from megabus.nli.score import Scores
+from megabus.nli.results import measured, of_model, plot_set, table
+from megabus.nli.run import Data, Outcome
 from megabus.nli.settings import Settings
+from megabus.scoring.harness import Scores
 from megabus.testing.ranks import run_ranks
 
 
@@ -58,8 +58,9 @@ def test_files_are_read_in_order(tmp_path, name):
     expected = [(LABELS.index(row["gold_label"]), row["sentence1"], row["sentence2"]) for row in rows]
     assert list(map(tuple, pairs.pairs)) == expected
     assert pairs.skipped == 1
-    assert sum(pairs.counts.values()) == len(pairs) == 5
-    assert pairs.sha256 == replace(pairs, name="other").sha256 != pairs.first(4).sha256
+    assert sum(pairs.facts()["gold"].values()) == len(pairs) == 5
+    sums = [some.facts()["sha256"] for some in (pairs, replace(pairs, name="other"), pairs.first(4))]
+    assert sums[0] == sums[1] != sums[2]
 
 
 def test_samples_are_drawn_without_replacement():
@@ -76,35 +77,45 @@ GOOD = {"gold_label": "neutral", "sentence1": "a", "sentence2": "b"}
 REFUSED = {
     "no field": (
         [GOOD, {"gold_label": "neutral", "sentence1": "a"}],
-        "line 2 has no field sentence2; each needs gold_",
+        ", line 2: sentence2 = (missing): this key is needed; add it",
     ),
-    "no label": ([GOOD, GOOD, {"sentence1": "a", "sentence2": "b"}], "line 3 has no field gold_label"),
+    "no label": ([GOOD, GOOD, {"sentence1": "a", "sentence2": "b"}], ", line 3: gold_label = (missing)"),
     "unknown label": (
         [GOOD | {"gold_label": "maybe"}],
-        "line 1 has gold_label 'maybe'; allowed are entailment, neutral, contradiction, and - for none",
+        ", line 1: gold_label = maybe: Input should be 'entailment', 'neutral', 'contradiction', '-' or '-1'; give",
     ),
-    "label of another kind": ([GOOD | {"gold_label": 0}], "line 1 has gold_label 0; allowed are entailment"),
-    "label that is a list": ([GOOD | {"gold_label": ["neutral"]}], "line 1 has gold_label ['neutral']; allowed"),
-    "no text": ([GOOD, GOOD | {"sentence1": None}], "line 2 has sentence1 None; it must be text"),
-    "no object": ([GOOD, [1, 2]], "line 2 is no JSON object; each line needs gold_label, sentence1, sentence2"),
-    "empty": ([], "is empty; give labelled pairs"),
-    "unlabelled": ([GOOD | {"gold_label": "-"}] * 2, "holds no pair with a gold label (2 without)"),
+    "label of another kind": ([GOOD | {"gold_label": 0}], ", line 1: gold_label = 0: Input should be 'entailment'"),
+    "label that is a list": ([GOOD | {"gold_label": ["neutral"]}], ", line 1: gold_label = ['neutral']: Input should"),
+    "no text": ([GOOD, GOOD | {"sentence1": None}], ", line 2: sentence1 = None: Input should be a valid string"),
+    "a number": ([GOOD | {"sentence2": 3}], ", line 1: sentence2 = 3: Input should be a valid string"),
+    "no object": (
+        [GOOD, [1, 2]],
+        ", line 2 = [1, 2]: is no section of keys; give its keys (gold_label, sentence1, sent",
+    ),
+    "empty": ([], ": holds no pair with a gold label (0 without); give labelled pairs"),
+    "unlabelled": ([GOOD | {"gold_label": "-"}] * 2, ": holds no pair with a gold label (2 without)"),
 }
 
 
 @pytest.mark.parametrize(("rows", "problem"), REFUSED.values(), ids=REFUSED)
 def test_wrong_rows_are_told(tmp_path, rows, problem):
     path = write_rows(tmp_path / "a.jsonl", rows)
-    assert message_of(read_jsonl, path, "--train").startswith(f"--train = {path}: {problem}")
+    assert message_of(read_jsonl, path, "--train").startswith(f"--train = {path}{problem}")
 
 
 def test_what_is_no_such_file_is_told(tmp_path):
     path = tmp_path / "a.jsonl"
-    assert message_of(read_jsonl, path, "--valid") == f"--valid = {path}: no such file; check the path"
-    path.write_text(json.dumps(GOOD) + "\n{oh")
-    assert message_of(read_jsonl, path, "--valid").startswith(f"--valid = {path}: line 2 is not JSON (")
+    assert message_of(read_jsonl, path, "--valid").startswith(f"--valid = {path}: cannot be read ([Errno 2] No such")
+    path.write_text(json.dumps(GOOD) + "\n\n{oh")
+    assert message_of(read_jsonl, path, "--valid").startswith(f"--valid = {path}, line 3 = b'{{oh': Invalid JSON: ")
     path.write_bytes(b"\xff\xfe\n")
-    assert message_of(read_jsonl, path, "--valid").startswith(f"--valid = {path}: line 1 is not JSON (")
+    assert message_of(read_jsonl, path, "--valid").startswith(
+        f"--valid = {path}, line 1 = b'\\xff\\xfe\\n': Invalid JSON"
+    )
+    path.write_text(json.dumps([GOOD] * 300))  # all rows on one line
+    assert len(message_of(read_jsonl, path, "--valid")) < 500
+    path.write_text("x" * 1000)
+    assert len(message_of(read_jsonl, path, "--valid")) < 500
     gz = write_rows(tmp_path / "b.gz", [GOOD] * 300)
     gz.write_bytes(gz.read_bytes()[:-12])
     assert "b.gz: cannot be read (" in message_of(read_jsonl, gz, "--valid")
@@ -157,11 +168,14 @@ def test_data_sets_of_the_hubs_form(hub, form, monkeypatch, tmp_path):
 def test_other_data_sets_are_told(tmp_path):
     columns = {"text": ["a"], "label": [0]}
     datasets.DatasetDict(test=datasets.Dataset.from_dict(columns)).save_to_disk(tmp_path / "d")
-    expected = "split test has no column premise, its columns are text, label; it needs label, premise, hypothesis"
-    assert message_of(Hub(str(tmp_path / "d")).read, "test") == f"--data = {tmp_path / 'd'}: {expected}"
+    told = message_of(Hub(str(tmp_path / "d")).read, "test")
+    assert told.startswith(f"--data = {tmp_path / 'd'}: split test: Column name ['")
+    assert told.endswith("Current columns in the dataset: ['text', 'label'].; it needs label, premise, hypothesis")
     columns = {"premise": ["a"], "hypothesis": ["b"], "label": [7]}
     datasets.DatasetDict(test=datasets.Dataset.from_dict(columns)).save_to_disk(tmp_path / "e")
-    assert "row 0 has label 7; allowed are entailment" in message_of(Hub(str(tmp_path / "e")).read, "test")
+    assert "e/test, row 0: gold_label = 7: Input should be 'entailment'" in message_of(
+        Hub(str(tmp_path / "e")).read, "test"
+    )
     assert "cannot be read (" in message_of(Hub, str(tmp_path / "nowhere"))
 
 
@@ -190,19 +204,27 @@ COMMANDS = {
     "two sources": (["--data", "snli", "--valid", "{file}"], "--data = snli: and --valid are two sources"),
     "split of a file": (["--valid", "{file}", "--split", "test"], "--split = test: is of --data, which is not given"),
     "twice": (["--valid", "{file}", "--test", "{file}"], "--test = {file}: is --valid too; give it once"),
-    "split twice": (["--data", "x", "--split", "a", "a"], "--split = a: is given twice; give it once"),
-    "no file": (["--valid", "nowhere"], "--valid = nowhere: no such file; check the path"),
+    "split twice": (["--data", "x", "--split", "a", "a"], "--split = a a: names one twice; give each once"),
+    "no file": (["--valid", "nowhere"], "--valid = nowhere: Path does not point to a file"),
     "nothing to tune on": (["--valid", "{file}", "--fine-tune"], "--train = (missing): there is nothing to fine-tune"),
     "save": (["--valid", "{file}", "--save", "x"], "--save = x: there is nothing new to save; add --fine-tune"),
     "predictions": (["--valid", "{file}", "--predictions"], "--predictions = given: there is no directory"),
-    "limit": (["--valid", "{file}", "--limit", "0"], "--limit = 0: is below 1"),
-    "lr": (["--valid", "{file}", "--lr", "-1"], "--lr = -1.0: is not a positive number"),
-    "clip": (["--valid", "{file}", "--gradient-clipping", "nan"], "--gradient-clipping = nan: is below 0"),
-    "warm-up": (["--valid", "{file}", "--warmup-share", "2"], "--warmup-share = 2.0: is no share"),
-    "seed": (["--valid", "{file}", "--seed", "-1"], "--seed = -1: is out of range"),
-    "layout": (["--valid", "{file}", "--layout", "tp=x"], "--layout = tp=x: is no whole number"),
+    "limit": (["--valid", "{file}", "--limit", "0"], "--limit = 0: Input should be greater than 0"),
+    "lr": (["--valid", "{file}", "--lr", "-1"], "--lr = -1: Input should be greater than 0"),
+    "clip": (
+        ["--valid", "{file}", "--gradient-clipping", "nan"],
+        "--gradient-clipping = nan: Input should be a finite number",
+    ),
+    "warm-up": (
+        ["--valid", "{file}", "--warmup-share", "2"],
+        "--warmup-share = 2: Input should be less than or equal to 1",
+    ),
+    "seed": (["--valid", "{file}", "--seed", "-1"], "--seed = -1: Input should be greater than or equal to 0"),
+    "layout": (["--valid", "{file}", "--layout", "tp=x"], "--tp = x: Input should be a valid integer"),
     "layout's key": (["--valid", "{file}", "--layout", "xp=2"], "--layout = xp=2: is not of the form KEY=VALUE"),
     "labels": (["--valid", "{file}", "--labels", "entailment"], "--labels = entailment: is not of the form KEY=VALUE"),
+    "no such precision": (["--valid", "{file}", "--precision", "fp8"], "--precision = fp8: Input should be 'fp32'"),
+    "template": (["--valid", "{file}", "--template", "x"], "--template = x: must hold {{hypothesis}} once"),
     "option": (["--valid", "{file}", "--bad"], "command line = "),
     "world": (["--valid", "{file}", "--tp", "2"], "layout = tp 2 x pp 1: cannot fill the world of 1 rank(s)"),
     "tp": (["--valid", "{file}", "--layout", "tp=3"], "layout = tp 3 x pp 1: cannot fill the world"),
@@ -214,9 +236,9 @@ COMMANDS = {
     "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not a SentencePiece model"),
     "vocabulary": (
         ["--valid", "{file}", "--tokenizer", "{other}"],
-        "--tokenizer = {other}: has 273 pieces, the model 340",
+        "tokenizer = {other}: has 273 pieces, the model 340",
     ),
-    "bad rows": (["--valid", "{bad}"], "--valid = {bad}: line 1 has gold_label 'maybe'"),
+    "bad rows": (["--valid", "{bad}"], "--valid = {bad}, line 1: gold_label = maybe: Input"),
     "out": (["--valid", "{file}", "--out", "{file}/x"], "--out = {file}/x: cannot be written ("),
     "save's place": (
         ["--valid", "{file}", "--train", "{file}", "--fine-tune", "--save", "{file}/x"],
@@ -251,7 +273,8 @@ def test_bad_command_lines_are_told_in_one_line(places, name):
 
 
 def test_a_full_directory_is_not_saved_into(places):
-    settings = Settings(places["run"], valid=places["file"], train=places["file"], fine_tune=True, save=places["run"])
+    run, file = places["run"], places["file"]
+    settings = Settings(checkpoint=run, valid=file, train=file, fine_tune=True, save=run)
     assert "holds checkpoints already; choose another, or remove it" in message_of(settings.check)
 
 
@@ -315,10 +338,15 @@ def test_the_bootstrap_is_one_over_pairs():
 
 
 def test_features():
+    """Those of the hypothesis alone do not change with the premise; both sentences' know which is which."""
     pair = Pair(0, "A red cat.", "Red cats?")
-    assert hypothesis_only(pair) == ["h:red", "h:cats", "h:?", "h:red cats", "h:cats ?"]
-    assert {"p:a red", "both:red", "new:cats", "missing:cat"} <= set(premise_and_hypothesis(pair))
-    assert hypothesis_only(pair._replace(premise="x")) == hypothesis_only(pair)
+    alone, both = (model[0].fit([pair, pair, Pair(0, "other", "words")]) for model in classifiers().values())
+    names = [name.split("__")[1] for name in alone.get_feature_names_out()]
+    assert sorted(names) == sorted(["red", "cats", "?", "red cats", "cats ?"])
+    assert (alone.transform([pair._replace(premise="x")]) != alone.transform([pair])).nnz == 0
+    terms = ["countvectorizer-1__a red", "countvectorizer-2__red cats", "both:red", "new:cats", "missing:cat", "both"]
+    assert {term if "__" in term else f"countvectorizer-3__{term}" for term in terms} <= {*both.get_feature_names_out()}
+    assert overlap(("a b", "B c b")) == ["both:b", "new:c", "both:b", "missing:a", "both", "new", "both"]
 
 
 def test_baselines():
@@ -327,12 +355,13 @@ def test_baselines():
     found = Baselines(train).predict(test)
     assert found["hypothesis n-grams"] == test.labels
     assert found["premise + hypothesis n-grams"] == test.labels
-    assert found["majority of training pairs"] == [majority(train.labels)] * 30
+    assert found["majority of training pairs"] == [np.argmax(np.bincount(train.labels))] * 30
     assert len(Baselines(train).predict(PairSet("odd", [Pair(0, "", "")]))["hypothesis n-grams"]) == 1
     alone = Baselines(None).predict(test)
-    assert alone["majority of these pairs"] == [majority(test.labels)] * 30
+    assert alone["majority of these pairs"] == [np.argmax(np.bincount(test.labels))] * 30
     assert alone["hypothesis n-grams"] is alone["premise + hypothesis n-grams"] is None
-    assert majority([2, 1, 2, 1]) == 1  # the first of equally common ones
+    tied = PairSet("tied", [Pair(label, "", "") for label in (2, 1, 2, 1)])
+    assert Baselines(None).predict(tied)["majority of these pairs"] == [1] * 4  # the first of equally common ones
 
 
 @pytest.mark.parametrize("pairs", [[Pair(1, "a b", "c d")] * 4, [Pair(0, "a", "b"), Pair(1, "c", "d")]])
@@ -348,14 +377,15 @@ def test_baselines_that_cannot_be_fitted_do_not_take_the_rest_along(pairs):
 def test_the_table_and_the_picture(tmp_path):
     pairs = replace(pair_set(30, 2), skipped=2)
     values = np.eye(3)[np.array(pairs.labels)]
-    scores = Scores(values, np.zeros(3), np.ones(3), n_cut=4, n_beyond=1)
-    one = measure_set(pairs, scores, None, Baselines(None), seed=0)
+    scores = Scores(values, values, values, n_cut=4, n_beyond=1)
+    one = of_model(0, Outcome(Data(None, None, [pairs]), {"zero-shot": [scores]}, {}), seed=0)
+    one["results"] |= measured(pairs, Baselines(None).predict(pairs), seed=0)
     text = table({"sets": {"dev": one}, "baselines": {"missing": "no training pairs"}})
     assert text.startswith("dev: 30 pairs, 2 others have no gold label, 4 premises cut to fit, 1 lost more")
     assert "not available: no training pairs" in text
     lines = text.splitlines()
     assert next(line for line in lines if line.startswith("zero-shot ")).split()[1] == "1.000"
     assert max(map(len, lines)) <= 120
-    picture = plot_set("dev", one, tmp_path / "a.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    plot_set("dev", one, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "cannot be written" in message_of(plot_set, "dev", one, Path(tmp_path / "no/a.png"))

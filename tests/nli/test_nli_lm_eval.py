@@ -16,7 +16,7 @@ from support.nli_data import rows_of, run_tool, write_rows, write_run
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.nli.pairs import HUB, LABELS
-from megabus.nli.prompt import TEMPLATE, VERBALIZERS
+from megabus.nli.settings import Template
 from megabus.testing.ranks import run_ranks
 
 TASKS = Path(__file__).parents[2] / "configs/eval/nli"
@@ -35,13 +35,14 @@ def load(name):
 
 def test_the_prompt_is_the_same():
     shared = load("_shared")
-    assert shared["doc_to_text"].replace("{{", "{").replace("}}", "}") == TEMPLATE
-    assert tuple(shared["doc_to_choice"]) == VERBALIZERS
+    assert shared["doc_to_text"].replace("{{", "{").replace("}}", "}") == Template().text
+    assert tuple(shared["doc_to_choice"]) == Template().labels
     assert shared["target_delimiter"] == ""
-    assert load("megabus_nli_snli.yaml")["dataset_path"] == HUB["snli"].path
-    for split in HUB["mnli"].reported:
+    assert load("megabus_nli_snli.yaml")["dataset_path"] == HUB["snli"][0]
+    path, reported, _ = HUB["mnli"]
+    for split in reported:
         task = load(f"megabus_nli_mnli_{split.removeprefix('validation_')}.yaml")
-        assert (task["dataset_path"], task["test_split"]) == (HUB["mnli"].path, split)
+        assert (task["dataset_path"], task["test_split"]) == (path, split)
 
 
 def test_lm_eval_finds_the_same_accuracy(tmp_path):

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megabus.config import Layout
+from megabus.engine import fragments
 from megabus.engine.engine import Engine
+from megabus.model import init, ngpt
 from megabus.model.params import spec_of
 from megabus.parallel.tensor_parallel import ProcessGroupTP
 from megabus.testing import parity
@@ -73,6 +75,43 @@ def test_bf16_stays_near_and_keeps_unit_masters(layout, zero):
     assert parity.difference(trace, reference("ngpt")).losses < 5e-3
     one = trace_of("ngpt", Layout(1, 1, 1), precision="bf16")
     assert parity.difference(trace, one).losses < 2e-3
+
+
+@pytest.fixture
+def lively_gains(monkeypatch):
+    """Models begin with gains that differ from row to row, in every process and under every layout alike."""
+    plain_rows = init.initial_rows
+
+    def rows(model, name, seed, start, stop, device="cpu"):
+        values = plain_rows(model, name, seed, start, stop, device)
+        return values if values.ndim == 2 else values * (1 + 0.5 * torch.sin(torch.arange(start, stop) * 1.7))
+
+    for room in (init, fragments):
+        monkeypatch.setattr(room, "initial_rows", rows)
+
+
+def preconditioned_logits(self, h_BTD):
+    """Logits of their true value with the derivative that `train.logit_power` 0.5 asks for."""
+    u, gain = self.head(h_BTD), self.s_z * self.scale
+    return gain * u.detach() + (gain / gain.mean()).sqrt().detach() * (u - u.detach())
+
+
+@pytest.mark.usefixtures("lively_gains")
+@pytest.mark.parametrize("layout", [Layout(1, 1, 1), Layout(2, 2, 1)], ids=str)
+def test_preconditioned_logits_equal_one_process(layout, monkeypatch):
+    """The mean gain is the whole vocabulary's, whatever shard a rank holds."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ngpt.Output, "forward", preconditioned_logits)
+        plain = parity.plain_trace(parity.parity_training("ngpt", Layout(1, 1, 1)))
+    trace = trace_of("ngpt", layout, logit_power=0.5)
+    assert parity.difference(trace, plain).worst <= LIMIT
+    if layout.world == 1:
+        assert parity.difference(trace_of("ngpt", layout), plain).grads > 1e-2  # control: without it they differ
+    if layout.tp > 1:  # control: each shard by its own mean
+        monkeypatch.setattr(
+            ProcessGroupTP, "sum", lambda self, x: x if x.numel() == 2 else self._reduce(x, dist.ReduceOp.SUM)
+        )
+        assert parity.difference(trace_of("ngpt", layout, logit_power=0.5), plain).grads > LIMIT
 
 
 def _sums_job(config):

@@ -21,6 +21,7 @@ from support import launching, small_runs
 
 TWICE = {"write": "tilt", "max_tokens": 1024, "stages": [{"d_model": 52, "n_heads": 3, "d_ff": 90}]}
 TRIGGER = {"predictor": "constant", "constant": 1.5, "kappa": 0.99}
+BY_CAPS = {"stages": TWICE["stages"], "trigger": {"predictor": "constant", "constant": 0.0, "kappa": 1.0}}
 UNIT = 4.5e8  # FLOPs: some 20 steps of the first size
 
 

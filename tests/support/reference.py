@@ -64,7 +64,7 @@ def ngpt_logits(p, config, tokens_BT):
         v = torch.einsum("btd,fd->btf", h, p[at + "mlp.gate"]) * p[at + "s_v"] * root_d
         h_M = normalized(torch.einsum("btf,fd->btd", u * silu(v), p[at + "mlp.down"]))
         h = normalized(h + p[at + "alpha_mlp"] * config.alpha_init * root_d * (h_M - h))
-    return torch.einsum("btd,vd->btv", h, p["output.head.weight"]) * p["output.s_z"] * root_d
+    return torch.einsum("btd,vd->btv", h, p["output.head.weight"]) * p["output.s_z"] * config.s_z_init * root_d
 
 
 def rms_norm(h, gain, eps):

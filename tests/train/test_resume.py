@@ -34,7 +34,14 @@ CASES = {
     "tp dp pp": ([{"tp": 2}, {"dp": 2}, {"pp": 2}], {"growth__moments": "grow"}, {"every": 3}, (2, 4, 6, 9)),
     "zero2 bf16 reset": (
         [{"dp": 2}, {"tp": 2}, {"dp": 2}],
-        {"train__zero_stage": 2, "train__precision": "bf16", "growth__moments": "reset"},
+        {
+            "train__zero_stage": 2,
+            "train__precision": "bf16",
+            "train__logit_power": 0.5,
+            "growth__moments": "reset",
+            "growth__settle": {"max_angle": 1e-3, "tokens": 320},
+            "optimizer__max_angle": 2e-3,
+        },
         {"every": 1, "asynchronous": False},
         (4, 6, 9),
     ),
@@ -53,7 +60,15 @@ CASES = {
     ),
     "four": (
         [{"tp": 2, "pp": 2}, {"pp": 2}, {"tp": 2}],
-        LARGE | {"growth__moments": "grow", "optimizer__schedule": "cosine", "optimizer__warmup_share": 0.3},
+        LARGE
+        | {
+            "growth__moments": "grow",
+            "growth__rewarm": {"share": 0.2, "tokens": 320},
+            "optimizer__schedule": "log",
+            "optimizer__warmup_share": 0.3,
+            "optimizer__gate": 0.5,
+            "optimizer__eps": 1e-4,
+        },
         {"every": 2},
         (6,),
     ),

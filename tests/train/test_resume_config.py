@@ -82,6 +82,7 @@ SHAPES = [
     ("d_ff=60", "d_ff", 60, 62),
     ("rope_theta=500", "rope_theta", 500.0, 10000.0),
     ("alpha_init=0.1", "alpha_init", 0.1, 0.05),
+    ("s_z_init=2", "s_z_init", 2.0, 1.0),
     ("norm_eps=1e-6", "norm_eps", 1e-06, 1e-05),
 ]
 
@@ -92,6 +93,12 @@ def test_the_shape_of_the_present_stage_must_stay(stopped, override, key, value,
     folder = stopped[2] / "checkpoints/step-00000002"
     line = refused(stopped[2], f"model.{override}", f"resume={resume}")
     assert line == f"model.{key} = {value}: is {was} in {folder}; set it back, or choose another run_dir"
+
+
+def test_what_follows_from_transfer_must_stay(stopped):
+    """The user finds 0.05 in the file, so the line says where 0.1 comes from."""
+    line = refused(stopped[2], "optimizer.transfer={d_model: 36, n_layers: 6, steps: 9}")
+    assert line.startswith("model.alpha_init = 0.1: follows from optimizer.transfer, and is 0.05 in ")
 
 
 @pytest.mark.parametrize(("key", "value"), [("d_model", 50), ("n_heads", 2), ("d_ff", 91), ("n_layers", 4)])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from math import inf
 from pathlib import Path
 
 import pytest
 from support.tiny_config import BASE
 
 from megabus.config import ModelConfig, Stage, load_config, resolve_stages
-from megabus.config.schema import OptimizerConfig, TrainConfig
+from megabus.config.schema import OptimizerConfig, RewarmConfig, SettleConfig, TrainConfig
 from megabus.engine.ds_config import deepspeed_config
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.init import build_model
 from megabus.model.peak import peak_flops
-from megabus.train.schedule import learning_rate, spent_share
+from megabus.train.schedule import angle_bound, decays, learning_rate, rewarm_factor, spent_share
 
 
 @pytest.fixture
@@ -38,12 +39,12 @@ def largest_jump(values: list[float]) -> float:
     return max(abs(b - a) for a, b in itertools.pairwise(values))
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "log", "wsd"])
 @pytest.mark.parametrize("warmup", [0.0, 0.1])
 @pytest.mark.parametrize("low", [0.0, 0.25])
 def test_schedules_are_continuous(schedule: str, warmup: float, low: float) -> None:
     """Warm-up rises, the rest never does, no jump between; the peak is lr and the end min_lr_ratio of it."""
-    options = optim(schedule=schedule, warmup_share=warmup, decay_share=0.2, min_lr_ratio=low)
+    options = optim(schedule=schedule, warmup_share=warmup, decay_share=0.2, decay_rho=0.2, min_lr_ratio=low)
     values = [learning_rate(options, 3.0, share) for share in GRID]
     assert max(values) == 3.0
     assert values[-1] == pytest.approx(3.0 if schedule == "constant" else 3.0 * low, abs=1e-12)
@@ -73,11 +74,43 @@ def test_schedules_are_continuous(schedule: str, warmup: float, low: float) -> N
         ({"schedule": "wsd", "decay_share": 0.0}, 1.0, 1.0),
         ({"schedule": "wsd", "warmup_share": 0.4}, 0.1, 0.25),
         ({"schedule": "cosine", "warmup_share": 1.0}, 1.0, 1.0),
+        ({"schedule": "log", "decay_rho": 0.5}, 0.0, 1.0),
+        ({"schedule": "log", "decay_rho": 0.125}, 0.25, 0.5),  # 1 - log 3 / log 9
+        ({"schedule": "log", "decay_rho": 0.125, "min_lr_ratio": 0.2}, 0.25, 0.6),
+        ({"schedule": "log", "decay_rho": 0.125, "warmup_share": 0.2}, 0.4, 0.5),
+        ({"schedule": "log", "decay_rho": 0.125, "warmup_share": 0.2}, 0.1, 0.5),
+        ({"schedule": "log", "decay_rho": 1e6}, 0.3, 0.7),  # nearly a line
+        ({"schedule": "log"}, 1.0, 0.0),
+        ({"schedule": "wsd", "decay": "log", "decay_rho": 0.125}, 0.8, 1.0),
+        ({"schedule": "wsd", "decay": "log", "decay_rho": 0.125}, 0.85, 0.5),
+        ({"schedule": "wsd", "decay": "log", "decay_rho": 0.125, "min_lr_ratio": 0.1}, 0.85, 0.55),
+        ({"schedule": "wsd", "decay": "log"}, 1.0, 0.0),
     ],
 )
 def test_learning_rate_in_closed_form(options: dict, share: float, factor: float) -> None:
     for lr in (1.0, 0.02):
-        assert learning_rate(optim(**options), lr, share) == pytest.approx(lr * factor)
+        assert learning_rate(optim(**options), lr, share) == pytest.approx(lr * factor, rel=2e-6, abs=1e-12)
+
+
+def test_only_wsds_decay_silences_kappa() -> None:
+    told = {name: [decays(optim(schedule=name), share) for share in (0.5, 0.9)] for name in ("cosine", "log", "wsd")}
+    assert told == {"cosine": [False, False], "log": [False, False], "wsd": [False, True]}
+
+
+def test_a_rewarmed_rate_rises_linearly() -> None:
+    rewarm = RewarmConfig(share=0.2, tokens=200)
+    assert [rewarm_factor(rewarm, tokens) for tokens in (0, 50, 100, 200, 1000)] == pytest.approx([0.2, 0.4, 0.6, 1, 1])
+    assert rewarm_factor(RewarmConfig(tokens=200), 50) == 0.25
+    assert rewarm_factor(None, 0) == 1.0
+
+
+def test_the_cap_on_angles_loosens_after_a_growth() -> None:
+    """Its inverse falls linearly, to that of the cap that holds all along or to 0."""
+    settle = SettleConfig(max_angle=0.1, tokens=200)
+    assert [angle_bound(0.4, settle, tokens) for tokens in (0, 100, 200, 999)] == pytest.approx([0.1, 0.16, 0.4, 0.4])
+    assert [angle_bound(None, settle, tokens) for tokens in (0, 100, 150, 200)] == pytest.approx([0.1, 0.2, 0.4, inf])
+    assert (angle_bound(None, settle, None), angle_bound(0.4, settle, None)) == (inf, 0.4)  # nothing has grown
+    assert (angle_bound(None, None, 0), angle_bound(0.4, None, 0)) == (inf, 0.4)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from support.small_runs import run_config, write_corpus
 
+from megabus.config.schema import PreflightConfig
+
 # A whole run's start, to the end of its first step.
 PROBE = """
 import os
@@ -31,9 +33,8 @@ sys.exit(main(["train", "--config", sys.argv[1]]))
 
 
 def test_a_start_imports_nothing_that_it_does_not_use(tmp_path):
-    """Without the preflight, whose count of bytes builds the model on torch's meta device, which imports Dynamo."""
     config = run_config(write_corpus(tmp_path), tmp_path / "run", [{}] * 3)
-    assert not config.preflight.enabled
+    config = config.model_copy(update={"preflight": PreflightConfig(enabled=True)})
     (tmp_path / "config.json").write_text(json.dumps(config.model_dump(mode="json")))
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", PROBE, str(tmp_path / "config.json")]

@@ -15,12 +15,12 @@ import torch.distributed as dist
 from support.small_runs import after_step, attempt, run_config, start, write_corpus
 
 from megabus.train import watchdog
-from megabus.train.watchdog import EXIT_CODE, Watchdog, watched
+from megabus.train.watchdog import EXIT_CODE, watched
 
 LIMIT = 30.0  # seconds after which a process of these tests is ended from outside
 
 
-def forked(tmp_path, job, grace=0.3):
+def forked(tmp_path, job, grace=0.1):
     """Run `job(log)` in a forked process, its stderr in a file: exit code, seconds, stderr."""
     log = tmp_path / "stderr"
 
@@ -65,8 +65,8 @@ def test_no_progress_ends_the_process(tmp_path):
 
     code, seconds, said = forked(tmp_path, job)
     assert code == EXIT_CODE == 70
-    assert 0.8 <= seconds < 8
-    assert said.startswith("rank 3: no progress for 0.5 s (faults.hang_timeout):\n")
+    assert 0.4 <= seconds < 8
+    assert said.startswith("rank 3: no progress for 0.4 s (faults.hang_timeout, less 0.1 s to say so):\n")
     assert "in job" in said  # the main thread's stack
     assert "in lost_in_thought" in said  # and any other's
 
@@ -84,9 +84,9 @@ def test_code_that_holds_the_interpreter(tmp_path):
         with watched(0.5, rank=0):
             ctypes.PyDLL(None).sleep(int(LIMIT))  # unlike CDLL it keeps the lock
 
-    code, seconds, said = forked(tmp_path, job, grace=0.25)
+    code, seconds, said = forked(tmp_path, job)
     assert code == 1
-    assert 1.0 <= seconds < 8
+    assert 0.5 <= seconds < 8
     assert "Timeout" in said
     assert "in job" in said
 
@@ -98,7 +98,7 @@ def test_closing_calls_it_off(tmp_path):
         assert threading.active_count() == 1
         time.sleep(1.0)
 
-    assert forked(tmp_path, job, grace=0.1)[::2] == (0, "")
+    assert forked(tmp_path, job)[::2] == (0, "")
 
 
 def test_an_exception_calls_it_off(tmp_path):
@@ -107,38 +107,7 @@ def test_an_exception_calls_it_off(tmp_path):
             raise ZeroDivisionError
         time.sleep(1.0)
 
-    assert forked(tmp_path, job, grace=0.1)[::2] == (0, "")
-
-
-class Slow(threading.Event):
-    """Lets `close` come between the watching thread's look at whether it is closed, and its next wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.clearing, self.closed = threading.Event(), threading.Event()
-
-    def clear(self):
-        self.clearing.set()
-        self.closed.wait(5.0)
-        super().clear()
-
-    def set(self):
-        super().set()
-        if self.clearing.is_set():
-            self.closed.set()
-
-
-def test_closing_at_any_moment(tmp_path):
-    def job():
-        dog = Watchdog(1.0, rank=0)
-        dog._beat = Slow()
-        dog.start()
-        assert dog._beat.clearing.wait(5.0)
-        dog.close()
-
-    code, seconds, said = forked(tmp_path, job)
-    assert (code, said) == (0, "")
-    assert seconds < 1.0
+    assert forked(tmp_path, job)[::2] == (0, "")
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------
@@ -156,7 +125,7 @@ def impatient(log):
         with Path(f"{log}.{dist.get_rank()}").open("wb") as file:
             os.dup2(file.fileno(), 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
-        watchdog.GRACE = 1.5
+        watchdog.GRACE = 1.0
 
     return change
 
@@ -182,11 +151,11 @@ def test_a_rank_that_hangs_ends_all(corpus, tmp_path, layout, hung):
         lost_in_thought()
 
     with pytest.raises(RuntimeError, match=r"ranks ended with \[(70, 70|70, 1|1, 70)\]"):  # 1: its peer was faster
-        attempt(config, 2, impatient(log), after_step(2, within(1.0)), after_step(3, hang, hung))
-    assert time.monotonic() - float(times.read_text()) < 1.0 + 1.5 + 8  # of which run_ranks waits 1 s for the others
+        attempt(config, 2, impatient(log), after_step(2, within(3.0)), after_step(3, hang, hung))
+    assert time.monotonic() - float(times.read_text()) < 3.0 + 8  # of which run_ranks waits 1 s for the others
     said = [Path(f"{log}.{rank}").read_text() for rank in (0, 1)]
     for rank in (0, 1):
-        assert said[rank].startswith(f"rank {rank}: no progress for 1 s (faults.hang_timeout):\n")
+        assert said[rank].startswith(f"rank {rank}: no progress for 2 s (faults.hang_timeout, less 1 s to say so):\n")
         assert ("in lost_in_thought" in said[rank]) == (rank == hung)
     assert "in all_reduce" in said[1 - hung] or "in recv" in said[1 - hung]
     assert "megabus/train/loop.py" in said[1 - hung]

@@ -99,12 +99,12 @@ class NGPTBlock(nn.Module):
 class NGPTOutput(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.root = sqrt(config.hidden_size)
+        self.scale = config.s_z_init * sqrt(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.s_z = nn.Parameter(torch.empty(config.vocab_size))
 
     def forward(self, h):
-        return self.head(h) * (self.s_z * self.root)
+        return self.head(h) * (self.s_z * self.scale)
 
 
 class NGPTForCausalLM(PreTrainedModel, GenerationMixin):

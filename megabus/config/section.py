@@ -1,0 +1,41 @@
+"""What sections of a YAML file are made of: numbers of some range, and what holds for every section."""
+
+from __future__ import annotations
+
+from math import pi
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Angle = Annotated[float, Field(gt=0.0, le=pi)]
+
+
+def _whole(value: Any) -> Any:
+    """Let counts be written 2e6: YAML reads that as a string or a float, and a budget is rarely typed in full."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[PositiveInt, BeforeValidator(_whole)]
+
+
+class Section(BaseModel):
+    """Every section refuses unknown keys and cannot change after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `yes` is no 1: pydantic would take it for a number."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("is true or false where no switch is; quote a word that YAML reads as one")
+        return value

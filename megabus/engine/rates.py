@@ -1,0 +1,39 @@
+"""Learning rates by parameter, though ZeRO hands Adam parameters in flat partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from megabus.engine.adam import Segment
+from megabus.engine.fragments import flat_partitions, inner_optimizer, places
+from megabus.model.params import ParamSpec
+from megabus.parallel.placement import Placement
+
+
+def set_rates(
+    engine: Any, module: nn.Module, placement: Placement, rank: int, rate: Callable[[ParamSpec], float]
+) -> None:
+    """Let every parameter learn at `rate` times its group's learning rate.
+
+    engine: DeepSpeed's, around a `SegmentedAdamW`, of the module that `rank` has under `placement`.
+    """
+    found: dict[int, list[Segment]] = {}
+    for place in places(module, placement, rank):
+        found.setdefault(place.group, []).append(Segment(place.part.start, place.part.stop, rate(place.spec)))
+    flats, groups = flat_partitions(engine), inner_optimizer(engine).param_groups
+    for number, segments in found.items():
+        groups[number]["segments"] = merged(segments, flats[number].numel())
+
+
+def merged(segments: Iterable[Segment], length: int) -> list[Segment]:
+    """Segments of a partition of `length` entries, in order, as few as can be: neighbours of one rate become one.
+    Entries between them and at the end are padding, and join what is before."""
+    joined: list[Segment] = []
+    for segment in sorted(segments):
+        if not joined or joined[-1].rate != segment.rate:
+            joined.append(segment)
+    starts = [0, *(segment.start for segment in joined[1:]), length]
+    return [Segment(start, stop, s.rate) for s, start, stop in zip(joined, starts[:-1], starts[1:], strict=True)]

@@ -1,0 +1,49 @@
+"""How the learning rate follows the number of steps that a run takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil, inf
+
+from megabus.config import RunConfig, Stage
+from megabus.config.schema import TrainConfig
+from megabus.model.cost import flops_per_token
+
+EXPONENT = -1 / 3  # of steps, in nu-GPT (Shigida et al. 2026, arXiv 2604.27077)
+
+
+def at_horizon(config: RunConfig, stages: Sequence[Stage]) -> list[Stage]:
+    """The stages with their learning rates times (planned steps / optimizer.transfer.steps)^(-1/3), one factor for all
+    of the run; as they are where no such number is given."""
+    tuned = config.optimizer.transfer
+    if tuned is None or tuned.steps is None:
+        return list(stages)
+    factor = (planned_steps(config.train, stages) / tuned.steps) ** EXPONENT
+    return [replace(stage, lr=stage.lr * factor) for stage in stages]
+
+
+def planned_steps(train: TrainConfig, stages: Sequence[Stage]) -> int:
+    """Optimizer steps of the whole run, by its configuration alone.
+
+    A stage with a cap ends there, as if kappa came no earlier. One without, which kappa alone ends, is taken to spend
+    its part of what is left of the budget: one half where one stage comes after it, a third where two do.
+    """
+    total, tokens, flops = 0, 0, 0.0
+    for stage in stages:
+        cost = stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len)
+        left = (
+            train.max_steps - total if train.max_steps else inf,
+            (train.max_tokens - tokens) / stage.tokens_per_step if train.max_tokens else inf,
+            (train.max_flops - flops) / cost if train.max_flops else inf,
+        )
+        steps, last = max(0, ceil(min(left))), len(stages) - 1
+        if stage.index < last:
+            caps = (
+                stage.max_tokens / stage.tokens_per_step if stage.max_tokens else inf,
+                stage.max_flops / cost if stage.max_flops else inf,
+            )
+            own = ceil(min(caps)) if min(caps) < inf else ceil(steps / (last + 1 - stage.index))
+            steps = min(steps, own)
+        total, tokens, flops = total + steps, tokens + steps * stage.tokens_per_step, flops + steps * cost
+    return total

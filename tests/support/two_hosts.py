@@ -1,0 +1,144 @@
+"""Two machines, for real as far as the network goes: two network namespaces that a pair of veth devices joins."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from megabus.cli import train as train_command
+from megabus.command import end_rank
+from megabus.testing.ranks import free_port, preload
+
+NET, UTS, MOUNT = 0x40000000, 0x04000000, 0x00020000  # of setns and unshare
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@dataclass(frozen=True)
+class Host:
+    """A namespace, its end of the link and its address."""
+
+    name: str
+    device: str
+    address: str
+
+    def enter(self) -> None:
+        """Move this process, which must have one thread, onto the host."""
+        with open(f"/run/netns/{self.name}") as file:
+            _checked(_libc.setns(file.fileno(), NET))
+        _checked(_libc.unshare(UTS))
+        _checked(_libc.sethostname(self.name.encode(), len(self.name)))
+        os.environ["GLOO_SOCKET_IFNAME"] = self.device
+
+    def unplug(self) -> None:
+        _ip("-n", self.name, "link", "set", self.device, "down")
+
+    def plug(self) -> None:
+        _ip("-n", self.name, "link", "set", self.device, "up")
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[tuple[Host, Host]]:
+    """Raises OSError or CalledProcessError where there may be no namespaces."""
+    tag = f"mb{os.getpid()}"
+    hosts = tuple(
+        Host(f"{tag}-{end}", f"{tag}{end}", f"10.77.{os.getpid() % 250}.{n}") for n, end in ((1, "a"), (2, "b"))
+    )
+    try:
+        for host in hosts:
+            _ip("netns", "add", host.name)
+            _ip("-n", host.name, "link", "set", "lo", "up")
+        ends = [("netns", host.name) for host in hosts]
+        _ip("link", "add", hosts[0].device, *ends[0], "type", "veth", "peer", "name", hosts[1].device, *ends[1])
+        for host in hosts:
+            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.device)
+            host.plug()
+        yield hosts[0], hosts[1]
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host.name], check=False, capture_output=True)
+
+
+def why_no_namespaces() -> str | None:
+    """Why two hosts cannot be made here; None where they can."""
+    if shutil.which("ip") is None:
+        return "the program `ip` is not there"
+    try:
+        with two_hosts():
+            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"network namespaces cannot be made: {getattr(error, 'stderr', '') or error}".strip()
+
+
+@dataclass
+class Rank:
+    host: Host
+    process: object
+    log: Path
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def launch(
+    hosts: list[Host], world: int, folder: Path, argv: list[str], change: Callable[[], None] = lambda: None
+) -> list[Rank]:
+    """`megabus train ARGV` on forked ranks, one for each of `hosts`; they meet on the first one. change: of a rank's
+    code, made in it."""
+    preload()
+    port, context, ranks = free_port(), get_context("fork"), []
+    for number, host in enumerate(hosts):
+        log = folder / f"{number}.log"
+
+        def run(number: int = number, host: Host = host, log: Path = log) -> None:
+            with log.open("wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            host.enter()
+            os.environ.update(MASTER_ADDR=hosts[0].address, MASTER_PORT=str(port))
+            os.environ.update(RANK=str(number), LOCAL_RANK=str(number % 2), WORLD_SIZE=str(world))
+            change()
+            end_rank(lambda: train_command.main(argv))
+
+        process = context.Process(target=run, daemon=True)
+        process.start()
+        ranks.append(Rank(host, process, log))
+    return ranks
+
+
+def end(ranks: list[Rank], seconds: float) -> list[int | None]:
+    """Exit codes, None for a rank that has not ended in so many seconds and is killed."""
+    deadline = time.monotonic() + seconds
+    codes = []
+    for rank in ranks:
+        rank.process.join(max(0.0, deadline - time.monotonic()))
+        codes.append(rank.process.exitcode)
+    for rank in ranks:
+        rank.process.kill()
+        rank.process.join()
+    return codes
+
+
+def kill(ranks: list[Rank]) -> None:
+    for rank in ranks:
+        os.kill(rank.process.pid, signal.SIGKILL)
