@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 from array import array
@@ -28,6 +27,7 @@ import numpy as np
 
 from megabus.durable import partial_name, sync
 from megabus.errors import UserError
+from megabus.plain_file import parse_json, read_regular, shown
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -62,12 +62,17 @@ def read_meta(prefix: str | os.PathLike[str]) -> dict | None:
     if not path.is_file():
         return None
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(read_regular(path, links=True))
     except ValueError as error:
         raise UserError("data", path, f"is not JSON ({error})", REBUILD) from error
-    missing = {"vocab_size", "tokenizer_sha256", "n_tokens"} - set(meta)
-    if missing:
+    if not isinstance(meta, dict):
+        raise UserError("data", path, "holds no keys", REBUILD)
+    kinds = {"vocab_size": int, "tokenizer_sha256": str, "n_tokens": int}
+    if missing := kinds.keys() - meta.keys():
         raise UserError("data", path, f"lacks {', '.join(sorted(missing))}", REBUILD)
+    for key, kind in kinds.items():
+        if type(meta[key]) is not kind:
+            raise UserError("data", path, f"has {key} = {shown(meta[key])}, which is no {kind.__name__}", REBUILD)
     return meta
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megabus.data import indexed
-from megabus.data.indexed import HEADER, IndexedTokens, IndexedWriter, pair_paths
+from megabus.data.indexed import HEADER, IndexedTokens, IndexedWriter, meta_path, pair_paths, read_meta
 from megabus.errors import UserError
 
 LENGTHS = (3, 0, 5, 1, 40)
@@ -57,3 +57,25 @@ def test_floats_are_no_tokens(prefix, code):
         file.write(bytes([code]))
     with pytest.raises(UserError, match="holds numbers of type float"):
         IndexedTokens(prefix)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("5", "holds no keys"),
+        ("[]", "holds no keys"),
+        ("{", "is not JSON"),
+        ("[" * 10_000, "is not JSON"),
+        ('{"vocab_size": 3}', "lacks n_tokens, tokenizer_sha256"),
+        ('{"vocab_size": "3", "tokenizer_sha256": "a", "n_tokens": 49}', "has vocab_size = '3', which is no int"),
+        ('{"vocab_size": true, "tokenizer_sha256": "a", "n_tokens": 49}', "has vocab_size = True, which is no int"),
+        ('{"vocab_size": 3, "tokenizer_sha256": null, "n_tokens": 49}', "has tokenizer_sha256 = None, which is no str"),
+        ('{"vocab_size": 3, "tokenizer_sha256": "a", "n_tokens": 49.0}', "has n_tokens = 49.0, which is no int"),
+    ],
+)
+def test_a_sidecar_that_says_nonsense_is_refused(prefix, text, told):
+    meta_path(prefix).write_text(text)
+    with pytest.raises(UserError, match=told):
+        read_meta(prefix)
+    meta_path(prefix).write_text('{"vocab_size": 3, "tokenizer_sha256": "a", "n_tokens": 49}')  # the control
+    assert read_meta(prefix)["n_tokens"] == 49
