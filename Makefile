@@ -13,13 +13,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help demo test check parity chaos preflight-faults bench format docs site clean
+.PHONY: help demo test check parity chaos fuzz preflight-faults bench format docs site clean
 help:
 	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes; replaces runs/demo"
 	@echo "make test    install what tests need, and run them"
 	@echo "make check   lint, types, and transcripts in the documents that are no longer what their commands print"
 	@echo "make parity  print the table of every layout against one process (2 minutes)"
 	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (10 minutes)"
+	@echo "make fuzz    mutate what checkpoints, token files and Hugging Face directories say, 1,000 times a kind of file"
 	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
 	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
 	@echo "make docs    run the commands that the documents show, and write what they print into the pages (15 minutes)"
@@ -56,6 +57,9 @@ parity: $(VENV)/.installed
 
 chaos: $(VENV)/.installed
 	$(BIN)/megabus chaos
+
+fuzz: $(VENV)/.installed-dev
+	FUZZ=1000 $(BIN)/python -m pytest -n 0 tests/fuzz
 
 preflight-faults: $(VENV)/.installed
 	$(BIN)/megabus preflight-faults

@@ -17,7 +17,9 @@ class UserError(Exception):
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
         text = f"{key} = {value}: {problem}; {remedy}"
-        super().__init__(" ".join(text.split()))
+        # Values come from files too: a terminal must not obey them.
+        line = " ".join(text.split())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
     def within(self, where: str) -> UserError:
         """The same of a key inside of something that is named; without a key, of that thing itself."""

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megabus.checkpoint.contents import TOKENIZER, listed_tokenizer, opened
 from megabus.checkpoint.manifest import check_files, read_manifest
-from megabus.checkpoint.state import read_state
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
 from megabus.model.decoder import Decoder
 from megabus.model.params import global_shape
+from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Piece, Placement
 
 
@@ -46,13 +47,22 @@ def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The model's configuration, and canonical name -> full fp32 master. Every file that is read is verified first."""
     from megabus.checkpoint.shards import read_shards  # slow to import, and a new run reads none
 
-    entries = read_manifest(folder)
-    check_files(folder, entries)  # before any of it is believed
-    saved = read_state(folder)
-    whole = Placement(saved.model, Layout(1, 1, 1))
+    found = opened(folder)  # before any of it is believed
+    model = found.state.model
+    whole = Placement(model, Layout(1, 1, 1))
     flat = {Piece(name, 0, whole.numel(name)): torch.empty(whole.numel(name)) for name in whole.specs}
-    placement = Placement(saved.model, saved.layout)
-    read_shards(folder, entries, placement, {piece: {"weight": t} for piece, t in flat.items()}, alone=True)
-    return saved.model, {
-        piece.name: values.view(global_shape(whole.specs[piece.name], saved.model)) for piece, values in flat.items()
+    into: Fragments = {piece: {"weight": values} for piece, values in flat.items()}
+    read_shards(folder, found.entries, found.placement, into, alone=True)
+    return model, {
+        piece.name: values.view(global_shape(whole.specs[piece.name], model)) for piece, values in flat.items()
     }
+
+
+def saved_tokenizer(folder: Path) -> Path:
+    """The tokenizer of a checkpoint, verified. Raises `UserError` where none was saved with it."""
+    entries = read_manifest(folder)
+    path = listed_tokenizer(folder, entries)
+    if path is None:
+        raise UserError("tokenizer", folder / TOKENIZER, "the file does not exist", "name one: --tokenizer")
+    check_files(folder, [entry for entry in entries if entry.name == TOKENIZER])
+    return path

@@ -1,7 +1,8 @@
 """What a checkpoint directory must hold, to the byte: every file's name, size and SHA-256.
 
 The manifest is written in one canonical form and carries a hash of itself, so a change of any bit of any file,
-its own included, is seen.
+its own included, is seen. That guards against accidents. What somebody made up has hashes too, so nothing outside of
+the directory is ever opened, and no link, pipe or device within.
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megabus.durable import sync
 from megabus.errors import UserError
+from megabus.plain_file import NotPlainError, check_regular, open_regular, parse_json, read_regular, shown
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of manifest.json and state.json
 BLOCK = 1 << 20  # bytes hashed between two heartbeats
 THREADS = 4  # that hash files side by side
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # of all that files of a checkpoint say
 ANOTHER_COPY = "restore it from another copy, or take the checkpoint before it, as resume=auto does"
 
 
@@ -45,12 +52,17 @@ class DamagedError(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of a checkpoint as it was written; `rank` wrote it."""
+    """A file of a checkpoint as it was written; `rank` wrote it. Its name is plain: of this directory."""
 
-    name: str
-    bytes: int
-    sha256: str
-    rank: int
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$")]
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    rank: Annotated[int, Field(ge=0, lt=2**31)]
+
+
+_Entries: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])
 
 
 def settle(path: Path, rank: int, heartbeat: Heartbeat = idle) -> Entry:
@@ -70,27 +82,60 @@ def read_manifest(folder: Path) -> list[Entry]:
     """The entries in order of names. Raises `DamagedError`, or `UserError` where it cannot be read."""
     path = folder / MANIFEST
     with reading(path):
-        raw = path.read_bytes()
+        raw = read_regular(path)
     try:
-        tree = json.loads(raw)
-        whole = _sealed({key: value for key, value in tree.items() if key != "sha256"}) == raw
-    except (AttributeError, ValueError):
-        whole = False
-    if not whole:
+        tree = parse_json(raw)
+    except ValueError as error:
+        raise DamagedError(path, f"is damaged (it is not JSON as it is saved: {error})") from error
+    if not isinstance(tree, dict) or _sealed({key: tree[key] for key in tree if key != "sha256"}) != raw:
         raise DamagedError(path)
-    if tree.get("format") != FORMAT:
-        problem = f"has format {tree.get('format')}, this megabus reads {FORMAT}"
+    check_format(path, tree)
+    if tree.keys() != {"format", "files", "sha256"}:
+        raise DamagedError(path, f"is damaged (keys {shown(list(tree))} are not those of a manifest)")
+    entries = validated(_Entries, tree["files"], path, "files")
+    names = [entry.name for entry in entries]
+    if names != sorted(set(names)):
+        raise DamagedError(path, "is damaged (files are not in order of names, each once)")
+    return entries
+
+
+def check_format(path: Path, tree: dict[str, Any]) -> None:
+    """Raise `UserError` about another version's file, and `DamagedError` where no version wrote its `format`."""
+    found = tree.get("format")
+    if type(found) is not int or not 0 < found < 2**31:
+        raise DamagedError(path, f"is damaged (format = {shown(found)}: is no number of a format)")
+    if found != FORMAT:
+        problem = f"has format {found}, this megabus reads {FORMAT}"
         raise UserError("checkpoint", path, problem, "use the megabus that wrote it")
-    return [Entry(**entry) for entry in tree["files"]]
+
+
+def validated(adapter: TypeAdapter[T], tree: Any, path: Path, key: str = "") -> T:
+    """What plain JSON values say, by their strict types. Raises `DamagedError` naming the first key that is wrong;
+    `key`: that of the tree itself."""
+    try:
+        return adapter.validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join([part for part in (key, *map(str, first["loc"])) if part])
+        told = first["msg"].removeprefix("Value error, ")
+        text = told if first["type"] in ("value_error", "missing") else f"{told}, found {shown(first['input'])}"
+        raise DamagedError(path, f"is damaged ({where}: {text})") from error
+
+
+def check_size(folder: Path, entry: Entry) -> None:
+    """Raise `DamagedError` unless the file is there, a regular one, and of that size. It is not opened."""
+    path = folder / entry.name
+    with reading(path):
+        found = check_regular(path)
+    if found != entry.bytes:
+        raise DamagedError(path, f"is damaged ({found} bytes, not {entry.bytes})")
 
 
 def check_file(folder: Path, entry: Entry, heartbeat: Heartbeat = idle) -> None:
     """Raise `DamagedError` unless the file is there, of that size and with those bytes."""
+    check_size(folder, entry)
     path = folder / entry.name
     with reading(path):
-        found = path.stat().st_size
-        if found != entry.bytes:
-            raise DamagedError(path, f"is damaged ({found} bytes, not {entry.bytes})")
         digest = _sha256(path, heartbeat)
     if digest != entry.sha256:
         raise DamagedError(path, "is damaged (its SHA-256 is not the manifest's)")
@@ -104,22 +149,25 @@ def check_files(folder: Path, entries: Iterable[Entry]) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
+    """What becomes of errors in reading a checkpoint's file: what is not there is damage, what fails may be mended."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(path, "is missing") from None
+    except NotPlainError as error:
+        raise DamagedError(path, str(error)) from error
     except OSError as error:
         raise UserError("checkpoint", path, f"cannot be read ({error.strerror})", "mend the file system") from error
 
 
 def digest_of(folder: Path) -> str:
     """SHA-256 of the manifest itself, by which `latest` names a checkpoint."""
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(folder / MANIFEST)).hexdigest()
 
 
 def _sha256(path: Path, heartbeat: Heartbeat) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
             heartbeat()

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megabus.checkpoint.contents import Found, check_entry, look
 from megabus.checkpoint.load import checkpoint_at
-from megabus.checkpoint.manifest import DamagedError, Entry, Heartbeat, check_file, idle, read_manifest
-from megabus.checkpoint.state import SavedState, read_state
-from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside, step_of
+from megabus.checkpoint.manifest import DamagedError, Heartbeat, idle, read_manifest
+from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, warn
 from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
 from megabus.parallel.fragments import Fragments
-from megabus.parallel.placement import Placement
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint whose files are all what its manifest says."""
-
-    folder: Path
-    state: SavedState
-    entries: list[Entry]
 
 
 def find_checkpoint(root: Path, strict: bool, heartbeat: Heartbeat = idle) -> Found | None:
@@ -62,7 +52,7 @@ def restore(found: Found, engine: Engine, heartbeat: Heartbeat = idle) -> None:
         piece: {kind: torch.empty(len(piece)) for kind in found.state.kinds}
         for piece in engine.placement.owned(engine.mesh.rank)
     }
-    read_shards(found.folder, found.entries, Placement(found.state.model, found.state.layout), fragments)
+    read_shards(found.folder, found.entries, found.placement, fragments)
     heartbeat()
     engine.write(fragments, found.state.optimizer_step)
 
@@ -88,21 +78,19 @@ def _candidates(root: Path, strict: bool) -> list[Path]:
 
 
 def verified(folder: Path, heartbeat: Heartbeat = idle) -> Found:
-    """Every rank reads and hashes its share of the files."""
-    entries = rank_0_tells(lambda: read_manifest(folder))
+    """Rank 0 reads what a checkpoint says, then every rank reads and hashes its share of the files. Collective."""
+    found = rank_0_tells(lambda: look(folder))
+    heartbeat()
     try:
         with agreement():
-            for entry in entries[dist.get_rank() :: dist.get_world_size()]:
-                check_file(folder, entry, heartbeat)
+            for entry in found.entries[dist.get_rank() :: dist.get_world_size()]:
+                check_entry(found, entry, heartbeat)
     except DamagedError as error:
-        again = next(entry for entry in entries if entry.name == Path(str(error.value)).name)
-        rank_0_tells(lambda: check_file(folder, again, heartbeat))
+        again = next(entry for entry in found.entries if entry.name == Path(str(error.value)).name)
+        rank_0_tells(lambda: check_entry(found, again, heartbeat))
         problem = f"reads well on rank 0, but for another rank it {error.problem}"
         raise UserError("checkpoint", error.value, problem, "let all nodes share the file system") from error
-    state = rank_0_tells(lambda: read_state(folder))
-    if state.progress.step != step_of(folder):
-        raise DamagedError(folder, f"is the checkpoint of step {state.progress.step}", "give it its name back")
-    return Found(folder, state, entries)
+    return found
 
 
 def _tidy(root: Path, good: Path, damaged: list[Path]) -> None:

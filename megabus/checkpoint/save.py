@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from megabus.checkpoint.contents import TOKENIZER
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
 from megabus.checkpoint.state import Progress, SavedState, write_state
 from megabus.checkpoint.store import begin, checkpoints_of, folder_of, partial_of, prune, publish
@@ -26,7 +27,6 @@ from megabus.parallel.placement import Placement
 if TYPE_CHECKING:
     from megabus.engine.engine import Engine
 
-TOKENIZER = "tokenizer.model"
 SLOWEST = timedelta(days=1)  # that a rank may take to write: whether that is too long is the watchdog's business
 
 

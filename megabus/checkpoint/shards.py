@@ -35,17 +35,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megabus.checkpoint.contents import shard_name, tensor_key, written_by
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle
 from megabus.errors import UserError
 from megabus.parallel.fragments import KINDS, Fragments, Kind
-from megabus.parallel.placement import Piece, Placement
-from megabus.parallel.topology import coordinate
-
-
-def written_by(placement: Placement, rank: int, pieces: Iterable[Piece]) -> list[Piece]:
-    """Those of a rank's pieces that it saves: of tensor-parallel replicas the first."""
-    first = coordinate(placement.layout, rank).tp == 0
-    return [piece for piece in pieces if first or placement.specs[piece.name].sharded]
+from megabus.parallel.placement import Placement
 
 
 def write_shards(
@@ -97,11 +91,6 @@ def read_shards(folder: Path, entries: list[Entry], saved: Placement, into: Frag
         raise UserError("checkpoint", folder, problem, "restore it from another copy") from error
 
 
-def tensor_key(kind: Kind, name: str) -> str:
-    """A tensor's name in the files."""
-    return f"{kind}/{name}"
-
-
 def files_by_rank(entries: Iterable[Entry]) -> dict[int, list[str]]:
     """The files of tensors that each rank wrote: one a kind, in the order of `KINDS`, which is that of their names."""
     files: dict[int, list[str]] = {}
@@ -128,7 +117,7 @@ class _Writer(HuggingFaceStorageWriter):
 
     def __init__(self, folder: Path, rank: int, kinds: tuple[Kind, ...], heartbeat: Heartbeat) -> None:
         super().__init__(str(folder), save_distributed=True)
-        self.folder, self.prefix, self.kinds, self.heartbeat = folder, f"shard-{rank + 1:05d}", kinds, heartbeat
+        self.folder, self.own_rank, self.kinds, self.heartbeat = folder, rank, kinds, heartbeat
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
@@ -136,12 +125,14 @@ class _Writer(HuggingFaceStorageWriter):
             items = [item for item in plan.items if _parts(item.index.fqn)[0] == kind]
             if not items:
                 continue
-            path = self.folder / f"{self.prefix}-model-{number:05d}-of-{len(self.kinds):05d}.safetensors"
+            path = self.folder / shard_name(self.own_rank, number, len(self.kinds))
             tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in items}
             offsets = {item.index.fqn: {"saved_offsets": list(item.index.offset or ())} for item in items}
             # The header by which DCP's own reader finds its way, without us.
             header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
             save_file(tensors, path, header)
+            # It was made for its owner alone; whoever may read the run may resume it. The umask made the directory.
+            path.chmod(self.folder.stat().st_mode & 0o666)
             self.heartbeat()
             results += [WriteResult(item.index, tensors[item.index.fqn].nbytes, _File(str(path))) for item in items]
         done: Future[list[WriteResult]] = Future()

@@ -7,17 +7,36 @@ directions are pure functions of (train.seed, what they are for, where), see `me
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar
 
-from megabus.checkpoint.manifest import FORMAT, reading
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
+
+from megabus.checkpoint.manifest import FORMAT, STRICT, DamagedError, check_format, reading, validated
 from megabus.config import Layout, ModelConfig
+from megabus.config.stages import check_cut
 from megabus.errors import UserError
-from megabus.parallel.fragments import Kind
+from megabus.kappa.monitor import SAVED, check_saved
+from megabus.parallel.fragments import KINDS, Kind
+from megabus.plain_file import parse_json, read_regular
 
 STATE = "state.json"
 LONGEST = 2048  # tokens, of a model whose run is not known
+
+# Keys that every state of this format has. Those that come later have defaults, by which nothing changes.
+WRITTEN = {
+    "progress": "step tokens position flops stage_tokens stage_flops growths nonfinite nonfinite_in_a_row rollbacks",
+    "model": "kind vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff rope_theta rope_scaling alpha_init "
+    "init_std norm_eps",
+    "model.rope_scaling": "kind factor low_freq_factor high_freq_factor original_max_position",
+    "monitor": "span curve met nonfinite",
+    "monitor.span": "index n_params kappa tokens flops max_tokens max_flops",
+}
+
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Amount = Annotated[float, Field(ge=0)]
+Length = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 @dataclass
@@ -25,28 +44,40 @@ class Progress:
     """How far a run has come. `position` is the place in the data order, in tokens: it runs ahead of `tokens` where a
     longer sequence must start at a multiple of itself, and where batches were passed over."""
 
-    step: int = 0
-    tokens: int = 0
-    position: int = 0
-    flops: float = 0.0
-    stage_tokens: int = 0  # tokens and FLOPs at which the present stage began
-    stage_flops: float = 0.0
+    step: Whole = 0
+    tokens: Whole = 0
+    position: Whole = 0
+    flops: Amount = 0.0
+    stage_tokens: Whole = 0  # tokens and FLOPs at which the present stage began
+    stage_flops: Amount = 0.0
     growths: list[dict[str, Any]] = field(default_factory=list)  # one row a growth, in order
-    nonfinite: int = 0  # steps that left the weights as they were, and how many of them the last ones were
-    nonfinite_in_a_row: int = 0
-    rollbacks: int = 0
+    nonfinite: Whole = 0  # steps that left the weights as they were, and how many of them the last ones were
+    nonfinite_in_a_row: Whole = 0
+    rollbacks: Whole = 0
+
+
+def _as_written(value: Any, read: ValidatorFunctionWrapHandler) -> ModelConfig:
+    """A model of a file that a program wrote: what a person may write otherwise, "1e3" for 1000, is damage there."""
+    model: ModelConfig = read(value)
+    now = model.model_dump(mode="json")
+    for key, said in value.items():
+        if json.dumps(said, sort_keys=True) != json.dumps(now[key], sort_keys=True):
+            raise ValueError(f"{key} is no {type(now[key]).__name__} as it is saved")
+    return model
 
 
 @dataclass
 class SavedState:
     """kinds: the tensors that each parameter has; optimizer_step: Adam's count; monitor: κ's state; config: the whole
-    configuration as plain values; data: what the data order depends on."""
+    configuration as plain values; data: what the data order depends on. The last three are empty where no run was."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     progress: Progress
-    stage: int
-    model: ModelConfig
+    stage: Whole
+    model: Annotated[ModelConfig, WrapValidator(_as_written)]
     layout: Layout
-    optimizer_step: int
+    optimizer_step: Whole
     kinds: tuple[Kind, ...]
     monitor: dict[str, Any]
     config: dict[str, Any]
@@ -60,35 +91,123 @@ class SavedState:
         return max(self.config["train"]["seq_len"], *(stage.get("seq_len") or 0 for stage in stages), 0)
 
 
+class _Lengths(BaseModel):
+    """The one thing that a growth's section is asked for; the others depend on the version that wrote them."""
+
+    model_config = ConfigDict(extra="allow")
+    seq_len: Length | None = None
+
+
+class _Growth(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    stages: list[_Lengths]
+
+
+class _Train(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    seq_len: Length
+
+
+class _Config(BaseModel):
+    """What `SavedState.config` must hold."""
+
+    model_config = ConfigDict(extra="allow")
+    train: _Train
+    growth: _Growth
+
+
+class _GrowthRow(BaseModel):
+    """What a row of `Progress.growths` must hold."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    step: Whole
+    tokens: Whole
+    flops: Amount
+    stage: Whole
+    reason: str
+    old: dict[str, Whole]
+    new: dict[str, Whole]
+
+
+_STATE: TypeAdapter[SavedState] = TypeAdapter(SavedState)
+_CONFIG: TypeAdapter[_Config] = TypeAdapter(_Config)
+_GROWTHS: TypeAdapter[list[_GrowthRow]] = TypeAdapter(list[_GrowthRow])
+
+
 def write_state(folder: Path, state: SavedState) -> Path:
-    tree = {"format": FORMAT} | {name: getattr(state, name) for name in SavedState.__dataclass_fields__}
+    tree = {"format": FORMAT} | {item.name: getattr(state, item.name) for item in fields(SavedState)}
     tree |= {"progress": asdict(state.progress), "layout": asdict(state.layout), "model": state.model.model_dump()}
     path = folder / STATE
-    path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(tree, indent=1, allow_nan=False), encoding="utf-8")  # read_state refuses a NaN
     return path
 
 
 def read_state(folder: Path) -> SavedState:
-    """The state of a checkpoint whose files were verified. Raises `UserError` where it has another format."""
+    """The state of a checkpoint, each of its values of its type and in its range. Raises `DamagedError` naming the
+    first key that is not, and `UserError` where it has another format."""
     path = folder / STATE
     with reading(path):
-        raw = path.read_bytes()
+        raw = read_regular(path)
     try:
-        tree = json.loads(raw)
-        if tree["format"] != FORMAT:
-            problem = f"has format {tree['format']}, this megabus reads {FORMAT}"
-            raise UserError("checkpoint", path, problem, "use the megabus that wrote it")
-        return SavedState(
-            progress=Progress(**tree["progress"]),
-            stage=tree["stage"],
-            model=ModelConfig.model_validate(tree["model"]),
-            layout=Layout(**tree["layout"]),
-            optimizer_step=tree["optimizer_step"],
-            kinds=cast(tuple[Kind, ...], tuple(tree["kinds"])),
-            monitor=tree["monitor"],
-            config=tree["config"],
-            data=tree["data"],
-        )
-    except (KeyError, TypeError, ValueError) as error:  # its bytes are as they were written: another version's
-        problem = f"is not a state of format {FORMAT} ({type(error).__name__}: {error})"
-        raise UserError("checkpoint", path, problem, "use the megabus that wrote it") from error
+        tree = parse_json(raw)
+    except ValueError as error:
+        raise DamagedError(path, f"is damaged (it is not JSON as it is saved: {error})") from error
+    if not isinstance(tree, dict):
+        raise DamagedError(path, "is damaged (it holds no keys)")
+    check_format(path, tree)
+    for section, keys in WRITTEN.items():
+        found = _section(tree, section)
+        absent = [key for key in keys.split() if found is not None and key not in found]
+        if absent and (found or section != "monitor"):  # which is empty where no run was
+            raise DamagedError(path, f"is damaged ({section}.{absent[0]}: is missing)")
+    state = validated(_STATE, {key: value for key, value in tree.items() if key != "format"}, path)
+    validated(_GROWTHS, state.progress.growths, path, "progress.growths")
+    try:
+        if state.monitor:
+            monitor = validated(SAVED, state.monitor, path, "monitor")
+            check_saved(monitor)
+            _agree("monitor.span.index", monitor.span.index, "stage", state.stage)
+        if state.config:
+            config = validated(_CONFIG, state.config, path, "config")
+            _at_most("stage", state.stage, "growths in config", len(config.growth.stages))
+        _check_whole(state)
+    except UserError as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise DamagedError(path, f"is damaged ({error.key} = {error.value}: {error.problem})") from error
+    except ValueError as error:
+        raise DamagedError(path, f"is damaged ({error})") from error
+    return state
+
+
+def _section(tree: Any, key: str) -> dict[str, Any] | None:
+    """The section of a dotted key; None where something else or nothing stands, which types tell."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else None
+
+
+def _check_whole(state: SavedState) -> None:
+    """Raise ValueError or `UserError`, the key first, for values that are right by themselves and not together."""
+    now, layout = state.progress, state.layout
+    for key, value in asdict(layout).items():
+        if not 0 < value < 2**31:
+            raise ValueError(f"layout.{key}: {value} is no number of ranks")
+    check_cut(state.model, layout)
+    _agree("kinds", state.kinds, "those of optimizer_step", KINDS if state.optimizer_step else KINDS[:1])
+    _agree("progress.growths", len(now.growths), "stage", state.stage)
+    _at_most("optimizer_step", state.optimizer_step, "progress.step", now.step)
+    _at_most("progress.tokens", now.tokens, "progress.position", now.position)
+    _at_most("progress.stage_tokens", now.stage_tokens, "progress.tokens", now.tokens)
+    _at_most("progress.stage_flops", now.stage_flops, "progress.flops", now.flops)
+    _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.nonfinite", now.nonfinite)
+
+
+def _agree(key: str, value: Any, other: str, wanted: Any) -> None:
+    if value != wanted:
+        raise ValueError(f"{key}: {value} is not {other}, {wanted}")
+
+
+def _at_most(key: str, value: float, other: str, limit: float) -> None:
+    if value > limit:
+        raise ValueError(f"{key}: {value} exceeds {other}, {limit}")

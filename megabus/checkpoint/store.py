@@ -11,6 +11,7 @@ ones are deleted after that. So at every instant the newest complete checkpoint 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -19,8 +20,10 @@ from pathlib import Path
 from megabus.checkpoint.manifest import DamagedError, Entry, digest_of, settle, write_manifest
 from megabus.durable import sync
 from megabus.errors import UserError, warn
+from megabus.plain_file import NotPlainError, read_regular
 
 LATEST = "latest"
+LONGEST = 1024  # bytes of it
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -82,8 +85,9 @@ def publish(partial: Path, entries: Sequence[Entry]) -> Path:
 
 def point_latest(folder: Path) -> None:
     path = folder.parent / LATEST
-    if path.is_file() and path.read_bytes() == _pointer(folder).encode():
-        return
+    with contextlib.suppress(FileNotFoundError, NotPlainError):  # what is no file gives way to one
+        if read_regular(path, LONGEST) == _pointer(folder).encode():
+            return
     fresh = path.with_suffix(".partial")
     fresh.write_text(_pointer(folder))
     settle(fresh, rank=0)
@@ -95,7 +99,7 @@ def latest_of(root: Path) -> Path:
     """What `latest` names. Raises `DamagedError` unless it is a checkpoint with the manifest that it appeared with."""
     path = root / LATEST
     try:
-        text = path.read_bytes()
+        text = read_regular(path, LONGEST)
         folder = root / text.partition(b" ")[0].decode()
         whole = step_of(folder) is not None and text == _pointer(folder).encode()
     except (OSError, ValueError):

@@ -252,22 +252,8 @@ def _check_last(config: RunConfig) -> None:
 
 
 def _check_stage(stage: Stage, train: TrainConfig, size_key: str, batch_key: str) -> None:
-    model, layout = stage.model, stage.layout
-    size_key = size_key or "model."
-    if model.head_dim % 2:
-        raise UserError("model.head_dim", model.head_dim, "is odd", "RoPE turns pairs: choose an even number")
-    divides(size_key + "n_heads", model.n_heads, "n_kv_heads", model.kv_heads)
-    for name, value in (("n_heads", model.n_heads), ("n_kv_heads", model.kv_heads), ("d_ff", model.d_ff)):
-        divides(size_key + name, value, "layout.tp", layout.tp)
-    if model.vocab_size < layout.tp:
-        raise UserError("model.vocab_size", model.vocab_size, f"is below tp = {layout.tp}", "lower layout.tp")
-    if model.n_layers < layout.pp and layout.pp > 1:
-        raise UserError(
-            size_key + "n_layers",
-            model.n_layers,
-            f"leaves some of the layout.pp = {layout.pp} pipeline ranks without a layer",
-            "lower layout.pp or add layers (they need not divide evenly)",
-        )
+    layout = stage.layout
+    check_cut(stage.model, layout, size_key or "model.")
     if train.zero_stage == 2 and layout.pp > 1:
         raise UserError(
             "train.zero_stage",
@@ -282,6 +268,25 @@ def _check_stage(stage: Stage, train: TrainConfig, size_key: str, batch_key: str
     lower = "lower micro_batch_size, " if stage.micro_batch_size > 1 else ""
     remedy = f"{lower}raise tp or pp, or choose a multiple of {samples}"
     divides(batch_key + "global_batch_size", stage.global_batch_size, "micro_batch_size*dp", samples, remedy)
+
+
+def check_cut(model: ModelConfig, layout: Layout, size_key: str = "model.") -> None:
+    """Raise `UserError` unless the layout's ranks can share the model; `size_key`: what names of its sizes begin
+    with."""
+    if model.head_dim % 2:
+        raise UserError("model.head_dim", model.head_dim, "is odd", "RoPE turns pairs: choose an even number")
+    divides(size_key + "n_heads", model.n_heads, "n_kv_heads", model.kv_heads)
+    for name, value in (("n_heads", model.n_heads), ("n_kv_heads", model.kv_heads), ("d_ff", model.d_ff)):
+        divides(size_key + name, value, "layout.tp", layout.tp)
+    if model.vocab_size < layout.tp:
+        raise UserError("model.vocab_size", model.vocab_size, f"is below tp = {layout.tp}", "lower layout.tp")
+    if model.n_layers < layout.pp and layout.pp > 1:
+        raise UserError(
+            size_key + "n_layers",
+            model.n_layers,
+            f"leaves some of the layout.pp = {layout.pp} pipeline ranks without a layer",
+            "lower layout.pp or add layers (they need not divide evenly)",
+        )
 
 
 def _check_sequence_parallel(stage: Stage, before: Stage | None, config: RunConfig, key: str) -> None:

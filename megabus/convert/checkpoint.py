@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from megabus.checkpoint.contents import TOKENIZER, shard_name, tensor_key, written_by
 from megabus.checkpoint.manifest import THREADS, settle
-from megabus.checkpoint.save import TOKENIZER
-from megabus.checkpoint.shards import tensor_key, written_by
 from megabus.checkpoint.state import write_state
 from megabus.checkpoint.store import begin, publish
 from megabus.config import Layout
@@ -30,7 +29,7 @@ def write_checkpoint(source: Source, root: Path, layout: Layout) -> Path:
         for rank in range(layout.world):
             pieces = written_by(placement, rank, placement.owned(rank))
             for number, kind in enumerate(state.kinds if pieces else (), 1):
-                path = partial / f"shard-{rank + 1:05d}-model-{number:05d}-of-{len(state.kinds):05d}.safetensors"
+                path = partial / shard_name(rank, number, len(state.kinds))
                 _write_file(source, path, kind, pieces)
                 settled.append(pool.submit(settle, path, rank))
     entries = [future.result() for future in settled]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from megabus.checkpoint.save import TOKENIZER
+from megabus.checkpoint.contents import TOKENIZER
 from megabus.errors import UserError
+from megabus.plain_file import parse_json, read_regular
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,7 +28,7 @@ KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(read_regular(path, links=True))  # the hub's cache holds links
     except (OSError, ValueError) as error:
         remedy = "give a Hugging Face directory with safetensors weights"
         raise UserError("Hugging Face directory", path, f"cannot be read ({error})", remedy) from error
@@ -40,6 +40,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def tokenizer_of(folder: Path) -> Path | None:
     """Its SentencePiece model, if it has one. (Llama 3's tokenizer.model is none.)"""
     path = folder / TOKENIZER
+    if not path.is_file():
+        return None
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):

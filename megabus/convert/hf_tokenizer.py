@@ -14,7 +14,7 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from megabus.checkpoint.save import TOKENIZER
+from megabus.checkpoint.contents import TOKENIZER
 from megabus.errors import UserError
 
 SPACE = "▁"

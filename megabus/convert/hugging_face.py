@@ -7,6 +7,7 @@ names stand in the parameters' declarations. Both ways memory holds a block; a m
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib import resources
 from math import prod
@@ -15,11 +16,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
+from megabus.checkpoint.contents import totals
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
-from megabus.config.schema import RopeScaling
+from megabus.config.stages import check_cut
+from megabus.convert.hf_llama import llama_model
 from megabus.convert.hf_rest import KEYS, copy_rest, read_json, rest_of, tokenizer_of
 from megabus.convert.hf_tokenizer import write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
@@ -29,10 +33,12 @@ from megabus.model.decoder import param_specs
 from megabus.model.layers import rope_frequencies
 from megabus.model.params import ParamSpec, global_shape
 from megabus.parallel.fragments import Kind
+from megabus.plain_file import shown
 
 INDEX = "model.safetensors.index.json"
 # What says nothing about the mathematics, or is said twice (rope_parameters decides).
 FREE = {"architectures", "auto_map", "megabus", "rope_theta", "rope_scaling", "tie_word_embeddings", *KEYS}
+FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights, as safetensors names them
 NGPT_FILES = ("configuration_ngpt.py", "modeling_ngpt.py")
 
 
@@ -181,21 +187,12 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, files: OpenFiles) -> None:
         self.folder, self.files = folder, files
         config = read_json(folder / "config.json")
-        model = model_of(config, folder)
+        self.weight_map = _weight_map(folder, files)
+        stored = sum((folder / file).stat().st_size for file in set(self.weight_map.values()))
+        model = model_of(config, folder, len(self.weight_map), stored)
         self.state = _without_a_run(model)
         self.specs = param_specs(model)
         self.tied = bool(config.get("tie_word_embeddings"))
-        single = folder / "model.safetensors"
-        if single.exists():
-            self.weight_map = dict.fromkeys(files[single].keys(), single.name)
-        elif any(folder.glob("pytorch_model*.bin")):
-            problem, remedy = "are pickled, which may run any code", "save them with safe_serialization in transformers"
-            raise UserError("weights", folder, problem, remedy)
-        else:
-            found = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(found, dict):
-                raise UserError("weights", folder / INDEX, "has no weight_map", "restore it from another copy")
-            self.weight_map = found
         self.tokenizer = tokenizer_of(folder)
         self.left = rest_of(folder, config, self.tokenizer)
         self._check()
@@ -228,28 +225,77 @@ class HuggingFaceSource:
             shape = global_shape(spec, self.state.model)
             shape = shape[::-1] if transposed(spec, self.state.model) else shape
             key = self._key(spec)
-            found = tuple(self.files[self.folder / self.weight_map[key]].get_slice(key).get_shape())
+            try:
+                there = self.files[self.folder / self.weight_map[key]].get_slice(key)
+            except SafetensorError as error:
+                problem = f"lacks {key} in {self.weight_map[key]}, where {INDEX} puts it"
+                raise UserError("weights", self.folder, problem, "restore both from one copy") from error
+            found, dtype = tuple(there.get_shape()), there.get_dtype()
             if found != shape:
                 problem = f"{key} has shape {found}, config.json says {shape}"
                 raise UserError("weights", self.folder, problem, "restore both from one copy")
+            if dtype not in FLOATS:
+                problem = f"{key} is {dtype}, and weights are {', '.join(FLOATS)}"
+                raise UserError("weights", self.folder, problem, "give weights that are not quantised")
 
 
-def model_of(config: dict[str, Any], folder: Path) -> ModelConfig:
-    """The model that a config.json describes. Raises `UserError` for what megabus does not compute."""
+def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
+    """The file of each tensor: a plain name, in this directory."""
+    single = folder / "model.safetensors"
+    if single.exists():
+        return dict.fromkeys(files[single].keys(), single.name)
+    if any(folder.glob("pytorch_model*.bin")):
+        problem, remedy = "are pickled, which may run any code", "save them with safe_serialization in transformers"
+        raise UserError("weights", folder, problem, remedy)
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict):
+        raise UserError("weights", folder / INDEX, "has no weight_map", "restore it from another copy")
+    for key, file in found.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            problem = f"puts {shown(key)} into {shown(file)}, which is no safetensors file beside it"
+            raise UserError("weights", folder / INDEX, problem, "restore it from another copy")
+        files[folder / file]  # there, and whole
+    return found
+
+
+def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) -> ModelConfig:
+    """The model that a config.json describes. Raises `UserError` for what megabus does not compute, and for sizes that
+    the `tensors` of the files, of `stored` bytes together, cannot have: nothing is made by them before."""
+    model = None
     try:
-        model = ModelConfig.model_validate(config["megabus"]) if "megabus" in config else None
-        if model is not None and _says_the_same(config, model):
-            return model
+        if "megabus" in config:
+            model = ModelConfig.model_validate(config["megabus"])
+            _check_fits(model, folder, tensors, stored)
+            if _says_the_same(config, model):
+                return model
         if config.get("model_type") == "llama":
-            return _llama_model(config)
-    except (KeyError, TypeError, ValidationError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise UserError("config.json", folder, what, "restore it from another copy") from error
+            model = llama_model(config)
+            _check_fits(model, folder, tensors, stored)
+            return model
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        said = f"{where} = {shown(first['input'])}: {first['msg']}"
+        problem = f"lacks {where}" if first["type"] == "missing" else f"has {said}"
+        raise UserError("config.json", folder, problem, "restore it from another copy") from error
     if model is not None:
         problem = "was changed since megabus wrote it: its keys and its megabus section differ"
         raise UserError("config.json", folder, problem, "set it back")
-    problem = f"is a {config.get('model_type')}"
+    problem = f"is a {shown(config.get('model_type'))}"
     raise UserError("config.json", folder, problem, "give a Llama or a megabus export")
+
+
+def _check_fits(model: ModelConfig, folder: Path, tensors: int, stored: int) -> None:
+    count, entries = totals(model)
+    # An entry takes two bytes or more, and one matrix may be tied to another. What is missing is told by name later.
+    if count > 2 * tensors + 100 or entries > stored:
+        problem = f"describes {count} tensors of {entries} entries, the files hold {tensors} in {stored} bytes"
+        raise UserError("config.json", folder, problem, "restore both from one copy")
+    try:
+        check_cut(model, Layout(1, 1, 1))
+    except UserError as error:
+        problem = f"describes a model that cannot be: {error.key} = {error.value} {error.problem}"
+        raise UserError("config.json", folder, problem, "restore it from another copy") from error
 
 
 def _says_the_same(config: dict[str, Any], model: ModelConfig) -> bool:
@@ -261,44 +307,3 @@ def _says_the_same(config: dict[str, Any], model: ModelConfig) -> bool:
 def _without_a_run(model: ModelConfig) -> SavedState:
     """Of weights alone."""
     return SavedState(Progress(), 0, model, Layout(1, 1, 1), 0, ("weight",), {}, {}, {})
-
-
-def _llama_model(config: dict[str, Any]) -> ModelConfig:
-    refused = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "partial_rotary_factor": 1.0}
-    for key, wanted in refused.items():
-        found = config.get(key, (config.get("rope_parameters") or {}).get(key, wanted))
-        if found != wanted:
-            raise UserError(f"config.json {key}", found, "is not supported", f"only {wanted} is")
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    rope = config.get("rope_parameters") or {}
-    return ModelConfig(
-        kind="gpt",
-        vocab_size=config["vocab_size"],
-        d_model=hidden,
-        n_layers=config["num_hidden_layers"],
-        n_heads=heads,
-        n_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        d_ff=config["intermediate_size"],
-        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        rope_scaling=_scaling(rope or config.get("rope_scaling") or {}, config),
-        norm_eps=config.get("rms_norm_eps", 1e-6) * hidden,
-        init_std=config.get("initializer_range") or 0.02,
-    )
-
-
-def _scaling(scaling: dict[str, Any], config: dict[str, Any]) -> RopeScaling | None:
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=scaling["factor"])
-    if kind != "llama3":
-        raise UserError("config.json rope_type", kind, "is not supported", "default, linear and llama3 are")
-    return RopeScaling(
-        kind="llama3",
-        factor=scaling["factor"],
-        low_freq_factor=scaling["low_freq_factor"],
-        high_freq_factor=scaling["high_freq_factor"],
-        original_max_position=scaling.get("original_max_position_embeddings") or config["max_position_embeddings"],
-    )

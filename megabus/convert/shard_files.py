@@ -8,6 +8,7 @@ which rows [start, stop) lie in which files; `manifest.json` has every file's SH
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,22 +17,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
-from megabus.checkpoint.manifest import THREADS, check_files, read_manifest, settle, write_manifest
-from megabus.checkpoint.save import TOKENIZER
-from megabus.checkpoint.shards import tensor_key
-from megabus.checkpoint.state import read_state, write_state
+from megabus.checkpoint.contents import (
+    TOKENIZER,
+    check_fits,
+    check_header,
+    listed,
+    listed_tokenizer,
+    tensor_key,
+)
+from megabus.checkpoint.manifest import (
+    STRICT,
+    THREADS,
+    DamagedError,
+    check_files,
+    read_manifest,
+    reading,
+    settle,
+    validated,
+    write_manifest,
+)
+from megabus.checkpoint.state import STATE, Length, Whole, read_state, write_state
 from megabus.config import Layout
-from megabus.convert.source import OpenFiles, Source, blocks, tokenizer_beside
+from megabus.convert.source import OpenFiles, Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter
 from megabus.errors import UserError
+from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape, shard_rows
 from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Placement
+from megabus.plain_file import parse_json, read_regular, shown
 
 INDEX = "index.json"
 FORMAT = "megabus shard files 1"
+AGAIN = "convert them again"
+_FILE = re.compile(r"mp_rank_\d{2,9}_\d{3,9}\.safetensors")
 
 
 def file_name(tp: int, pp: int) -> str:
@@ -73,37 +95,96 @@ def write_shard_files(source: Source, out: Path, tp: int, pp: int) -> None:
         write_manifest(out, pool.map(partial(settle, rank=0), sorted(out.iterdir())))
 
 
+class _Part(BaseModel):
+    """The rows [first, last) that lie in a file."""
+
+    model_config = STRICT
+    file: str
+    rows: tuple[Whole, Whole]
+
+
+class _Tensor(BaseModel):
+    model_config = STRICT
+    axes: list[str]
+    shape: list[Whole]
+    shards: list[_Part]
+
+
+class _Index(BaseModel):
+    model_config = STRICT
+    format: str
+    tp: Length
+    pp: Length
+    tensors: dict[str, _Tensor]
+
+
+_INDEX: TypeAdapter[_Index] = TypeAdapter(_Index)
+
+
 class ShardFileSource:
     """A directory of shard files; only its index says where rows lie."""
 
     def __init__(self, folder: Path, files: OpenFiles) -> None:
         self.folder, self.files = folder, files
-        check_files(folder, read_manifest(folder))
-        path = folder / INDEX
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            if tree["format"] != FORMAT:
-                raise UserError("shard files", path, f"have the form {tree['format']!r}", f"this reads {FORMAT!r}")
-            self.tensors = dict(tree["tensors"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError("shard files", path, f"cannot be read ({error})", "convert them again") from error
+        entries = read_manifest(folder)
+        check_files(folder, entries)
+        for name in (INDEX, STATE):
+            listed(folder, entries, name)
         self.state = read_state(folder)
-        self.tokenizer = tokenizer_beside(folder)
+        check_fits(folder, self.state, sum(entry.bytes for entry in entries))
+        self.tensors = self._checked_index({entry.name for entry in entries})
+        self.tokenizer = listed_tokenizer(folder, entries)
+
+    def _checked_index(self, names: set[str]) -> dict[str, _Tensor]:
+        """The index, once it and the headers of all files are found to say what the state says."""
+        path = self.folder / INDEX
+        with reading(path):
+            raw = read_regular(path)
+        try:
+            tree = parse_json(raw)
+        except ValueError as error:
+            raise DamagedError(path, f"is damaged (it is not JSON as it is saved: {error})", AGAIN) from error
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise UserError("shard files", path, f"have another form than {FORMAT!r}", AGAIN)
+        index = validated(_INDEX, tree, path)
+        specs = param_specs(self.state.model)
+        shapes = {
+            tensor_key(kind, name): global_shape(spec, self.state.model)
+            for name, spec in specs.items()
+            for kind in self.state.kinds
+        }
+        if odd := sorted(shapes.keys() ^ index.tensors.keys()):
+            raise DamagedError(path, f"is damaged ({shown(odd[0])} is not both in it and in {STATE})", AGAIN)
+        held: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key, shape in shapes.items():
+            tensor = index.tensors[key]
+            if tuple(tensor.shape) != shape:
+                raise DamagedError(
+                    path, f"is damaged (tensors.{key}.shape = {tensor.shape}: {STATE} says {shape})", AGAIN
+                )
+            bounds = sorted({part.rows for part in tensor.shards})  # replicas have the same
+            starts, stops = [0, *(stop for _, stop in bounds)], [*(start for start, _ in bounds), shape[0]]
+            if starts != stops or any(start >= stop for start, stop in bounds):
+                raise DamagedError(path, f"is damaged (has gaps or overlaps in {key})", AGAIN)
+            for part in tensor.shards:
+                if part.file not in names or not _FILE.fullmatch(part.file):
+                    how = f"is damaged (tensors.{key}.shards: {shown(part.file)} is not listed)"
+                    raise DamagedError(path, how, AGAIN)
+                if key in held.setdefault(part.file, {}):
+                    raise DamagedError(path, f"is damaged (tensors.{key}.shards: {part.file} stands twice)", AGAIN)
+                held[part.file][key] = (part.rows[1] - part.rows[0], *shape[1:])
+        for file, tensors in held.items():
+            check_header(self.folder / file, tensors)
+        return index.tensors
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
-        key, values, filled = tensor_key(kind, name), torch.empty(stop - start), 0
-        if key not in self.tensors:
-            raise UserError("shard files", self.folder / INDEX, f"lacks {key}", "convert them again")
-        entry = self.tensors[key]
-        width = entry["shape"][1] if len(entry["shape"]) > 1 else 1
-        for shard in {tuple(shard["rows"]): shard for shard in entry["shards"]}.values():  # of replicas one
-            first, last = shard["rows"]
+        key, values = tensor_key(kind, name), torch.empty(stop - start)
+        tensor = self.tensors[key]
+        width = tensor.shape[1] if len(tensor.shape) > 1 else 1
+        for (first, last), file in {part.rows: part.file for part in tensor.shards}.items():  # of replicas one
             low, high = max(start, first * width), min(stop, last * width)
             if low < high:
                 top, bottom = low // width, -(-high // width)
-                rows = self.files[self.folder / shard["file"]].get_slice(key)[top - first : bottom - first]
+                rows = self.files[self.folder / file].get_slice(key)[top - first : bottom - first]
                 values[low - start : high - start] = rows.reshape(-1)[low - top * width : high - top * width]
-                filled += high - low
-        if filled != stop - start:
-            raise UserError("shard files", self.folder / INDEX, f"has gaps in {key}", "convert them again")
         return values

@@ -15,15 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megabus.checkpoint.contents import listed_tokenizer, look, opened, tensor_key
 from megabus.checkpoint.load import checkpoint_at
-from megabus.checkpoint.manifest import check_files, read_manifest
-from megabus.checkpoint.save import TOKENIZER
-from megabus.checkpoint.shards import files_by_rank, tensor_key
-from megabus.checkpoint.state import SavedState, read_state
+from megabus.checkpoint.shards import files_by_rank
+from megabus.checkpoint.state import SavedState
 from megabus.errors import UserError
 from megabus.model.params import global_shape
 from megabus.parallel.fragments import KINDS, Kind
 from megabus.parallel.placement import Placement
+from megabus.plain_file import NotPlainError, check_regular
 
 
 class Source(Protocol):
@@ -53,12 +53,6 @@ def blocks(start: int, stop: int, width: int = 1) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, stop)
 
 
-def tokenizer_beside(folder: Path) -> Path | None:
-    """The SentencePiece model that was saved with the weights, if there was one."""
-    path = folder / TOKENIZER
-    return path if path.is_file() else None
-
-
 class OpenFiles:
     """safetensors files by path, opened when they are first read (that maps them, and loads nothing)."""
 
@@ -69,8 +63,9 @@ class OpenFiles:
     def __getitem__(self, path: Path) -> Any:
         if path not in self._files:
             try:
+                check_regular(path, links=True)  # the hub's cache holds links
                 self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
+            except (OSError, NotPlainError, SafetensorError) as error:
                 problem = f"cannot be read ({error})"
                 raise UserError("source", path, problem, "restore it from another copy") from error
         return self._files[path]
@@ -90,14 +85,12 @@ class CheckpointSource:
 
     def __init__(self, path: Path, files: OpenFiles) -> None:
         self.folder, self.files = checkpoint_at(path), files
-        entries = read_manifest(self.folder)
-        for name in (entry.name for entry in entries if entry.name.endswith(".safetensors")):
+        self.names = files_by_rank(look(self.folder).entries)
+        for name in (name for names in self.names.values() for name in names):
             self.files[self.folder / name]  # open from here on: a run that goes on may remove it
-        check_files(self.folder, entries)
-        self.state = read_state(self.folder)
-        self.placement = Placement(self.state.model, self.state.layout)
-        self.names = files_by_rank(entries)
-        self.tokenizer = tokenizer_beside(self.folder)
+        found = opened(self.folder)
+        self.state, self.placement = found.state, found.placement
+        self.tokenizer = listed_tokenizer(self.folder, found.entries)
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
         values = torch.empty(stop - start)

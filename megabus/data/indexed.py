@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 from array import array
@@ -28,6 +27,7 @@ import numpy as np
 
 from megabus.durable import partial_name, sync
 from megabus.errors import UserError
+from megabus.plain_file import parse_json, read_regular, shown
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -43,6 +43,7 @@ DTYPES: dict[int, type[np.generic]] = {
     8: np.uint16,
 }
 REBUILD = "run megabus preprocess again"
+CHECKED = 1 << 20  # entries of an index that are checked at once
 
 
 def dtype_for_vocab(vocab_size: int) -> np.dtype:
@@ -61,12 +62,17 @@ def read_meta(prefix: str | os.PathLike[str]) -> dict | None:
     if not path.is_file():
         return None
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(read_regular(path, links=True))
     except ValueError as error:
         raise UserError("data", path, f"is not JSON ({error})", REBUILD) from error
-    missing = {"vocab_size", "tokenizer_sha256", "n_tokens"} - set(meta)
-    if missing:
+    if not isinstance(meta, dict):
+        raise UserError("data", path, "holds no keys", REBUILD)
+    kinds = {"vocab_size": int, "tokenizer_sha256": str, "n_tokens": int}
+    if missing := kinds.keys() - meta.keys():
         raise UserError("data", path, f"lacks {', '.join(sorted(missing))}", REBUILD)
+    for key, kind in kinds.items():
+        if type(meta[key]) is not kind:
+            raise UserError("data", path, f"has {key} = {shown(meta[key])}, which is no {kind.__name__}", REBUILD)
     return meta
 
 
@@ -137,15 +143,32 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     pointers = raw[4 * n_sequences : 12 * n_sequences].view("<i8")
     documents = raw[12 * n_sequences :].view("<i8")
     dtype = np.dtype(DTYPES[code])
-    # The flat stream is only meaningful if sequences lie one after another, as every known writer lays them.
-    contiguous = n_sequences == 0 or (
-        pointers[0] == 0
-        and pointers[-1] == (lengths.sum(dtype=np.int64) - lengths[-1]) * dtype.itemsize
-        and lengths.min() >= 0
-    )
-    if not contiguous or documents[0] != 0 or documents[-1] != n_sequences:
+    if not np.issubdtype(dtype, np.integer):
+        raise UserError("data", path, f"holds numbers of type {dtype}, which are no tokens", REBUILD)
+    if not _contiguous(lengths, pointers, dtype.itemsize) or not _bounds(documents, n_sequences):
         raise UserError("data", path, "damaged: offsets, lengths and documents disagree", REBUILD)
     return dtype, lengths, pointers, documents
+
+
+def _contiguous(lengths: np.ndarray, pointers: np.ndarray, itemsize: int) -> bool:
+    """Whether sequences lie one after another, as every known writer lays them: else there is no flat stream."""
+    stop = 0
+    for first in range(0, len(lengths), CHECKED):
+        some = lengths[first : first + CHECKED].astype(np.int64)
+        stops = stop + np.cumsum(some) * itemsize
+        if some.min() < 0 or not np.array_equal(stops - some * itemsize, pointers[first : first + CHECKED]):
+            return False
+        stop = int(stops[-1])
+    return True
+
+
+def _bounds(documents: np.ndarray, n_sequences: int) -> bool:
+    """Whether documents follow each other, from the first sequence to the last."""
+    ordered = all(
+        (some[1:] >= some[:-1]).all()
+        for some in (documents[first : first + CHECKED + 1] for first in range(0, len(documents), CHECKED))
+    )
+    return bool(documents[0] == 0 and documents[-1] == n_sequences and ordered)
 
 
 class IndexedWriter:

@@ -18,12 +18,14 @@ Near κ = 1 the target is sensitive to mp: an error as large as (1 − κ)·(sta
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 
 from megabus.config.schema import KappaConfig
 from megabus.kappa.predictors import CurvePoint, StageSpan, make_predictor
@@ -80,10 +82,36 @@ class KappaState:
     """All that κ must remember, as JSON can hold it. All else is computed from it, so a resumed run decides the
     same."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
     span: StageSpan
     curve: list[CurvePoint] = field(default_factory=list)
     met: int = 0
     nonfinite: int = 0
+
+
+SAVED: TypeAdapter[KappaState] = TypeAdapter(KappaState)  # reads it from JSON
+
+
+def check_saved(state: KappaState) -> None:
+    """Raise ValueError, the key first, for a state whose types are right and that no monitor was ever in."""
+    span, curve = state.span, state.curve
+    wrongs = {
+        "span.index": span.index < 0,
+        "span.n_params": not 0 < span.n_params < 2**63,
+        "span.kappa": not 0 <= span.kappa <= 1,
+        "span.tokens": not 0 <= span.tokens < 2**63,
+        "span.flops": span.flops < 0,
+        "span.max_tokens": span.max_tokens is not None and span.max_tokens <= 0,
+        "span.max_flops": span.max_flops is not None and span.max_flops <= 0,
+        "curve": list(curve) != sorted(curve, key=lambda point: (point.tokens, point.flops)),
+        "curve.0": bool(curve) and (curve[0].tokens < span.tokens or curve[0].flops < span.flops),
+        "met": state.met < 0,
+        "nonfinite": state.nonfinite < 0,
+    }
+    for key, wrong in wrongs.items():
+        if wrong:
+            raise ValueError(f"{key}: is out of range or out of order")
 
 
 class KappaMonitor:
@@ -184,8 +212,7 @@ class KappaMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`'s answer, also after a trip through JSON."""
-        curve = [CurvePoint(*point) for point in state["curve"]]
-        self._state = KappaState(**{**state, "span": StageSpan(**state["span"]), "curve": curve})
+        self._state = SAVED.validate_json(json.dumps(state), strict=True)
 
 
 def cap_is_reached(tokens: int, flops: float, max_tokens: int | None, max_flops: float | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megabus.checkpoint.restore import Found
+from megabus.checkpoint.contents import Found
 from megabus.config import ModelConfig, RunConfig, Stage
 from megabus.config.pair import SIZES
 from megabus.config.stages import stage_section

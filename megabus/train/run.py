@@ -11,7 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megabus.checkpoint.restore import Found, find_checkpoint, restore, weights_of
+from megabus.checkpoint.contents import Found
+from megabus.checkpoint.restore import find_checkpoint, restore, weights_of
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune

@@ -14,7 +14,7 @@ from typing import IO
 import torch.distributed as dist
 import yaml
 
-from megabus.checkpoint.restore import Found
+from megabus.checkpoint.contents import Found
 from megabus.checkpoint.store import checkpoints_of, sweep
 from megabus.config import RunConfig
 from megabus.errors import UserError, say, warn

@@ -79,7 +79,7 @@ def put(path, data):
 
 def names_it(text, path, what):
     """The message is about the file; or, where that has become another good manifest, about a file that is not its."""
-    about = path.parent / "shard-00001" if what == "replaced by step-00000002/manifest.json" else path
+    about = path.parent if what == "replaced by step-00000002/manifest.json" else path
     return text.startswith((f"checkpoint = {path}: is ", f"checkpoint = {about}")) and "\n" not in text
 
 

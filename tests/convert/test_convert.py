@@ -238,7 +238,7 @@ def test_an_index_with_gaps_is_told(source, tmp_path):
     write_manifest(
         tmp_path / "out", [settle(file, 0) for file in (tmp_path / "out").iterdir() if file.name != MANIFEST]
     )
-    with OpenFiles() as files, pytest.raises(UserError, match=f"has gaps in {key}"):
+    with OpenFiles() as files, pytest.raises(UserError, match=f"has gaps or overlaps in {key}"):
         verify(source, open_source(tmp_path / "out", files))
 
 

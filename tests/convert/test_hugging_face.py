@@ -94,6 +94,7 @@ def llama(tmp_path, **changes):
     return model
 
 
+PLENTY = (99, 10**9)  # tensors, and bytes of them
 ROPE = {
     "plain": {"rope_type": "default", "rope_theta": 5000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
@@ -135,13 +136,13 @@ def test_what_is_no_llama_is_refused(tmp_path):
     llama(tmp_path)
     good = json.loads((tmp_path / "llama/config.json").read_text())
     for change, told in (
-        ({"model_type": "mistral"}, "is a mistral"),
+        ({"model_type": "mistral"}, "is a 'mistral'"),
         ({"attention_bias": True}, "attention_bias = True: is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu: is not supported; only silu is"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = yarn: is not supported"),
     ):
         with pytest.raises(UserError, match=told):
-            model_of(good | change, tmp_path)
+            model_of(good | change, tmp_path, *PLENTY)
     (tmp_path / "llama/config.json").write_text(json.dumps(good | {"intermediate_size": 64}))
     with OpenFiles() as files, pytest.raises(UserError, match=r"has shape .* config\.json says"):
         open_source(tmp_path / "llama", files)
@@ -156,15 +157,15 @@ def test_an_edited_export_is_not_read_as_if_it_were_not(tmp_path, kind):
     exported(tmp_path, MemorySource(model_config(kind)))
     path = tmp_path / "hf/config.json"
     good = json.loads(path.read_text())
-    assert model_of(good | {"max_position_embeddings": 7, "bos_token_id": 3}, path).kind == kind
+    assert model_of(good | {"max_position_embeddings": 7, "bos_token_id": 3}, path, *PLENTY).kind == kind
     if kind == "ngpt":
         assert model_of({key: value for key, value in good.items() if key != "s_z_init"}, path).s_z_init == 1  # of old
         for change in ({"alpha_init": 0.1}, {"s_z_init": 2.0}, {"rope_frequencies": [1.0, 0.5, 0.2]}):
             with pytest.raises(UserError, match="was changed since megabus wrote it"):
-                model_of(good | change, path)
+                model_of(good | change, path, *PLENTY)
         return
     edited = good | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3}
-    model = model_of(edited, path)
+    model = model_of(edited, path, *PLENTY)
     assert (model.rope_theta, model.norm_eps) == (500.0, pytest.approx(1e-3 * 36))
 
 

@@ -31,7 +31,7 @@ class MemorySource:
             layout=Layout(1, 1, 1),
             optimizer_step=5,
             kinds=KINDS,
-            monitor={"curve": []},
+            monitor={},
             config={},
             data={},
         )

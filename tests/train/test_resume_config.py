@@ -20,7 +20,7 @@ from support.small_runs import (
     write_tokens,
 )
 
-from megabus.checkpoint.restore import Found
+from megabus.checkpoint.contents import Found
 from megabus.checkpoint.state import read_state
 from megabus.config import load_config, resolve_stages
 from megabus.data.indexed import meta_path

@@ -1,0 +1,91 @@
+"""Files that others may have written: only regular ones are opened, their size is bounded, and JSON is plain JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+LARGEST = 64 << 20  # bytes of a JSON file: it takes some twenty times as much in memory
+DEEPEST = 32  # levels of lists and objects in each other: more would end in Python's limit of recursion
+SHOWN = 60  # characters of a value in a message
+
+
+class NotPlainError(ValueError):
+    """A file is there, and is not one that may be read."""
+
+
+def check_regular(path: Path, links: bool = False) -> int:
+    """Its bytes. Raises `NotPlainError` for a link (unless `links`), a device, a pipe or a directory; OSError."""
+    found = path.stat() if links else path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise NotPlainError("is a symbolic link, and only regular files are read")
+    if not stat.S_ISREG(found.st_mode):
+        raise NotPlainError("is no regular file")
+    return found.st_size
+
+
+def open_regular(path: Path, links: bool = False) -> IO[bytes]:
+    """The file, open to be read; a pipe that nobody writes to is not waited for. Raises as `check_regular` does."""
+    check_regular(path, links)
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)), "rb")
+
+
+def read_regular(path: Path, limit: int = LARGEST, links: bool = False) -> bytes:
+    """Its bytes. Raises `NotPlainError` too where there are more than `limit`."""
+    with open_regular(path, links) as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise NotPlainError(f"has more than {limit} bytes")
+    return raw
+
+
+def parse_json(raw: bytes) -> Any:
+    """What JSON in UTF-8 says. Raises ValueError for what is none, and for what JSON allows and nobody writes: a key
+    twice, NaN and infinities, more than `DEEPEST` levels, and NUL in a text."""
+    try:
+        tree = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError(f"nests deeper than {DEEPEST} levels") from None
+    _check_plain(tree)
+    return tree
+
+
+def shown(value: object) -> str:
+    """A value in a message: short, in one line, and without what a terminal would obey."""
+    try:
+        text = ascii(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
+    return tree
+
+
+def _check_plain(tree: Any) -> None:
+    """Level by level, since the tree may be deeper than Python can call."""
+    level: list[tuple[str, Any]] = [("", tree)]
+    for _ in range(DEEPEST + 1):
+        below: list[tuple[str, Any]] = []
+        for key, value in level:
+            if isinstance(value, dict):
+                below += [(f"{key}.{name}" if key else name, part) for name, part in value.items()]
+            elif isinstance(value, list):
+                below += [(f"{key}.{number}", part) for number, part in enumerate(value)]
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{shown(key)} is {value}")
+            if "\0" in key or (isinstance(value, str) and "\0" in value):
+                raise ValueError(f"{shown(key)} holds a NUL")
+        if not below:
+            return
+        level = below
+    raise ValueError(f"{shown(level[0][0])} nests deeper than {DEEPEST} levels")

@@ -1,0 +1,81 @@
+"""An index is checked as a whole when it is opened: nothing in its middle is believed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megabus.data import indexed
+from megabus.data.indexed import HEADER, IndexedTokens, IndexedWriter, meta_path, pair_paths, read_meta
+from megabus.errors import UserError
+
+LENGTHS = (3, 0, 5, 1, 40)
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    with IndexedWriter(tmp_path / "corpus", np.dtype(np.uint16)) as writer:
+        for length in LENGTHS:
+            writer.append(range(length))
+    return tmp_path / "corpus"
+
+
+def put(prefix, at, number, kind):
+    """Write a number into the index, `at` bytes behind its header."""
+    with pair_paths(prefix)[1].open("r+b") as file:
+        file.seek(HEADER.size + at)
+        file.write(np.array([number], dtype=kind).tobytes())
+
+
+@pytest.mark.parametrize("checked", [1, 2, 1 << 20])
+@pytest.mark.parametrize(
+    ("at", "number", "kind"),
+    [
+        (4, 4, "<i4"),  # a length
+        (4, -1, "<i4"),
+        (20 + 8, 4, "<i8"),  # a sequence's place
+        (20 + 16, -6, "<i8"),
+        (60 + 16, 9, "<i8"),  # a document's first sequence
+        (60 + 16, -1, "<i8"),
+        (60, 1, "<i8"),
+        (60 + 40, 4, "<i8"),
+    ],
+)
+def test_an_index_that_disagrees_with_itself_is_refused(prefix, monkeypatch, checked, at, number, kind):
+    monkeypatch.setattr(indexed, "CHECKED", checked)  # entries at once
+    tokens = IndexedTokens(prefix)  # the control
+    assert [tokens.sequence(n).tolist() for n in range(5)] == [list(range(length)) for length in LENGTHS]
+    put(prefix, at, number, kind)
+    with pytest.raises(UserError, match=r"damaged: offsets, lengths and documents disagree|\.bin: holds"):
+        IndexedTokens(prefix)
+
+
+@pytest.mark.parametrize("code", [6, 7])
+def test_floats_are_no_tokens(prefix, code):
+    with pair_paths(prefix)[1].open("r+b") as file:
+        file.seek(9 + 8)
+        file.write(bytes([code]))
+    with pytest.raises(UserError, match="holds numbers of type float"):
+        IndexedTokens(prefix)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("5", "holds no keys"),
+        ("[]", "holds no keys"),
+        ("{", "is not JSON"),
+        ("[" * 10_000, "is not JSON"),
+        ('{"vocab_size": 3}', "lacks n_tokens, tokenizer_sha256"),
+        ('{"vocab_size": "3", "tokenizer_sha256": "a", "n_tokens": 49}', "has vocab_size = '3', which is no int"),
+        ('{"vocab_size": true, "tokenizer_sha256": "a", "n_tokens": 49}', "has vocab_size = True, which is no int"),
+        ('{"vocab_size": 3, "tokenizer_sha256": null, "n_tokens": 49}', "has tokenizer_sha256 = None, which is no str"),
+        ('{"vocab_size": 3, "tokenizer_sha256": "a", "n_tokens": 49.0}', "has n_tokens = 49.0, which is no int"),
+    ],
+)
+def test_a_sidecar_that_says_nonsense_is_refused(prefix, text, told):
+    meta_path(prefix).write_text(text)
+    with pytest.raises(UserError, match=told):
+        read_meta(prefix)
+    meta_path(prefix).write_text('{"vocab_size": 3, "tokenizer_sha256": "a", "n_tokens": 49}')  # the control
+    assert read_meta(prefix)["n_tokens"] == 49
