@@ -148,7 +148,8 @@ def describe(stage: Stage) -> str:
     return f"d{model.d_model} L{model.n_layers} H{model.n_heads} ff{model.d_ff} {stage.layout}"
 
 
-def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: float) -> str:
+def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: float | None) -> str:
+    """eta_s: seconds left, if that is known."""
     parts = [
         f"step {row['step']:>5}",
         describe(stage),
@@ -157,7 +158,7 @@ def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: 
         f"|g| {row['grad_norm']:.2f}",
         f"{row['tokens_per_s']:,.0f} tok/s ({row['tokens_per_s_per_gpu']:,.0f}/rank)",
         "MFU –" if row["mfu"] is None else f"MFU {row['mfu']:.1%}",
-        f"{row['share']:.0%} done, {clock(eta_s)} left",
+        f"{row['share']:.0%} done" + ("" if eta_s is None else f", {clock(eta_s)} left"),
     ]
     if view is not None:
         parts.insert(-1, bar(view.progress, view.kappa))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.schema import KappaConfig
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
+from megabus.train.loop import _seconds_left
 from megabus.train.metrics import Metrics, clock, describe, step_line
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,22 @@ def test_step_line(stage: Stage) -> None:
     )
 
 
+def test_a_step_line_without_a_pace_says_no_time(stage: Stage) -> None:
+    known, unknown = (step_line(STEP, stage, None, seconds) for seconds in (125, None))
+    assert known == f"{unknown}, 2:05 left"
+    assert unknown.endswith("% done")
+
+
+def test_time_is_told_from_the_second_step_of_a_start_or_a_growth_on() -> None:
+    def left(*pace: tuple[float, float]) -> float | None:
+        return _seconds_left(SimpleNamespace(pace=pace))  # type: ignore[arg-type]
+
+    assert left((0.0, 0.25)) is None
+    assert left((0.0, 0.25), (10.0, 0.25)) is None  # a budget that has just been raised
+    assert left((0.0, 0.25), (10.0, 0.5)) == 20.0
+    assert left((0.0, 1.0)) == 0.0
+
+
 def test_step_line_with_a_known_peak_and_kappa(stage: Stage) -> None:
     line = step_line(STEP | {"mfu": 0.4567}, stage, view_at(progress=0.5), 3661)
     assert line.endswith(" | MFU 45.7% | κ ▕█████░░░|░▏ 50%/80% | 38% done, 1:01:01 left")
@@ -187,6 +205,7 @@ def with_wandb(tmp_path: Path, body: str) -> Path:
 import json, sys
 from pathlib import Path
 from megabus.config import parse_config
+from megabus.train.loop import _seconds_left
 from megabus.train.metrics import Metrics
 config, STEP, MEMORY = parse_config(json.loads(sys.argv[1])), *map(json.loads, sys.argv[2:])
 GAINS = dict(step=31, s_qk=dict(p0=0.5, p100=1.5))
