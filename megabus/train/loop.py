@@ -155,8 +155,7 @@ def validate(run: Run) -> float:
 
 def _validation_loss(run: Run, seq_len: int) -> float:
     run.watchdog.heartbeat()
-    batches = run.corpora.valid_batches(run.engine, seq_len)
-    return run.engine.evaluate(batches, run.corpora.valid_steps(run.stage, seq_len), seq_len)
+    return run.corpora.validation_loss(run.engine, seq_len)
 
 
 def stage_is_spent(run: Run) -> bool:
