@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from megabus.config.paths import Pathname
 from megabus.config.section import Angle, Count, CountFrom0, Decay, NonNegative, Positive, Section, Share
 
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
@@ -275,7 +276,7 @@ class GrowthConfig(Section):
 class Corpus(Section):
     """One of the token files that are blended. Their weights need not sum to 1."""
 
-    path: str = Field(description="prefix of a .bin/.idx pair")
+    path: Pathname = Field(description="prefix of a .bin/.idx pair")
     weight: Positive = Field(1.0, description="its part of the samples, beside the others' weights")
 
 
@@ -287,8 +288,8 @@ class DataConfig(Section):
     """Token files made by megabus preprocess. `train` is one prefix or a weighted blend."""
 
     train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
-    valid: str = Field(description="prefix of the .bin/.idx pair to validate on")
-    tokenizer: str | None = Field(None, description="SentencePiece model, copied beside checkpoints")
+    valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
+    tokenizer: Pathname | None = Field(None, description="SentencePiece model, copied beside checkpoints")
 
     @property
     def train_corpora(self) -> list[tuple[str, float]]:
@@ -354,11 +355,11 @@ class PreflightConfig(Section):
 class RunConfig(Section):
     """A whole run: everything that a YAML file may hold."""
 
-    run_dir: str = Field(description="directory of metrics, checkpoints and the rest; all nodes must share it")
+    run_dir: Pathname = Field(description="directory of metrics, checkpoints and the rest; all nodes must share it")
     resume: Literal["auto", "strict", "never"] = Field(
         "auto", description="strict refuses damaged checkpoints and a changed configuration; never refuses old runs"
     )
-    init_from: str | None = Field(
+    init_from: Pathname | None = Field(
         None,
         description="run or checkpoint (megabus convert makes one of any Llama) whose weights a new run begins with",
     )
