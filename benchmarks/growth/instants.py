@@ -18,7 +18,7 @@ from benchmarks.growth.results import Point, Result, points_of_stages
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.config.schema import KappaConfig
 from megabus.kappa.monitor import KappaMonitor
-from megabus.train.run import point_at
+from megabus.train.run import span_of
 from megabus.train.schedule import decays, spent_share
 
 KAPPAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -27,7 +27,7 @@ KAPPAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 def instant(stage: Stage, points: Sequence[Point], trigger: KappaConfig) -> float | None:
     """FLOPs of the run at which κ grows out of a stage; None where it does not at any of the points."""
     monitor = KappaMonitor(trigger)
-    point_at(monitor, replace(stage, kappa=trigger.kappa), points[0].tokens, points[0].flops)
+    monitor.start_stage(span_of(replace(stage, kappa=trigger.kappa), points[0].tokens, points[0].flops))
     for point in points:
         if monitor.observe(point.tokens, point.flops, point.loss).reason == "kappa":
             return point.flops

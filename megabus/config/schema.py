@@ -202,8 +202,14 @@ class ScalingLaw(Section):
 
 
 class KappaConfig(Section):
-    """When to grow: when a size has achieved a fraction kappa of its predicted loss improvement."""
+    """When to grow: when a size has achieved a fraction kappa of its predicted loss improvement, or when the next size
+    gives more nats a FLOP."""
 
+    rule: Literal["kappa", "marginal"] = Field(
+        "kappa",
+        description="grow by kappa, or when the next size's predicted nats a FLOP exceed the present one's, by "
+        "scaling_law as this run's own stages correct it",
+    )
     kappa: Share = Field(0.95, description="fraction of the predicted improvement to achieve before growing")
     predictor: Literal["constant", "scaling_law", "reference", "fit"] = Field(
         "fit", description="what predicts a size's final loss: a power law fitted to its own curve, or the keys below"
@@ -214,7 +220,11 @@ class KappaConfig(Section):
         None, description="[parameters, final loss] of models that were trained"
     )
     patience: Count = Field(1, description="evaluations in a row that must meet the target")
-    max_std: Positive = Field(0.25, description="largest std of the predicted loss mp to act on, over start - mp")
+    max_std: Positive = Field(
+        0.25,
+        description="largest std to act on: of the predicted loss mp, over start - mp; with rule marginal of "
+        "the present return, over itself",
+    )
     min_evals: Count = Field(8, description="evaluations that a stage needs before kappa may trigger (fit: 5 or more)")
 
 

@@ -231,6 +231,18 @@ def _check_trigger(config: RunConfig) -> None:
     if trigger.predictor in ("constant", "reference") and getattr(trigger, trigger.predictor) is None:
         key = f"growth.trigger.{trigger.predictor}"
         raise UserError(key, "(missing)", f"predictor {trigger.predictor} needs it", "add it")
+    if trigger.rule == "marginal":
+        if trigger.predictor != "fit":
+            problem = "predicts nothing that rule marginal asks for"
+            raise UserError(
+                "growth.trigger.predictor", trigger.predictor, problem, "leave it out, or set rule to kappa"
+            )
+        for number, stage in enumerate(growth.stages):
+            if stage.kappa is not None:
+                problem = "is not asked for by growth.trigger.rule = marginal"
+                raise UserError(
+                    f"growth.stages.{number}.kappa", stage.kappa, problem, "remove it, or set rule to kappa"
+                )
     if isinstance(trigger.constant, list) and len(trigger.constant) != 1 + len(growth.stages):
         problem = f"has {len(trigger.constant)} losses for {1 + len(growth.stages)} stages"
         raise UserError("growth.trigger.constant", trigger.constant, problem, "give one loss, or one a stage")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megabus.kappa.monitor import Reason
 
-_REASONS: tuple[Reason | None, ...] = (None, "kappa", "cap")
+_REASONS: tuple[Reason | None, ...] = (None, "kappa", "cap", "marginal")
 
 
 @dataclass(frozen=True)

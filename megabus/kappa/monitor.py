@@ -4,9 +4,15 @@ The formula read here: growth is due at the first validation loss at or below
 
     target = start + κ·(mp − start) = mp + (1 − κ)·(start − mp)
 
-start is the stage's first finite validation loss (growth keeps the function, so in a grown stage that is about what the
-last size ended with), and mp the loss that the stage is predicted to end with. κ = 0 is the start and κ = 1 the
-predicted end, whatever the losses.
+start is the median of the stage's first three finite validation losses (growth keeps the function, so in a grown stage
+that is about what the last size ended with), and mp the loss that the stage is predicted to end with. What is held
+against the target is the median of the last three. So no single validation, first, last or between, however far off,
+grows the model, nor do several of which no two are among three in a row; and κ decides from the third on. κ = 0 is the
+start and κ = 1 the predicted end, whatever the losses. While a grown model heals, `fit` knows how far the first losses
+are above its law, and start is without that.
+
+A curve that is flat has nothing to achieve a share of. It has ended: from half of the stage's cap on the model grows
+if the improvement of the whole stage, and two std more, is at most `FLAT` of the loss.
 
 Its source, the method's original description, writes tp·κ + mp with tp = final − start and final = mp. Taken literally
 that is no loss: from a start of 10 to an mp of 2, κ = 0.8 gives −6.4 + 2 = −4.4. tp is a change, so it must be added to
@@ -28,11 +34,14 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
 from megabus.config.schema import KappaConfig
-from megabus.kappa.predictors import CurvePoint, StageSpan, make_predictor
+from megabus.kappa.marginal import Returns, StagePath, path_of, returns
+from megabus.kappa.predictors import CurvePoint, Fit, StageSpan, make_predictor
 
-Reason = Literal["kappa", "cap"]
+Reason = Literal["kappa", "cap", "marginal"]
 
+FLAT = 0.01
 _SLOPE_POINTS = 5
+_OF = 3  # losses, of which the median counts
 BAR_CELLS = 10
 
 
@@ -40,9 +49,12 @@ BAR_CELLS = 10
 class KappaView:
     """What κ is judged by, for the log and the metrics. None = not known (yet).
 
-    loss: the newest finite validation loss. progress: (start − loss) / (start − mp), at most 1 and negative while worse
-    than the start; None too when mp >= start, where no improvement is predicted that there could be a share of.
-    slope: d log L / d log C over the last evaluations, C the FLOPs of the run.
+    noise: std of a single validation, where the predictor tells. loss: the newest finite one. level: the median of the
+    last three. progress: (start − level) / (start − mp), at most 1 and negative while worse than the start; None too
+    when mp >= start, where no improvement is predicted that there could be a share of. flat: whether that is so of a
+    curve that is known well, which then grows. gain_now, gain_next: nats per FLOP of this size and of the next, by
+    rule `marginal`; then progress is the second over the first, kappa 1, and nothing else is predicted. slope:
+    d log L / d log C over the last evaluations, C the FLOPs of the run.
     """
 
     stage: int
@@ -50,9 +62,14 @@ class KappaView:
     start: float | None
     mp: float | None
     mp_std: float | None
+    noise: float
     target: float | None
     loss: float | None
+    level: float | None
     progress: float | None
+    flat: bool
+    gain_now: float | None
+    gain_next: float | None
     slope: float | None
     evals: int
     met: int
@@ -88,6 +105,7 @@ class KappaState:
     curve: list[CurvePoint] = field(default_factory=list)
     met: int = 0
     nonfinite: int = 0
+    past: list[StagePath] = field(default_factory=list)  # the stages before, for rule `marginal`
 
 
 SAVED: TypeAdapter[KappaState] = TypeAdapter(KappaState)  # reads it from JSON
@@ -117,12 +135,14 @@ def check_saved(state: KappaState) -> None:
 class KappaMonitor:
     """Told of every validation loss, it says when to grow. Call `start_stage` first, and after every growth.
 
-    κ itself comes with the stage, not from `trigger`. The monitor does not know which stage is the last one: there the
-    caller ignores `grow`. Raises `UserError` for a predictor that `trigger` does not give what it needs.
+    κ itself comes with the stage, not from `trigger`. In the last stage (`StageSpan.last`) there is nothing to decide:
+    the losses are remembered, since a resumed run may be given another stage, and nothing is predicted.
+    Raises `UserError` for a predictor that `trigger` does not give what it needs.
     """
 
     def __init__(self, trigger: KappaConfig) -> None:
         self.trigger, self.predictor = trigger, make_predictor(trigger)
+        self._marginal = Fit(trigger.min_evals) if trigger.rule == "marginal" else None
         self._state: KappaState | None = None
 
     @property
@@ -132,13 +152,15 @@ class KappaMonitor:
         return self._state
 
     def start_stage(self, span: StageSpan) -> None:
-        """Forget the last stage and watch this one."""
-        self._state = KappaState(span)
+        """Watch this stage. Of the last one stays what a law of this run's stages can be fitted to."""
+        path = None if self._state is None or self._marginal is None else self._path(self._marginal)
+        past = [] if self._state is None else [*self._state.past, *([] if path is None else [path])]
+        self._state = KappaState(span, past=past)
 
-    def retarget(self, kappa: float, max_tokens: int | None, max_flops: float | None) -> None:
-        """Watch the present stage with another κ and other caps: those that a resumed run was given."""
+    def retarget(self, span: StageSpan) -> None:
+        """Watch the present stage with what a resumed run was given: κ, caps, what is ahead. Where it began stays."""
         state = self.state
-        state.span = replace(state.span, kappa=kappa, max_tokens=max_tokens, max_flops=max_flops)
+        state.span = replace(span, index=state.span.index, tokens=state.span.tokens, flops=state.span.flops)
 
     def observe(self, tokens: int, flops: float, loss: float, *, only_cap: bool = False) -> Decision:
         """Take one validation loss at these run totals, and decide. only_cap: κ may not trigger now.
@@ -153,11 +175,19 @@ class KappaMonitor:
         else:
             state.nonfinite += 1
         view = self.view(tokens, flops)
-        state.met = state.met + 1 if finite and self._met(view) else 0
+        if view is None:
+            return Decision(False)
+        returned = self._returns(tokens, flops) if finite else None
+        if self._marginal is not None:
+            view = _with_returns(view, returned)
+            met = returned is not None and returned.grow(self.trigger.max_std)
+        else:
+            met = self._met(view)
+        state.met = state.met + 1 if finite and met else 0
         view = replace(view, met=state.met)
         enough = state.met >= self.trigger.patience and len(state.curve) >= self.trigger.min_evals
         if finite and enough and not only_cap:
-            return Decision(True, "kappa", view)
+            return Decision(True, self.trigger.rule, view)
         cap = self.check_cap(tokens, flops)
         return Decision(cap.grow, cap.reason, view)
 
@@ -167,27 +197,42 @@ class KappaMonitor:
         spent = cap_is_reached(tokens - span.tokens, flops - span.flops, span.max_tokens, span.max_flops)
         return Decision(spent, "cap" if spent else None)
 
-    def view(self, tokens: int, flops: float) -> KappaView:
-        """The state of the stage at these run totals."""
+    def view(self, tokens: int, flops: float) -> KappaView | None:
+        """The state of the stage at these run totals; None in the last one."""
         state, span = self.state, self.state.span
-        start = mp = std = target = loss = progress = None
+        if span.last:
+            return None
+        start = mp = std = target = loss = level = progress = None
+        noise = 0.0
+        flat = False
         if state.curve:
-            start, loss = state.curve[0].loss, state.curve[-1].loss
-            prediction = self.predictor(span, state.curve)
+            prediction = None if self._marginal is not None else self.predictor(span, state.curve)
+            bump = None if prediction is None else prediction.bump
+            first = state.curve[:_OF]
+            start = float(np.median([p.loss - (0.0 if bump is None else bump(p.flops)) for p in first]))
+            level = float(np.median([p.loss for p in state.curve[-_OF:]]))
+            loss = state.curve[-1].loss
             if prediction is not None:
-                mp, std = prediction.loss, prediction.std
+                mp, std, noise = prediction.loss, prediction.std, prediction.noise
                 if mp < start:
                     target = mp + (1 - span.kappa) * (start - mp)
-                    progress = min(1.0, (start - loss) / (start - mp))
+                    progress = min(1.0, (start - level) / (start - mp))
+                half = spent_share(tokens - span.tokens, flops - span.flops, span.max_tokens, span.max_flops) >= 0.5
+                flat = half and std is not None and start - mp + 2 * std <= FLAT * level
         return KappaView(
             stage=span.index,
             kappa=span.kappa,
             start=start,
             mp=mp,
             mp_std=std,
+            noise=noise,
             target=target,
             loss=loss,
+            level=level,
             progress=progress,
+            flat=flat,
+            gain_now=None,
+            gain_next=None,
             slope=_log_slope(state.curve[-_SLOPE_POINTS:]),
             evals=len(state.curve),
             met=state.met,
@@ -200,11 +245,33 @@ class KappaMonitor:
         )
 
     def _met(self, view: KappaView) -> bool:
-        if view.start is None or view.mp is None or view.loss is None or view.target is None:
+        if view.evals < _OF or view.start is None or view.mp is None or view.level is None:
             return False
-        if view.loss > view.target:
+        if view.flat:
+            return True
+        if view.target is None or view.level > view.target:
             return False
-        return view.mp_std is None or view.mp_std <= self.trigger.max_std * (view.start - view.mp)
+        # Two medians of three, each with half of a validation's variance, stand beside mp.
+        std = 0.0 if view.mp_std is None else math.hypot(view.mp_std, view.noise)
+        return std <= self.trigger.max_std * (view.start - view.mp)
+
+    def _path(self, fit_of: Fit) -> StagePath | None:
+        """What the present stage has shown so far; None while that is too little for a fit."""
+        span, fit = self.state.span, fit_of.curve(self.state.span, self.state.curve)
+        if fit is None:
+            return None
+        points = [p for p in self.state.curve if p.flops > span.flops]
+        tokens, losses = np.array([p.tokens - span.tokens for p in points]), np.array([p.loss for p in points])
+        return path_of(fit, span.n_params, tokens, losses, (points[-1].flops - span.flops) / float(tokens[-1]))
+
+    def _returns(self, tokens: int, flops: float) -> Returns | None:
+        state = self.state
+        if self._marginal is None or state.span.ahead is None:
+            return None
+        fit, path = self._marginal.curve(state.span, state.curve), self._path(self._marginal)
+        if fit is None or path is None:
+            return None
+        return returns(fit, [*state.past, path], self.trigger.scaling_law, state.span.ahead, (tokens, flops))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain JSON values."""
@@ -213,6 +280,28 @@ class KappaMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`'s answer, also after a trip through JSON."""
         self._state = SAVED.validate_json(json.dumps(state), strict=True)
+
+
+def never_met(view: KappaView, predictor: str) -> str | None:
+    """What to tell of a stage that κ cannot end as far as its third loss shows, once; None of any other."""
+    if view.evals != _OF or view.mp is None or view.start is None or view.mp_std is not None or view.mp < view.start:
+        return None
+    ends = "nothing but the run's end ends it" if view.max_tokens is view.max_flops is None else "its cap alone ends it"
+    said = f"growth.trigger.predictor = {predictor} says {view.mp:.4f}, no less than where stage {view.stage} began"
+    return f"{said}, {view.start:.4f}: {ends}; correct what it is given, or use fit"
+
+
+def _with_returns(view: KappaView, found: Returns | None) -> KappaView:
+    if found is None:
+        return replace(view, kappa=1.0)
+    share = found.following / found.now if found.now > 0 else None
+    progress = None if share is None else min(1.0, share)
+    return replace(view, kappa=1.0, progress=progress, gain_now=found.now, gain_next=found.following)
+
+
+def spent_share(tokens: int, flops: float, max_tokens: int | None, max_flops: float | None) -> float:
+    """What a stage has used of the cap that it comes to first; 0 without any."""
+    return max(0.0 if max_tokens is None else tokens / max_tokens, 0.0 if max_flops is None else flops / max_flops)
 
 
 def cap_is_reached(tokens: int, flops: float, max_tokens: int | None, max_flops: float | None) -> bool:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -28,6 +28,8 @@ import numpy as np
 
 from megabus.config.schema import KappaConfig, ScalingLaw
 from megabus.errors import UserError
+from megabus.kappa.curve_fit import CurveFit, fit_curve
+from megabus.kappa.marginal import Ahead
 
 
 class CurvePoint(NamedTuple):
@@ -49,6 +51,8 @@ class StageSpan:
     flops: float = 0.0
     max_tokens: int | None = None
     max_flops: float | None = None
+    last: bool = False  # it ends with the run, so there is nothing to decide
+    ahead: Ahead | None = None  # what rule `marginal` must know
 
     def budget(self, curve: Sequence[CurvePoint]) -> tuple[float, float] | None:
         """(tokens, FLOPs) this stage may spend, inf where open; None while FLOPs per token is unknown.
@@ -69,10 +73,16 @@ class StageSpan:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A final loss (nats per token) and its standard deviation; std None = the predictor claims none."""
+    """A final loss (nats per token) and its standard deviation; std None = the predictor claims none.
+
+    noise: std of a single validation around the stage's law, and bump: what a growth's transient adds to the loss at
+    given FLOPs of the run, where the predictor can tell.
+    """
 
     loss: float
     std: float | None = None
+    noise: float = 0.0
+    bump: Callable[[float], float] | None = None
 
 
 class Predictor(Protocol):
@@ -168,15 +178,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Fit:
-    """A power law fitted to this stage's own curve: L(C) = E + A C^-b (see `fit_power_law`).
+    """A law fitted to this stage's own curve, apart from the bump that its growth has thrown up (`fit_curve`).
 
     mp = L at the end of the stage's budget, or the asymptote E when it has none. C counts from the start of the run,
-    not of the stage: growth keeps the loss, so the curve goes on from a finite C.
-    An evaluation's weight is the share of the stage that was done by then: the first ones show warm-up, or recovery
-    after a growth, rather than the law. The law knows no decay of the learning rate: mp is that of the present rate.
-    None before `min_points` evaluations at different C. The losses are not smoothed: after an exponential moving
-    average with a decay of 0.9 the same fit was wrong by 14 of its std instead of 1, because the average lags and
-    correlates the residuals.
+    not of the stage: growth keeps the loss, so the curve goes on from a finite C. The law knows no decay of the
+    learning rate: mp is that of the present rate. None before `min_points` evaluations at different C. The losses are
+    not smoothed: after an exponential moving average with a decay of 0.9 a fit was wrong by 14 of its std instead of 1,
+    because the average lags and correlates the residuals.
     """
 
     min_points: int
@@ -186,111 +194,19 @@ class Fit:
         _require(ok, "min_evals", self.min_points, "too few for the 3 coefficients of `fit`", "use 5 or more")
 
     def __call__(self, stage: StageSpan, curve: Sequence[CurvePoint]) -> Prediction | None:
-        budget = stage.budget(curve)
-        points = [p for p in curve if p.flops > stage.flops and math.isfinite(p.loss)]
-        if budget is None or len({p.flops for p in points}) < self.min_points:
+        budget, fit = stage.budget(curve), self.curve(stage, curve)
+        if budget is None or fit is None:
             return None
-        c = np.array([p.flops for p in points])
-        loss = np.array([p.loss for p in points])
-        weight = (c - stage.flops) / (c.max() - stage.flops)
-        return fit_power_law(c, loss, weight).predict(stage.flops + budget[1])
+        loss, std = fit.predict(stage.flops + budget[1])
+        # A first stage's steep beginning is no bump but what it learns.
+        return Prediction(loss, std, fit.noise, fit.bump if stage.flops > 0 else None)
 
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """L(C) = E + A (C / c0)^-b, with the other exponents the data allow (`grid`) for its uncertainty.
-
-    `grid` rows are (E, A, b, p) with p their normalised likelihood; `cov` holds, per row, the covariance of
-    (E, A) at that b as (var E, var A, cov).
-    """
-
-    E: float
-    A: float
-    b: float
-    c0: float
-    grid: np.ndarray
-    cov: np.ndarray
-
-    def __call__(self, flops: float) -> float:
-        return self.E + self.A * float(np.exp(-self.b * np.log(flops / self.c0)))
-
-    def predict(self, flops: float) -> Prediction:
-        """L at `flops` (inf: E), its std over exponents and, at each exponent, over (E, A)."""
-        E, A, b, p = self.grid.T
-        x = np.exp(-b * np.log(flops / self.c0))
-        var = self.cov[:, 0] + x**2 * self.cov[:, 1] + 2 * x * self.cov[:, 2]
-        best = self(flops)
-        return Prediction(best, float(np.sqrt(np.sum(p * (np.maximum(var, 0) + (E + A * x - best) ** 2)))))
-
-
-_B_RANGE = (0.02, 8.0)  # from nearly logarithmic to nearly exponential over a short stage
-_HUBER = 1.345  # 95% efficiency under Gaussian noise
-
-
-def fit_power_law(c: np.ndarray, loss: np.ndarray, weight: np.ndarray) -> PowerLaw:
-    """Robust weighted fit of L = E + A (c / min c)^-b with E, A >= 0.
-
-    c: (n,) FLOPs > 0, not all equal; loss: (n,) finite; weight: (n,) >= 0.
-    For a fixed b the law is linear in (E, A), solved in closed form, so only b is searched: a grid in log b,
-    zoomed. Huber reweighting keeps outliers out. The likelihood of b, its noise scale integrated out, is
-    RSS(b)^(-(n-3)/2): averaging over it keeps the std honest where the curve does not tell b, which is most
-    of a stage, and where b sits at an end of its range, where a Gauss-Newton covariance means nothing.
-    """
-    log_c = np.log(c / c.min())
-    weight = weight / weight.max()
-    span = np.log(_B_RANGE)
-    w = weight
-    for _ in range(6):
-        low, high = span
-        for _ in range(8):  # each zoom narrows the bracket 8-fold
-            b = np.exp(np.linspace(low, high, 33))
-            E, A, rss, _ = _solve(log_c, loss, w, b)
-            i = int(np.argmin(rss))
-            low, high = np.log(b[max(i - 2, 0)]), np.log(b[min(i + 2, 32)])
-        best = (float(E[i]), float(A[i]), float(b[i]))
-        r = np.abs(loss - best[0] - best[1] * np.exp(-best[2] * log_c))
-        scale = 1.4826 * float(np.median(r))
-        if scale <= 1e-12 * float(np.abs(loss).max()):
-            break  # an exact fit has no outliers to tame
-        w = weight * np.minimum(1.0, _HUBER * scale / np.maximum(r, 1e-300))
-
-    freedom = max(float(w.sum() ** 2 / np.sum(w**2)) - 3.0, 1.0)  # Kish's effective n, less 3 coefficients
-    floor = (1e-12 * float(np.abs(loss).max())) ** 2 * w.sum() + 1e-300
-    low, high = span
-    for _ in range(5):  # zoom to where the likelihood lives: a sharp one would fall between grid points
-        grid_b = np.exp(np.linspace(low, high, 97))
-        E, A, rss, cov = _solve(log_c, loss, w, grid_b)
-        log_p = -0.5 * freedom * np.log((rss + floor) / (rss.min() + floor))
-        likely = np.flatnonzero(log_p > -12.0)
-        low, high = np.log(grid_b[max(likely[0] - 1, 0)]), np.log(grid_b[min(likely[-1] + 1, 96)])
-    p = np.exp(log_p)
-    sigma2 = rss.min() / w.sum() * (freedom + 3.0) / freedom
-    return PowerLaw(*best, float(c.min()), np.stack([E, A, grid_b, p / p.sum()], axis=1), cov * sigma2)
-
-
-def _solve(
-    log_c: np.ndarray, loss: np.ndarray, w: np.ndarray, b: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weighted least squares of loss = E + A x, x = exp(-b log_c), with E, A >= 0, for all exponents at once.
-
-    log_c, loss, w: (n,); b: (B,). Returns E, A, RSS (B,) and (var E, var A, cov) / σ² (B, 3).
-    """
-    x = np.exp(-b[:, None] * log_c)  # (B, n), in (0, 1]
-    total = w.sum()
-    mean_x, mean_y = x @ w / total, float(loss @ w / total)
-    dx = x - mean_x[:, None]
-    sxx = np.maximum((dx**2) @ w, 1e-300)
-    A = np.maximum((dx * (loss - mean_y)) @ w / sxx, 0.0)  # a rising curve has no law: flat
-    E = mean_y - A * mean_x
-    through_zero = np.maximum((x * loss) @ w, 0.0) / np.maximum((x**2) @ w, 1e-300)
-    A = np.where(E < 0, through_zero, A)
-    E = np.maximum(E, 0.0)
-    rss = ((loss - E[:, None] - A[:, None] * x) ** 2) @ w
-    # The weights are choices, not inverse variances, so the covariance is the sandwich's.
-    slope = dx / sxx[:, None]  # dA / dloss_i = slope_i w_i, and d mean_y / dloss_i = w_i / total
-    var_mean, var_a, cov_mean_a = np.sum(w**2) / total**2, slope**2 @ w**2, slope @ w**2 / total
-    var_e = var_mean + mean_x**2 * var_a - 2 * mean_x * cov_mean_a
-    return E, A, rss, np.stack([var_e, var_a, cov_mean_a - mean_x * var_a], axis=1)
+    def curve(self, stage: StageSpan, curve: Sequence[CurvePoint]) -> CurveFit | None:
+        """The law, None before `min_points`."""
+        points = {p.flops: p.loss for p in curve if p.flops > stage.flops and math.isfinite(p.loss)}
+        if len(points) < self.min_points:
+            return None
+        return fit_curve(np.array(list(points)), np.array(list(points.values())), stage.flops)
 
 
 def make_predictor(trigger: KappaConfig) -> Predictor:

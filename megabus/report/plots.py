@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHORT = {"d_model": "d", "n_layers": "L", "n_heads": "H", "n_kv_heads": "KV", "d_ff": "ff"}
-_REASON = {"kappa": "κ", "cap": "cap"}
+_REASON = {"kappa": "κ", "cap": "cap", "marginal": "return"}
 X_LABEL = {"flops": "training compute (FLOPs)", "tokens": "tokens", "time": "training time (hours)"}
 _HEIGHT = 4.6  # of the axes, in inches
 MOST_FLAGS = 40  # labels of growths that a picture has room for

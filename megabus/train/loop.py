@@ -15,7 +15,7 @@ from megabus.engine.engine import StepResult
 from megabus.errors import say
 from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
-from megabus.kappa.monitor import cap_is_reached
+from megabus.kappa.monitor import cap_is_reached, never_met
 from megabus.model.cost import flops_per_token
 from megabus.model.peak import peak_flops
 from megabus.parallel.agree import on_any_rank
@@ -181,6 +181,8 @@ def observe(run: Run, loss: float) -> GrowthSignal:
         decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=only_cap)
         run.view = decision.view
         extra = decision.view.as_dict() if decision.view is not None else {}
+        if decision.view is not None and (warning := never_met(decision.view, run.config.growth.trigger.predictor)):
+            say(warning)
         run.metrics.write("eval", run.totals | {"loss": loss} | extra)
         say(f"step {now.step:>5} | validation loss {loss:.4f}")
         growing = decision.grow and run.can_grow and run.share < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ from megabus.data.order import align_up
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, say, warn
 from megabus.growth.transition import stage_engine
+from megabus.kappa.marginal import Ahead
 from megabus.kappa.monitor import KappaMonitor, KappaView
+from megabus.kappa.outlook import outlook
 from megabus.kappa.predictors import StageSpan
-from megabus.model.cost import count_parameters
+from megabus.model.cost import count_parameters, flops_per_token
 from megabus.parallel.agree import agreement
 from megabus.preflight.flight import preflight
 from megabus.train.corpora import Corpora
@@ -87,6 +90,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     stages = at_horizon(config, stages)
     with agreement():
         monitor = KappaMonitor(config.growth.trigger)
+        warnings = outlook(stages, config.growth.trigger)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
@@ -106,6 +110,9 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
     tokenizer = config.data.tokenizer
+    if metrics is not None:
+        for warning in warnings:
+            say(warning)
     saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.heartbeat)
     engine = _engine(config, stages, found.state.stage if found else 0)
     watchdog.heartbeat()
@@ -186,7 +193,7 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     run.saved_step = now.step
     run.pace.clear()
     run.monitor.load_state_dict(found.state.monitor)
-    run.monitor.retarget(run.stage.kappa, run.stage.max_tokens, run.stage.max_flops)
+    run.monitor.retarget(_span(run))
     run.view = run.monitor.view(now.tokens, now.flops)
     if run.metrics is not None:
         layouts = {"layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
@@ -218,13 +225,28 @@ def roll_back(run: Run) -> None:
 
 def watch_stage(run: Run) -> None:
     """Point the monitor at the stage that the run is in now."""
-    point_at(run.monitor, run.stage, run.progress.tokens, run.progress.flops)
+    run.monitor.start_stage(_span(run))
 
 
-def point_at(monitor: KappaMonitor, stage: Stage, tokens: int, flops: float) -> None:
-    """Let a monitor watch a stage that begins at these run totals."""
-    caps = (stage.max_tokens, stage.max_flops)
-    monitor.start_stage(StageSpan(stage.index, count_parameters(stage.model), stage.kappa, tokens, flops, *caps))
+def _span(run: Run) -> StageSpan:
+    span, now = span_of(run.stage, run.progress.tokens, run.progress.flops), run.progress
+    if not run.can_grow:
+        return replace(span, last=True)
+    following, train = run.stages[run.stage.index + 1], run.config.train
+    steps = math.inf if train.max_steps is None else (train.max_steps - now.step) * following.tokens_per_step
+    ahead = Ahead(
+        count_parameters(following.model),
+        flops_per_token(following.model, following.seq_len),
+        min(math.inf if train.max_tokens is None else train.max_tokens, now.tokens + steps),
+        math.inf if train.max_flops is None else train.max_flops,
+    )
+    return replace(span, ahead=ahead)
+
+
+def span_of(stage: Stage, tokens: int, flops: float) -> StageSpan:
+    """What a monitor must know of a stage that begins at these run totals."""
+    n_params = count_parameters(stage.model)
+    return StageSpan(stage.index, n_params, stage.kappa, tokens, flops, stage.max_tokens, stage.max_flops)
 
 
 def sizes(stage: Stage) -> dict[str, int]:

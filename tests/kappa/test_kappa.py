@@ -13,10 +13,12 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megabus.config import parse_config, resolve_stages
 from megabus.config.schema import KappaConfig, ScalingLaw
 from megabus.errors import UserError
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
-from megabus.kappa.monitor import KappaMonitor, bar
+from megabus.kappa.monitor import KappaMonitor, bar, never_met
+from megabus.kappa.outlook import outlook
 from megabus.kappa.predictors import (
     Constant,
     CurvePoint,
@@ -209,10 +211,11 @@ def test_the_literal_formula_is_no_loss():
 
 @pytest.mark.parametrize("kappa", [0.0, 0.3, 0.5, 0.7, 0.75, 0.93, 0.96875])
 def test_triggers_at_the_closed_form_point(kappa):
-    """L(i) = 2 + 8 / (1 + i) meets 2 + (1 − κ)·8 first at i >= κ / (1 − κ)."""
+    """L(i) = 2 + 8 / (1 + i). Medians begin with L(1) = 6, so 2 + (1 − κ)·4 is due, and one validation later than the
+    losses, which meet it first at i >= (1 + κ) / (1 − κ), their medians do: from the third on."""
     watch = monitor(kappa, end=2.0)
-    decisions = feed(watch, [2 + 8 / (1 + i) for i in range(40)])
-    point = math.ceil(kappa / (1 - kappa))
+    decisions = feed(watch, [2 + 8 / (1 + i) for i in range(80)])
+    point = max(2, math.ceil((1 + kappa) / (1 - kappa) + 1 - 1e-9))
     assert first_growth(decisions) == point
     assert decisions[point].reason == "kappa"
     assert decisions[point].view.progress >= kappa - 1e-12
@@ -224,14 +227,15 @@ def test_fit_triggers_near_the_truth():
     watch.start_stage(StageSpan(0, 10, 0.8, max_tokens=400_000))
     losses = power(400)
     end = losses[-1]
-    true = int(np.argmax(losses <= end + 0.2 * (losses[0] - end)))
+    true = int(np.argmax(losses <= end + 0.2 * (losses[1] - end)))  # the median of the first three
     decisions = [watch.observe(1000 * (i + 1), 6e6 * (i + 1), x) for i, x in enumerate(losses[: true + 20])]
     assert abs(first_growth(decisions) - true) <= 1
 
 
-def test_start_is_the_first_finite_loss_of_the_stage():
+def test_start_is_the_median_of_the_stage_s_first_three_finite_losses():
     watch = monitor()
-    assert feed(watch, [NAN, 9.0, 8.0])[-1].view.start == 9.0
+    assert feed(watch, [NAN, 9.0, 8.0, 7.0, 6.0])[-1].view.start == 8.0
+    assert feed(monitor(), [29.0, 9.0, 8.0, 7.0])[-1].view.start == 9.0
     watch.start_stage(StageSpan(1, 20, 0.5, tokens=3000, flops=18e6))
     view = watch.observe(3000, 18e6, 5.0).view
     assert view.start == 5.0
@@ -242,32 +246,66 @@ def test_start_is_the_first_finite_loss_of_the_stage():
 @pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 def test_nonfinite_never_triggers_and_leaves_no_trace(bad):
     watch, twin = monitor(0.5, patience=2), monitor(0.5, patience=2)
-    good, broken = feed(twin, [10, 3, 3]), feed(watch, [10, 3, bad])
-    assert not broken[2].grow
-    assert broken[2].view.loss == good[1].view.loss
-    assert (broken[2].view.met, broken[2].view.nonfinite, broken[2].view.evals) == (0, 1, 2)
-    assert not any(decision.grow for decision in feed(monitor(0.5), [10, *[bad] * 20]))
-    assert feed(monitor(0.5), [10, 3])[1].grow  # control: finite, it does trigger
+    good, broken = feed(twin, [10, 10, 3, 3, 3]), feed(watch, [10, 10, 3, 3, bad])
+    assert good[4].grow
+    assert not broken[4].grow
+    assert broken[4].view.loss == good[3].view.loss
+    assert (broken[4].view.met, broken[4].view.nonfinite, broken[4].view.evals) == (0, 1, 4)
+    assert not any(decision.grow for decision in feed(monitor(0.5), [10, 10, 3, *[bad] * 20]))
+    assert feed(monitor(0.5), [10, 10, 3, 3])[3].grow  # control: finite, it does trigger
+
+
+OUTLIERS = [[0], [2], [10], [18], [19], [0, 10], [10, 13], [0, 19], [16, 19]]
+
+
+@pytest.mark.parametrize("where", OUTLIERS, ids=str)
+@pytest.mark.parametrize("off", [-3.0, 20.0])
+@pytest.mark.parametrize("begin", [0, 20])
+def test_no_outlier_grows_the_model(where, off, begin):
+    """Wherever they are, if no two are among three in a row: at the defaults, and with every other predictor's rule."""
+    losses = power(begin + 20)[begin:] + 0.005 * np.random.default_rng(5).standard_normal(20)
+    losses[where] = np.maximum(losses[where] + off, 0.0)
+
+    for settings in ({}, {"predictor": "constant", "constant": 2.5, "min_evals": 1}):
+        watch = KappaMonitor(KappaConfig(**settings))
+        watch.start_stage(StageSpan(1, 10, 0.95, begin * 1000, begin * 6e6, max_tokens=400_000))
+        assert first_growth(feed(watch, losses, begin)) is None
+
+
+@pytest.mark.parametrize("off", [-3.0, 20.0])
+def test_an_outlier_moves_no_growth_by_much(off):
+    """By `fit` at most two validations sooner, and little later: a first one that is low makes the third the start."""
+    losses = power(100) + 0.002 * np.random.default_rng(6).standard_normal(100)
+    at = []
+    for where in ([], [0], [40]):
+        moved = losses.copy()
+        moved[where] += off
+        watch = KappaMonitor(KappaConfig())
+        watch.start_stage(StageSpan(0, 10, 0.9, max_tokens=100_000))
+        at.append(first_growth(feed(watch, moved, 1)))
+    assert all(at[0] - 2 <= one <= at[0] + 8 for one in at)
+    assert 30 < at[0] < 70
 
 
 def test_the_cap_grows_where_kappa_may_not():
     """And is not hidden by a κ that has long been met."""
-    watch, twin = monitor(0.5, caps=(3000, None)), monitor(0.5, caps=(3000, None))
-    told = [watch.observe(1000 * i, 6e6 * i, x, only_cap=True) for i, x in enumerate([10, 3, 3, 3])]
-    assert [(decision.grow, decision.reason) for decision in told] == [(False, None)] * 3 + [(True, "cap")]
-    assert told[2].view.met == 2
-    assert [decision.reason for decision in feed(twin, [10, 3, 3, 3])] == [None, "kappa", "kappa", "kappa"]
+    watch, twin = monitor(0.5, caps=(5000, None)), monitor(0.5, caps=(5000, None))
+    told = [watch.observe(1000 * i, 6e6 * i, x, only_cap=True) for i, x in enumerate([10, 10, 3, 3, 3, 3])]
+    assert [(decision.grow, decision.reason) for decision in told] == [(False, None)] * 5 + [(True, "cap")]
+    assert told[4].view.met == 2
+    assert [decision.reason for decision in feed(twin, [10, 10, 3, 3, 3, 3])] == [None] * 3 + ["kappa"] * 3
 
 
 def test_patience_wants_consecutive_evaluations():
-    losses = [10, 3, 9, 3, 3, 3]
-    assert first_growth(feed(monitor(0.5, patience=2), losses)) == 4
-    assert first_growth(feed(monitor(0.5, patience=1), losses)) == 1  # control: no patience, grows on a dip
-    assert first_growth(feed(monitor(0.5, patience=2), [10, 3, NAN, 3, 3])) == 4
+    losses = [10, 10, 3, 3, 9, 9, 3, 3, 3, 3]  # of the medians, the fourth is low, and from the eighth on all are
+    assert first_growth(feed(monitor(0.5, patience=3), losses)) == 9
+    assert first_growth(feed(monitor(0.5, patience=1), losses)) == 3  # control: no patience, grows on a dip
+    assert first_growth(feed(monitor(0.5, patience=2), [10, 10, 3, 3, NAN, 3, 3])) == 6
 
 
 def test_min_evals():
-    assert first_growth(feed(monitor(0.5, min_evals=4), [10, 3, 3, 3, 3])) == 3
+    assert first_growth(feed(monitor(0.5, min_evals=6), [10, 10, 3, 3, 3, 3, 3])) == 5
+    assert first_growth(feed(monitor(0.0, min_evals=1), [10, 10, 10])) == 2  # of fewer than three there is no median
 
 
 def test_caps_trigger_whatever_the_loss():
@@ -294,6 +332,40 @@ def test_a_vague_prediction_does_not_trigger():
     assert first_growth(flat) is None
     trusting = feed(monitor(0.5, **FIT, max_std=1e9), 3.0 + noise)
     assert first_growth(trusting) is not None  # control: noise alone would have grown the model
+
+
+def test_a_flat_curve_has_ended():
+    """From half of its cap on; a plateau before is not told from a warm-up. A curve that falls is not flat."""
+    noise = 0.005 * np.random.default_rng(7).standard_normal(60)
+    decisions = feed(monitor(0.95, caps=(60_000, None), **FIT), 3.0 + noise)
+    assert first_growth(decisions) == 30
+    assert decisions[30].reason == "kappa"
+    assert decisions[30].view.flat
+    falling = feed(monitor(0.95, caps=(60_000, None), **FIT), 3.0 + noise[:45] - 0.002 * np.arange(45))
+    assert first_growth(falling) is None
+    assert first_growth(feed(monitor(0.95, **FIT), 3.0 + noise)) is None  # without a cap nothing says what half is
+
+
+def test_nothing_is_predicted_in_the_last_stage():
+    watch = monitor(0.5)
+    watch.start_stage(StageSpan(1, 10, 0.5, last=True))
+    decisions = feed(watch, [10, 10, 3, 3, 3])
+    assert [(decision.grow, decision.view) for decision in decisions] == [(False, None)] * 5
+    watch.retarget(StageSpan(1, 10, 0.5))  # the run goes on with another stage after it
+    assert feed(watch, [3.0], 5)[0].grow
+
+
+def test_what_kappa_can_never_meet_is_told_once():
+    told = [never_met(d.view, "constant") for d in feed(monitor(0.5, end=4.0, caps=(5000, None)), [3.0, 2.9, 2.8, 2.7])]
+    assert told[:2] == [None, None]
+    assert told[2] == (
+        "growth.trigger.predictor = constant says 4.0000, no less than where stage 0 began, 2.9000: its cap alone ends "
+        "it; correct what it is given, or use fit"
+    )
+    assert told[3] is None
+    uncapped = [never_met(d.view, "constant") for d in feed(monitor(0.5, end=4.0), [3.0, 2.9, 2.8])]
+    assert "nothing but the run's end ends it" in uncapped[2]
+    assert not any(never_met(d.view, "constant") for d in feed(monitor(), [3.0, 2.9, 2.8]))
 
 
 def test_view_slope_and_metrics():
@@ -323,13 +395,14 @@ def test_a_resumed_stage_has_the_target_and_caps_that_it_is_given():
     """What it saw stays; what it aims at is new."""
     watch = monitor(0.9, end=2.0, caps=(9000, None))
     assert first_growth(feed(watch, [4.0, 3.5, 3.2])) is None
-    watch.retarget(0.5, 20_000, 1e9)
+    watch.retarget(StageSpan(0, 10, 0.5, 7, 7.0, 20_000, 1e9))  # where it began is not for a resumed run to say
+    assert (watch.state.span.tokens, watch.state.span.flops) == (0, 0.0)
     view = watch.view(2000, 12e6)
-    assert (view.kappa, view.start, view.evals, view.target) == (0.5, 4.0, 3, 3.0)
+    assert (view.kappa, view.start, view.evals, view.target) == (0.5, 3.5, 3, 2.75)
     assert (view.max_tokens, view.max_flops) == (20_000, 1e9)
-    assert first_growth(feed(watch, [3.1, 2.9], 3)) == 1
-    watch.retarget(0.9, 6000, None)
-    (decision,) = feed(watch, [2.9], 6)
+    assert first_growth(feed(watch, [2.7, 2.7], 3)) == 1
+    watch.retarget(StageSpan(0, 10, 0.99, max_tokens=6000))
+    (decision,) = feed(watch, [2.7], 6)
     assert (decision.grow, decision.reason) == (True, "cap")
 
 
@@ -343,6 +416,43 @@ def test_bar():
     assert bar(None, 0.8) == "κ ▕░░░░░░░░|░▏ –/80%"
     assert bar(1.7, 1.0) == "κ ▕█████████|▏ 170%/100%"
     assert bar(-0.5, 0.0) == "κ ▕|░░░░░░░░░▏ -50%/0%"
+
+
+# ---- what is known at start
+
+
+def test_stages_that_kappa_hardly_ends_are_told():
+    def told(trigger, **growth):
+        stages = [{"d_model": 64, **growth.pop("second", {})}, {"d_model": 96}]
+        config = parse_config(
+            {
+                "run_dir": "unused",
+                "model": {"vocab_size": 67, "d_model": 48, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
+                "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_tokens": 4000},
+                "optimizer": {"lr": 0.01},
+                "data": {"train": "unused", "valid": "unused"},
+                "growth": {**growth, "trigger": trigger, "stages": stages},
+            }
+        )
+        return outlook(resolve_stages(config, 1), config.growth.trigger)
+
+    assert told({}, max_tokens=100, second={"max_tokens": 100}) == []
+    lines = told({})
+    assert len(lines) == 2
+    assert lines[0].startswith("growth.max_tokens = (missing): without one fit predicts")
+    assert lines[1].startswith("growth.stages.0.max_tokens = (missing)")
+    assert "never becomes worth more" in told({"rule": "marginal"})[0]
+    high = {"predictor": "constant", "constant": [7.0, 3.0, 3.0]}
+    (line,) = told(high, max_tokens=100)
+    assert line == (
+        "growth.trigger.constant = 7.0000 for stage 0 is no less than a guess has, 4.2047: κ never ends it, its cap "
+        "does"
+    )
+    with pytest.raises(UserError, match=r"growth\.trigger\.constant = 7.0000 for stage 0: .* it has no cap; correct"):
+        told(high)
+    with pytest.raises(UserError, match=r"growth\.trigger\.scaling_law = "):  # its coefficients are not of this data
+        told({"predictor": "scaling_law"})
+    assert told({"predictor": "constant", "constant": 3.0}) == []
 
 
 # ---- all ranks
