@@ -76,6 +76,8 @@ def run(main: Callable[[], int]) -> int:
         note(f"error: {error}")
         tell_outcome("refused")
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def tell_outcome(word: str) -> None:

@@ -51,7 +51,7 @@ def test_the_outcome_is_left_where_it_is_asked_for(monkeypatch, tmp_path):
 def test_other_ends_of_a_rank(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert run_rank(lambda: 75) == 75
-    assert run_rank(raising(KeyboardInterrupt())) == 130
+    assert run_rank(raising(KeyboardInterrupt())) == run(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ("", "")
     assert run_rank(raising(RuntimeError(GONE))) == 1
     told = capsys.readouterr().err

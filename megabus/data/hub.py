@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
 import tempfile
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megabus.data.documents import PACKED, Meter, json_documents, parquet_documents, text_of, unpacked
 from megabus.errors import UserError
@@ -47,7 +50,18 @@ def _file_documents(builder: Any, file: str, text_key: str) -> Iterator[str]:
         if file.endswith(".parquet"):
             yield from parquet_documents(raw, file, text_key, Meter(0))
         else:
-            yield from json_documents(unpacked(raw, _packed(file)), file, text_key)
+            yield from _json_documents(unpacked(raw, _packed(file)), file, text_key)
+
+
+def _json_documents(stream: IO[bytes], file: str, text_key: str) -> Iterator[str]:
+    """Of one array, or of objects line by line: data sets call both .json."""
+    first = stream.readline()
+    if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        for number, row in enumerate(json.loads((first + stream.read()).decode("utf-8-sig"), parse_int=float)):
+            found = row if isinstance(row, dict) else {"text": row}  # an array of texts, as `datasets` has it
+            yield text_of(found, text_key, "input", file, f"entry {number}")
+    else:
+        yield from json_documents(chain([first], stream), file, text_key)
 
 
 def _packed(file: str) -> str:

@@ -48,7 +48,7 @@ class PassedOver:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.endings: Counter[str] = Counter()
-        self.links: list[Path] = []
+        self.links: list[Path] = []  # to folders
 
     def text(self, around: str) -> str:
         """`around` with all of it in place of the braces, or nothing if it is nothing."""
@@ -56,9 +56,9 @@ class PassedOver:
         if self.endings:
             endings = ", ".join(f"{ending or 'none'} {count}" for ending, count in self.endings.most_common())
             parts.append(f"{self.endings.total()} of other endings ({endings})")
-        if self.links:
-            more = ", ..." if len(self.links) > NAMED else ""
-            parts.append(f"{len(self.links)} links to folders ({', '.join(map(str, self.links[:NAMED]))}{more})")
+        if links := [*dict.fromkeys(self.links)]:
+            more = ", ..." if len(links) > NAMED else ""
+            parts.append(f"{len(links)} links to folders ({', '.join(map(str, links[:NAMED]))}{more})")
         return around.replace("{}", ", ".join(parts)) if parts else ""
 
 
@@ -74,6 +74,8 @@ def _matches(pattern: str, passed: PassedOver) -> list[Path]:
     for match in sorted(map(Path, glob.glob(pattern, recursive=True))):
         if any(_is_hidden(part) and not _asks_for(part, path.parts) for part in match.parts):
             passed.counts["hidden"] += 1
+        elif link := _link_above(match, path.parts):
+            passed.links.append(link)
         elif not match.is_dir():
             found += [match] if _is_read(match, passed) else []
         elif match.is_symlink():
@@ -98,6 +100,12 @@ def _below(top: Path, passed: PassedOver) -> list[Path]:
         found += [path for path in (Path(root, name) for name in names if name not in hidden) if _is_read(path, passed)]
         folders[:] = [name for name in folders if name not in hidden | links]
     return sorted(found)
+
+
+def _link_above(match: Path, parts: Sequence[str]) -> Path | None:
+    """The outermost link to a folder by which `**` came to a match: links that are not named are not followed."""
+    fixed = parts.index("**") if "**" in parts else len(match.parts)
+    return next((path for path in reversed(match.parents) if len(path.parts) > fixed and path.is_symlink()), None)
 
 
 def _is_read(path: Path, passed: PassedOver) -> bool:

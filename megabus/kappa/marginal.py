@@ -47,12 +47,12 @@ class StagePath:
 
 @dataclass(frozen=True)
 class Ahead:
-    """The next size, and where the run ends: in tokens and FLOPs, the earlier of the two; inf = not there."""
+    """The next size, and where the run ends: in tokens and FLOPs, the earlier of the two; None = no such budget."""
 
     n_params: int
     flops_per_token: float
-    run_tokens: float
-    run_flops: float
+    run_tokens: float | None
+    run_flops: float | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,9 @@ def returns(
     following = law.beta * above / (reached * ahead.flops_per_token)
     measured = [path.mixing for path in paths if not path.scratch]
     mixing = max(measured) if measured else MIXING * flops
-    left = min(ahead.run_flops - flops, (ahead.run_tokens - tokens) * ahead.flops_per_token)
+    left = math.inf if ahead.run_flops is None else ahead.run_flops - flops
+    if ahead.run_tokens is not None:
+        left = min(left, (ahead.run_tokens - tokens) * ahead.flops_per_token)
     if math.isinf(left):
         return Returns(now, std, following, True)
     after = reached + max(left - mixing, 0.0) / ahead.flops_per_token

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -233,13 +232,11 @@ def _span(run: Run) -> StageSpan:
     if not run.can_grow:
         return replace(span, last=True)
     following, train = run.stages[run.stage.index + 1], run.config.train
-    steps = math.inf if train.max_steps is None else (train.max_steps - now.step) * following.tokens_per_step
-    ahead = Ahead(
-        count_parameters(following.model),
-        flops_per_token(following.model, following.seq_len),
-        min(math.inf if train.max_tokens is None else train.max_tokens, now.tokens + steps),
-        math.inf if train.max_flops is None else train.max_flops,
-    )
+    ends = [float(train.max_tokens)] if train.max_tokens else []
+    if train.max_steps:
+        ends.append(now.tokens + (train.max_steps - now.step) * following.tokens_per_step)
+    per_token = flops_per_token(following.model, following.seq_len)
+    ahead = Ahead(count_parameters(following.model), per_token, min(ends, default=None), train.max_flops)
     return replace(span, ahead=ahead)
 
 

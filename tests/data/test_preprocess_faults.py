@@ -32,6 +32,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preprocess, "PROGRESS_SECONDS", 3600.0)  # on a busy machine it would be told
     Path("old.txt").write_text("".join(f"old document {i}\n" for i in range(20)))
     Path("new.txt").write_text("".join(f"new document {i} of more words\n" for i in range(30)))
 

@@ -29,6 +29,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("megabus.data.preprocess.PROGRESS_SECONDS", 3600.0)  # on a busy machine it would be told
 
 
 def preprocess(model, *arguments):
@@ -153,7 +154,15 @@ def test_what_a_glob_matches_is_treated_alike(model):
 def test_a_link_to_a_folder_is_followed_where_it_is_named(model):
     write("real/a.txt", "a")
     Path(".link").symlink_to("real")
+    write("in/b.txt", "b")
+    Path("in/link").symlink_to("../real")
+    Path("in/loop").symlink_to(".")
     assert read(model, ".link") == (["a"], "")
+    assert read(model, "in/link", "in/link/*", ".link/**/*.txt")[0] == ["a"]
+    for pattern in ("in", "in/**/*.txt", "in/**"):
+        texts, told = read(model, pattern)
+        assert texts == ["b"]
+        assert "2 links to folders (in/link, in/loop)" in told
 
 
 def test_a_folder_of_nothing_that_is_read_says_what_it_holds(model):
@@ -326,6 +335,31 @@ def test_a_loading_script_is_passed_over_in_a_folder_and_refused_in_a_dataset(mo
         model, "--dataset", "in"
     )
     assert read(model, "in") == (["a"], "warning: of in passed over: 1 of other endings (.py 1)\n")
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"text": "a", "n": None}, {"text": "b", "n": "1"}], ["a", "b"]], ids=["objects", "texts"]
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_an_array_in_a_dataset(model, rows, mark):
+    write("in/train.json", mark + json.dumps(rows, indent=1))
+    assert read(model, "--dataset", "in")[0] == ["a", "b"]
+    write("in/train.json", json.dumps(rows)[:-1])
+    Path("out").rename("old")
+    assert "dataset = in: cannot be read (" in refused(model, "--dataset", "in")
+
+
+def test_json_lines_and_parquet_in_a_dataset(model):
+    for name in ("train.json.gz", "train.jsonl.gz"):
+        Path("in").mkdir(exist_ok=True)
+        Path("in", name).write_bytes(gzip.compress(b'{"text": "a"}\n\n{"text": "b"}\n'))
+        assert read(model, "--dataset", "in")[0] == ["a", "b"]
+        Path("in", name).unlink()
+    pyarrow.parquet.write_table(pyarrow.table({"doc": [{"text": "a"}], "n": [1]}), "in/train.parquet")
+    assert read(model, "--dataset", "in", "--text-key", "doc.text")[0] == ["a"]
+    Path("in/train.parquet").unlink()
+    write("in/train.csv", "text,n", "a,1")  # what is not read here is read by `datasets`
+    assert read(model, "--dataset", "in")[0] == ["a"]
 
 
 def test_folders_of_the_names_of_builders_disturb_nothing(model):
