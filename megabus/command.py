@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -13,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megabus.errors import UserError
+from megabus.errors import UserError, note, show_anything
 
 PATIENCE = 5.0  # seconds that a rank leaves rank 0 to tell bad input in
 PEER_GONE = ("closed by peer", "reset by peer")  # gloo's words for it
@@ -25,7 +27,10 @@ NPROC = ("--nproc-per-node", "--nproc")  # torchrun's name for it, and a short o
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong command line is told in one line, as any other bad input; a description is printed as it is written."""
+    """A wrong command line is told in one line, as any other bad input; a description is printed as it is written.
+
+    The `~` of `--output=~/x`, which shells leave alone, is read as that of `--output ~/x`.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
@@ -33,17 +38,24 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         self._words = args
-        return super().parse_args(args, namespace)
+        return super().parse_args(_at_home(args), namespace)
 
     def parse_intermixed_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         self._words = args
-        return super().parse_intermixed_args(args, namespace)
+        return super().parse_intermixed_args(_at_home(args), namespace)
 
     def error(self, message: str) -> NoReturn:
         words = sys.argv[1:] if self._words is None else self._words
         raise UserError("command line", shlex.join(words), message, "see --help")
+
+
+def _at_home(words: Sequence[str] | None) -> list[str]:
+    def expand(match: re.Match[str]) -> str:
+        return match[1] + os.path.expanduser(match[2])
+
+    return [re.sub(r"^(--[\w-]+=)(~[^/]*)(?=/|$)", expand, word) for word in (sys.argv[1:] if words is None else words)]
 
 
 class RankParser(Parser):
@@ -56,11 +68,12 @@ class RankParser(Parser):
 
 
 def run(main: Callable[[], int]) -> int:
-    """The exit code of `main`, with bad input told in one line."""
+    """The exit code of `main`, with bad input told in one line. What the terminal cannot show is shown as "?"."""
+    show_anything(sys.stdout)
     try:
         return main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         tell_outcome("refused")
         return 2
 
@@ -78,8 +91,17 @@ def tell_outcome(word: str) -> None:
 
 def run_rank(main: Callable[[], int]) -> int:
     """The same of a rank: rank 0 alone tells bad input, a traceback says whose it is, a peer's loss needs none."""
+    show_anything(sys.stdout)
+
+    def telling() -> int:
+        try:
+            return main()
+        except UserError as error:
+            _tell_torchrun(f"error: {error}")
+            raise
+
     try:
-        return run(main) if _rank() == "0" else main()
+        return run(telling) if _rank() == "0" else main()
     except UserError:
         # A launcher ends all ranks when one has ended: were this the first, rank 0 could not tell why.
         time.sleep(PATIENCE)
@@ -93,13 +115,24 @@ def run_rank(main: Callable[[], int]) -> int:
             told = "\n".join((told, *getattr(error, "__notes__", ())))
         else:
             told = f" failed:\n{traceback.format_exc()}"
-        print(f"rank {_rank()}{told}", file=sys.stderr)
+        note(f"rank {_rank()}{told}")
+        _tell_torchrun(f"rank {_rank()}{told}".rstrip())
         return 1
 
 
 def peer_is_gone(error: Exception) -> bool:
     """Whether it says that the connection to another rank was closed."""
     return any(words in str(error) for words in PEER_GONE)
+
+
+def _tell_torchrun(text: str) -> None:
+    """Leave why this rank ends where torchrun looks for it. Below what a rank has said it writes a traceback of its own
+    and some 25 lines about ranks, and ends them with this."""
+    place = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if place:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):  # a full disk: torchrun then says that it knows nothing
+            Path(place).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
 def end_rank(main: Callable[[], int]) -> NoReturn:

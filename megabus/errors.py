@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
-from typing import Any
+from typing import Any, TextIO
+
+REPLACING = ("replace", "backslashreplace")  # what streams do that never raise for a character
 
 
 class UserError(Exception):
@@ -33,10 +36,23 @@ class UserError(Exception):
 def say(text: str) -> None:
     """Print a line. A log on a full disk must not end a run, so what cannot be printed is lost."""
     with contextlib.suppress(OSError):
+        show_anything(sys.stdout)
         print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """The same on stderr, which is not where results are looked for."""
+    with contextlib.suppress(OSError):
+        show_anything(sys.stderr)
+        print(text, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """The same on stderr, marked as a warning."""
-    with contextlib.suppress(OSError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+    note(f"warning: {text}")
+
+
+def show_anything(stream: TextIO | None) -> None:
+    """From now on, what a stream's encoding lacks (Latin-1, or ASCII under LC_ALL=C) shows as "?" and never raises."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors not in REPLACING:
+        stream.reconfigure(errors="replace")

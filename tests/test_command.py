@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
 import pytest
 from support.launching import ROOT, environment
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
 
 from megabus import command
-from megabus.command import RankParser, run, run_rank
-from megabus.errors import UserError
+from megabus.command import Parser, RankParser, run, run_rank
+from megabus.errors import UserError, say, warn
 
 GONE = "[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4321\nand more"
 
@@ -96,3 +98,74 @@ def test_a_wrong_command_line_of_a_rank(tool):
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr.startswith(told)
         assert len(ended.stderr.splitlines()) == (rank == "0")
+
+
+def test_torchruns_page_ends_with_what_a_rank_has_told(monkeypatch, tmp_path):
+    """The page as torchrun makes it; the error of rank 0 alone, whose peers wait and are ended."""
+    monkeypatch.setattr(command, "PATIENCE", 0)
+    bad = raising(UserError("key", 3, "is odd", "give 4"))
+
+    def last_of_page(rank, main):
+        file = tmp_path / f"{rank}.json"
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        code = run_rank(main)
+        failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
+        ErrorHandler().dump_error_file(str(file), code) if file.exists() else None  # as torchrun does before
+        return str(ChildFailedError("megabus", {int(rank): failure})).rstrip().splitlines()[-2].strip()
+
+    assert last_of_page("0", bad) == "traceback : error: key = 3: is odd; give 4"
+    assert "error: " not in last_of_page("1", bad)
+    assert last_of_page("2", raising(ValueError("odd"))) == "ValueError: odd"
+    assert last_of_page("3", raising(RuntimeError(GONE))).startswith("traceback : rank 3: lost the connection")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere/file"))
+    assert run_rank(bad) == 2
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", "Ü ? ? ?"), ("ascii", "? ? ? ?"), ("utf-8", "Ü κ – ─")])
+@pytest.mark.parametrize("runner", [run, run_rank])
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch, runner, encoding, shown):
+    """By print, as tables, plans and generated text are told, and by say, note and warn."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+
+    def main():
+        print("Ü κ – ─")
+        say("Ü κ – ─")
+        warn("Ü κ – ─")
+        raise UserError("key", "Ü κ – ─", "is odd", "give 4")
+
+    assert runner(main) == 2
+    told = [stream.buffer.getvalue().decode(encoding) for stream in streams if stream.flush() is None]
+    assert told == [f"{shown}\n{shown}\n", f"warning: {shown}\nerror: key = {shown}: is odd; give 4\n"]
+
+
+def test_say_needs_no_command(monkeypatch):
+    """Training that is called from another program."""
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    say("κ")
+    assert stream.buffer.getvalue() == b"?\n"
+    monkeypatch.setattr(sys, "stdout", None)  # as under pythonw, or a daemon
+    say("κ")
+
+
+def test_true_processes_under_the_c_locale():
+    env = environment(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    done = subprocess.run(
+        [sys.executable, "-m", "megabus", "estimate", "--help"], capture_output=True, env=env, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_home_of_an_option(monkeypatch):
+    """Shells expand the ~ of `--output ~/x`, and not that of `--output=~/x`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser()
+    parser.add_argument("--output")
+    parser.add_argument("words", nargs="*")
+    for given, read in (("~/x", "/home/me/x"), ("~", "/home/me"), ("a~/x", "a~/x"), ("~no-one/x", "~no-one/x")):
+        assert parser.parse_args([f"--output={given}", "~/as named"]).output == read
+        assert parser.parse_intermixed_args(["~/as named", f"--output={given}"]).output == read
+    assert parser.parse_args(["~/as named"]).words == ["~/as named"]

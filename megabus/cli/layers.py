@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     folder = checkpoint_at(args.checkpoint)
     model, saved = megabus.load(folder), read_state(folder)
     longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
+    if model.config.n_layers == 0:
+        raise UserError("checkpoint", folder, "has no layers", "name one of a later stage")
     if args.valid is None or args.seq_len is None:
         if not saved.config:
             raise UserError("checkpoint", folder, "is of no run", "give --valid and --seq-len")

@@ -4,10 +4,10 @@
     megabus preprocess 'dumps/*.jsonl.gz' --tokenizer my.model --text-key content --output data/dumps
     megabus preprocess --dataset roneneldan/TinyStories --tokenizer my.model --output data/stories
 
-Inputs are files, quoted globs or directories of .txt[.gz], .jsonl[.gz|.zst] and .parquet, or a dataset of the
-Hugging Face hub. Writes OUTPUT.bin, .idx and .meta.json (OUTPUT-train.* and OUTPUT-valid.* with a
---valid-fraction) and, when it trains one, OUTPUT-tokenizer.model: all of them, or on any error none.
-The bytes do not depend on --workers.
+Inputs are files, quoted globs or directories of .txt, .jsonl (both also .gz or .zst) and .parquet, or a dataset of
+the Hugging Face hub. Each file is read once; hidden ones and links to folders are read only if they are named.
+Writes OUTPUT.bin, .idx and .meta.json (OUTPUT-train.* and OUTPUT-valid.* with a --valid-fraction) and, when it
+trains one, OUTPUT-tokenizer.model: all of them, or on any error none. The bytes do not depend on --workers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dataset", help="instead of inputs: a hub dataset, NAME or a local directory")
     parser.add_argument("--subset", help="its configuration")
     parser.add_argument("--split", default="train", help="its split (%(default)s)")
-    parser.add_argument("--text-key", default="text", help="column of .jsonl, .parquet, dataset (%(default)s)")
+    parser.add_argument(
+        "--text-key", default="text", help="column of tables with the text, or DOC.TEXT in one (%(default)s)"
+    )
     parser.add_argument(
         "--split-documents",
         choices=("blank-lines", "file", "line"),
@@ -70,6 +72,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("give either inputs or --dataset")
     if not 0 <= args.valid_fraction < 1:
         raise UserError("--valid-fraction", args.valid_fraction, "not in [0, 1)", "give a fraction such as 0.05")
+    if not args.tokenizer_sample_mb > 0:
+        raise UserError("--tokenizer-sample-mb", args.tokenizer_sample_mb, "not positive", "give MB of text")
     if args.output.endswith(os.sep) or Path(args.output).is_dir():
         raise UserError("--output", args.output, "is a directory", "name the files in it: DIRECTORY/NAME")
     if args.workers < 1:

@@ -24,6 +24,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(tree, override)
     _check_undone(tree, overrides)
+    if had_stages and _at(tree, "growth.stages") == []:
+        _drop_caps(tree["growth"], overrides)
     if had_stages and tree.get("growth") == AUTO:
         problem = "would end with the file's first size, and the file names larger ones"
         raise UserError("growth", AUTO, problem, "write it into a file whose model section is the size to end with")
@@ -40,6 +42,13 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise described(error, RunConfig, "add it to the file or as an override") from None
+
+
+def _drop_caps(growth: dict[str, Any], overrides: Sequence[str]) -> None:
+    """`growth.stages=[]` says "do not grow": where the file's first size would have ended matters no more."""
+    for cap in ("max_tokens", "max_flops"):
+        if not any(override.startswith(f"growth.{cap}=") for override in overrides):
+            growth.pop(cap, None)
 
 
 def _check_undone(tree: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megabus.config.schema import ModelConfig
+from megabus.config.schema import Depth, ModelConfig
 from megabus.errors import UserError
 
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
@@ -14,8 +14,9 @@ def sizes_of(model: ModelConfig) -> dict[str, int]:
     return {name: size for name in SIZES if (size := getattr(model, name)) is not None}
 
 
-def check_pair(old: ModelConfig, new: ModelConfig, key: str) -> None:
-    """Raise `UserError` unless `old` can grow into `new`; `key` is what the names of `new`'s keys begin with."""
+def check_pair(old: ModelConfig, new: ModelConfig, depth: Depth, key: str) -> None:
+    """Raise `UserError` unless `old` can grow into `new`. depth: `growth.depth`; key: what the names of `new`'s keys
+    begin with."""
     for name in KEPT:
         if getattr(old, name) != getattr(new, name):
             problem = f"changes from {getattr(old, name)}, and growth keeps it"
@@ -24,6 +25,9 @@ def check_pair(old: ModelConfig, new: ModelConfig, key: str) -> None:
         before, after = (m.kv_heads if name == "n_kv_heads" else getattr(m, name) for m in (old, new))
         if after < before:
             raise UserError(key + name, after, f"shrinks from {before}", "stages only grow: give at least that")
+    if old.n_layers == 0 < new.n_layers and depth != "fresh":
+        problem = f"cannot come from growth.depth = {depth}: there is no layer to copy"
+        raise UserError(key + "n_layers", new.n_layers, problem, "set growth.depth to fresh")
     divides(key + "n_heads", new.n_heads, "n_kv_heads", new.kv_heads)
     old_group, new_group = old.n_heads // old.kv_heads, new.n_heads // new.kv_heads
     if new_group < old_group:

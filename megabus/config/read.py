@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -13,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 from megabus.errors import UserError
 
 SHOWN = 200  # characters of a wrong value
+OLD_NUMBER = re.compile(r"[-+]?0_*[0-7][0-7_]*$|.*:")  # octal, or in sixties
 
 
-class _NoKeyTwice(yaml.SafeLoader):
-    """YAML forbids a key twice in one mapping; PyYAML takes the last and says nothing."""
+class _Strict(yaml.SafeLoader):
+    """YAML forbids a key twice in one mapping; PyYAML takes the last and says nothing. And it reads YAML 1.1, to which
+    0100 is octal and 1:30 counts in sixties: neither is what one who writes that today means."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -28,11 +31,31 @@ class _NoKeyTwice(yaml.SafeLoader):
                 seen.add((key.tag, key.value))
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value: int = super().construct_yaml_int(node)
+        _refuse_old(node, value)
+        return value
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value: float = super().construct_yaml_float(node)
+        _refuse_old(node, value)
+        return value
+
+
+_Strict.add_constructor("tag:yaml.org,2002:int", _Strict.construct_yaml_int)
+_Strict.add_constructor("tag:yaml.org,2002:float", _Strict.construct_yaml_float)
+
+
+def _refuse_old(node: yaml.ScalarNode, value: float) -> None:
+    if OLD_NUMBER.match(node.value):
+        problem = f"{node.value} is {value} in YAML 1.1: write the number that is meant, or quote it"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
 
 def yaml_value(text: str) -> Any:
     """What a YAML text says. Raises ValueError where it says nothing or a key twice."""
     try:
-        return yaml.load(text, _NoKeyTwice)
+        return yaml.load(text, _Strict)
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML lets through what its own constructors of dates, numbers and switches fall over.
         raise ValueError(str(error) or type(error).__name__) from error

@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from megabus.config.section import Angle, Count, Decay, NonNegative, Positive, Section, Share
+from megabus.config.paths import Pathname
+from megabus.config.section import Angle, Count, CountFrom0, Decay, NonNegative, Positive, Section, Share
 
-Depth = Literal["append", "identity", "split", "stack"]
+Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
 
 
 class RopeScaling(Section):
@@ -33,7 +34,9 @@ class ModelConfig(Section):
     kind: Literal["ngpt", "gpt"] = Field("ngpt", description="never changes in a run")
     vocab_size: Count = Field(description="pieces of the tokenizer; never changes in a run")
     d_model: Count = Field(description="channels of the residual stream")
-    n_layers: Count = Field(description="blocks of attention and MLP; at least layout.pp")
+    n_layers: CountFrom0 = Field(
+        description="blocks of attention and MLP; at least layout.pp, or none (head on embedding) to grow by fresh ones"
+    )
     n_heads: Count = Field(description="query heads; divisible by n_kv_heads and by layout.tp")
     n_kv_heads: Count | None = Field(None, description="key/value heads (GQA); n_heads when left out")
     head_dim: Count = Field(description="entries of a head, even; never changes in a run")
@@ -251,8 +254,9 @@ class GrowthConfig(Section):
     channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
     depth: Depth = Field(
         "append",
-        description="new layers: silent copies of the pile on top of it (exact), or each beside its original (exact), "
-        "copies beside originals that share the gate, the pile again",
+        description="new layers: silent copies of the pile on top of it (exact), or each beside its original (exact); "
+        "copies beside originals that share the gate, evenly or so that less changes; copies as loud as their "
+        "originals, the pile again or each beside its own; or layers drawn afresh, on top",
     )
     moments: Literal["reset", "carry", "grow"] = Field(
         "grow",
@@ -272,7 +276,7 @@ class GrowthConfig(Section):
 class Corpus(Section):
     """One of the token files that are blended. Their weights need not sum to 1."""
 
-    path: str = Field(description="prefix of a .bin/.idx pair")
+    path: Pathname = Field(description="prefix of a .bin/.idx pair")
     weight: Positive = Field(1.0, description="its part of the samples, beside the others' weights")
 
 
@@ -284,8 +288,8 @@ class DataConfig(Section):
     """Token files made by megabus preprocess. `train` is one prefix or a weighted blend."""
 
     train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
-    valid: str = Field(description="prefix of the .bin/.idx pair to validate on")
-    tokenizer: str | None = Field(None, description="SentencePiece model, copied beside checkpoints")
+    valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
+    tokenizer: Pathname | None = Field(None, description="SentencePiece model, copied beside checkpoints")
 
     @property
     def train_corpora(self) -> list[tuple[str, float]]:
@@ -351,11 +355,11 @@ class PreflightConfig(Section):
 class RunConfig(Section):
     """A whole run: everything that a YAML file may hold."""
 
-    run_dir: str = Field(description="directory of metrics, checkpoints and the rest; all nodes must share it")
+    run_dir: Pathname = Field(description="directory of metrics, checkpoints and the rest; all nodes must share it")
     resume: Literal["auto", "strict", "never"] = Field(
         "auto", description="strict refuses damaged checkpoints and a changed configuration; never refuses old runs"
     )
-    init_from: str | None = Field(
+    init_from: Pathname | None = Field(
         None,
         description="run or checkpoint (megabus convert makes one of any Llama) whose weights a new run begins with",
     )

@@ -5,7 +5,16 @@ from __future__ import annotations
 from math import pi
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -25,6 +34,7 @@ def _whole(value: Any) -> Any:
 
 
 Count = Annotated[PositiveInt, BeforeValidator(_whole)]
+CountFrom0 = Annotated[NonNegativeInt, BeforeValidator(_whole)]
 
 
 class Section(BaseModel):

@@ -71,7 +71,7 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     for number, change in enumerate(config.growth.stages):
         key = f"{stage_section(number + 1)}."
         stages.append(_next_stage(stages[-1], change, key, world_size))
-        check_pair(stages[-2].model, stages[-1].model, key)
+        check_pair(stages[-2].model, stages[-1].model, config.growth.depth, key)
         _check_stage(stages[-1], config.train, key, key)
         _check_sequence_parallel(stages[-1], stages[-2], config, key)
     longest = max(stage.seq_len for stage in stages)
@@ -280,7 +280,7 @@ def check_cut(model: ModelConfig, layout: Layout, size_key: str = "model.") -> N
         divides(size_key + name, value, "layout.tp", layout.tp)
     if model.vocab_size < layout.tp:
         raise UserError("model.vocab_size", model.vocab_size, f"is below tp = {layout.tp}", "lower layout.tp")
-    if model.n_layers < layout.pp:
+    if model.n_layers < layout.pp and layout.pp > 1:
         raise UserError(
             size_key + "n_layers",
             model.n_layers,

@@ -89,5 +89,5 @@ def check_layout(model: ModelConfig, layout: Layout) -> None:
     for axis in sorted(cut):
         if units.get(axis, 0) % layout.tp or sizes[axis] < layout.tp:
             raise UserError("--tp", layout.tp, f"does not divide {axis} = {units[axis]}", "choose a divisor")
-    if layout.pp > model.n_layers:
+    if layout.pp > max(1, model.n_layers):
         raise UserError("--pp", layout.pp, f"exceeds n_layers = {model.n_layers}", "choose fewer stages")

@@ -112,6 +112,8 @@ def _dump(path: Path, tree: dict[str, Any]) -> None:
 
 def _sizes(state: SavedState) -> dict[str, Any]:
     model = state.model
+    if model.n_layers == 0:
+        raise UserError("n_layers", 0, "is no model that transformers knows", "grow it to a layer or more first")
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,

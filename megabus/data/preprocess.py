@@ -3,232 +3,104 @@
 from __future__ import annotations
 
 import argparse
-import glob
-import gzip
-import hashlib
 import json
-import multiprocessing
-import sys
-import tempfile
 import time
-import zlib
-from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
 
-import numpy as np
-
-from megabus.data.indexed import IndexedWriter, dtype_for_vocab, meta_path
+from megabus.data.documents import Meter, file_documents
+from megabus.data.encoding import Encoder, encode_all, is_validation
+from megabus.data.hub import dataset_documents
+from megabus.data.indexed import IndexedWriter, dtype_for_vocab, meta_path, pair_paths
+from megabus.data.inputs import expand_inputs
+from megabus.data.staging import all_or_none
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
-from megabus.errors import UserError
+from megabus.errors import UserError, note, warn
+from megabus.table import clock
 
-# What a file name ends with (less .gz or .zst) -> the `datasets` builder that reads it, None for plain text.
-BUILDERS = {".txt": None, ".jsonl": "json", ".parquet": "parquet"}
-BATCH_CHARACTERS = 1 << 20
 PROGRESS_SECONDS = 5.0
 
 
-# ---- reading ----------------------------------------------------------------------------------------------
+class Documents:
+    """Every document of the inputs in a fixed order, less those of white space only. Each iteration reads anew."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self.name = " ".join(args.inputs) or args.dataset
+        self._files, passed_over = expand_inputs(args.inputs)
+        self._meter: Meter | None = None
+        self.n_mended = 0  # texts of this iteration that held what no encoding can say
+        for line in passed_over:
+            warn(line)
 
-def read_documents(args: argparse.Namespace) -> Iterator[str]:
-    """Every document of the inputs in a fixed order, less those of white space only."""
-    if args.dataset:
-        source = table_documents("dataset", args.dataset, args.text_key, args.dataset, args.subset, args.split)
-    else:
-        source = (text for path in expand_inputs(args.inputs) for text in file_documents(path, args))
-    return (text for text in source if text and not text.isspace())
+    def __iter__(self) -> Iterator[str]:
+        self.n_mended = 0
+        for text in self._texts():
+            if text and not text.isspace():
+                whole = without_surrogates(text)
+                self.n_mended += whole is not text
+                yield whole
 
-
-def expand_inputs(patterns: list[str]) -> list[Path]:
-    """Files named, matched, or lying under the directories named: sorted within each pattern."""
-    files: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in BUILDERS)
+    def _texts(self) -> Iterator[str]:
+        args = self._args
+        if args.dataset:
+            yield from dataset_documents(args.dataset, args.subset, args.split, args.text_key)
         else:
-            found = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        if not found:
-            raise UserError("input", pattern, "no readable file is there", "check the path or quote the glob")
-        files += found
-    return files
+            self._meter = Meter(sum(path.stat().st_size for path in self._files))
+            for path in self._files:
+                yield from file_documents(path, args.text_key, args.split_documents, self._meter)
+
+    @property
+    def share(self) -> float:
+        """How much of the files this iteration has read, from 0 to 1; 0 where that cannot be known."""
+        return self._meter.share if self._meter is not None else 0.0
 
 
-def _kind(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
-
-
-def file_documents(path: Path, args: argparse.Namespace) -> Iterator[str]:
-    kind = _kind(path)
-    if kind not in BUILDERS or (kind == ".txt" and path.suffix == ".zst"):
-        raise UserError("input", path, "unknown kind of file", "give .txt[.gz], .jsonl[.gz|.zst] or .parquet")
-    builder = BUILDERS[kind]
-    if builder is None:
-        return text_documents(path, args.split_documents)
-    return table_documents("input", str(path), args.text_key, builder, data_files=str(path))
-
-
-def text_documents(path: Path, split_documents: str) -> Iterator[str]:
-    """Documents of one UTF-8 text file, split as --split-documents says."""
-    opener = gzip.open if path.suffix == ".gz" else open
+def without_surrogates(text: str) -> str:
+    """The same text, with U+FFFD for halves of surrogate pairs, which JSON can write and no UTF-8 holds."""
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            if split_documents == "file":
-                yield file.read()
-            elif split_documents == "line":
-                yield from (line.rstrip("\n") for line in file)
-            else:
-                yield from _between_blank_lines(file)
-    except UnicodeDecodeError as error:
-        raise UserError("input", path, f"is not UTF-8 ({error})", "convert it") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError("input", path, f"cannot be read ({error})", "check the file") from error
-
-
-def _between_blank_lines(file: IO[str]) -> Iterator[str]:
-    """Two blank lines in a row, or more, end a document; a single one is a paragraph break inside it."""
-    document: list[str] = []
-    blank = 0
-    for line in file:
-        blank = 0 if line.strip() else blank + 1
-        if blank == 2:
-            yield "".join(document).strip("\n")
-            document.clear()
-        document.append("\n" if blank else line)
-    yield "".join(document).strip("\n")
-
-
-def table_documents(
-    key: str, name: str, text_key: str, path: str, subset: str | None = None, split: str = "train", **options: Any
-) -> Iterator[str]:
-    """The column `text_key` of what `datasets.load_dataset(path, subset, ...)` streams.
-
-    `key` and `name` say in an error where the rows came from.
-    """
-    import datasets  # seconds to import, and plain text does without
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised below anyway
-    try:
-        rows = datasets.load_dataset(path, subset, split=split, streaming=True, **options)
-        for number, row in enumerate(rows):
-            if not isinstance(row.get(text_key), str):
-                problem = f"row {number} has no text under '{text_key}', its keys are {', '.join(row)}"
-                raise UserError(key, name, problem, "set --text-key")
-            yield row[text_key]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        remedy = "check the file (.zst needs zstandard)" if key == "input" else "check name, subset and split"
-        raise UserError(key, name, f"cannot be read ({error})", remedy) from error
-
-
-# ---- encoding ---------------------------------------------------------------------------------------------
-
-# Of a batch: [(is it a validation document, its ids)], and the batch's size in bytes.
-Encoded = tuple[list[tuple[bool, np.ndarray]], int]
-
-_tokenizer: Tokenizer  # one per process: `start_worker` loads it
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """What a worker needs to know; `encode` is a pure function of its batch."""
-
-    tokenizer_path: Path
-    valid_fraction: float
-    append_eod: bool
-
-    def encode(self, texts: list[str]) -> Encoded:
-        end = [_tokenizer.eod] if self.append_eod else []
-        dtype = dtype_for_vocab(_tokenizer.vocab_size)
-        documents = [
-            (is_validation(text, self.valid_fraction), np.array(_tokenizer.encode(text) + end, dtype=dtype))
-            for text in texts
-        ]
-        return documents, sum(len(text.encode()) for text in texts)
-
-
-def start_worker(tokenizer_path: Path) -> None:
-    """Loads the tokenizer once per process, where Encoder.encode finds it."""
-    global _tokenizer
-    _tokenizer = Tokenizer(tokenizer_path)
-
-
-def is_validation(text: str, fraction: float) -> bool:
-    """Whether the hash of the text falls in `fraction`: equal texts stay on one side, in whatever order."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Batches of whole documents, about BATCH_CHARACTERS characters each."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_all(encoder: Encoder, texts: Iterable[str], workers: int) -> Generator[Encoded, None, None]:
-    """encoder.encode of every batch, in order; at most four batches per worker are in flight."""
-    if workers == 1:
-        start_worker(encoder.tokenizer_path)
-        yield from map(encoder.encode, in_batches(texts))
-        return
-    # Spawned, not forked: `datasets` has started threads, whose locks a fork would copy as they are.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (encoder.tokenizer_path,))
-    pending: deque[Future[Encoded]] = deque()
-    try:
-        for batch in in_batches(texts):
-            pending.append(pool.submit(encoder.encode, batch))
-            if len(pending) == 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# ---- the whole run ----------------------------------------------------------------------------------------
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def preprocess(args: argparse.Namespace) -> str:
-    """Writes all files beside their final place, then renames them. Returns the closing line."""
+    """Writes all files beside their final place, then moves them there. Returns the closing line."""
     output = Path(args.output)
+    suffixes = ["-train", "-valid"] if args.valid_fraction else [""]
+    targets = [path for suffix in suffixes for path in corpus_paths(f"{output}{suffix}")]
+    if args.train_tokenizer is not None:
+        targets.append(Path(f"{output}-tokenizer.model"))
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as stage:
-            documents, tokens, rate = write_corpora(args, Path(stage) / output.name)
-            files = [staged.replace(output.parent / staged.name) for staged in sorted(Path(stage).iterdir())]
+        with all_or_none(output, targets) as stage:
+            documents, tokens, rate = write_corpora(args, stage / output.name, suffixes)
     except OSError as error:
         raise UserError("output", output, f"cannot be written ({error})", "choose another prefix") from error
-    return f"{documents} documents, {tokens} tokens, {rate:.0f} tokens/s: {', '.join(map(str, files))}"
+    return f"{documents} documents, {tokens} tokens, {rate:.0f} tokens/s: {', '.join(map(str, sorted(targets)))}"
 
 
-def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, float]:
+def corpus_paths(prefix: str) -> list[Path]:
+    return [*pair_paths(prefix), meta_path(prefix)]
+
+
+def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -> tuple[int, int, float]:
     """Writes every file at `prefix`. Returns its documents, tokens, and tokens encoded per second."""
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
+    texts = Documents(args)
     if args.valid_fraction:
-        check_both_sides(args)  # before the hours that what follows may take
+        check_both_sides(args, texts)  # before the hours that what follows may take
     if tokenizer is None:
-        tokenizer = Tokenizer(train_on_inputs(args, f"{prefix}-tokenizer"))
-    suffixes = ["-train", "-valid"] if args.valid_fraction else [""]
-    encoder = Encoder(tokenizer.path, args.valid_fraction, args.append_eod)
-    progress = Progress()
+        tokenizer = Tokenizer(train_on(texts, args, f"{prefix}-tokenizer"))
+    encoder = Encoder(tokenizer.path, tokenizer.sha256, args.valid_fraction, args.append_eod)
+    progress = Progress(texts)
     with ExitStack() as stack:
         dtype = dtype_for_vocab(tokenizer.vocab_size)
         writers = [stack.enter_context(IndexedWriter(f"{prefix}{suffix}", dtype)) for suffix in suffixes]
-        batches = stack.enter_context(closing(encode_all(encoder, read_documents(args), args.workers)))
+        batches = stack.enter_context(closing(encode_all(encoder, texts, args.workers)))
         for documents, n_bytes in batches:
             for is_valid, ids in documents:
                 writers[is_valid].append(ids)
@@ -236,7 +108,9 @@ def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, flo
         rate = progress.n_tokens / progress.seconds
         for writer, suffix in zip(writers, suffixes, strict=True):
             if not writer.n_documents:
-                raise no_documents(args, suffix, sum(writer.n_documents for writer in writers))
+                raise no_documents(args, texts, suffix, sum(writer.n_documents for writer in writers))
+    if texts.n_mended:
+        warn(f"{texts.n_mended} document(s) held halves of surrogate pairs, which are U+FFFD now")
     for writer, suffix in zip(writers, suffixes, strict=True):
         meta = {
             "vocab_size": tokenizer.vocab_size,
@@ -251,47 +125,49 @@ def write_corpora(args: argparse.Namespace, prefix: Path) -> tuple[int, int, flo
     return sum(writer.n_documents for writer in writers), progress.n_tokens, rate
 
 
-def check_both_sides(args: argparse.Namespace) -> None:
+def check_both_sides(args: argparse.Namespace, texts: Documents) -> None:
     """Raises `UserError` if no document falls to training, or none to validation; reads until there is one of each."""
     found: Counter[bool] = Counter()
-    for text in read_documents(args):
+    for text in texts:
         found[is_validation(text, args.valid_fraction)] += 1
         if len(found) == 2:
             return
-    raise no_documents(args, "-valid" if found[False] else "-train", found.total())
+    raise no_documents(args, texts, "-valid" if found[False] else "-train", found.total())
 
 
-def no_documents(args: argparse.Namespace, suffix: str, n_documents: int) -> UserError:
+def no_documents(args: argparse.Namespace, texts: Documents, suffix: str, n_documents: int) -> UserError:
     problem = f"gives {n_documents} document(s), of which none goes to {args.output}{suffix}"
     remedy = "give more files, make documents smaller (--split-documents line) or try another --valid-fraction"
-    return UserError("input", " ".join(args.inputs) or args.dataset, problem, remedy if suffix else "give more text")
+    return UserError("input", texts.name, problem, remedy if suffix else "give more text")
 
 
-def train_on_inputs(args: argparse.Namespace, out_prefix: str) -> Path:
+def train_on(texts: Documents, args: argparse.Namespace, out_prefix: str) -> Path:
     """Trains a tokenizer on the first --tokenizer-sample-mb of the training documents."""
 
     def sample() -> Iterator[str]:
         left = args.tokenizer_sample_mb * 1e6
-        for text in read_documents(args):
+        for text in texts:
             if left <= 0:
                 return
             if not is_validation(text, args.valid_fraction):
                 left -= len(text.encode())
                 yield text
 
-    started, texts = time.monotonic(), sample()
-    first = next(texts, None)
+    started, chosen = time.monotonic(), sample()
+    first = next(chosen, None)
     if first is None:
-        raise no_documents(args, "", 0)
-    path = train_tokenizer(chain([first], texts), args.train_tokenizer, out_prefix, args.model_type, args.normalization)
-    print(f"tokenizer: {args.train_tokenizer} pieces in {time.monotonic() - started:.1f} s", file=sys.stderr)
+        raise no_documents(args, texts, "", 0)
+    lines = chain([first], chosen)
+    path = train_tokenizer(lines, args.train_tokenizer, out_prefix, args.model_type, args.normalization)
+    note(f"tokenizer: {args.train_tokenizer} pieces in {time.monotonic() - started:.1f} s")
     return path
 
 
 class Progress:
-    """Says on stderr, every few seconds, how far the run is and how fast it goes."""
+    """Says on stderr, every few seconds, how far the run is, how fast it goes, and how long it will take."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts: Documents) -> None:
+        self.texts = texts
         self.started = self.reported = time.monotonic()
         self.n_bytes = self.n_tokens = 0
 
@@ -304,6 +180,10 @@ class Progress:
         self.n_tokens += n_tokens
         if time.monotonic() - self.reported >= PROGRESS_SECONDS:
             self.reported = time.monotonic()
-            megabytes = self.n_bytes / 1e6
-            speed = f"{megabytes / self.seconds:.1f} MB/s, {self.n_tokens / self.seconds:.0f} tokens/s"
-            print(f"{megabytes:.0f} MB, {self.n_tokens} tokens, {speed}", file=sys.stderr)
+            note(self.line())
+
+    def line(self) -> str:
+        seconds, share, megabytes = self.seconds, self.texts.share, self.n_bytes / 1e6
+        speed = f"{megabytes / seconds:.1f} MB/s, {self.n_tokens / seconds:.0f} tokens/s"
+        done = f", {share:.0%} read, {clock(seconds * (1 / share - 1))} left" if share else ""
+        return f"{megabytes:.0f} MB, {self.n_tokens} tokens, {speed}{done}"

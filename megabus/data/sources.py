@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import lcm
 from pathlib import Path
 
 from megabus.config import RunConfig, Stage
 from megabus.data.batches import TokenSource, check_one_tokenizer
+from megabus.data.order import align_up
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
 
@@ -34,13 +34,11 @@ def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
     with _named("data.valid"):
         valid = TokenSource([(config.data.valid, 1.0)], longest, VALID_SEED, vocab)
     check_one_tokenizer(train.tokenizers | valid.tokenizers | _tokenizer(config))
-    # All stages are measured on the very same tokens: their number must divide into every stage's sequences, micro
-    # batches and ranks.
-    unit = longest * lcm(*(stage.micro_batch_size * stage.layout.dp for stage in stages))
-    valid_tokens = -(-config.eval.tokens // unit) * unit
-    if valid_tokens > valid.n_tokens:
-        problem = f"in whole batches of all stages that is {valid_tokens}, and {config.data.valid} has {valid.n_tokens}"
-        raise UserError("eval.tokens", config.eval.tokens, problem, "lower it or the batches, or add text")
+    # All stages, under every layout, are measured on the very same tokens: whole sequences of each stage, read once.
+    valid_tokens, readable = align_up(config.eval.tokens, longest), valid.orders[0].n_chunks * longest
+    if valid_tokens > readable:
+        problem = f"in sequences of {longest} that is {valid_tokens}, and {config.data.valid} has {readable} in such"
+        raise UserError("eval.tokens", config.eval.tokens, problem, f"set it to {readable} or less, or add text")
     return Sources(train, valid, valid_tokens)
 
 

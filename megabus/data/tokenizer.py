@@ -27,10 +27,15 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError("tokenizer", path, "the file does not exist", "check the path or train one")
-        model = self.path.read_bytes()
         try:
+            model = self.path.read_bytes()
+        except FileNotFoundError as error:
+            raise UserError("tokenizer", path, "the file does not exist", "check the path or train one") from error
+        except OSError as error:
+            raise UserError("tokenizer", path, f"cannot be read ({error.strerror})", "give a .model file") from error
+        try:
+            if not model:  # which the library takes for no model given
+                raise RuntimeError("no bytes")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             problem = "is not a SentencePiece model"

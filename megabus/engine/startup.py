@@ -121,12 +121,15 @@ def _check_gpus(count: int) -> None:
         raise UserError("ranks on this machine", local, problem, f"launch {count}, or set DS_ACCELERATOR=cpu")
 
 
-def stop_distributed() -> None:
-    """Leave the process group."""
+def stop_distributed(together: bool = True) -> None:
+    """Leave the process group: when all ranks do, so that what a launcher says of those that have ended does not stand
+    among what rank 0 still says. together=False: at once."""
     import torch.distributed as dist
 
     from megabus.parallel.mesh import forget_process_groups
 
     if dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()
     forget_process_groups()

@@ -69,8 +69,9 @@ class Footprint:
 
 def footprint(shape: Shape, layers: int, first: bool, last: bool) -> Footprint:
     """Of a pipeline rank of `layers` blocks, with the embedding if it is the `first`, the head if the `last`."""
-    one = _run(shape, last)
-    more = (layers - 1) * layer_bytes(shape) + (_embedding_saves(shape) if first else 0)
+    run = min(layers, 1)
+    one = _run(shape, last, run)
+    more = (layers - run) * layer_bytes(shape) + (_embedding_saves(shape) if first else 0)
     least = _embedding_peak(shape) if first else 0
     return Footprint(one.saved + more, max(one.peak + more, least), max(one.later + more, least))
 
@@ -92,21 +93,21 @@ def _embedding_peak(shape: Shape) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _run(shape: Shape, last: bool) -> Footprint:
-    """Of one block, with the head if it is the last. What a block takes is that of its tokens and a constant, so larger
-    micro batches follow from two; the head takes tokens in chunks, and does not."""
+def _run(shape: Shape, last: bool, blocks: int = 1) -> Footprint:
+    """Of one block, or of none, with the head if it is the last. What a block takes is that of its tokens and a
+    constant, so larger micro batches follow from two; the head takes tokens in chunks, and does not."""
     if last or shape.batch <= 2:
-        return _trace(shape, last)
+        return _trace(shape, last, blocks)
     one, two = (_trace(replace(shape, batch=n), False) for n in (1, 2))
     pairs = zip(astuple(one), astuple(two), strict=True)
     return Footprint(*(a + (shape.batch - 1) * (b - a) for a, b in pairs))
 
 
-def _trace(shape: Shape, last: bool) -> Footprint:
-    model = shape.model.model_copy(update={"n_layers": 2 if last else 3})
+def _trace(shape: Shape, last: bool, blocks: int = 1) -> Footprint:
+    model = shape.model.model_copy(update={"n_layers": 1 + blocks if last else 2 + blocks})
     tp, device = _ShapesOnly(shape.tp, shape.rank, shape.sequence_parallel), _device(shape, last)
     with device:
-        decoder = Decoder(model, (1, 2), tp, shape.recompute, FUSED if shape.fused else UNFUSED)
+        decoder = Decoder(model, (1, 1 + blocks), tp, shape.recompute, FUSED if shape.fused else UNFUSED)
         decoder.to(shape.dtype)
         targets = torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64)
         length = shape.seq_len // (shape.tp if tp.sequence_parallel else 1)

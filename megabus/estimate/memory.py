@@ -70,7 +70,7 @@ def memory_at(
     sums = _sums(train, stage, placement, pp, tp, dp)
     one = _footprint(train, stage, pp, tp)
     begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
-    gone = (end - begin - 1) * layer_bytes(shape_of(train, stage, tp))
+    gone = max(0, end - begin - 1) * layer_bytes(shape_of(train, stage, tp))
     early = one.peak - one.later if sums.late_buckets else 0
     return replace(
         states,

@@ -72,7 +72,7 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
     tensor, pipe, data = links(layout, device)
     per_token = flops_per_token(model, stage.seq_len)
     head = 6.0 * model.vocab_size * model.d_model
-    block = (per_token - head) / model.n_layers
+    block = (per_token - head) / max(1, model.n_layers)
     speed = device.peak(precision) * device.efficiency * layout.tp
     h_bytes = tokens * model.d_model * itemsize
     slowest = (0.0, 0.0)

@@ -1,120 +1,24 @@
 """What a growth makes of every parameter, worked out once: `Growth.param` answers all that is asked about one of them.
 
-First the maps: which old index every new index copies, axis by axis. On every axis copies stand beside their originals.
-That keeps the maps monotone, so a rank's new rows come from a contiguous run of old rows and most of them are already
-on it. Layers do so only under `identity` and `split`: `append` and `stack` put copies on top, for which the layers of a
-pipeline move. Then `ParamGrowth`, which joins the maps, the manner of growing and the parameter's declaration. No other
-code reads `growth.write`, `read`, `channels`, `depth` or `moments`.
+`ParamGrowth` joins the maps (`maps.py`), the manner of growing and the parameter's declaration. No other code acts on
+`growth.write`, `read`, `channels`, `depth` or `moments`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Literal
+from functools import cached_property
 
 import numpy as np
 
 from megabus import counter
 from megabus.config import RunConfig, Stage
-from megabus.config.schema import Depth, GrowthConfig, ModelConfig
+from megabus.config.schema import GrowthConfig, ModelConfig
+from megabus.growth.maps import SHARED, AxisMap, LayerSource, axis_maps, channel_scale, layer_sources, spread
 from megabus.model.decoder import param_specs
-from megabus.model.params import Axis, ParamSpec
+from megabus.model.params import ParamSpec, axis_sizes, global_shape
 from megabus.parallel.fragments import KINDS, MOMENTS, Kind
-
-UNEVEN_RATIO = 0.75  # a_k of successive copies: two copies get 0.8 and 0.6
-
-
-@dataclass(frozen=True, eq=False)
-class AxisMap:
-    """For each new index: its parent's old index, its number among the parent's copies (0 is the original), and
-    how many copies the parent has. int64 arrays of the new length."""
-
-    parent: np.ndarray
-    copy: np.ndarray
-    copies: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.parent)
-
-    def blocks(self, size: int) -> AxisMap:
-        """The map of rows when each index stands for a block of `size` rows (a head's)."""
-        rows = (self.parent[:, None] * size + np.arange(size)).reshape(-1)
-        return AxisMap(rows, self.copy.repeat(size), self.copies.repeat(size))
-
-
-def spread(old: int, new: int) -> AxisMap:
-    """Copies as even in number as can be: parent[i'] = floor(i' * old / new)."""
-    parent = np.arange(new) * old // new
-    copies = np.bincount(parent, minlength=old)
-    first = np.cumsum(copies) - copies
-    return AxisMap(parent, np.arange(new) - first[parent], copies[parent])
-
-
-def grouped(old_kv: int, new_kv: int, old_group: int, new_group: int) -> AxisMap:
-    """Query heads under GQA: a new query head copies a query head of the key head that its own key head copies."""
-    kv, group = spread(old_kv, new_kv), spread(old_group, new_group)
-    return AxisMap(
-        parent=(kv.parent[:, None] * old_group + group.parent).reshape(-1),
-        copy=(kv.copy[:, None] * group.copies + group.copy).reshape(-1),
-        copies=(kv.copies[:, None] * group.copies).reshape(-1),
-    )
-
-
-@lru_cache(maxsize=32)
-def axis_maps(old: ModelConfig, new: ModelConfig) -> dict[Axis, AxisMap]:
-    """The map of every named axis (rows of head axes are head * head_dim)."""
-    kv = spread(old.kv_heads, new.kv_heads)
-    heads = grouped(old.kv_heads, new.kv_heads, old.n_heads // old.kv_heads, new.n_heads // new.kv_heads)
-    return {
-        "embed": spread(old.d_model, new.d_model),
-        "heads": heads.blocks(old.head_dim),
-        "kv_heads": kv.blocks(old.head_dim),
-        "ffn": spread(old.d_ff, new.d_ff),
-        "vocab": spread(old.vocab_size, new.vocab_size),
-    }
-
-
-def channel_scale(embed: AxisMap, channels: Literal["even", "uneven"]) -> np.ndarray:
-    """a of the isometry E (h' = E h, E[i', parent[i']] = a[i']): squares sum to 1 over every family.
-
-    even: 1/sqrt(copies). uneven: a geometric series, which also tells copies of a channel apart.
-    """
-    if channels == "even":
-        return embed.copies**-0.5
-    powers = UNEVEN_RATIO**embed.copy
-    family = np.zeros(embed.parent.max() + 1)
-    np.add.at(family, embed.parent, powers**2)
-    return powers / np.sqrt(family[embed.parent])
-
-
-@dataclass(frozen=True)
-class LayerSource:
-    """Where a layer of the grown model comes from; copy 0 is the original."""
-
-    parent: int
-    copy: int
-    copies: int
-
-    def gate(self, depth: Depth) -> float:
-        """What its gates (alpha, or write matrices) are multiplied by."""
-        if depth in ("append", "identity"):
-            return 1.0 if self.copy == 0 else 0.0
-        return 1.0 / self.copies if depth == "split" else 1.0
-
-
-@lru_cache(maxsize=32)
-def layer_sources(old: int, new: int, depth: Depth) -> tuple[LayerSource, ...]:
-    """append and stack repeat the whole pile on top; identity and split interpose copies behind their originals."""
-    if depth in ("append", "stack"):
-        return tuple(LayerSource(i % old, i // old, len(range(i % old, new, old))) for i in range(new))
-    rows = spread(old, new)
-    triples = zip(rows.parent, rows.copy, rows.copies, strict=True)
-    return tuple(LayerSource(int(p), int(k), int(c)) for p, k, c in triples)
-
-
-# ---- parameters
 
 
 @dataclass(frozen=True)
@@ -149,6 +53,7 @@ class ParamGrowth:
     multiplier, cosine, divisor, gate: after all that a weight is multiplied by `multiplier` (which keeps what a gain's
         raw value stands for), divided by `cosine` (of a read tilt that a gain makes up for) and by `divisor` ((rows,),
         of cloned rows; None for 1), and multiplied by `gate`.
+    sphere: 0, or what a raw gate is multiplied by to be the alpha whose share `gate` is taken on the sphere.
     moments: of both Adam moments.
     live: by kind, the rows that are grown from anything at all, (rows,) bool; the others are zeros.
     mixing: by kind, the rows of which every entry depends on all of the old row, (rows,) bool.
@@ -167,6 +72,7 @@ class ParamGrowth:
     cosine: float
     divisor: np.ndarray | None
     gate: float
+    sphere: float
     moments: Mapping[Kind, MomentGrowth]
     live: Mapping[Kind, np.ndarray]
     mixing: Mapping[Kind, np.ndarray]
@@ -188,23 +94,32 @@ class Growth:
     seed: int
 
     def param(self, name: str) -> ParamGrowth:
-        """How a parameter of the new model grows. Worked out when first asked for, and kept."""
+        """How a parameter of the new model, which has a source, grows. Worked out when first asked for, and kept."""
         if name not in self._params:
             self._params[name] = self._compile(param_specs(self.new)[name])
         return self._params[name]
 
-    def source(self, name: str) -> str:
-        """The old parameter that a new one grows from."""
+    def source(self, name: str) -> str | None:
+        """The old parameter that a new one grows from; None for one that is drawn as the initial weights are, and whose
+        moments are zero. No run draws a name twice, so the run's seed serves for this, too."""
         spec = param_specs(self.new)[name]
-        return spec.in_layer(self.layer_source(spec).parent)
+        layer = self.layer_source(spec)
+        return None if layer is None else spec.in_layer(layer.parent)
+
+    def added(self, name: str) -> np.ndarray:
+        """The rows of a new parameter that the growth has added to those that were there, (rows,) bool."""
+        if self.source(name) is None:
+            return np.ones(global_shape(param_specs(self.new)[name], self.new)[0], bool)
+        return self.param(name).added
 
     @property
     def sent_kinds(self) -> tuple[Kind, ...]:
         """The tensors that are sent and grown once a run has taken steps."""
         return ("weight",) if self.how.moments == "reset" else KINDS
 
-    def layer_source(self, spec: ParamSpec) -> LayerSource:
-        """Origin of the layer that a parameter of the new model lives in (itself, outside the layers)."""
+    def layer_source(self, spec: ParamSpec) -> LayerSource | None:
+        """Origin of the layer that a parameter of the new model lives in (itself, outside the layers); None where that
+        is drawn."""
         if spec.layer is None:
             return LayerSource(0, 0, 1)
         return layer_sources(self.old.n_layers, self.new.n_layers, self.how.depth)[spec.layer]
@@ -220,12 +135,13 @@ class Growth:
 
     def _compile(self, spec: ParamSpec) -> ParamGrowth:
         layer = self.layer_source(spec)
+        assert layer is not None, f"{spec.name} grows from nothing"
         like = (spec.namesake, spec.layer is None, replace(layer, parent=0))
         if like not in self._alike:
             self._alike[like] = _compile(self, spec, layer)
         one = self._alike[like]
         key = counter.key(self.seed, spec.name, _PURPOSE.get(spec.role), one.width, len(one.rows))
-        return replace(one, name=spec.name, source=self.source(spec.name), key=key)
+        return replace(one, name=spec.name, source=spec.in_layer(layer.parent), key=key)
 
     @cached_property
     def cosine(self) -> float:
@@ -256,16 +172,13 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
     how, axes = growth.how, axis_maps(growth.old, growth.new)
     old, rows, channels = param_specs(growth.old)[spec.in_layer(layer.parent)], axes[spec.rows], _ONE_CHANNEL
     a = channel_scale(axes["embed"], how.channels)
-    scale, gate = np.ones(1), layer.gate(how.depth) if spec.gate else 1.0
+    scale, gate = np.ones(1), layer.gate(how.depth, spec.gate) if spec.gate else 1.0
     if spec.is_matrix:
         channels, scale = axes["embed"], a
     # On the embed axis nothing is new, for there is no original to prefer: E spreads each channel over its copies.
     added = ((rows.copy != 0) & (spec.rows != "embed")) | (layer.copy != 0)
     write_tilt = spec.role == "write" and how.write == "tilt"
-    # Copies of a write row sum to their parent by the tilt, or because each is divided by their number. Cloned unit
-    # rows cannot shrink, so a gain does it for them.
-    cloned = spec.compensates_clones or (spec.role == "write" and not spec.unit)
-    shares = {kind: _share(growth, spec, kind, rows, added) for kind in MOMENTS}
+    shares = {kind: _share(growth, spec, layer, kind, rows, added) for kind in MOMENTS}
     none = np.zeros(len(rows), bool)
     return ParamGrowth(
         name=spec.name,
@@ -278,8 +191,9 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
         key=0,
         multiplier=old.multiplier / spec.multiplier,  # a gain acts as raw * multiplier: that product is what stays
         cosine=growth.cosine if spec.compensates_read_tilt else 1.0,
-        divisor=rows.copies.astype(np.float64) if cloned and how.write == "clone" else None,
+        divisor=rows.copies.astype(np.float64) if how.write == "clone" and _divided(spec) else None,
         gate=gate,
+        sphere=spec.multiplier if spec.gate and growth.unit and how.depth == "taper" else 0.0,
         moments={kind: _moment(growth, spec, old, kind, a, shares[kind]) for kind in MOMENTS},
         live={"weight": np.full(len(rows), gate != 0)} | {kind: share != 0 for kind, share in shares.items()},
         mixing={"weight": (rows.copies > 1) & write_tilt, "exp_avg": none, "exp_avg_sq": none},
@@ -297,22 +211,56 @@ def _read_tilt(growth: Growth, spec: ParamSpec) -> ReadTilt | None:
     return ReadTilt(1.0, spec.init * (growth.new.d_model - growth.old.d_model) ** 0.5)
 
 
-def _share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap, added: np.ndarray) -> np.ndarray:
+def _share(
+    growth: Growth, spec: ParamSpec, layer: LayerSource, kind: Kind, rows: AxisMap, added: np.ndarray
+) -> np.ndarray:
     """What each new row gets of its parent's gradient, in the mean or in the root mean square: (rows,) fp64.
 
     `carry` keeps only originals; `grow` maps everything; `reset` starts from zero. Copies of a read row (or of its
-    gain) share their family's gradient, while each copy of a write row sees all of it.
+    gain) share their family's gradient, while each tilted copy of a write row sees all of it. So it is with layers
+    that share a gate: the gate sees all of its gradient, and what is behind it a share.
     """
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
     if growth.how.moments == "carry":
         return (~added).astype(np.float64)
-    shared = spec.role != "write" and spec.rows != "embed"
+    behind = 1 / layer.copies if growth.how.depth in SHARED and not spec.gate else 1.0
+    return behind * _row_share(growth, spec, kind, rows)
+
+
+def _row_share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap) -> np.ndarray:
+    """See `_share`; of rows within their layer, when all moments grow."""
+    if growth.how.write == "clone":
+        return _clone_share(growth, spec, rows)
     # A tilted copy sees delta . w_k where its parent saw delta . w. On average over directions that is a share 1/n of
     # it, but w_k is as long as w: the square is as large (a test measures it).
-    if kind == "exp_avg_sq" and growth.how.write == "tilt":
-        shared = False
+    shared = spec.role != "write" and spec.rows != "embed" and kind == "exp_avg"
     return 1.0 / rows.copies if shared else np.ones(len(rows))
+
+
+def _divided(spec: ParamSpec) -> bool:
+    """Whether clones of this are divided by their number, so that they sum to their parent: write rows, or where these
+    are unit rows, which cannot shrink, a gain of their unit."""
+    return spec.compensates_clones or (spec.role == "write" and not spec.unit)
+
+
+def _clone_share(growth: Growth, spec: ParamSpec, rows: AxisMap) -> np.ndarray:
+    """What plain clones get of their parent's gradient: (rows,). All of it where they have been divided themselves;
+    else 1/n, for something that they are multiplied with has been.
+
+    But nothing of nGPT's heads is divided: the branch's output x is longer instead, and since it is normalised next,
+    its gradient is shorter, by |x| / |x'| for all heads alike. Where each has n clones that is 1/n. Where they have
+    c_i, it is near (mean c_i^2)^-1/2, since what different heads write is nearly orthogonal. A key head adds up what
+    its queries see, and may have more of them than before.
+    """
+    if spec.rows == "embed" or _divided(spec):
+        return np.ones(len(rows))
+    if not growth.unit or spec.rows not in ("heads", "kv_heads"):
+        return 1.0 / rows.copies
+    heads, old = axis_maps(growth.old, growth.new)["heads"], axis_sizes(growth.old)
+    shorter = (heads.copies.sum() / old["heads"]) ** -0.5  # every c_i stands there c_i times
+    queries = (len(heads) / len(rows)) / (old["heads"] / old[spec.rows])
+    return np.full(len(rows), shorter * queries)
 
 
 def _moment(

@@ -110,14 +110,16 @@ class Plan:
         """The new parameters that each old one grows into: itself, and its copies in added layers."""
         children: dict[str, list[str]] = {name: [] for name in self.old.specs}
         for name in self.new.specs:
-            children[self.growth.source(name)].append(name)
+            if (source := self.growth.source(name)) is not None:
+                children[source].append(name)
         return children
 
     def sources(self, rank: int) -> dict[str, list[Piece]]:
         """The old parameters that a rank's new pieces grow from, in canonical order, and the pieces."""
         found: dict[str, list[Piece]] = {}
         for piece in self.new.owned(rank):
-            found.setdefault(self.growth.source(piece.name), []).append(piece)
+            if (source := self.growth.source(piece.name)) is not None:
+                found.setdefault(source, []).append(piece)
         return {name: found[name] for name in sorted(found, key=self.old.number)}
 
     def waves(self, rank: int, old_row_bytes: int, tensors: int) -> list[list[RowRange]]:

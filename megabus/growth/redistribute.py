@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megabus.growth.plan import Buffer, Plan, RowRange, ScheduledTransfer, runs
-from megabus.growth.rows import BLOCK_BYTES, grow_rows
+from megabus.growth.rows import BLOCK_BYTES, drawn_rows, grow_rows
 from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.placement import Piece
 
@@ -58,11 +58,11 @@ def redistribute(
     """This rank's fragments under the new placement, grown from everybody's old ones. Collective.
 
     owned: this rank's fragments under the old placement. kinds: which tensors are sent and grown. buffer_bytes: the
-    most memory to take beside `owned` and what is returned, as long as it holds two rows and what growing one takes
-    (`rows.row_bytes`).
+    most memory to take beside `owned` and what is returned, as long as it holds two rows and what growing or drawing
+    one takes (`rows.row_bytes`, `rows.drawn_row_bytes`).
     """
     device = next(iter(owned.values()))["weight"].device
-    grown: Fragments = {  # zeros: what is grown from nothing is not computed either
+    grown: Fragments = {  # zeros: what is 0 is not computed either
         piece: {kind: torch.zeros(len(piece), device=device) for kind in kinds} for piece in plan.new.owned(rank)
     }
     traffic = Traffic()
@@ -76,6 +76,7 @@ def redistribute(
         _exchange(wave.transfers, old, arrivals, rank, traffic)
         while arrivals:
             _grow_children(plan, *arrivals.popitem(), new, limit)
+    _draw(plan, new, limit)
     return grown, traffic
 
 
@@ -104,6 +105,17 @@ def _grow_children(plan: Plan, what: tuple[RowRange, Kind], old_rows: OldRows, n
         for low, high in runs(plan.child_rows(rows, piece)):
             for first, block in grow_rows(param, kind, low, high, old_rows.fetch, limit):
                 _place(block.view(-1), first * param.width, piece, tensors[kind])
+
+
+def _draw(plan: Plan, new: Tensors, limit: int) -> None:
+    """This rank's weights of what grows from nothing."""
+    growth = plan.growth
+    for name, (piece, tensors) in new.items():
+        if growth.source(name) is None:
+            weight, width = tensors["weight"], plan.new.width(name)
+            low, high = piece.start // width, -(-piece.stop // width)
+            for first, block in drawn_rows(growth.new, name, growth.seed, low, high, weight.device, limit):
+                _place(block.view(-1), first * width, piece, weight)
 
 
 def _exchange(

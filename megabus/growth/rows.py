@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from megabus import counter
+from megabus.config.schema import ModelConfig
 from megabus.growth.param_growth import ParamGrowth
+from megabus.model.init import initial_rows
+from megabus.model.params import axis_sizes
 from megabus.parallel.fragments import Kind
 
 BLOCK_BYTES = 1 << 24  # of temporaries: on CPUs larger blocks are no faster, and twice as large ones slower
@@ -37,6 +40,21 @@ def grow_rows(
     step = max(1, limit // row_bytes(param))
     for low in range(start, stop, step):
         yield low, _block(param, kind, low, min(low + step, stop), fetch)
+
+
+def drawn_rows(
+    model: ModelConfig, name: str, seed: int, start: int, stop: int, device: torch.device, limit: int = BLOCK_BYTES
+) -> Iterator[tuple[int, Tensor]]:
+    """Rows [start, stop) of a parameter that grows from nothing, as `grow_rows` gives them: `model`'s initial ones,
+    fp32. A block and its temporaries take no more than `limit` bytes, or what one row takes."""
+    step = max(1, limit // drawn_row_bytes(model))
+    for low in range(start, stop, step):
+        yield low, initial_rows(model, name, seed, low, min(low + step, stop), device)
+
+
+def drawn_row_bytes(model: ModelConfig) -> int:
+    """The most memory that drawing one row takes at a time (measured; a test holds it)."""
+    return 8 * 8 * (axis_sizes(model)["embed"] + 1)
 
 
 def row_bytes(param: ParamGrowth) -> int:
@@ -70,7 +88,21 @@ def _weight(param: ParamGrowth, old_BD: Tensor, low: int) -> Tensor:
         w_BD /= param.cosine
     if param.divisor is not None:
         w_BD /= _rows_of(param.divisor, low, w_BD)[:, None]
+    if param.sphere and param.gate != 1:
+        return _shared_on_sphere(w_BD, param.gate, param.sphere)
     return w_BD if param.gate == 1 else w_BD.mul_(param.gate)
+
+
+def _shared_on_sphere(raw_BD: Tensor, share: float, unit: float) -> Tensor:
+    """Raw gates of a copy that takes a share of what an alpha = raw * unit does to h.
+
+    Norm(h + alpha (y - h)) is the direction of h + r y with r = alpha / (1 - alpha), and to second order r is what
+    adds up over steps towards the same y (docs/growth.md). The share is one of r. An alpha of 1 leaves nothing of h,
+    and shares of it or more do what it does.
+    """
+    alpha_BD = raw_BD * unit
+    shared_BD = share * alpha_BD / (1 - (1 - share) * alpha_BD)
+    return torch.where(alpha_BD < 1, shared_BD, alpha_BD) / unit
 
 
 def _moment(param: ParamGrowth, kind: Kind, old_BD: Tensor, low: int) -> Tensor:

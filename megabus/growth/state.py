@@ -13,7 +13,7 @@ from megabus.config.pair import check_pair
 from megabus.config.schema import GrowthConfig, ModelConfig
 from megabus.errors import UserError
 from megabus.growth.param_growth import Growth
-from megabus.growth.rows import grow_rows
+from megabus.growth.rows import drawn_rows, grow_rows
 from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape
 from megabus.parallel.fragments import Kind
@@ -34,7 +34,8 @@ def grow_state(
     Raises `UserError` if a size shrinks, a tensor is missing or of another shape.
     """
     old_config, new_config = _validated(old_config, "old_config."), _validated(new_config, "new_config.")
-    check_pair(old_config, new_config, "new_config.")
+    growth = growth or GrowthConfig()
+    check_pair(old_config, new_config, growth.depth, "new_config.")
     unknown = sorted(set(state) - set(param_specs(old_config)))
     if unknown:
         raise UserError("state", ", ".join(unknown), "the old config has no such tensors", "pass the matching config")
@@ -43,13 +44,21 @@ def grow_state(
         if name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "(missing)"
             raise UserError(f"state[{name!r}]", found, f"the old config wants {shape}", "pass the matching config")
-    compiled = Growth(old_config, new_config, growth or GrowthConfig(), seed)
-    grown = {}
-    for name in param_specs(new_config):
-        param = compiled.param(name)
+    compiled = Growth(old_config, new_config, growth, seed)
+    return {name: _whole(compiled, name, kind, state) for name in param_specs(new_config)}
+
+
+def _whole(growth: Growth, name: str, kind: Kind, state: Mapping[str, Tensor]) -> Tensor:
+    """One parameter of the grown state. Drawn ones are of the dtype and device of the state's first tensor."""
+    if growth.source(name) is not None:
+        param = growth.param(name)
         blocks = grow_rows(param, kind, 0, len(param.rows), state[param.source].__getitem__)
-        grown[name] = torch.cat([block for _, block in blocks])
-    return grown
+        return torch.cat([block for _, block in blocks])
+    like, shape = next(iter(state.values())), global_shape(param_specs(growth.new)[name], growth.new)
+    if kind != "weight":
+        return like.new_zeros(shape)
+    blocks = drawn_rows(growth.new, name, growth.seed, 0, shape[0], like.device)
+    return torch.cat([block for _, block in blocks]).to(like.dtype)
 
 
 def _validated(config: ModelConfig | Mapping[str, Any], key: str) -> ModelConfig:

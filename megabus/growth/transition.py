@@ -30,7 +30,7 @@ def stage_engine(config: RunConfig, stage: Stage, before: Stage | None) -> Engin
     engine = Engine(config.train, config.optimizer, stage)
     if before is not None and config.growth.boost is not None:
         growth = growth_between(config, before, stage)
-        engine.boost.set_rows(lambda name: growth.param(name).added)
+        engine.boost.set_rows(growth.added)
     return engine
 
 

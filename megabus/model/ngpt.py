@@ -31,9 +31,9 @@ class Block(nn.Module):
         self.s_u = declare("ffn", role="gain", compensates_clones=True)
         # v = (W h) s_v sqrt(d_model) (eq. 21): the root is part of the gain's effective value.
         self.s_v = declare("ffn", role="gain", multiplier=root_d, compensates_read_tilt=True)
-        alpha = {"init": 1 / root_d, "multiplier": model.alpha_init * root_d, "gate": True}
-        self.alpha_attn = declare("embed", role="gain", **alpha)
-        self.alpha_mlp = declare("embed", role="gain", **alpha)
+        alpha = {"init": 1 / root_d, "multiplier": model.alpha_init * root_d}
+        self.alpha_attn = declare("embed", role="gain", gate=1, **alpha)
+        self.alpha_mlp = declare("embed", role="gain", gate=2, **alpha)
         self.root_d, self.alpha_scale = root_d, model.alpha_init * root_d
         self.tp, self.kernels = declare.tp, declare.kernels
 

@@ -6,7 +6,7 @@ import string
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field, FilePath
 
@@ -20,7 +20,6 @@ from megabus.nli.pairs import LABELS, Pair
 
 RESULTS = "results.json"
 LARGEST_MICRO_BATCH = 16
-S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Settings(Section):
     def engine_parts(self, model: ModelConfig, longest: int, world: int) -> tuple[TrainConfig, OptimizerConfig, Stage]:
         """The model with this evaluation's layout, batches and optimizer; `longest`: tokens that it can read."""
 
-        def section(kind: type[S], **others: Any) -> S:
+        def section(kind: type[Section], **others: Any) -> Any:
             """A section of a run's configuration: the keys that it shares with the settings, and others."""
             return kind.model_validate(self.model_dump(include={*kind.model_fields}) | others)
 

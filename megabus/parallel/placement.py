@@ -82,7 +82,7 @@ class Placement:
     @cached_property
     def _before_layers(self) -> set[str]:
         names = list(self.specs)
-        first = next(i for i, name in enumerate(names) if self.specs[name].layer is not None)
+        first = next((i for i, name in enumerate(names) if self.specs[name].layer is not None), 0)
         return set(names[:first])
 
     def names(self, pp: int) -> list[str]:

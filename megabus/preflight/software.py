@@ -1,6 +1,8 @@
-"""Whether the kernels and the optimizer that the configuration asks for run here."""
+"""Whether the kernels, the optimizer and the sinks of metrics that the configuration asks for run here."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -10,11 +12,16 @@ from megabus.config import RunConfig, Stage
 from megabus.config.stages import stage_section
 from megabus.engine.adam import make_adam
 from megabus.errors import UserError, say
+from megabus.extras import need
 from megabus.kernels.choice import select, why_not_wide
+
+SINKS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # key of log: what `Metrics` imports for it
 
 
 def check_software(config: RunConfig) -> None:
-    """Raise `UserError` where the kernels or the optimizer cannot run here, before anything is written."""
+    """Raise `UserError` where the kernels, the optimizer or a sink of metrics cannot run here, before a run is made."""
+    if dist.get_rank() == 0:  # which alone writes metrics
+        _check_sinks(config)
     device = torch.device(get_accelerator().device_name())
     select(config.train.kernels, device)
     if config.optimizer.implementation == "torch":
@@ -22,6 +29,19 @@ def check_software(config: RunConfig) -> None:
     if dist.get_rank() == 0 and config.optimizer.implementation == "deepspeed":
         say("building DeepSpeed's Adam, if it has not been built yet: a minute or more")
     make_adam(config.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(8, device=device))]}], device)
+
+
+def _check_sinks(config: RunConfig) -> None:
+    """What is installed may still not be importable: by a package of another version beside it, mostly."""
+    for name, module in SINKS.items():
+        if getattr(config.log, name):
+            remedy = f"or set log.{name}=false"
+            need(name, f"log.{name}", "true", remedy)
+            try:
+                import_module(module)
+            except Exception as error:
+                problem = f"needs {module}, which cannot be imported ({' '.join(str(error).split())[:200]})"
+                raise UserError(f"log.{name}", "true", problem, f"mend its installation, {remedy}") from error
 
 
 def check_kernels(config: RunConfig, stages: list[Stage]) -> None:

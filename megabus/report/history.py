@@ -75,6 +75,28 @@ def what_counts(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
     return counted
 
 
+def layouts_that_ran(rows: Sequence[MetricsRow]) -> dict[int, list[str]]:
+    """Of each stage the layouts under which those of its steps were computed that count, in order. rows: all of the
+    file. A run that is started again may have another layout from then on."""
+    ran: list[tuple[int, int, str | None]] = []
+    layout: str | None = None  # where there is no start row, the growth out of the first stage tells
+    stage = 0
+    for row in rows:
+        if row["event"] == "growth":
+            ran = [(step, at, how or row.get("old_layout")) for step, at, how in ran]
+            layout, stage = row.get("new_layout"), row["to_stage"]
+        elif row["event"] in ("start", "resume"):
+            layout, stage = row.get("layout", layout), row.get("stage", stage)
+            ran = [earlier for earlier in ran if earlier[0] <= row["step"]]
+        elif row["event"] == "step":
+            ran.append((row["step"], stage, layout))
+    found: dict[int, list[str]] = {}
+    for _, at, how in ran:
+        if how is not None and found.setdefault(at, [how])[-1] != how:
+            found[at].append(how)
+    return found
+
+
 def curve_rows(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
     """The `start`, `step`, `eval` and `growth` rows."""
     return [row for row in rows if row["event"] in _CURVES]

@@ -51,7 +51,7 @@ def gather(run_dirs: Sequence[str | Path]) -> Report:
 
 
 def _curves(run: RunFacts, panels: Sequence[Panel]) -> RunCurves:
-    fault_marks = [_fault_mark(run, fault) for fault in faults(run)[:_MOST_MARKS]]
+    fault_marks = [_fault_mark(run, fault) for fault in faults(run) if fault["is_fault"]][:_MOST_MARKS]
     return RunCurves(run.name, drawn(run.tracks, panels), growth_marks(run), fault_marks)
 
 
@@ -141,7 +141,7 @@ def render(report: Report) -> str:
         ],
         missing=[panel for i, panel in enumerate(panels) if i not in shown],
         finals=_beside([final_figures(run) for run in runs]),
-        stages=[stage_table(run.curve_rows) for run in runs],
+        stages=[stage_table(run.curve_rows, run.layouts) for run in runs],
         words=GROWTH_WORDS,
         growths=[shortened(growth_table(run)) for run in runs],
         faults=[shortened(faults(run)) for run in runs],

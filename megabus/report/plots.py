@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megabus.errors import UserError
 from megabus.report.figure import COLOURS, dress, picture
-from megabus.report.history import MetricsRow, XAxis, places, read_metrics
+from megabus.report.history import MetricsRow, XAxis, layouts_that_ran, places, read_metrics, read_rows
 from megabus.table import aligned, si
 
 if TYPE_CHECKING:
@@ -254,8 +254,11 @@ def _spans(rows: Sequence[MetricsRow]) -> Iterator[_Span]:
             origin = growth
 
 
-def stage_table(rows: Sequence[MetricsRow]) -> list[list[str]]:
-    """A header, then a line per stage: what it was, what it spent, what it learned, how it ended."""
+def stage_table(rows: Sequence[MetricsRow], layouts: dict[int, list[str]]) -> list[list[str]]:
+    """A header, then a line per stage: what it was, what it spent, what it learned, how it ended.
+
+    layouts: see `layouts_that_ran`; a stage without a step has the one that it was to have.
+    """
     header = ["stage", "sizes", "params", "layout", "steps", "tokens", "FLOPs", "valid loss"]
     header += ["growth", "loss at growth", "stall"]
     lines = [header]
@@ -267,7 +270,7 @@ def stage_table(rows: Sequence[MetricsRow]) -> list[list[str]]:
                 str(span.stage),
                 sizes or "–",
                 si(span.sizes.get("n_params")),
-                span.layout,
+                ", ".join(layouts.get(span.stage, [span.layout])),
                 f"{span.steps:,}",
                 si(span.tokens),
                 f"{span.flops:.2e}",
@@ -282,7 +285,7 @@ def stage_table(rows: Sequence[MetricsRow]) -> list[list[str]]:
 
 def summary_table(run_dir: str | Path) -> str:
     """`stage_table` of a run in aligned columns."""
-    header, *lines = stage_table(read_metrics(run_dir))
+    header, *lines = stage_table(read_metrics(run_dir), layouts_that_ran(read_rows(run_dir)))
     return aligned(header, lines, left={1, 3, 7, 8, 9})
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from megabus.errors import UserError
 from megabus.report.curves import Tracks
-from megabus.report.history import MetricsRow, curve_rows, read_rows, what_counts
+from megabus.report.history import MetricsRow, curve_rows, layouts_that_ran, read_rows, what_counts
 from megabus.report.plots import growth_text, short_sizes, stage_table, why
 from megabus.table import clock, si
 
@@ -38,6 +38,11 @@ class RunFacts:
     def curve_rows(self) -> list[MetricsRow]:
         """What `megabus.report.plots` draws and tabulates."""
         return curve_rows(self.rows)
+
+    @property
+    def layouts(self) -> dict[int, list[str]]:
+        """Of each stage those that it ran under."""
+        return layouts_that_ran(self.written)
 
     @property
     def growths(self) -> list[MetricsRow]:
@@ -114,7 +119,7 @@ def final_figures(run: RunFacts) -> dict[str, str]:
     losses, unit = tracks.column("eval", "loss"), tracks.column("step", "unit_error")
     train, mfu = tracks.column("step", "loss"), tracks.column("step", "mfu")
     memory = tracks.column("memory", "max_bytes")
-    stages = stage_table(run.curve_rows)
+    stages = stage_table(run.curve_rows, run.layouts)
     hours = tracks.place(last, "time") if last else 0.0
     tokens = last.get("tokens", 0)
     return {
@@ -139,7 +144,7 @@ def final_figures(run: RunFacts) -> dict[str, str]:
         "sent by growths": _bytes(sum(row.get("bytes_sent") or 0 for row in run.growths)),
         "largest error of a unit row": _figure(_reduce(np.nanmax, unit), "{:.1e}"),
         "peak memory of a rank": _bytes(_reduce(np.nanmax, memory)),
-        "faults": str(len(faults(run))),
+        "faults": str(sum(fault["is_fault"] for fault in faults(run))),
     }
 
 
@@ -201,9 +206,10 @@ def growth_marks(run: RunFacts) -> list[dict[str, Any]]:
 
 
 def faults(run: RunFacts) -> list[dict[str, Any]]:
-    """All that went wrong, and every start after the first, in order, what was taken back included: `row`, `what` and
-    `details`."""
-    return list(_faults(run.written))
+    """All that went wrong, and every start after the first, in order, what was taken back included: `row`, `what`,
+    `details`, and whether it `is_fault`: a start that goes on where the last one had come to lost nothing, be it of
+    a run that had ended, with a larger budget or without, or that was asked to stop."""
+    return [{"is_fault": True} | found for found in _faults(run.written)]
 
 
 def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
@@ -224,7 +230,8 @@ def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
                 lost = f" ({last - row['step']:,} steps not saved)" if last > row["step"] else ""
                 layouts = f"{row.get('saved_layout', '–')} → {row.get('layout', '–')}"
                 changes = "".join(f"; {change}" for change in row.get("changes") or [])
-                yield {"row": row, "what": "resume", "details": f"{back}{lost}; {layouts}{changes}"}
+                details = f"{back}{lost}; {layouts}{changes}"
+                yield {"row": row, "what": "resume", "details": details, "is_fault": last > row["step"]}
             last = row["step"]
         if row["event"] in ("step", "skip"):
             last = row["step"]

@@ -307,7 +307,7 @@ def _rank(
         if prepare is not None:
             prepare(rank, board)
         outcome = loop.train(config)
-        stop_distributed()
+        stop_distributed(together=False)
         end = End("done", str(outcome.checkpoint))
     except UserError as error:
         end = End("UserError", str(error))

@@ -100,7 +100,7 @@ def _rank(rank: int, world: int, port: int, folder: Path, job: Callable[..., Any
             start_distributed()
             result = job(*args)
             (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
-            stop_distributed()
+            stop_distributed(together=False)
         except BaseException:
             (folder / f"{rank}.error").write_text(traceback.format_exc())
             os._exit(1)

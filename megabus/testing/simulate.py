@@ -82,7 +82,7 @@ def fake_world(world: int, rank: int) -> Iterator[None]:
         reuse_process_groups(timedelta(minutes=1))
         yield
     finally:
-        stop_distributed()
+        stop_distributed(together=False)
         for key, value in before.items():
             if value is None:
                 del os.environ[key]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from megabus.config import Stage
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
 from megabus.engine.engine import Batch, Engine
 from megabus.errors import UserError
+from megabus.model.loss import IGNORED
 from megabus.parallel.agree import raise_together
 
 
@@ -18,22 +22,38 @@ class Corpora:
 
     def train_batches(self, engine: Engine, position: int) -> list[Batch]:
         """This rank's micro batches of the step that starts at token `position` of the data order."""
-        return self._batches(engine, self.sources.train, position, engine.stage.seq_len, engine.stage.grad_accum)
+        rows = [engine.micro_rows(micro_step) for micro_step in range(engine.stage.grad_accum)]
+        return self._batches(engine, self.sources.train, position, engine.stage.seq_len, rows)
 
-    def valid_batches(self, engine: Engine, seq_len: int) -> list[Batch]:
-        """This rank's share of the validation tokens, cut in sequences of `seq_len`."""
-        return self._batches(engine, self.sources.valid, 0, seq_len, self.valid_steps(engine.stage, seq_len))
+    def validation_loss(self, engine: Engine, seq_len: int) -> float:
+        """Mean loss in nats of the validation tokens cut in sequences of `seq_len`, the same on every rank. Collective.
 
-    def valid_steps(self, stage: Stage, seq_len: int) -> int:
-        """Micro batches of a validation on every rank."""
-        return self.sources.valid_tokens // (seq_len * stage.micro_batch_size * stage.layout.dp)
+        They fill whole micro batches of all ranks in no layout in particular: what is missing is padded with targets
+        that count nothing, in a mean over as many tokens as there are with them.
+        """
+        stage, n_rows = engine.stage, self.sources.valid_tokens // seq_len
+        at_once = stage.micro_batch_size * stage.layout.dp
+        steps = -(-n_rows // at_once)
+        rows = [engine.micro_rows(micro_step) for micro_step in range(steps)]
+        there = [range(part.start, max(part.start, min(part.stop, n_rows))) for part in rows]
+        batches = self._batches(engine, self.sources.valid, 0, seq_len, there)
+        padded = [_padded(batch, stage.micro_batch_size) for batch in batches]
+        return engine.evaluate(padded, steps, seq_len) * (steps * at_once / n_rows)
 
-    def _batches(self, engine: Engine, source: TokenSource, position: int, seq_len: int, count: int) -> list[Batch]:
-        rows = [] if not engine.needs_data else [engine.micro_rows(micro_step) for micro_step in range(count)]
+    def _batches(
+        self, engine: Engine, source: TokenSource, position: int, seq_len: int, rows: Sequence[range]
+    ) -> list[Batch]:
         batches, error = [], None
         try:
-            batches = [source.batch(position, seq_len, part) for part in rows]
+            batches = [source.batch(position, seq_len, part) for part in rows if engine.needs_data]
         except UserError as caught:
             error = caught
         raise_together(error, engine.device)  # other ranks read other rows, and would wait for this one
         return batches
+
+
+def _padded(batch: Batch, n_rows: int) -> Batch:
+    """A micro batch of `n_rows` rows."""
+    inputs_BT, targets_BT = batch
+    missing = (0, 0, 0, n_rows - len(inputs_BT))
+    return F.pad(inputs_BT, missing), F.pad(targets_BT, missing, value=IGNORED)

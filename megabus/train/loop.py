@@ -148,9 +148,12 @@ def _log_step(run: Run, result: StepResult, lr: float, unit_error: float | None,
         say(step_line(row, run.stage, run.view if run.can_grow else None, _seconds_left(run)))
 
 
-def _seconds_left(run: Run) -> float:
+def _seconds_left(run: Run) -> float | None:
+    """None before there are two steps to go by, since the start or the last growth."""
     (first, low), (last, high) = run.pace[0], run.pace[-1]
-    return (1 - high) * (last - first) / (high - low) if high > low else 0.0
+    if high >= 1:
+        return 0.0
+    return (1 - high) * (last - first) / (high - low) if high > low else None
 
 
 def validate(run: Run) -> float:
@@ -160,8 +163,7 @@ def validate(run: Run) -> float:
 
 def _validation_loss(run: Run, seq_len: int) -> float:
     run.watchdog.heartbeat(f"the validation after step {run.progress.step}")
-    batches = run.corpora.valid_batches(run.engine, seq_len)
-    return run.engine.evaluate(batches, run.corpora.valid_steps(run.stage, seq_len), seq_len)
+    return run.corpora.validation_loss(run.engine, seq_len)
 
 
 def stage_is_spent(run: Run) -> bool:

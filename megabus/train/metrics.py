@@ -16,6 +16,7 @@ from megabus.kappa.monitor import KappaView, bar
 from megabus.table import clock
 
 STEP = "trainer/step"  # wandb's x axis
+FILE, TENSORBOARD, WANDB, WANDB_ID = SINKS = ("metrics.jsonl", "tensorboard", "wandb", "wandb-id")  # in a run_dir
 
 
 class Metrics:
@@ -27,7 +28,7 @@ class Metrics:
     def __init__(self, config: RunConfig, resumed_at: int | None = None) -> None:
         self.run_dir = Path(config.run_dir)
         self._other_error: OSError | None = None  # of wandb or TensorBoard, until `forget_lost`
-        self.file = RowFile(self.run_dir / "metrics.jsonl", keep=resumed_at is not None)
+        self.file = RowFile(self.run_dir / FILE, keep=resumed_at is not None)
         self.wandb = self._wandb(config) if config.log.wandb else None
         self.tensorboard = self._tensorboard(resumed_at) if config.log.tensorboard else None
 
@@ -55,7 +56,7 @@ class Metrics:
 
     def _wandb_id(self) -> str:
         """The same for every start of a run, so that a resumed one goes on in its own curves."""
-        path = self.run_dir / "wandb-id"
+        path = self.run_dir / WANDB_ID
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:8])
         return path.read_text()
@@ -64,7 +65,7 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if resumed_at is None else resumed_at + 1  # what came after is told anew
-        return SummaryWriter(self.run_dir / "tensorboard", purge_step=purge)
+        return SummaryWriter(self.run_dir / TENSORBOARD, purge_step=purge)
 
     def write(self, event: str, row: dict[str, Any]) -> None:
         clean = _clean(row)
@@ -74,6 +75,9 @@ class Metrics:
             if self.wandb is not None:
                 self.wandb.log(numbers | {STEP: row["step"]})
             if self.tensorboard is not None:
+                if event == "resume" and row.get("reason") == "not finite":
+                    self.tensorboard.close()
+                    self.tensorboard = self._tensorboard(row["step"])
                 for key, value in numbers.items():
                     self.tensorboard.add_scalar(key, value, row["step"])
         except OSError as error:  # these keep no row: it is lost
@@ -148,7 +152,8 @@ def describe(stage: Stage) -> str:
     return f"d{model.d_model} L{model.n_layers} H{model.n_heads} ff{model.d_ff} {stage.layout}"
 
 
-def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: float) -> str:
+def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: float | None) -> str:
+    """eta_s: seconds left, if that is known."""
     parts = [
         f"step {row['step']:>5}",
         describe(stage),
@@ -157,7 +162,7 @@ def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: 
         f"|g| {row['grad_norm']:.2f}",
         f"{row['tokens_per_s']:,.0f} tok/s ({row['tokens_per_s_per_gpu']:,.0f}/rank)",
         "MFU –" if row["mfu"] is None else f"MFU {row['mfu']:.1%}",
-        f"{row['share']:.0%} done, {clock(eta_s)} left",
+        f"{row['share']:.0%} done" + ("" if eta_s is None else f", {clock(eta_s)} left"),
     ]
     if view is not None:
         parts.insert(-1, bar(view.progress, view.kappa))

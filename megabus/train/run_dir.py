@@ -19,7 +19,7 @@ from megabus.checkpoint.store import checkpoints_of, sweep
 from megabus.config import RunConfig
 from megabus.errors import UserError, say, warn
 from megabus.parallel.agree import agreement, rank_0_tells
-from megabus.train.metrics import Metrics
+from megabus.train.metrics import SINKS, Metrics
 
 LOCK = ".lock"
 
@@ -112,8 +112,8 @@ def open_metrics(config: RunConfig, found: Found | None) -> Metrics:
         if swept:
             say(f"deleted what a killed run left half-written: {', '.join(file.name for file in swept)}")
         kept = path / "config.yaml"
-        if found is None:
-            _set_aside(path / "metrics.jsonl")
+        if found is None:  # else two runs would be one curve
+            _set_aside(*(path / name for name in SINKS))
         if found is None or not kept.exists() or kept.read_text() != text:
             _set_aside(kept)
             kept.write_text(text)
@@ -122,8 +122,13 @@ def open_metrics(config: RunConfig, found: Found | None) -> Metrics:
         raise _unwritable(path, error) from error
 
 
-def _set_aside(file: Path) -> None:
-    """Keep what an earlier start has left, under the first free name."""
-    if file.exists():
-        names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in count(1))
-        file.rename(next(name for name in names if not name.exists()))
+def _set_aside(*files: Path) -> None:
+    """Keep what an earlier start has left, under the first number that is free for all of it."""
+
+    def kept(file: Path, number: int) -> Path:
+        return file.with_name(f"{file.stem}-{number}{file.suffix}")
+
+    left = [file for file in files if file.exists()]
+    number = next(number for number in count(1) if not any(kept(file, number).exists() for file in files))
+    for file in left:
+        file.rename(kept(file, number))

@@ -260,6 +260,12 @@ layout.tp=2 model.vocab_size=1 @ 2
 layout.pp=4 @ 4
     model.n_layers = 3: leaves some of the layout.pp = 4 ...; lower layout.pp or add layers...
     model.n_layers=5
+layout.pp=2 model.n_layers=0 growth.depth=fresh @ 2
+    model.n_layers = 0: leaves some of the layout.pp = 2 ...; lower layout.pp or add layers...
+    layout.pp=1
+model.n_layers=0 @ 1
+    growth.stages.1.n_layers = 5: cannot come from growth.depth = append: ...; set growth.depth to fresh
+    growth.depth=fresh
 layout.pp=2 train.zero_stage=2 @ 2
     train.zero_stage = 2: cannot be combined with layout.pp = 2: ...; set it to 1
     train.zero_stage=1
@@ -314,7 +320,7 @@ growth.stages.1.max_flops=1e9 @ 1
 growth.stages.1.kappa=0.5 @ 1
     growth.stages.1.kappa = 0.5: the last stage ends with the run; remove it, or set train.max_*
     growth.stages.1.kappa=null
-growth.stages=[] @ 1
+growth.stages=[] growth.max_tokens=2000 @ 1
     growth.max_tokens = 2000: the last stage ends with the run; remove it, or set train.max_*
     growth.max_tokens=null
 growth.trigger.predictor=constant growth.trigger.constant=[3,2] @ 1
@@ -332,6 +338,18 @@ def test_misfits_are_told_and_cured(base: Path, bad: str, line: str, cure: str) 
     told = ".+".join(re.escape(part) for part in line.split("..."))
     assert re.fullmatch(told, refusal(base, *overrides.split(), world=int(world)))
     assert resolve_stages(load_config(base, [*overrides.split(), *cure.split()]), int(world))
+
+
+def test_no_stages_mean_not_to_grow(base: Path) -> None:
+    """Where the file's first size would have ended by its caps says nothing then."""
+    for cap in ("max_tokens: 2e3", "max_flops: 2e9"):
+        base.write_text(BASE.replace("max_tokens: 2e3", cap))
+        (only,) = resolve_stages(load_config(base, ["growth.stages=[]"]), 1)
+        assert (only.max_tokens, only.max_flops, only.model.d_model) == (None, None, 36)
+    config = load_config(base, ["growth.stages=[]", "growth.boost.factor=3"])
+    assert config.growth.boost is not None  # all else is kept
+    base.write_text(BASE[: BASE.index("  stages:")] + "data: {train: a, valid: b}\n")  # a file that contradicts itself
+    assert "growth.max_tokens = 2000: the last stage ends with the run" in refusal(base)
 
 
 def test_decay_share_matters_to_wsd_only(base: Path) -> None:

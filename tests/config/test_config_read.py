@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError
+from support.tiny_config import BASE
 
 from megabus.config import load_config
 from megabus.config.read import described, read_tree
 from megabus.errors import UserError
+
+
+def write(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    return path
 
 
 def read(tmp_path: Path, text: str) -> dict:
@@ -40,6 +48,72 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, told: str
         read(tmp_path, text)
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "was"),
+    [
+        ("0100", "64"),
+        ("-017", "-15"),
+        ("0_17", "15"),
+        ("1:30", "90"),
+        ("12:30:45", "45045"),
+        ("-1:30", "-90"),
+        ("1:30.5", "90.5"),
+        ("+0100", "64"),
+    ],
+)
+def test_numbers_that_yaml_1_1_reads_otherwise_are_refused(tmp_path: Path, text: str, was: str) -> None:
+    told = f"not valid YAML ({text} is {was} in YAML 1.1: write the number that is meant, or quote it"
+    for given in (f"a: {text}\n", f"a: {{b: [1, {text}]}}\n"):
+        with pytest.raises(UserError) as refused:
+            read(tmp_path, given)
+        assert told in str(refused.value)
+    with pytest.raises(
+        UserError, match=rf"^train.max_steps = {re.escape(text)}: is not a YAML value \({re.escape(text)} is"
+    ):
+        load_config(write(tmp_path), [f"train.max_steps={text}"])
+
+
+def test_numbers_that_mean_one_thing_are_read(tmp_path: Path) -> None:
+    texts = {"100": 100, "0": 0, "-0": 0, "0x10": 16, "1_000": 1000, "0.10": 0.1, "00.5": 0.5, "'0100'": "0100"}
+    for text, value in texts.items():
+        assert read(tmp_path, f"a: {text}\n") == {"a": value}
+
+
+PATHS = ("run_dir", "init_from", "data.valid", "data.tokenizer", "data.train.0.path")
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_homes_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    monkeypatch.setenv("EMPTY", "")
+    path = write(tmp_path)
+
+    def value(given: str) -> str:
+        found: Any = load_config(path, ["data.train=[{path: a}]", f"{key}={given}"]).model_dump()
+        for part in key.split("."):
+            found = found[int(part) if part.isdecimal() else part]
+        return found
+
+    written = {"~/x": "/home/me/x", "'~'": "/home/me", "$SCRATCH/x": "/scratch/x", "a/${SCRATCH}b": "a//scratchb"}
+    for given, read_as in (written | {same: same for same in ("a~/x", "./~", "a$/b", "5$", "x y")}).items():
+        assert value(given) == read_as
+    for given, told in (
+        ("$NOWHERE/x", "names the variable NOWHERE, which is not set; set it, or write the path out"),
+        ("${NOWHERE}", "names the variable NOWHERE"),
+        ("$EMPTY/x", "names the variable EMPTY"),  # or a path would begin at the root
+        ("~no-one/x", "begins with a home that is not known; write the path out"),
+    ):
+        with pytest.raises(UserError) as refused:
+            value(given)
+        assert str(refused.value).startswith(f"{key} = {given}: {told}")
+
+
+def test_the_first_corpus_is_a_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(write(tmp_path), ["data.train=~/x"]).data.train_corpora == [("/home/me/x", 1.0)]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from megabus.cli import main
-from megabus.data import preprocess
+from megabus.data import encoding
 from megabus.data.indexed import IndexedTokens, read_meta
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from tools import demo_text
@@ -139,7 +139,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
     words, random_words = SENTENCE.split(), random.Random(0)
     lines = (" ".join(random_words.choices(words, k=200)) for _ in range(2800))
     (tmp_path / "in.txt").write_text("\n\n\n".join(lines))
-    assert (tmp_path / "in.txt").stat().st_size > 2 * preprocess.BATCH_CHARACTERS  # three batches
+    assert (tmp_path / "in.txt").stat().st_size > 2 * encoding.BATCH_CHARACTERS  # three batches
     command = [sys.executable, str(ROOT / "tools/preprocess.py"), "in.txt", "--train-tokenizer", "300"]
     command += ["--model-type", "bpe", "--tokenizer-sample-mb", "0.1", "--valid-fraction", "0.1"]
     for workers in ("1", "2"):
@@ -159,7 +159,7 @@ ERRORS = {
     "empty glob": (["*.nothing"], "*.nothing"),
     "unknown kind": (["in.csv"], "unknown kind of file"),
     "missing key": (["in.jsonl", "--text-key", "body"], "no text under 'body', its keys are text"),
-    "key without text": (["null.jsonl"], "row 1 has no text"),
+    "key without text": (["null.jsonl"], "line 2 has null under 'text'"),
     "not json": (["bad.jsonl"], "bad.jsonl"),
     "not parquet": (["bad.parquet"], "bad.parquet"),
     "not utf-8": (["latin.txt"], "is not UTF-8"),

@@ -149,7 +149,7 @@ def plan_of(before, after, **how):
     )
 
 
-@pytest.mark.parametrize("depth", ["append", "identity", "stack"])
+@pytest.mark.parametrize("depth", ["append", "identity", "stack", "fresh"])
 @pytest.mark.parametrize("layouts", [((2, 2, 1), (1, 2, 2)), ((1, 3, 1), (1, 1, 3))], ids=str)
 def test_traffic_of_each_rank_is_the_plan_s(layouts, depth):
     plan = plan_of(*layouts, depth=depth, moments="grow")

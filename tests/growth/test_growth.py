@@ -7,12 +7,22 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
-from support.growing import CHANNELS, WIDTH_IDS, WIDTHS, flat_scale, how, isometry, one_sided_simplex, row_matrices
+from support.growing import (
+    CHANNELS,
+    WIDTH,
+    WIDTH_IDS,
+    WIDTHS,
+    flat_scale,
+    how,
+    isometry,
+    one_sided_simplex,
+    row_matrices,
+)
 from support.small_models import GQA, KINDS, config, lively_state
 
 import megabus
-from megabus.growth import param_growth, rows
-from megabus.growth.param_growth import axis_maps, channel_scale, grouped, layer_sources, spread
+from megabus.growth import maps, param_growth, rows
+from megabus.growth.maps import axis_maps, channel_scale, grouped, layer_sources, spread
 from megabus.model.decoder import param_specs
 
 torch.set_num_threads(1)
@@ -52,12 +62,13 @@ def test_grouped_heads_stay_with_their_key(old, new):
         ("identity", [0, 0, 1, 1, 2], [1, 0, 1, 0, 1]),
         ("split", [0, 0, 1, 1, 2], [0.5, 0.5, 0.5, 0.5, 1]),
         ("stack", [0, 1, 2, 0, 1], [1, 1, 1, 1, 1]),
+        ("interleave", [0, 0, 1, 1, 2], [1, 1, 1, 1, 1]),
     ],
 )
 def test_depth_maps(depth, parents, gates):
     sources = layer_sources(3, 5, depth)
     assert [source.parent for source in sources] == parents
-    assert [source.gate(depth) for source in sources] == gates
+    assert [source.gate(depth, branch) for branch in (1, 2) for source in sources] == 2 * gates
     old, new = config(), config("ngpt", {"n_layers": 5})
     state = lively_state(old)
     grown = megabus.grow_state(state, old, new, 1, how(depth=depth))
@@ -65,6 +76,53 @@ def test_depth_maps(depth, parents, gates):
         for short in ("attn.q", "mlp.down", "s_qk", "alpha_attn", "alpha_mlp"):
             factor = gate if short.startswith("alpha") else 1
             assert torch.equal(grown[f"layers.{layer}.{short}"], factor * state[f"layers.{parent}.{short}"])
+
+
+@pytest.mark.parametrize(("new", "shares"), [(2, [3 / 4, 1 / 4]), (3, [9 / 13, 3 / 13, 1 / 13]), (1, [1])])
+def test_tapered_shares_keep_attention_before_the_mlp(new, shares):
+    """On the sphere a share is one of alpha / (1 - alpha); the baseline's write matrices take it as it is."""
+    sources = layer_sources(1, new, "taper")
+    for branch, wanted in ((1, shares), (2, shares[::-1])):
+        assert np.allclose([source.gate("taper", branch) for source in sources], wanted, rtol=1e-15, atol=0)
+    for kind, gates in (("ngpt", ("alpha_attn", "alpha_mlp")), ("gpt", ("attn.out", "mlp.down"))):
+        old, larger = config(kind, {"n_layers": 1}), config(kind, {"n_layers": new})
+        state = {name: x.double() for name, x in lively_state(old).items()}
+        grown = megabus.grow_state(state, old, larger, 1, how(depth="taper"))
+        for gate, wanted in zip(gates, (shares, shares[::-1]), strict=True):
+            scale, total = param_specs(larger)[f"layers.0.{gate}"].multiplier, 0
+            for layer, share in enumerate(wanted):
+                alpha = grown[f"layers.{layer}.{gate}"] * scale
+                ratio = alpha / (1 - alpha) if kind == "ngpt" else alpha
+                total = total + ratio
+                whole = state[f"layers.0.{gate}"] * scale
+                whole = whole / (1 - whole) if kind == "ngpt" else whole
+                assert (ratio - share * whole).abs().max() < 1e-14
+            assert (total - whole).abs().max() < 1e-14
+
+
+def test_alphas_of_one_and_more_stay_under_taper():
+    """There a ratio has no meaning; near 1 nothing of h is left, so each copy may well do all of it."""
+    old, new = config("ngpt", {"n_layers": 1}), config("ngpt", {"n_layers": 2})
+    state, gate = lively_state(old), "layers.0.alpha_mlp"
+    alpha = torch.linspace(0.9, 3, 36, dtype=torch.float64)
+    state[gate] = alpha / param_specs(old)[gate].multiplier
+    grown = megabus.grow_state(state, old, new, 1, how(depth="taper"))[gate] * param_specs(new)[gate].multiplier
+    assert torch.allclose(grown[alpha >= 1], alpha[alpha >= 1], rtol=1e-14)
+    assert (grown.diff() > 0).all()
+    assert grown[0] < 0.7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fresh_layers_are_those_of_a_new_model(kind):
+    old, new = config(kind), config(kind, WIDTH, {"n_layers": 5})
+    state, begun = lively_state(old), megabus.build_model(new, seed=7).state_dict()
+    grown = megabus.grow_state(state, old, new, 7, how(depth="fresh"))
+    wider = megabus.grow_state(state, old, config(kind, WIDTH), 7, how())
+    for name, spec in param_specs(new).items():
+        assert torch.equal(grown[name], begun[name] if spec.layer in (3, 4) else wider[name]), name
+    for what in ("exp_avg", "exp_avg_sq"):
+        moments = megabus.grow_state(state, old, new, 7, how(depth="fresh", moments="grow"), what)
+        assert all((moments[name] == 0).all() == (spec.layer in (3, 4)) for name, spec in param_specs(new).items())
 
 
 @pytest.mark.parametrize(("depth", "silent_layers"), [("append", (3, 4)), ("identity", (1, 3))])
@@ -148,7 +206,7 @@ BREAKS = [
     (rows, "_simplex", one_sided_simplex, {"sum", "angle"}),
     (rows, "_directions", lambda key, rows, away, n: away.expand(-1, n, -1), {"tilt", "length"}),
     (param_growth, "channel_scale", flat_scale, {"read", "sum"}),
-    (param_growth, "grouped", lambda kv, new_kv, g, new_g: spread(kv * g, new_kv * new_g), {"read", "gain"}),
+    (maps, "grouped", lambda kv, new_kv, g, new_g: spread(kv * g, new_kv * new_g), {"read", "gain"}),
 ]
 
 

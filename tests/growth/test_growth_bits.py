@@ -44,6 +44,8 @@ def parts_agree(job, kind, draw, single_rows=()):
     grown = megabus.grow_state(state, job.old, job.new, job.seed, job.how, kind)
     for name, spec in param_specs(job.new).items():
         n = global_shape(spec, job.new)[0]
+        if job.source(name) is None:
+            continue
         cuts = sorted({0, n, *draw.integers(1, n, 3).tolist()})
         cuts = list(range(n + 1)) if name in single_rows else cuts
         parts = grown_in_parts(job.param(name), kind, state[job.source(name)], cuts)

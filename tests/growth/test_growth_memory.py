@@ -13,7 +13,8 @@ from megabus.estimate.live_bytes import LiveBytes
 from megabus.growth.param_growth import Growth
 from megabus.growth.plan import ELEMENT_BYTES, Plan, Required
 from megabus.growth.redistribute import redistribute
-from megabus.growth.rows import grow_rows, row_bytes
+from megabus.growth.rows import drawn_row_bytes, drawn_rows, grow_rows, row_bytes
+from megabus.model.decoder import param_specs
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
@@ -70,10 +71,10 @@ def test_a_growth_takes_no_more_than_the_buffer(layouts, kib, manner):
         assert shard > 1.4 * kib
 
 
-@pytest.mark.parametrize("kib", [64, 200])
-def test_layers_stacked_over_many_ranks_fit_the_buffer_too(kib):
-    """One old row goes to several ranks, and nowhere do copies of it pile up."""
-    plan = plan_of(((1, 1, 4), (2, 2, 1)), STACKED, LARGE, moments="grow", depth="stack")
+@pytest.mark.parametrize(("depth", "kib"), [("stack", 64), ("stack", 200), ("fresh", 64)])
+def test_layers_on_top_of_many_ranks_fit_the_buffer_too(depth, kib):
+    """One old row goes to several ranks, and nowhere do copies of it pile up; nor does what is drawn."""
+    plan = plan_of(((1, 1, 4), (2, 2, 1)), STACKED, LARGE, moments="grow", depth=depth)
     assert all(extra <= kib for extra, _ in peaks(plan, KINDS, kib))
 
 
@@ -99,6 +100,20 @@ def test_rows_take_what_they_are_said_to(write):
                         pass
                 assert live.peak <= limit
                 assert live.peak > limit / 11 or kind != "weight"
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_drawn_rows_take_what_they_are_said_to(kind):
+    model = ModelConfig(kind=kind, **SMALL)
+    for name in ("layers.1.attn.out", "layers.1.s_u" if kind == "ngpt" else "layers.1.norm_mlp.gain"):
+        spec = param_specs(model)[name]
+        for count in (1, 20):
+            limit = count * drawn_row_bytes(model)
+            with LiveBytes([]) as live:
+                for _ in drawn_rows(model, name, 7, 5, 36, torch.device("cpu"), limit):
+                    pass
+            assert live.peak <= limit
+            assert live.peak > 0.9 * limit or not spec.is_matrix
 
 
 # ---- bytes
@@ -159,6 +174,7 @@ MANNERS = [
     (WIDTH, "grow", {"write": "clone"}),
     ({"n_layers": 5}, "carry", {"depth": "stack"}),
     (BOTH, "grow", {"depth": "split"}),
+    (BOTH, "grow", {"depth": "fresh"}),
     (BOTH, "carry", {"write": "clone"}),
     ({}, "grow", {}),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import sqrt
 
+import numpy as np
 import pytest
 import torch
 from support.growing import (
@@ -135,6 +136,80 @@ def test_squares_of_copied_rows_are_what_they_become(kind, write, low, high):
     other = {"tilt": "clone", "clone": "tilt"}[write]  # with the other's share the ratios would be 4 times as far
     wrong = megabus.grow_state(before, old, new, 1, how(moments="grow", write=other), "exp_avg_sq")
     assert not any(low < float(after[n].sum() / wrong[n].sum()) < high for n in names if ".0." in n)
+
+
+@pytest.mark.parametrize("depth", ["split", "taper"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_share_a_gate_share_what_is_behind_it(kind, depth):
+    """First moments over gradients, together over a layer's two copies: 1 for gates and for all that they silence."""
+    old, new = config(kind), config(kind, {"n_layers": 6})
+    state, manner = lively_state(old, larger=1), how(moments="grow", depth=depth)
+    moments = {name: g.float() for name, g in gradients(old, state).items()}
+    mapped = megabus.grow_state(moments, old, new, 1, manner, "exp_avg")
+    true = gradients(new, megabus.grow_state(state, old, new, 1, manner))
+    for name, spec in param_specs(old).items():
+        copies = [spec.in_layer(2 * spec.layer + k) for k in (0, 1)] if spec.layer is not None else [name]
+        ours, theirs = (torch.stack([x[each].double() for each in copies]).sum(0) for x in (mapped, true))
+        slope = float((ours * theirs).sum() / theirs.square().sum())
+        assert 0.85 < slope < 1.15, (name, slope)
+
+
+# ---- plain clones
+
+CLONE = {"write": "clone", "channels": "uneven"}
+EVEN = [({}, {"n_heads": 4, "d_ff": 90}), (GQA, {"n_heads": 8, "d_ff": 124}), (GQA, {"n_heads": 8, "n_kv_heads": 4})]
+UNEVEN = [({}, {"n_heads": 3, "d_ff": 90}), (GQA, {"n_heads": 9, "n_kv_heads": 3})]
+IDS = ["2-4", "4:2-8:2", "4:2-8:4", "2-3", "4:2-9:3"]
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize(("before", "after"), EVEN + UNEVEN, ids=IDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_of_clones_are_their_gradients(kind, before, after, power):
+    """Of every parameter and entry by entry, wherever clones keep the function: nGPT's heads must be even in number."""
+    _, _, mapped, true = mapped_and_true(kind, before, after | {"d_model": 52}, power, **CLONE)
+    largest = max(gap(mapped[name], true[name]) for name in true)
+    assert (largest < 1e-5) == (kind == "gpt" or (before, after) in EVEN), largest
+
+
+def mapped_over_true(before, after, **manner):
+    """Moments after growth over gradients, by parameter of the first layer: of first ones the slope, and of second ones
+    the sum over batches."""
+    old, new, mapped, true = mapped_and_true("ngpt", before, after, **CLONE, **manner)
+    manner, state = how(moments="grow", **CLONE, **manner), lively_state(old)
+    grown = megabus.grow_state(state, old, new, 1, manner)
+    squares, then = (mean_squares(*pair, batches=6) for pair in ((old, state), (new, grown)))
+    squares = megabus.grow_state(squares, old, new, 1, manner, "exp_avg_sq")
+    names = [n for n, spec in param_specs(new).items() if spec.layer in (0, None)]
+    mean = {n: float(mapped[n].double().square().sum() / (mapped[n].double() * true[n]).sum()) for n in names}
+    return mean, {n: float(squares[n].sum() / then[n].sum()) for n in names}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "read"), [(*EVEN[1], "tilt"), *((*case, "clone") for case in UNEVEN)], ids=["tilt", *IDS[3:]]
+)
+def test_moments_of_clones_are_near_their_gradients(before, after, read):
+    """Where read rows turn, and where uneven numbers of heads change the function."""
+    mean, square = mapped_over_true(before, after | {"d_model": 52}, read=read)
+    low, high = (0.9, 1.1) if read == "tilt" else (0.6, 1.4)
+    for ratios in (mean, square):
+        assert low < min(ratios.values()) <= max(ratios.values()) < high, ratios
+
+
+@pytest.mark.parametrize(("before", "after"), [EVEN[0], UNEVEN[1]], ids=["even", "uneven"])
+def test_a_share_by_role_alone_would_show(before, after, monkeypatch):
+    """All of the gradient for write rows and 1/n for whatever else is copied, as it is where write rows are divided."""
+
+    def by_role(growth, spec, rows):
+        return np.ones(len(rows)) if spec.role == "write" or spec.rows == "embed" else 1 / rows.copies
+
+    monkeypatch.setattr(param_growth, "_clone_share", by_role)
+    mean, square = mapped_over_true(before, after)
+    assert mean["layers.0.attn.out"] > 1.9
+    assert square["layers.0.attn.out"] > 3.6
+    if "d_ff" in after:
+        assert mean["layers.0.mlp.down"] > 1.3
+        assert mean["layers.0.s_u"] < 0.8
 
 
 def test_reset_moments_are_zero():

@@ -23,7 +23,7 @@ from support.small_models import GQA, KINDS, config, lively_state
 import megabus
 from megabus import counter
 from megabus.growth import param_growth, rows
-from megabus.growth.param_growth import axis_maps
+from megabus.growth.maps import axis_maps
 from megabus.model.decoder import param_specs
 
 torch.set_num_threads(1)

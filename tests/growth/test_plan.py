@@ -135,12 +135,15 @@ def test_the_check_of_pairs_notices(fault):
 def test_every_new_row_is_grown_from_one_row_range(seed):
     """Children of a rank's row ranges are all rows of its pieces, once; and children are all new parameters, once."""
     plan = random_pair(seed)
-    assert sorted(itertools.chain(*plan.children.values())) == sorted(plan.new.specs)
+    grown = [name for name in plan.new.specs if plan.growth.source(name) is not None]
+    assert sorted(itertools.chain(*plan.children.values())) == sorted(grown)
     for rank in range(plan.new.layout.world):
         split = list(itertools.chain(*plan.waves(rank, 300, 1)))
         for piece in plan.new.owned(rank):
             width = plan.new.width(piece.name)
             source = plan.growth.source(piece.name)
+            if source is None:
+                continue
             rows = sorted(row for u in split if u.name == source for row in plan.child_rows(u, piece).tolist())
             assert rows == list(range(piece.start // width, -(-piece.stop // width)))
 
@@ -214,6 +217,18 @@ def test_nothing_is_sent_when_nothing_changes(layout):
 @pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 3, 1)], ids=str)
 def test_aligned_growth_needs_no_message(layout):
     """Where copies fall on their originals' rank (4 -> 8 heads, 3 -> 5 layers here), nobody sends."""
-    assert traffic(grown_plan(layout, layout, depth="identity"))[0] == 0
-    for depth in ("append", "stack"):  # what is new comes on top, and stages hold equally many
+    for depth in ("identity", "split", "taper", "interleave"):
+        assert traffic(grown_plan(layout, layout, depth=depth))[0] == 0
+    for depth in ("append", "stack", "fresh"):  # what is new comes on top, and stages hold equally many
         assert (traffic(grown_plan(layout, layout, depth=depth))[0] > 0) == (layout.pp > 1)
+
+
+def test_what_is_drawn_afresh_is_sent_by_nobody():
+    """Each old entry is needed once, for the layer that it is in; under `stack` by other ranks, too."""
+    deeper, before, after = MODEL.model_copy(update={"n_layers": 5}), Layout(1, 3, 1), Layout(1, 1, 3)
+    bytes_of = {}
+    for depth in ("fresh", "stack"):
+        growth = Growth(MODEL, deeper, GrowthConfig(depth=depth), 5)
+        bytes_of[depth] = sum(traffic(Plan(Placement(MODEL, before), Placement(deeper, after), growth)))
+    placement = Placement(MODEL, before)
+    assert bytes_of["fresh"] == ELEMENT_BYTES * sum(map(placement.numel, placement.specs)) < bytes_of["stack"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from support.plans import layouts, needed_entries, random_model
 
 from megabus.config import GrowthConfig, ModelConfig
+from megabus.config.schema import Depth
 from megabus.config.stages import Layout
 from megabus.growth.param_growth import Growth
 from megabus.growth.plan import Plan, RowRange, Transfer
@@ -35,7 +37,7 @@ def plans(draw):
     how = GrowthConfig(
         write=draw(st.sampled_from(["tilt", "clone"])),
         read=draw(st.sampled_from(["clone", "tilt"])),
-        depth=draw(st.sampled_from(["append", "identity", "split", "stack"])),
+        depth=draw(st.sampled_from(get_args(Depth))),
         channels=draw(st.sampled_from(["even", "uneven"])),
         moments=draw(st.sampled_from(["carry", "grow"])),
     )

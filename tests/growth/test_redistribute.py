@@ -70,7 +70,9 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("depth", "buffer_bytes"), [("append", 2**28), ("identity", 2**28), ("stack", 700)])
+@pytest.mark.parametrize(
+    ("depth", "buffer_bytes"), [("append", 2**28), ("taper", 2**28), ("stack", 700), ("fresh", 700)]
+)
 @pytest.mark.parametrize(("before", "after"), PAIRS, ids=[f"{a}-{b}" for a, b in PAIRS])
 def test_grown_shards_are_shards_of_the_grown_state(monkeypatch, before, after, depth, buffer_bytes):
     plan = grown_plan(before, after, depth=depth, moments="grow", read="tilt", channels="uneven")

@@ -158,6 +158,28 @@ def test_moments_and_other_writes_grow_in_shards(moments, write):
     assert ranks[0]["unit_later"] <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("depth", "kind", "moments", "layouts"),
+    [
+        ("taper", "ngpt", "grow", [Layout(1, 2, 1), Layout(2, 1, 1)]),
+        ("fresh", "ngpt", "grow", [Layout(2, 1, 1), Layout(1, 2, 1)]),
+        ("fresh", "gpt", "carry", [Layout(1, 1, 2), Layout(2, 1, 1)]),
+    ],
+    ids=str,
+)
+def test_layers_that_are_not_silent_grow_in_shards(depth, kind, moments, layouts):
+    config = growth_config([LARGE | {"n_heads": 4}], layouts, kind, depth=depth, moments=moments)
+    old, new = (stage.model for stage in resolve_stages(config, layouts[0].world))
+    (ranks,) = grow_on_ranks(config, layouts, before=2, after=1)
+    for what in KINDS:
+        expected = grow_state(whole(ranks, "before", old, what), old, new, config.train.seed, config.growth, what)
+        grown = whole(ranks, "after", new, what)
+        assert all(torch.equal(grown[name], tensor) for name, tensor in expected.items()), what
+    before, after = ranks[0]["losses"]
+    assert 1e-6 < abs(before - after) < 0.5
+    assert kind == "gpt" or max(rank[when] for rank in ranks for when in ("unit", "unit_later")) <= 1e-6
+
+
 def test_reset_moments_start_afresh():
     layouts = [Layout(1, 2, 1), Layout(1, 1, 2)]
     (ranks,) = grow_on_ranks(growth_config([LARGE], layouts, moments="reset"), layouts, before=3, after=1)

@@ -181,7 +181,7 @@ def test_the_way_is_to_the_floor():
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.7, 1.0])
 def test_fractions_can_grow_into_the_whole(fraction, tp, pp):
     part = fraction_of(FINAL, fraction, tp, pp)
-    check_pair(part, FINAL, "")
+    check_pair(part, FINAL, "append", "")
     assert part.n_heads // part.kv_heads == 2
     assert part.kv_heads % tp == part.d_ff % tp == 0
     assert pp <= part.n_layers <= FINAL.n_layers

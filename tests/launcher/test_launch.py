@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,28 @@ def test_a_wrong_configuration_imports_no_torch(config: Path) -> None:
     assert not {"torch", "deepspeed", "numpy"} & imported
 
 
+def test_a_terminal_that_cannot_show_everything_ends_nothing(config: Path) -> None:
+    """As under LC_ALL=C: from the preflight's table to the closing one."""
+    (rank,) = launch_forked("--config", config, "train.max_steps=2", world=1, encoding="ascii")
+    assert (rank.code, rank.err) == (0, "")
+    for shown in ("???", "step     2 | d36 L2", "MFU ? |", "checkpoint: "):
+        assert shown in rank.out
+
+
+def test_no_rank_ends_before_rank_0_has_told_all(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher says so when a rank ends: that would stand inside the closing table."""
+    told = tmp_path / "told"
+
+    def show(run_dir: str) -> None:
+        time.sleep(0.3)  # the others are not so long about what they have to do
+        told.touch()
+
+    monkeypatch.setattr("megabus.cli.train._show", show)
+    monkeypatch.setattr("megabus.parallel.mesh.forget_process_groups", lambda: print("left", told.exists()))
+    ranks = launch_forked("--config", config, "train.max_steps=1")
+    assert [(rank.code, rank.out.splitlines()[-1]) for rank in ranks] == [(0, "left True")] * 2
+
+
 # ---- refused by ranks that have met ------------------------------------------------------------------------
 
 
@@ -113,6 +136,14 @@ def test_missing_data(config: Path, tmp_path: Path) -> None:
     assert the_error(ranks).startswith(
         "error: data.valid = nowhere/text.bin: the file does not exist; check the prefix"
     )
+    assert tree(tmp_path).keys() == {"config.yaml"}
+
+
+def test_a_package_that_is_installed_and_broken(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it raises
+    line = the_error(launch_forked("--config", config, "log.tensorboard=true"))
+    assert line.startswith("error: log.tensorboard = true: needs torch.utils.tensorboard, which cannot be imported (")
+    assert line.endswith("; mend its installation, or set log.tensorboard=false")
     assert tree(tmp_path).keys() == {"config.yaml"}
 
 

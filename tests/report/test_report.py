@@ -18,6 +18,7 @@ from support.report_runs import eval_rows, growth_row, rows, start_row, step_row
 from megabus.errors import UserError
 from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
 from megabus.report.page import gather, names_of, render
+from megabus.report.plots import stage_table, summary_table
 from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
 
 ROOT = Path(__file__).parents[2]
@@ -195,6 +196,56 @@ def test_faults_are_all_told(tmp_path):
     assert run.growths == []  # the growth at step 40 was taken back
     figures = final_figures(run)
     assert (figures["steps"], figures["state"], figures["faults"]) == ("69", "69% of its budget", "4")
+
+
+@pytest.mark.parametrize("budget", ["the same", "raised"])
+def test_a_start_that_loses_nothing_is_no_fault(tmp_path, budget):
+    """The command of a run that had ended, given again; with a larger budget it trains on. A kill is one."""
+    again = {
+        "event": "resume",
+        **totals(100),
+        "reason": "start",
+        "layout": "TP2/PP1/DP2",
+        "saved_layout": "TP2/PP1/DP2",
+    }
+    more = [step_row(step, steps=130) for step in range(101, 131)] if budget == "raised" else []
+    again |= {"changes": ["train.max_steps: 100 -> 130"] if more else []}
+    run = read_run(write_run(tmp_path / "run", [*rows(100), again, *more]), "run")
+    assert [(fault["what"], fault["is_fault"]) for fault in faults(run)] == [("resume", False)]
+    figures = final_figures(run)
+    assert (figures["state"], figures["faults"]) == ("finished", "0")
+    assert gather([run.folder]).curves[0].faults == []
+    told = [*rows(100), again, *more, {**again, **totals(90)}, *(step_row(step) for step in range(91, 101))]
+    killed = read_run(write_run(tmp_path / "killed", told), "killed")
+    assert [fault["is_fault"] for fault in faults(killed)] == [False, True]
+    assert final_figures(killed)["faults"] == "1"
+    assert len(gather([killed.folder]).curves[0].faults) == 1
+
+
+def test_layouts_of_stages_are_those_that_ran(tmp_path):
+    """A run is started again under other layouts, before and after it has grown; nothing ran under one of them."""
+
+    def again(step, layout, stage):
+        facts = {"reason": "start", "changes": [], "layout": layout, "saved_layout": "TP1/PP1/DP1"}
+        return {"event": "resume", **totals(step, stage)} | facts
+
+    told = [
+        *itertools.takewhile(lambda row: row["step"] <= 30, rows(100, growths=(30,))),
+        again(20, "TP4/PP1/DP1", 0),  # takes back the growth, and trains nothing
+        again(20, "TP1/PP4/DP1", 0),
+        *(step_row(step) for step in range(21, 31)),
+        growth_row(30, 0) | {"old_layout": "TP1/PP4/DP1"},  # to TP1/PP1/DP4
+        step_row(31, 1),
+        again(31, "TP1/PP2/DP2", 1),
+        step_row(32, 1),
+    ]
+    run = read_run(write_run(tmp_path / "run", told), "run")
+    header, *lines = stage_table(run.curve_rows, run.layouts)
+    assert [line[header.index("layout")] for line in lines] == ["TP2/PP1/DP2, TP1/PP4/DP1", "TP1/PP1/DP4, TP1/PP2/DP2"]
+    table = summary_table(run.folder)
+    assert all(line[header.index("layout")] in table for line in lines)
+    only = read_run(write_run(tmp_path / "begun", [start_row()]), "begun")
+    assert stage_table(only.curve_rows, only.layouts)[1][3] == "TP2/PP1/DP2"
 
 
 def test_final_figures(tmp_path):

@@ -54,15 +54,15 @@ def gradients(model_config, state):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def mean_squares(model_config, state):
+def mean_squares(model_config, state, batches=12):
     """Over batches: (shape) of each parameter, fp32."""
     found = {}
-    for seed in range(12):
+    for seed in range(batches):
         model = model_of(model_config, state)
         tokens, targets = batch(4, 31, seed)
         model.loss(model.hidden(tokens), targets)[0].backward()
         for name, p in model.named_parameters():
-            found[name] = found.get(name, 0) + p.grad.square().float() / 12
+            found[name] = found.get(name, 0) + p.grad.square().float() / batches
     return found
 
 

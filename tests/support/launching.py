@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,19 +64,24 @@ def launch(*args: object, world: int = 2, limit: float = LIMIT) -> list[Ended]:
             process.wait()
 
 
-def launch_forked(*args: object, world: int = 2, folders: tuple[Path, ...] = ()) -> list[Ended]:
+def launch_forked(
+    *args: object, world: int = 2, folders: tuple[Path, ...] = (), encoding: str = "utf-8"
+) -> list[Ended]:
     """The launcher's `main` in forked ranks: the same, without starting Python anew.
 
-    folders: the working directory of each rank.
+    folders: the working directory of each rank. encoding: of their terminals.
     """
-    return [Ended(*ended) for ended in run_ranks(world, run_launcher, args, folders, timeout=LIMIT)]
+    return [Ended(*ended) for ended in run_ranks(world, run_launcher, args, folders, encoding, timeout=LIMIT)]
 
 
-def run_launcher(args: tuple[object, ...], folders: tuple[Path, ...] = ()) -> tuple[int, str, str]:
+def run_launcher(
+    args: tuple[object, ...], folders: tuple[Path, ...] = (), encoding: str = "utf-8"
+) -> tuple[int, str, str]:
     """On one rank: its exit code, and what it said."""
     if folders:
         os.chdir(folders[int(os.environ["RANK"])])
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:  # files: the watchdog needs them
+    file = partial(tempfile.TemporaryFile, "w+", encoding=encoding)
+    with file() as out, file() as err:  # files: the watchdog needs them
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = main(["train", *map(str, args)])
         out.seek(0)

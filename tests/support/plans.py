@@ -50,7 +50,7 @@ def random_pair(seed):
     model = random_model(draw, layout)
     new_model = random_model(draw, new_layout, model)
     how = GrowthConfig(
-        depth=draw.choice(["append", "identity", "stack"]),
+        depth=draw.choice(["append", "identity", "stack", "fresh"]),
         channels=draw.choice(["even", "uneven"]),
         moments=draw.choice(["carry", "grow"]),
     )
@@ -96,6 +96,8 @@ def needed_entries(plan, rank, kind):
     for piece in plan.new.owned(rank):
         spec = plan.new.specs[piece.name]
         layer = growth.layer_source(spec)
+        if layer is None:  # drawn afresh
+            continue
         source = spec.name if spec.layer is None else spec.name.replace(f".{spec.layer}.", f".{layer.parent}.", 1)
         parents = row_parents(growth, spec.rows)
         width, old_width = (len(channels), growth.old.d_model) if spec.is_matrix else (1, 1)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.schema import KappaConfig
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
+from megabus.train.loop import _seconds_left
 from megabus.train.metrics import Metrics, clock, describe, step_line
+from megabus.train.run_dir import open_metrics
 
 ROOT = Path(__file__).parents[2]
 TREE: dict[str, Any] = {
@@ -120,6 +123,22 @@ def test_step_line(stage: Stage) -> None:
     )
 
 
+def test_a_step_line_without_a_pace_says_no_time(stage: Stage) -> None:
+    known, unknown = (step_line(STEP, stage, None, seconds) for seconds in (125, None))
+    assert known == f"{unknown}, 2:05 left"
+    assert unknown.endswith("% done")
+
+
+def test_time_is_told_from_the_second_step_of_a_start_or_a_growth_on() -> None:
+    def left(*pace: tuple[float, float]) -> float | None:
+        return _seconds_left(SimpleNamespace(pace=pace))  # type: ignore[arg-type]
+
+    assert left((0.0, 0.25)) is None
+    assert left((0.0, 0.25), (10.0, 0.25)) is None  # a budget that has just been raised
+    assert left((0.0, 0.25), (10.0, 0.5)) == 20.0
+    assert left((0.0, 1.0)) == 0.0
+
+
 def test_step_line_with_a_known_peak_and_kappa(stage: Stage) -> None:
     line = step_line(STEP | {"mfu": 0.4567}, stage, view_at(progress=0.5), 3661)
     assert line.endswith(" | MFU 45.7% | κ ▕█████░░░|░▏ 50%/80% | 38% done, 1:01:01 left")
@@ -173,6 +192,67 @@ def test_tensorboard_tells_a_resumed_step_once(tmp_path: Path) -> None:
     assert [row["step"] for row in told(tmp_path)] == [30, 31, 32, 31, 32]
 
 
+def test_tensorboard_tells_a_rolled_back_step_once(tmp_path: Path) -> None:
+    """A return to a checkpoint inside of a run; a start is told by `resumed_at`."""
+    metrics = Metrics(run_config(tmp_path, tensorboard=True))
+    for step, loss in ((30, 3.0), (31, 2.5), (32, 9.0)):
+        metrics.write("step", STEP | {"step": step, "loss": loss})
+    metrics.write("resume", {"step": 30, "reason": "not finite"})
+    for step, loss in ((31, 2.0), (32, 1.5)):
+        metrics.write("step", STEP | {"step": step, "loss": loss})
+    metrics.close()
+    assert losses_of(tmp_path / "tensorboard") == [(30, 3.0), (31, 2.0), (32, 1.5)]
+
+
+def losses_of(folder: Path) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [(event.step, event.value) for event in EventAccumulator(str(folder)).Reload().Scalars("step/loss")]
+
+
+def test_a_start_from_nothing_sets_all_sinks_aside(tmp_path: Path) -> None:
+    """Killed before its first checkpoint and started again, twice: no sink has two curves, and none is lost."""
+    config = run_config(tmp_path, tensorboard=True)
+    ids = []
+    for start in (1.0, 2.0, 3.0):
+        metrics = open_metrics(config, None)
+        ids.append(metrics._wandb_id())  # as where wandb is asked for, which makes its folder
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb/of").write_text(str(start))
+        metrics.write("step", STEP | {"step": 1, "loss": start})
+        metrics.close()
+    assert len(set(ids)) == 3
+    for suffix, start in (("-1", 1.0), ("-2", 2.0), ("", 3.0)):
+        assert losses_of(tmp_path / f"tensorboard{suffix}") == [(1, start)]
+        (row,) = map(json.loads, (tmp_path / f"metrics{suffix}.jsonl").read_text().splitlines())
+        assert row["loss"] == start
+        assert (tmp_path / f"wandb{suffix}/of").read_text() == str(start)
+        assert (tmp_path / f"wandb-id{suffix}").read_text() == ids[int(start) - 1]
+
+
+def test_sinks_of_one_start_have_one_number(tmp_path: Path) -> None:
+    """TensorBoard was not asked for at the first start."""
+    for tensorboard in (False, True, True):
+        open_metrics(run_config(tmp_path, tensorboard=tensorboard), None).close()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"metrics.jsonl", "metrics-1.jsonl", "metrics-2.jsonl", "tensorboard", "tensorboard-2"} <= names
+    assert "tensorboard-1" not in names
+
+
+def test_a_run_that_goes_on_keeps_its_sinks(tmp_path: Path) -> None:
+    found: Any = SimpleNamespace(state=SimpleNamespace(progress=SimpleNamespace(step=30)))
+    config = run_config(tmp_path, tensorboard=True)
+    for where, losses in ((None, {30: 3.0, 31: 2.5}), (found, {31: 2.0})):
+        metrics = open_metrics(config, where)
+        identity = metrics._wandb_id()
+        for step, loss in losses.items():
+            metrics.write("step", STEP | {"step": step, "loss": loss})
+        metrics.close()
+    assert losses_of(tmp_path / "tensorboard") == [(30, 3.0), (31, 2.0)]
+    assert (tmp_path / "wandb-id").read_text() == identity
+    assert not list(tmp_path.glob("*-1*"))
+
+
 def test_no_sink_is_opened_unasked(tmp_path: Path) -> None:
     Metrics(run_config(tmp_path)).close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -187,6 +267,7 @@ def with_wandb(tmp_path: Path, body: str) -> Path:
 import json, sys
 from pathlib import Path
 from megabus.config import parse_config
+from megabus.train.loop import _seconds_left
 from megabus.train.metrics import Metrics
 config, STEP, MEMORY = parse_config(json.loads(sys.argv[1])), *map(json.loads, sys.argv[2:])
 GAINS = dict(step=31, s_qk=dict(p0=0.5, p100=1.5))

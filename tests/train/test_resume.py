@@ -41,6 +41,7 @@ CASES = {
             "growth__moments": "reset",
             "growth__settle": {"max_angle": 1e-3, "tokens": 320},
             "optimizer__max_angle": 2e-3,
+            "optimizer__gate": 0.5,
         },
         {"every": 1, "asynchronous": False},
         (4, 6, 9),
@@ -57,6 +58,12 @@ CASES = {
         | {"model__kind": "gpt", "train__precision": "bf16", "growth__moments": "reset", "growth__write": "clone"},
         {"asynchronous": False},
         (3, 4, 8),
+    ),
+    "fresh layers on none": (
+        [{"tp": 2}, {"dp": 2}, {"pp": 2}],
+        LARGE | {"model__n_layers": 0, "growth__depth": "fresh"},
+        {"every": 4},
+        (4, 9),
     ),
     "four": (
         [{"tp": 2, "pp": 2}, {"pp": 2}, {"tp": 2}],

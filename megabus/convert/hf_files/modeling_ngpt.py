@@ -13,6 +13,7 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -72,7 +73,7 @@ class NGPTMLP(nn.Module):
         return (u * F.silu(v)).to(h.dtype) @ self.down
 
 
-class NGPTBlock(nn.Module):
+class NGPTBlock(GradientCheckpointingLayer):
     """h <- Norm(h + alpha (Norm(attention or MLP) - h)); gains act as raw * init / scale."""
 
     def __init__(self, config, layer):
@@ -86,9 +87,9 @@ class NGPTBlock(nn.Module):
         self.alpha_attn = nn.Parameter(torch.empty(config.hidden_size))
         self.alpha_mlp = nn.Parameter(torch.empty(config.hidden_size))
 
-    def forward(self, h, cos, sin, mask, cache):
+    def forward(self, h, cos, sin, mask, past_key_values=None):
         gain = (self.s_qk.float() * self.root).square().view(1, -1, 1, self.head_dim)
-        h = self.step(h, self.attn(h, gain, cos, sin, mask, cache), self.alpha_attn)
+        h = self.step(h, self.attn(h, gain, cos, sin, mask, past_key_values), self.alpha_attn)
         return self.step(h, self.mlp(h, self.s_u.float(), self.s_v.float() * self.root), self.alpha_mlp)
 
     def step(self, h, x, alpha):
@@ -111,6 +112,7 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NGPTConfig
     _supports_sdpa = True
     _no_split_modules = ("NGPTBlock",)
+    supports_gradient_checkpointing = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -134,8 +136,33 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self):
         return self.embed
 
+    def set_input_embeddings(self, value):
+        self.embed = value
+
     def get_output_embeddings(self):
         return self.output.head
+
+    def set_output_embeddings(self, value):
+        self.output.head = value
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        """Added rows are unit rows like all others. What they lose in length their logits' gains take over: with
+        `mean_resizing` the added logits are about the mean of the others', as transformers wants it."""
+        embed = super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        gains = self.output.s_z
+        old, new = len(gains), embed.num_embeddings
+        with torch.no_grad():
+            added = self.output.head.weight[old:]
+            lengths = added.float().norm(dim=-1)
+            for rows in (embed.weight[old:], added):
+                rows.copy_(unit(rows))
+            grown = torch.cat((gains[:new], (gains.float().mean() * lengths).to(gains.dtype)))
+        if new != old:
+            self.output.s_z = nn.Parameter(grown, requires_grad=gains.requires_grad)
+            self.output.head.out_features = new
+            if getattr(self.config, "megabus", None):  # the sizes by which megabus reads an export
+                self.config.megabus = {**self.config.megabus, "vocab_size": new}
+        return embed
 
     @can_return_tuple
     def forward(
@@ -157,6 +184,8 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds")
         h = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.training and any(block.gradient_checkpointing for block in self.layers):
+            use_cache, cache = False, None  # a block that is computed twice would fill it twice
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -172,7 +201,7 @@ class NGPTForCausalLM(PreTrainedModel, GenerationMixin):
         cos, sin = angle.cos().float(), angle.sin().float()
         states = [h] if output_hidden_states else None
         for block in self.layers:
-            h = block(h, cos, sin, mask, cache)
+            h = block(h, cos, sin, mask, past_key_values=cache)
             if states is not None:
                 states.append(h)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

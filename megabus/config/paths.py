@@ -1,0 +1,27 @@
+"""Paths in a YAML file, which no shell has read: `~` and variables are expanded here."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
+
+
+def expanded(path: str) -> str:
+    """`path` with `~`, `~user`, `$NAME` and `${NAME}` in it written out. Raises ValueError for what has no value."""
+    for match in VARIABLE.finditer(path):
+        name = match[1] or match[2]
+        if not os.environ.get(name):
+            raise ValueError(f"names the variable {name}, which is not set; set it, or write the path out")
+    path = VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)
+    home = os.path.expanduser(path)
+    if home.startswith("~"):
+        raise ValueError("begins with a home that is not known; write the path out, or ./~ for a file of this name")
+    return home
+
+
+Pathname = Annotated[str, AfterValidator(expanded)]

@@ -1,0 +1,206 @@
+"""Documents of text files, of JSON lines and of parquet, plain or compressed; of tables only the text is read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from megabus.errors import UserError
+
+KINDS = (".txt", ".jsonl", ".parquet")
+PACKED = (".gz", ".zst")
+KINDS_TOLD = ".txt[.gz|.zst], .jsonl[.gz|.zst] or .parquet"
+PARQUET_ROWS = 256  # read at once: a row may hold a book
+
+# What other columns hold is nothing to us: an integer may have any number of digits.
+_JSON = json.JSONDecoder(parse_int=float, strict=False)
+_TYPES = {type(None): "null", bool: "a truth value", float: "a number", list: "a list", dict: "an object"}
+
+
+def kind_of(path: Path) -> str | None:
+    """One of KINDS; None for a file that is not read."""
+    packed = path.suffix in PACKED
+    kind = Path(path.stem).suffix if packed else path.suffix
+    return kind if kind in KINDS and not (packed and kind == ".parquet") else None
+
+
+class Meter:
+    """How much of a list of files has been read, as they lie on disk."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._before = 0
+        self._tell: Callable[[], float] = lambda: 0
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return min(1.0, (self._before + self._tell()) / max(self.total, 1))
+
+    def file(self, tell: Callable[[], float]) -> None:
+        """A file begins, of which `tell` says how many bytes were read."""
+        self._tell = tell
+
+    def end(self, size: int) -> None:
+        """That file, of `size` bytes, has been read."""
+        self._before += size
+        self._tell = lambda: 0
+
+
+def file_documents(path: Path, text_key: str, split_documents: str, meter: Meter) -> Iterator[str]:
+    """Documents of one file, in its order. Raises UserError for one that cannot be read, or holds no text there."""
+    with _blaming(path), path.open("rb") as raw:
+        if kind_of(path) == ".parquet":
+            yield from parquet_documents(raw, path, text_key, meter)
+        else:
+            meter.file(raw.tell)
+            stream = unpacked(raw, path.suffix)
+            if kind_of(path) == ".txt":
+                yield from text_documents(stream, split_documents)
+            else:
+                yield from json_documents(stream, path, text_key)
+        meter.end(path.stat().st_size)
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """What goes wrong while a file is read is told of it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError("input", path, f"is not UTF-8 ({error})", "convert it") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError("input", path, f"cannot be read ({error})", "check the file") from error
+
+
+def unpacked(raw: IO[bytes], ending: str) -> IO[bytes]:
+    """The bytes of a file that is packed as its name's ending says; a file that was cut raises."""
+    if ending == ".gz":
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if ending == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"))
+    return raw
+
+
+# ---- text -------------------------------------------------------------------------------------------------
+
+
+def text_documents(stream: IO[bytes], split_documents: str) -> Iterator[str]:
+    """Documents of UTF-8 text, split as --split-documents says."""
+    file = io.TextIOWrapper(stream, encoding="utf-8-sig")
+    if split_documents == "file":
+        yield file.read()
+    elif split_documents == "line":
+        yield from (line.rstrip("\n") for line in file)
+    else:
+        yield from _between_blank_lines(file)
+
+
+def _between_blank_lines(file: Iterable[str]) -> Iterator[str]:
+    """Two blank lines in a row, or more, end a document; a single one is a paragraph break inside it."""
+    document: list[str] = []
+    blank = 0
+    for line in file:
+        blank = 0 if line.strip() else blank + 1
+        if blank == 2:
+            yield "".join(document).strip("\n")
+            document.clear()
+        document.append("\n" if blank else line)
+    yield "".join(document).strip("\n")
+
+
+# ---- tables -----------------------------------------------------------------------------------------------
+
+
+def json_documents(stream: Iterable[bytes], path: object, text_key: str) -> Iterator[str]:
+    """The text under `text_key` of every line; blank lines are none."""
+    for number, line in enumerate(stream, 1):
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        if not text:
+            continue
+        try:
+            row = _JSON.decode(text)
+        except (ValueError, RecursionError) as error:
+            problem = f"line {number} is not JSON ({error})"
+            raise UserError("input", path, problem, "give one object a line") from error
+        if not isinstance(row, dict):
+            problem = f"line {number} holds {_type_of(row)}, not an object"
+            raise UserError("input", path, problem, "give one object a line")
+        yield text_of(row, text_key, "input", path, f"line {number}")
+
+
+def text_of(row: dict[str, Any], text_key: str, key: str, name: object, where: str) -> str:
+    """The text of one row. `text_key` is the name of a column, or leads into objects: `doc.text`.
+
+    Raises UserError of `key` = `name` that says `where` something else is there.
+    """
+    value: Any = row
+    for step in [text_key] if text_key in row else text_key.split("."):
+        if not isinstance(value, dict) or step not in value:
+            problem = f"{where} has no text under '{text_key}', its keys are {', '.join(row)}"
+            raise UserError(key, name, problem, "set --text-key")
+        value = value[step]
+    if not isinstance(value, str):
+        raise no_text(key, name, f"{where} has {_type_of(value)} under '{text_key}'")
+    return value
+
+
+def no_text(key: str, name: object, problem: str) -> UserError:
+    return UserError(key, name, f"{problem}, where text should be", "drop such rows, or set --text-key")
+
+
+def _type_of(value: object) -> str:
+    return "text" if isinstance(value, str) else _TYPES.get(type(value), f"a {type(value).__name__}")
+
+
+def parquet_documents(raw: IO[bytes], path: object, text_key: str, meter: Meter) -> Iterator[str]:
+    """The column `text_key`, or the field of a struct to which it leads; no other column is read."""
+    import pyarrow
+    from pyarrow.compute import struct_field
+    from pyarrow.parquet import ParquetFile
+
+    row = 0
+    try:
+        with ParquetFile(raw) as table:
+            steps = _text_column(table.schema_arrow, path, text_key)
+            bytes_a_row = raw.seek(0, io.SEEK_END) / max(table.metadata.num_rows, 1)
+            meter.file(lambda: row * bytes_a_row)
+            for batch in table.iter_batches(PARQUET_ROWS, columns=[".".join(steps)]):
+                column = batch.column(batch.schema.get_field_index(steps[0]))
+                for step in steps[1:]:
+                    column = struct_field(column, step)
+                for value in column.to_pylist():
+                    if value is None:
+                        raise no_text("input", path, f"row {row} has null under '{text_key}'")
+                    row += 1
+                    yield value.decode() if isinstance(value, bytes) else value
+    except pyarrow.ArrowException as error:
+        raise UserError("input", path, f"cannot be read ({error})", "check the file") from error
+
+
+def _text_column(schema: Any, path: object, text_key: str) -> list[str]:
+    """Where the text lies: the name of a column, then those of fields of structs."""
+    import pyarrow
+
+    kind: Any = pyarrow.struct(list(schema))
+    steps = [text_key] if text_key in schema.names else text_key.split(".")
+    for step in steps:
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index(step) < 0:
+            problem = f"has no text under '{text_key}', its columns are {', '.join(schema.names)}"
+            raise UserError("input", path, problem, "set --text-key")
+        kind = kind.field(step).type
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    text = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null())
+    bare = (pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view())  # as older tools write text
+    if kind not in (*text, *bare):
+        raise no_text("input", path, f"has {kind} under '{text_key}'")
+    return steps

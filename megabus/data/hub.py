@@ -1,0 +1,73 @@
+"""Documents of a data set of the Hugging Face hub, or of a local folder that is laid out as one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megabus.data.documents import PACKED, Meter, json_documents, parquet_documents, text_of, unpacked
+from megabus.errors import UserError
+
+# How `datasets` would read a file -> what its name ends with if we can. Its own readers type every column by what comes
+# first, and fail where another type follows.
+READ_HERE = {"json": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
+
+
+def dataset_documents(name: str, subset: str | None, split: str, text_key: str) -> Iterator[str]:
+    """The text of every row of a split, streamed. Raises UserError for what cannot be had."""
+    datasets = _library()
+    try:
+        try:
+            builder = datasets.load_dataset_builder(name, subset)
+        except RuntimeError as error:  # with a script that would load it: none is run
+            raise UserError("dataset", name, f"cannot be read ({error})", "give its files as inputs") from error
+        files = (builder.config.data_files or {}).get(split, [])
+        endings = READ_HERE.get(type(builder).__module__.rpartition(".")[2], ())
+        if files and all(file.removesuffix(_packed(file)).endswith(endings) for file in files):
+            for file in files:
+                yield from _file_documents(builder, file, text_key)
+        else:
+            for number, row in enumerate(builder.as_streaming_dataset(split)):
+                yield text_of(row, text_key, "dataset", name, f"row {number}")
+    except (OSError, EOFError, ValueError, zlib.error, datasets.exceptions.DatasetsError) as error:
+        raise UserError("dataset", name, f"cannot be read ({error})", "check name, subset and split") from error
+
+
+def _file_documents(builder: Any, file: str, text_key: str) -> Iterator[str]:
+    """Of one file of a split, in this machine's file system or behind an address."""
+    from datasets import DownloadConfig
+    from datasets.utils.file_utils import xopen  # tries again when a connection fails
+
+    access = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+    with xopen(file, "rb", download_config=access) as raw:
+        if file.endswith(".parquet"):
+            yield from parquet_documents(raw, file, text_key, Meter(0))
+        else:
+            yield from json_documents(unpacked(raw, _packed(file)), file, text_key)
+
+
+def _packed(file: str) -> str:
+    return next((ending for ending in PACKED if file.endswith(ending)), "")
+
+
+def _library() -> Any:
+    """`datasets`, with a place to write to: it locks what it reads there. Raises UserError if there is none."""
+    try:
+        import datasets
+
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        named = [key for key in ("HF_DATASETS_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME") if os.environ.get(key)]
+        key = named[0] if named else "HF_HOME"
+        raise UserError(
+            key, os.environ.get(key), f"is no place for a cache ({error})", "name a writable folder"
+        ) from error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised anyway
+    return datasets

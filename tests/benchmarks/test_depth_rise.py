@@ -1,0 +1,33 @@
+"""The table of what growing depth costs: silent layers cost nothing, and nothing is left changed."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+import torch
+from support.small_runs import VOCAB, write_corpus
+
+from benchmarks import depth_rise
+from megabus.config.schema import Depth
+from megabus.growth import maps
+
+
+def test_every_manner_has_a_row(tmp_path, capsys):
+    corpus, threads, ratio = write_corpus(tmp_path), torch.get_num_threads(), maps.TAPER_RATIO
+    words = ["--vocab-size", str(VOCAB), "--steps", "3", "1", "--sequences", "8"]
+    try:
+        assert depth_rise.main([str(corpus / "train"), str(corpus / "valid"), *words]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert ratio == maps.TAPER_RATIO
+    told = capsys.readouterr().out
+    table = {line.split("  ")[0]: re.findall(r"[+-]\d\.\d{4}|–", line) for line in told.splitlines()}
+    assert [re.sub(r"\D+", " ", line).split() for line in told.splitlines() if line.startswith("new")] == [
+        ["1", "2", "1", "1", "4", "1", "1", "2", "3", "1", "4", "3", "2", "4", "1", "2", "4", "3"]
+    ]
+    assert set(get_args(Depth)) < table.keys()
+    for depth in get_args(Depth):
+        assert len(table[depth]) == 6
+        zeros = [abs(float(rise)) <= 1e-4 for rise in table[depth]]
+        assert all(zeros) if depth in maps.SILENT else depth in maps.SHARED or not any(zeros)

@@ -1,0 +1,252 @@
+"""`megabus preprocess` when something other than its input is at fault: the line blames that, and nothing is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from support.command import run_command
+from support.forked import wait_for
+
+from megabus.data import encoding, preprocess, staging
+from megabus.data.indexed import IndexedTokens
+from megabus.data.tokenizer import train_tokenizer
+from megabus.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SENTENCE = "the quick brown fox jumps over the lazy dog, and sixty wizards' quills make black jam.\n"
+SPLIT = ("--split-documents", "line", "--valid-fraction", 0.3)
+KINDS = ("bin", "idx", "meta.json")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return train_tokenizer([SENTENCE], 300, tmp_path_factory.mktemp("tokenizer") / "t", "bpe")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old.txt").write_text("".join(f"old document {i}\n" for i in range(20)))
+    Path("new.txt").write_text("".join(f"new document {i} of more words\n" for i in range(30)))
+
+
+def run(model, *arguments, output="out/c", workers=1):
+    tokenizer = ("--tokenizer", model) if model else ("--train-tokenizer", 300, "--model-type", "bpe")
+    return run_command("preprocess", *arguments, *tokenizer, "--output", output, "--workers", workers)
+
+
+def refused(done):
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def contents(folder="out"):
+    return {path.name: path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).iterdir())}
+
+
+def workers_of(pid):
+    children = psutil.Process(pid).children() if psutil.pid_exists(pid) else []
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+# ---- what is to blame -------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_is_named(model, monkeypatch):
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 10)
+
+    def kill_one():
+        deadline = time.monotonic() + 60
+        while not (found := workers_of(os.getpid())) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        found[0].send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    done = run(model, "new.txt", workers=2)
+    thread.join()
+    assert "--workers = 2: one of these processes was killed" in refused(done)
+    assert contents() == {}
+
+
+def test_memory_that_cannot_be_shared_is_named(model):
+    """A true one, in a mount namespace of its own."""
+    script = 'mount -t tmpfs -o ro none /dev/shm && exec "$@"'
+    command = [sys.executable, "-m", "megabus", "preprocess", "new.txt", "--tokenizer", str(model), "--output", "out/c"]
+    enter = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    try:
+        subprocess.run([*enter, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no mount namespace can be made here: {error}")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*enter, *command, "--workers", "2"], env=env, capture_output=True, text=True)
+    assert "--workers = 2: processes that share memory cannot be started here" in refused(done)
+    assert "/dev/shm" in done.stderr
+    assert contents() == {}
+
+
+def test_processes_that_cannot_be_started_are_named(model, monkeypatch):
+    def submit(*_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")  # as fork fails
+
+    monkeypatch.setattr(encoding.ProcessPoolExecutor, "submit", submit)
+    assert "--workers = 2: processes that share memory cannot be started" in refused(run(model, "new.txt", workers=2))
+
+
+TOKENIZERS = {
+    "nothing.model": "the file does not exist",
+    "out": "cannot be read (Is a directory)",
+    "/proc/self/mem": "cannot be read (Input/output error)",  # as from a broken disk
+    "new.txt": "is not a SentencePiece model",
+    "empty.model": "is not a SentencePiece model",
+}
+
+
+@pytest.mark.parametrize("path", TOKENIZERS)
+def test_a_tokenizer_that_cannot_be_read_is_named(path):
+    Path("out").mkdir()
+    Path("empty.model").touch()
+    assert refused(run(path, "new.txt")).startswith(f"error: tokenizer = {path}: {TOKENIZERS[path]}")
+
+
+def test_a_tokenizer_that_changes_on_the_way_is_named(model):
+    encoder = encoding.Encoder(model, "of another", 0.0, True)
+    with pytest.raises(UserError, match="has been changed while it was used"):
+        next(encoding.encode_all(encoder, ["text"], workers=1))
+
+
+def test_numbers_that_are_no_sizes_are_named(model):
+    for value in ("0", "-1", "nan"):
+        assert f"--tokenizer-sample-mb = {float(value)}" in refused(
+            run(None, "new.txt", "--tokenizer-sample-mb", value)
+        )
+
+
+def test_an_output_that_cannot_be_written_is_named(model):
+    assert "output = old.txt/c: cannot be written" in refused(run(model, "new.txt", output="old.txt/c"))
+    name = "x" * 250
+    assert f"output = out/{name}: cannot be written (" in refused(run(model, "new.txt", output=f"out/{name}"))
+
+
+# ---- whole or none ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["c-train.bin", "c-valid.idx", "c-valid.meta.json", "c-tokenizer.model"])
+def test_a_target_that_is_a_folder_is_named_before_anything_is_read(target):
+    assert run(None, "old.txt", *SPLIT).returncode == 0
+    Path("out", target).unlink()
+    Path("out", target).mkdir()
+    before = contents()
+    assert f"--output = out/{target}: is a folder" in refused(run(None, "nothing.txt", *SPLIT))
+    assert contents() == before
+
+
+@pytest.mark.parametrize("target", ["c-train.bin", "c-valid.idx", "c-valid.meta.json", "c-tokenizer.model"])
+def test_all_stay_as_they_were_if_one_cannot_be_moved(monkeypatch, target):
+    """A folder of its name appears while the run is under way."""
+    assert run(None, "old.txt", *SPLIT).returncode == 0
+    Path("out", target).unlink()
+    before = contents()
+    sides = preprocess.check_both_sides
+
+    def check(*args):
+        Path("out", target).mkdir()
+        sides(*args)
+
+    monkeypatch.setattr(preprocess, "check_both_sides", check)
+    done = run(None, "new.txt", *SPLIT)
+    assert done.returncode == 2
+    problem = f"cannot be written ([Errno 21] Is a directory: 'out/{target}')"
+    assert done.stderr.splitlines()[1:] == [f"error: output = out/c: {problem}; choose another prefix"]
+    assert contents() == before | {target: None}
+
+
+def mortal(n_renames):
+    """`Path.rename` of a process that lives for so many calls of it."""
+    rename, left = Path.rename, iter(range(n_renames))
+
+    def call(self, target):
+        if next(left, None) is None:
+            os._exit(9)
+        return rename(self, target)
+
+    return call
+
+
+def test_a_process_killed_at_any_rename_leaves_the_old_files_or_the_next_finishes_the_new(model, monkeypatch):
+    """No reader finds halves of both; what is left is swept by a run that writes into the same folder."""
+    assert run(model, "new.txt", *SPLIT).returncode == 0
+    new, states = contents(), []
+    for last in range(100):
+        assert run(model, "old.txt", *SPLIT).returncode == 0
+        old, pid = contents(), os.fork()
+        if pid == 0:
+            monkeypatch.setattr(Path, "rename", mortal(last))
+            run(model, "new.txt", *SPLIT)
+            os._exit(0)
+        killed = wait_for(pid, 60) == 9
+        for side in ("train", "valid"):
+            before, after, now = (
+                {name: files[name] for name in files if side in name} for files in (old, new, contents())
+            )
+            if now not in (before, after):
+                with pytest.raises(UserError, match="does not exist"):
+                    IndexedTokens(f"out/c-{side}")
+        staging.sweep(Path("out"))
+        assert contents() in (old, new)
+        states.append(contents() == new)
+        if not killed:
+            break
+    # Each of six files is written, is moved aside, and moved in; the stage is moved once.
+    assert len(states) > 12
+    assert states == sorted(states)
+    assert states[0] is False
+
+
+def test_what_a_killed_preprocess_leaves_is_swept_by_the_next_and_its_workers_end(model):
+    Path("long.txt").write_text(SENTENCE * 200_000)
+    command = [sys.executable, "-m", "megabus", "preprocess", "long.txt", "--tokenizer", str(model)]
+    command += ["--output", "out/killed", "--workers", "2", "--split-documents", "line"]
+    started = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        deadline = time.monotonic() + 60
+        while len(workers := workers_of(started.pid)) < 2:
+            assert started.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert "another preprocess is writing there" in refused(run(model, "new.txt", output="out/killed"))
+        assert Path("out/.killed.preprocess").is_dir()  # a living one's is left alone
+    finally:
+        started.kill()
+    started.wait()
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    done = run(model, "new.txt")
+    assert done.returncode == 0
+    assert done.stderr == "warning: swept up after a preprocess that was killed: out/.killed.preprocess\n"
+    assert sorted(contents()) == [f"c.{kind}" for kind in KINDS]
+
+
+# ---- progress ---------------------------------------------------------------------------------------------
+
+
+def test_progress_says_how_much_is_left(model, monkeypatch):
+    """Half of the files read in 60 s: 60 s are left."""
+    monkeypatch.setattr(preprocess.Progress, "seconds", property(lambda self: 60.0))
+
+    class HalfRead:
+        share = 0.5
+
+    progress = preprocess.Progress(HalfRead())
+    progress.add(120_000_000, 30_000_000)
+    assert progress.line() == "120 MB, 30000000 tokens, 2.0 MB/s, 500000 tokens/s, 50% read, 1:00 left"
+    HalfRead.share = 0.0  # a data set of the hub
+    assert progress.line() == "120 MB, 30000000 tokens, 2.0 MB/s, 500000 tokens/s"

@@ -1,0 +1,353 @@
+"""What `megabus preprocess` reads of what other people's data sets hold: names, folders, tables, damage."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from support.command import run_command
+
+from megabus.data.indexed import IndexedTokens
+from megabus.data.inputs import expand_inputs
+from megabus.data.tokenizer import Tokenizer, train_tokenizer
+
+SENTENCE = "the quick brown fox jumps over the lazy dog, and sixty wizards' quills make black jam.\n"
+LATER = 10 << 20  # bytes after which `datasets` has settled what a column holds
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return train_tokenizer([SENTENCE], 300, tmp_path_factory.mktemp("tokenizer") / "t", "bpe")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+
+def preprocess(model, *arguments):
+    return run_command("preprocess", *arguments, "--tokenizer", model, "--output", "out/c", "--workers", 1)
+
+
+def read(model, *arguments):
+    """The documents of a corpus that must be made without complaint, or with the one in `stderr`."""
+    done = preprocess(model, *arguments)
+    assert done.returncode == 0, done.stderr
+    tokenizer, corpus = Tokenizer(model), IndexedTokens("out/c")
+    return [tokenizer.decode(corpus.sequence(i).tolist()[:-1]) for i in range(corpus.n_sequences)], done.stderr
+
+
+def refused(model, *arguments):
+    """The one line in which a corpus is refused; nothing is left behind."""
+    done = preprocess(model, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(Path("out").iterdir())
+    return done.stderr
+
+
+def write(path, *rows):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+
+
+# ---- which files ------------------------------------------------------------------------------------------
+
+STRANGE = [
+    "[1].txt",
+    "a*b?.txt",
+    "~",
+    "$HOME.txt",
+    "sp ace\n.txt",
+    "hf::x.txt",
+    "file:#%20.txt",
+    ".hidden.txt",
+    "._fork.txt",
+]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_file_named_in_full_is_read_as_named(model, name):
+    name = name if name.endswith(".txt") else f"{name}.txt"
+    write(name, "mine")
+    write("ab.txt", "another that the name would match")
+    write("1.txt", "another that the name would match")
+    assert read(model, name) == (["mine"], "")
+
+
+def test_strange_names_of_tables_and_folders(model):
+    write("[1]*::x.jsonl", {"text": "a"})
+    write("fold[er]?/b.jsonl", {"text": "b"})
+    assert read(model, "[1]*::x.jsonl", "fold[er]?") == (["a", "b"], "")
+
+
+def test_each_file_is_read_once_however_often_it_is_matched(model):
+    write("in/a.txt", "a")
+    write("in/sub/b.txt", "b")
+    Path("in/c.txt").symlink_to("a.txt")
+    texts, told = read(
+        model, "in/sub/b.txt", "./in/../in/sub/b.txt", "in", "in/*", "in/**/*.txt", str(Path("in").resolve())
+    )
+    assert texts == ["b", "a"]
+    assert "of in passed over: 2 matched before" in told  # b.txt and the link
+
+
+HIDDEN = [
+    ".git/x.txt",
+    ".x.txt",
+    "._a.txt",
+    "__MACOSX/a.txt",
+    ".ipynb_checkpoints/a-checkpoint.txt",
+    "sub/.cache/x.txt",
+]
+
+
+def test_what_a_folder_hides_is_passed_over_and_told(model):
+    write("in/a.txt", "a")
+    write("in/README.md", "no")
+    write("in/data.csv", "no")
+    write("in/load.py", "raise SystemExit")
+    for name in HIDDEN:
+        write(f"in/{name}", "no")
+    write("elsewhere/b.txt", "b")
+    Path("in/link").symlink_to("../elsewhere")
+    Path("in/broken.txt").symlink_to("nowhere")
+    os.mkfifo("in/pipe.txt")
+    texts, told = read(model, "in")
+    assert texts == ["a"]
+    assert told.startswith("warning: of in passed over: ")
+    assert told.count("\n") == 1
+    for part in (
+        "6 hidden",
+        "2 no regular file",
+        "3 of other endings (",
+        ".md 1",
+        ".csv 1",
+        ".py 1",
+        "1 links to folders (in/link)",
+    ):
+        assert part in told
+
+
+def test_what_a_glob_matches_is_treated_alike(model):
+    write("in/a.txt", "a")
+    write("in/README.md", "no")
+    write("in/__MACOSX/a.txt", "no")
+    write("in/sub/b.txt", "b")
+    texts, told = read(model, "in/*")
+    assert texts == ["a", "b"]
+    assert told == "warning: of in/* passed over: 1 hidden, 1 of other endings (.md 1)\n"
+    assert read(model, "in/**/*.txt")[0] == ["a", "b"]
+    write("in/.spelled.txt", "asked for")
+    assert read(model, "in/.*.txt") == (["asked for"], "")
+
+
+def test_a_link_to_a_folder_is_followed_where_it_is_named(model):
+    write("real/a.txt", "a")
+    Path(".link").symlink_to("real")
+    assert read(model, ".link") == (["a"], "")
+
+
+def test_a_folder_of_nothing_that_is_read_says_what_it_holds(model):
+    write("in/a.csv", "a")
+    assert "no readable file is there (passed over: 1 of other endings (.csv 1))" in refused(model, "in")
+    assert "input = : no readable file is there" in refused(model, "")
+    assert "input = in/a.csv: unknown kind of file" in refused(model, "in/a.csv")
+
+
+def test_files_of_a_folder_are_sorted():
+    for name in ("b/2.txt", "a.txt", "b/1.txt", "c.txt"):
+        write(f"in/{name}", name)
+    files, _ = expand_inputs(["in"])
+    assert list(map(str, files)) == ["in/a.txt", "in/b/1.txt", "in/b/2.txt", "in/c.txt"]
+
+
+# ---- tables -----------------------------------------------------------------------------------------------
+
+
+def test_empty_tables_hold_no_documents(model):
+    write("empty.jsonl")
+    write("blank.jsonl", "", "  ")
+    Path("mark.jsonl").write_bytes(b"\xef\xbb\xbf\n")
+    Path("empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), "empty.parquet")
+    names = ["empty.jsonl", "blank.jsonl", "mark.jsonl", "empty.jsonl.gz", "empty.parquet"]
+    for name in names:
+        assert "gives 0 document(s), of which none goes to out/c; give more text" in refused(model, name)
+    write("a.jsonl", "", {"text": "a"}, "", {"text": "b"})
+    assert read(model, *names, "a.jsonl") == (["a", "b"], "")
+
+
+OTHER_COLUMNS = {
+    "null, then text": (None, "s"),
+    "null, then an object": (None, {"a": [1]}),
+    "a number, then text": (1, "one"),
+    "a date, then no date": ("2020-01-01T00:00:00Z", "unknown"),
+    "an integer, then one beyond 64 bits": (1, 1 << 70),
+    "an integer, then more digits than Python reads": (1, "DIGITS"),
+    "a list of numbers, then of texts": ([1], ["a"]),
+}
+
+
+@pytest.mark.parametrize("where", ["inputs", "dataset"])
+@pytest.mark.parametrize("case", OTHER_COLUMNS)
+def test_other_columns_may_hold_anything(model, case, where):
+    first, then = OTHER_COLUMNS[case]
+    lines = [json.dumps({"text": "first", "meta": first}), json.dumps({"text": " " * LATER, "meta": first})]
+    lines.append(json.dumps({"text": "last", "meta": then}).replace('"DIGITS"', "9" * 5000))
+    write("in/train.jsonl", *lines)
+    assert read(model, *(["--dataset", "in"] if where == "dataset" else ["in"])) == (["first", "last"], "")
+
+
+def test_fifty_thousand_nulls_then_a_text(model):
+    write("in.jsonl", *[{"meta": None, "text": "a"}] * 50_000, {"meta": "b", "text": "c"})
+    assert preprocess(model, "in.jsonl").stdout.startswith("50001 documents, ")
+
+
+def test_texts_that_look_like_something_else_stay_texts(model):
+    texts = ["2020-01-01", "2020-01-01T00:00:00Z", "12:30", "1e5", "007", "null", "true", '{"a": 1}', "\\u0041"]
+    write("in/train.jsonl", *({"text": text} for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "in.parquet")
+    for arguments in (["in"], ["--dataset", "in"], ["in.parquet"]):
+        assert read(model, *arguments)[0] == texts
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_told(model):
+    write("in.jsonl", '{"text": "a \\ud83d b"}', '{"text": "\\ud83d\\ude42"}', '{"text": "\\ude42\\ud83d"}')
+    texts, told = read(model, "in.jsonl")
+    assert texts == ["a � b", "🙂", "��"]
+    assert told == "warning: 2 document(s) held halves of surrogate pairs, which are U+FFFD now\n"
+
+
+def test_text_inside_of_other_columns(model):
+    rows = [{"doc": {"text": "a", "n": 1}, "a.b": "x"}, {"doc": {"text": "b", "n": 2}, "a.b": "y"}]
+    write("in.jsonl", *rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "in.parquet")
+    for name in ("in.jsonl", "in.parquet"):
+        assert read(model, name, "--text-key", "doc.text")[0] == ["a", "b"]
+        assert read(model, name, "--text-key", "a.b")[0] == ["x", "y"]
+        Path("out").rename(f"out of {name}")
+        assert "no text under 'doc.body', its" in refused(model, name, "--text-key", "doc.body")
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "binary", "large_binary", "dictionary"])
+def test_parquet_writes_text_in_many_ways(model, kind):
+    column = pyarrow.array(["a", "ü"])
+    typed = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
+    pyarrow.parquet.write_table(pyarrow.table({"text": typed}), "in.parquet")
+    assert read(model, "in.parquet")[0] == ["a", "ü"]
+
+
+def test_zstd(model):
+    Path("in.txt").write_text("a\n\n\nb\n")
+    write("in.jsonl", {"text": "c"})
+    for name in ("in.txt", "in.jsonl"):
+        with pyarrow.CompressedOutputStream(f"{name}.zst", "zstd") as file:
+            file.write(Path(name).read_bytes())
+    assert read(model, "in.txt.zst", "in.jsonl.zst")[0] == ["a", "b", "c"]
+    Path("twice.jsonl.zst").write_bytes(2 * Path("in.jsonl.zst").read_bytes())  # frames, one after the other
+    assert read(model, "twice.jsonl.zst")[0] == ["c", "c"]
+
+
+# ---- damage -----------------------------------------------------------------------------------------------
+
+WRONG = {
+    "null": ({"text": None}, "line 1 has null under 'text', where text should be"),
+    "number": ({"text": 5}, "line 1 has a number under 'text'"),
+    "truth": ({"text": True}, "line 1 has a truth value under 'text'"),
+    "list": ({"text": ["a"]}, "line 1 has a list under 'text'"),
+    "object": ({"text": {"a": 1}}, "line 1 has an object under 'text'"),
+    "other key": ({"body": "a"}, "line 1 has no text under 'text', its keys are body; set --text-key"),
+    "no object": (["a"], "line 1 holds a list, not an object"),
+    "only text": ("a", "line 1 is not JSON"),
+    "half": ('{"text": "a', "line 1 is not JSON"),
+    "nested": ('{"text": ' + "[" * 100_000, "line 1 is not JSON"),
+    "latin": (b'{"text": "\xfc"}'.decode("latin-1"), "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_lines_that_hold_no_text_are_named(model, name):
+    line, message = WRONG[name]
+    line = line if isinstance(line, str) else json.dumps(line)
+    Path("in.jsonl").write_text(f"{line}\n", encoding="latin-1" if name == "latin" else "utf-8")
+    assert f"input = in.jsonl: {message}" in refused(model, "in.jsonl")
+    write("good.jsonl", {"text": "a"})
+    Path("in.jsonl").write_text(f'{{"text": "a"}}\n\n{line}\n', encoding="latin-1" if name == "latin" else "utf-8")
+    assert message.replace("line 1", "line 3") in refused(model, "good.jsonl", "in.jsonl")
+
+
+def test_columns_of_parquet_that_hold_no_text_are_named(model):
+    columns = {"text": [None, "a"], "n": [1, 2], "day": pyarrow.array([1, 2], pyarrow.date32()), "list": [["a"], ["b"]]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), "in.parquet")
+    assert "row 0 has null under 'text', where text should be" in refused(model, "in.parquet")
+    assert "has int64 under 'n', where text should be" in refused(model, "in.parquet", "--text-key", "n")
+    assert "has date32[day] under 'day'" in refused(model, "in.parquet", "--text-key", "day")
+    assert "has list<element: string> under 'list'" in refused(model, "in.parquet", "--text-key", "list")
+    assert "its columns are text, n, day, list" in refused(model, "in.parquet", "--text-key", "body")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"\xfc"]}), "latin.parquet")
+    assert "input = latin.parquet: is not UTF-8" in refused(model, "latin.parquet")
+
+
+@pytest.mark.parametrize("name", ["in.txt.gz", "in.jsonl.gz", "in.txt.zst", "in.jsonl.zst", "in.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "other bytes"])
+def test_damaged_files_are_named(model, name, damage):
+    text = (json.dumps({"text": "a"}) + "\n").encode() * 1000
+    if name.endswith(".gz"):
+        Path(name).write_bytes(gzip.compress(text))
+    elif name.endswith(".zst"):
+        with pyarrow.CompressedOutputStream(name, "zstd") as file:
+            file.write(text)
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 1000}), name)
+    assert len(read(model, name)[0]) >= 1  # control
+    for file in Path("out").iterdir():
+        file.unlink()
+    data = Path(name).read_bytes()
+    Path(name).write_bytes(data[:-10] if damage == "cut" else b"no " + data)
+    assert f"input = {name}: cannot be read (" in refused(model, name)
+
+
+# ---- data sets --------------------------------------------------------------------------------------------
+
+
+def test_a_loading_script_is_passed_over_in_a_folder_and_refused_in_a_dataset(model):
+    write("in/train.jsonl", {"text": "a"})
+    write("in/in.py", "raise SystemExit('was run')")
+    assert "Dataset scripts are no longer supported, but found in.py); give its files" in refused(
+        model, "--dataset", "in"
+    )
+    assert read(model, "in") == (["a"], "warning: of in passed over: 1 of other endings (.py 1)\n")
+
+
+def test_folders_of_the_names_of_builders_disturb_nothing(model):
+    """`load_dataset("json", ...)` would take a folder of this name for what it is to load."""
+    write("json/json.py", "raise SystemExit('was run')")
+    write("in.jsonl", {"text": "a"})
+    assert read(model, "in.jsonl") == (["a"], "")
+
+
+@pytest.mark.parametrize("key", ["HF_HOME", "HF_DATASETS_CACHE"])
+def test_a_bad_cache_is_blamed_on_what_names_it(model, monkeypatch, key):
+    import datasets
+
+    write("in/train.jsonl", {"text": "a"})
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(key, "in/train.jsonl")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("in/train.jsonl/datasets"))  # read when imported
+    assert refused(model, "--dataset", "in").startswith(f"error: {key} = in/train.jsonl: is no place for a cache (")
+
+
+def test_inputs_need_no_cache(model, monkeypatch):
+    write("in.jsonl", {"text": "a"})
+    monkeypatch.setenv("HF_HOME", "/proc/nowhere")
+    assert read(model, "in.jsonl") == (["a"], "")
