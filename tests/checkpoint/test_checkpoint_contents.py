@@ -196,7 +196,7 @@ def test_a_huge_state_is_not_read(folder):
 
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_totals_are_those_of_the_declarations(kind):
-    for changes in ({}, {"n_layers": 1}, {"n_layers": 7, "d_ff": 64, "n_kv_heads": 1}):
+    for changes in ({}, {"n_layers": 0}, {"n_layers": 1}, {"n_layers": 7, "d_ff": 64, "n_kv_heads": 1}):
         model = model_config(kind, **changes)
         assert totals(model)[1] == count_parameters(model)
 
