@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -50,7 +49,7 @@ def stage(number, done, noise, seed=0, h=0.0, validations=50):
 def watched(number=0, begin=(0, 0.0), run_tokens=1e30, trigger=TRIGGER, monitor=None):
     monitor = monitor or KappaMonitor(KappaConfig(**trigger))
     following = SIZES[number + 1]
-    ahead = Ahead(following, 6.0 * following, run_tokens, math.inf)
+    ahead = Ahead(following, 6.0 * following, run_tokens, None)
     monitor.start_stage(StageSpan(number, SIZES[number], 0.95, *begin, ahead=ahead))
     return monitor
 
