@@ -1,53 +1,57 @@
 """`growth: auto`: how to grow when nothing is said about it. `model` is then the size to end with.
 
 It is written out before anything else sees it: a run, its saved configuration and its checkpoints know plain stages
-only. docs/growth_log.md says what of it has been measured.
+only. docs/growth_results.md says what of it has been measured.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
-from megabus.config.fractions import fraction_of
-from megabus.config.pair import sizes_of
-from megabus.config.schema import ModelConfig, RunConfig, TrainConfig
+from megabus.config.schema import RunConfig, TrainConfig
 
 AUTO = "auto"
-# Of the final size, and the most that the stage may take of the run's FLOPs and of its tokens. The last takes the rest.
-SIZES_OF_AUTO = ((1 / 2, 0.05, 0.19), (3 / 4, 0.15, 0.20))
-HOW = {"write": "tilt", "read": "tilt", "channels": "even", "depth": "append", "moments": "grow"}
-TRIGGER = {"kappa": 0.95, "predictor": "fit"}
+ENDS = (0.10, 0.25, 0.40)  # of the run's FLOPs: where the last three doublings come
+HOW = {"write": "tilt", "read": "tilt", "channels": "even", "depth": "stack", "moments": "grow"}
+TRIGGER = {"kappa": 1.0, "predictor": "fit"}  # the caps alone were measured
+
+
+def depths(n_layers: int, pp: int = 1) -> list[int]:
+    """Numbers of layers to grow through: halves, quarters and eighths of the last, none below `pp`."""
+    found = [n_layers]
+    while len(found) <= len(ENDS) and found[0] > 1 and -(-found[0] // 2) >= pp:
+        found.insert(0, -(-found[0] // 2))
+    return found
 
 
 def written_out(config: RunConfig) -> dict[str, Any]:
     """What `growth: auto` means for a run of this final size, layout and budget: its `model` and `growth` sections.
 
-    A size equal to the next one is left out, so a model of one layer and few channels may not grow at all.
+    Depth is doubled up to three times, and the width is there from the start. A model of one layer, or of no more than
+    `layout.pp`, does not grow.
     """
-    final, layout = config.model, config.layout
-    models: list[ModelConfig] = []
-    caps: list[dict[str, float]] = []
-    for fraction, flops, tokens in SIZES_OF_AUTO:
-        model = fraction_of(final, fraction, layout.tp, layout.pp)
-        if model == final:
-            continue
-        if model in models:  # not left out: that is the one before
-            del models[-1], caps[-1]
-        models.append(model)
-        caps.append(_cap(config.train, flops, tokens))
-    models.append(final)
-    stages = [sizes_of(model) | cap for model, cap in zip(models[1:], [*caps[1:], {}], strict=True)] if caps else []
+    final, sizes = config.model, depths(config.model.n_layers, config.layout.pp)
+    caps = _caps(config.train, sizes)
+    stages = [{"n_layers": layers} | cap for layers, cap in zip(sizes[1:], [*caps[1:], {}], strict=False)]
     growth: dict[str, Any] = {**HOW, "trigger": dict(TRIGGER), "stages": stages}
     return {
-        "model": final.model_dump(exclude_unset=True) | sizes_of(models[0]),
+        "model": final.model_dump(exclude_unset=True) | {"n_layers": sizes[0]},
         "growth": growth | (caps[0] if caps else {}),
     }
 
 
-def _cap(train: TrainConfig, flops: float, tokens: float) -> dict[str, float]:
-    """A stage's caps, one for each budget of the run."""
-    cap: dict[str, float] = {"max_flops": flops * train.max_flops} if train.max_flops else {}
+def _caps(train: TrainConfig, sizes: list[int]) -> list[dict[str, float]]:
+    """The caps of all stages but the last, one for each budget of the run. In budgets of tokens, a token is taken to
+    cost as much as there are layers."""
+    n = len(sizes) - 1
+    flops = [after - before for before, after in pairwise((0.0, *ENDS[len(ENDS) - n :], 1.0))]
+    tokens = [share / layers for share, layers in zip(flops, sizes, strict=True)]
     steps = train.max_steps * train.global_batch_size * train.seq_len if train.max_steps else math.inf
     total = min(train.max_tokens or math.inf, steps)
-    return cap | ({} if math.isinf(total) else {"max_tokens": max(1, int(tokens * total))})
+    caps: list[dict[str, float]] = []
+    for share, part in zip(flops[:n], tokens[:n], strict=True):
+        cap: dict[str, float] = {"max_flops": share * train.max_flops} if train.max_flops else {}
+        caps.append(cap | ({} if math.isinf(total) else {"max_tokens": max(1, int(part / sum(tokens) * total))}))
+    return caps

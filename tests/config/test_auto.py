@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from megabus.config import load_config, parse_config, resolve_stages
-from megabus.config.auto import AUTO, HOW, SIZES_OF_AUTO
+from megabus.config.auto import AUTO, HOW, depths
 from megabus.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,68 +32,65 @@ def sizes(model):
     return (model.d_model, model.n_layers, model.n_heads, model.n_kv_heads, model.d_ff)
 
 
+def layers(config, world=1):
+    return [stage.model.n_layers for stage in resolve_stages(config, world)]
+
+
 def test_it_ends_with_the_given_size():
-    config = parse_config(tree())
+    config = parse_config(tree(model=FINAL | {"n_layers": 8}))
     stages = resolve_stages(config, 1)
-    assert [sizes(stage.model) for stage in stages] == [
-        (48, 2, 4, 2, 128),
-        (72, 3, 6, 3, 184),
-        (96, 4, 8, 4, 250),
-    ]
-    assert [stage.max_tokens for stage in stages] == [int(t * 100_000) for _, _, t in SIZES_OF_AUTO] + [None]
+    assert [stage.model.n_layers for stage in stages] == [1, 2, 4, 8]
+    assert {stage.model.model_copy(update={"n_layers": 8}) for stage in stages} == {stages[-1].model}
     assert {key: getattr(config.growth, key) for key in HOW} == HOW
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "found"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 4]), (7, [1, 2, 4, 7]), (30, [4, 8, 15, 30])],
+)
+def test_depth_is_doubled_three_times_at_most(n_layers, found):
+    assert depths(n_layers) == found
+    assert layers(parse_config(tree(model=FINAL | {"n_layers": n_layers}))) == found
 
 
 def test_what_auto_is():
     """Written out once more: docs/growth_log.md has the measurements that these came from."""
-    growth = parse_config(tree(train=tree()["train"] | {"max_tokens": None, "max_flops": 1e9})).growth
-    assert (growth.trigger.kappa, growth.trigger.predictor) == (0.95, "fit")
-    assert (growth.write, growth.read, growth.channels, growth.depth, growth.moments) == (
-        "tilt",
-        "tilt",
-        "even",
-        "append",
-        "grow",
-    )
-    assert [growth.max_flops, *(stage.max_flops for stage in growth.stages)] == [5e7, 1.5e8, None]
+    train = tree()["train"] | {"max_tokens": None, "max_flops": 1e9}
+    growth = parse_config(tree(train=train, model=FINAL | {"n_layers": 8})).growth
+    assert (growth.trigger.kappa, growth.trigger.predictor) == (1.0, "fit")
+    manner = (growth.write, growth.read, growth.channels, growth.depth, growth.moments)
+    assert manner == ("tilt", "tilt", "even", "stack", "grow")
+    caps = [growth.max_flops, *(stage.max_flops for stage in growth.stages)]
+    assert caps == [pytest.approx(1e8), pytest.approx(1.5e8), pytest.approx(1.5e8), None]
+    shallow = parse_config(tree(train=train, model=FINAL | {"n_layers": 2})).growth
+    assert shallow.max_flops == pytest.approx(4e8)
 
 
 def test_caps_are_in_the_budgets_unit():
-    train = tree()["train"]
-    by_flops = parse_config(tree(train=train | {"max_tokens": None, "max_flops": 1e9}))
-    assert by_flops.growth.max_flops == SIZES_OF_AUTO[0][1] * 1e9
-    assert [stage.max_flops for stage in by_flops.growth.stages] == [
-        share * 1e9 for _, share, _ in SIZES_OF_AUTO[1:]
-    ] + [None]
-    assert by_flops.growth.max_tokens is None
-    both = parse_config(tree(train=train | {"max_flops": 1e30})).growth  # whichever binds
-    assert (both.max_flops, both.max_tokens) == (SIZES_OF_AUTO[0][1] * 1e30, int(SIZES_OF_AUTO[0][2] * 100_000))
-    by_steps = parse_config(tree(train=train | {"max_tokens": None, "max_steps": 1000}))
-    assert by_steps.growth.max_tokens == int(SIZES_OF_AUTO[0][2] * 64_000)
-
-
-def test_of_two_equal_sizes_the_later_one_s_cap_counts():
-    """With 2 heads to shard, half and three quarters of 3 layers and 24 channels come out the same."""
-    small = FINAL | {"d_model": 24, "n_heads": 2, "n_kv_heads": 2, "d_ff": 2, "n_layers": 3}
-    train = tree()["train"] | {"max_tokens": None, "max_flops": 1e9}
-    config = parse_config(tree(layout={"tp": 2, "pp": 2}, model=small, train=train))
-    stages = resolve_stages(config, 4)
-    assert [sizes(stage.model) for stage in stages] == [(16, 2, 2, 2, 2), (24, 3, 2, 2, 2)]
-    assert [stage.max_flops for stage in stages[:-1]] == [share * 1e9 for _, share, _ in SIZES_OF_AUTO[1:]]
+    """8 layers: of 2.3 parts of the tokens 0.1/1 go to one layer's share of the FLOPs, 0.15/2 to two layers' ..."""
+    model, train = FINAL | {"n_layers": 8}, tree()["train"]
+    parts = [0.1 / 1, 0.15 / 2, 0.15 / 4, 0.6 / 8]
+    tokens = [int(part / sum(parts) * 100_000) for part in parts[:3]]
+    growth = parse_config(tree(model=model)).growth
+    assert [growth.max_tokens, *(stage.max_tokens for stage in growth.stages)] == [*tokens, None]
+    assert growth.max_flops is None
+    both = parse_config(tree(model=model, train=train | {"max_flops": 1e30})).growth  # whichever binds
+    assert (both.max_flops, both.max_tokens) == (pytest.approx(1e29), tokens[0])
+    by_steps = parse_config(tree(model=model, train=train | {"max_tokens": None, "max_steps": 1000})).growth
+    assert by_steps.max_tokens == int(parts[0] / sum(parts) * 64_000)
 
 
 def test_the_layout_is_kept_in_mind():
-    config = parse_config(tree(layout={"tp": 4, "pp": 3}, model=FINAL | {"d_ff": 252}))
-    stages = resolve_stages(config, 12)  # every stage fits the layout, or this refuses
-    assert all(stage.model.n_layers >= 3 and stage.model.kv_heads % 4 == 0 for stage in stages)
-    assert stages[-1].model.d_model == 96
+    config = parse_config(tree(layout={"tp": 2, "pp": 3}, model=FINAL | {"n_layers": 8}))
+    assert layers(config, 6) == [4, 8]  # two layers would leave a pipeline rank without one
+    assert layers(parse_config(tree(layout={"pp": 4})), 4) == [4]
 
 
 def test_what_cannot_shrink_does_not_grow():
-    config = parse_config(tree(model=FINAL | {"d_model": 1, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "d_ff": 1}))
+    config = parse_config(tree(model=FINAL | {"n_layers": 1}))
     assert config.growth.stages == []
     assert config.growth.max_tokens is None
-    assert config.model.d_model == 1
+    assert config.model.n_layers == 1
 
 
 def test_what_is_saved_is_plain(tmp_path):
@@ -115,4 +112,4 @@ def test_errors_name_the_key():
         parse_config(tree(model=FINAL | {"d_modle": 3}))
     with pytest.raises(UserError, match=r"growth\.write"):
         load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto", "growth.write=clone"])
-    assert len(load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto"]).growth.stages) == 2
+    assert len(load_config(ROOT / "configs/gpt_64m.yaml", ["growth=auto"]).growth.stages) == 3
