@@ -306,7 +306,7 @@ def _patience(config: RunConfig) -> float:
 
 def _most_patience(config: RunConfig) -> float:
     """Seconds to wait for a rank: less than the watchdog does, which shows stacks and not who is missing."""
-    return 0.8 * config.faults.hang_timeout
+    return 0.6 * config.faults.hang_timeout
 
 
 def _to_rank_0(mine: T, group: dist.ProcessGroup) -> list[T]:

@@ -43,7 +43,7 @@ def test_the_vocabulary_can_be_resized(tmp_path, model, mean_resizing, options, 
         assert (matrix.norm(dim=-1) - 1).abs().max() <= 1e-6
     assert torch.isfinite(model(torch.full((1, 3), size - 1), labels=torch.full((1, 3), size - 1)).loss)
     if mean_resizing and size > 67:  # added tokens are as likely as the mean of the others
-        mean = gains.mean() * model.output.root * F.linear(states(model), model.output.head.weight[:67].mean(0))
+        mean = gains.mean() * model.output.scale * F.linear(states(model), model.output.head.weight[:67].mean(0))
         assert (logits[..., 67:] - mean[..., None]).abs().max() <= 1e-3
     model.save_pretrained(tmp_path / "again")
     again = type(model).from_pretrained(tmp_path / "again").eval()

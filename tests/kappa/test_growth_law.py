@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from support.growth_experiments import arm, load, result, spec
 
+from benchmarks.growth.cells import saving_cell
 from benchmarks.growth.groups import Group
 from benchmarks.growth.predicted import law_table
 from benchmarks.growth.savings import Spread
-from benchmarks.growth.write_up import _saving
 
 TRUE = {"E": 2.0, "A": 40.0, "alpha": 0.25, "B": 60.0, "beta": 0.3}
 
@@ -22,8 +22,8 @@ def law(n, d):
 def table_of(folder, odd_is_marked, odd_arm="odd", odd_seed=0):
     """From runs of three sizes by the law, and of one that was badly tuned."""
     sizes = {"small": 1e5, "middle": 4e5, "large": 2e6}
-    arms = {name: arm(law=True, budgets=[1, 2, 4]) for name in sizes}
-    odd = {"odd": arm(law=odd_is_marked)}
+    arms = {name: arm(ladder=True, budgets=[1, 2, 4]) for name in sizes}
+    odd = {"odd": arm(ladder=odd_is_marked)}
     experiment = load(folder, spec(arms=arms | odd, reference="large", versus="large"))
     runs = {}
     for name, n in sizes.items():
@@ -63,6 +63,6 @@ def test_seeds_that_not_all_marked_arms_have_are_left_out(tmp_path):
 
 
 def test_a_bound_holds_as_it_is_printed():
-    assert _saving((Spread(1.9997, None, None, 1), ">"), 1) == ">1.99"
-    assert _saving((Spread(2.0, None, None, 1), ">"), 1) == ">2.00"
-    assert _saving((Spread(1.9997, None, None, 1), ""), 1) == "2.00"
+    assert saving_cell((Spread(1.9997, None, None, 1), ">"), 1) == ">1.99"
+    assert saving_cell((Spread(2.0, None, None, 1), ">"), 1) == ">2.00"
+    assert saving_cell((Spread(1.9997, None, None, 1), ""), 1) == "2.00"

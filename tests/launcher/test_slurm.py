@@ -23,7 +23,7 @@ CONFIG = {
     "optimizer": {"lr": 1e-2},
     "data": {"train": "text", "valid": "text"},
 }
-ODD = 'it\'s a "run" \\o/ $HOME `id` #1; 50% *?é'
+ODD = 'it\'s a "run" \\o/ $1 `id` #1; 50% *?é'
 CPU = ["--gpus-per-node", "0", "--ranks-per-node", "2"]
 
 
@@ -291,7 +291,7 @@ def test_every_member_gets_its_own(job, in_bash, tmp_path):
     assert arguments[0] == "10233"
     config = load_config("config.yaml", arguments[arguments.index("config.yaml") + 1 :])
     assert config.data.valid == ODD
-    assert config.run_dir == "runs/x/1_data.valid=_it_s_a_run_o_HOME_id_1_50_"
+    assert config.run_dir == "runs/x/1_data.valid=_it_s_a_run_o_1_id_1_50_"
     assert config.faults.stop_exit_code == 0  # launchers take another for a failure
     ended = in_bash(script, SLURM_ARRAY_TASK_ID="2")
     assert (ended.returncode, ended.stderr) == (2, "slurm: no member 2 in this sweep\n")

@@ -92,7 +92,7 @@ PATIENCE = 4.0
 
 
 def _absent(folder):
-    config = run_config(folder, {"faults.hang_timeout": PATIENCE / 0.8})
+    config = run_config(folder, {"faults.hang_timeout": PATIENCE / 0.6})
     if dist.get_rank() == 2:
         time.sleep(PATIENCE + 3)
         return None

@@ -287,8 +287,12 @@ def test_a_changed_configuration_is_told_and_written_down(stopped, tmp_path):
     [
         (["growth.max_tokens=384"], 3, "cap"),
         (
-            ["growth.trigger={predictor: constant, constant: 1.5, kappa: 0.01, min_evals: 2}", "eval.every=3"],
-            3,
+            [
+                "growth.trigger={predictor: constant, constant: 1.5, kappa: 0.01, min_evals: 2}",
+                "eval.every=1",
+                "growth.max_tokens=768",
+            ],
+            5,
             "kappa",
         ),
         (["growth.max_tokens=768"], 6, "cap"),
