@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from megabus.config.paths import Pathname
-from megabus.config.section import Angle, Count, CountFrom0, Decay, NonNegative, Positive, Section, Share
+from megabus.config.section import Angle, Count, CountFrom0, Decay, Exponent, NonNegative, Positive, Section, Share
 
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
 
@@ -136,7 +136,7 @@ class OptimizerConfig(Section):
     eps: Positive = Field(
         1e-8, description="added to the root of the second moment; with a gate, where it is half open"
     )
-    gate: Positive | None = Field(
+    gate: Exponent | None = Field(
         None,
         description="a of GatedAdamW: steps are multiplied by sigmoid(a log(root of the second moment / eps)); 1 is "
         "AdamW, 0.5 is the paper's",
@@ -153,7 +153,7 @@ class OptimizerConfig(Section):
     warmup_share: Share = Field(0.0, description="share of the budget to warm up over; ngpt needs none")
     decay_share: Share = Field(0.2, description="wsd: the last share of the budget, over which lr falls")
     decay: Literal["linear", "log"] = Field("linear", description="wsd: the course of its fall")
-    decay_rho: Positive = Field(
+    decay_rho: Annotated[float, Field(ge=1e-6)] = Field(
         0.1, description="of a logarithmic fall: the share of it after which it slows down; the smaller, the steeper"
     )
     min_lr_ratio: Share = Field(0.0, description="cosine, log and wsd: share of lr that they end at")

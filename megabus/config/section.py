@@ -21,6 +21,7 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Angle = Annotated[float, Field(gt=0.0, le=pi)]
+Exponent = Annotated[float, Field(gt=0.0, le=2.0)]  # of tiny numbers: a larger one makes infinities of them in fp32
 
 
 def _whole(value: Any) -> Any:
