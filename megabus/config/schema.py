@@ -252,6 +252,9 @@ class SettleConfig(Section):
     )
 
 
+AFTER_GROWTH = ("boost", "rewarm", "settle")  # keys of `growth` that say how the steps after a growth differ
+
+
 class GrowthConfig(Section):
     """How to grow (BUS, bootstrapped model upscaling) and through which stages."""
 
