@@ -245,7 +245,7 @@ class RewarmConfig(Section):
 class SettleConfig(Section):
     """ngpt: a tight cap on the angle that rows turn by in a step, which is loosened after every growth."""
 
-    max_angle: Angle = Field(description="radians a step just after a growth; the embedding's rows are free")
+    max_angle: Angle = Field(description="radians a step that the cap begins at; the embedding's rows are free")
     tokens: Count = Field(
         description="tokens after the growth over which the cap rises to optimizer.max_angle, or beyond all bounds: "
         "its inverse falls linearly"
