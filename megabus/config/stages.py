@@ -14,7 +14,7 @@ from megabus.config.schema import (
     StageConfig,
     TrainConfig,
 )
-from megabus.config.section import Section
+from megabus.config.section import in_line
 from megabus.config.transfer import transferred
 from megabus.errors import UserError
 
@@ -172,14 +172,11 @@ def _check_run(config: RunConfig) -> None:
         after = getattr(config.growth, name)
         if after is not None and not config.growth.stages:
             problem = "is of what comes after a growth, and growth.stages names none"
-            raise UserError(f"growth.{name}", _written(after), problem, f"leave growth.{name} out, or add a stage")
+            raise UserError(
+                f"growth.{name}", in_line(after.model_dump()), problem, f"leave growth.{name} out, or add a stage"
+            )
     _check_settle(config)
     _check_trigger(config)
-
-
-def _written(section: Section) -> str:
-    """As in YAML, in one line."""
-    return "{" + ", ".join(f"{name}: {value}" for name, value in section.model_dump().items()) + "}"
 
 
 def _check_optimizer(model: ModelConfig, optim: OptimizerConfig) -> None:

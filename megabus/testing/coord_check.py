@@ -51,8 +51,8 @@ class Moved:
 
 @dataclass(frozen=True)
 class Row:
-    """A stage in some state: moves by role, the mean over some steps; `lr`: peak learning rates by role of matrix, where
-    it has any."""
+    """A stage in some state: moves by role, the mean over some steps; `lr`: peak learning rates by role of matrix,
+    where it has any."""
 
     stage: Stage
     state: str
