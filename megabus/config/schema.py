@@ -43,11 +43,19 @@ class ModelConfig(Section):
     d_ff: Count = Field(description="hidden units of the MLP; divisible by layout.tp")
     rope_theta: Positive = Field(10000.0, description="base of RoPE's frequencies")
     rope_scaling: RopeScaling | None = None
-    alpha_init: Positive = Field(0.05, description="ngpt: the initial eigen learning rate of every block")
-    s_z_init: Positive = Field(1.0, description="ngpt: the initial scale of the logits")
-    init_std: Positive = Field(0.02, description="gpt: standard deviation of the initial weights")
+    alpha_init: Positive = Field(
+        0.05, description="ngpt: the initial eigen learning rate of every block; with transfer, in the run it names"
+    )
+    s_z_init: Positive = Field(
+        1.0, description="ngpt: the initial scale of the logits; with transfer, in the run it names"
+    )
+    init_std: Positive = Field(
+        0.02, description="gpt: standard deviation of the initial weights; with transfer, in the run it names"
+    )
     embed_init_std: Positive | None = Field(None, description="gpt: the embedding's; init_std when left out")
-    head_init_std: Positive | None = Field(None, description="gpt: the head's; init_std when left out")
+    head_init_std: Positive | None = Field(
+        None, description="gpt: the head's, in the run that transfer names; init_std when left out"
+    )
     norm_eps: Positive = Field(1e-5, description="gpt: added to the squared length of h, so growth keeps it")
 
     @property
@@ -267,9 +275,10 @@ class GrowthConfig(Section):
     channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
     depth: Depth = Field(
         "append",
-        description="new layers: silent copies of the pile on top of it (exact), or each beside its original (exact); "
-        "copies beside originals that share the gate, evenly or so that less changes; copies as loud as their "
-        "originals, the pile again or each beside its own; or layers drawn afresh, on top",
+        description="new layers. append: silent copies of the pile on top of it, exact; identity: silent copies, each "
+        "beside its original, exact; split: copies beside originals that share their gate evenly; taper: so that less "
+        "changes; stack: the pile on top again, as loud; interleave: copies beside originals, as loud; fresh: drawn "
+        "anew, on top",
     )
     moments: Literal["reset", "carry", "grow"] = Field(
         "grow",
@@ -347,7 +356,9 @@ class FaultsConfig(Section):
         2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
     )
     hang_timeout: Annotated[float, Field(gt=0, le=604_800)] = Field(
-        600.0, description="seconds without progress in which a rank ends, its stacks shown some seconds before"
+        600.0,
+        description="seconds without progress in which a rank ends, its stacks shown some seconds before; also how "
+        "long they wait for each other at the start",
     )
     stop_exit_code: Annotated[int, Field(ge=0, le=255)] = Field(
         0, description="of a run that saved because of a signal or the stop file; a scheduler's requeue code"
