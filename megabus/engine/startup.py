@@ -16,6 +16,8 @@ from typing import Any
 
 from megabus.errors import UserError
 
+LAST_WORDS = timedelta(hours=1)  # that the others wait for what rank 0 makes of a run that has ended
+
 
 def prepare_environment() -> None:
     """Settings that must stand before torch is imported."""
@@ -130,6 +132,7 @@ def stop_distributed(together: bool = True) -> None:
 
     if dist.is_initialized():
         if together:
-            dist.barrier()
+            # Of its own time-out: rank 0 may draw longer than a rank that trains may hang.
+            dist.barrier(dist.new_group(backend="gloo", timeout=LAST_WORDS))
         dist.destroy_process_group()
     forget_process_groups()

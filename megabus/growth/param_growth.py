@@ -172,7 +172,7 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
     how, axes = growth.how, axis_maps(growth.old, growth.new)
     old, rows, channels = param_specs(growth.old)[spec.in_layer(layer.parent)], axes[spec.rows], _ONE_CHANNEL
     a = channel_scale(axes["embed"], how.channels)
-    scale, gate = np.ones(1), layer.gate(how.depth, spec.gate) if spec.gate else 1.0
+    scale, gate = np.ones(1), layer.gate(how.depth, spec.branch) if spec.gate else 1.0
     if spec.is_matrix:
         channels, scale = axes["embed"], a
     # On the embed axis nothing is new, for there is no original to prefer: E spreads each channel over its copies.
@@ -218,13 +218,15 @@ def _share(
 
     `carry` keeps only originals; `grow` maps everything; `reset` starts from zero. Copies of a read row (or of its
     gain) share their family's gradient, while each tilted copy of a write row sees all of it. So it is with layers
-    that share a gate: the gate sees all of its gradient, and what is behind it a share.
+    that share a gate: the gate sees all of its gradient, and what is behind it, originals too, the gate's share.
+    (On the sphere a gate that has shrunk sees ((1 - alpha) / (1 - alpha_k))^2 of it, but moments do not know alpha.)
     """
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
+    shared = growth.how.depth in SHARED and spec.branch and not spec.gate
+    behind = layer.gate(growth.how.depth, spec.branch) if shared else 1.0
     if growth.how.moments == "carry":
-        return (~added).astype(np.float64)
-    behind = 1 / layer.copies if growth.how.depth in SHARED and not spec.gate else 1.0
+        return behind * (~added)
     return behind * _row_share(growth, spec, kind, rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 
 import numpy as np
@@ -138,20 +139,47 @@ def test_squares_of_copied_rows_are_what_they_become(kind, write, low, high):
     assert not any(low < float(after[n].sum() / wrong[n].sum()) < high for n in names if ".0." in n)
 
 
-@pytest.mark.parametrize("depth", ["split", "taper"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_layers_that_share_a_gate_share_what_is_behind_it(kind, depth):
-    """First moments over gradients, together over a layer's two copies: 1 for gates and for all that they silence."""
+def slopes_of_shared(kind, depth, **manner):
+    """{parameter of a layer of six: first moment over gradient} after three layers became two copies each."""
     old, new = config(kind), config(kind, {"n_layers": 6})
-    state, manner = lively_state(old, larger=1), how(moments="grow", depth=depth)
+    state, manner = lively_state(old, larger=1), how(depth=depth, **manner)
     moments = {name: g.float() for name, g in gradients(old, state).items()}
     mapped = megabus.grow_state(moments, old, new, 1, manner, "exp_avg")
     true = gradients(new, megabus.grow_state(state, old, new, 1, manner))
-    for name, spec in param_specs(old).items():
-        copies = [spec.in_layer(2 * spec.layer + k) for k in (0, 1)] if spec.layer is not None else [name]
-        ours, theirs = (torch.stack([x[each].double() for each in copies]).sum(0) for x in (mapped, true))
-        slope = float((ours * theirs).sum() / theirs.square().sum())
-        assert 0.85 < slope < 1.15, (name, slope)
+    return {
+        spec: float((mapped[name].double() * true[name]).sum() / true[name].square().sum())
+        for name, spec in param_specs(new).items()
+    }
+
+
+@pytest.mark.parametrize("depth", ["split", "taper"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_share_a_gate_share_what_is_behind_it(kind, depth):
+    """First moments over gradients of each copy: 1 for gates and for all that they silence."""
+    told = slopes_of_shared(kind, depth, moments="grow")
+    assert all(0.8 < slope < 1.25 for slope in told.values()), {spec.name: slope for spec, slope in told.items()}
+    assert {spec.branch for spec in told if spec.layer is not None} == {1, 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_shares_would_show(kind, monkeypatch):
+    """Negative control: of a gate that was shared 3 to 1, what is behind it does not get a half each."""
+    share = param_growth._share
+
+    def halved(growth, spec, layer, *rest):
+        return share(replace(growth, how=how(moments="grow", depth="split")), spec, layer, *rest)
+
+    monkeypatch.setattr(param_growth, "_share", halved)
+    told = slopes_of_shared(kind, "taper", moments="grow")
+    assert not any(0.8 < slope < 1.25 for spec, slope in told.items() if spec.branch and not spec.gate)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_originals_that_are_carried_share_too(kind):
+    told = slopes_of_shared(kind, "taper", moments="carry")
+    for spec, slope in told.items():
+        added = spec.layer is not None and spec.layer % 2
+        assert slope == 0 if added else 0.8 < slope < 1.25, (spec.name, slope)
 
 
 # ---- plain clones
