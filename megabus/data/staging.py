@@ -48,9 +48,7 @@ def all_or_none(prefix: Path, targets: list[Path]) -> Iterator[Path]:
             _move_out(stage)
         finally:
             if _has_any(stage / OLD) and _has_any(stage / WHOLE):
-                warn(
-                    f"{prefix} is half replaced: what was there lies in {stage}; the next preprocess ends the move"
-                )
+                warn(f"{prefix} is half replaced: what was there lies in {stage}; the next preprocess ends the move")
             else:
                 _delete(stage)
 
