@@ -151,6 +151,22 @@ def test_what_a_glob_matches_is_treated_alike(model):
     assert read(model, "in/.*.txt") == (["asked for"], "")
 
 
+def test_what_a_glob_hides_is_told(model):
+    """Every folder once, however much lies in it; a folder that is asked for is none."""
+    for name in ("a.txt", ".b.txt", ".c/a.txt", ".c/.d.txt", "sub/.e.txt", "sub/.f.md", "__MACOSX/a.txt"):
+        write(f"in/{name}", name)
+    for pattern, texts, hidden in (
+        ("in/*", ["a.txt"], 5),  # in, .b.txt .c __MACOSX; in sub, .e.txt and .f.md
+        ("in/*.txt", ["a.txt"], 1),
+        ("in/**/*.txt", ["a.txt"], 4),  # .b.txt .c sub/.e.txt __MACOSX
+        ("in/.c/*", [".c/a.txt"], 1),
+        ("in/.c/.*.txt", [".c/.d.txt"], 0),
+        ("in/.*/*", [".c/a.txt"], 1),
+    ):
+        told = f"warning: of {pattern} passed over: {hidden} hidden\n" if hidden else ""
+        assert read(model, pattern) == (texts, told)
+
+
 def test_a_link_to_a_folder_is_followed_where_it_is_named(model):
     write("real/a.txt", "a")
     Path(".link").symlink_to("real")
