@@ -20,18 +20,27 @@ class NotPlainError(ValueError):
 
 def check_regular(path: Path, links: bool = False) -> int:
     """Its bytes. Raises `NotPlainError` for a link (unless `links`), a device, a pipe or a directory; OSError."""
-    found = path.stat() if links else path.lstat()
+    return _checked(path.stat() if links else path.lstat())
+
+
+def open_regular(path: Path, links: bool = False) -> IO[bytes]:
+    """The file, open to be read; a pipe that nobody writes to is not waited for. Raises as `check_regular` does."""
+    check_regular(path, links)  # a device may act on being opened
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
+    try:
+        _checked(os.fstat(file))  # the name may mean another file by now
+        return os.fdopen(file, "rb")
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def _checked(found: os.stat_result) -> int:
     if stat.S_ISLNK(found.st_mode):
         raise NotPlainError("is a symbolic link, and only regular files are read")
     if not stat.S_ISREG(found.st_mode):
         raise NotPlainError("is no regular file")
     return found.st_size
-
-
-def open_regular(path: Path, links: bool = False) -> IO[bytes]:
-    """The file, open to be read; a pipe that nobody writes to is not waited for. Raises as `check_regular` does."""
-    check_regular(path, links)
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)), "rb")
 
 
 def read_regular(path: Path, limit: int = LARGEST, links: bool = False) -> bytes:

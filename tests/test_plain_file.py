@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from megabus import plain_file
 from megabus.plain_file import DEEPEST, NotPlainError, check_regular, parse_json, read_regular, shown
 
 
@@ -49,6 +50,18 @@ def test_only_regular_files_are_read(tmp_path):
             read_regular(tmp_path / name, links=links)
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "nothing")
+
+
+def test_a_file_that_is_exchanged_after_the_check_is_not_read(tmp_path, monkeypatch):
+    """It is checked as it was opened, whatever its name meant before."""
+    (tmp_path / "link").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(plain_file, "check_regular", lambda path, links: 5)
+    before = len(os.listdir("/proc/self/fd"))
+    for name, links, error in (("pipe", False, NotPlainError), ("link", True, NotPlainError), ("link", False, OSError)):
+        with pytest.raises(error):
+            read_regular(tmp_path / name, links=links)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_what_is_shown_is_short_and_printable():

@@ -17,7 +17,7 @@ from megabus.checkpoint.manifest import FORMAT, STRICT, DamagedError, check_form
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
 from megabus.errors import UserError
-from megabus.kappa.monitor import SAVED, check_saved
+from megabus.kappa.monitor import SAVED, KappaState, check_saved
 from megabus.parallel.fragments import KINDS, Kind
 from megabus.plain_file import parse_json, read_regular
 
@@ -166,7 +166,7 @@ def read_state(folder: Path) -> SavedState:
         if state.monitor:
             monitor = validated(SAVED, state.monitor, path, "monitor")
             check_saved(monitor)
-            _agree("monitor.span.index", monitor.span.index, "stage", state.stage)
+            _check_monitor(monitor, state)
         if state.config:
             config = validated(_CONFIG, state.config, path, "config")
             _at_most("stage", state.stage, "growths in config", len(config.growth.stages))
@@ -201,6 +201,17 @@ def _check_whole(state: SavedState) -> None:
     _at_most("progress.stage_tokens", now.stage_tokens, "progress.tokens", now.tokens)
     _at_most("progress.stage_flops", now.stage_flops, "progress.flops", now.flops)
     _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.nonfinite", now.nonfinite)
+
+
+def _check_monitor(monitor: KappaState, state: SavedState) -> None:
+    """Raise ValueError, the key first, where κ remembers another stage, or losses from after the end."""
+    now, span = state.progress, monitor.span
+    _agree("monitor.span.index", span.index, "stage", state.stage)
+    _agree("monitor.span.tokens", span.tokens, "progress.stage_tokens", now.stage_tokens)
+    _agree("monitor.span.flops", span.flops, "progress.stage_flops", now.stage_flops)
+    for point in monitor.curve[-1:]:
+        _at_most("monitor.curve: the last tokens", point.tokens, "progress.tokens", now.tokens)
+        _at_most("monitor.curve: the last FLOPs", point.flops, "progress.flops", now.flops)
 
 
 def _agree(key: str, value: Any, other: str, wanted: Any) -> None:

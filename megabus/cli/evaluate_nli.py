@@ -30,6 +30,8 @@ from megabus.nli.settings import Settings, Template
 
 # Of the help: the field that each group begins with.
 GROUPS = {"data": "pairs", "template": "prompt", "tp": "engine", "fine_tune": "fine-tuning", "out": "report"}
+# What scoring knows nothing of: the options that were typed for what it is asked to do.
+TYPED = {"max_length": "--max-length", "text to score": "--labels", "lr": "--lr"}
 METAVARS = {Path: "PATH", int: "N", float: "X", str: "TEXT", Template: "TEXT"}
 
 
@@ -107,7 +109,10 @@ def main(argv: Sequence[str]) -> int:
     from megabus.nli.results import report
     from megabus.nli.run import evaluate
 
-    outcome = evaluate(settings)
+    try:
+        outcome = evaluate(settings)
+    except UserError as error:
+        raise UserError(TYPED.get(error.key, error.key), error.value, error.problem, error.remedy) from error
     if os.environ["RANK"] == "0":  # the others are done: nothing below is collective
         report(settings, outcome)
     stop_distributed()

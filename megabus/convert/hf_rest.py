@@ -23,15 +23,32 @@ TOKENIZER_FILES = (
     "merges.txt",
     TOKENIZER,
 )
+REMEDY = "give a Hugging Face directory with safetensors weights"
 KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+
+
+BLOBS, SNAPSHOTS = "blobs", "snapshots"  # of a model in the hub's cache, whose snapshots hold links to its blobs
+
+
+def inside(path: Path) -> Path:
+    """What a file of a directory is, or leads to. Raises `UserError` for a link out of the directory, unless to the
+    blobs of the same model in the hub's cache: else whoever makes a directory has any file of ours read or copied."""
+    try:
+        folder, found = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise UserError("Hugging Face directory", path, f"cannot be read ({error})", REMEDY) from error
+    blobs = [folder.parents[1] / BLOBS] if folder.parent.name == SNAPSHOTS else []
+    if not any(found.is_relative_to(root) for root in (folder, *blobs)):
+        problem = f"is a link to {found}, outside of the directory"
+        raise UserError("Hugging Face directory", path, problem, "copy there what it links to, if you trust it")
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        tree = parse_json(read_regular(path, links=True))  # the hub's cache holds links
+        tree = parse_json(read_regular(inside(path)))
     except (OSError, ValueError) as error:
-        remedy = "give a Hugging Face directory with safetensors weights"
-        raise UserError("Hugging Face directory", path, f"cannot be read ({error})", remedy) from error
+        raise UserError("Hugging Face directory", path, f"cannot be read ({error})", REMEDY) from error
     if not isinstance(tree, dict):
         raise UserError("Hugging Face directory", path, "holds no keys", "restore it from another copy")
     return tree
@@ -42,6 +59,7 @@ def tokenizer_of(folder: Path) -> Path | None:
     path = folder / TOKENIZER
     if not path.is_file():
         return None
+    inside(path)
     try:
         sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
@@ -66,5 +84,5 @@ def copy_rest(like: Path, out: Path, vocab_size: int) -> dict[str, Any]:
         raise UserError("--like", like, problem, "give the directory that the model came from")
     for name in TOKENIZER_FILES:
         if (like / name).is_file():
-            shutil.copyfile(like / name, out / name)
+            shutil.copyfile(inside(like / name), out / name)
     return {key: config[key] for key in KEYS if config.get(key) is not None}

@@ -24,7 +24,7 @@ from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
 from megabus.convert.hf_llama import llama_model
-from megabus.convert.hf_rest import KEYS, copy_rest, read_json, rest_of, tokenizer_of
+from megabus.convert.hf_rest import KEYS, copy_rest, inside, read_json, rest_of, tokenizer_of
 from megabus.convert.hf_tokenizer import write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
 from megabus.convert.tensor_file import DTYPES, TensorFileWriter
@@ -200,7 +200,7 @@ class HuggingFaceSource:
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
         spec = self.specs[name]
         key = self._key(spec)
-        tensor = self.files[self.folder / self.weight_map[key]].get_slice(key)
+        tensor = self.files[inside(self.folder / self.weight_map[key])].get_slice(key)
         width = prod(global_shape(spec, self.state.model)[1:])
         first, last = start // width, -(-stop // width)
         rows = tensor[:, first:last].T if transposed(spec, self.state.model) else tensor[first:last]
@@ -226,7 +226,7 @@ class HuggingFaceSource:
             shape = shape[::-1] if transposed(spec, self.state.model) else shape
             key = self._key(spec)
             try:
-                there = self.files[self.folder / self.weight_map[key]].get_slice(key)
+                there = self.files[inside(self.folder / self.weight_map[key])].get_slice(key)
             except SafetensorError as error:
                 problem = f"lacks {key} in {self.weight_map[key]}, where {INDEX} puts it"
                 raise UserError("weights", self.folder, problem, "restore both from one copy") from error
@@ -243,7 +243,7 @@ def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
     """The file of each tensor: a plain name, in this directory."""
     single = folder / "model.safetensors"
     if single.exists():
-        return dict.fromkeys(files[single].keys(), single.name)
+        return dict.fromkeys(files[inside(single)].keys(), single.name)
     if any(folder.glob("pytorch_model*.bin")):
         problem, remedy = "are pickled, which may run any code", "save them with safe_serialization in transformers"
         raise UserError("weights", folder, problem, remedy)
@@ -254,7 +254,7 @@ def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
         if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
             problem = f"puts {shown(key)} into {shown(file)}, which is no safetensors file beside it"
             raise UserError("weights", folder / INDEX, problem, "restore it from another copy")
-        files[folder / file]  # there, and whole
+        files[inside(folder / file)]  # there, and whole
     return found
 
 

@@ -74,7 +74,7 @@ def _blaming(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError("input", path, f"is not UTF-8 ({error})", "convert it") from error
+        raise not_utf8(path, error) from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError("input", path, f"cannot be read ({error})", "check the file") from error
 
@@ -126,15 +126,19 @@ def json_documents(stream: Iterable[bytes], path: object, text_key: str) -> Iter
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         if not text:
             continue
-        try:
-            row = _JSON.decode(text)
-        except (ValueError, RecursionError) as error:
-            problem = f"line {number} is not JSON ({error})"
-            raise UserError("input", path, problem, "give one object a line") from error
+        row = json_value(text, path, f"line {number} is", "give one object a line")
         if not isinstance(row, dict):
             problem = f"line {number} holds {_type_of(row)}, not an object"
             raise UserError("input", path, problem, "give one object a line")
         yield text_of(row, text_key, "input", path, f"line {number}")
+
+
+def json_value(text: str, path: object, where: str, remedy: str) -> Any:
+    """What JSON says. Raises UserError for what is none, or nests too deep; `where` begins it: "line 1 is"."""
+    try:
+        return _JSON.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError("input", path, f"{where} not JSON ({error})", remedy) from error
 
 
 def text_of(row: dict[str, Any], text_key: str, key: str, name: object, where: str) -> str:
@@ -155,6 +159,10 @@ def text_of(row: dict[str, Any], text_key: str, key: str, name: object, where: s
 
 def no_text(key: str, name: object, problem: str) -> UserError:
     return UserError(key, name, f"{problem}, where text should be", "drop such rows, or set --text-key")
+
+
+def not_utf8(path: object, error: UnicodeDecodeError) -> UserError:
+    return UserError("input", path, f"is not UTF-8 ({error})", "convert it")
 
 
 def _type_of(value: object) -> str:

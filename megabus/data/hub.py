@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import tempfile
 import zlib
@@ -12,7 +11,16 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from megabus.data.documents import PACKED, Meter, json_documents, parquet_documents, text_of, unpacked
+from megabus.data.documents import (
+    PACKED,
+    Meter,
+    json_documents,
+    json_value,
+    not_utf8,
+    parquet_documents,
+    text_of,
+    unpacked,
+)
 from megabus.errors import UserError
 
 # How `datasets` would read a file -> what its name ends with if we can. Its own readers type every column by what comes
@@ -47,17 +55,21 @@ def _file_documents(builder: Any, file: str, text_key: str) -> Iterator[str]:
 
     access = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
     with xopen(file, "rb", download_config=access) as raw:
-        if file.endswith(".parquet"):
-            yield from parquet_documents(raw, file, text_key, Meter(0))
-        else:
-            yield from _json_documents(unpacked(raw, _packed(file)), file, text_key)
+        try:
+            if file.endswith(".parquet"):
+                yield from parquet_documents(raw, file, text_key, Meter(0))
+            else:
+                yield from _json_documents(unpacked(raw, _packed(file)), file, text_key)
+        except UnicodeDecodeError as error:
+            raise not_utf8(file, error) from error
 
 
 def _json_documents(stream: IO[bytes], file: str, text_key: str) -> Iterator[str]:
     """Of one array, or of objects line by line: data sets call both .json."""
     first = stream.readline()
     if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        for number, row in enumerate(json.loads((first + stream.read()).decode("utf-8-sig"), parse_int=float)):
+        text = (first + stream.read()).decode("utf-8-sig").strip()
+        for number, row in enumerate(json_value(text, file, "is", "mend the file")):
             found = row if isinstance(row, dict) else {"text": row}  # an array of texts, as `datasets` has it
             yield text_of(found, text_key, "input", file, f"entry {number}")
     else:

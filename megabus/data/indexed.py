@@ -18,7 +18,8 @@ import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -27,7 +28,7 @@ import numpy as np
 
 from megabus.durable import partial_name, sync
 from megabus.errors import UserError
-from megabus.plain_file import parse_json, read_regular, shown
+from megabus.plain_file import NotPlainError, parse_json, read_regular, shown
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -59,10 +60,15 @@ def meta_path(prefix: str | os.PathLike[str]) -> Path:
 def read_meta(prefix: str | os.PathLike[str]) -> dict | None:
     """The sidecar's content; None without a sidecar, as for a corpus that Megatron's own tool made."""
     path = meta_path(prefix)
-    if not path.is_file():
-        return None
     try:
-        meta = parse_json(read_regular(path, links=True))
+        with _blaming(path):
+            raw = read_regular(path, links=True)
+    except FileNotFoundError:
+        return None
+    except NotPlainError as error:
+        raise UserError("data", path, str(error), REBUILD) from error
+    try:
+        meta = parse_json(raw)
     except ValueError as error:
         raise UserError("data", path, f"is not JSON ({error})", REBUILD) from error
     if not isinstance(meta, dict):
@@ -74,6 +80,18 @@ def read_meta(prefix: str | os.PathLike[str]) -> dict | None:
         if type(meta[key]) is not kind:
             raise UserError("data", path, f"has {key} = {shown(meta[key])}, which is no {kind.__name__}", REBUILD)
     return meta
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """What goes wrong while a file is read is told of it; that there is none is for the caller to tell."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror or error})"
+        raise UserError("data", path, problem, "check its permissions and the disk") from error
 
 
 def pair_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -90,9 +108,11 @@ class IndexedTokens:
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.bin_path, self.idx_path = pair_paths(prefix)
         for path in (self.bin_path, self.idx_path):
-            if not path.is_file():
-                raise UserError("data", path, "the file does not exist", f"check the prefix or {REBUILD}")
-        self.dtype, self.sequence_lengths, self.pointers, self.document_indices = _read_index(self.idx_path)
+            with _blaming(path):
+                if not path.is_file():
+                    raise UserError("data", path, "the file does not exist", f"check the prefix or {REBUILD}")
+        with _blaming(self.idx_path):
+            self.dtype, self.sequence_lengths, self.pointers, self.document_indices = _read_index(self.idx_path)
         self.n_sequences = len(self.sequence_lengths)
         self.n_documents = len(self.document_indices) - 1
         self.n_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
@@ -103,7 +123,8 @@ class IndexedTokens:
             raise UserError("data", self.bin_path, problem, REBUILD)
         if self.n_tokens == 0:  # np.memmap cannot map an empty file, and nothing could be trained on it
             raise UserError("data", self.bin_path, "holds no tokens (0 bytes)", REBUILD)
-        self._tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+        with _blaming(self.bin_path):
+            self._tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
 
     def __len__(self) -> int:
         return self.n_tokens

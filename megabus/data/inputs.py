@@ -19,9 +19,10 @@ NAMED = 3  # how many links are named in full
 def expand_inputs(patterns: list[str]) -> tuple[list[Path], list[str]]:
     """Files named, matched, or lying under the folders named: sorted within each pattern, each file once.
 
-    A file that is named in full is read whatever it is called. What a pattern matches or a folder holds is passed over
-    if it is hidden, of another kind, no regular file, or a link to a folder; the second list has a line for each
-    pattern that says so. Raises UserError for a pattern that stands for no file.
+    A file that is named in full is read, hidden or not, if it is of a kind that can be. What a pattern matches or a
+    folder holds is passed over if it is hidden, of another kind, no regular file, or a link to a folder; the second
+    list has a line for each pattern that says so. Raises UserError for a pattern that stands for no file, and for a
+    file named in full of a kind that is not read.
     """
     files: dict[str, Path] = {}  # by what the links in their paths lead to
     told: list[str] = []
@@ -71,9 +72,13 @@ def _matches(pattern: str, passed: PassedOver) -> list[Path]:
             raise UserError("input", path, "unknown kind of file", f"give {KINDS_TOLD}")
         return [path]
     found: list[Path] = []
-    for match in sorted(map(Path, glob.glob(pattern, recursive=True))):
-        if any(_is_hidden(part) and not _asks_for(part, path.parts) for part in match.parts):
-            passed.counts["hidden"] += 1
+    matches = {*map(Path, glob.glob(pattern, recursive=True))}
+    # glob has passed over names with a dot that it was not asked for: these are told too, each folder once.
+    left = {*map(Path, glob.glob(pattern, recursive=True, include_hidden=True))} - matches
+    hidden = {_hidden_top(match, path.parts) or match for match in left}
+    for match in sorted(matches):
+        if top := _hidden_top(match, path.parts):
+            hidden.add(top)
         elif link := _link_above(match, path.parts):
             passed.links.append(link)
         elif not match.is_dir():
@@ -82,7 +87,15 @@ def _matches(pattern: str, passed: PassedOver) -> list[Path]:
             passed.links.append(match)
         elif "**" not in pattern:  # which matches what lies below by itself
             found += _below(match, passed)
+    passed.counts["hidden"] += len(hidden)
     return found
+
+
+def _hidden_top(match: Path, parts: Sequence[str]) -> Path | None:
+    """The outermost part of a match that is hidden and that the pattern does not ask for."""
+    hidden = (depth for depth, name in enumerate(match.parts, 1) if _is_hidden(name) and not _asks_for(name, parts))
+    depth = next(hidden, None)
+    return None if depth is None else Path(*match.parts[:depth])
 
 
 def _below(top: Path, passed: PassedOver) -> list[Path]:

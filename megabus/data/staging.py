@@ -22,15 +22,16 @@ def all_or_none(prefix: Path, targets: list[Path]) -> Iterator[Path]:
     """A folder to write files into, all of which are moved beside `prefix` when the block succeeds.
 
     If it raises, or is killed, what lies there stays as it was. What a killed process has left is swept by the next
-    one that writes into the same folder. Raises UserError for a target that is a folder, or if another process writes
-    at the same prefix; OSError if the files cannot be written.
+    one that writes into the same folder, and so is a move that failed halfway and could not be taken back. Raises
+    UserError for a target that is a folder, or if another process writes at the same prefix; OSError if the files
+    cannot be written.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     for target in targets:
         if target.is_dir():
             raise UserError("--output", target, "is a folder", "remove it, or choose another prefix")
-    sweep(prefix.parent)
     stage = prefix.parent / f".{prefix.name}{ENDING}"
+    sweep(prefix.parent, stage)
     stage.mkdir(exist_ok=True)
     with (stage / LOCK).open("a") as lock:
         if not _has_locked(lock.fileno(), stage / LOCK, without_locks=True):
@@ -46,11 +47,17 @@ def all_or_none(prefix: Path, targets: list[Path]) -> Iterator[Path]:
             sync(stage)
             _move_out(stage)
         finally:
-            _delete(stage)
+            if _has_any(stage / OLD) and _has_any(stage / WHOLE):
+                warn(f"{prefix} is half replaced: what was there lies in {stage}; the next preprocess ends the move")
+            else:
+                _delete(stage)
 
 
-def sweep(folder: Path) -> None:
-    """Finish or delete what killed processes have left in a folder; those that live hold their locks."""
+def sweep(folder: Path, mine: Path) -> None:
+    """Finish or delete what killed processes have left in a folder; those that live hold their locks.
+
+    What cannot be swept is told, and left. Of `mine` it raises OSError, since a process is about to write there.
+    """
     for lock in sorted(folder.glob(f".*{ENDING}/{LOCK}")):
         try:
             with lock.open("a") as file:
@@ -59,8 +66,14 @@ def sweep(folder: Path) -> None:
                         _move_out(lock.parent)
                     _delete(lock.parent)
                     warn(f"swept up after a preprocess that was killed: {lock.parent}")
-        except PermissionError as error:  # another user's
-            warn(f"a killed preprocess has left {lock.parent}, which cannot be deleted ({error.strerror})")
+        except OSError as error:  # another user's, say, or a folder has the name of one of its files
+            if lock.parent == mine:
+                raise
+            warn(f"a killed preprocess has left {lock.parent}, which cannot be swept up ({error})")
+
+
+def _has_any(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _has_locked(descriptor: int, path: Path, without_locks: bool) -> bool:
@@ -106,7 +119,7 @@ def _move_out(stage: Path) -> None:
                 move(target, old / file.name)
         for file in files:
             move(file, folder / file.name)
-    except OSError:
+    except BaseException:  # a Ctrl-C too
         for source, target in reversed(moved):
             target.rename(source)
         raise

@@ -17,6 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from megabus.errors import UserError
+from megabus.plain_file import NotPlainError, read_regular
 
 MODEL_TYPES = ("unigram", "bpe")
 NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
@@ -28,11 +29,13 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            model = self.path.read_bytes()
+            model = read_regular(self.path, links=True)
         except FileNotFoundError as error:
             raise UserError("tokenizer", path, "the file does not exist", "check the path or train one") from error
         except OSError as error:
             raise UserError("tokenizer", path, f"cannot be read ({error.strerror})", "give a .model file") from error
+        except NotPlainError as error:
+            raise UserError("tokenizer", path, str(error), "give a .model file") from error
         try:
             if not model:  # which the library takes for no model given
                 raise RuntimeError("no bytes")

@@ -139,10 +139,9 @@ def fine_tune(scorer: Scorer, data: Data, settings: Settings, optimizer: Optimiz
     yield point(0, 0.0)
     for step in range(1, steps + 1):
         lr = learning_rate(optimizer, optimizer.lr, (step - 0.5) / steps)  # at its middle, as in pre-training
-        visits = range((step - 1) * batch, step * batch)
-        some = [pairs[nth_visited(number, len(pairs), settings.seed)] for number in visits]
+        some = [pairs[nth_visited(n, len(pairs), settings.seed)] for n in range((step - 1) * batch, step * batch)]
         sequences = [scorer.encoder.encode(pair, pair.label).sequence for pair in some]
-        losses.append(train_step(scorer.engine, sequences, lr, scorer.heartbeat))
+        losses.append(train_step(scorer.engine, sequences, lr, step, scorer.heartbeat))
         if step % settings.curve_every == 0 or step == steps:
             yield point(step, lr)
             losses.clear()

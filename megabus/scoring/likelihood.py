@@ -75,7 +75,7 @@ def log_likelihoods(engine: Engine, sequences: list[Sequence], heartbeat: Callab
     return found.cpu()
 
 
-def train_step(engine: Engine, sequences: list[Sequence], lr: float, heartbeat: Callable[[], None]) -> float:
+def train_step(engine: Engine, sequences: list[Sequence], lr: float, step: int, heartbeat: Callable[[], None]) -> float:
     """One step on a global batch of sequences, of which every rank has all: they must pad it to the same length. The
     loss in nats a sequence. Collective. Raises `UserError` where it or the gradient is not finite."""
     width = width_of(max(sequence.n_inputs for sequence in sequences))
@@ -83,7 +83,8 @@ def train_step(engine: Engine, sequences: list[Sequence], lr: float, heartbeat: 
     batches = [padded([sequences[row] for row in engine.micro_rows(micro)], width) for micro in micro_steps]
     result = engine.train_step(batches, lr, width)
     if not result.is_finite:  # known to all ranks
-        raise UserError("lr", lr, f"the loss is {result.loss}, its gradient's norm {result.grad_norm}", "lower it")
+        problem = f"the loss of step {step} is {result.loss}, its gradient's norm {result.grad_norm}"
+        raise UserError("lr", lr, problem, "lower it")
     heartbeat()
     return result.loss
 

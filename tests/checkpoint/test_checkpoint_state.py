@@ -50,7 +50,7 @@ def full_state(kind="ngpt", optimizer_step=41):
         "κ": None,
     }
     progress = Progress(
-        41, 2**60 + 1, 2**60 + 13, 1e19 / 7, 2**59 + 1, 1e18 / 9, [growth, growth | {"step": 9}], 3, 2, 1
+        41, 2**60 + 1, 2**60 + 13, 1e19 / 7, 2**40 + 1, 1e14 / 7, [growth, growth | {"step": 9}], 3, 2, 1
     )
     return SavedState(
         progress=progress,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 
 import pytest
 import torch
@@ -198,6 +200,45 @@ def test_what_lies_beside_the_weights(tmp_path):
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
     bare = transformers.AutoConfig.from_pretrained(tmp_path / "bare")
     assert (bare.bos_token_id, bare.eos_token_id, bare.max_position_embeddings) == (None, None, 2048)
+
+
+LINKED = ["config.json", "model.safetensors.index.json", "model-00001-of-*.safetensors", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("name", [*LINKED, "tokenizer.model"])
+def test_links_lead_to_the_directory_or_to_the_hubs_blobs(tmp_path, name):
+    """Anything else a stranger's directory could have read, and copied into what is then published."""
+    llama(tmp_path)
+    model = tmp_path / "models--a--b"
+    folder, blob = model / "snapshots/1234", model / "blobs/abcd"
+    for path in (folder.parent, blob.parent):
+        path.mkdir(parents=True)
+    (tmp_path / "llama").rename(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    if name == "tokenizer.model":
+        train_tokenizer(["the cat"] * 9, 267, folder / "tokenizer", model_type="bpe")
+    (path,) = folder.glob(name)
+
+    def both_ways(out):
+        with OpenFiles() as files:
+            source = open_source(folder, files)
+            convert(source, tmp_path / out, "hf", like=folder)
+
+    for number, place in enumerate((blob, folder / "other")):
+        path.rename(place)
+        path.symlink_to(os.path.relpath(place, folder))
+        both_ways(f"out-{number}")  # the control
+        path.unlink()
+        place.rename(path)
+    path.rename(tmp_path / "outside")
+    for target in ("../../../outside", tmp_path / "outside", "../../refs"):
+        (model / "refs").unlink(missing_ok=True)
+        (model / "refs").symlink_to(tmp_path / "outside")
+        path.symlink_to(target)
+        told = f"Hugging Face directory = {path}: is a link to {tmp_path}/outside, outside of the directory; copy there"
+        with pytest.raises(UserError, match=f"^{re.escape(told)}"):
+            both_ways("no")
+        path.unlink()
 
 
 def test_config_has_the_tokenizers_ids_and_the_runs_length(tmp_path):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from megabus.data import indexed
 from megabus.data.indexed import HEADER, IndexedTokens, IndexedWriter, meta_path, pair_paths, read_meta
 from megabus.errors import UserError
+from megabus.plain_file import read_regular
 
 LENGTHS = (3, 0, 5, 1, 40)
 
@@ -79,3 +86,36 @@ def test_a_sidecar_that_says_nonsense_is_refused(prefix, text, told):
         read_meta(prefix)
     meta_path(prefix).write_text('{"vocab_size": 3, "tokenizer_sha256": "a", "n_tokens": 49}')  # the control
     assert read_meta(prefix)["n_tokens"] == 49
+
+
+def test_a_sidecar_that_cannot_be_read_is_named(prefix, monkeypatch):
+    path = meta_path(prefix)
+    assert read_meta(prefix) is None  # the control
+    path.symlink_to("/proc/self/mem")  # as from a broken disk
+    told = f"data = {path}: cannot be read (Input/output error); check its permissions and the disk"
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        read_meta(prefix)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"meta.json: is no regular file; run megabus preprocess again"):
+        read_meta(prefix)
+    path.unlink()
+    path.write_text(" " * 100)
+    monkeypatch.setattr(indexed, "read_regular", partial(read_regular, limit=10))
+    with pytest.raises(UserError, match=r"meta.json: has more than 10 bytes"):
+        read_meta(prefix)
+
+
+@pytest.mark.parametrize(("call", "file"), [("open", "idx"), ("memmap", "idx"), ("memmap", "bin"), ("is_file", "bin")])
+def test_a_pair_that_cannot_be_read_is_named(prefix, monkeypatch, call, file):
+    def denied(path, *args, **options):
+        if Path(path).suffix == f".{file}":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return kept(path, *args, **options)
+
+    owner = np if call == "memmap" else Path
+    kept = getattr(owner, call)
+    monkeypatch.setattr(owner, call, denied)
+    told = f"data = {prefix}.{file}: cannot be read (Permission denied); check its permissions and the disk"
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        IndexedTokens(prefix)

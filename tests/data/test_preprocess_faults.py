@@ -105,7 +105,9 @@ def test_processes_that_cannot_be_started_are_named(model, monkeypatch):
 
 TOKENIZERS = {
     "nothing.model": "the file does not exist",
-    "out": "cannot be read (Is a directory)",
+    "out": "is no regular file",
+    "pipe": "is no regular file",  # and is not waited for
+    "/dev/zero": "is no regular file",
     "/proc/self/mem": "cannot be read (Input/output error)",  # as from a broken disk
     "new.txt": "is not a SentencePiece model",
     "empty.model": "is not a SentencePiece model",
@@ -116,6 +118,7 @@ TOKENIZERS = {
 def test_a_tokenizer_that_cannot_be_read_is_named(path):
     Path("out").mkdir()
     Path("empty.model").touch()
+    os.mkfifo("pipe")
     assert refused(run(path, "new.txt")).startswith(f"error: tokenizer = {path}: {TOKENIZERS[path]}")
 
 
@@ -171,6 +174,66 @@ def test_all_stay_as_they_were_if_one_cannot_be_moved(monkeypatch, target):
     assert contents() == before | {target: None}
 
 
+def all_or_none(texts, prefix="out/c"):
+    with staging.all_or_none(Path(prefix), [Path("out", name) for name in texts]) as stage:
+        for name, text in texts.items():
+            (stage / name).write_text(text)
+
+
+OLD, NEW = ({f"c.{kind}": f"{age} {kind}" for kind in ("bin", "idx")} for age in ("old", "new"))
+
+
+def texts():
+    return {path.name: path.read_text() for path in Path("out").iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("whole", range(5))
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
+def test_what_cannot_be_moved_back_is_not_deleted_and_the_next_ends_the_move(monkeypatch, capfd, whole, error):
+    """From some rename on, none succeeds, those that take back what was done included."""
+    all_or_none(OLD)
+    with monkeypatch.context() as broken:
+        rename, left = Path.rename, iter(range(whole))
+
+        def call(self, target):
+            if next(left, None) is None:
+                raise error
+            return rename(self, target)
+
+        broken.setattr(Path, "rename", call)
+        with pytest.raises(type(error)):
+            all_or_none(NEW)
+    stage = Path("out/.c.preprocess")
+    if whole < 2:  # the first rename is the stage's own
+        assert (texts(), stage.exists()) == (OLD, False)
+    else:
+        files = [path.read_text() for path in Path("out").rglob("*") if path.is_file()]
+        assert {*OLD.values(), *NEW.values()} <= {*files}
+        assert "out/c is half replaced: what was there lies in out/.c.preprocess" in capfd.readouterr().err
+        all_or_none({"d.bin": "another"}, "out/d")
+        assert (texts(), stage.exists()) == (NEW | {"d.bin": "another"}, False)
+
+
+def test_what_another_prefix_has_left_and_cannot_be_swept_is_told_and_left(capfd):
+    """A folder has taken the name of one of its files. Its own prefix must be mended first."""
+    left = Path("out/.b.preprocess")
+    (left / staging.WHOLE).mkdir(parents=True)
+    (left / staging.LOCK).touch()
+    (left / staging.WHOLE / "b.bin").write_text("whole")
+    Path("out/b.bin").mkdir()
+    for _ in range(2):
+        all_or_none(NEW)
+        assert texts() == NEW
+        told = "a killed preprocess has left out/.b.preprocess, which cannot be swept up ([Errno 21] Is a directory: "
+        assert told in capfd.readouterr().err
+    with pytest.raises(IsADirectoryError):
+        all_or_none({"b.idx": "mine"}, "out/b")
+    assert (left / staging.WHOLE / "b.bin").read_text() == "whole"
+    Path("out/b.bin").rmdir()
+    all_or_none({"b.idx": "mine"}, "out/b")
+    assert texts() == NEW | {"b.bin": "whole", "b.idx": "mine"}
+
+
 def mortal(n_renames):
     """`Path.rename` of a process that lives for so many calls of it."""
     rename, left = Path.rename, iter(range(n_renames))
@@ -202,7 +265,7 @@ def test_a_process_killed_at_any_rename_leaves_the_old_files_or_the_next_finishe
             if now not in (before, after):
                 with pytest.raises(UserError, match="does not exist"):
                     IndexedTokens(f"out/c-{side}")
-        staging.sweep(Path("out"))
+        staging.sweep(Path("out"), Path("out/.c.preprocess"))
         assert contents() in (old, new)
         states.append(contents() == new)
         if not killed:

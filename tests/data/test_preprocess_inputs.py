@@ -151,6 +151,22 @@ def test_what_a_glob_matches_is_treated_alike(model):
     assert read(model, "in/.*.txt") == (["asked for"], "")
 
 
+def test_what_a_glob_hides_is_told(model):
+    """Every folder once, however much lies in it; a folder that is asked for is none."""
+    for name in ("a.txt", ".b.txt", ".c/a.txt", ".c/.d.txt", "sub/.e.txt", "sub/.f.md", "__MACOSX/a.txt"):
+        write(f"in/{name}", name)
+    for pattern, texts, hidden in (
+        ("in/*", ["a.txt"], 5),  # in, .b.txt .c __MACOSX; in sub, .e.txt and .f.md
+        ("in/*.txt", ["a.txt"], 1),
+        ("in/**/*.txt", ["a.txt"], 4),  # .b.txt .c sub/.e.txt __MACOSX
+        ("in/.c/*", [".c/a.txt"], 1),
+        ("in/.c/.*.txt", [".c/.d.txt"], 0),
+        ("in/.*/*", [".c/a.txt"], 1),
+    ):
+        told = f"warning: of {pattern} passed over: {hidden} hidden\n" if hidden else ""
+        assert read(model, pattern) == (texts, told)
+
+
 def test_a_link_to_a_folder_is_followed_where_it_is_named(model):
     write("real/a.txt", "a")
     Path(".link").symlink_to("real")
@@ -344,9 +360,28 @@ def test_a_loading_script_is_passed_over_in_a_folder_and_refused_in_a_dataset(mo
 def test_an_array_in_a_dataset(model, rows, mark):
     write("in/train.json", mark + json.dumps(rows, indent=1))
     assert read(model, "--dataset", "in")[0] == ["a", "b"]
-    write("in/train.json", json.dumps(rows)[:-1])
     Path("out").rename("old")
-    assert "dataset = in: cannot be read (" in refused(model, "--dataset", "in")
+    whole = json.dumps(rows).encode()
+    for text, problem in {
+        whole[:-1]: "is not JSON (",
+        whole + b"]": "is not JSON (",
+        b"[" * 100_000: "is not JSON (maximum recursion depth exceeded",
+        b'["\xfc"]': "is not UTF-8 (",
+    }.items():
+        Path("in/train.json").write_bytes(text)
+        told = refused(model, "--dataset", "in")
+        assert f"input = {Path('in/train.json').resolve()}: {problem}" in told
+        assert ("; convert it" in told) == ("UTF-8" in problem)
+
+
+def test_what_is_not_utf8_in_a_dataset_is_named(model):
+    """Not for the name of the data set to mend."""
+    Path("in").mkdir()
+    Path("in/train.jsonl").write_bytes(b'{"text": "\xfc"}\n')
+    assert "in/train.jsonl: is not UTF-8 (" in refused(model, "--dataset", "in")
+    Path("in/train.jsonl").unlink()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"\xfc"]}), "in/train.parquet")
+    assert "in/train.parquet: is not UTF-8 (" in refused(model, "--dataset", "in")
 
 
 def test_json_lines_and_parquet_in_a_dataset(model):

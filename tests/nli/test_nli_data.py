@@ -210,6 +210,18 @@ COMMANDS = {
     "save": (["--valid", "{file}", "--save", "x"], "--save = x: there is nothing new to save; add --fine-tune"),
     "predictions": (["--valid", "{file}", "--predictions"], "--predictions = given: there is no directory"),
     "limit": (["--valid", "{file}", "--limit", "0"], "--limit = 0: Input should be greater than 0"),
+    "short": (
+        ["--valid", "{file}", "--max-length", "1", "--labels", "neutral= none of these"],
+        "--max-length = 1: is less than the ",
+    ),
+    "no token": (
+        ["--valid", "{file}", "--template", "{{hypothesis}} th", "--labels", "neutral=e"],
+        "--labels = e: adds no token of its own to 'a th'",
+    ),
+    "not finite": (
+        ["--valid", "{file}", "--train", "{file}", "--fine-tune", "--lr", "1e38", "--batch-size", "2", "--epochs", "9"],
+        "--lr = 9.166666666666666e+37: the loss of step 2 is nan",
+    ),
     "lr": (["--valid", "{file}", "--lr", "-1"], "--lr = -1: Input should be greater than 0"),
     "clip": (
         ["--valid", "{file}", "--gradient-clipping", "nan"],

@@ -54,8 +54,8 @@ def test_a_loss_that_is_not_finite_ends_a_training(loss, grad_norm, ends):
     beats, result = [], StepResult(loss, grad_norm)
     engine = SimpleNamespace(needs_data=False, stage=SimpleNamespace(grad_accum=1), train_step=lambda *_: result)
     if ends:
-        with pytest.raises(UserError, match=r"lr = 0.5: the loss is nan, its gradient's norm 1.0; lower it"):
-            train_step(engine, [Sequence([1, 2], 1)], 0.5, lambda: beats.append(1))
+        with pytest.raises(UserError, match=r"lr = 0.5: the loss of step 7 is nan, its gradient's norm 1.0; lower it"):
+            train_step(engine, [Sequence([1, 2], 1)], 0.5, 7, lambda: beats.append(1))
     else:
-        assert train_step(engine, [Sequence([1, 2], 1)], 0.5, lambda: beats.append(1)) == 1.0
+        assert train_step(engine, [Sequence([1, 2], 1)], 0.5, 7, lambda: beats.append(1)) == 1.0
     assert len(beats) == (not ends)
