@@ -28,6 +28,7 @@ from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
+from megabus.report.history import NOT_FINITE
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
 from megabus.train.horizon import at_horizon
@@ -214,7 +215,7 @@ def roll_back(run: Run) -> None:
     run.engine.close()
     run.engine = _engine(run.config, run.stages, found.state.stage)
     run.watchdog.heartbeat()
-    go_on_from(run, found, {"reason": "not finite", "changes": [], "from_step": failed.step})
+    go_on_from(run, found, {"reason": NOT_FINITE, "changes": [], "from_step": failed.step})
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
 
