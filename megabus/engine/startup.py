@@ -16,6 +16,8 @@ from typing import Any
 
 from megabus.errors import UserError
 
+LEAVING = timedelta(hours=1)  # that ranks which have ended wait for rank 0's report, whatever faults.hang_timeout is
+
 
 def prepare_environment() -> None:
     """Settings that must stand before torch is imported."""
@@ -130,6 +132,8 @@ def stop_distributed(together: bool = True) -> None:
 
     if dist.is_initialized():
         if together:
+            # All work is done and saved: however long rank 0 still draws, no other rank is to fail for it.
+            dist.distributed_c10d._set_pg_timeout(LEAVING)
             dist.barrier()
         dist.destroy_process_group()
     forget_process_groups()
