@@ -19,11 +19,11 @@ class RMSNorm(nn.Module):
     It equals the usual form with eps / D.
     """
 
-    def __init__(self, declare: Declare, llama: str) -> None:
+    def __init__(self, declare: Declare, llama: str, branch: int = 0) -> None:
         super().__init__()
         self.root_d, self.eps = sqrt(declare.model.d_model), declare.model.norm_eps
         self.tp, self.rms_norm = declare.tp, declare.kernels.rms_norm
-        self.gain = declare("embed", role="gain", multiplier=self.root_d, llama=llama)
+        self.gain = declare("embed", role="gain", multiplier=self.root_d, llama=llama, branch=branch)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.rms_norm(h_BTD, self.tp.shared(wide(self.gain)) * self.root_d, self.eps)
@@ -36,9 +36,9 @@ class Block(nn.Module):
         super().__init__()
         model = declare.model
         std, out_std = model.init_std, model.init_std / sqrt(2 * model.n_layers)
-        self.norm_attn = RMSNorm(declare, llama="input_layernorm.weight")
+        self.norm_attn = RMSNorm(declare, llama="input_layernorm.weight", branch=1)
         self.attn = Attention(declare, unit=False, std=std, out_std=out_std, scale=model.head_dim**-0.5)
-        self.norm_mlp = RMSNorm(declare, llama="post_attention_layernorm.weight")
+        self.norm_mlp = RMSNorm(declare, llama="post_attention_layernorm.weight", branch=2)
         self.mlp = GatedMLP(declare, unit=False, std=std, out_std=out_std)
         self.rotate = declare.kernels.rotate
 

@@ -27,13 +27,13 @@ class Block(nn.Module):
         root_d = sqrt(model.d_model)
         self.attn = Attention(declare, unit=True, std=std, out_std=std, scale=sqrt(model.head_dim))
         self.mlp = GatedMLP(declare, unit=True, std=std, out_std=std)
-        self.s_qk = declare("heads", role="gain", init=1 / root_d, multiplier=root_d)
-        self.s_u = declare("ffn", role="gain", compensates_clones=True)
+        self.s_qk = declare("heads", role="gain", branch=1, init=1 / root_d, multiplier=root_d)
+        self.s_u = declare("ffn", role="gain", branch=2, compensates_clones=True)
         # v = (W h) s_v sqrt(d_model) (eq. 21): the root is part of the gain's effective value.
-        self.s_v = declare("ffn", role="gain", multiplier=root_d, compensates_read_tilt=True)
+        self.s_v = declare("ffn", role="gain", branch=2, multiplier=root_d, compensates_read_tilt=True)
         alpha = {"init": 1 / root_d, "multiplier": model.alpha_init * root_d}
-        self.alpha_attn = declare("embed", role="gain", gate=1, **alpha)
-        self.alpha_mlp = declare("embed", role="gain", gate=2, **alpha)
+        self.alpha_attn = declare("embed", role="gain", branch=1, gate=True, **alpha)
+        self.alpha_mlp = declare("embed", role="gain", branch=2, gate=True, **alpha)
         self.root_d, self.alpha_scale = root_d, model.alpha_init * root_d
         self.tp, self.kernels = declare.tp, declare.kernels
 

@@ -30,8 +30,8 @@ class ParamSpec:
     unit: rows are unit vectors, kept so after every optimizer step.
     init: a gain's raw initial value, or the standard deviation of a matrix's entries (before normalisation).
     multiplier: a gain acts as raw * multiplier (nGPT's init/scale); growth preserves that product.
-    gate: 1 or 2 for what silences the first or the second branch of its layer when 0 (zero gates make the layer the
-        identity); 0 for all else.
+    branch: 1 or 2 for what belongs to the first or the second branch of its layer; 0 outside of layers.
+    gate: it silences its branch when 0 (zero gates make the layer the identity).
     lookup: rows are picked, not multiplied with h, and so cost no FLOPs.
     compensates_read_tilt: this gain makes up for read rows that tilted away from the old channels (`read: tilt`).
     llama: its name in transformers' Llama, within its layer or the whole model; there write matrices are transposed.
@@ -44,7 +44,8 @@ class ParamSpec:
     unit: bool = False
     init: float = 1.0
     multiplier: float = 1.0
-    gate: int = 0
+    branch: int = 0
+    gate: bool = False
     lookup: bool = False
     compensates_clones: bool = False
     compensates_read_tilt: bool = False
