@@ -157,6 +157,36 @@ def test_the_command_shows_every_stage_before_and_after_its_growth(config_file):
     assert len(changes.splitlines()) == len(angles.splitlines()) == 10
     assert note == "just grown: the first 1 of 4 steps after a growth; else the last 1 of 4 steps"
     assert not (config_file.parent / "run").exists()
+    assert "inf" not in done.stdout  # of gates that silent layers bring, which are 0
+
+
+def numbers(table, state):
+    """{last columns of a state of the largest stage}, as printed."""
+    (line,) = [line for line in table.splitlines() if state in line and " L5 " in line]
+    return line.split(state)[1].split()
+
+
+def test_silent_write_matrices_have_no_angle_from_zero(config_file):
+    """A growth in depth gives gpt write rows of 0. Beside them those that were there move as they did."""
+    after = ("growth.rewarm.tokens=100", "growth.boost.factor=3")
+    done = command(config_file, "model.kind=gpt", "--steps", "2", *after)
+    assert done.returncode == 0, done.stderr
+    assert "inf" not in done.stdout
+    *_, angles, changes, note = done.stdout.strip().split("\n\n")
+    assert float(numbers(angles, "just grown")[2]) < 0.5  # a row that is new has turned by 1.05 from 0
+    assert all(float(number) < 1 for number in numbers(changes, "just grown"))
+    assert note.endswith("\nwithout what a run does after its growths by growth.boost, growth.rewarm")
+
+
+def test_no_layers_have_dashes(config_file):
+    done = command(config_file, "model.n_layers=0", "growth.depth=fresh", "--steps", "1", "layout.tp=1")
+    assert done.returncode == 0, done.stderr
+    rates, angles, changes, _ = done.stdout.strip().split("\n\n")
+    for table in (rates, angles, changes):
+        for line in table.splitlines()[3:]:
+            cells = line.split()[-5:] if table is changes else line.split()[-4:]
+            found = [number for number, cell in enumerate(cells) if cell == "-"]
+            assert found == ([1, 2] if " L0 " in line else []), line
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,10 @@ def find_checkpoint(root: Path, strict: bool, heartbeat: Heartbeat = idle) -> Fo
 
 
 def restore(found: Found, engine: Engine, heartbeat: Heartbeat = idle) -> None:
-    """Set the engine's masters and moments from a checkpoint of the same model, saved under any layout. Collective."""
+    """Set the engine's masters and moments from a checkpoint of the same model, saved under any layout. Collective.
+
+    Weights alone may come from a model whose gains are stored in other multiples: raw * multiplier is what is kept.
+    """
     from megabus.checkpoint.shards import read_shards  # slow to import, and a new run reads none
 
     fragments: Fragments = {
@@ -54,6 +57,11 @@ def restore(found: Found, engine: Engine, heartbeat: Heartbeat = idle) -> None:
     }
     read_shards(found.folder, found.entries, found.placement, fragments)
     heartbeat()
+    for piece, tensors in fragments.items():
+        was, now = (placement.specs[piece.name].multiplier for placement in (found.placement, engine.placement))
+        if was != now:
+            assert found.state.kinds == ("weight",), "moments are of raw weights"
+            tensors["weight"] *= was / now
     engine.write(fragments, found.state.optimizer_step)
 
 

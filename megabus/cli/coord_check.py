@@ -2,7 +2,7 @@
 
 Learning rates transfer where a step does the same at every size: where a row turns by the same angle, and where |dW h|
 is the same share of |W h|. Every stage is trained for some steps from scratch, and grown from the one before, in this
-process alone and at the peak rate: without schedule, layout and boost. Nothing is written.
+process alone and at the peak rate: without schedule, layout, boost, rewarm and settle. Nothing is written.
 
 megabus coord-check configs/demo.yaml
 megabus coord-check configs/demo.yaml 'optimizer.transfer={d_model: 48, n_layers: 2, steps: 1000}' --steps 40
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
-from megabus.config.schema import LayoutConfig
+from megabus.config.schema import AFTER_GROWTH, LayoutConfig
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
 from megabus.table import aligned
@@ -46,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
 
     rows = coordinates(config, at_horizon(config, stages), open_sources(config, stages), args.steps)
     print(tables(rows, args.steps))
+    left_out = [f"growth.{name}" for name in AFTER_GROWTH if getattr(config.growth, name) is not None]
+    if left_out:
+        print(f"without what a run does after its growths by {', '.join(left_out)}")
     stop_distributed()
     return 0
 
@@ -63,17 +66,22 @@ def tables(rows: Sequence[Row], steps: int) -> str:
 
     matrices = ROLES[:-1]
     parts: list[tuple[str, Sequence[str], Callable[[Row, str], float | None]]] = [
-        ("peak learning rate", matrices, lambda row, role: row.lr[role]),
+        ("peak learning rate", matrices, lambda row, role: row.lr.get(role)),
         ("angle that a row turns by in a step, radians", matrices, lambda row, role: row.moved[role].angle),
         ("|dW h| / |W h| of a step; of gains |dg| / |g|", ROLES, lambda row, role: row.moved[role].change),
     ]
     said = []
     for title, roles, value in parts:
         shown = [row for row in rows if row.state == "from scratch"] if title.startswith("peak") else rows
-        lines = [[*_state(row), *(f"{value(row, role):.4g}" for role in roles)] for row in shown]
+        lines = [[*_state(row), *(_number(value(row, role)) for role in roles)] for row in shown]
         said.append(f"{title}\n{aligned(['sizes', 'state', *roles], lines, left={0, 1})}")
     few = f"{measured(steps)} of {steps} steps"
     return "\n\n".join(said) + f"\n\njust grown: the first {few} after a growth; else the last {few}"
+
+
+def _number(value: float | None) -> str:
+    """A dash stands for what the stage has none of, or none that was not 0."""
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _state(row: Row) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megabus.config.auto import AUTO, written_out
 from megabus.config.read import described, read_tree, yaml_value
-from megabus.config.schema import RunConfig
+from megabus.config.schema import AFTER_GROWTH, RunConfig
 from megabus.errors import UserError
 
 
@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         _apply(tree, override)
     _check_undone(tree, overrides)
     if had_stages and _at(tree, "growth.stages") == []:
-        _drop_caps(tree["growth"], overrides)
+        _drop_growths(tree["growth"], overrides)
     if had_stages and tree.get("growth") == AUTO:
         problem = "would end with the file's first size, and the file names larger ones"
         raise UserError("growth", AUTO, problem, "write it into a file whose model section is the size to end with")
@@ -44,11 +44,12 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
         raise described(error, RunConfig, "add it to the file or as an override") from None
 
 
-def _drop_caps(growth: dict[str, Any], overrides: Sequence[str]) -> None:
-    """`growth.stages=[]` says "do not grow": where the file's first size would have ended matters no more."""
-    for cap in ("max_tokens", "max_flops"):
-        if not any(override.startswith(f"growth.{cap}=") for override in overrides):
-            growth.pop(cap, None)
+def _drop_growths(growth: dict[str, Any], overrides: Sequence[str]) -> None:
+    """`growth.stages=[]` says "do not grow": where the file's first size would have ended, and how the steps after a
+    growth would have differed, matters no more."""
+    for name in ("max_tokens", "max_flops", *AFTER_GROWTH):
+        if not any(override.startswith((f"growth.{name}=", f"growth.{name}.")) for override in overrides):
+            growth.pop(name, None)
 
 
 def _check_undone(tree: dict[str, Any], overrides: Sequence[str]) -> None:

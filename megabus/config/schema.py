@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from megabus.config.paths import Pathname
-from megabus.config.section import Angle, Count, CountFrom0, Decay, NonNegative, Positive, Section, Share
+from megabus.config.section import Angle, Count, CountFrom0, Decay, Exponent, NonNegative, Positive, Section, Share
 
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
 
@@ -43,11 +43,19 @@ class ModelConfig(Section):
     d_ff: Count = Field(description="hidden units of the MLP; divisible by layout.tp")
     rope_theta: Positive = Field(10000.0, description="base of RoPE's frequencies")
     rope_scaling: RopeScaling | None = None
-    alpha_init: Positive = Field(0.05, description="ngpt: the initial eigen learning rate of every block")
-    s_z_init: Positive = Field(1.0, description="ngpt: the initial scale of the logits")
-    init_std: Positive = Field(0.02, description="gpt: standard deviation of the initial weights")
+    alpha_init: Positive = Field(
+        0.05, description="ngpt: the initial eigen learning rate of every block; with transfer, in the run it names"
+    )
+    s_z_init: Positive = Field(
+        1.0, description="ngpt: the initial scale of the logits; with transfer, in the run it names"
+    )
+    init_std: Positive = Field(
+        0.02, description="gpt: standard deviation of the initial weights; with transfer, in the run it names"
+    )
     embed_init_std: Positive | None = Field(None, description="gpt: the embedding's; init_std when left out")
-    head_init_std: Positive | None = Field(None, description="gpt: the head's; init_std when left out")
+    head_init_std: Positive | None = Field(
+        None, description="gpt: the head's, in the run that transfer names; init_std when left out"
+    )
     norm_eps: Positive = Field(1e-5, description="gpt: added to the squared length of h, so growth keeps it")
 
     @property
@@ -136,7 +144,7 @@ class OptimizerConfig(Section):
     eps: Positive = Field(
         1e-8, description="added to the root of the second moment; with a gate, where it is half open"
     )
-    gate: Positive | None = Field(
+    gate: Exponent | None = Field(
         None,
         description="a of GatedAdamW: steps are multiplied by sigmoid(a log(root of the second moment / eps)); 1 is "
         "AdamW, 0.5 is the paper's",
@@ -153,7 +161,7 @@ class OptimizerConfig(Section):
     warmup_share: Share = Field(0.0, description="share of the budget to warm up over; ngpt needs none")
     decay_share: Share = Field(0.2, description="wsd: the last share of the budget, over which lr falls")
     decay: Literal["linear", "log"] = Field("linear", description="wsd: the course of its fall")
-    decay_rho: Positive = Field(
+    decay_rho: Annotated[float, Field(ge=1e-6)] = Field(
         0.1, description="of a logarithmic fall: the share of it after which it slows down; the smaller, the steeper"
     )
     min_lr_ratio: Share = Field(0.0, description="cosine, log and wsd: share of lr that they end at")
@@ -245,11 +253,14 @@ class RewarmConfig(Section):
 class SettleConfig(Section):
     """ngpt: a tight cap on the angle that rows turn by in a step, which is loosened after every growth."""
 
-    max_angle: Angle = Field(description="radians a step just after a growth; the embedding's rows are free")
+    max_angle: Angle = Field(description="radians a step that the cap begins at; the embedding's rows are free")
     tokens: Count = Field(
         description="tokens after the growth over which the cap rises to optimizer.max_angle, or beyond all bounds: "
         "its inverse falls linearly"
     )
+
+
+AFTER_GROWTH = ("boost", "rewarm", "settle")  # keys of `growth` that say how the steps after a growth differ
 
 
 class GrowthConfig(Section):
@@ -264,9 +275,10 @@ class GrowthConfig(Section):
     channels: Literal["even", "uneven"] = Field("even", description="weights of a channel's copies")
     depth: Depth = Field(
         "append",
-        description="new layers: silent copies of the pile on top of it (exact), or each beside its original (exact); "
-        "copies beside originals that share the gate, evenly or so that less changes; copies as loud as their "
-        "originals, the pile again or each beside its own; or layers drawn afresh, on top",
+        description="new layers. append: silent copies of the pile on top of it, exact; identity: silent copies, each "
+        "beside its original, exact; split: copies beside originals that share their gate evenly; taper: so that less "
+        "changes; stack: the pile on top again, as loud; interleave: copies beside originals, as loud; fresh: drawn "
+        "anew, on top",
     )
     moments: Literal["reset", "carry", "grow"] = Field(
         "grow",
@@ -344,7 +356,9 @@ class FaultsConfig(Section):
         2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
     )
     hang_timeout: Annotated[float, Field(gt=0, le=604_800)] = Field(
-        600.0, description="seconds without progress in which a rank ends, its stacks shown some seconds before"
+        600.0,
+        description="seconds without progress in which a rank ends, its stacks shown some seconds before; also how "
+        "long they wait for each other at the start",
     )
     stop_exit_code: Annotated[int, Field(ge=0, le=255)] = Field(
         0, description="of a run that saved because of a signal or the stop file; a scheduler's requeue code"

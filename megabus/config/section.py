@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import pi
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Angle = Annotated[float, Field(gt=0.0, le=pi)]
+Exponent = Annotated[float, Field(gt=0.0, le=2.0)]  # of tiny numbers: a larger one makes infinities of them in fp32
 
 
 def _whole(value: Any) -> Any:
@@ -35,6 +37,13 @@ def _whole(value: Any) -> Any:
 
 Count = Annotated[PositiveInt, BeforeValidator(_whole)]
 CountFrom0 = Annotated[NonNegativeInt, BeforeValidator(_whole)]
+
+
+def in_line(values: Mapping[str, Any] | None) -> str:
+    """A section's plain values as a line of YAML."""
+    if values is None:
+        return "null"
+    return "{" + ", ".join(f"{key}: {'null' if value is None else value}" for key, value in values.items()) + "}"
 
 
 class Section(BaseModel):

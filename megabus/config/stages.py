@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megabus.config.pair import SIZES, check_pair, divides
-from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
+from megabus.config.schema import (
+    AFTER_GROWTH,
+    LayoutConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+)
+from megabus.config.section import in_line
 from megabus.config.transfer import transferred
 from megabus.errors import UserError
 
@@ -72,6 +81,7 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
         key = f"{stage_section(number + 1)}."
         stages.append(_next_stage(stages[-1], change, key, world_size))
         check_pair(stages[-2].model, stages[-1].model, config.growth.depth, key)
+        _check_width(stages[-2], stages[-1], config.optimizer, key)
         _check_stage(stages[-1], config.train, key, key)
         _check_sequence_parallel(stages[-1], stages[-2], config, key)
     longest = max(stage.seq_len for stage in stages)
@@ -158,6 +168,13 @@ def _check_run(config: RunConfig) -> None:
     if config.preflight.measure == "never" and config.preflight.min_bandwidth is not None:
         problem = "leaves nothing to hold against min_bandwidth"
         raise UserError("preflight.measure", "never", problem, "set it to auto, or leave min_bandwidth out")
+    for name in AFTER_GROWTH:
+        after = getattr(config.growth, name)
+        if after is not None and not config.growth.stages:
+            problem = "is of what comes after a growth, and growth.stages names none"
+            raise UserError(
+                f"growth.{name}", in_line(after.model_dump()), problem, f"leave growth.{name} out, or add a stage"
+            )
     _check_settle(config)
     _check_trigger(config)
 
@@ -177,10 +194,22 @@ def _check_optimizer(model: ModelConfig, optim: OptimizerConfig) -> None:
             f"and warmup_share {optim.warmup_share} exceed the run",
             "make them sum to 1 or less",
         )
+    _check_fall(optim)
     if optim.gate is not None and optim.implementation != "torch":
         problem = "has no gate, and optimizer.gate wants one"
         raise UserError("optimizer.implementation", optim.implementation, problem, "use torch")
     _check_transfer(model, optim)
+
+
+def _check_fall(optim: OptimizerConfig) -> None:
+    """Neither key may stand where no fall heeds it."""
+    if optim.decay != "linear" and optim.schedule != "wsd":
+        problem = f"is the course of wsd's fall, and optimizer.schedule is {optim.schedule}"
+        raise UserError("optimizer.decay", optim.decay, problem, "leave it out, or set optimizer.schedule to wsd")
+    logarithmic = optim.schedule == "log" or optim.decay == "log"
+    if not logarithmic and optim.decay_rho != OptimizerConfig.model_fields["decay_rho"].default:
+        remedy = "leave it out, or set optimizer.schedule or decay to log"
+        raise UserError("optimizer.decay_rho", optim.decay_rho, "is of a logarithmic fall, and there is none", remedy)
 
 
 def _check_transfer(model: ModelConfig, optim: OptimizerConfig) -> None:
@@ -198,6 +227,14 @@ def _check_transfer(model: ModelConfig, optim: OptimizerConfig) -> None:
         if model.kind == "gpt" and value is not None:
             problem = "has no rule for gpt: muP is of the width alone"
             raise UserError(f"optimizer.transfer.{name}", value, problem, "leave it out, and tune lr at this one")
+
+
+def _check_width(before: Stage, stage: Stage, optim: OptimizerConfig, key: str) -> None:
+    """muP is of models that were built at their size: a grown gpt's steps under it are too short (docs/rates.md)."""
+    if optim.transfer is not None and stage.model.kind == "gpt" and stage.model.d_model != before.model.d_model:
+        problem = f"grows a gpt from {before.model.d_model} channels, where optimizer.transfer's rates do not hold"
+        remedy = "leave optimizer.transfer out, or grow in depth alone"
+        raise UserError(f"{key}d_model", stage.model.d_model, problem, remedy)
 
 
 def _check_sphere(model: ModelConfig, train: TrainConfig, optim: OptimizerConfig) -> None:

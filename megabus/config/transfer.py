@@ -26,6 +26,8 @@ def transferred(model: ModelConfig, tuned: TransferConfig | None) -> ModelConfig
             "head_init_std": model.head_std / width,
         }
     else:
-        depth = model.n_layers / (tuned.n_layers or model.n_layers)
-        values = {"alpha_init": model.alpha_init / depth, "s_z_init": model.s_z_init * sqrt(width)}
+        values = {"s_z_init": model.s_z_init * sqrt(width)}
+        if model.n_layers and tuned.n_layers:  # a model of no layers has no alpha
+            depth = model.n_layers / tuned.n_layers
+            values["alpha_init"] = model.alpha_init / depth
     return model.model_copy(update=values)

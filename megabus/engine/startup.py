@@ -16,7 +16,7 @@ from typing import Any
 
 from megabus.errors import UserError
 
-LEAVING = timedelta(hours=1)  # that ranks which have ended wait for rank 0's report, whatever faults.hang_timeout is
+LAST_WORDS = timedelta(hours=1)  # that the others wait for what rank 0 makes of a run that has ended
 
 
 def prepare_environment() -> None:
@@ -132,8 +132,7 @@ def stop_distributed(together: bool = True) -> None:
 
     if dist.is_initialized():
         if together:
-            # All work is done and saved: however long rank 0 still draws, no other rank is to fail for it.
-            dist.distributed_c10d._set_pg_timeout(LEAVING)
-            dist.barrier()
+            # Of its own time-out: rank 0 may draw longer than a rank that trains may hang.
+            dist.barrier(dist.new_group(backend="gloo", timeout=LAST_WORDS))
         dist.destroy_process_group()
     forget_process_groups()

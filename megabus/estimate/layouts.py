@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megabus.config import Layout, RunConfig, Stage, resolve_stages
+from megabus.config.schema import AFTER_GROWTH
 from megabus.errors import UserError
 from megabus.estimate.devices import Device
 from megabus.estimate.memory import RankMemory, held_copies, memory_at, states_at
@@ -80,7 +81,9 @@ def _restaged(config: RunConfig, stage: Stage, layout: Layout, micro: int) -> St
             "layout": config.layout.model_copy(update={"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}),
             "train": config.train.model_copy(update=batch),
             "optimizer": config.optimizer.model_copy(update={"transfer": None}),  # the stage's model has followed it
-            "growth": config.growth.model_copy(update={"stages": [], "max_tokens": None, "max_flops": None}),
+            "growth": config.growth.model_copy(
+                update={"stages": [], **dict.fromkeys(("max_tokens", "max_flops", *AFTER_GROWTH))}
+            ),
         }
     )
     return replace(resolve_stages(alone, layout.world)[0], index=stage.index)

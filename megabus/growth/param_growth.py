@@ -216,25 +216,18 @@ def _share(
 ) -> np.ndarray:
     """What each new row gets of its parent's gradient, in the mean or in the root mean square: (rows,) fp64.
 
-    `carry` keeps only originals, as they were; `grow` maps everything; `reset` starts from zero. Copies of a read row
-    (or of its gain) share their family's gradient, while each tilted copy of a write row sees all of it. So it is with
-    layers that share a gate: the gate sees all of its gradient, and what is behind it the gate's share.
+    `carry` keeps only originals; `grow` maps everything; `reset` starts from zero. Copies of a read row (or of its
+    gain) share their family's gradient, while each tilted copy of a write row sees all of it. So it is with layers
+    that share a gate: the gate sees all of its gradient, and what is behind it, originals too, the gate's share.
+    (On the sphere a gate that has shrunk sees ((1 - alpha) / (1 - alpha_k))^2 of it, but moments do not know alpha.)
     """
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
-    if growth.how.moments == "carry":
-        return (~added).astype(np.float64)
-    return _behind(growth, spec, layer) * _row_share(growth, spec, kind, rows)
-
-
-def _behind(growth: Growth, spec: ParamSpec, layer: LayerSource) -> float:
-    """See `_share`; of what a gate is before, in one of the layers that share it: the gate's own share.
-
-    Under `taper` on the sphere that share is one of r = alpha / (1 - alpha), and the gate's own gradient is not quite
-    the old one: times (1 - (1 - share) alpha)^2, from d alpha_k / d r. No moment knows alpha: that is left out.
-    """
     shared = growth.how.depth in SHARED and spec.branch and not spec.gate
-    return layer.gate(growth.how.depth, spec.branch) if shared else 1.0
+    behind = layer.gate(growth.how.depth, spec.branch) if shared else 1.0
+    if growth.how.moments == "carry":
+        return behind * (~added)
+    return behind * _row_share(growth, spec, kind, rows)
 
 
 def _row_share(growth: Growth, spec: ParamSpec, kind: Kind, rows: AxisMap) -> np.ndarray:

@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.root_d, self.eps = sqrt(declare.model.d_model), declare.model.norm_eps
         self.tp, self.rms_norm = declare.tp, declare.kernels.rms_norm
-        self.gain = declare("embed", role="gain", multiplier=self.root_d, llama=llama, branch=branch)
+        self.gain = declare("embed", role="gain", branch=branch, multiplier=self.root_d, llama=llama)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         return self.rms_norm(h_BTD, self.tp.shared(wide(self.gain)) * self.root_d, self.eps)

@@ -117,7 +117,7 @@ class Attention(nn.Module):
     def __init__(self, declare: Declare, *, unit: bool, std: float, out_std: float, scale: float) -> None:
         super().__init__()
         read: dict[str, Any] = {"role": "read", "unit": unit, "init": std, "branch": 1}
-        write: dict[str, Any] = {"role": "write", "unit": unit, "init": out_std, "branch": 1, "gate": not unit}
+        write: dict[str, Any] = {"role": "write", "unit": unit, "init": out_std, "gate": not unit, "branch": 1}
         self.q = declare("heads", "embed", llama="self_attn.q_proj.weight", **read)
         self.k = declare("kv_heads", "embed", llama="self_attn.k_proj.weight", **read)
         self.v = declare("kv_heads", "embed", llama="self_attn.v_proj.weight", **read)
@@ -154,7 +154,7 @@ class GatedMLP(nn.Module):
     def __init__(self, declare: Declare, *, unit: bool, std: float, out_std: float) -> None:
         super().__init__()
         read: dict[str, Any] = {"role": "read", "unit": unit, "init": std, "branch": 2}
-        write: dict[str, Any] = {"role": "write", "unit": unit, "init": out_std, "branch": 2, "gate": not unit}
+        write: dict[str, Any] = {"role": "write", "unit": unit, "init": out_std, "gate": not unit, "branch": 2}
         self.up = declare("ffn", "embed", llama="mlp.up_proj.weight", **read)
         self.gate = declare("ffn", "embed", llama="mlp.gate_proj.weight", **read)
         self.down = declare("ffn", "embed", llama="mlp.down_proj.weight", **write)

@@ -30,8 +30,8 @@ class ParamSpec:
     unit: rows are unit vectors, kept so after every optimizer step.
     init: a gain's raw initial value, or the standard deviation of a matrix's entries (before normalisation).
     multiplier: a gain acts as raw * multiplier (nGPT's init/scale); growth preserves that product.
-    branch: 1 or 2 for what belongs to the first or the second branch of its layer; 0 outside of layers.
-    gate: it silences its branch when 0 (zero gates make the layer the identity).
+    branch: 1 or 2, the branch of its layer that it is part of: attention or MLP; 0 outside of layers.
+    gate: silences its branch when 0 (zero gates make the layer the identity).
     lookup: rows are picked, not multiplied with h, and so cost no FLOPs.
     compensates_read_tilt: this gain makes up for read rows that tilted away from the old channels (`read: tilt`).
     llama: its name in transformers' Llama, within its layer or the whole model; there write matrices are transposed.

@@ -41,16 +41,18 @@ class Moved:
     """What a step does, in the root mean square over the parameters of a role.
 
     angle: that a row turns by, in radians; None for gains. change: |dW h| / |W h| over a micro batch's h, which are as
-    before the step; of gains |dg| / |g|.
+    before the step; of gains |dg| / |g|. What was 0 before the step, as the gates of silent layers are, has neither:
+    None where that is all there is.
     """
 
     angle: float | None
-    change: float
+    change: float | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A stage in some state: moves by role, the mean over some steps; `lr`: peak learning rates by role of matrix."""
+    """A stage in some state: moves by role, the mean over some steps; `lr`: peak learning rates by role of matrix,
+    where it has any."""
 
     stage: Stage
     state: str
@@ -121,12 +123,12 @@ def moves(engine: Engine, batches: Sequence[Batch]) -> dict[str, Moved]:
         spec, was = engine.placement.specs[name], before[name]
         role = role_of(spec)
         if spec.is_matrix:
-            angles[role].append(_angles(was, after))
+            turned = _angles(was, after)
+            angles[role] += [turned] if len(turned) else []
             was, after = (_product(spec, matrix, inputs[name]) for matrix in (was, after))
-        changes[role].append((after - was).norm() / was.norm())
-    return {
-        role: Moved(_rms(angles[role]) if angles[role] else None, _rms([torch.stack(changes[role])])) for role in ROLES
-    }
+        if was.any():
+            changes[role].append(((after - was).norm() / was.norm()).view(1))
+    return {role: Moved(_rms(angles[role]), _rms(changes[role])) for role in ROLES}
 
 
 def _masters(engine: Engine) -> dict[str, Tensor]:
@@ -136,7 +138,9 @@ def _masters(engine: Engine) -> dict[str, Tensor]:
 
 
 def _angles(one: Tensor, other: Tensor) -> Tensor:
-    """Between rows, (rows,) radians; by their distance on the sphere, which small angles do not cancel in."""
+    """Between rows that are not 0 in `one`, radians; by distance on the sphere, which small angles do not cancel in."""
+    there = one.any(dim=1)
+    one, other = one[there], other[there]
     one, other = (torch.nn.functional.normalize(x, dim=1) for x in (one, other))
     return 2 * ((one - other).norm(dim=1) / 2).clamp(max=1).asin()
 
@@ -148,17 +152,17 @@ def _product(spec: ParamSpec, matrix: Tensor, x: Tensor) -> Tensor:
     return x @ matrix if spec.role == "write" else x @ matrix.T
 
 
-def _rms(values: Sequence[Tensor]) -> float:
-    return float(torch.cat(list(values)).square().mean().sqrt())
+def _rms(values: Sequence[Tensor]) -> float | None:
+    return float(torch.cat(list(values)).square().mean().sqrt()) if values else None
 
 
 def _mean(moved: Sequence[Moved]) -> Moved:
-    angles = [each.angle for each in moved if each.angle is not None]
-    return Moved(_average(angles) if angles else None, _average([each.change for each in moved]))
+    return Moved(_average([each.angle for each in moved]), _average([each.change for each in moved]))
 
 
-def _average(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _average(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 class _Watch(TorchFunctionMode):

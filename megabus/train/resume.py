@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megabus.checkpoint.contents import Found
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.pair import SIZES
+from megabus.config.section import in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
@@ -17,6 +18,9 @@ from megabus.train.horizon import horizon_factor, planned_steps
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
 FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "preflight", "data")
 FREE_KEYS = ("layout", "micro_batch_size", "recompute", "overlap_comm", "sequence_parallel", "kernels", "buffer_mb")
+
+MULTIPLES = ("alpha_init", "s_z_init")  # that gains are stored in: a gain acts as raw * multiplier
+GO_BACK = "set it back, or choose another run_dir"
 
 
 def data_order(sources: Sources) -> dict[str, Any]:
@@ -46,7 +50,8 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     if saved.stage >= len(stages):
         problem = f"has {len(stages) - 1} growths, {found.folder.name} comes after growth {saved.stage}"
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
-    check_same_model(found, config, stages[saved.stage], "set it back, or choose another run_dir")
+    _check_follows(found, config, stages[saved.stage])
+    _check_same(found, stages[saved.stage], _shape, GO_BACK)
     changes = list(_changes(saved.config, config.model_dump(mode="json")))
     changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(saved.data, data)]
     if changes and config.resume == "strict":
@@ -75,20 +80,42 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
     ]
 
 
-def check_same_model(found: Found, config: RunConfig, stage: Stage, remedy: str) -> None:
-    """Raise `UserError` unless the stage's model is the checkpoint's."""
-    now = _shape(stage.model)
-    for key, value in _shape(found.state.model).items():
+def check_begins(origin: Found, stage: Stage) -> None:
+    """Raise `UserError` unless the stage's model can begin with the checkpoint's weights. What gains are stored in
+    multiples of may differ: `restore` re-expresses them."""
+    _check_same(origin, stage, _function, "give the model that was saved")
+
+
+def _check_same(found: Found, stage: Stage, facts: Callable[[ModelConfig], dict[str, Any]], remedy: str) -> None:
+    now = facts(stage.model)
+    for key, value in facts(found.state.model).items():
         if now[key] != value:
-            problem = f"is {value} in {found.folder}"
-            if key not in SIZES and now[key] != getattr(config.model, key):
-                problem = f"follows from optimizer.transfer, and {problem}"
-            raise UserError(f"{stage_section(stage.index)}.{key}", now[key], problem, remedy)
+            section = stage_section(stage.index) if key in SIZES else "model"  # where alone it can be set
+            raise UserError(f"{section}.{key}", now[key], f"is {value} in {found.folder}", remedy)
+
+
+def _check_follows(found: Found, config: RunConfig, stage: Stage) -> None:
+    """What follows from optimizer.transfer has the values of no key of the file: name those that it follows from."""
+    saved, tuned = found.state, config.optimizer.model_dump(mode="json")["transfer"]
+    for key in MULTIPLES:
+        if getattr(saved.model, key) != getattr(stage.model, key):
+            before = saved.config["optimizer"].get("transfer")
+            if before != tuned:
+                problem = f"was {in_line(before)} in {found.folder}, and {key} follows from it"
+                raise UserError("optimizer.transfer", in_line(tuned), problem, GO_BACK)
+            own, was = getattr(config.model, key), saved.config["model"].get(key, getattr(saved.model, key))
+            if own != was:
+                raise UserError(f"model.{key}", own, f"is {was} in {found.folder}", GO_BACK)
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
-    """All that an initialised model's function depends on."""
+    """All that a model's raw weights stand for."""
     return model.model_dump(exclude={"init_std", "embed_init_std", "head_init_std"}) | {"n_kv_heads": model.kv_heads}
+
+
+def _function(model: ModelConfig) -> dict[str, Any]:
+    """All that its function depends on, given what its gains act as."""
+    return {key: value for key, value in _shape(model).items() if key not in MULTIPLES}
 
 
 def _changes(was: Any, is_now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -117,9 +117,11 @@ def test_unknown_keys(base: Path, override: str, key: str, meant: str | None) ->
         ("optimizer.lr=0", "optimizer.lr", "0"),
         ("optimizer.beta2=1.5", "optimizer.beta2", "1.5"),
         ("optimizer.gate=0", "optimizer.gate", "0"),
+        ("optimizer.gate=2.1", "optimizer.gate", "2.1"),
         ("optimizer.max_angle=3.2", "optimizer.max_angle", "3.2"),
         ("optimizer.schedule=logarithmic", "optimizer.schedule", "logarithmic"),
         ("optimizer.decay_rho=0", "optimizer.decay_rho", "0"),
+        ("optimizer.decay_rho=1e-320", "optimizer.decay_rho", "1e-320"),
         ("train.logit_power=-1", "train.logit_power", "-1"),
         ("growth.rewarm={share: 1.5, tokens: 9}", "growth.rewarm.share", "1.5"),
         ("growth.settle={max_angle: 0, tokens: 9}", "growth.settle.max_angle", "0"),
@@ -209,6 +211,27 @@ train.logit_power=1 model.kind=gpt @ 1
 optimizer.gate=0.5 optimizer.implementation=deepspeed @ 1
     optimizer.implementation = deepspeed: has no gate, and optimizer.gate wants one; use torch
     optimizer.implementation=torch
+optimizer.decay=log optimizer.schedule=cosine @ 1
+    optimizer.decay = log: is the course of wsd's fall, and optimizer.schedule is cosine; leave it out, or ... to wsd
+    optimizer.schedule=wsd
+optimizer.decay_rho=0.2 @ 1
+    optimizer.decay_rho = 0.2: is of a logarithmic fall, and there is none; ... set optimizer.schedule or decay to log
+    optimizer.decay=log
+optimizer.decay_rho=0.2 optimizer.schedule=constant @ 1
+    optimizer.decay_rho = 0.2: is of a logarithmic fall, and there is none; ... set optimizer.schedule or decay to log
+    optimizer.schedule=log
+growth.stages=[] growth.boost.factor=3 @ 1
+    growth.boost = {factor: 3.0, tokens: 1000000}: is of what comes after a growth, ...; leave growth.boost out, or ...
+    growth.stages=[{"n_layers":5}]
+growth.stages=[] growth.rewarm.tokens=9 @ 1
+    growth.rewarm = {share: 0.0, tokens: 9}: is of what comes after a growth, and growth.stages names none; ...
+    growth.stages=[{"n_layers":5}]
+growth.stages=[] growth.settle.max_angle=0.1 growth.settle.tokens=9 @ 1
+    growth.settle = {max_angle: 0.1, tokens: 9}: is of what comes after a growth, ...
+    growth.stages=[{"n_layers":5}]
+model.kind=gpt optimizer.transfer.d_model=24 @ 1
+    growth.stages.0.d_model = 48: grows a gpt from 36 channels, where optimizer.transfer's rates do not hold; ...
+    growth.stages.0.d_model=36
 optimizer.max_angle=0.1 model.kind=gpt @ 1
     optimizer.max_angle = 0.1: caps what unit rows turn by: gpt has none; leave it out, or set model.kind to ngpt
     model.kind=ngpt
@@ -346,8 +369,11 @@ def test_no_stages_mean_not_to_grow(base: Path) -> None:
         base.write_text(BASE.replace("max_tokens: 2e3", cap))
         (only,) = resolve_stages(load_config(base, ["growth.stages=[]"]), 1)
         assert (only.max_tokens, only.max_flops, only.model.d_model) == (None, None, 36)
-    config = load_config(base, ["growth.stages=[]", "growth.boost.factor=3"])
-    assert config.growth.boost is not None  # all else is kept
+    after = "  boost: {factor: 3}\n  rewarm: {tokens: 9}\n  settle: {max_angle: 0.1, tokens: 9}\n  write: clone\n"
+    base.write_text(BASE.replace("  stages:", after + "  stages:"))
+    growth = load_config(base, ["growth.stages=[]"]).growth
+    assert (growth.boost, growth.rewarm, growth.settle, growth.write) == (None, None, None, "clone")
+    assert load_config(base, ["growth.stages=[]", "growth.boost.factor=2"]).growth.boost is not None  # as it is asked
     base.write_text(BASE[: BASE.index("  stages:")] + "data: {train: a, valid: b}\n")  # a file that contradicts itself
     assert "growth.max_tokens = 2000: the last stage ends with the run" in refusal(base)
 

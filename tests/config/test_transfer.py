@@ -26,11 +26,12 @@ def test_every_stage_of_ngpt_follows_by_itself(tmp_path):
     assert {model.init_std for model in models} == {0.02}
 
 
-def test_every_stage_of_gpt_follows_by_itself(tmp_path):
-    own = ("model.kind=gpt", "optimizer.transfer={d_model: 24}", "model.head_init_std=0.01")
-    models = [stage.model for stage in stages_of(tmp_path, *own)]
-    assert [model.init_std for model in models] == pytest.approx([0.02 / sqrt(1.5), *[0.02 / sqrt(2)] * 2])
-    assert [model.head_std for model in models] == pytest.approx([0.01 / 1.5, 0.01 / 2, 0.01 / 2])
+def test_every_width_of_gpt_follows_by_itself(tmp_path):
+    """Each in a run of its own: a gpt that follows the width does not grow in it."""
+    own = ("model.kind=gpt", "optimizer.transfer={d_model: 24}", "model.head_init_std=0.01", "growth={}")
+    models = [stages_of(tmp_path, *own, f"model.d_model={width}")[0].model for width in (36, 48)]
+    assert [model.init_std for model in models] == pytest.approx([0.02 / sqrt(1.5), 0.02 / sqrt(2)])
+    assert [model.head_std for model in models] == pytest.approx([0.01 / 1.5, 0.01 / 2])
     assert {model.embed_std for model in models} == {0.02}
     assert {(model.alpha_init, model.s_z_init) for model in models} == {(0.05, 1.0)}
 

@@ -101,6 +101,16 @@ def test_the_gated_one_is_the_papers(gate, eps, monkeypatch):
     assert (weights - other).abs().max() > 1e-4  # control: another gate is told from it
 
 
+@pytest.mark.parametrize("eps", [1e-30, 1e-8, 1e4])
+@pytest.mark.parametrize("gate", [1e-3, 1.0, 2.0])
+def test_every_gate_leaves_numbers(gate, eps, monkeypatch):
+    """At the bounds of what a configuration may say, for entries with no gradient too: those only decay."""
+    weights, _ = gated(gate, eps, monkeypatch)
+    assert weights.isfinite().all()
+    decayed = torch.linspace(-1, 1, N)[::100] * (1 - 3e-4) ** STEPS
+    torch.testing.assert_close(weights[::100].float(), decayed)
+
+
 def test_the_gated_one_has_segments_of_its_own_rates(monkeypatch):
     weights, _ = gated(0.5, 1e-4, monkeypatch, [Segment(0, 333, 0.25), Segment(333, N, 2.0)])
     for part, rate in ((slice(0, 333), 0.25), (slice(333, N), 2.0)):

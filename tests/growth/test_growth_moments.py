@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 
 import numpy as np
@@ -138,33 +139,47 @@ def test_squares_of_copied_rows_are_what_they_become(kind, write, low, high):
     assert not any(low < float(after[n].sum() / wrong[n].sum()) < high for n in names if ".0." in n)
 
 
-def slopes_by_copy(kind, depth):
-    """First moments over gradients of every parameter of each of a layer's two copies: {(name, copy): slope}."""
+def slopes_of_shared(kind, depth, **manner):
+    """{parameter of a layer of six: first moment over gradient} after three layers became two copies each."""
     old, new = config(kind), config(kind, {"n_layers": 6})
-    state, manner = lively_state(old, larger=1), how(moments="grow", depth=depth)
+    state, manner = lively_state(old, larger=1), how(depth=depth, **manner)
     moments = {name: g.float() for name, g in gradients(old, state).items()}
     mapped = megabus.grow_state(moments, old, new, 1, manner, "exp_avg")
     true = gradients(new, megabus.grow_state(state, old, new, 1, manner))
-    found = {}
-    for spec in param_specs(old).values():
-        for copy in (0, 1) if spec.layer is not None else ():
-            name = spec.in_layer(2 * spec.layer + copy)
-            ours, theirs = mapped[name].double(), true[name].double()
-            found[spec.name, copy] = float((ours * theirs).sum() / theirs.square().sum())
-    return found
+    return {
+        spec: float((mapped[name].double() * true[name]).sum() / true[name].square().sum())
+        for name, spec in param_specs(new).items()
+    }
 
 
 @pytest.mark.parametrize("depth", ["split", "taper"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_that_share_a_gate_share_what_is_behind_it(kind, depth, monkeypatch):
-    """Gates see all of their gradient, and what is behind them a share, in each copy its own."""
-    slopes = slopes_by_copy(kind, depth)
-    assert 0.85 < min(slopes.values()) <= max(slopes.values()) < 1.15, slopes
-    # Negative control: with 1/n whatever the shares are, together they would still be right.
-    monkeypatch.setattr(param_growth, "_behind", lambda growth, spec, layer: 1 if spec.gate else 1 / layer.copies)
-    equal = slopes_by_copy(kind, depth)
-    off = [slope for (name, _), slope in equal.items() if not param_specs(config(kind))[name].gate]
-    assert (min(off) < 0.7 and max(off) > 1.8) == (depth == "taper")
+def test_layers_that_share_a_gate_share_what_is_behind_it(kind, depth):
+    """First moments over gradients of each copy: 1 for gates and for all that they silence."""
+    told = slopes_of_shared(kind, depth, moments="grow")
+    assert all(0.8 < slope < 1.25 for slope in told.values()), {spec.name: slope for spec, slope in told.items()}
+    assert {spec.branch for spec in told if spec.layer is not None} == {1, 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_shares_would_show(kind, monkeypatch):
+    """Negative control: of a gate that was shared 3 to 1, what is behind it does not get a half each."""
+    share = param_growth._share
+
+    def halved(growth, spec, layer, *rest):
+        return share(replace(growth, how=how(moments="grow", depth="split")), spec, layer, *rest)
+
+    monkeypatch.setattr(param_growth, "_share", halved)
+    told = slopes_of_shared(kind, "taper", moments="grow")
+    assert not any(0.8 < slope < 1.25 for spec, slope in told.items() if spec.branch and not spec.gate)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_originals_that_are_carried_share_too(kind):
+    told = slopes_of_shared(kind, "taper", moments="carry")
+    for spec, slope in told.items():
+        added = spec.layer is not None and spec.layer % 2
+        assert slope == 0 if added else 0.8 < slope < 1.25, (spec.name, slope)
 
 
 # ---- plain clones

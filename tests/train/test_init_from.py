@@ -8,6 +8,7 @@ import transformers
 from support.launching import tree
 from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
 
+from megabus.config import resolve_stages
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.batches import TokenSource
@@ -62,6 +63,24 @@ def test_a_llama_is_trained_and_grown(corpus, llama, tmp_path):
     assert rows_of(more, "resume")[0]["step"] == 8
     strict = config_of(corpus, tmp_path / "run", "elsewhere", resume="strict", train__max_tokens=1280)
     assert "init_from = elsewhere: was" in refusal(strict, 2)
+
+
+def test_an_ngpt_begins_with_what_its_gains_acted_as(corpus, tmp_path):
+    """Whatever multiples they are stored in: here alpha's and s_z's follow another size."""
+    small = {"growth": {}, "train__max_tokens": 512}
+    first = run_config(corpus, tmp_path / "first", [{}] * 3, **small)
+    start(first, 1)
+    tuned = {"d_model": 24, "n_layers": 6, "steps": 4}
+    second = run_config(
+        corpus, tmp_path / "second", [{}] * 3, **small, init_from=str(tmp_path / "first"), optimizer__transfer=tuned
+    )
+    (before,), (after,) = (resolve_stages(config, 1) for config in (first, second))
+    assert after.model.alpha_init == pytest.approx(2 * before.model.alpha_init)
+    assert after.model.s_z_init == pytest.approx(1.5**0.5 * before.model.s_z_init)
+    start(second, 1)
+    ended, begun = rows_of(first, "eval")[-1], rows_of(second, "eval")[0]
+    assert ended["step"] == 4
+    assert begun["loss"] == pytest.approx(ended["loss"], abs=1e-6)
 
 
 def test_another_model_is_refused(corpus, llama, tmp_path):

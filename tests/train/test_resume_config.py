@@ -96,9 +96,17 @@ def test_the_shape_of_the_present_stage_must_stay(stopped, override, key, value,
 
 
 def test_what_follows_from_transfer_must_stay(stopped):
-    """The user finds 0.05 in the file, so the line says where 0.1 comes from."""
-    line = refused(stopped[2], "optimizer.transfer={d_model: 36, n_layers: 6, steps: 9}")
-    assert line.startswith("model.alpha_init = 0.1: follows from optimizer.transfer, and is 0.05 in ")
+    """The file says 0.05 before and after, so the line names what 0.1 comes from."""
+    told = "; set it back, or choose another run_dir"
+    for steps, stage in ((2, "00000002"), (5, "00000005")):
+        line = refused(stopped[steps], "optimizer.transfer={d_model: 36, n_layers: 6, steps: 9}")
+        where = f"{stopped[steps]}/checkpoints/step-{stage}"
+        assert line == (
+            f"optimizer.transfer = {{d_model: 36, n_layers: 6, steps: 9}}: was null in {where}, "
+            f"and alpha_init follows from it{told}"
+        )
+    line = refused(stopped[5], "model.alpha_init=0.1")
+    assert line == f"model.alpha_init = 0.1: is 0.05 in {where}{told}"
 
 
 @pytest.mark.parametrize(("key", "value"), [("d_model", 50), ("n_heads", 2), ("d_ff", 91), ("n_layers", 4)])

@@ -130,5 +130,6 @@ def test_one_factor_for_all_stages_and_none_without_a_reference(corpus, tmp_path
     factor = (planned_steps(config.train, stages) / 40) ** (-1 / 3)
     assert moved == [replace(stage, lr=stage.lr * factor) for stage in stages]
     assert at_horizon(config_of(corpus, tmp_path / "run", None), stages) == stages
-    gpt = config_of(corpus, tmp_path / "run", {"d_model": 36}, model__kind="gpt")
-    assert [stage.lr for stage in at_horizon(gpt, resolve_stages(gpt, 2))] == [1e-2, 1e-2, 3e-3]
+    deeper = {"growth__stages": [{"n_layers": 5, "lr": 3e-3, "layout": LAYOUTS[1]}]}
+    gpt = config_of(corpus, tmp_path / "run", {"d_model": 36}, model__kind="gpt", **deeper)
+    assert [stage.lr for stage in at_horizon(gpt, resolve_stages(gpt, 2))] == [1e-2, 3e-3]

@@ -76,6 +76,16 @@ def test_what_a_model_of_no_layers_can_be_asked(runs, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+def test_rates_transfer_to_a_run_from_no_layers(corpus, tmp_path):
+    """The first stage has no alpha that could follow the depth; those that layers bring later follow it."""
+    tuned = {"d_model": 36, "n_layers": 6, "steps": 12}
+    config = configured(corpus, tmp_path / "run", LAYOUTS["one"], optimizer__transfer=tuned)
+    alphas = [stage.model.alpha_init for stage in resolve_stages(config, 1)]
+    assert alphas == pytest.approx([0.05, 0.15, 0.1])
+    (rank,) = start(config, 1)
+    assert [step.stage for step in rank.steps] == [0] * 4 + [1] * 4 + [2] * 4
+
+
 def test_layers_of_a_model_that_has_none_cannot_be_copied(corpus, tmp_path):
     told = refusal(configured(corpus, tmp_path / "run", LAYOUTS["one"], growth__depth="append"), 1)
     assert told == (
