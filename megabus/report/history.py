@@ -20,6 +20,7 @@ from megabus.errors import UserError
 MetricsRow = dict[str, Any]
 XAxis = Literal["flops", "tokens", "time"]
 
+NOT_FINITE = "not finite"  # the reason of a `resume` row that is a return to a checkpoint
 _CURVES = ("start", "step", "eval", "growth")
 _CHUNK = 4096  # lines that are parsed at once, so that their keys are the same objects: half the memory
 

@@ -13,7 +13,7 @@ import yaml
 
 from megabus.errors import UserError
 from megabus.report.curves import Tracks
-from megabus.report.history import MetricsRow, curve_rows, layouts_that_ran, read_rows, what_counts
+from megabus.report.history import NOT_FINITE, MetricsRow, curve_rows, layouts_that_ran, read_rows, what_counts
 from megabus.report.plots import growth_text, short_sizes, stage_table, why
 from megabus.table import clock, si
 
@@ -224,7 +224,7 @@ def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
             yield {"row": row, "what": "failed save", "details": str(row["error"])}
         elif row["event"] == "resume":
             back = f"to step {row['step']:,}, from step {last:,}"
-            if row.get("reason") == "not finite":
+            if row.get("reason") == NOT_FINITE:
                 yield {"row": row, "what": "rollback", "details": f"{back}, past the data that failed"}
             else:
                 lost = f" ({last - row['step']:,} steps not saved)" if last > row["step"] else ""

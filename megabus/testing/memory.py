@@ -23,12 +23,17 @@ MODEL = {"vocab_size": 509, "d_model": 76, "n_layers": 5, "n_heads": 6, "n_kv_he
 
 
 def memory_training(
-    kind: str, layout: Layout, micro_batches: int = 3, model: dict[str, int] | None = None, **train: Any
+    kind: str,
+    layout: Layout,
+    micro_batches: int = 3,
+    model: dict[str, int] | None = None,
+    optimizer: dict[str, float] | None = None,
+    **train: Any,
 ) -> Training:
     """A small training whose activations outweigh its states, as they may in a large one."""
     batch = {"seq_len": 62, "micro_batch_size": 3} | train
     batch["global_batch_size"] = batch["micro_batch_size"] * layout.dp * micro_batches
-    return make_training({"kind": kind, **MODEL, **(model or {})}, layout, batch, {"lr": 1e-3})
+    return make_training({"kind": kind, **MODEL, **(model or {})}, layout, batch, {"lr": 1e-3, **(optimizer or {})})
 
 
 @dataclass(frozen=True)

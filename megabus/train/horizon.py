@@ -16,11 +16,18 @@ EXPONENT = -1 / 3  # of steps, in nu-GPT (Shigida et al. 2026, arXiv 2604.27077)
 def at_horizon(config: RunConfig, stages: Sequence[Stage]) -> list[Stage]:
     """The stages with their learning rates times (planned steps / optimizer.transfer.steps)^(-1/3), one factor for all
     of the run; as they are where no such number is given."""
+    factor = horizon_factor(config, stages)
+    if factor is None:
+        return list(stages)
+    return [replace(stage, lr=stage.lr * factor) for stage in stages]
+
+
+def horizon_factor(config: RunConfig, stages: Sequence[Stage]) -> float | None:
+    """What the learning rates are multiplied by for the number of steps; None where `optimizer.transfer` has none."""
     tuned = config.optimizer.transfer
     if tuned is None or tuned.steps is None:
-        return list(stages)
-    factor = (planned_steps(config.train, stages) / tuned.steps) ** EXPONENT
-    return [replace(stage, lr=stage.lr * factor) for stage in stages]
+        return None
+    return float((planned_steps(config.train, stages) / tuned.steps) ** EXPONENT)
 
 
 def planned_steps(train: TrainConfig, stages: Sequence[Stage]) -> int:

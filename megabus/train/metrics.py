@@ -13,6 +13,7 @@ from typing import Any
 from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaView, bar
+from megabus.report.history import NOT_FINITE
 from megabus.table import clock
 
 STEP = "trainer/step"  # wandb's x axis
@@ -75,7 +76,7 @@ class Metrics:
             if self.wandb is not None:
                 self.wandb.log(numbers | {STEP: row["step"]})
             if self.tensorboard is not None:
-                if event == "resume" and row.get("reason") == "not finite":
+                if event == "resume" and row.get("reason") == NOT_FINITE:
                     self.tensorboard.close()
                     self.tensorboard = self._tensorboard(row["step"])
                 for key, value in numbers.items():

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megabus.checkpoint.contents import Found
-from megabus.config import ModelConfig, RunConfig, Stage
+from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.pair import SIZES
 from megabus.config.section import in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
 from megabus.errors import UserError
+from megabus.train.horizon import horizon_factor, planned_steps
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
 FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "preflight", "data")
@@ -56,7 +57,27 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     if changes and config.resume == "strict":
         key, was, is_now = changes[0]
         raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
-    return [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
+    told = [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
+    return told + (_rates(found, config, stages) if changes else [])
+
+
+def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
+    """A line where other planned steps change all learning rates, which no key says."""
+    is_now = horizon_factor(config, stages)
+    if is_now is None:
+        return []
+    try:
+        before = parse_config(found.state.config)
+        planned = resolve_stages(before, found.state.layout.world)
+    except UserError as error:
+        raise error.within(f"config of {found.folder}") from error
+    was = horizon_factor(before, planned)
+    if was is None or was == is_now:
+        return []
+    steps = f"{planned_steps(before.train, planned)} -> {planned_steps(config.train, stages)}"
+    return [
+        f"all learning rates: {is_now / was:.3g} times what they were, by optimizer.transfer (planned steps {steps})"
+    ]
 
 
 def check_begins(origin: Found, stage: Stage) -> None:

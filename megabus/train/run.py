@@ -26,8 +26,9 @@ from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.outlook import outlook
 from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters, flops_per_token
-from megabus.parallel.agree import agreement
+from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
+from megabus.report.history import NOT_FINITE
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
 from megabus.train.horizon import at_horizon
@@ -102,16 +103,14 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         if found is not None:
             changes = check_continues(found, config, stages, data_order(corpora.sources))
     lock.keep()
-    if dist.get_rank() == 0:
-        for line in told:
-            warn(line)
+    for line in told:
+        rank_0_says(line, warn)
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
     tokenizer = config.data.tokenizer
-    if metrics is not None:
-        for warning in warnings:
-            say(warning)
+    for warning in warnings:
+        rank_0_says(warning)
     saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.heartbeat)
     engine = _engine(config, stages, found.state.stage if found else 0)
     watchdog.heartbeat()
@@ -145,9 +144,8 @@ def check_only(config: RunConfig) -> None:
             stages, _ = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full=True, measured=True)
             with agreement():
                 told = check_growths(config, stages)
-            if dist.get_rank() == 0:
-                for line in told:
-                    warn(line)
+            for line in told:
+                rank_0_says(line, warn)
     finally:
         lock.release()
 
@@ -217,7 +215,7 @@ def roll_back(run: Run) -> None:
     run.engine.close()
     run.engine = _engine(run.config, run.stages, found.state.stage)
     run.watchdog.heartbeat()
-    go_on_from(run, found, {"reason": "not finite", "changes": [], "from_step": failed.step})
+    go_on_from(run, found, {"reason": NOT_FINITE, "changes": [], "from_step": failed.step})
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
 

@@ -16,14 +16,14 @@ from support.trainings import run_of
 
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
 from megabus.config.stages import Stage
-from megabus.engine import ds_config
+from megabus.engine import adam, ds_config, turns
 from megabus.estimate import activations
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
 from megabus.estimate.devices import Interconnect, device
 from megabus.estimate.growth import estimate_growth, messages
 from megabus.estimate.layouts import candidates, fullest, rank_layouts
-from megabus.estimate.memory import rank_memory, states_at
+from megabus.estimate.memory import held_copies, memory_at, rank_memory, states_at
 from megabus.estimate.step_time import links, ring, step_time
 from megabus.growth.param_growth import Growth
 from megabus.growth.plan import ELEMENT_BYTES, Plan
@@ -78,6 +78,30 @@ def test_memory_is_what_ranks_hold(kind, layout, options, small_buckets, monkeyp
     for change in ({"micro_batch_size": 2 * config.train.micro_batch_size}, {"recompute": not config.train.recompute}):
         other_run = memory_training(kind, layout, **options | change)
         assert off(estimates(other_run), found) > 0.1
+
+
+@pytest.mark.parametrize("optimizer", [{"gate": 0.5}, {"max_angle": 0.01}, {"max_angle": 0.01, "gate": 0.5}], ids=str)
+def test_what_is_held_while_adam_steps_is_what_ranks_hold(optimizer, small_buckets, monkeypatch):
+    """A cap's copy of the masters, and of the gated Adam's no temporaries but blocks, which are small in a large model
+    and so are here."""
+    for room in (adam, turns):
+        monkeypatch.setattr(room, "BLOCK", 2**12)
+    layout = Layout(1, 1, 1)
+    training = memory_training("ngpt", layout, 1, optimizer=optimizer)
+    (found,) = run_ranks(1, measure, training, BUCKET, timeout=600.0)
+    stage, held = training.stage, held_copies(run_of(training), training.stage)
+    placement = Placement(stage.model, layout)
+    shares = [memory_at(training.train, stage, placement, 0, 0, held=n).update / found.updating for n in range(3)]
+    assert [0.95 < share < 1.05 for share in shares] == [n == held for n in range(3)], shares
+
+
+def test_copies_are_held_in_stages_that_have_grown():
+    training = memory_training("ngpt", Layout(1, 1, 1))
+    first, grown = training.stage, replace(training.stage, index=1)
+    settle, boost = {"settle": {"max_angle": 1e-3, "tokens": 100}}, {"boost": {}}
+    for growth, copies in ((settle, 1), (boost, 2), (settle | boost, 3), ({}, 0)):
+        config = run_of(training, growth=growth)
+        assert (held_copies(config, first), held_copies(config, grown)) == (0, copies)
 
 
 # ---- large worlds

@@ -227,6 +227,24 @@ def test_declarations_are_the_table(kind):
     assert gates == ({"alpha_attn", "alpha_mlp"} if kind == "ngpt" else {"attn.out", "mlp.down"})
 
 
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_every_parameter_of_a_layer_knows_its_branch(kind):
+    """What has a gradient when the gates of one branch alone are open is that branch's, and no other is."""
+    model_config = config(kind)
+    specs = param_specs(model_config)
+    for open_branch in (1, 2):
+        model, draw = Decoder(model_config).double(), torch.Generator().manual_seed(0)
+        for name, p in model.named_parameters():
+            silent = specs[name].gate and specs[name].branch != open_branch
+            p.data = torch.zeros_like(p) if silent else torch.randn(p.shape, generator=draw, dtype=p.dtype)
+        tokens = torch.arange(22).view(2, 11)
+        model.loss(model.hidden(tokens), tokens.roll(1, 1))[0].backward()
+        for name, p in model.named_parameters():
+            moved = bool(p.grad.any())
+            spec = specs[name]
+            assert moved == (spec.layer is None or spec.gate or spec.branch == open_branch), name
+
+
 def test_in_layer_renames_only_the_layer():
     spec = param_specs(config())["layers.1.attn.out"]
     assert spec.in_layer(12) == "layers.12.attn.out"

@@ -13,10 +13,10 @@ from megabus.train.overtaken import check_growths
 STEP = 8 * 16  # tokens
 
 
-def config_of(first=None, second=None, budget=None, growths=2, **optimizer):
+def config_of(first=None, second=None, budget=None, growths=2, rule="kappa", **optimizer):
     """Stages of 100 steps' budget; caps of the first two in steps."""
     stages = [{"n_layers": 2, "max_tokens": second and second * STEP}, {"n_layers": 3}][2 - growths :]
-    growth = {"max_tokens": first and first * STEP, "trigger": {"min_evals": 5}, "stages": stages}
+    growth = {"max_tokens": first and first * STEP, "trigger": {"min_evals": 5, "rule": rule}, "stages": stages}
     sizes = {"vocab_size": 67, "d_model": 36, "n_layers": 1, "n_heads": 2, "head_dim": 6, "d_ff": 62}
     return parse_config(
         {
@@ -78,6 +78,11 @@ def test_a_stage_that_nothing_ends_is_refused():
     with pytest.raises(UserError, match=r"^growth\.stages\.0\.max_tokens = \(missing\): .* at 60% of the budget"):
         told(config_of(decay_share=0.5))
     assert told(config_of(5, decay_share=0.5)) == []  # by its cap the first stage ends earlier
+
+
+def test_the_rule_that_cannot_decide_is_named():
+    with pytest.raises(UserError, match=": rule marginal has 5 evaluations at 30% of the budget, and decides nothing"):
+        told(config_of(decay_share=0.8, rule="marginal"))
 
 
 def test_a_run_is_refused_before_it_trains(tmp_path, capfd):

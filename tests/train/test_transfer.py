@@ -67,6 +67,24 @@ def test_resume_is_bitwise(whole, tmp_path):
         assert all(step in steps for step in rank.steps)
 
 
+def test_another_budget_changes_all_rates_and_says_so(corpus, tmp_path, whole):
+    """What was planned and is: as many steps as the whole run, and as one with twice the budget."""
+    config = config_of(corpus, tmp_path / "run")
+    start(config, 2, stop_after(4))
+    more = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens": 8000})})
+    start(more, 2, stop_after(6))
+    start(more, 2, stop_after(7))  # negative control: as it was saved
+    was, now = len(whole[1]), 16 + ceil((8000 - 2048) / 256)
+    (first, then), rows = (row["changes"] for row in rows_of(more, "resume")), rows_of(more, "step")
+    factor = (now / was) ** (-1 / 3)
+    assert first == [
+        "train.max_tokens: 4000 -> 8000",
+        f"all learning rates: {factor:.3g} times what they were, by optimizer.transfer (planned steps {was} -> {now})",
+    ]
+    assert then == []
+    assert rows[5]["lr"] / rows[3]["lr"] == pytest.approx(factor)
+
+
 def test_a_run_without_rates_is_another(whole, tmp_path, corpus):
     """Negative control of the above: until the first growth only the horizon makes the difference, then widths do."""
     steps = whole[1]
