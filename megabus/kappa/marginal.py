@@ -44,6 +44,16 @@ class StagePath:
     std: list[float]
     mixing: float
 
+    def wrongs(self) -> dict[str, bool]:
+        """Whether each value is out of range: what no stage has shown."""
+        return {
+            "n_params": not 0 < self.n_params < 2**63,
+            "tokens": not self.tokens or min(self.tokens) <= 0 or self.tokens != sorted(self.tokens),
+            "losses": len(self.losses) != len(self.tokens),
+            "std": len(self.std) != len(self.tokens) or min(self.std) <= 0,
+            "mixing": self.mixing < 0,
+        }
+
 
 @dataclass(frozen=True)
 class Ahead:
@@ -53,6 +63,15 @@ class Ahead:
     flops_per_token: float
     run_tokens: float | None
     run_flops: float | None
+
+    def wrongs(self) -> dict[str, bool]:
+        """Whether each value is out of range."""
+        return {
+            "n_params": not 0 < self.n_params < 2**63,
+            "flops_per_token": self.flops_per_token <= 0,
+            "run_tokens": self.run_tokens is not None and self.run_tokens < 0,
+            "run_flops": self.run_flops is not None and self.run_flops <= 0,
+        }
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,10 @@ def check_saved(state: KappaState) -> None:
         "met": state.met < 0,
         "nonfinite": state.nonfinite < 0,
     }
+    if span.ahead is not None:
+        wrongs |= {f"span.ahead.{key}": wrong for key, wrong in span.ahead.wrongs().items()}
+    for number, path in enumerate(state.past):
+        wrongs |= {f"past.{number}.{key}": wrong for key, wrong in path.wrongs().items()}
     for key, wrong in wrongs.items():
         if wrong:
             raise ValueError(f"{key}: is out of range or out of order")
