@@ -5,7 +5,8 @@ What the next size would do is a law's word, L(N, D) = E + A / N^alpha + B / D^b
 come to the same loss. Let a run take C1(L) FLOPs to the loss L at the present size, M to heal, and C2 at the next one:
 C1(L) + M + C2(end) - C2(L) is least where dC1/dL = dC2/dL, whatever M is. So the instant is where the slopes are equal,
 and healing decides whether to grow at all: over what is left of the run, the next size must come lower than the present
-one in spite of it.
+one in spite of it. All of this is of runs that FLOPs end. Where tokens or steps do, FLOPs cost nothing, and a larger
+size is better per token at any time.
 """
 
 from __future__ import annotations
@@ -146,9 +147,15 @@ def _tokens(law: ScalingLaw, n_params: int, loss: float) -> float:
 
 
 def returns(
-    fit: CurveFit, paths: Sequence[StagePath], given: ScalingLaw, ahead: Ahead, at: tuple[int, float]
+    fit: CurveFit,
+    paths: Sequence[StagePath],
+    given: ScalingLaw,
+    ahead: Ahead,
+    at: tuple[int, float],
+    flops_per_token: float,
 ) -> Returns:
-    """Both returns at these run totals `at` of (tokens, FLOPs). paths: all stages so far, the present one last."""
+    """Both returns at these run totals `at` of (tokens, FLOPs). paths: all stages so far, the present one last, whose
+    tokens cost `flops_per_token`."""
     tokens, flops = at
     law = fit_run_law(paths, given)
     loss = fit.healed(flops)
@@ -160,11 +167,11 @@ def returns(
     following = law.beta * above / (reached * ahead.flops_per_token)
     measured = [path.mixing for path in paths if not path.scratch]
     mixing = max(measured) if measured else MIXING * flops
-    left = math.inf if ahead.run_flops is None else ahead.run_flops - flops
-    if ahead.run_tokens is not None:
-        left = min(left, (ahead.run_tokens - tokens) * ahead.flops_per_token)
-    if math.isinf(left):
+    flops_left = math.inf if ahead.run_flops is None else ahead.run_flops - flops
+    tokens_left = math.inf if ahead.run_tokens is None else ahead.run_tokens - tokens
+    stays, grows = (min(flops_left, tokens_left * each) for each in (flops_per_token, ahead.flops_per_token))
+    if math.isinf(grows):
         return Returns(now, std, following, True)
-    after = reached + max(left - mixing, 0.0) / ahead.flops_per_token
+    after = reached + max(grows - mixing, 0.0) / ahead.flops_per_token
     grown = law.loss(ahead.n_params, after)
-    return Returns(now, std, following, left > mixing and grown < fit.healed(flops + left))
+    return Returns(now, std, following, grows > mixing and grown < fit.healed(flops + stays))

@@ -34,6 +34,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
 from megabus.config.schema import KappaConfig
+from megabus.kappa.curve_fit import CurveFit
 from megabus.kappa.marginal import Returns, StagePath, path_of, returns
 from megabus.kappa.predictors import CurvePoint, Fit, StageSpan, make_predictor
 
@@ -157,8 +158,8 @@ class KappaMonitor:
 
     def start_stage(self, span: StageSpan) -> None:
         """Watch this stage. Of the last one stays what a law of this run's stages can be fitted to."""
-        path = None if self._state is None or self._marginal is None else self._path(self._marginal)
-        past = [] if self._state is None else [*self._state.past, *([] if path is None else [path])]
+        found = None if self._state is None else self._fitted()
+        past = [] if self._state is None else [*self._state.past, *([] if found is None else [found[1]])]
         self._state = KappaState(span, past=past)
 
     def retarget(self, span: StageSpan) -> None:
@@ -259,23 +260,25 @@ class KappaMonitor:
         std = 0.0 if view.mp_std is None else math.hypot(view.mp_std, view.noise)
         return std <= self.trigger.max_std * (view.start - view.mp)
 
-    def _path(self, fit_of: Fit) -> StagePath | None:
-        """What the present stage has shown so far; None while that is too little for a fit."""
-        span, fit = self.state.span, fit_of.curve(self.state.span, self.state.curve)
+    def _fitted(self) -> tuple[CurveFit, StagePath, float] | None:
+        """For rule `marginal`: the fit of the present stage, what the stage has shown, and its FLOPs per token; None
+        while that is too little for a fit."""
+        span = self.state.span
+        fit = None if self._marginal is None else self._marginal.curve(span, self.state.curve)
         if fit is None:
             return None
         points = [p for p in self.state.curve if p.flops > span.flops]
         tokens, losses = np.array([p.tokens - span.tokens for p in points]), np.array([p.loss for p in points])
-        return path_of(fit, span.n_params, tokens, losses, (points[-1].flops - span.flops) / float(tokens[-1]))
+        flops_per_token = (points[-1].flops - span.flops) / float(tokens[-1])
+        return fit, path_of(fit, span.n_params, tokens, losses, flops_per_token), flops_per_token
 
     def _returns(self, tokens: int, flops: float) -> Returns | None:
-        state = self.state
-        if self._marginal is None or state.span.ahead is None:
+        state, found = self.state, None if self.state.span.ahead is None else self._fitted()
+        if found is None or state.span.ahead is None:
             return None
-        fit, path = self._marginal.curve(state.span, state.curve), self._path(self._marginal)
-        if fit is None or path is None:
-            return None
-        return returns(fit, [*state.past, path], self.trigger.scaling_law, state.span.ahead, (tokens, flops))
+        fit, path, flops_per_token = found
+        paths = [*state.past, path]
+        return returns(fit, paths, self.trigger.scaling_law, state.span.ahead, (tokens, flops), flops_per_token)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain JSON values."""

@@ -422,13 +422,19 @@ def test_bar():
 
 
 def test_stages_that_kappa_hardly_ends_are_told():
-    def told(trigger, **growth):
+    def told(trigger, flops=None, **growth):
         stages = [{"d_model": 64, **growth.pop("second", {})}, {"d_model": 96}]
         config = parse_config(
             {
                 "run_dir": "unused",
                 "model": {"vocab_size": 67, "d_model": 48, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-                "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_tokens": 4000},
+                "train": {
+                    "seq_len": 16,
+                    "micro_batch_size": 2,
+                    "global_batch_size": 8,
+                    "max_tokens": 4000,
+                    "max_flops": flops,
+                },
                 "optimizer": {"lr": 0.01},
                 "data": {"train": "unused", "valid": "unused"},
                 "growth": {**growth, "trigger": trigger, "stages": stages},
@@ -441,7 +447,7 @@ def test_stages_that_kappa_hardly_ends_are_told():
     assert len(lines) == 2
     assert lines[0].startswith("growth.max_tokens = (missing): without one fit predicts")
     assert lines[1].startswith("growth.stages.0.max_tokens = (missing)")
-    assert "never becomes worth more" in told({"rule": "marginal"})[0]
+    assert "never becomes worth more" in told({"rule": "marginal"}, flops=1e12)[0]
     high = {"predictor": "constant", "constant": [7.0, 3.0, 3.0]}
     (line,) = told(high, max_tokens=100)
     assert line == (
