@@ -26,7 +26,8 @@ PRIOR_STD = np.array([0.2, 1.0, 1.5, 0.03, 0.03])
 LAW_STD = 0.001  # nats by which a stage's own curve lies beside the law, whatever its noise
 MIXING = 0.05  # FLOPs that healing takes, of the run's so far: before any growth of this run has been seen to heal
 GROUPS = 16  # of a stage's validations, of which the medians count
-STEPS = 60  # of Levenberg and Marquardt's method: more than it takes
+STEPS = 60  # of Levenberg and Marquardt's method, at most
+SMALL = 1e-4  # fall of the sum of squares, each over its variance: the last step's
 LEAST = 1e-9  # nats above a floor
 
 
@@ -127,10 +128,13 @@ def fit_run_law(paths: Sequence[StagePath], given: ScalingLaw) -> ScalingLaw:
         damped = normal + damping * np.diag(np.diag(normal)) + 1e-12 * np.diag(width**-2)
         step = np.clip(np.linalg.solve(damped, -jacobian.T @ r), -width, width)
         found = residuals(theta + step)
-        if found @ found < r @ r:
+        fall = float(r @ r - found @ found)
+        if fall > 0:
             theta, r, damping = theta + step, found, damping / 5
         else:
             damping = min(damping * 5, 1e12)
+        if abs(fall) <= SMALL:
+            break
     return _law(theta)
 
 
