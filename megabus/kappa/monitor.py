@@ -222,7 +222,7 @@ class KappaMonitor:
                 if mp < start:
                     target = mp + (1 - span.kappa) * (start - mp)
                     progress = min(1.0, (start - level) / (start - mp))
-                half = spent_share(tokens - span.tokens, flops - span.flops, span.max_tokens, span.max_flops) >= 0.5
+                half = cap_share(tokens - span.tokens, flops - span.flops, span.max_tokens, span.max_flops) >= 0.5
                 flat = half and std is not None and start - mp + 2 * std <= FLAT * level
         return KappaView(
             stage=span.index,
@@ -289,9 +289,12 @@ class KappaMonitor:
         self._state = SAVED.validate_json(json.dumps(state), strict=True)
 
 
-def never_met(view: KappaView, predictor: str) -> str | None:
-    """What to tell of a stage that κ cannot end as far as its third loss shows, once; None of any other."""
-    if view.evals != _OF or view.mp is None or view.start is None or view.mp_std is not None or view.mp < view.start:
+def never_met(view: KappaView, loss: float, predictor: str) -> str | None:
+    """What to tell of a stage that κ cannot end as far as its third finite loss shows, once: when that, `loss`, has
+    come; None of any other."""
+    if not math.isfinite(loss) or view.evals != _OF:
+        return None
+    if view.mp is None or view.start is None or view.mp_std is not None or view.mp < view.start:
         return None
     ends = "nothing but the run's end ends it" if view.max_tokens is view.max_flops is None else "its cap alone ends it"
     said = f"growth.trigger.predictor = {predictor} says {view.mp:.4f}, no less than where stage {view.stage} began"
@@ -306,7 +309,7 @@ def _with_returns(view: KappaView, found: Returns | None) -> KappaView:
     return replace(view, kappa=1.0, progress=progress, gain_now=found.now, gain_next=found.following)
 
 
-def spent_share(tokens: int, flops: float, max_tokens: int | None, max_flops: float | None) -> float:
+def cap_share(tokens: int, flops: float, max_tokens: int | None, max_flops: float | None) -> float:
     """What a stage has used of the cap that it comes to first; 0 without any."""
     return max(0.0 if max_tokens is None else tokens / max_tokens, 0.0 if max_flops is None else flops / max_flops)
 
