@@ -20,6 +20,7 @@ from megabus.command import Parser, run
 from megabus.config import GrowthConfig, ModelConfig
 from megabus.config.schema import Depth
 from megabus.data.batches import TokenSource
+from megabus.errors import UserError
 from megabus.growth import maps
 from megabus.kernels.eager import unit_rows_
 from megabus.model.decoder import Decoder, param_specs
@@ -94,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 1500], help="after which to grow (300 1500)")
     parser.add_argument("--sequences", type=int, default=64, help="of the validation, in eights (%(default)s)")
     args = parser.parse_args(argv)
+    if min(args.steps) < 1 or len(set(args.steps)) < len(args.steps):
+        raise UserError("--steps", args.steps, "are no steps after which to grow", "give numbers from 1 on, each once")
     torch.set_num_threads(1)
     train, valid = (TokenSource([(p, 1.0)], SEQ_LEN, 0, args.vocab_size) for p in (args.train, args.valid))
     states = {

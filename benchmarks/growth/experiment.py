@@ -287,6 +287,9 @@ def _check_caps_at(experiment: Experiment, name: str, places: Sequence[float], w
     if optimizer.schedule != "wsd":
         problem = "has no constant rate that runs of several budgets have in common"
         raise UserError(f"{where}: optimizer.schedule", optimizer.schedule, problem, "choose wsd, or use `caps`")
+    if optimizer.transfer is not None and optimizer.transfer.steps is not None:
+        problem = "makes the rate depend on the budget, so that runs of several have none in common"
+        raise UserError(f"{where}: optimizer.transfer.steps", optimizer.transfer.steps, problem, "use `caps`")
     begins = max(experiment.arms[name].budgets) * (1 - optimizer.decay_share)
     if places[-1] >= begins:
         problem = f"is where no run of the arm can grow: the rate of the largest falls from {begins:g} on"

@@ -17,6 +17,7 @@ from benchmarks.growth.groups import Group
 from benchmarks.growth.results import Point, Result, points_of_stages
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.config.schema import KappaConfig
+from megabus.errors import UserError
 from megabus.kappa.monitor import KappaMonitor
 from megabus.train.run import span_of
 from megabus.train.schedule import decays, spent_share
@@ -61,6 +62,9 @@ def predictors_of(experiment: Experiment) -> dict[str, KappaConfig]:
     what other arms bring of their own, named after them. (A `constant` is somebody's hindsight.)"""
     triggers = {arm: _config(experiment, arm, experiment.seeds[0], 1e-3, 1.0).growth.trigger for arm in experiment.arms}
     versus = triggers.pop(experiment.versus)
+    if versus.rule != "kappa":
+        key, problem = f"arms.{experiment.versus}: growth.trigger.rule", "asks no κ, and instants are of κ"
+        raise UserError(key, versus.rule, problem, "let `versus` name an arm that grows by kappa")
     known = {name: versus.model_copy(update={"predictor": name}) for name in ("fit", "scaling_law")}
     seen = [_brings(trigger) for trigger in known.values()]
     for arm, trigger in triggers.items():

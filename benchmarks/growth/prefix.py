@@ -12,16 +12,17 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
-from math import lcm
 from pathlib import Path
 from typing import Any
 
 from benchmarks.growth.experiment import NOT_THE_MATHEMATICS
 from megabus.checkpoint.state import SavedState, read_state
 from megabus.checkpoint.store import checkpoints_of, complete, point_latest, remove
-from megabus.config import RunConfig
+from megabus.config import RunConfig, resolve_stages
 from megabus.config.schema import GrowthConfig
+from megabus.data.order import align_up
 from megabus.kappa.monitor import cap_is_reached
+from megabus.train.horizon import at_horizon
 
 # What does nothing before the first growth.
 MANNER = ("write", "read", "channels", "depth", "moments", "boost", "rewarm", "settle")
@@ -54,19 +55,25 @@ def common(done: RunConfig, new: RunConfig) -> Common:
         return NOTHING
     if _but(done.train, "max_flops") != _but(new.train, "max_flops") or done.optimizer != new.optimizer:
         return NOTHING
-    if _order(done) != _order(new):
+    if _order(done) != _order(new) or _horizon(done) != _horizon(new):
         return NOTHING
-    growths, cap = _common_growths(done.growth, new.growth)
+    growths, cap = _common_growths(done.growth, new.growth, done.train == new.train)
     return Common(growths, _constant_until(done, new), cap) if growths >= 0 else NOTHING
 
 
-def _order(config: RunConfig) -> tuple[int, int, list[str]]:
-    """What of stages yet to come counts from the start: the length of the data's chunks, and of the validation."""
-    sizes, stages = config.train, config.growth.stages
-    longest = max(sizes.seq_len, *(stage.seq_len or 0 for stage in stages), 0)
-    unit = longest * lcm(sizes.micro_batch_size, *(stage.micro_batch_size or 1 for stage in stages))
-    layouts = {f"{layout}" for layout in (config.layout, *(stage.layout for stage in stages)) if layout is not None}
-    return longest, -(-config.eval.tokens // unit) * unit, sorted(layouts)
+def _order(config: RunConfig) -> tuple[int, int]:
+    """What of stages yet to come counts from the start: tokens of the data's chunks, and of a validation."""
+    longest = max(config.train.seq_len, *(stage.seq_len or 0 for stage in config.growth.stages), 0)
+    return longest, align_up(config.eval.tokens, longest)
+
+
+def _horizon(config: RunConfig) -> float | None:
+    """The rate of the first stage where `optimizer.transfer.steps` makes it depend on all that is planned: budgets,
+    caps and later stages. One factor is for all stages, whose rates are the same before it."""
+    tuned = config.optimizer.transfer
+    if tuned is None or tuned.steps is None:
+        return None
+    return at_horizon(config, resolve_stages(config, world_size=1))[0].lr
 
 
 def _constant_until(done: RunConfig, new: RunConfig) -> float:
@@ -81,7 +88,7 @@ def _constant_until(done: RunConfig, new: RunConfig) -> float:
     return min(budget for budget in budgets if budget) * (1 - tail)
 
 
-def _common_growths(done: GrowthConfig, new: GrowthConfig) -> tuple[int, Cap]:
+def _common_growths(done: GrowthConfig, new: GrowthConfig, same_budget: bool) -> tuple[int, Cap]:
     """The last stage in which both are the same, -1 if there is none, and the cap that `new` has there alone."""
     forever: Cap = (None, None)
     watched = done.trigger == new.trigger or not done.stages or not new.stages
@@ -92,18 +99,21 @@ def _common_growths(done: GrowthConfig, new: GrowthConfig) -> tuple[int, Cap]:
         if stage == len(new.stages):  # it never leaves the stage, and a state of `done` has not left it yet
             return stage, forever
         if stage < len(done.stages) and watched and _end(done, stage) == _end(new, stage):
-            continue
+            # Rule `marginal` looks at what is left of the budget, and at what the next size would do with it.
+            if new.trigger.rule == "kappa" or (same_budget and _size(done, stage + 1) == _size(new, stage + 1)):
+                continue
+            return stage - 1, forever
         # `done` stays longer, or may. Whether a κ of `new` would have been met on the way is not known.
         return (stage, _end(new, stage)[1:]) if by_caps_alone(new) else (stage - 1, forever)
     raise AssertionError("a stage that is the last of either has ended the search")
 
 
 def by_caps_alone(growth: GrowthConfig) -> bool:
-    """Whether κ waits for a loss of 0, which no run has."""
+    """Whether it is κ that grows, and waits for a loss of 0, which no run has."""
     trigger = growth.trigger
     losses = trigger.constant if isinstance(trigger.constant, list) else [trigger.constant or 0.0]
     kappas = [trigger.kappa, *(stage.kappa for stage in growth.stages if stage.kappa is not None)]
-    return trigger.predictor == "constant" and max(losses) <= 0 and min(kappas) == 1
+    return trigger.rule == "kappa" and trigger.predictor == "constant" and max(losses) <= 0 and min(kappas) == 1
 
 
 def _size(growth: GrowthConfig, stage: int) -> dict[str, Any]:

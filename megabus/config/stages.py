@@ -274,6 +274,9 @@ def _check_trigger(config: RunConfig) -> None:
             raise UserError(
                 "growth.trigger.predictor", trigger.predictor, problem, "leave it out, or set rule to kappa"
             )
+        if not config.train.max_flops:
+            problem = "weighs what a FLOP gives, and of a run that tokens or steps end FLOPs are no part"
+            raise UserError("growth.trigger.rule", trigger.rule, problem, "set train.max_flops, or set rule to kappa")
         for number, stage in enumerate(growth.stages):
             if stage.kappa is not None:
                 problem = "is not asked for by growth.trigger.rule = marginal"

@@ -5,7 +5,8 @@ What the next size would do is a law's word, L(N, D) = E + A / N^alpha + B / D^b
 come to the same loss. Let a run take C1(L) FLOPs to the loss L at the present size, M to heal, and C2 at the next one:
 C1(L) + M + C2(end) - C2(L) is least where dC1/dL = dC2/dL, whatever M is. So the instant is where the slopes are equal,
 and healing decides whether to grow at all: over what is left of the run, the next size must come lower than the present
-one in spite of it.
+one in spite of it. All of this is of runs that FLOPs end. Where tokens or steps do, FLOPs cost nothing, and a larger
+size is better per token at any time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ PRIOR_STD = np.array([0.2, 1.0, 1.5, 0.03, 0.03])
 LAW_STD = 0.001  # nats by which a stage's own curve lies beside the law, whatever its noise
 MIXING = 0.05  # FLOPs that healing takes, of the run's so far: before any growth of this run has been seen to heal
 GROUPS = 16  # of a stage's validations, of which the medians count
-STEPS = 60  # of Levenberg and Marquardt's method: more than it takes
+STEPS = 60  # of Levenberg and Marquardt's method, at most
+SMALL = 1e-4  # fall of the sum of squares, each over its variance: the last step's
 LEAST = 1e-9  # nats above a floor
 
 
@@ -44,6 +46,16 @@ class StagePath:
     std: list[float]
     mixing: float
 
+    def wrongs(self) -> dict[str, bool]:
+        """Whether each value is out of range: what no stage has shown."""
+        return {
+            "n_params": not 0 < self.n_params < 2**63,
+            "tokens": not self.tokens or min(self.tokens) <= 0 or self.tokens != sorted(self.tokens),
+            "losses": len(self.losses) != len(self.tokens),
+            "std": len(self.std) != len(self.tokens) or min(self.std) <= 0,
+            "mixing": self.mixing < 0,
+        }
+
 
 @dataclass(frozen=True)
 class Ahead:
@@ -53,6 +65,15 @@ class Ahead:
     flops_per_token: float
     run_tokens: float | None
     run_flops: float | None
+
+    def wrongs(self) -> dict[str, bool]:
+        """Whether each value is out of range."""
+        return {
+            "n_params": not 0 < self.n_params < 2**63,
+            "flops_per_token": self.flops_per_token <= 0,
+            "run_tokens": self.run_tokens is not None and self.run_tokens < 0,
+            "run_flops": self.run_flops is not None and self.run_flops <= 0,
+        }
 
 
 @dataclass(frozen=True)
@@ -107,10 +128,13 @@ def fit_run_law(paths: Sequence[StagePath], given: ScalingLaw) -> ScalingLaw:
         damped = normal + damping * np.diag(np.diag(normal)) + 1e-12 * np.diag(width**-2)
         step = np.clip(np.linalg.solve(damped, -jacobian.T @ r), -width, width)
         found = residuals(theta + step)
-        if found @ found < r @ r:
+        fall = float(r @ r - found @ found)
+        if fall > 0:
             theta, r, damping = theta + step, found, damping / 5
         else:
             damping = min(damping * 5, 1e12)
+        if abs(fall) <= SMALL:
+            break
     return _law(theta)
 
 
@@ -127,9 +151,15 @@ def _tokens(law: ScalingLaw, n_params: int, loss: float) -> float:
 
 
 def returns(
-    fit: CurveFit, paths: Sequence[StagePath], given: ScalingLaw, ahead: Ahead, at: tuple[int, float]
+    fit: CurveFit,
+    paths: Sequence[StagePath],
+    given: ScalingLaw,
+    ahead: Ahead,
+    at: tuple[int, float],
+    flops_per_token: float,
 ) -> Returns:
-    """Both returns at these run totals `at` of (tokens, FLOPs). paths: all stages so far, the present one last."""
+    """Both returns at these run totals `at` of (tokens, FLOPs). paths: all stages so far, the present one last, whose
+    tokens cost `flops_per_token`."""
     tokens, flops = at
     law = fit_run_law(paths, given)
     loss = fit.healed(flops)
@@ -141,11 +171,11 @@ def returns(
     following = law.beta * above / (reached * ahead.flops_per_token)
     measured = [path.mixing for path in paths if not path.scratch]
     mixing = max(measured) if measured else MIXING * flops
-    left = math.inf if ahead.run_flops is None else ahead.run_flops - flops
-    if ahead.run_tokens is not None:
-        left = min(left, (ahead.run_tokens - tokens) * ahead.flops_per_token)
-    if math.isinf(left):
+    flops_left = math.inf if ahead.run_flops is None else ahead.run_flops - flops
+    tokens_left = math.inf if ahead.run_tokens is None else ahead.run_tokens - tokens
+    stays, grows = (min(flops_left, tokens_left * each) for each in (flops_per_token, ahead.flops_per_token))
+    if math.isinf(grows):
         return Returns(now, std, following, True)
-    after = reached + max(left - mixing, 0.0) / ahead.flops_per_token
+    after = reached + max(grows - mixing, 0.0) / ahead.flops_per_token
     grown = law.loss(ahead.n_params, after)
-    return Returns(now, std, following, left > mixing and grown < fit.healed(flops + left))
+    return Returns(now, std, following, grows > mixing and grown < fit.healed(flops + stays))

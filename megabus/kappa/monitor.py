@@ -34,6 +34,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
 from megabus.config.schema import KappaConfig
+from megabus.kappa.curve_fit import CurveFit
 from megabus.kappa.marginal import Returns, StagePath, path_of, returns
 from megabus.kappa.predictors import CurvePoint, Fit, StageSpan, make_predictor
 
@@ -127,6 +128,10 @@ def check_saved(state: KappaState) -> None:
         "met": state.met < 0,
         "nonfinite": state.nonfinite < 0,
     }
+    if span.ahead is not None:
+        wrongs |= {f"span.ahead.{key}": wrong for key, wrong in span.ahead.wrongs().items()}
+    for number, path in enumerate(state.past):
+        wrongs |= {f"past.{number}.{key}": wrong for key, wrong in path.wrongs().items()}
     for key, wrong in wrongs.items():
         if wrong:
             raise ValueError(f"{key}: is out of range or out of order")
@@ -153,8 +158,8 @@ class KappaMonitor:
 
     def start_stage(self, span: StageSpan) -> None:
         """Watch this stage. Of the last one stays what a law of this run's stages can be fitted to."""
-        path = None if self._state is None or self._marginal is None else self._path(self._marginal)
-        past = [] if self._state is None else [*self._state.past, *([] if path is None else [path])]
+        found = None if self._state is None else self._fitted()
+        past = [] if self._state is None else [*self._state.past, *([] if found is None else [found[1]])]
         self._state = KappaState(span, past=past)
 
     def retarget(self, span: StageSpan) -> None:
@@ -217,7 +222,7 @@ class KappaMonitor:
                 if mp < start:
                     target = mp + (1 - span.kappa) * (start - mp)
                     progress = min(1.0, (start - level) / (start - mp))
-                half = spent_share(tokens - span.tokens, flops - span.flops, span.max_tokens, span.max_flops) >= 0.5
+                half = cap_share(tokens - span.tokens, flops - span.flops, span.max_tokens, span.max_flops) >= 0.5
                 flat = half and std is not None and start - mp + 2 * std <= FLAT * level
         return KappaView(
             stage=span.index,
@@ -255,23 +260,25 @@ class KappaMonitor:
         std = 0.0 if view.mp_std is None else math.hypot(view.mp_std, view.noise)
         return std <= self.trigger.max_std * (view.start - view.mp)
 
-    def _path(self, fit_of: Fit) -> StagePath | None:
-        """What the present stage has shown so far; None while that is too little for a fit."""
-        span, fit = self.state.span, fit_of.curve(self.state.span, self.state.curve)
+    def _fitted(self) -> tuple[CurveFit, StagePath, float] | None:
+        """For rule `marginal`: the fit of the present stage, what the stage has shown, and its FLOPs per token; None
+        while that is too little for a fit."""
+        span = self.state.span
+        fit = None if self._marginal is None else self._marginal.curve(span, self.state.curve)
         if fit is None:
             return None
         points = [p for p in self.state.curve if p.flops > span.flops]
         tokens, losses = np.array([p.tokens - span.tokens for p in points]), np.array([p.loss for p in points])
-        return path_of(fit, span.n_params, tokens, losses, (points[-1].flops - span.flops) / float(tokens[-1]))
+        flops_per_token = (points[-1].flops - span.flops) / float(tokens[-1])
+        return fit, path_of(fit, span.n_params, tokens, losses, flops_per_token), flops_per_token
 
     def _returns(self, tokens: int, flops: float) -> Returns | None:
-        state = self.state
-        if self._marginal is None or state.span.ahead is None:
+        state, found = self.state, None if self.state.span.ahead is None else self._fitted()
+        if found is None or state.span.ahead is None:
             return None
-        fit, path = self._marginal.curve(state.span, state.curve), self._path(self._marginal)
-        if fit is None or path is None:
-            return None
-        return returns(fit, [*state.past, path], self.trigger.scaling_law, state.span.ahead, (tokens, flops))
+        fit, path, flops_per_token = found
+        paths = [*state.past, path]
+        return returns(fit, paths, self.trigger.scaling_law, state.span.ahead, (tokens, flops), flops_per_token)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain JSON values."""
@@ -282,9 +289,12 @@ class KappaMonitor:
         self._state = SAVED.validate_json(json.dumps(state), strict=True)
 
 
-def never_met(view: KappaView, predictor: str) -> str | None:
-    """What to tell of a stage that κ cannot end as far as its third loss shows, once; None of any other."""
-    if view.evals != _OF or view.mp is None or view.start is None or view.mp_std is not None or view.mp < view.start:
+def never_met(view: KappaView, loss: float, predictor: str) -> str | None:
+    """What to tell of a stage that κ cannot end as far as its third finite loss shows, once: when that, `loss`, has
+    come; None of any other."""
+    if not math.isfinite(loss) or view.evals != _OF:
+        return None
+    if view.mp is None or view.start is None or view.mp_std is not None or view.mp < view.start:
         return None
     ends = "nothing but the run's end ends it" if view.max_tokens is view.max_flops is None else "its cap alone ends it"
     said = f"growth.trigger.predictor = {predictor} says {view.mp:.4f}, no less than where stage {view.stage} began"
@@ -299,7 +309,7 @@ def _with_returns(view: KappaView, found: Returns | None) -> KappaView:
     return replace(view, kappa=1.0, progress=progress, gain_now=found.now, gain_next=found.following)
 
 
-def spent_share(tokens: int, flops: float, max_tokens: int | None, max_flops: float | None) -> float:
+def cap_share(tokens: int, flops: float, max_tokens: int | None, max_flops: float | None) -> float:
     """What a stage has used of the cap that it comes to first; 0 without any."""
     return max(0.0 if max_tokens is None else tokens / max_tokens, 0.0 if max_flops is None else flops / max_flops)
 

@@ -181,7 +181,8 @@ def observe(run: Run, loss: float) -> GrowthSignal:
         decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=only_cap)
         run.view = decision.view
         extra = decision.view.as_dict() if decision.view is not None else {}
-        if decision.view is not None and (warning := never_met(decision.view, run.config.growth.trigger.predictor)):
+        predictor = run.config.growth.trigger.predictor
+        if decision.view is not None and (warning := never_met(decision.view, loss, predictor)):
             say(warning)
         run.metrics.write("eval", run.totals | {"loss": loss} | extra)
         say(f"step {now.step:>5} | validation loss {loss:.4f}")

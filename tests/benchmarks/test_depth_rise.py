@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from typing import get_args
 
+import pytest
 import torch
 from support.small_runs import VOCAB, write_corpus
 
 from benchmarks import depth_rise
 from megabus.config.schema import Depth
+from megabus.errors import UserError
 from megabus.growth import maps
 
 
@@ -31,3 +33,9 @@ def test_every_manner_has_a_row(tmp_path, capsys):
         assert len(table[depth]) == 6
         zeros = [abs(float(rise)) <= 1e-4 for rise in table[depth]]
         assert all(zeros) if depth in maps.SILENT else depth in maps.SHARED or not any(zeros)
+
+
+@pytest.mark.parametrize("steps", [["300", "300"], ["0"], ["5", "-1"]])
+def test_steps_that_are_none_are_refused(steps):
+    with pytest.raises(UserError, match=r"^--steps = .*each once$"):
+        depth_rise.main(["nowhere", "nowhere", "--steps", *steps])

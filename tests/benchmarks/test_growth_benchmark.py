@@ -65,6 +65,10 @@ def two(**second):
         ({"arms": two(set={"growth": small.TWICE}, caps_at=[0.1], caps=[0.1])}, ["arms.b.caps", "beside caps_at"]),
         ({"arms": two(caps_at=[0.1])}, ["arms.b.caps_at", "does not grow"]),
         ({"arms": trunk(optimizer={"schedule": "cosine"})}, ["optimizer.schedule = cosine", "choose wsd"]),
+        (
+            {"arms": trunk(optimizer={"transfer": {"d_model": 18, "n_layers": 1, "steps": 9}})},
+            ["arms.b: optimizer.transfer.steps = 9", "use `caps`"],
+        ),
         ({"arms": trunk(optimizer={"decay_share": "x"})}, ["arms.b", "optimizer", "decay_share"]),
         ({"arms": trunk(growth={"max_flops": 9})}, ["growth.max_flops = 9", "nothing beside caps"]),
         ({"arms": two(lr={"at": [1], "value": 1})}, ["arms.b.lr", "nothing to tune"]),

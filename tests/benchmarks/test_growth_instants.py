@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.growth_experiments import arm, load, result, spec
+from support.growth_experiments import TWICE, arm, load, result, spec
 
 from benchmarks.growth.experiment import load_experiment, make_job
 from benchmarks.growth.groups import Group
 from benchmarks.growth.instants import KAPPAS, falling, instant, instants_table, points_of_stages, predictors_of
 from benchmarks.growth.results import Point, Results
 from megabus.config import resolve_stages
+from megabus.errors import UserError
 
 CPU = Path(__file__).resolve().parents[2] / "benchmarks/growth/cpu.yaml"
 
@@ -110,3 +111,10 @@ def test_stages_are_told_apart_where_two_losses_have_one_place(tmp_path):
     first, second = points_of_stages(run)
     assert [p.loss for p in first] == [p.loss for p in points[:3]]
     assert [p.loss for p in second] == [9.0, *(p.loss for p in points[4:])]
+
+
+def test_an_arm_that_asks_no_kappa_is_refused(tmp_path):
+    growth = {"stages": TWICE["stages"], "trigger": {"rule": "marginal"}}
+    experiment = load(tmp_path, spec(arms={"scratch": arm(), "b": arm(set={"growth": growth})}, versus="b"))
+    with pytest.raises(UserError, match=r"^arms\.b: growth\.trigger\.rule = marginal: asks no κ"):
+        predictors_of(experiment)

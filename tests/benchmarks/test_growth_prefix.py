@@ -22,8 +22,16 @@ def grow(*stages, **keys):
     return {"growth": {"max_tokens": 5, "trigger": {"kappa": 0.5}, "stages": list(stages)} | keys}
 
 
+UNMET = {"kappa": 1.0, "predictor": "constant", "constant": 0.0}
+HORIZON = {"optimizer__transfer": {"d_model": 18, "n_layers": 1, "steps": 10}, "train__max_flops": 1e9}
+
+
 def by_caps(*stages, **keys):
-    return grow(*stages, trigger={"kappa": 1.0, "predictor": "constant", "constant": 0.0}, **keys)
+    return grow(*stages, trigger=UNMET, **keys)
+
+
+def marginal(*stages, **keys):
+    return grow(*stages, trigger={"rule": "marginal"}, **keys)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +72,18 @@ def by_caps(*stages, **keys):
         ({}, grow(), Common(0, INF)),
         (grow({"n_layers": 3}), grow({"n_layers": 3}, C), Common(0, INF)),
         (grow(A, C | {"seq_len": 32}), grow(A, C), NONE),  # chunks are cut by the longest sequence
-        (grow(A, C | {"micro_batch_size": 3}), grow(A, C), NONE),  # 256 validation tokens become 384
+        (grow(A, C | {"micro_batch_size": 3}), grow(A, C), Common(1, INF)),  # they are validated on the same tokens
         (grow(A, C | {"micro_batch_size": 4}), grow(A, C), Common(1, INF)),
+        (HORIZON, HORIZON, Common(0, INF)),
+        (HORIZON, MORE, NONE),  # more steps, and a lower rate from the first on
+        (HORIZON | grow(A, C), HORIZON | grow(A, D), NONE),
+        (HORIZON | grow(A, C), HORIZON | grow(A, C, write="clone"), Common(0, INF)),
+        (marginal(A, C), marginal(A, C), Common(2, INF)),
+        (marginal(A, C), marginal(A, C) | MORE, NONE),  # what is left of the run decides
+        (marginal(A, C), marginal(B, C), NONE),  # and the next size
+        (marginal(A, C), marginal(A, B), Common(0, INF)),
+        (marginal(A, C), marginal(A, C, write="clone"), Common(0, INF)),
+        ({}, grow(A, C, trigger=UNMET | {"rule": "marginal", "predictor": "fit"}), NONE),
     ],
 )
 def test_what_runs_have_in_common(done, new, expected):

@@ -356,16 +356,19 @@ def test_nothing_is_predicted_in_the_last_stage():
 
 
 def test_what_kappa_can_never_meet_is_told_once():
-    told = [never_met(d.view, "constant") for d in feed(monitor(0.5, end=4.0, caps=(5000, None)), [3.0, 2.9, 2.8, 2.7])]
+    def tell(watch, losses):
+        return [never_met(d.view, loss, "constant") for d, loss in zip(feed(watch, losses), losses, strict=True)]
+
+    told = tell(monitor(0.5, end=4.0, caps=(5000, None)), [3.0, 2.9, 2.8, math.nan, math.inf, 2.7])
     assert told[:2] == [None, None]
     assert told[2] == (
         "growth.trigger.predictor = constant says 4.0000, no less than where stage 0 began, 2.9000: its cap alone ends "
         "it; correct what it is given, or use fit"
     )
-    assert told[3] is None
-    uncapped = [never_met(d.view, "constant") for d in feed(monitor(0.5, end=4.0), [3.0, 2.9, 2.8])]
+    assert told[3:] == [None] * 3  # those that are not finite come after three finite ones too
+    uncapped = tell(monitor(0.5, end=4.0), [3.0, 2.9, 2.8])
     assert "nothing but the run's end ends it" in uncapped[2]
-    assert not any(never_met(d.view, "constant") for d in feed(monitor(), [3.0, 2.9, 2.8]))
+    assert not any(tell(monitor(), [3.0, 2.9, 2.8]))
 
 
 def test_view_slope_and_metrics():
@@ -422,13 +425,19 @@ def test_bar():
 
 
 def test_stages_that_kappa_hardly_ends_are_told():
-    def told(trigger, **growth):
+    def told(trigger, flops=None, **growth):
         stages = [{"d_model": 64, **growth.pop("second", {})}, {"d_model": 96}]
         config = parse_config(
             {
                 "run_dir": "unused",
                 "model": {"vocab_size": 67, "d_model": 48, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-                "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_tokens": 4000},
+                "train": {
+                    "seq_len": 16,
+                    "micro_batch_size": 2,
+                    "global_batch_size": 8,
+                    "max_tokens": 4000,
+                    "max_flops": flops,
+                },
                 "optimizer": {"lr": 0.01},
                 "data": {"train": "unused", "valid": "unused"},
                 "growth": {**growth, "trigger": trigger, "stages": stages},
@@ -441,7 +450,7 @@ def test_stages_that_kappa_hardly_ends_are_told():
     assert len(lines) == 2
     assert lines[0].startswith("growth.max_tokens = (missing): without one fit predicts")
     assert lines[1].startswith("growth.stages.0.max_tokens = (missing)")
-    assert "never becomes worth more" in told({"rule": "marginal"})[0]
+    assert "never becomes worth more" in told({"rule": "marginal"}, flops=1e12)[0]
     high = {"predictor": "constant", "constant": [7.0, 3.0, 3.0]}
     (line,) = told(high, max_tokens=100)
     assert line == (

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megabus.config.schema import KappaConfig, ScalingLaw
-from megabus.kappa.marginal import Ahead, StagePath, fit_run_law
+from megabus.kappa.curve_fit import fit_curve
+from megabus.kappa.marginal import MIXING, Ahead, StagePath, fit_run_law, path_of, returns
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.predictors import StageSpan
 
@@ -46,10 +47,10 @@ def stage(number, done, noise, seed=0, h=0.0, validations=50):
     return best, tokens, losses + noise * np.random.default_rng(seed).standard_normal(len(i))
 
 
-def watched(number=0, begin=(0, 0.0), run_tokens=1e30, trigger=TRIGGER, monitor=None):
+def watched(number=0, begin=(0, 0.0), run_flops=1e30, trigger=TRIGGER, monitor=None):
     monitor = monitor or KappaMonitor(KappaConfig(**trigger))
     following = SIZES[number + 1]
-    ahead = Ahead(following, 6.0 * following, run_tokens, None)
+    ahead = Ahead(following, 6.0 * following, None, run_flops)
     monitor.start_stage(StageSpan(number, SIZES[number], 0.95, *begin, ahead=ahead))
     return monitor
 
@@ -83,8 +84,24 @@ def test_grows_where_the_next_size_becomes_cheaper(seed):
 
 def test_what_healing_costs_must_be_earned_before_the_run_ends():
     best, tokens, losses = stage(0, 0.0, noise=0.0005)
-    assert growth(watched(run_tokens=1.001 * best), tokens[:60], losses[:60]) is None
-    assert growth(watched(run_tokens=10 * best), tokens, losses) is not None
+    spent = 6.0 * SIZES[0] * best
+    assert growth(watched(run_flops=1.001 * spent), tokens[:60], losses[:60]) is None
+    assert growth(watched(run_flops=10 * spent), tokens, losses) is not None
+
+
+@pytest.mark.parametrize("left", [0.003, 0.01, 0.5, 5.0])
+def test_at_the_end_in_tokens_either_size_has_seen_as_many(left):
+    """Whether growing pays, by the law alone; `left`: tokens, over those so far."""
+    at, size, following = 2e6, *SIZES[:2]
+    tokens = np.linspace(0.02, 1.0, 50) * at
+    fit = fit_curve(6.0 * size * tokens, np.array([TRUTH.loss(size, t) for t in tokens]), 0.0)
+    path = path_of(fit, size, tokens, np.array([TRUTH.loss(size, t) for t in tokens]), 6.0 * size)
+    ahead = Ahead(following, 6.0 * following, (1 + left) * at, None)
+    found = returns(fit, [path], TRUTH, ahead, (int(at), 6.0 * size * at), 6.0 * size)
+    healing = MIXING * at * size / following  # in tokens of the next size
+    grown = tokens_to(following, TRUTH.loss(size, at)) + left * at - healing
+    assert found.pays == (left * at > healing and TRUTH.loss(following, grown) < TRUTH.loss(size, (1 + left) * at))
+    assert found.pays == (left > 0.007)
 
 
 def test_a_law_is_corrected_by_the_stages_of_the_run():

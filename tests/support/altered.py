@@ -12,6 +12,7 @@ from megabus.checkpoint.store import checkpoints_of, point_latest
 from megabus.config import Layout, parse_config
 from megabus.config.schema import KappaConfig
 from megabus.convert.checkpoint import write_checkpoint
+from megabus.kappa.marginal import Ahead, StagePath
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.predictors import StageSpan
 from support.sources import MemorySource, model_config
@@ -37,7 +38,9 @@ def write_run(run, kind="ngpt", layout=(2, 1, 1)):
     for step in STEPS:
         source = MemorySource(model_config(kind), step=step)
         monitor = KappaMonitor(KappaConfig())
-        monitor.start_stage(StageSpan(0, 12345, 0.95, 0, 0.0, 4096, None))
+        ahead = Ahead(54321, 3e5, 8192.0, 1e9)
+        monitor.start_stage(StageSpan(0, 12345, 0.95, 0, 0.0, 4096, None, ahead=ahead))
+        monitor.state.past.append(StagePath(6000, True, [10.0, 20.0], [4.0, 3.0], [0.01, 0.02], 0.0))
         for n in range(3):
             monitor.observe(10 * n, 0.1 * n, 3.0 - n / 4)
         source.state.monitor = monitor.state_dict()
