@@ -1,4 +1,4 @@
-"""The table of what growing depth costs: silent layers cost nothing, and nothing is left changed."""
+"""The table of what growing depth costs: silent layers cost nothing."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import pytest
 import torch
 from support.small_runs import VOCAB, write_corpus
 
+import megabus
 from benchmarks import depth_rise
 from megabus.config.schema import Depth
 from megabus.errors import UserError
 from megabus.growth import maps
+from megabus.model.decoder import param_specs
 
 
 def test_every_manner_has_a_row(tmp_path, capsys):
-    corpus, threads, ratio = write_corpus(tmp_path), torch.get_num_threads(), maps.TAPER_RATIO
+    corpus, threads = write_corpus(tmp_path), torch.get_num_threads()
     words = ["--vocab-size", str(VOCAB), "--steps", "3", "1", "--sequences", "8"]
     try:
         assert depth_rise.main([str(corpus / "train"), str(corpus / "valid"), *words]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert ratio == maps.TAPER_RATIO
     told = capsys.readouterr().out
     table = {line.split("  ")[0]: re.findall(r"[+-]\d\.\d{4}|–", line) for line in told.splitlines()}
     assert [re.sub(r"\D+", " ", line).split() for line in told.splitlines() if line.startswith("new")] == [
@@ -39,3 +40,13 @@ def test_every_manner_has_a_row(tmp_path, capsys):
 def test_steps_that_are_none_are_refused(steps):
     with pytest.raises(UserError, match=r"^--steps = .*each once$"):
         depth_rise.main(["nowhere", "nowhere", "--steps", *steps])
+
+
+def test_taper_has_the_proportions_that_its_row_names():
+    old, new = depth_rise.model_of(1, 64), depth_rise.model_of(2, 64)
+    state = {name: value.clone() for name, value in megabus.build_model(old, seed=0).state_dict().items()}
+    grown = dict(depth_rise.grown_states(old, new, state))
+    one, own, ninth = (grown[name] for name in ("taper, ratio 1.00", "taper", "taper, ratio 0.11"))
+    for name in (name for name, spec in param_specs(new).items() if spec.gate):
+        assert not torch.equal(one[name], own[name])
+        assert bool(((ninth[name] - own[name]) * (own[name] - one[name]) > 0).all())
