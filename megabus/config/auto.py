@@ -46,6 +46,8 @@ def _caps(train: TrainConfig, sizes: list[int]) -> list[dict[str, float]]:
     """The caps of all stages but the last, one for each budget of the run. In budgets of tokens, a token is taken to
     cost as much as there are layers."""
     n = len(sizes) - 1
+    if n == 0:
+        return []
     flops = [after - before for before, after in pairwise((0.0, *ENDS[len(ENDS) - n :], 1.0))]
     tokens = [share / layers for share, layers in zip(flops, sizes, strict=True)]
     steps = train.max_steps * train.global_batch_size * train.seq_len if train.max_steps else math.inf

@@ -13,6 +13,8 @@ VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 
 def expanded(path: str) -> str:
     """`path` with `~`, `~user`, `$NAME` and `${NAME}` in it written out. Raises ValueError for what has no value."""
+    if "\0" in path:
+        raise ValueError("holds a NUL, which no path may; write it out without")
     for match in VARIABLE.finditer(path):
         name = match[1] or match[2]
         if not os.environ.get(name):

@@ -130,9 +130,9 @@ class TransferConfig(Section):
     ngpt: nu-GPT's rules (arXiv 2604.27077). gpt: muP's (arXiv 2203.03466), which are of the width alone.
     """
 
-    d_model: Count = Field(description="its channels")
-    n_layers: Count | None = Field(None, description="ngpt: its blocks; needed")
-    steps: Count | None = Field(None, description="ngpt: its optimizer steps; needed")
+    d_model: Count = Field(le=2**31, description="its channels")
+    n_layers: Count | None = Field(None, le=2**31, description="ngpt: its blocks; needed")
+    steps: Count | None = Field(None, le=2**31, description="ngpt: its optimizer steps; needed")
 
 
 class OptimizerConfig(Section):

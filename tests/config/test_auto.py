@@ -86,11 +86,12 @@ def test_the_layout_is_kept_in_mind():
     assert layers(parse_config(tree(layout={"pp": 4})), 4) == [4]
 
 
-def test_what_cannot_shrink_does_not_grow():
-    config = parse_config(tree(model=FINAL | {"n_layers": 1}))
+@pytest.mark.parametrize("n_layers", [0, 1])
+def test_what_cannot_shrink_does_not_grow(n_layers):
+    config = parse_config(tree(model=FINAL | {"n_layers": n_layers}))
     assert config.growth.stages == []
     assert config.growth.max_tokens is None
-    assert config.model.n_layers == 1
+    assert config.model.n_layers == n_layers
 
 
 def test_what_is_saved_is_plain(tmp_path):

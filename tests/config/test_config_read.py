@@ -84,6 +84,13 @@ def test_numbers_that_mean_one_thing_are_read(tmp_path: Path) -> None:
 PATHS = ("run_dir", "init_from", "data.valid", "data.tokenizer", "data.train.0.path")
 
 
+def test_no_path_holds_a_nul(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE)
+    with pytest.raises(UserError, match=r"run_dir = .*: holds a NUL"):
+        load_config(path, [r'run_dir="a\0b"'])
+
+
 @pytest.mark.parametrize("key", PATHS)
 def test_homes_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("HOME", "/home/me")
