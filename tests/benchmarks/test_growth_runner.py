@@ -81,7 +81,7 @@ def test_sharing_too_much_is_seen(corpus, alone, tmp_path, monkeypatch, broken):
         name, key = "trunk-lr0.01-seed0-x1", ("trunk", 0.01, 0, 1.0)
     else:
         monkeypatch.setattr(prefix, "MANNER", ())
-        monkeypatch.setattr(prefix, "_common_growths", lambda a, b: (1, (None, None)))
+        monkeypatch.setattr(prefix, "_common_growths", lambda *_: (1, (None, None)))
         name, key = "clone-lr0.01-seed0-x1", ("clone", 0.01, 0, 1.0)
     tree = growing(corpus)
     kept = {"decay": ("scratch",), "manner": ("tilt", "clone"), "cap": ("scratch", "trunk")}[broken]

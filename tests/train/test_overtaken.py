@@ -82,7 +82,7 @@ def test_a_stage_that_nothing_ends_is_refused():
 
 def test_the_rule_that_cannot_decide_is_named():
     with pytest.raises(UserError, match=": rule marginal has 5 evaluations at 30% of the budget, and decides nothing"):
-        told(config_of(decay_share=0.8, rule="marginal"))
+        told(config_of(budget={"max_steps": 100, "max_flops": 1e18}, decay_share=0.8, rule="marginal"))
 
 
 def test_a_run_is_refused_before_it_trains(tmp_path, capfd):
