@@ -90,8 +90,8 @@ class SegmentedAdamW(torch.optim.AdamW):
 
 
 class GatedAdamW(SegmentedAdamW):
-    """AdamW whose steps m / d are gated by sigmoid(a log(d / eps)), a = `gate`, entry by entry (Loshchilov & Ginsburg
-    2026, "Training nGPT", arXiv 2608.01284).
+    """AdamW whose steps m / d are gated by sigmoid(a log(d / eps)), a = `gate`, entry by entry ("Training nGPT",
+    arXiv 2608.01284).
 
     d is the root of the bias-corrected second moment. In AdamW eps is such a gate already: m / (d + eps) = (m / d)
     sigmoid(log(d / eps)), which is a = 1. A smaller a opens and closes more slowly: the step is

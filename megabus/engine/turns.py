@@ -1,6 +1,6 @@
 """A cap on the angle that unit rows turn by in a step: what Adam has turned further is turned back, in the masters.
 
-Loshchilov & Ginsburg 2026, "Training nGPT", arXiv 2608.01284: all rows but the embedding's have it there.
+"Training nGPT", arXiv 2608.01284: all rows but the embedding's have it there.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def preconditioned(gain_V: Tensor, power: float, tp: TensorParallel) -> Tensor:
     """What takes the place of the gain s in dL/du = s dL/dz of logits z = s u: (s / mean |s|)^power, (V,), the mean
     over the whole vocabulary. The loss keeps its value, and s its true gradient.
 
-    Logit gradient preconditioning (Loshchilov & Ginsburg 2026, arXiv 2608.01284). At power 1 only the scale of s is
+    Logit gradient preconditioning ("Training nGPT", arXiv 2608.01284). At power 1 only the scale of s is
     gone, which grows in training: Adam does not see that, but clipping does, and s weighs more in the norm. At 0 all
     rows count alike. The paper's mean is of s, which is the same while every s is positive. A negative s keeps its
     sign, so that a step goes down.
