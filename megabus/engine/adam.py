@@ -54,23 +54,14 @@ class SegmentedAdamW(torch.optim.AdamW):
         for start, stop, rate in group.get("segments") or [Segment(0, flat.numel(), 1.0)]:
             by_rate.setdefault(rate, []).append(slice(start, stop))
         for rate, parts in by_rate.items():
-            params, grads, exp_avgs, exp_avg_sqs = ([tensor[part] for part in parts] for tensor in tensors)
             steps = list(state["step"].repeat(len(parts)).unbind())  # each is counted on in place
-            self._update(group, rate, params, grads, exp_avgs, exp_avg_sqs, steps)
+            self._update(group, rate, [[tensor[part] for part in parts] for tensor in tensors], steps)
         state["step"] += 1
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        rate: float,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        steps: list[Tensor],
-    ) -> None:
-        """One step of segments that share a rate; `steps`: made before this one, of each."""
-        beta1, beta2 = group["betas"]
+    def _update(self, group: dict[str, Any], rate: float, parts: list[list[Tensor]], steps: list[Tensor]) -> None:
+        """One step of segments that share a rate. parts: their weights, gradients and both moments; steps: made before
+        this one, of each."""
+        (params, grads, exp_avgs, exp_avg_sqs), (beta1, beta2) = parts, group["betas"]
         adamw(
             params,
             grads,
@@ -105,18 +96,9 @@ class GatedAdamW(SegmentedAdamW):
         super().__init__(groups, **options)
         self.gate = gate
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        rate: float,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        steps: list[Tensor],
-    ) -> None:
+    def _update(self, group: dict[str, Any], rate: float, parts: list[list[Tensor]], steps: list[Tensor]) -> None:
         (beta1, beta2), eps, keep = group["betas"], group["eps"], 1 - group["lr"] * group["weight_decay"]
-        for *tensors, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        for *tensors, step in zip(*parts, steps, strict=True):
             now = step.double() + 1
             corrected1, corrected2 = 1 - beta1**now, 1 - beta2**now
             for weight, grad, m, v in zip(*(tensor.split(BLOCK) for tensor in tensors), strict=True):

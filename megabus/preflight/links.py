@@ -18,7 +18,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from megabus.command import PEER_GONE
+from megabus.command import peer_is_gone
 from megabus.config.stages import Layout
 from megabus.errors import UserError
 from megabus.parallel.topology import rank_of
@@ -170,7 +170,7 @@ def exchange(peer: int, out: Tensor, into: Tensor, wire: Wire) -> None:
             work.wait(wire.silence)
     except RuntimeError as error:
         # A neighbour that has given up on another has closed what it had of this group.
-        if "timed out" not in str(error).lower() and not any(words in str(error) for words in PEER_GONE):
+        if "timed out" not in str(error).lower() and not peer_is_gone(error):
             raise
         raise SilentError(peer) from error
 
