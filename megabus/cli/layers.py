@@ -54,8 +54,7 @@ def main(argv: Sequence[str]) -> int:
     source = TokenSource([(args.valid, 1.0)], longest, VALID_SEED, model.config.vocab_size)
     rows = min(args.tokens, source.n_tokens - 1) // args.seq_len
     documents = []
-    if saved.config and parse_config(saved.config).data.document_mask:
-        source.check_documents()
+    if saved.data.get("document_mask"):
         parts = (range(rows)[first : first + BATCH] for first in range(0, rows, BATCH))
         documents = [Documents(source.document_lengths(0, args.seq_len, part), args.seq_len) for part in parts]
     loss, branches = ablate(model, *source.batch(0, args.seq_len, range(rows)), documents)

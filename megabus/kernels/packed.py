@@ -30,7 +30,7 @@ def packed_attention(
         return varlen_attn(
             q_NHC, k_NKC, v_NKC, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **options
         )
-    # On a CPU this takes half the time of one call with a mask, and less than attention over whole sequences.
+    # On a CPU this takes half the time of one call with a mask, but for sequences of 64 tokens and fewer.
     parts = (x.transpose(0, 1)[None].split(list(lengths), dim=2) for x in (q_NHC, k_NKC, v_NKC))
     documents = [attention(q, k, v, None, True, scale).transpose(1, 2) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(documents, dim=1)[0]

@@ -79,6 +79,13 @@ def test_positions_restart():
     assert furthest(packed_loss(model_of(model_config, state), documents), right) > 1e-2
 
 
+def test_padding_is_documents_of_its_own():
+    assert Documents([], SEQ_LEN).padded(2).lengths == (SEQ_LEN, SEQ_LEN)
+    padded = Documents(LENGTHS, SEQ_LEN).padded(1)
+    assert padded.lengths == (*LENGTHS, SEQ_LEN)
+    assert padded.positions.tolist() == [*Documents(LENGTHS, SEQ_LEN).positions.tolist(), *range(SEQ_LEN)]
+
+
 def test_one_document_a_sequence_is_no_mask():
     model = model_of(config("gpt", GQA), lively_state(config("gpt", GQA)))
     inputs, _ = tokens_and_targets()

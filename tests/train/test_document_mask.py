@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
+from support.command import run_command
 from support.small_runs import VOCAB, read_tokens, rows_of, run_config, start, stop_after, write_corpus
 
 from megabus.config import resolve_stages
@@ -94,6 +97,9 @@ def test_a_run_grows_and_goes_on_to_the_bit(corpus, tmp_path):
     assert [(step.step, step.digest) for step in resumed.steps] == [
         (step.step, step.digest) for step in undisturbed.steps[3:]
     ]
+    done = run_command("layers", config.run_dir, "--tokens", "128")
+    (loss,) = re.findall(r"whole model (\S+), over 128 tokens", done.stdout)
+    assert float(loss) == pytest.approx(rows_of(config, "eval")[-1]["loss"], abs=6e-5)
     strict = config_of(corpus, tmp_path / "run", **short, data__document_mask=False, resume="strict")
     (refused,) = run_ranks(1, _refused, strict)
     assert refused.startswith("contents of data: document_mask = None: was True in ")
