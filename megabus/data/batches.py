@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -47,8 +47,7 @@ class TokenSource:
         Raises UserError if a token id is not in [0, vocab_size).
         """
         samples_BT = np.empty((len(rows), seq_len + 1), dtype=np.int64)
-        for sample_T, row in zip(samples_BT, rows, strict=True):
-            k, start, stop = self.sample_span(consumed_tokens + row * seq_len, seq_len)
+        for sample_T, (k, start, stop) in zip(samples_BT, self._spans(consumed_tokens, seq_len, rows), strict=True):
             sample_T[:] = self.corpora[k].tokens(start, stop)
             if sample_T.min() < 0 or sample_T.max() >= self.vocab_size:
                 self._report_bad_id(k, start, sample_T)
@@ -60,8 +59,7 @@ class TokenSource:
         row begins one: what a document began with elsewhere is not there to be seen.
         """
         lengths: list[int] = []
-        for row in rows:
-            k, start, stop = self.sample_span(consumed_tokens + row * seq_len, seq_len)
+        for k, start, stop in self._spans(consumed_tokens, seq_len, rows):
             lengths += self.corpora[k].document_lengths(start, stop - 1)
         return lengths
 
@@ -82,6 +80,10 @@ class TokenSource:
         number, offset = divmod(position_tokens, self.chunk_len)
         k, own_number = self.blend.locate(number)
         return k, *self.orders[k].sample_span(own_number * self.chunk_len + offset, seq_len)
+
+    def _spans(self, consumed_tokens: int, seq_len: int, rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """`sample_span` of every row."""
+        return (self.sample_span(consumed_tokens + row * seq_len, seq_len) for row in rows)
 
     def _check_corpora(self) -> None:
         for prefix, corpus in zip(self.prefixes, self.corpora, strict=True):
