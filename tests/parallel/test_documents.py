@@ -13,10 +13,14 @@ from megabus.testing import parity
 LIMIT = 1e-5
 
 
+def training(kind, layout, **train):
+    return parity.parity_training(kind, layout, seq_len=12, **train)  # which tp divides
+
+
 @functools.cache
 def alone(kind):
     """Made from lively gains in every test: nGPT's attention sees positions, not only their differences, by s_qk."""
-    return parity.plain_trace(parity.parity_training(kind, Layout(1, 1, 1)), packed=True)
+    return parity.plain_trace(training(kind, Layout(1, 1, 1)), packed=True)
 
 
 @pytest.mark.usefixtures("lively_gains")
@@ -33,12 +37,7 @@ def alone(kind):
     ids=str,
 )
 def test_layout_equals_documents_computed_alone(kind, layout, train):
-    if train.get("sequence_parallel"):
-        train = train | {"seq_len": 12}
-        right = parity.plain_trace(parity.parity_training(kind, Layout(1, 1, 1), seq_len=12), packed=True)
-    else:
-        right = alone(kind)
-    trace = parity.engine_trace(parity.parity_training(kind, layout, **train), packed=True)
+    trace, right = parity.engine_trace(training(kind, layout, **train), packed=True), alone(kind)
     difference = parity.difference(trace, right)
     assert difference.worst <= LIMIT
     assert difference.masters <= 1e-4
@@ -49,9 +48,9 @@ def test_layout_equals_documents_computed_alone(kind, layout, train):
 @pytest.mark.usefixtures("lively_gains")
 def test_negative_controls(monkeypatch):
     """Attention across documents, and a pipeline rank that takes the documents of another micro batch, are seen."""
-    one = parity.parity_training("ngpt", Layout(1, 1, 1))
+    one = training("ngpt", Layout(1, 1, 1))
     assert parity.difference(parity.engine_trace(one), alone("ngpt")).logits > 1e-2
-    four = parity.parity_training("ngpt", Layout(1, 4, 1), micro_batch_size=4)
+    four = training("ngpt", Layout(1, 4, 1), micro_batch_size=4)
     monkeypatch.setattr(PipelineLayers, "forward", _takes_the_first)
     assert parity.difference(parity.engine_trace(four, packed=True), alone("ngpt")).logits > 1e-2
 
