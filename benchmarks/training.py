@@ -1,8 +1,11 @@
-"""Time of a training step: nGPT beside the baseline, kernels in their forms, layouts beside one process; MFU."""
+"""Time of a training step: nGPT beside the baseline, kernels in their forms, layouts beside one process, documents kept
+apart beside whole sequences; MFU."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.arms import Arm, Step, Timing, in_turn
@@ -38,24 +41,40 @@ def config_of(model: dict[str, Any], layout: Layout, seq_len: int, micro: int, b
     return make_training(model, layout, batches | train, {"lr": 1e-3})
 
 
-def training_step(config: Training) -> Step:
-    """On one rank: an engine with its first weights, and a step of it on random tokens."""
+def training_step(config: Training, documents: int = 0) -> Step:
+    """On one rank: an engine with its first weights, and a step of it on random tokens. documents: of random lengths in
+    a sequence, where they are kept apart."""
     import torch
 
-    from megabus.engine.engine import Engine
+    from megabus.engine.engine import Batch, Engine
+    from megabus.model.documents import Documents
 
     engine = Engine(config.train, config.optimizer, config.stage)
     engine.write_initial(0)
     stage, generator = engine.stage, torch.Generator().manual_seed(engine.mesh.at.dp)
     shape = (stage.grad_accum, stage.micro_batch_size, stage.seq_len + 1)
     tokens = torch.randint(stage.model.vocab_size, shape, generator=generator).to(engine.device)
-    batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens] if engine.needs_data else []
+    batches: list[Batch] = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
+    if documents:
+        lengths = [_lengths(stage.micro_batch_size, stage.seq_len, documents, number) for number in range(len(batches))]
+        batches = [(x, y, Documents(each, stage.seq_len)) for (x, y, *_), each in zip(batches, lengths, strict=True)]
+    if not engine.needs_data and not documents:
+        batches = []
 
     def step() -> None:
         if not engine.train_step(batches, 1e-3).is_finite:
             raise RuntimeError("the loss is not finite: no step was made")
 
     return step
+
+
+def _lengths(rows: int, seq_len: int, count: int, seed: int) -> list[int]:
+    """Of `count` documents in each of `rows` sequences."""
+    draw, lengths = random.Random(seed), []
+    for _ in range(rows):
+        cuts = [0, *sorted(draw.sample(range(1, seq_len), count - 1)), seq_len]
+        lengths += [stop - start for start, stop in pairwise(cuts)]
+    return lengths
 
 
 def compiled_blocks_step(config: Training) -> Step:
@@ -111,6 +130,23 @@ def blocks(rounds: int, small: bool) -> list[Comparison]:
     timings = in_turn(arms, rounds, 2)
     where = f"d{model['d_model']} L{model['n_layers']}, {micro} x {seq_len} tokens"
     return [compare_seconds(f"step, ngpt {where}", "whole blocks", form, timings) for form in FORMS]
+
+
+def documents(rounds: int, small: bool) -> list[Comparison]:
+    """What it costs to keep four documents a sequence apart."""
+    shapes = [(shape("ngpt", 32, 2), 16, 2)] if small else [(shape("ngpt", d, n), 256, 4) for d, n in CPU_SHAPES]
+    train: dict[str, Any] = {}
+    if on_gpu():
+        shapes, train = [(paper_shape("ngpt", "0.5B"), 4096, 4)], {"precision": "bf16"}
+    rows = []
+    for model, seq_len, micro in shapes:
+        config = config_of(model, ONE, seq_len, micro, micro, **train)
+        apart, whole = "4 documents apart", "whole sequences"
+        arms = [Arm(label, 1, training_step, (config, n)) for label, n in ((apart, 4), (whole, 0))]
+        timings = in_turn(arms, rounds, max(1, 512 // model["d_model"]))
+        where = f"d{model['d_model']} L{model['n_layers']}, {micro} x {seq_len} tokens"
+        rows.append(compare_seconds(f"step, ngpt {where}", apart, whole, timings, "<= 1.1"))
+    return rows
 
 
 def gpus() -> int:

@@ -109,7 +109,7 @@ def _unseen_job(training):
 
     coord_check._Watch.__torch_function__ = blind
     try:
-        coord_check._inputs(engine, torch.zeros(1, 13, dtype=torch.int64))
+        coord_check._inputs(engine, (torch.zeros(1, 13, dtype=torch.int64),) * 2)
     except RuntimeError as error:
         return str(error)
 

@@ -1,6 +1,6 @@
 """What each layer of a checkpoint is worth: the validation loss with one of its branches silenced.
 
-The whole model is run in this process, on the CPU, twice for each layer.
+The whole model is run in this process, on the CPU, twice for each layer. Documents are kept apart where the run did so.
 
 megabus layers runs/demo
 megabus layers runs/demo/checkpoints/step-00000500 --valid data/demo/shakespeare-valid --tokens 65536
@@ -26,12 +26,13 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
 
     import megabus
-    from megabus.ablation import ablate
+    from megabus.ablation import BATCH, ablate
     from megabus.checkpoint.load import checkpoint_at
     from megabus.checkpoint.state import read_state
     from megabus.config import parse_config, resolve_stages
     from megabus.data.batches import TokenSource
     from megabus.data.sources import VALID_SEED
+    from megabus.model.documents import Documents
     from megabus.table import aligned
 
     folder = checkpoint_at(args.checkpoint)
@@ -52,7 +53,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({args.seq_len}) or more")
     source = TokenSource([(args.valid, 1.0)], longest, VALID_SEED, model.config.vocab_size)
     rows = min(args.tokens, source.n_tokens - 1) // args.seq_len
-    loss, branches = ablate(model, *source.batch(0, args.seq_len, range(rows)))
+    documents = []
+    if saved.data.get("document_mask"):
+        parts = (range(rows)[first : first + BATCH] for first in range(0, rows, BATCH))
+        documents = [Documents(source.document_lengths(0, args.seq_len, part), args.seq_len) for part in parts]
+    loss, branches = ablate(model, *source.batch(0, args.seq_len, range(rows)), documents)
     lines = [
         [str(branch.layer), branch.gate, f"{branch.strength:.4f}", f"{branch.loss:.4f}", f"{branch.loss - loss:+.4f}"]
         for branch in branches

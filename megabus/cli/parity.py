@@ -2,7 +2,8 @@
 
 megabus parity
 
-The rows of the second table have `train.sequence_parallel: true`, and a seq_len that tp divides.
+The rows of the second table have `train.sequence_parallel: true`, and a seq_len that tp divides. Those of the third
+have `data.document_mask: true` besides: the one process reads each document as a sequence of its own.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ def main(argv: Sequence[str]) -> int:
         "unit rows",
     )
     largest = 0.0
-    tables: list[dict[str, Any]] = [{}, {"seq_len": 12, "sequence_parallel": True}]
-    for train, kind in product(tables, ("ngpt", "gpt")):
+    parallel: dict[str, Any] = {"seq_len": 12, "sequence_parallel": True}
+    tables: list[tuple[dict[str, Any], bool]] = [({}, False), (parallel, False), (parallel, True)]
+    for (train, packed), kind in product(tables, ("ngpt", "gpt")):
         if kind == "ngpt":
             print(("\n{:<6}{:<14}{:<6}" + "{:>11}" * 6).format(*header))
-        reference = plain_trace(parity_training(kind, LAYOUTS[0], **train))
-        for layout in LAYOUTS if not train else [layout for layout in LAYOUTS if layout.tp > 1]:
+        reference = plain_trace(parity_training(kind, LAYOUTS[0], **train), packed)
+        for layout in [layout for layout in LAYOUTS if not train or packed or layout.tp > 1]:
             for zero in (1, 2) if layout.pp == 1 and layout.dp > 1 else (1,):
-                trace = engine_trace(parity_training(kind, layout, zero_stage=zero, **train))
+                trace = engine_trace(parity_training(kind, layout, zero_stage=zero, **train), packed)
                 d = difference(trace, reference)
                 numbers = (d.logits, d.grads, d.losses, d.grad_norms, d.masters)
                 unit = f"{trace.unit_error:>11.1e}" if kind == "ngpt" else f"{'-':>11}"

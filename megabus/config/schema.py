@@ -312,6 +312,11 @@ class DataConfig(Section):
     train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
     valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
     tokenizer: Pathname | None = Field(None, description="SentencePiece model, copied beside checkpoints")
+    document_mask: bool = Field(
+        False,
+        description="keep documents apart, in training and validation: attention and positions restart at each that "
+        "the .idx has; off, because how an imported model was trained is not known",
+    )
 
     @property
     def train_corpora(self) -> list[tuple[str, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch
 from megabus.data.indexed import REBUILD, IndexedTokens, read_meta
 from megabus.data.order import Blend, ChunkOrder
 from megabus.errors import UserError
+from megabus.plain_file import shown
 from megabus.splitmix import mix64
 
 
@@ -46,19 +47,43 @@ class TokenSource:
         Raises UserError if a token id is not in [0, vocab_size).
         """
         samples_BT = np.empty((len(rows), seq_len + 1), dtype=np.int64)
-        for sample_T, row in zip(samples_BT, rows, strict=True):
-            k, start, stop = self.sample_span(consumed_tokens + row * seq_len, seq_len)
+        for sample_T, (k, start, stop) in zip(samples_BT, self._spans(consumed_tokens, seq_len, rows), strict=True):
             sample_T[:] = self.corpora[k].tokens(start, stop)
             if sample_T.min() < 0 or sample_T.max() >= self.vocab_size:
                 self._report_bad_id(k, start, sample_T)
         samples = torch.from_numpy(samples_BT)
         return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
 
+    def document_lengths(self, consumed_tokens: int, seq_len: int, rows: Sequence[int]) -> list[int]:
+        """How the inputs of `batch`, row after row, are divided among documents: tokens of each, none of them 0. Every
+        row begins one: what a document began with elsewhere is not there to be seen.
+        """
+        lengths: list[int] = []
+        for k, start, stop in self._spans(consumed_tokens, seq_len, rows):
+            lengths += self.corpora[k].document_lengths(start, stop - 1)
+        return lengths
+
+    def check_documents(self) -> None:
+        """Raises UserError for a corpus whose index tells no documents apart, or others than its sidecar counts."""
+        for prefix, corpus in zip(self.prefixes, self.corpora, strict=True):
+            found, remedy = corpus.n_documents, f"{REBUILD}, or leave out data.document_mask"
+            if found < 2:
+                problem = f"its .idx has {found} document of all {corpus.n_tokens} tokens: nothing is kept apart"
+                raise UserError("data", prefix, problem, remedy)
+            told = (read_meta(prefix) or {}).get("n_documents", found)
+            if told != found:
+                problem = f"its .meta.json speaks of {shown(told)} documents, its .idx of {found}"
+                raise UserError("data", prefix, problem, remedy)
+
     def sample_span(self, position_tokens: int, seq_len: int) -> tuple[int, int, int]:
         """(corpus k, start, stop): where the sample at `position_tokens` lies in corpus k's flat stream."""
         number, offset = divmod(position_tokens, self.chunk_len)
         k, own_number = self.blend.locate(number)
         return k, *self.orders[k].sample_span(own_number * self.chunk_len + offset, seq_len)
+
+    def _spans(self, consumed_tokens: int, seq_len: int, rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """`sample_span` of every row."""
+        return (self.sample_span(consumed_tokens + row * seq_len, seq_len) for row in rows)
 
     def _check_corpora(self) -> None:
         for prefix, corpus in zip(self.prefixes, self.corpora, strict=True):

@@ -18,6 +18,7 @@ import hashlib
 import os
 import struct
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +140,19 @@ class IndexedTokens:
         """Tokens of one sequence, shape (sequence_lengths[index],)."""
         start = int(self.pointers[index]) // self.dtype.itemsize
         return self.tokens(start, start + int(self.sequence_lengths[index]))
+
+    def document_lengths(self, start: int, stop: int) -> list[int]:
+        """How tokens [start, stop) of the flat stream are divided among documents: lengths above 0, in order. The first
+        document may have begun before, the last may go on. Few entries of the index are read, whatever its size."""
+        first = bisect_right(range(self.n_documents), start, key=self._document_start)
+        last = bisect_left(range(self.n_documents), stop, lo=first, key=self._document_start)
+        cuts = {start, *map(self._document_start, range(first, last)), stop}  # a set: documents may be empty
+        return np.diff(sorted(cuts)).tolist()
+
+    def _document_start(self, document: int) -> int:
+        """The first token of a document; where only empty ones follow, the stream's end."""
+        sequence = int(self.document_indices[document])
+        return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < self.n_sequences else self.n_tokens
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:

@@ -18,28 +18,37 @@ VALID_SEED = 0  # of the order in which validation chunks are taken: no run's se
 
 @dataclass(frozen=True)
 class Sources:
-    """The training blend, the validation corpus, and how many tokens of it every validation takes."""
+    """The training blend, the validation corpus, how many tokens of it every validation takes, and whether documents
+    are kept apart in both."""
 
     train: TokenSource
     valid: TokenSource
     valid_tokens: int
+    document_mask: bool = False
 
 
 def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
-    """Raises `UserError` for missing, truncated or too short files and for another vocabulary or tokenizer."""
+    """Raises `UserError` for missing, truncated or too short files, for another vocabulary or tokenizer, and where
+    documents are to be kept apart for files that know of none."""
     longest = max(stage.seq_len for stage in stages)
-    vocab = config.model.vocab_size
     with _named("data.train"):
-        train = TokenSource(config.data.train_corpora, longest, config.train.seed, vocab)
+        train = _source(config, config.data.train_corpora, longest, config.train.seed)
     with _named("data.valid"):
-        valid = TokenSource([(config.data.valid, 1.0)], longest, VALID_SEED, vocab)
+        valid = _source(config, [(config.data.valid, 1.0)], longest, VALID_SEED)
     check_one_tokenizer(train.tokenizers | valid.tokenizers | _tokenizer(config))
     # All stages, under every layout, are measured on the very same tokens: whole sequences of each stage, read once.
     valid_tokens, readable = align_up(config.eval.tokens, longest), valid.orders[0].n_chunks * longest
     if valid_tokens > readable:
         problem = f"in sequences of {longest} that is {valid_tokens}, and {config.data.valid} has {readable} in such"
         raise UserError("eval.tokens", config.eval.tokens, problem, f"set it to {readable} or less, or add text")
-    return Sources(train, valid, valid_tokens)
+    return Sources(train, valid, valid_tokens, config.data.document_mask)
+
+
+def _source(config: RunConfig, corpora: list[tuple[str, float]], longest: int, seed: int) -> TokenSource:
+    source = TokenSource(corpora, longest, seed, config.model.vocab_size)
+    if config.data.document_mask:
+        source.check_documents()
+    return source
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ from megabus.engine.unit_rows import UnitRows
 from megabus.engine.vectors import Vectors
 from megabus.kernels.choice import select
 from megabus.model.decoder import Decoder
+from megabus.model.documents import Documents
 from megabus.model.layers import KVCache
 from megabus.model.params import spec_of
 from megabus.model.rates import relative_rate
@@ -46,7 +47,8 @@ from megabus.parallel.mesh import Mesh
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import layers_at
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, (micro_batch_size, seq_len) int64
+# Inputs and targets, (micro_batch_size, seq_len) int64, and the documents of the inputs where these are kept apart.
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Documents]
 Loss = Callable[[Decoder, Tensor, Tensor], Tensor]  # the last layers, their hidden states (B, T, D), targets (B, T)
 
 
@@ -79,16 +81,22 @@ class DecoderWithLoss(nn.Module):
         super().__init__()
         self.decoder, self.loss = decoder, loss
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.loss(self.decoder.hidden(inputs_BT), targets_BT)
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, documents: Documents | None = None) -> Tensor:
+        return self.loss(self.decoder.hidden(inputs_BT, documents=documents), targets_BT)
 
 
 class PipelineLayers(Decoder):
     """What the engine with a pipeline runs. The last pipeline rank returns hidden states too: the loss is computed from
-    them, without logits."""
+    them, without logits.
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.hidden(x, cache)
+    coming: documents of the micro batches to come, where they are kept apart. Every pipeline rank computes the micro
+    batches forward in the same order, and each knows their documents: nothing is sent but h.
+    """
+
+    coming: Iterator[Documents] | None = None
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
+        return self.hidden(x, cache, documents if self.coming is None else next(self.coming))
 
 
 class Engine:
@@ -175,18 +183,18 @@ class Engine:
         return [x.part for x in places(self.module, self.placement, self.mesh.rank) if x.spec.lookup]
 
     def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
-        """One optimizer step over this data-parallel rank's `grad_accum` micro batches, which are none where it
-        needs no data. seq_len: their length where it is not the stage's."""
+        """One optimizer step over this data-parallel rank's `grad_accum` micro batches, which may be none where it
+        needs no tokens. seq_len: their length where it is not the stage's."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.module, PipelineModule):
-            self._expect_shape(seq_len or self.stage.seq_len)
+            self._expect(batches, seq_len or self.stage.seq_len)
             loss = self.deepspeed.train_batch(iter(batches))
         else:
             losses = []
             self.deepspeed.train()
-            for inputs, targets in batches:
-                micro = self.deepspeed(self._on_device(inputs), self._on_device(targets))
+            for batch in batches:
+                micro = self.deepspeed(*self._all_on_device(batch))
                 self.deepspeed.backward(micro)
                 self.deepspeed.step()
                 losses.append(micro.detach())
@@ -197,16 +205,23 @@ class Engine:
     def evaluate(self, batches: Sequence[Batch], steps: int, seq_len: int) -> float:
         """Mean loss in nats over `steps` micro batches a data-parallel rank, the same on every rank."""
         if isinstance(self.module, PipelineModule):
-            self._expect_shape(seq_len)
+            self._expect(batches, seq_len)
             return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=steps))
         self.deepspeed.eval()
-        return float(self._mean([self.deepspeed(self._on_device(x), self._on_device(y)) for x, y in batches]))
+        return float(self._mean([self.deepspeed(*self._all_on_device(batch)) for batch in batches]))
 
-    def _expect_shape(self, seq_len: int) -> None:
+    def _expect(self, batches: Sequence[Batch], seq_len: int) -> None:
         """DeepSpeed's pipeline agrees on the activations' shape once; tell them when it changes."""
+        layers = self.decoder
+        assert isinstance(layers, PipelineLayers)
+        documents = [batch[2] for batch in batches if len(batch) == 3]
+        layers.coming = (each.moved(self._on_device) for each in documents) if documents else None
         if seq_len != self._pipe_seq_len:
             self.deepspeed.reset_activation_shape()
             self._pipe_seq_len = seq_len
+
+    def _all_on_device(self, batch: Batch) -> tuple[Tensor | Documents, ...]:
+        return tuple(x.moved(self._on_device) if isinstance(x, Documents) else self._on_device(x) for x in batch)
 
     def _on_device(self, tokens: Tensor) -> Tensor:
         """Through pinned memory: a copy from other memory waits until the GPU has finished all queued work."""
@@ -254,7 +269,7 @@ class Engine:
 
     @property
     def needs_data(self) -> bool:
-        """Only the first and the last pipeline rank read tokens."""
+        """Only the first and the last pipeline rank read tokens; all need documents that are kept apart."""
         return self.mesh.at.pp in (0, self.stage.layout.pp - 1)
 
     def close(self) -> None:

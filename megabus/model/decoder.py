@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from megabus.config.schema import ModelConfig
 from megabus.kernels.form import EAGER, Kernels
 from megabus.model import gpt, ngpt
+from megabus.model.documents import Documents
 from megabus.model.layers import KVCache
 from megabus.model.loss import Reduce
 from megabus.model.params import Declare, ParamSpec, name_parameters, spec_of
@@ -23,8 +24,8 @@ class Decoder(nn.Module):
     """Layers [first, last) of `config`'s model; the embedding comes with layer 0, the head with the last one.
 
     forward: token ids (B, T) int64, or h (B, T, D) from the layers before; returns h, or this tensor-parallel
-    rank's logits (B, T, vocabulary rows). With a `cache` they follow what was read with it before. Under sequence
-    parallelism h, and only h, is (B, T / tp, D).
+    rank's logits (B, T, vocabulary rows). With a `cache` they follow what was read with it before; `documents` keeps
+    what the sequences are packed of apart. Under sequence parallelism h, and only h, is (B, T / tp, D).
     logit_power: of nGPT's logit gradient preconditioning, see `megabus.model.loss.preconditioned`; None: none.
     Parameters start at zero (see `Declare`).
     """
@@ -47,18 +48,19 @@ class Decoder(nn.Module):
         self.output = kind.Output(declare) if last == config.n_layers else None
         name_parameters(self, _layer_of)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        h_BTD = self.hidden(x, cache)
+    def forward(self, x: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
+        h_BTD = self.hidden(x, cache, documents)
         return h_BTD if self.output is None else self.output(h_BTD)
 
-    def hidden(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, x: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
         """What the last block of these layers gives, (B, T, D)."""
+        assert cache is None or documents is None, "text that is generated is one document"
         h_BTD = x if self.embed is None else self.embed(x)
         for block in self.layers.values():
             if self.recompute and self.training:
-                h_BTD = checkpoint(block, h_BTD, use_reentrant=False, preserve_rng_state=False)
+                h_BTD = checkpoint(block, h_BTD, None, documents, use_reentrant=False, preserve_rng_state=False)
             else:
-                h_BTD = block(h_BTD, cache)
+                h_BTD = block(h_BTD, cache, documents)
         if cache is not None:
             cache.length += h_BTD.shape[1]
         return h_BTD

@@ -7,6 +7,7 @@ from math import sqrt
 from torch import Tensor, nn
 
 from megabus.kernels.eager import wide
+from megabus.model.documents import Documents
 from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache
 from megabus.model.loss import Reduce
 from megabus.model.params import Declare
@@ -45,8 +46,8 @@ class Block(nn.Module):
     def shape_qk(self, q_BTHC: Tensor, k_BTKC: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return self.rotate(q_BTHC, cos, sin), self.rotate(k_BTKC, cos, sin)
 
-    def forward(self, h_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
-        h_BTD = h_BTD + self.attn(self.norm_attn(h_BTD), self.shape_qk, cache)
+    def forward(self, h_BTD: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
+        h_BTD = h_BTD + self.attn(self.norm_attn(h_BTD), self.shape_qk, cache, documents)
         return h_BTD + self.mlp(self.norm_mlp(h_BTD))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from math import pi
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from megabus.config.schema import ModelConfig
 from megabus.model.loss import Reduce, head_loss
 from megabus.model.params import Declare, shard_rows, spec_of
+
+if TYPE_CHECKING:
+    from megabus.model.documents import Documents
 
 
 def rope_frequencies(model: ModelConfig) -> tuple[float, ...]:
@@ -130,13 +133,19 @@ class Attention(nn.Module):
         h_BTD: Tensor,
         shape_qk: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
         cache: KVCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         h_BTD = self.tp.enter(h_BTD)
         B, T, _ = h_BTD.shape
         start = 0 if cache is None else cache.length
-        q_BTHC = F.linear(h_BTD, self.q).view(B, T, -1, self.head_dim)
-        k_BTKC = F.linear(h_BTD, self.k).view(B, T, -1, self.head_dim)
-        v_BTKC = F.linear(h_BTD, self.v).view(B, T, -1, self.head_dim)
+        rows = (B, T) if documents is None else (1, B * T)  # whose documents lie in one row
+        q_BTHC = F.linear(h_BTD, self.q).view(*rows, -1, self.head_dim)
+        k_BTKC = F.linear(h_BTD, self.k).view(*rows, -1, self.head_dim)
+        v_BTKC = F.linear(h_BTD, self.v).view(*rows, -1, self.head_dim)
+        if documents is not None:
+            q_BTHC, k_BTKC = shape_qk(q_BTHC, k_BTKC, *documents.rope(self.frequencies, h_BTD))
+            y_NHC = documents.attend(q_BTHC, k_BTKC, v_BTKC, self.scale)
+            return self.tp.leave(y_NHC.reshape(B, T, -1) @ self.out)
         q_BTHC, k_BTKC = shape_qk(q_BTHC, k_BTKC, *rope_at(start, start + T, self.frequencies, h_BTD))
         mask_TS = None
         if cache is not None:

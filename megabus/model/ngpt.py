@@ -10,6 +10,7 @@ from math import sqrt
 from torch import Tensor, nn
 
 from megabus.kernels.eager import wide
+from megabus.model.documents import Documents
 from megabus.model.layers import Attention, Embedding, GatedMLP, Head, KVCache
 from megabus.model.loss import Reduce
 from megabus.model.params import Declare
@@ -44,9 +45,9 @@ class Block(nn.Module):
         rotate_unit = self.kernels.rotate_unit
         return rotate_unit(q_BTHC, cos, sin, gain_HC), rotate_unit(k_BTKC, cos, sin, None)
 
-    def forward(self, h_BTD: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, h_BTD: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
         residual, shared = self.kernels.residual, self.tp.shared
-        x_BTD = self.attn(h_BTD, self.shape_qk, cache)
+        x_BTD = self.attn(h_BTD, self.shape_qk, cache, documents)
         h_BTD = residual(h_BTD, x_BTD, shared(wide(self.alpha_attn)) * self.alpha_scale)
         x_BTD = self.mlp(h_BTD, wide(self.s_u), wide(self.s_v) * self.root_d)
         return residual(h_BTD, x_BTD, shared(wide(self.alpha_mlp)) * self.alpha_scale)

@@ -115,7 +115,7 @@ def _steps(engine: Engine, corpora: Corpora, count: int, position: int) -> tuple
 
 def moves(engine: Engine, batches: Sequence[Batch]) -> dict[str, Moved]:
     """Take a step at the stage's peak rate, and tell what it did, by role."""
-    inputs, before = _inputs(engine, batches[0][0]), _masters(engine)
+    inputs, before = _inputs(engine, batches[0]), _masters(engine)
     engine.train_step(batches, engine.stage.lr)
     angles: dict[str, list[Tensor]] = {role: [] for role in ROLES}
     changes: dict[str, list[Tensor]] = {role: [] for role in ROLES}
@@ -183,12 +183,13 @@ class _Watch(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _inputs(engine: Engine, tokens: Tensor) -> dict[str, Tensor]:
+def _inputs(engine: Engine, batch: Batch) -> dict[str, Tensor]:
     """Of every matrix, in a micro batch: (tokens, width) in fp32, or token ids."""
     matrices = [p for p in engine.module.parameters() if spec_of(p).is_matrix]
+    tokens, _, *apart = batch
     engine.deepspeed.eval()
     with _Watch(matrices) as watch:
-        engine.decoder(tokens.to(engine.device))
+        engine.decoder(tokens.to(engine.device), None, *(each.moved(lambda x: x.to(engine.device)) for each in apart))
     missed = sorted({*watch.names.values()} - {*watch.seen})
     if missed:
         raise RuntimeError(f"the model multiplies {missed[0]} in a way that is not seen from outside")

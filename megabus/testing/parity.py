@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megabus.config import Layout, Stage
+from megabus.model.decoder import Decoder
+from megabus.model.documents import Documents
 from megabus.model.init import build_model
 from megabus.model.params import spec_of
 from megabus.model.rates import relative_rate
 from megabus.parallel.placement import Piece
 from megabus.testing.training import Training, make_training
+
+if TYPE_CHECKING:  # the engine brings DeepSpeed, which the ranks alone need
+    from megabus.engine.engine import Batch, Engine
 
 STEPS = 5
 LAYOUTS = [
@@ -70,23 +77,48 @@ def batch_of(stage: Stage, step: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def plain_trace(training: Training) -> Trace:
-    """The same training in plain PyTorch, without megabus's engine and without DeepSpeed."""
+def lengths_of(stage: Stage, step: int) -> list[list[int]]:
+    """Of that batch's rows where documents are kept apart: the tokens of each document."""
+    draw, rows = random.Random(step), []
+    for _ in range(stage.global_batch_size):
+        cuts = sorted(draw.sample(range(1, stage.seq_len), draw.randrange(5)))
+        rows.append([stop - start for start, stop in zip([0, *cuts], [*cuts, stage.seq_len], strict=True)])
+    return rows
+
+
+def _alone(model: Decoder, inputs_BT: Tensor, rows: list[list[int]] | None) -> Tensor:
+    """Logits (B, T, V); of documents, each read as a sequence of its own, those of one length at a time."""
+    if rows is None:
+        return model(inputs_BT)
+    lengths = [length for row in rows for length in row]
+    parts = inputs_BT.flatten().split(lengths)
+    logits: dict[int, Tensor] = {}
+    for length in set(lengths):
+        same = [number for number, part in enumerate(parts) if len(part) == length]
+        logits |= dict(zip(same, model(torch.stack([parts[number] for number in same])), strict=True))
+    return torch.cat([logits[number] for number in range(len(parts))]).view(*inputs_BT.shape, -1)
+
+
+def plain_trace(training: Training, packed: bool = False) -> Trace:
+    """The same training in plain PyTorch, without megabus's engine and without DeepSpeed. packed: of
+    documents that are kept apart."""
     stage, optim = training.stage, training.optimizer
     model = build_model(stage.model, training.train.seed)
     groups = [{"params": [p], "lr": optim.lr * _rate(p, training)} for p in model.parameters()]
     adam = torch.optim.AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, weight_decay=0.0)
     unit = [p for p in model.parameters() if spec_of(p).unit]
-    trace = Trace(model(batch_of(stage, 0)[0]).detach(), {}, [], [], {})
+    trace = Trace(torch.empty(0), {}, [], [], {})
     for step in range(STEPS):
         inputs, targets = batch_of(stage, step)
-        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        logits = _alone(model, inputs, lengths_of(stage, step) if packed else None)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         adam.zero_grad()
         loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         clip = training.train.gradient_clipping or float("inf")
         trace.grad_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
         if step == 0:
+            trace.logits = logits.detach()
             trace.grads = {name: grad.clone() for name, grad in grads.items()}
         adam.step()
         with torch.no_grad():
@@ -102,7 +134,7 @@ def _rate(parameter: torch.nn.Parameter, training: Training) -> float:
     return 1.0 if tuned is None else relative_rate(spec_of(parameter), training.stage.model, tuned.d_model)
 
 
-def engine_job(training: Training) -> dict[str, Any]:
+def engine_job(training: Training, packed: bool = False) -> dict[str, Any]:
     """On one rank: the same training under a layout. Returns this rank's pieces; see `engine_trace`."""
     from megabus.engine.engine import Engine
     from megabus.engine.fragments import inner_optimizer
@@ -110,7 +142,7 @@ def engine_job(training: Training) -> dict[str, Any]:
     stage = training.stage
     engine = Engine(training.train, training.optimizer, stage)
     engine.write_initial(training.train.seed)
-    logits = _logits(engine, batch_of(stage, 0))
+    logits = _logits(engine, rank_batches(engine, batch_of(stage, 0), lengths_of(stage, 0) if packed else None))
     grads: dict[Piece, Tensor] = {}
 
     def keep_grads(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -122,7 +154,8 @@ def engine_job(training: Training) -> dict[str, Any]:
     hook = inner_optimizer(engine.deepspeed).register_step_pre_hook(keep_grads)
     losses, norms, unit_error = [], [], engine.unit_error() or 0.0
     for step in range(STEPS):
-        result = engine.train_step(rank_batches(engine, batch_of(stage, step)), training.optimizer.lr)
+        rows = lengths_of(stage, step) if packed else None
+        result = engine.train_step(rank_batches(engine, batch_of(stage, step), rows), training.optimizer.lr)
         hook.remove()  # the first step's gradients only
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -152,18 +185,22 @@ def pieces_of_flats(engine: Any) -> list[tuple[Piece, Tensor, slice]]:
     return found
 
 
-def rank_batches(engine: Any, batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """A rank's micro batches of a global batch."""
-    rows = [engine.micro_rows(micro_step) for micro_step in range(engine.stage.grad_accum)]
-    return [(batch[0][r.start : r.stop], batch[1][r.start : r.stop]) for r in rows]
+def rank_batches(engine: Engine, batch: tuple[Tensor, Tensor], lengths: list[list[int]] | None = None) -> list[Batch]:
+    """A rank's micro batches of a global batch. lengths: of its rows' documents, where these are kept apart."""
+    parts = [engine.micro_rows(micro_step) for micro_step in range(engine.stage.grad_accum)]
+    batches = [(batch[0][part.start : part.stop], batch[1][part.start : part.stop]) for part in parts]
+    if lengths is None:
+        return [*batches]
+    mine = [chain.from_iterable(lengths[part.start : part.stop]) for part in parts]
+    documents = [Documents([*each], batch[0].shape[1]) for each in mine]
+    return [(*tokens, apart) for tokens, apart in zip(batches, documents, strict=True)]
 
 
-def _logits(engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor | None:
+def _logits(engine: Any, batches: list[Batch]) -> Tensor | None:
     """This rank's vocabulary rows of its micro batches' logits; None before the last pipeline rank."""
-    batches = rank_batches(engine, batch)
     if engine.stage.layout.pp == 1:
         with torch.no_grad():
-            return torch.cat([engine.module.decoder(inputs) for inputs, _ in batches])
+            return torch.cat([engine.module.decoder(inputs, None, *apart) for inputs, _, *apart in batches])
     seen, loss_fn = [], engine.module.loss_fn
 
     def keep_logits(h: Tensor, targets: Tensor) -> Tensor:
@@ -176,7 +213,7 @@ def _logits(engine: Any, batch: tuple[Tensor, Tensor]) -> Tensor | None:
     return torch.cat(seen) if seen else None
 
 
-def engine_trace(training: Training) -> Trace:
+def engine_trace(training: Training, packed: bool = False) -> Trace:
     """Run `engine_job` on the layout's ranks and put the pieces together."""
     from megabus.model.decoder import param_specs
     from megabus.model.params import global_shape
@@ -184,7 +221,7 @@ def engine_trace(training: Training) -> Trace:
     from megabus.testing.ranks import run_ranks
 
     model, layout = training.stage.model, training.stage.layout
-    ranks = run_ranks(layout.world, engine_job, training)
+    ranks = run_ranks(layout.world, engine_job, training, packed)
     shapes = {name: global_shape(spec, model) for name, spec in param_specs(model).items()}
     apart = [0.0]
 

@@ -10,6 +10,7 @@ from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
 from megabus.engine.engine import Batch, Engine
 from megabus.errors import UserError
+from megabus.model.documents import Documents
 from megabus.model.loss import IGNORED
 from megabus.parallel.agree import raise_together
 
@@ -43,17 +44,24 @@ class Corpora:
     def _batches(
         self, engine: Engine, source: TokenSource, position: int, seq_len: int, rows: Sequence[range]
     ) -> list[Batch]:
-        batches, error = [], None
+        batches, error, needed = [], None, engine.needs_data or self.sources.document_mask
         try:
-            batches = [source.batch(position, seq_len, part) for part in rows if engine.needs_data]
+            batches = [self._batch(source, position, seq_len, part) for part in rows if needed]
         except UserError as caught:
             error = caught
         raise_together(error, engine.device)  # other ranks read other rows, and would wait for this one
         return batches
 
+    def _batch(self, source: TokenSource, position: int, seq_len: int, rows: range) -> Batch:
+        inputs_BT, targets_BT = source.batch(position, seq_len, rows)
+        if not self.sources.document_mask:
+            return inputs_BT, targets_BT
+        return inputs_BT, targets_BT, Documents(source.document_lengths(position, seq_len, rows), seq_len)
+
 
 def _padded(batch: Batch, n_rows: int) -> Batch:
     """A micro batch of `n_rows` rows."""
-    inputs_BT, targets_BT = batch
-    missing = (0, 0, 0, n_rows - len(inputs_BT))
-    return F.pad(inputs_BT, missing), F.pad(targets_BT, missing, value=IGNORED)
+    missing = n_rows - len(batch[0])
+    rows = (0, 0, 0, missing)
+    inputs_BT, targets_BT = F.pad(batch[0], rows), F.pad(batch[1], rows, value=IGNORED)
+    return (inputs_BT, targets_BT) if len(batch) == 2 else (inputs_BT, targets_BT, batch[2].padded(missing))

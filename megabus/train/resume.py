@@ -24,7 +24,7 @@ GO_BACK = "set it back, or choose another run_dir"
 
 
 def data_order(sources: Sources) -> dict[str, Any]:
-    """What the place of every token in training and validation depends on, as JSON has it."""
+    """What the place of every token in training and validation depends on, and what it sees, as JSON has it."""
 
     def facts(source: TokenSource) -> dict[str, Any]:
         return {
@@ -34,7 +34,8 @@ def data_order(sources: Sources) -> dict[str, Any]:
             "tokenizers": sorted(source.tokenizers),
         }
 
-    return {"train": facts(sources.train), "valid": facts(sources.valid), "valid_tokens": sources.valid_tokens}
+    apart = {"document_mask": True} if sources.document_mask else {}
+    return {"train": facts(sources.train), "valid": facts(sources.valid), "valid_tokens": sources.valid_tokens} | apart
 
 
 def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: dict[str, Any]) -> list[str]:

@@ -18,12 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_entry_point_measures_and_writes(tmp_path):
     out = tmp_path / "bench.json"
-    command = [sys.executable, "-m", "benchmarks", "--small", "--rounds", "2", "--only", "step,layouts", "--json", out]
+    options = ["--small", "--rounds", "2", "--only", "step,documents,layouts", "--json", out]
+    command = [sys.executable, "-m", "benchmarks", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["one"] for row in rows] == [
         "ngpt eager",
+        "4 documents apart",
         "products, 2 processes",
         "TP1/PP1/DP2",
         "TP1/PP2/DP1",

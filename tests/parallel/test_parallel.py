@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megabus.config import Layout
-from megabus.engine import fragments
 from megabus.engine.engine import Engine
-from megabus.model import init, ngpt
+from megabus.model import ngpt
 from megabus.model.params import spec_of
 from megabus.parallel.tensor_parallel import ProcessGroupTP
 from megabus.testing import parity
@@ -75,19 +74,6 @@ def test_bf16_stays_near_and_keeps_unit_masters(layout, zero):
     assert parity.difference(trace, reference("ngpt")).losses < 5e-3
     one = trace_of("ngpt", Layout(1, 1, 1), precision="bf16")
     assert parity.difference(trace, one).losses < 2e-3
-
-
-@pytest.fixture
-def lively_gains(monkeypatch):
-    """Models begin with gains that differ from row to row, in every process and under every layout alike."""
-    plain_rows = init.initial_rows
-
-    def rows(model, name, seed, start, stop, device="cpu"):
-        values = plain_rows(model, name, seed, start, stop, device)
-        return values if values.ndim == 2 else values * (1 + 0.5 * torch.sin(torch.arange(start, stop) * 1.7))
-
-    for room in (init, fragments):
-        monkeypatch.setattr(room, "initial_rows", rows)
 
 
 def preconditioned_logits(self, h_BTD):

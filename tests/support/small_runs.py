@@ -185,7 +185,7 @@ def _record_samples(samples):
     true_step = Engine.train_step
 
     def train_step(self, batches, lr):
-        for micro, (inputs, targets) in enumerate(batches):
+        for micro, (inputs, targets, *_) in enumerate(batches):
             rows = self.micro_rows(micro)
             samples.update(
                 (row, np.append(x, y[-1]).tobytes())
