@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
-from megabus.config.schema import AFTER_GROWTH, LayoutConfig
+from megabus.config.after_growth import AFTER_GROWTH
+from megabus.config.schema import LayoutConfig
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
 from megabus.table import aligned

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megabus.config.after_growth import AFTER_GROWTH
 from megabus.config.pair import SIZES, check_pair, divides
-from megabus.config.schema import (
-    AFTER_GROWTH,
-    LayoutConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    StageConfig,
-    TrainConfig,
-)
+from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
 from megabus.config.section import in_line
 from megabus.config.transfer import transferred
 from megabus.errors import UserError
@@ -59,6 +52,10 @@ class Stage:
         return self.global_batch_size * self.seq_len
 
 
+# Token ids that a rank reads for a step, or for a validation, all at once: 4 GiB of int64, inputs and targets.
+MOST_TOKENS = 2**28
+
+
 def stage_section(index: int, first: str = "model") -> str:
     """The section of the file that a stage's keys stand in; `first`: those of the first stage, of which there are
     several."""
@@ -93,7 +90,17 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
                 f"does not divide the run's longest sequence, {longest}",
                 "choose lengths that divide it, so that data order does not depend on them",
             )
+    _check_validation(config, stages, longest)
     return [_transferred(stage, config.optimizer) for stage in stages]
+
+
+def _check_validation(config: RunConfig, stages: list[Stage], longest: int) -> None:
+    """All of a validation's tokens are read before the first is seen."""
+    for stage in stages:
+        tokens = max(config.eval.tokens, longest) // stage.layout.dp
+        if tokens > MOST_TOKENS:
+            problem = f"gives a rank {tokens} tokens a validation, more than the {MOST_TOKENS} that it reads at once"
+            raise UserError("eval.tokens", config.eval.tokens, problem, "lower it, or raise dp")
 
 
 def single_stage(
@@ -320,6 +327,10 @@ def _check_stage(stage: Stage, train: TrainConfig, size_key: str, batch_key: str
     lower = "lower micro_batch_size, " if stage.micro_batch_size > 1 else ""
     remedy = f"{lower}raise tp or pp, or choose a multiple of {samples}"
     divides(batch_key + "global_batch_size", stage.global_batch_size, "micro_batch_size*dp", samples, remedy)
+    tokens = stage.tokens_per_step // layout.dp
+    if tokens > MOST_TOKENS:
+        problem = f"gives a rank {tokens} tokens a step, more than the {MOST_TOKENS} that it reads at once"
+        raise UserError(batch_key + "global_batch_size", stage.global_batch_size, problem, "lower it, or raise dp")
 
 
 def check_cut(model: ModelConfig, layout: Layout, size_key: str = "model.") -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import cos, inf, log1p, pi
 
-from megabus.config.schema import BoostConfig, OptimizerConfig, RewarmConfig, SettleConfig, TrainConfig
+from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
+from megabus.config.schema import OptimizerConfig, TrainConfig
 
 
 def spent_share(train: TrainConfig, step: float, tokens: float, flops: float) -> float:

@@ -19,13 +19,13 @@ from support.command import run_command
 from support.sources import model_config
 
 import megabus
-from megabus.checkpoint.contents import look, totals
+from megabus.checkpoint.contents import look
 from megabus.checkpoint.manifest import MANIFEST, DamagedError
 from megabus.checkpoint.restore import find_checkpoint
 from megabus.checkpoint.state import STATE, WRITTEN, SavedState, read_state
 from megabus.checkpoint.store import checkpoints_of, complete, latest_of, step_of
 from megabus.config.schema import RopeScaling
-from megabus.model.cost import count_parameters
+from megabus.model.cost import count_parameters, totals
 from megabus.testing.ranks import run_ranks
 
 SHARD = "shard-00001-model-00001-of-00003.safetensors"

@@ -10,7 +10,8 @@ import pytest
 from support.tiny_config import BASE
 
 from megabus.config import ModelConfig, Stage, load_config, resolve_stages
-from megabus.config.schema import OptimizerConfig, RewarmConfig, SettleConfig, TrainConfig
+from megabus.config.after_growth import RewarmConfig, SettleConfig
+from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.ds_config import deepspeed_config
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.init import build_model
