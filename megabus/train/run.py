@@ -79,6 +79,15 @@ class Run:
         return {"step": now.step, "tokens": now.tokens, "flops": now.flops, "stage": self.stage.index}
 
     @property
+    def step_flops(self) -> float:
+        """Of one optimizer step in this stage."""
+        return self.stage.tokens_per_step * flops_per_token(self.stage.model, self.stage.seq_len)
+
+    def mark(self) -> None:
+        """From here on steps are of this stage."""
+        self.progress.mark(self.engine.optimizer_step, self.stage.tokens_per_step, self.step_flops)
+
+    @property
     def can_grow(self) -> bool:
         return self.stage.index + 1 < len(self.stages)
 
@@ -123,6 +132,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
             restore(origin, engine, watchdog.heartbeat)
         else:
             engine.write_initial(config.train.seed)
+        run.mark()
         watch_stage(run)
         if run.metrics is not None:
             row = {"sizes": sizes(run.stage), "layout": str(run.stage.layout), "environment": machine}
@@ -187,6 +197,12 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     restore(found, run.engine, run.watchdog.heartbeat)
     now = run.progress = replace(found.state.progress)
     now.position = align_up(now.position, run.stage.seq_len)
+    if now.since is None or (now.position, run.stage.tokens_per_step, run.step_flops) != (
+        found.state.progress.position,
+        now.since.step_tokens,
+        now.since.step_flops,
+    ):
+        run.mark()
     run.saved_step = now.step
     run.pace.clear()
     run.monitor.load_state_dict(found.state.monitor)
@@ -218,6 +234,7 @@ def roll_back(run: Run) -> None:
     go_on_from(run, found, {"reason": NOT_FINITE, "changes": [], "from_step": failed.step})
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
+    run.mark()
 
 
 def watch_stage(run: Run) -> None:
