@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus coord-check", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--steps", type=int, default=20, help="of each size, the last quarter measured (%(default)s)")
     args = parser.parse_intermixed_args(argv)
     if args.steps < 1:

@@ -182,7 +182,7 @@ class OptimizerConfig(Section):
     warmup_share: Share = Field(0.0, description="share of the budget to warm up over; ngpt needs none")
     decay_share: Share = Field(0.2, description="wsd: the last share of the budget, over which lr falls")
     decay: Literal["linear", "log"] = Field("linear", description="wsd: the course of its fall")
-    decay_rho: Annotated[float, Field(ge=1e-6)] = Field(
+    decay_rho: Annotated[float, Field(ge=1e-6, le=1)] = Field(
         0.1, description="of a logarithmic fall: the share of it after which it slows down; the smaller, the steeper"
     )
     min_lr_ratio: Share = Field(0.0, description="cosine, log and wsd: share of lr that they end at")

@@ -37,8 +37,8 @@ def data_order(sources: Sources) -> dict[str, Any]:
     return {"train": facts(sources.train), "valid": facts(sources.valid), "valid_tokens": sources.valid_tokens}
 
 
-def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: dict[str, Any]) -> list[str]:
-    """What has changed since the checkpoint was saved, a line for each change.
+def check_stage(found: Found, config: RunConfig, stages: list[Stage]) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of all that has changed in the configuration since the checkpoint was saved.
 
     Raises `UserError` if the run of `config` has no such stage; with `resume: strict` also for any change but those
     that leave the run's mathematics as they are (layout, micro batches, logging, saving, paths).
@@ -53,12 +53,26 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     _check_follows(found, config, stages[saved.stage])
     _check_same(found, stages[saved.stage], _shape, GO_BACK)
     changes = list(_changes(saved.config, config.model_dump(mode="json")))
-    changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(saved.data, data)]
+    _check_unchanged(found, config, changes)
+    return changes
+
+
+def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: dict[str, Any]) -> list[str]:
+    """What has changed since the checkpoint was saved, a line for each change, the contents of data among them.
+
+    Raises `UserError` as `check_stage` does, and so for other data.
+    """
+    changes = check_stage(found, config, stages)
+    changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(found.state.data, data)]
+    _check_unchanged(found, config, changes)
+    told = [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
+    return told + (_rates(found, config, stages) if changes else [])
+
+
+def _check_unchanged(found: Found, config: RunConfig, changes: list[tuple[str, Any, Any]]) -> None:
     if changes and config.resume == "strict":
         key, was, is_now = changes[0]
         raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
-    told = [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
-    return told + (_rates(found, config, stages) if changes else [])
 
 
 def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
@@ -68,7 +82,7 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
         return []
     try:
         before = parse_config(found.state.config)
-        planned = resolve_stages(before, found.state.layout.world)
+        planned = resolve_stages(before, found.state.layout.world, saved=True)
     except UserError as error:
         raise error.within(f"config of {found.folder}") from error
     was = horizon_factor(before, planned)
