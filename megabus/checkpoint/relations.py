@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megabus.checkpoint.manifest import validated
-from megabus.config import ModelConfig
-from megabus.config.pair import SIZES, sizes_of
+from megabus.config import RunConfig
+from megabus.config.pair import sizes_of
 from megabus.config.stages import check_cut
 from megabus.kappa.monitor import SAVED, KappaState, Reason, check_saved
 from megabus.model.cost import count_parameters
@@ -24,7 +24,8 @@ from megabus.plain_file import shown
 if TYPE_CHECKING:
     from megabus.checkpoint.state import Progress, SavedState
 
-ROUNDING = 1e-6  # of FLOPs that were added up step by step
+ROUNDING = 1e-9  # of FLOPs that were added up step by step
+TRANSFERRED = ("alpha_init", "s_z_init", "init_std", "embed_init_std", "head_init_std")  # by optimizer.transfer
 
 Number = Annotated[int, Field(ge=0, lt=2**63)]
 Length = Annotated[int, Field(ge=1, lt=2**31)]
@@ -129,6 +130,8 @@ def _check_whole(state: SavedState) -> None:
     _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.nonfinite", now.nonfinite)
     _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.step", now.step)
     _at_most("progress.rollbacks", now.rollbacks, "progress.nonfinite", now.nonfinite)
+    if now.rollbacks and now.position == now.tokens:
+        raise ValueError(f"progress.rollbacks: {now.rollbacks} returns have passed over no data")
 
 
 def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
@@ -182,6 +185,8 @@ def _check_account(now: Progress, optimizer_step: int) -> None:
     _at_most("progress.since.optimizer_step", since.optimizer_step, "progress.since.step", since.step)
     for row in now.growths[-1:]:
         _at_most("progress.growths: the last step", row["step"], "progress.since.step", since.step)
+        if row["tokens"] == since.tokens:
+            _agree("progress.growths: the last step", row["step"], "progress.since.step", since.step)
     steps, skipped = now.step - since.step, now.nonfinite - since.nonfinite
     added = steps * since.step_tokens
     _agree("progress.tokens", now.tokens, "what its steps add up to", since.tokens + added)
@@ -205,12 +210,24 @@ def _check_config(config: _Config, state: SavedState) -> None:
     if now.since is not None and batches[-1] is not None:
         wanted = batches[-1] * lengths[-1]
         _agree("progress.since.step_tokens", now.since.step_tokens, "the stage's batch in config", wanted)
-    model = _section(state.config.get("model"), "config.model")
-    changes = [_section(stage, "config.growth.stages") for stage in state.config["growth"]["stages"][: state.stage]]
-    for key in ModelConfig.model_fields:
-        said = [section[key] for section in (model, *changes) if section.get(key) is not None]
-        if key in (*SIZES, "kind", "vocab_size", "head_dim") and said:
-            _agree(f"config: {key} of stage {state.stage}", said[-1], f"model.{key}", getattr(state.model, key))
+    _check_types(state.config)
+    said = dict(_section(state.config.get("model"), "config.model"))
+    for stage in state.config["growth"]["stages"][: state.stage]:
+        said |= {key: value for key, value in _section(stage, "config.growth.stages").items() if value is not None}
+    transferred = TRANSFERRED if _section(state.config.get("optimizer"), "config.optimizer").get("transfer") else ()
+    for key, value in state.model.model_dump(mode="json").items():
+        if key in said and key not in transferred:  # those that came later are not there
+            _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", value)
+
+
+def _check_types(config: dict[str, Any]) -> None:
+    """Raise ValueError for a value of another type than its key has. Ranges may have been others in other versions."""
+    try:
+        RunConfig.model_validate(config)
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            if one["type"].endswith(("_type", "_parsing", "_from_float")):
+                raise ValueError(f"config.{'.'.join(map(str, one['loc']))}: {one['msg']}") from error
 
 
 def _section(value: Any, key: str) -> dict[str, Any]:
@@ -227,6 +244,10 @@ def _check_monitor(monitor: KappaState, state: SavedState) -> None:
     _agree("monitor.span.tokens", span.tokens, "progress.stage_tokens", now.stage_tokens)
     _agree("monitor.span.flops", span.flops, "progress.stage_flops", now.stage_flops)
     _at_most("monitor.past", len(monitor.past), "stage", state.stage)
+    sizes = {row["old"].get("n_params") for row in now.growths}
+    for number, path in enumerate(monitor.past):
+        if path.n_params not in sizes:
+            raise ValueError(f"monitor.past.{number}.n_params: {path.n_params} is no size that has grown")
     _at_most("monitor.met", monitor.met, "the losses in monitor.curve", len(monitor.curve))
     for point in monitor.curve[-1:]:
         _at_most("monitor.curve: the last tokens", point.tokens, "progress.tokens", now.tokens)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megabus.checkpoint.contents import Found
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
-from megabus.config.pair import SIZES
+from megabus.config.schema import StageConfig
 from megabus.config.section import in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
@@ -51,7 +51,7 @@ def check_stage(found: Found, config: RunConfig, stages: list[Stage]) -> list[tu
         problem = f"has {len(stages) - 1} growths, {found.folder.name} comes after growth {saved.stage}"
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
     _check_follows(found, config, stages[saved.stage])
-    _check_same(found, stages[saved.stage], _shape, GO_BACK)
+    _check_same(found, stages[saved.stage], config.growth.stages[: saved.stage], _shape, GO_BACK)
     changes = list(_changes(saved.config, config.model_dump(mode="json")))
     _check_unchanged(found, config, changes)
     return changes
@@ -97,15 +97,23 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
 def check_begins(origin: Found, stage: Stage) -> None:
     """Raise `UserError` unless the stage's model can begin with the checkpoint's weights. What gains are stored in
     multiples of may differ: `restore` re-expresses them."""
-    _check_same(origin, stage, _function, "give the model that was saved")
+    _check_same(origin, stage, [], _function, "give the model that was saved")
 
 
-def _check_same(found: Found, stage: Stage, facts: Callable[[ModelConfig], dict[str, Any]], remedy: str) -> None:
+def _check_same(
+    found: Found,
+    stage: Stage,
+    growths: Sequence[StageConfig],
+    facts: Callable[[ModelConfig], dict[str, Any]],
+    remedy: str,
+) -> None:
+    """growths: sections of the growths up to the stage, the last of which that says a size is where it comes from."""
     now = facts(stage.model)
     for key, value in facts(found.state.model).items():
         if now[key] != value:
-            section = stage_section(stage.index) if key in SIZES else "model"  # where alone it can be set
-            raise UserError(f"{section}.{key}", now[key], f"is {value} in {found.folder}", remedy)
+            said = [n for n, growth in enumerate(growths, 1) if getattr(growth, key, None) is not None]
+            where = stage_section(said[-1] if said else 0)
+            raise UserError(f"{where}.{key}", now[key], f"is {value} in {found.folder}", remedy)
 
 
 def _check_follows(found: Found, config: RunConfig, stage: Stage) -> None:
