@@ -1,4 +1,4 @@
-"""Keys that say what nothing heeds are refused: who writes one means something by it."""
+"""Keys that say what nothing heeds: refused where they contradict another, told where another silences them."""
 
 from __future__ import annotations
 
@@ -11,51 +11,52 @@ OTHERS = {"ngpt": ("init_std", "embed_init_std", "head_init_std", "norm_eps"), "
 
 
 def check_effects(config: RunConfig) -> None:
-    """Raise `UserError` about the first key that would have no effect beside the others."""
-    model = config.model
+    """Raise `UserError` about the first key that nobody can mean beside the others."""
+    _check_fall(config.optimizer)
+    if config.growth.stages and config.growth.trigger.rule == "marginal":
+        _check_marginal(config)
+
+
+def unheeded(config: RunConfig) -> list[str]:
+    """A line for each key that has no effect, because another has been chosen: a file is often tried with other values
+    of one key, such as `optimizer.schedule`."""
+    model, optim, trigger = config.model, config.optimizer, config.growth.trigger
+    found: list[tuple[str, object, str]] = []
     for name in OTHERS[model.kind]:
         if _given(model, name):
-            problem = f"has no effect on model.kind = {model.kind}"
-            raise UserError(f"model.{name}", getattr(model, name), problem, "leave it out")
-    _check_fall(config.optimizer)
-    if config.growth.stages:
-        _check_trigger(config)
+            found.append((f"model.{name}", getattr(model, name), f"model.kind = {model.kind}"))
+    if optim.schedule != "wsd" and _given(optim, "decay_share"):
+        found.append(("optimizer.decay_share", optim.decay_share, f"optimizer.schedule = {optim.schedule}"))
+    if optim.min_lr_ratio > 0 and not _falls(optim):
+        found.append(("optimizer.min_lr_ratio", optim.min_lr_ratio, "a learning rate that does not fall"))
+    for name in ("constant", "reference"):
+        if trigger.predictor != name and (value := getattr(trigger, name)) is not None:
+            found.append((f"growth.trigger.{name}", value, f"growth.trigger.predictor = {trigger.predictor}"))
+    return [str(UserError(key, value, f"has no effect with {other}", "leave it out")) for key, value, other in found]
+
+
+def _falls(optim: OptimizerConfig) -> bool:
+    return optim.schedule in ("cosine", "log") or (optim.schedule == "wsd" and optim.decay_share > 0)
 
 
 def _check_fall(optim: OptimizerConfig) -> None:
-    schedule, logarithmic = optim.schedule, optim.schedule == "log" or optim.decay == "log"
-    falls = schedule in ("cosine", "log") or (schedule == "wsd" and optim.decay_share > 0)
+    schedule = optim.schedule
     if optim.decay != "linear" and schedule != "wsd":
         problem = f"is the course of wsd's fall, and optimizer.schedule is {schedule}"
         raise UserError("optimizer.decay", optim.decay, problem, "leave it out, or set optimizer.schedule to wsd")
-    if optim.decay != "linear" and not falls:
+    if optim.decay != "linear" and not _falls(optim):
         problem = "is the course of wsd's fall, and optimizer.decay_share is 0"
         raise UserError("optimizer.decay", optim.decay, problem, "leave it out, or raise decay_share")
-    if schedule != "wsd" and _given(optim, "decay_share"):
-        problem = f"is the share of wsd's fall, and optimizer.schedule is {schedule}"
-        raise UserError(
-            "optimizer.decay_share", optim.decay_share, problem, "leave it out, or set optimizer.schedule to wsd"
-        )
-    if not (falls and logarithmic) and _given(optim, "decay_rho"):
+    if schedule != "log" and optim.decay != "log" and _given(optim, "decay_rho"):
         remedy = "leave it out, or set optimizer.schedule or decay to log"
         raise UserError("optimizer.decay_rho", optim.decay_rho, "is of a logarithmic fall, and there is none", remedy)
-    if optim.min_lr_ratio > 0 and not falls:
-        problem = "is where a fall ends, and there is none"
-        raise UserError("optimizer.min_lr_ratio", optim.min_lr_ratio, problem, "leave it out, or let lr fall")
     if schedule in ("cosine", "log") and optim.warmup_share == 1:
         problem = f"leaves nothing of the budget for the fall of optimizer.schedule = {schedule}"
         raise UserError("optimizer.warmup_share", optim.warmup_share, problem, "lower it, or set schedule to constant")
 
 
-def _check_trigger(config: RunConfig) -> None:
+def _check_marginal(config: RunConfig) -> None:
     trigger = config.growth.trigger
-    for name in ("constant", "reference"):
-        value = getattr(trigger, name)
-        if value is not None and trigger.predictor != name:
-            problem = f"is of predictor {name}, and growth.trigger.predictor is {trigger.predictor}"
-            raise UserError(f"growth.trigger.{name}", value, problem, f"remove it, or set predictor to {name}")
-    if trigger.rule != "marginal":
-        return
     asked = [("growth.trigger.kappa", trigger.kappa if _given(trigger, "kappa") else None)]
     asked += [(f"growth.stages.{number}.kappa", stage.kappa) for number, stage in enumerate(config.growth.stages)]
     for key, kappa in asked:

@@ -10,6 +10,7 @@ from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig, Stage
+from megabus.config.effects import unheeded
 from megabus.errors import warn
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.outlook import outlook
@@ -48,10 +49,10 @@ def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
         found = _newest(config)
         if found is not None and config.resume != "never":
             check_stage(found, config, stages)
-        return Foreseen(said, [])
+        return Foreseen(said, unheeded(config))
     if config.init_from is not None:
         check_begins(look(checkpoint_at(config.init_from)), stages[0])
-    return Foreseen(said, check_growths(config, stages))
+    return Foreseen(said, [*unheeded(config), *check_growths(config, stages)])
 
 
 def _newest(config: RunConfig) -> Found | None:

@@ -223,27 +223,12 @@ optimizer.decay_rho=0.2 optimizer.schedule=constant @ 1
 optimizer.decay=log optimizer.decay_share=0 @ 1
     optimizer.decay = log: is the course of wsd's fall, and optimizer.decay_share is 0; leave it out, or raise ...
     optimizer.decay_share=0.1
-optimizer.schedule=log optimizer.decay_share=0.3 @ 1
-    optimizer.decay_share = 0.3: is the share of wsd's fall, and optimizer.schedule is log; leave it out, or set ...
-    optimizer.schedule=wsd
 optimizer.schedule=log optimizer.warmup_share=1 @ 1
     optimizer.warmup_share = 1.0: leaves nothing of the budget for the fall of optimizer.schedule = log; lower it, ...
     optimizer.warmup_share=0.5
-optimizer.schedule=constant optimizer.min_lr_ratio=0.1 @ 1
-    optimizer.min_lr_ratio = 0.1: is where a fall ends, and there is none; leave it out, or let lr fall
-    optimizer.schedule=cosine
-growth.trigger.constant=2 @ 1
-    growth.trigger.constant = 2.0: is of predictor constant, and growth.trigger.predictor is fit; remove it, or ...
-    growth.trigger.predictor=constant
 growth.trigger.kappa=0.8 growth.trigger.rule=marginal train.max_flops=1e12 @ 1
     growth.trigger.kappa = 0.8: is not asked for by growth.trigger.rule = marginal; remove it, or set rule to kappa
     growth.trigger.rule=kappa
-model.init_std=0.1 @ 1
-    model.init_std = 0.1: has no effect on model.kind = ngpt; leave it out
-    model.kind=gpt
-model.alpha_init=0.1 model.kind=gpt @ 1
-    model.alpha_init = 0.1: has no effect on model.kind = gpt; leave it out
-    model.kind=ngpt
 train.global_batch_size=2e7 @ 1
     train.global_batch_size = 20000000: gives a rank 320000000 tokens a step, more than ...; lower it, or raise dp
     train.global_batch_size=1e7

@@ -74,7 +74,7 @@ def test_a_stage_that_nothing_ends_is_refused():
         UserError, match=problem + ", and decides nothing while the rate falls, from 20% on; give it a cap"
     ):
         told(config_of(decay_share=0.8))
-    assert told(config_of(growths=1, schedule="log")) == []
+    assert told(config_of(growths=1, decay_share=0.8, schedule="log")) == []
     with pytest.raises(UserError, match=r"^growth\.stages\.0\.max_tokens = \(missing\): .* at 60% of the budget"):
         told(config_of(decay_share=0.5))
     assert told(config_of(5, decay_share=0.5)) == []  # by its cap the first stage ends earlier
