@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
 from megabus.config.paths import Pathname
+from megabus.config.rope import RopeScaling as RopeScaling
 from megabus.config.section import (
     STAGES,
     Angle,
@@ -16,6 +17,7 @@ from megabus.config.section import (
     Decay,
     Degree,
     Exponent,
+    Factor,
     Heads,
     Hidden,
     Layers,
@@ -33,22 +35,6 @@ from megabus.config.section import (
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
 
 
-class RopeScaling(Section):
-    """How RoPE's frequencies are lowered for longer sequences, as imported Llama models have it.
-
-    linear: all by `factor`. llama3: those whose wave is longer than original_max_position / low_freq_factor by
-    `factor`, those shorter than original_max_position / high_freq_factor not, with a ramp between.
-    """
-
-    kind: Literal["linear", "llama3"] = Field(description="how, see above")
-    factor: Positive = Field(description="what frequencies are divided by")
-    low_freq_factor: Positive = Field(
-        1.0, description="llama3: longer waves than its share are scaled by all of factor"
-    )
-    high_freq_factor: Positive = Field(4.0, description="llama3: shorter waves than its share stay as they are")
-    original_max_position: Count = Field(8192, description="llama3: tokens, the longest sequence before scaling")
-
-
 class ModelConfig(Section):
     """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""
 
@@ -62,7 +48,7 @@ class ModelConfig(Section):
     n_kv_heads: Heads | None = Field(None, description="key/value heads (GQA); n_heads when left out")
     head_dim: Heads = Field(description="entries of a head, even; never changes in a run")
     d_ff: Hidden = Field(description="hidden units of the MLP; divisible by layout.tp")
-    rope_theta: Positive = Field(10000.0, description="base of RoPE's frequencies")
+    rope_theta: Factor = Field(10000.0, description="base of RoPE's frequencies")
     rope_scaling: RopeScaling | None = None
     alpha_init: Positive = Field(
         0.05, description="ngpt: the initial eigen learning rate of every block; with transfer, in the run it names"
@@ -303,7 +289,9 @@ def _corpora(value: Any) -> Any:
 class DataConfig(Section):
     """Token files made by megabus preprocess. `train` is one prefix or a weighted blend."""
 
-    train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
+    train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(
+        min_length=1, description="a prefix, or a list of corpora"
+    )
     valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
     tokenizer: Pathname | None = Field(None, description="SentencePiece model, copied beside checkpoints")
 

@@ -22,6 +22,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Factor = Annotated[float, Field(ge=1.0)]
 Angle = Annotated[float, Field(gt=0.0, le=pi)]
 Exponent = Annotated[float, Field(gt=0.0, le=2.0)]  # of tiny numbers: a larger one makes infinities of them in fp32
 
