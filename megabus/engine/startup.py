@@ -118,10 +118,16 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     reuse_process_groups(timeout)
 
 
+def local_ranks() -> int:
+    """Ranks on this machine, as the launcher says."""
+    environ = os.environ
+    return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("WORLD_SIZE") or 1)
+
+
 def _check_gpus(count: int) -> None:
     """Every rank of this machine needs a GPU of its own; all of them know if one goes without."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
-    if int(local) > count:
+    local = local_ranks()
+    if local > count:
         problem = f"exceeds the {count} GPU(s) of this machine"
         raise UserError("ranks on this machine", local, problem, f"launch {count}, or set DS_ACCELERATOR=cpu")
 

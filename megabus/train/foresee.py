@@ -5,16 +5,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import psutil
+import torch
+from deepspeed.accelerator import get_accelerator
+
 from megabus.checkpoint.contents import Found, look
 from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig, Stage
 from megabus.config.effects import unheeded
-from megabus.errors import warn
+from megabus.config.stages import stage_section
+from megabus.engine.startup import local_ranks
+from megabus.errors import UserError, warn
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.outlook import outlook
+from megabus.model.cost import count_parameters
 from megabus.parallel.agree import rank_0_says, rank_0_tells
+from megabus.preflight.findings import size_text
 from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_begins, check_stage
 
@@ -45,6 +53,8 @@ def foresee(config: RunConfig, stages: list[Stage]) -> Foreseen:
 def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     said = outlook(stages, config.growth.trigger)
+    if not config.preflight.enabled:  # which looks more closely
+        _check_memory(config, stages)
     if complete(checkpoints_of(config.run_dir)):
         found = _newest(config)
         if found is not None and config.resume != "never":
@@ -64,3 +74,18 @@ def _newest(config: RunConfig) -> Found | None:
             if config.resume == "strict":
                 return None
     return None
+
+
+def _check_memory(config: RunConfig, stages: list[Stage]) -> None:
+    """What this machine's ranks take of a stage at least, masters, moments and weights, must fit into all of its
+    memory, or into that of its GPUs."""
+    local, gpu = local_ranks(), get_accelerator().device_name() == "cuda"
+    there = torch.cuda.get_device_properties(0).total_memory * local if gpu else psutil.virtual_memory().total
+    itemsize = 2 if config.train.precision == "bf16" else 4
+    for stage in stages:
+        layout = stage.layout
+        need = count_parameters(stage.model) * (12 / layout.world + itemsize / (layout.tp * layout.pp)) * local
+        if need > there:
+            problem = f"takes {size_text(need)} on this machine at least, which has {size_text(there)}"
+            remedy = "use more ranks, a higher tp or pp, or a smaller model; megabus estimate says what fits"
+            raise UserError(stage_section(stage.index), f"stage {stage.index}", problem, remedy)

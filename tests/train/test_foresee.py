@@ -12,6 +12,7 @@ from support.sources import MemorySource, model_config
 from megabus.checkpoint.state import STATE
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout, resolve_stages
+from megabus.config.schema import PreflightConfig
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.errors import UserError
 from megabus.train.foresee import _foreseen
@@ -74,3 +75,10 @@ def test_it_comes_before_the_data_is_opened(tmp_path):
     assert not (tmp_path / "run").exists()
     write_corpus(tmp_path)
     assert "the file does not exist" in refusal(config_of(tmp_path / "none", preflight={}), 1)  # the control
+
+
+def test_without_a_preflight_what_cannot_fit_is_refused_all_the_same(tmp_path):
+    wide = config_of(tmp_path, growth={"stages": [{"d_model": 2**20, "d_ff": 2**20}], "max_tokens": 1024})
+    assert told(wide).startswith("growth.stages.0 = stage 1: takes 1")
+    assert "on this machine at least, which has " in told(wide)
+    assert foreseen(wide.model_copy(update={"preflight": PreflightConfig()})) == ([], [])  # which looks more closely
