@@ -19,6 +19,8 @@ from megabus.errors import UserError, note, show_anything
 
 PATIENCE = 5.0  # seconds that a rank leaves rank 0 to tell bad input in
 PEER_GONE = ("closed by peer", "reset by peer")  # gloo's words for it
+NO_MEMORY = "can't allocate memory"  # torch's words for it, on CPUs
+SHORT = "out of memory: lower train.micro_batch_size, or see with `megabus estimate` what fits where"
 OUTCOME = "MEGABUS_OUTCOME"  # names a file to leave the outcome in
 LOST = "lost the connection to another rank, which has probably ended: its log says why. Start the same command again"
 
@@ -78,6 +80,11 @@ def run(main: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not memory_is_short(error):
+            raise
+        note(f"error: {SHORT} ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})")
+        return 1
 
 
 def tell_outcome(word: str) -> None:
@@ -115,11 +122,18 @@ def run_rank(main: Callable[[], int]) -> int:
             where = traceback.extract_tb(error.__traceback__)[-1]
             told = f": {LOST} ({where.name}: {str(error).splitlines()[0]})"
             told = "\n".join((told, *getattr(error, "__notes__", ())))
+        elif memory_is_short(error):
+            told = f": {SHORT} ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})"
         else:
             told = f" failed:\n{traceback.format_exc()}"
         note(f"rank {_rank()}{told}")
         _tell_torchrun(f"rank {_rank()}{told}".rstrip())
         return 1
+
+
+def memory_is_short(error: Exception) -> bool:
+    """Whether it says that there is no more memory, Python's or torch's, on a CPU or a GPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in str(error)
 
 
 def peer_is_gone(error: Exception) -> bool:

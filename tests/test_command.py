@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support.launching import ROOT, environment
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
 
@@ -46,6 +47,25 @@ def test_the_outcome_is_left_where_it_is_asked_for(monkeypatch, tmp_path):
             assert run_rank(main) == (1 if main is not bad else 2)
         assert file.exists() == left
     assert file.read_text() == "refused\n"
+
+
+TORCH = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to\nand more"
+)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), MemoryError("8 GiB"), torch.OutOfMemoryError("CUDA"), RuntimeError(TORCH)]
+)
+def test_a_lack_of_memory_is_told_in_one_line(monkeypatch, capsys, error):
+    monkeypatch.setenv("RANK", "1")
+    for runner, begin in ((run, "error: "), (run_rank, "rank 1: ")):
+        assert runner(raising(error)) == 1
+        told = capsys.readouterr().err
+        assert told.startswith(
+            f"{begin}out of memory: lower train.micro_batch_size, or see with `megabus estimate` what "
+        )
+        assert told.count("\n") == 1
 
 
 def test_other_ends_of_a_rank(monkeypatch, capsys):

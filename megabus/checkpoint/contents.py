@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,10 +25,8 @@ from megabus.checkpoint.manifest import (
 )
 from megabus.checkpoint.state import STATE, SavedState, read_state
 from megabus.checkpoint.store import step_of
-from megabus.config import ModelConfig
 from megabus.errors import UserError
-from megabus.model.decoder import param_specs
-from megabus.model.params import global_shape
+from megabus.model.cost import totals
 from megabus.parallel.fragments import KINDS, Kind
 from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
@@ -116,18 +113,6 @@ def check_fits(folder: Path, state: SavedState, stored: int) -> None:
     if needed > stored:
         problem = f"is damaged (model: its sizes take {needed} bytes or more, all files listed have {stored})"
         raise DamagedError(folder / STATE, problem)
-
-
-def totals(model: ModelConfig) -> tuple[int, int]:
-    """How many parameters, and how many entries they have together, of sizes that may be any: nothing is made by them.
-    Layers are alike."""
-    tiny = {"vocab_size": 2, "d_model": 2, "n_heads": 1, "n_kv_heads": 1, "head_dim": 2, "d_ff": 2}
-    one, two = (
-        [prod(global_shape(spec, model)) for spec in param_specs(model.grown(**tiny, n_layers=layers)).values()]
-        for layers in (1, 2)
-    )
-    more = model.n_layers - 1
-    return len(one) + more * (len(two) - len(one)), sum(one) + more * (sum(two) - sum(one))
 
 
 def written_by(placement: Placement, rank: int, pieces: Iterable[Piece]) -> list[Piece]:

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
 from megabus.checkpoint.manifest import FORMAT, STRICT, DamagedError, check_format, reading, validated
+from megabus.checkpoint.relations import check_relations
 from megabus.config import Layout, ModelConfig
-from megabus.config.stages import check_cut
 from megabus.errors import UserError
-from megabus.kappa.monitor import SAVED, KappaState, check_saved
-from megabus.parallel.fragments import KINDS, Kind
+from megabus.parallel.fragments import Kind
 from megabus.plain_file import parse_json, read_regular
 
 STATE = "state.json"
@@ -39,6 +38,24 @@ Amount = Annotated[float, Field(ge=0)]
 Length = Annotated[int, Field(ge=1, lt=2**31)]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A run's totals where steps of one kind began: at its start, a growth, a return to a checkpoint, or a resume with
+    other batches. Since then every step has added the same `step_tokens` and `step_flops`. optimizer_step: Adam's
+    count there."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    step: Whole
+    tokens: Whole
+    position: Whole
+    flops: Amount
+    nonfinite: Whole
+    optimizer_step: Whole
+    step_tokens: Whole
+    step_flops: Amount
+
+
 @dataclass
 class Progress:
     """How far a run has come. `position` is the place in the data order, in tokens: it runs ahead of `tokens` where a
@@ -54,6 +71,12 @@ class Progress:
     nonfinite: Whole = 0  # steps that left the weights as they were, and how many of them the last ones were
     nonfinite_in_a_row: Whole = 0
     rollbacks: Whole = 0
+    since: Mark | None = None  # None: no run, or one of a version that had none
+
+    def mark(self, optimizer_step: int, step_tokens: int, step_flops: float) -> None:
+        """From now on each step adds so much."""
+        now = (self.step, self.tokens, self.position, self.flops, self.nonfinite)
+        self.since = Mark(*now, optimizer_step, step_tokens, step_flops)
 
 
 def _as_written(value: Any, read: ValidatorFunctionWrapHandler) -> ModelConfig:
@@ -91,47 +114,7 @@ class SavedState:
         return max(self.config["train"]["seq_len"], *(stage.get("seq_len") or 0 for stage in stages), 0)
 
 
-class _Lengths(BaseModel):
-    """The one thing that a growth's section is asked for; the others depend on the version that wrote them."""
-
-    model_config = ConfigDict(extra="allow")
-    seq_len: Length | None = None
-
-
-class _Growth(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    stages: list[_Lengths]
-
-
-class _Train(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    seq_len: Length
-
-
-class _Config(BaseModel):
-    """What `SavedState.config` must hold."""
-
-    model_config = ConfigDict(extra="allow")
-    train: _Train
-    growth: _Growth
-
-
-class _GrowthRow(BaseModel):
-    """What a row of `Progress.growths` must hold."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    step: Whole
-    tokens: Whole
-    flops: Amount
-    stage: Whole
-    reason: str
-    old: dict[str, Whole]
-    new: dict[str, Whole]
-
-
 _STATE: TypeAdapter[SavedState] = TypeAdapter(SavedState)
-_CONFIG: TypeAdapter[_Config] = TypeAdapter(_Config)
-_GROWTHS: TypeAdapter[list[_GrowthRow]] = TypeAdapter(list[_GrowthRow])
 
 
 def write_state(folder: Path, state: SavedState) -> Path:
@@ -161,16 +144,8 @@ def read_state(folder: Path) -> SavedState:
         if absent and (found or section != "monitor"):  # which is empty where no run was
             raise DamagedError(path, f"is damaged ({section}.{absent[0]}: is missing)")
     state = validated(_STATE, {key: value for key, value in tree.items() if key != "format"}, path)
-    validated(_GROWTHS, state.progress.growths, path, "progress.growths")
     try:
-        if state.monitor:
-            monitor = validated(SAVED, state.monitor, path, "monitor")
-            check_saved(monitor)
-            _check_monitor(monitor, state)
-        if state.config:
-            config = validated(_CONFIG, state.config, path, "config")
-            _at_most("stage", state.stage, "growths in config", len(config.growth.stages))
-        _check_whole(state)
+        check_relations(path, state)
     except UserError as error:
         if isinstance(error, DamagedError):
             raise
@@ -185,40 +160,3 @@ def _section(tree: Any, key: str) -> dict[str, Any] | None:
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else None
-
-
-def _check_whole(state: SavedState) -> None:
-    """Raise ValueError or `UserError`, the key first, for values that are right by themselves and not together."""
-    now, layout = state.progress, state.layout
-    for key, value in asdict(layout).items():
-        if not 0 < value < 2**31:
-            raise ValueError(f"layout.{key}: {value} is no number of ranks")
-    check_cut(state.model, layout)
-    _agree("kinds", state.kinds, "those of optimizer_step", KINDS if state.optimizer_step else KINDS[:1])
-    _agree("progress.growths", len(now.growths), "stage", state.stage)
-    _at_most("optimizer_step", state.optimizer_step, "progress.step", now.step)
-    _at_most("progress.tokens", now.tokens, "progress.position", now.position)
-    _at_most("progress.stage_tokens", now.stage_tokens, "progress.tokens", now.tokens)
-    _at_most("progress.stage_flops", now.stage_flops, "progress.flops", now.flops)
-    _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.nonfinite", now.nonfinite)
-
-
-def _check_monitor(monitor: KappaState, state: SavedState) -> None:
-    """Raise ValueError, the key first, where κ remembers another stage, or losses from after the end."""
-    now, span = state.progress, monitor.span
-    _agree("monitor.span.index", span.index, "stage", state.stage)
-    _agree("monitor.span.tokens", span.tokens, "progress.stage_tokens", now.stage_tokens)
-    _agree("monitor.span.flops", span.flops, "progress.stage_flops", now.stage_flops)
-    for point in monitor.curve[-1:]:
-        _at_most("monitor.curve: the last tokens", point.tokens, "progress.tokens", now.tokens)
-        _at_most("monitor.curve: the last FLOPs", point.flops, "progress.flops", now.flops)
-
-
-def _agree(key: str, value: Any, other: str, wanted: Any) -> None:
-    if value != wanted:
-        raise ValueError(f"{key}: {value} is not {other}, {wanted}")
-
-
-def _at_most(key: str, value: float, other: str, limit: float) -> None:
-    if value > limit:
-        raise ValueError(f"{key}: {value} exceeds {other}, {limit}")

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
-from megabus.config.schema import AFTER_GROWTH, LayoutConfig
+from megabus.config.after_growth import AFTER_GROWTH
+from megabus.config.schema import LayoutConfig
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
 from megabus.table import aligned
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus coord-check", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--steps", type=int, default=20, help="of each size, the last quarter measured (%(default)s)")
     args = parser.parse_intermixed_args(argv)
     if args.steps < 1:

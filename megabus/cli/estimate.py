@@ -32,7 +32,7 @@ REBUILD = 5.0
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus estimate", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(DEVICES)} (%(default)s)")
     parser.add_argument("--nodes-of", type=int, help="devices of a node; tensor parallelism is proposed within one")

@@ -28,7 +28,7 @@ MAX_STAGES = 3
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus plan", description=__doc__)
     parser.add_argument("config", type=Path, help="YAML of a run; its last size is the final one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, help="ranks of the run; the least that the layouts allow when left out")
     parser.add_argument("--propose", action="store_true", help="propose sizes, whatever stages the file has")
     parser.add_argument("--max-stages", type=int, help=f"sizes that a proposal has at most ({MAX_STAGES})")

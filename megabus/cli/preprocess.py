@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="megabus preprocess", description=__doc__, allow_abbrev=False)
-    parser.add_argument("inputs", nargs="*", help="files, quoted globs or directories")
+    parser.add_argument("inputs", nargs="*", default=[], help="files, quoted globs or directories")
     parser.add_argument("--dataset", help="instead of inputs: a hub dataset, NAME or a local directory")
     parser.add_argument("--subset", help="its configuration")
     parser.add_argument("--split", default="train", help="its split (%(default)s)")

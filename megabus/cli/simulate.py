@@ -28,7 +28,7 @@ MIB = 2**20
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus simulate", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML of a run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks of the run")
     parser.add_argument("--rank", type=int, action="append", help="a rank to simulate; may be given again")
     parser.add_argument("--all-ranks", action="store_true", help="plan the growths for every rank and compare")

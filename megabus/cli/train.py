@@ -26,7 +26,7 @@ from megabus.extras import need
 def main(argv: Sequence[str]) -> int:
     parser = RankParser(prog="megabus train", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides of the file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--preflight-only", action="store_true", help="check everything, train nothing")
     args = parser.parse_args(argv)
     check_ranks(args.nproc_per_node)

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megabus.config.after_growth import AFTER_GROWTH
 from megabus.config.auto import AUTO, written_out
 from megabus.config.read import described, read_tree, yaml_value
-from megabus.config.schema import AFTER_GROWTH, RunConfig
+from megabus.config.schema import RunConfig
 from megabus.errors import UserError
 
 

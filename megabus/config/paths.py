@@ -15,6 +15,10 @@ def expanded(path: str) -> str:
     """`path` with `~`, `~user`, `$NAME` and `${NAME}` in it written out. Raises ValueError for what has no value."""
     if "\0" in path:
         raise ValueError("holds a NUL, which no path may; write it out without")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:  # half of a surrogate pair, or a letter that LC_ALL=C has none of
+        raise ValueError(f"cannot be a file's name here ({error.reason}); write it in other letters") from error
     for match in VARIABLE.finditer(path):
         name = match[1] or match[2]
         if not os.environ.get(name):

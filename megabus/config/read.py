@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -110,10 +111,19 @@ def described(error: ValidationError, root: type[BaseModel], add: str = "add it"
     return UserError(key, value, ", or: ".join(kinds), "give a value of that kind")
 
 
+class _Short(reprlib.Repr):
+    """What stands for a value whose whole text may be endless: aliases of YAML name a part again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict = 4, 20, 20
+        self.maxstring = self.maxlong = self.maxother = 2 * SHOWN
+
+
 def _shown(value: Any) -> Any:
     """A value, or the beginning of a long one, such as a whole line of a file."""
-    text = str(value)
-    return value if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    text = _Short().repr(value) if isinstance(value, dict | list | tuple | set) else str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _closest(root: type[BaseModel], found: Sequence[Any]) -> Any:

@@ -6,42 +6,49 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
 from megabus.config.paths import Pathname
-from megabus.config.section import Angle, Count, CountFrom0, Decay, Exponent, NonNegative, Positive, Section, Share
+from megabus.config.rope import RopeScaling as RopeScaling
+from megabus.config.section import (
+    STAGES,
+    Angle,
+    Batch,
+    Count,
+    Decay,
+    Degree,
+    Exponent,
+    Factor,
+    Heads,
+    Hidden,
+    Layers,
+    LayersOrNone,
+    Length,
+    NonNegative,
+    Positive,
+    Section,
+    Share,
+    Vocabulary,
+    Wait,
+    Width,
+)
 
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
-
-
-class RopeScaling(Section):
-    """How RoPE's frequencies are lowered for longer sequences, as imported Llama models have it.
-
-    linear: all by `factor`. llama3: those whose wave is longer than original_max_position / low_freq_factor by
-    `factor`, those shorter than original_max_position / high_freq_factor not, with a ramp between.
-    """
-
-    kind: Literal["linear", "llama3"] = Field(description="how, see above")
-    factor: Positive = Field(description="what frequencies are divided by")
-    low_freq_factor: Positive = Field(
-        1.0, description="llama3: longer waves than its share are scaled by all of factor"
-    )
-    high_freq_factor: Positive = Field(4.0, description="llama3: shorter waves than its share stay as they are")
-    original_max_position: Count = Field(8192, description="llama3: tokens, the longest sequence before scaling")
 
 
 class ModelConfig(Section):
     """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""
 
     kind: Literal["ngpt", "gpt"] = Field("ngpt", description="never changes in a run")
-    vocab_size: Count = Field(description="pieces of the tokenizer; never changes in a run")
-    d_model: Count = Field(description="channels of the residual stream")
-    n_layers: CountFrom0 = Field(
+    vocab_size: Vocabulary = Field(description="pieces of the tokenizer; never changes in a run")
+    d_model: Width = Field(description="channels of the residual stream")
+    n_layers: LayersOrNone = Field(
         description="blocks of attention and MLP; at least layout.pp, or none (head on embedding) to grow by fresh ones"
     )
-    n_heads: Count = Field(description="query heads; divisible by n_kv_heads and by layout.tp")
-    n_kv_heads: Count | None = Field(None, description="key/value heads (GQA); n_heads when left out")
-    head_dim: Count = Field(description="entries of a head, even; never changes in a run")
-    d_ff: Count = Field(description="hidden units of the MLP; divisible by layout.tp")
-    rope_theta: Positive = Field(10000.0, description="base of RoPE's frequencies")
+    n_heads: Heads = Field(description="query heads; divisible by n_kv_heads and by layout.tp")
+    n_kv_heads: Heads | None = Field(None, description="key/value heads (GQA); n_heads when left out")
+    head_dim: Heads = Field(description="entries of a head, even; never changes in a run")
+    d_ff: Hidden = Field(description="hidden units of the MLP; divisible by layout.tp")
+    rope_theta: Factor = Field(10000.0, description="base of RoPE's frequencies")
     rope_scaling: RopeScaling | None = None
     alpha_init: Positive = Field(
         0.05, description="ngpt: the initial eigen learning rate of every block; with transfer, in the run it names"
@@ -78,17 +85,17 @@ class ModelConfig(Section):
 class LayoutConfig(Section):
     """Degrees of tensor, pipeline and data parallelism: tp x pp x dp is the number of ranks."""
 
-    tp: Count = Field(1, description="tensor parallelism: ranks that share every layer's matrices")
-    pp: Count = Field(1, description="pipeline parallelism: groups of layers, each on ranks of its own")
-    dp: Count | None = Field(None, description="data parallelism: copies; what is left of the ranks when left out")
+    tp: Degree = Field(1, description="tensor parallelism: ranks that share every layer's matrices")
+    pp: Degree = Field(1, description="pipeline parallelism: groups of layers, each on ranks of its own")
+    dp: Degree | None = Field(None, description="data parallelism: copies; what is left of the ranks when left out")
 
 
 class TrainConfig(Section):
     """Batches, budget and numerics. A budget is needed; the first one reached ends the run."""
 
-    seq_len: Count = Field(description="tokens of a sequence; a divisor of the run's longest")
-    micro_batch_size: Count = Field(description="sequences that a rank computes at once")
-    global_batch_size: Count = Field(
+    seq_len: Length = Field(description="tokens of a sequence; a divisor of the run's longest")
+    micro_batch_size: Batch = Field(description="sequences that a rank computes at once")
+    global_batch_size: Batch = Field(
         description="sequences of a step over all ranks; a multiple of micro_batch_size*dp"
     )
     max_tokens: Count | None = Field(None, description="budget in tokens")
@@ -130,9 +137,9 @@ class TransferConfig(Section):
     ngpt: nu-GPT's rules (arXiv 2604.27077). gpt: muP's (arXiv 2203.03466), which are of the width alone.
     """
 
-    d_model: Count = Field(le=2**31, description="its channels")
-    n_layers: Count | None = Field(None, le=2**31, description="ngpt: its blocks; needed")
-    steps: Count | None = Field(None, le=2**31, description="ngpt: its optimizer steps; needed")
+    d_model: Width = Field(description="its channels")
+    n_layers: Layers | None = Field(None, description="ngpt: its blocks; needed")
+    steps: Count | None = Field(None, description="ngpt: its optimizer steps; needed")
 
 
 class OptimizerConfig(Section):
@@ -161,7 +168,7 @@ class OptimizerConfig(Section):
     warmup_share: Share = Field(0.0, description="share of the budget to warm up over; ngpt needs none")
     decay_share: Share = Field(0.2, description="wsd: the last share of the budget, over which lr falls")
     decay: Literal["linear", "log"] = Field("linear", description="wsd: the course of its fall")
-    decay_rho: Annotated[float, Field(ge=1e-6)] = Field(
+    decay_rho: Annotated[float, Field(ge=1e-6, le=1)] = Field(
         0.1, description="of a logarithmic fall: the share of it after which it slows down; the smaller, the steeper"
     )
     min_lr_ratio: Share = Field(0.0, description="cosine, log and wsd: share of lr that they end at")
@@ -174,15 +181,15 @@ class OptimizerConfig(Section):
 class StageConfig(Section):
     """One growth: the sizes to grow to, and whatever else changes with them; what is left out stays."""
 
-    d_model: Count | None = Field(None, description="channels; no fewer than before, as for all sizes")
-    n_layers: Count | None = Field(None, description="blocks")
-    n_heads: Count | None = Field(None, description="query heads")
-    n_kv_heads: Count | None = Field(None, description="key/value heads; grow them with n_heads")
-    d_ff: Count | None = Field(None, description="hidden units of the MLP")
+    d_model: Width | None = Field(None, description="channels; no fewer than before, as for all sizes")
+    n_layers: Layers | None = Field(None, description="blocks")
+    n_heads: Heads | None = Field(None, description="query heads")
+    n_kv_heads: Heads | None = Field(None, description="key/value heads; grow them with n_heads")
+    d_ff: Hidden | None = Field(None, description="hidden units of the MLP")
     layout: LayoutConfig | None = None
-    seq_len: Count | None = Field(None, description="tokens of a sequence; a divisor of the run's longest")
-    micro_batch_size: Count | None = Field(None, description="sequences that a rank computes at once")
-    global_batch_size: Count | None = Field(None, description="sequences of a step over all ranks")
+    seq_len: Length | None = Field(None, description="tokens of a sequence; a divisor of the run's longest")
+    micro_batch_size: Batch | None = Field(None, description="sequences that a rank computes at once")
+    global_batch_size: Batch | None = Field(None, description="sequences of a step over all ranks")
     lr: Positive | None = Field(None, description="highest learning rate; the schedule goes on")
     kappa: Share | None = Field(None, description="share to reach before the next growth; not in the last stage")
     max_tokens: Count | None = Field(None, description="cap of this stage, in tokens of its own; not in the last stage")
@@ -236,33 +243,6 @@ class KappaConfig(Section):
     min_evals: Count = Field(8, description="evaluations that a stage needs before kappa may trigger (fit: 5 or more)")
 
 
-class BoostConfig(Section):
-    """A larger learning rate for the rows and layers that a growth has added, until they have caught up."""
-
-    factor: Positive = Field(2.0, description="multiple of the learning rate that they begin with")
-    tokens: Count = Field(1_000_000, description="tokens after the growth over which it falls linearly to 1")
-
-
-class RewarmConfig(Section):
-    """A lower learning rate for the whole model after every growth, until it has settled."""
-
-    share: Share = Field(0.0, description="share of the scheduled rate that the first step after a growth begins at")
-    tokens: Count = Field(description="tokens after the growth over which it rises linearly to the scheduled rate")
-
-
-class SettleConfig(Section):
-    """ngpt: a tight cap on the angle that rows turn by in a step, which is loosened after every growth."""
-
-    max_angle: Angle = Field(description="radians a step that the cap begins at; the embedding's rows are free")
-    tokens: Count = Field(
-        description="tokens after the growth over which the cap rises to optimizer.max_angle, or beyond all bounds: "
-        "its inverse falls linearly"
-    )
-
-
-AFTER_GROWTH = ("boost", "rewarm", "settle")  # keys of `growth` that say how the steps after a growth differ
-
-
 class GrowthConfig(Section):
     """How to grow (BUS, bootstrapped model upscaling) and through which stages."""
 
@@ -292,7 +272,7 @@ class GrowthConfig(Section):
     max_tokens: Count | None = Field(None, description="cap of the first stage, in tokens")
     max_flops: Positive | None = Field(None, description="cap of the first stage, in FLOPs")
     trigger: KappaConfig = KappaConfig()
-    stages: list[StageConfig] = Field(default_factory=list)
+    stages: list[StageConfig] = Field(default_factory=list, max_length=STAGES)
 
 
 class Corpus(Section):
@@ -309,7 +289,9 @@ def _corpora(value: Any) -> Any:
 class DataConfig(Section):
     """Token files made by megabus preprocess. `train` is one prefix or a weighted blend."""
 
-    train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
+    train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(
+        min_length=1, description="a prefix, or a list of corpora"
+    )
     valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
     tokenizer: Pathname | None = Field(None, description="SentencePiece model, copied beside checkpoints")
     document_mask: bool = Field(
@@ -360,7 +342,7 @@ class FaultsConfig(Section):
     max_rollbacks: Annotated[int, Field(ge=0)] = Field(
         2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
     )
-    hang_timeout: Annotated[float, Field(gt=0, le=604_800)] = Field(
+    hang_timeout: Wait = Field(
         600.0,
         description="seconds without progress in which a rank ends, its stacks shown some seconds before; also how "
         "long they wait for each other at the start",

@@ -7,6 +7,7 @@ from math import pi
 from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,6 +22,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Factor = Annotated[float, Field(ge=1.0)]
 Angle = Annotated[float, Field(gt=0.0, le=pi)]
 Exponent = Annotated[float, Field(gt=0.0, le=2.0)]  # of tiny numbers: a larger one makes infinities of them in fp32
 
@@ -35,8 +37,31 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[PositiveInt, BeforeValidator(_whole)]
-CountFrom0 = Annotated[NonNegativeInt, BeforeValidator(_whole)]
+Count = Annotated[PositiveInt, Field(lt=2**63), BeforeValidator(_whole)]
+
+# Sizes end far beyond what was ever trained (the deepest model had 1,000 layers: arXiv 2203.00555), and where what a
+# wrong file says is refused before anything is built by it. A token file's ids have 31 bits at most.
+Vocabulary = Annotated[PositiveInt, Field(le=2**31), BeforeValidator(_whole)]
+Width = Annotated[PositiveInt, Field(le=2**20), BeforeValidator(_whole)]
+Layers = Annotated[PositiveInt, Field(le=4096), BeforeValidator(_whole)]
+LayersOrNone = Annotated[NonNegativeInt, Field(le=4096), BeforeValidator(_whole)]
+Heads = Annotated[PositiveInt, Field(le=2**16), BeforeValidator(_whole)]  # and entries of one
+Hidden = Annotated[PositiveInt, Field(le=2**24), BeforeValidator(_whole)]
+Length = Annotated[PositiveInt, Field(le=2**27), BeforeValidator(_whole)]  # tokens of a sequence
+Batch = Annotated[PositiveInt, Field(le=2**30), BeforeValidator(_whole)]  # sequences
+Degree = Annotated[PositiveInt, Field(le=2**20), BeforeValidator(_whole)]  # ranks
+STAGES = 100  # growths of a run
+
+LEAST_WAIT, MOST_WAIT = 1.0, 604_800.0  # seconds; no clock of the machine's goes much further than a week
+
+
+def _long_enough(seconds: float) -> float:
+    if seconds < LEAST_WAIT:
+        raise ValueError("is over before ranks have met, whatever is wrong; give 1 second or more, 600 is usual")
+    return seconds
+
+
+Wait = Annotated[float, Field(le=MOST_WAIT, json_schema_extra={"minimum": LEAST_WAIT}), AfterValidator(_long_enough)]
 
 
 def in_line(values: Mapping[str, Any] | None) -> str:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megabus.config.after_growth import AFTER_GROWTH
+from megabus.config.checks import check_kind, check_optimizer, check_settle, check_trigger
+from megabus.config.effects import check_effects
 from megabus.config.pair import SIZES, check_pair, divides
-from megabus.config.schema import (
-    AFTER_GROWTH,
-    LayoutConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    StageConfig,
-    TrainConfig,
-)
+from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
 from megabus.config.section import in_line
 from megabus.config.transfer import transferred
 from megabus.errors import UserError
@@ -59,15 +54,24 @@ class Stage:
         return self.global_batch_size * self.seq_len
 
 
+# Token ids that a rank reads for a step, or for a validation, all at once: 4 GiB of int64, inputs and targets.
+MOST_TOKENS = 2**28
+
+
 def stage_section(index: int, first: str = "model") -> str:
     """The section of the file that a stage's keys stand in; `first`: those of the first stage, of which there are
     several."""
     return f"growth.stages.{index - 1}" if index else first
 
 
-def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
-    """All stages in order, the first being the file's own sizes. Raises `UserError` on the first misfit."""
+def resolve_stages(config: RunConfig, world_size: int, saved: bool = False) -> list[Stage]:
+    """All stages in order, the first being the file's own sizes. Raises `UserError` on the first misfit.
+
+    saved: of a run that has begun. An older version may have let keys without effect through.
+    """
     _check_run(config)
+    if not saved:
+        check_effects(config)
     _check_last(config)
     first = replace(
         _alone(config.model, config.layout, config.train, config.optimizer, world_size),
@@ -80,6 +84,8 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
     for number, change in enumerate(config.growth.stages):
         key = f"{stage_section(number + 1)}."
         stages.append(_next_stage(stages[-1], change, key, world_size))
+        if not saved:
+            _check_changes(stages[-2], stages[-1], change)
         check_pair(stages[-2].model, stages[-1].model, config.growth.depth, key)
         _check_width(stages[-2], stages[-1], config.optimizer, key)
         _check_stage(stages[-1], config.train, key, key)
@@ -93,7 +99,17 @@ def resolve_stages(config: RunConfig, world_size: int) -> list[Stage]:
                 f"does not divide the run's longest sequence, {longest}",
                 "choose lengths that divide it, so that data order does not depend on them",
             )
+    _check_validation(config, stages, longest)
     return [_transferred(stage, config.optimizer) for stage in stages]
+
+
+def _check_validation(config: RunConfig, stages: list[Stage], longest: int) -> None:
+    """All of a validation's tokens are read before the first is seen."""
+    for stage in stages:
+        tokens = max(config.eval.tokens, longest) // stage.layout.dp
+        if tokens > MOST_TOKENS:
+            problem = f"gives a rank {tokens} tokens a validation, more than the {MOST_TOKENS} that it reads at once"
+            raise UserError("eval.tokens", config.eval.tokens, problem, "lower it, or raise dp")
 
 
 def single_stage(
@@ -111,8 +127,8 @@ def _alone(
     model: ModelConfig, layout: LayoutConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
 ) -> Stage:
     """A stage with the model that its section says."""
-    _check_optimizer(model, optimizer)
-    _check_sphere(model, train, optimizer)
+    check_optimizer(model, optimizer)
+    check_kind(model, train, optimizer)
     stage = Stage(
         index=0,
         model=model,
@@ -146,6 +162,14 @@ def _next_stage(last: Stage, stage: StageConfig, key: str, world_size: int) -> S
     )
 
 
+def _check_changes(before: Stage, stage: Stage, change: StageConfig) -> None:
+    ends = replace(before, index=stage.index, kappa=stage.kappa, max_tokens=stage.max_tokens, max_flops=stage.max_flops)
+    if ends == stage:
+        said = in_line(change.model_dump(exclude_none=True))
+        problem = f"changes nothing of the stage before, {stage_section(before.index, 'the first')}"
+        raise UserError(stage_section(stage.index), said, problem, "give it a larger size, or leave it out")
+
+
 def _layout(key: str, layout: LayoutConfig, world_size: int) -> Layout:
     tp, pp = layout.tp, layout.pp
     dp = layout.dp or world_size // (tp * pp)
@@ -175,58 +199,8 @@ def _check_run(config: RunConfig) -> None:
             raise UserError(
                 f"growth.{name}", in_line(after.model_dump()), problem, f"leave growth.{name} out, or add a stage"
             )
-    _check_settle(config)
-    _check_trigger(config)
-
-
-def _check_optimizer(model: ModelConfig, optim: OptimizerConfig) -> None:
-    if model.kind == "ngpt" and optim.weight_decay:
-        raise UserError(
-            "optimizer.weight_decay",
-            optim.weight_decay,
-            "ngpt's weights live on the unit sphere, where decay has no meaning",
-            "set it to 0, or model.kind to gpt",
-        )
-    if optim.schedule == "wsd" and optim.warmup_share + optim.decay_share > 1:
-        raise UserError(
-            "optimizer.decay_share",
-            optim.decay_share,
-            f"and warmup_share {optim.warmup_share} exceed the run",
-            "make them sum to 1 or less",
-        )
-    _check_fall(optim)
-    if optim.gate is not None and optim.implementation != "torch":
-        problem = "has no gate, and optimizer.gate wants one"
-        raise UserError("optimizer.implementation", optim.implementation, problem, "use torch")
-    _check_transfer(model, optim)
-
-
-def _check_fall(optim: OptimizerConfig) -> None:
-    """Neither key may stand where no fall heeds it."""
-    if optim.decay != "linear" and optim.schedule != "wsd":
-        problem = f"is the course of wsd's fall, and optimizer.schedule is {optim.schedule}"
-        raise UserError("optimizer.decay", optim.decay, problem, "leave it out, or set optimizer.schedule to wsd")
-    logarithmic = optim.schedule == "log" or optim.decay == "log"
-    if not logarithmic and optim.decay_rho != OptimizerConfig.model_fields["decay_rho"].default:
-        remedy = "leave it out, or set optimizer.schedule or decay to log"
-        raise UserError("optimizer.decay_rho", optim.decay_rho, "is of a logarithmic fall, and there is none", remedy)
-
-
-def _check_transfer(model: ModelConfig, optim: OptimizerConfig) -> None:
-    tuned = optim.transfer
-    if tuned is None:
-        return
-    if optim.implementation != "torch":
-        problem = "has one learning rate for all matrices, and optimizer.transfer wants several"
-        raise UserError("optimizer.implementation", optim.implementation, problem, "use torch")
-    for name in ("n_layers", "steps"):
-        value = getattr(tuned, name)
-        if model.kind == "ngpt" and value is None:
-            remedy = "say with how many lr was tuned"
-            raise UserError(f"optimizer.transfer.{name}", "(missing)", "ngpt's rates follow from it", remedy)
-        if model.kind == "gpt" and value is not None:
-            problem = "has no rule for gpt: muP is of the width alone"
-            raise UserError(f"optimizer.transfer.{name}", value, problem, "leave it out, and tune lr at this one")
+    check_settle(config)
+    check_trigger(config)
 
 
 def _check_width(before: Stage, stage: Stage, optim: OptimizerConfig, key: str) -> None:
@@ -235,60 +209,6 @@ def _check_width(before: Stage, stage: Stage, optim: OptimizerConfig, key: str) 
         problem = f"grows a gpt from {before.model.d_model} channels, where optimizer.transfer's rates do not hold"
         remedy = "leave optimizer.transfer out, or grow in depth alone"
         raise UserError(f"{key}d_model", stage.model.d_model, problem, remedy)
-
-
-def _check_sphere(model: ModelConfig, train: TrainConfig, optim: OptimizerConfig) -> None:
-    """What only has a meaning where vectors are unit vectors."""
-    remedy = "leave it out, or set model.kind to ngpt"
-    if model.kind != "ngpt" and train.logit_power is not None:
-        problem = f"preconditions by s_z, which {model.kind} has none of"
-        raise UserError("train.logit_power", train.logit_power, problem, remedy)
-    if model.kind != "ngpt" and optim.max_angle is not None:
-        raise UserError(
-            "optimizer.max_angle", optim.max_angle, f"caps what unit rows turn by: {model.kind} has none", remedy
-        )
-
-
-def _check_settle(config: RunConfig) -> None:
-    settle, kind, whole = config.growth.settle, config.model.kind, config.optimizer.max_angle
-    if settle is None:
-        return
-    key, remedy = "growth.settle.max_angle", "leave growth.settle out, or set model.kind to ngpt"
-    if kind != "ngpt":
-        raise UserError(key, settle.max_angle, f"caps what unit rows turn by: {kind} has none", remedy)
-    if whole is not None and settle.max_angle >= whole:
-        problem = f"is not below optimizer.max_angle = {whole}, to which it is loosened"
-        raise UserError(key, settle.max_angle, problem, "lower it, or leave growth.settle out")
-
-
-def _check_trigger(config: RunConfig) -> None:
-    growth, trigger = config.growth, config.growth.trigger
-    if not growth.stages:
-        return
-    if trigger.predictor in ("constant", "reference") and getattr(trigger, trigger.predictor) is None:
-        key = f"growth.trigger.{trigger.predictor}"
-        raise UserError(key, "(missing)", f"predictor {trigger.predictor} needs it", "add it")
-    if trigger.rule == "marginal":
-        if trigger.predictor != "fit":
-            problem = "predicts nothing that rule marginal asks for"
-            raise UserError(
-                "growth.trigger.predictor", trigger.predictor, problem, "leave it out, or set rule to kappa"
-            )
-        if not config.train.max_flops:
-            problem = "weighs what a FLOP gives, and of a run that tokens or steps end FLOPs are no part"
-            raise UserError("growth.trigger.rule", trigger.rule, problem, "set train.max_flops, or set rule to kappa")
-        for number, stage in enumerate(growth.stages):
-            if stage.kappa is not None:
-                problem = "is not asked for by growth.trigger.rule = marginal"
-                raise UserError(
-                    f"growth.stages.{number}.kappa", stage.kappa, problem, "remove it, or set rule to kappa"
-                )
-    if isinstance(trigger.constant, list) and len(trigger.constant) != 1 + len(growth.stages):
-        problem = f"has {len(trigger.constant)} losses for {1 + len(growth.stages)} stages"
-        raise UserError("growth.trigger.constant", trigger.constant, problem, "give one loss, or one a stage")
-    if trigger.predictor == "fit" and trigger.min_evals < 5:
-        problem = "evaluations are too few to fit a power law to"
-        raise UserError("growth.trigger.min_evals", trigger.min_evals, problem, "set it to 5 or more")
 
 
 def _check_last(config: RunConfig) -> None:
@@ -320,6 +240,10 @@ def _check_stage(stage: Stage, train: TrainConfig, size_key: str, batch_key: str
     lower = "lower micro_batch_size, " if stage.micro_batch_size > 1 else ""
     remedy = f"{lower}raise tp or pp, or choose a multiple of {samples}"
     divides(batch_key + "global_batch_size", stage.global_batch_size, "micro_batch_size*dp", samples, remedy)
+    tokens = stage.tokens_per_step // layout.dp
+    if tokens > MOST_TOKENS:
+        problem = f"gives a rank {tokens} tokens a step, more than the {MOST_TOKENS} that it reads at once"
+        raise UserError(batch_key + "global_batch_size", stage.global_batch_size, problem, "lower it, or raise dp")
 
 
 def check_cut(model: ModelConfig, layout: Layout, size_key: str = "model.") -> None:

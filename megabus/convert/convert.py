@@ -35,7 +35,11 @@ def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> Sou
     else:
         source = CheckpointSource(path, files)
     if weights_only:
-        source.state = replace(source.state, kinds=("weight",), optimizer_step=0)
+        state, progress, since = source.state, source.state.progress, source.state.progress.since
+        if since is not None:  # Adam counts anew from here on
+            progress = replace(progress)
+            progress.mark(0, since.step_tokens, since.step_flops)
+        source.state = replace(state, kinds=("weight",), optimizer_step=0, progress=progress)
     return source
 
 

@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from megabus.checkpoint.contents import totals
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
@@ -29,6 +28,7 @@ from megabus.convert.hf_tokenizer import write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
 from megabus.convert.tensor_file import DTYPES, TensorFileWriter
 from megabus.errors import UserError
+from megabus.model.cost import totals
 from megabus.model.decoder import param_specs
 from megabus.model.layers import rope_frequencies
 from megabus.model.params import ParamSpec, global_shape

@@ -39,7 +39,8 @@ from megabus.checkpoint.manifest import (
     validated,
     write_manifest,
 )
-from megabus.checkpoint.state import STATE, Length, Whole, read_state, write_state
+from megabus.checkpoint.relations import Length
+from megabus.checkpoint.state import STATE, Whole, read_state, write_state
 from megabus.config import Layout
 from megabus.convert.source import OpenFiles, Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter

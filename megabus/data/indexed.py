@@ -100,6 +100,15 @@ def pair_paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     return Path(f"{os.fspath(prefix)}.bin"), Path(f"{os.fspath(prefix)}.idx")
 
 
+def _absent(prefix: str | os.PathLike[str], path: Path) -> UserError:
+    """A prefix is often given as the name of one of its two files."""
+    given = Path(prefix)
+    if given.suffix in (".bin", ".idx") and all(other.is_file() for other in pair_paths(given.with_suffix(""))):
+        problem = "is the name of one of two files, and both begin with the prefix that is asked for"
+        return UserError("data", given, problem, f"give {given.with_suffix('')}")
+    return UserError("data", path, "the file does not exist", f"check the prefix or {REBUILD}")
+
+
 class IndexedTokens:
     """Read-only memory map of one pair. Opening it checks that the two files are whole and belong together.
 
@@ -111,7 +120,7 @@ class IndexedTokens:
         for path in (self.bin_path, self.idx_path):
             with _blaming(path):
                 if not path.is_file():
-                    raise UserError("data", path, "the file does not exist", f"check the prefix or {REBUILD}")
+                    raise _absent(prefix, path)
         with _blaming(self.idx_path):
             self.dtype, self.sequence_lengths, self.pointers, self.document_indices = _read_index(self.idx_path)
         self.n_sequences = len(self.sequence_lengths)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isinf
 
 from megabus.errors import UserError
 from megabus.splitmix import MASK_64, mix64
@@ -111,6 +112,8 @@ def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     for k, weight in enumerate(weights):
         if not 0 < weight < float("inf"):
             raise UserError(f"data weight {k}", weight, "not a positive number", "weigh or drop the corpus")
+    if isinf(sum(weights)):
+        weights = [weight / max(weights) for weight in weights]
     shares = [weight / sum(weights) * total for weight in weights]
     counts = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k])

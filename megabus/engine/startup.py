@@ -101,9 +101,12 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     try:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except torch.distributed.DistNetworkError as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        problem = f"the ranks cannot meet there ({str(error).splitlines()[0]})"
-        raise UserError("MASTER_ADDR:MASTER_PORT", address, problem, "name a free port to the launcher") from error
+        address, said = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+        problem, remedy = f"the ranks cannot meet there ({said})", "name a free port to the launcher"
+        if "timed out" in said:  # the port is not to blame: nobody answers there
+            problem = f"rank 0 has not answered there in {timeout.total_seconds():g} s"
+            remedy = "look whether its machine has started it and can be reached, or raise faults.hang_timeout"
+        raise UserError("MASTER_ADDR:MASTER_PORT", address, problem, remedy) from error
     except torch.distributed.DistStoreError as error:
         came = re.search(r"\d+/\d+ clients joined", str(error))
         problem = f"ranks are to come, and have not all in {timeout.total_seconds():g} s"
@@ -115,10 +118,16 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     reuse_process_groups(timeout)
 
 
+def local_ranks() -> int:
+    """Ranks on this machine, as the launcher says."""
+    environ = os.environ
+    return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or environ.get("WORLD_SIZE") or 1)
+
+
 def _check_gpus(count: int) -> None:
     """Every rank of this machine needs a GPU of its own; all of them know if one goes without."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
-    if int(local) > count:
+    local = local_ranks()
+    if local > count:
         problem = f"exceeds the {count} GPU(s) of this machine"
         raise UserError("ranks on this machine", local, problem, f"launch {count}, or set DS_ACCELERATOR=cpu")
 

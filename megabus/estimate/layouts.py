@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megabus.config import Layout, RunConfig, Stage, resolve_stages
-from megabus.config.schema import AFTER_GROWTH
+from megabus.config.after_growth import AFTER_GROWTH
 from megabus.errors import UserError
 from megabus.estimate.devices import Device
 from megabus.estimate.memory import RankMemory, held_copies, memory_at, states_at

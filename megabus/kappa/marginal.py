@@ -51,7 +51,7 @@ class StagePath:
         return {
             "n_params": not 0 < self.n_params < 2**63,
             "tokens": not self.tokens or min(self.tokens) <= 0 or self.tokens != sorted(self.tokens),
-            "losses": len(self.losses) != len(self.tokens),
+            "losses": len(self.losses) != len(self.tokens) or min(self.losses, default=0.0) < 0,
             "std": len(self.std) != len(self.tokens) or min(self.std) <= 0,
             "mixing": self.mixing < 0,
         }

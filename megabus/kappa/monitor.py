@@ -24,6 +24,7 @@ Near κ = 1 the target is sensitive to mp: an error as large as (1 − κ)·(sta
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -125,6 +126,8 @@ def check_saved(state: KappaState) -> None:
         "span.max_flops": span.max_flops is not None and span.max_flops <= 0,
         "curve": list(curve) != sorted(curve, key=lambda point: (point.tokens, point.flops)),
         "curve.0": bool(curve) and (curve[0].tokens < span.tokens or curve[0].flops < span.flops),
+        "curve: a number of FLOPs": any(before.flops > after.flops for before, after in itertools.pairwise(curve)),
+        "curve: a loss": any(point.loss < 0 for point in curve),
         "met": state.met < 0,
         "nonfinite": state.nonfinite < 0,
     }

@@ -13,7 +13,7 @@ from pydantic import Field, FilePath
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import ModelConfig, Stage
 from megabus.config.schema import LayoutConfig, OptimizerConfig, TrainConfig
-from megabus.config.section import Count, NonNegative, Positive, Section
+from megabus.config.section import Count, Degree, NonNegative, Positive, Section, Wait
 from megabus.config.stages import single_stage
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS, Pair
@@ -67,13 +67,13 @@ class Settings(Section):
     baseline_pairs: Count | None = Field(None, description="fit the baselines to so many of them (all)")
     template: Template = Field(Template(), description=r"text with {premise} and {hypothesis}, \n for a line break")
     max_length: Count | None = Field(None, description="tokens of a prompt; the run's longest sequence")
-    tp: Count = Field(1, description="tensor parallelism")
-    pp: Count = Field(1, description="pipeline parallelism")
-    dp: Count | None = Field(None, description="data parallelism; what is left of the ranks")
+    tp: Degree = Field(1, description="tensor parallelism")
+    pp: Degree = Field(1, description="pipeline parallelism")
+    dp: Degree | None = Field(None, description="data parallelism; what is left of the ranks")
     micro_batch_size: Count | None = Field(None, description="sequences a rank computes at once (at most 16)")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of weights and activations")
     seed: int = Field(0, ge=0, lt=2**63, description="of orders, samples and resampling")
-    hang_timeout: Positive = Field(600.0, description="seconds without progress before a rank ends")
+    hang_timeout: Wait = Field(600.0, description="seconds without progress before a rank ends")
     fine_tune: bool = Field(False, description="train on the gold labels; report before and after")
     epochs: Positive = Field(1.0, description="times that each training pair is seen")
     lr: Positive = Field(1e-3, description="highest learning rate")

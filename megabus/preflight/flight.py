@@ -68,13 +68,15 @@ class Local:
 
 def preflight(
     config: RunConfig,
+    judge: Callable[[list[Stage]], T],
     reserve: Callable[[], None],
     heartbeat: Callable[[], None],
     full: bool,
     measured: bool = False,
-) -> tuple[list[Stage], Sources]:
-    """The run's stages and its opened corpora, if nothing speaks against training. Collective.
+) -> tuple[list[Stage], Sources, T]:
+    """The run's stages, its opened corpora and the judgement, if nothing speaks against training. Collective.
 
+    judge: a collective that raises `UserError` on all ranks where the stages cannot be trained so.
     reserve: a collective that makes the run_dir this run's, or raises `UserError` on all ranks.
     full: compare everything, and let rank 0 print the table. Without it only what a start needs anyway is looked at,
     and whether all ranks run the same code with the same configuration.
@@ -84,7 +86,7 @@ def preflight(
     begun, rows = time.monotonic(), list[Finding]()
     with _talking() as group:
         try:
-            ready = _checked(config, reserve, heartbeat, full, measured, group, rows)
+            ready = _checked(config, judge, reserve, heartbeat, full, measured, group, rows)
         finally:
             if full and dist.get_rank() == 0 and rows:
                 say(render(rows, time.monotonic() - begun))
@@ -95,13 +97,14 @@ def preflight(
 
 def _checked(
     config: RunConfig,
+    judge: Callable[[list[Stage]], T],
     reserve: Callable[[], None],
     heartbeat: Callable[[], None],
     full: bool,
     measured: bool,
     group: dist.ProcessGroup,
     rows: list[Finding],
-) -> tuple[list[Stage], Sources] | None:
+) -> tuple[list[Stage], Sources, T] | None:
     """Fill rank 0's rows. The answer is None where a row is a refusal."""
     # Some come late because they read the program from a slow file system: that is no fault.
     _meet(group, "to the preflight", _most_patience(config))
@@ -114,6 +117,7 @@ def _checked(
         return None
     with agreement(group):
         stages = resolve_stages(config, dist.get_world_size())
+    judgement = judge(stages)
     reserved = _fault(reserve)
     with agreement(group):
         sources, local = _look(config, stages, full, heartbeat)
@@ -126,7 +130,7 @@ def _checked(
     elif full:
         text = f"not measured: preflight.measure = {config.preflight.measure}; --preflight-only measures them"
         rows.append(Finding("compute, links", text, skipped=True))
-    return (stages, sources) if good and sources is not None else None
+    return (stages, sources, judgement) if good and sources is not None else None
 
 
 def _look(

@@ -16,7 +16,6 @@ from megabus.errors import say
 from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached, never_met
-from megabus.model.cost import flops_per_token
 from megabus.model.peak import peak_flops
 from megabus.parallel.agree import on_any_rank
 from megabus.train.environment import peak_memory
@@ -67,7 +66,7 @@ def train_step(run: Run) -> None:
     """One optimizer step, its accounting and its log line."""
     begun, stage, config, now = time.perf_counter(), run.stage, run.config, run.progress
     run.watchdog.heartbeat(f"step {now.step + 1}")
-    cost = stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len)
+    cost = run.step_flops
     # At the step's middle: a warm-up does not begin, nor a decay end, with a step of learning rate 0.
     middle = spent_share(config.train, now.step + 0.5, now.tokens + stage.tokens_per_step / 2, now.flops + cost / 2)
     lr = learning_rate(config.optimizer, stage.lr, middle)
@@ -211,6 +210,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     after = _validation_loss(run, old.seq_len)
     now.position = align_up(now.position, new.seq_len)
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
+    run.mark()
     now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})
     run.pace.clear()
     run.watchdog.heartbeat()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from megabus.config import RunConfig, Stage
 from megabus.config.stages import stage_section
@@ -33,7 +34,8 @@ class _Spent:
 
 def check_growths(config: RunConfig, stages: list[Stage]) -> list[str]:
     """A line for each growth that comes while wsd's rate falls, if no κ brings it earlier than its caps do: nothing
-    forbids that, and few mean it.
+    forbids that, and few mean it. And one where the caps leave something of the budget to the next stage, and whole
+    steps do not.
 
     Raises `UserError` about a stage that nothing ends: it has no cap, and wsd's rate, in whose fall κ decides nothing,
     falls before κ has the evaluations that it needs.
@@ -41,6 +43,7 @@ def check_growths(config: RunConfig, stages: list[Stage]) -> list[str]:
     told: list[str] = []
     soonest = _Spent()
     latest: _Spent | None = _Spent()
+    whole = _Spent()
     for stage in stages[:-1]:  # the last one ends with the run
         capped, by_kappa = _cap_tokens(stage), _first_decision(config, stage, soonest)
         at, silent = by_kappa.share(config), decays(config.optimizer, by_kappa.share(config))
@@ -58,7 +61,12 @@ def check_growths(config: RunConfig, stages: list[Stage]) -> list[str]:
         if latest is None:  # a stage before may last for ever
             continue
         latest = latest.after(stage, capped)
+        before, whole = whole, whole.after(stage, ceil(capped / stage.tokens_per_step) * stage.tokens_per_step)
         at = latest.share(config)
+        if at < 1 <= whole.share(config) and before.share(config) < 1:
+            problem = f"leaves stage {stage.index + 1} something of the budget, and the whole steps of "
+            problem += f"{stage.tokens_per_step} tokens that stages take leave it nothing"
+            told.append(str(UserError(*_key(stage), problem, "raise the budget, or grow less often")))
         if at < 1 and decays(config.optimizer, at - ROUNDING):
             problem = f"ends this stage at {at:.0%} of the budget, and the rate falls from {_begins(config):.0%} on"
             told.append(

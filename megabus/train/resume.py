@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megabus.checkpoint.contents import Found
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
-from megabus.config.pair import SIZES
+from megabus.config.schema import StageConfig
 from megabus.config.section import in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
@@ -38,8 +38,8 @@ def data_order(sources: Sources) -> dict[str, Any]:
     return {"train": facts(sources.train), "valid": facts(sources.valid), "valid_tokens": sources.valid_tokens} | apart
 
 
-def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: dict[str, Any]) -> list[str]:
-    """What has changed since the checkpoint was saved, a line for each change.
+def check_stage(found: Found, config: RunConfig, stages: list[Stage]) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of all that has changed in the configuration since the checkpoint was saved.
 
     Raises `UserError` if the run of `config` has no such stage; with `resume: strict` also for any change but those
     that leave the run's mathematics as they are (layout, micro batches, logging, saving, paths).
@@ -52,14 +52,28 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
         problem = f"has {len(stages) - 1} growths, {found.folder.name} comes after growth {saved.stage}"
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
     _check_follows(found, config, stages[saved.stage])
-    _check_same(found, stages[saved.stage], _shape, GO_BACK)
+    _check_same(found, stages[saved.stage], config.growth.stages[: saved.stage], _shape, GO_BACK)
     changes = list(_changes(saved.config, config.model_dump(mode="json")))
-    changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(saved.data, data)]
+    _check_unchanged(found, config, changes)
+    return changes
+
+
+def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: dict[str, Any]) -> list[str]:
+    """What has changed since the checkpoint was saved, a line for each change, the contents of data among them.
+
+    Raises `UserError` as `check_stage` does, and so for other data.
+    """
+    changes = check_stage(found, config, stages)
+    changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(found.state.data, data)]
+    _check_unchanged(found, config, changes)
+    told = [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
+    return told + (_rates(found, config, stages) if changes else [])
+
+
+def _check_unchanged(found: Found, config: RunConfig, changes: list[tuple[str, Any, Any]]) -> None:
     if changes and config.resume == "strict":
         key, was, is_now = changes[0]
         raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
-    told = [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
-    return told + (_rates(found, config, stages) if changes else [])
 
 
 def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
@@ -69,7 +83,7 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
         return []
     try:
         before = parse_config(found.state.config)
-        planned = resolve_stages(before, found.state.layout.world)
+        planned = resolve_stages(before, found.state.layout.world, saved=True)
     except UserError as error:
         raise error.within(f"config of {found.folder}") from error
     was = horizon_factor(before, planned)
@@ -84,15 +98,23 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
 def check_begins(origin: Found, stage: Stage) -> None:
     """Raise `UserError` unless the stage's model can begin with the checkpoint's weights. What gains are stored in
     multiples of may differ: `restore` re-expresses them."""
-    _check_same(origin, stage, _function, "give the model that was saved")
+    _check_same(origin, stage, [], _function, "give the model that was saved")
 
 
-def _check_same(found: Found, stage: Stage, facts: Callable[[ModelConfig], dict[str, Any]], remedy: str) -> None:
+def _check_same(
+    found: Found,
+    stage: Stage,
+    growths: Sequence[StageConfig],
+    facts: Callable[[ModelConfig], dict[str, Any]],
+    remedy: str,
+) -> None:
+    """growths: sections of the growths up to the stage, the last of which that says a size is where it comes from."""
     now = facts(stage.model)
     for key, value in facts(found.state.model).items():
         if now[key] != value:
-            section = stage_section(stage.index) if key in SIZES else "model"  # where alone it can be set
-            raise UserError(f"{section}.{key}", now[key], f"is {value} in {found.folder}", remedy)
+            said = [n for n, growth in enumerate(growths, 1) if getattr(growth, key, None) is not None]
+            where = stage_section(said[-1] if said else 0)
+            raise UserError(f"{where}.{key}", now[key], f"is {value} in {found.folder}", remedy)
 
 
 def _check_follows(found: Found, config: RunConfig, stage: Stage) -> None:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,20 @@ from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
 from megabus.data.order import align_up
 from megabus.engine.engine import Engine
-from megabus.errors import UserError, say, warn
+from megabus.errors import UserError, say
 from megabus.growth.transition import stage_engine
 from megabus.kappa.marginal import Ahead
 from megabus.kappa.monitor import KappaMonitor, KappaView
-from megabus.kappa.outlook import outlook
 from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters, flops_per_token
-from megabus.parallel.agree import agreement, rank_0_says
+from megabus.parallel.agree import agreement
 from megabus.preflight.flight import preflight
 from megabus.report.history import NOT_FINITE
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
+from megabus.train.foresee import foresee
 from megabus.train.horizon import at_horizon
 from megabus.train.metrics import Metrics, describe
-from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_begins, check_continues, data_order
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
@@ -79,6 +79,15 @@ class Run:
         return {"step": now.step, "tokens": now.tokens, "flops": now.flops, "stage": self.stage.index}
 
     @property
+    def step_flops(self) -> float:
+        """Of one optimizer step in this stage."""
+        return self.stage.tokens_per_step * flops_per_token(self.stage.model, self.stage.seq_len)
+
+    def mark(self) -> None:
+        """From here on steps are of this stage."""
+        self.progress.mark(self.engine.optimizer_step, self.stage.tokens_per_step, self.step_flops)
+
+    @property
     def can_grow(self) -> bool:
         return self.stage.index + 1 < len(self.stages)
 
@@ -86,11 +95,9 @@ class Run:
 def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: RunLock) -> Run:
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
     full = config.preflight.enabled
-    stages, sources = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full)
+    judge, reserve = partial(foresee, config), partial(_reserve, config, lock)
+    stages, sources, foreseen = preflight(config, judge, reserve, watchdog.heartbeat, full)
     stages = at_horizon(config, stages)
-    with agreement():
-        monitor = KappaMonitor(config.growth.trigger)
-        warnings = outlook(stages, config.growth.trigger)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
@@ -99,18 +106,15 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         check_begins(origin, stages[0])
     changes: list[str] = []
     with agreement():
-        told = [] if found is not None else check_growths(config, stages)
         if found is not None:
             changes = check_continues(found, config, stages, data_order(corpora.sources))
     lock.keep()
-    for line in told:
-        rank_0_says(line, warn)
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
     tokenizer = config.data.tokenizer
-    for warning in warnings:
-        rank_0_says(warning)
+    foreseen.tell()
+    monitor = KappaMonitor(config.growth.trigger)
     saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.heartbeat)
     engine = _engine(config, stages, found.state.stage if found else 0)
     watchdog.heartbeat()
@@ -123,6 +127,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
             restore(origin, engine, watchdog.heartbeat)
         else:
             engine.write_initial(config.train.seed)
+        run.mark()
         watch_stage(run)
         if run.metrics is not None:
             row = {"sizes": sizes(run.stage), "layout": str(run.stage.layout), "environment": machine}
@@ -141,11 +146,9 @@ def check_only(config: RunConfig) -> None:
     lock = RunLock(Path(config.run_dir))
     try:
         with watched(config.faults.hang_timeout, dist.get_rank()) as watchdog:
-            stages, _ = preflight(config, lambda: _reserve(config, lock), watchdog.heartbeat, full=True, measured=True)
-            with agreement():
-                told = check_growths(config, stages)
-            for line in told:
-                rank_0_says(line, warn)
+            judge, reserve = partial(foresee, config), partial(_reserve, config, lock)
+            *_, foreseen = preflight(config, judge, reserve, watchdog.heartbeat, full=True, measured=True)
+            foreseen.tell()
     finally:
         lock.release()
 
@@ -187,6 +190,12 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     restore(found, run.engine, run.watchdog.heartbeat)
     now = run.progress = replace(found.state.progress)
     now.position = align_up(now.position, run.stage.seq_len)
+    if now.since is None or (now.position, run.stage.tokens_per_step, run.step_flops) != (
+        found.state.progress.position,
+        now.since.step_tokens,
+        now.since.step_flops,
+    ):
+        run.mark()
     run.saved_step = now.step
     run.pace.clear()
     run.monitor.load_state_dict(found.state.monitor)
@@ -218,6 +227,7 @@ def roll_back(run: Run) -> None:
     go_on_from(run, found, {"reason": NOT_FINITE, "changes": [], "from_step": failed.step})
     run.progress.position = align_up(failed.position, run.stage.seq_len)
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
+    run.mark()
 
 
 def watch_stage(run: Run) -> None:

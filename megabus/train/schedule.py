@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import cos, inf, log1p, pi
 
-from megabus.config.schema import BoostConfig, OptimizerConfig, RewarmConfig, SettleConfig, TrainConfig
+from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
+from megabus.config.schema import OptimizerConfig, TrainConfig
 
 
 def spent_share(train: TrainConfig, step: float, tokens: float, flops: float) -> float:
@@ -37,7 +38,7 @@ def log_decay(way: float, rho: float) -> float:
     """1 - log(1 + way / rho) / log(1 + 1 / rho): from 1 at the beginning of a fall (way = 0) to 0 at its end (1).
 
     Steep at first, a long tail afterwards: on the sphere no growing weights do slow a constant rate down (Loshchilov &
-    Ginsburg 2026, "Training nGPT", arXiv 2608.01284). It is linear for a large rho.
+    Ginsburg 2026, "Training nGPT", arXiv 2608.01284). The larger rho, the nearer to a line.
     """
     return 1 - log1p(way / rho) / log1p(1 / rho)
 

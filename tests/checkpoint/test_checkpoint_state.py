@@ -17,14 +17,16 @@ from megabus.config.schema import KappaConfig
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.predictors import StageSpan
+from megabus.model.cost import count_parameters
 from megabus.parallel.fragments import KINDS
 
 FLOATS = [0.1 + 0.2, 1 / 3, math.pi * 1e21, 5e-324, 2.2250738585072014e-308, 1.7976931348623157e308, 2.0**53 + 2, -0.0]
 
 
-def monitor_after(evals):
+def monitor_after(evals, kind="ngpt"):
     monitor = KappaMonitor(KappaConfig(patience=2, min_evals=5))
-    monitor.start_stage(StageSpan(2, 12345, 0.7, 2**40 + 1, 1e14 / 7, None, 1e15 / 3))
+    n_params = count_parameters(full_model(kind))
+    monitor.start_stage(StageSpan(2, n_params, 0.7, 2**40 + 1, 1e14 / 7, None, 1e15 / 3))
     for n in range(evals):
         loss = math.nan if n == 3 else 2 + 3 / (n + 1) ** 0.37
         monitor.observe(2**40 + 1 + 1000 * n, 1e14 / 7 * (1 + n), loss)
@@ -36,33 +38,37 @@ def full_config(kind):
     return RunConfig.model_validate(config | {"growth": {"stages": [{"d_model": 52}, {"seq_len": 6}]}})
 
 
-def full_state(kind="ngpt", optimizer_step=41):
-    config = full_config(kind)
-    sizes = {"d_model": 37, "n_params": 10**12}
-    growth = {
-        "step": 7,
-        "tokens": 2**58,
-        "flops": 1e17 / 3,
-        "stage": 1,
-        "reason": "kappa",
-        "old": sizes,
-        "new": sizes,
-        "κ": None,
-    }
-    progress = Progress(
-        41, 2**60 + 1, 2**60 + 13, 1e19 / 7, 2**40 + 1, 1e14 / 7, [growth, growth | {"step": 9}], 3, 2, 1
-    )
+def full_model(kind):
+    return full_config(kind).model.grown(d_model=52)
+
+
+def full_state(kind="ngpt", optimizer_step=41, flops=1e19 / 7):
+    config, model = full_config(kind), full_model(kind)
+    sizes = {"d_model": 52, "n_params": count_parameters(model)}
+    second = {"step": 9, "tokens": 2**40 + 1, "flops": 1e14 / 7, "stage": 2, "reason": "kappa", "κ": None}
+    first = second | {"step": 7, "tokens": 2**39, "flops": 1e13 / 7, "stage": 1, "reason": "cap"}
+    growths = [first | {"old": sizes | {"d_model": 37}, "new": sizes}, second | {"old": sizes, "new": sizes}]
+    step_tokens = 6 * config.train.global_batch_size
+    progress = Progress(40, 2**60 + 1, 2**60 + 2, flops, 2**40 + 1, 1e14 / 7, growths, 3, 2, 1)
+    progress.mark(40 if optimizer_step else 0, step_tokens, 0.0)
+    if optimizer_step:
+        progress.step, progress.tokens, progress.position = 41, 2**60 + 1 + step_tokens, 2**60 + 2 + step_tokens
     return SavedState(
         progress=progress,
         stage=2,
-        model=config.model,
+        model=model,
         layout=Layout(2, 3, 5),
         optimizer_step=optimizer_step,
         kinds=KINDS if optimizer_step else ("weight",),
-        monitor=monitor_after(9).state_dict(),
+        monitor=monitor_after(9, kind).state_dict(),
         config=config.model_dump(mode="json"),
-        data={"train": {"tokens": [2**40], "blend": [1, 3], "tokenizers": ["é"]}, "floats": FLOATS},
+        data=full_data() | {"floats": FLOATS},
     )
+
+
+def full_data():
+    source = {"tokens": [2**40], "blend": [1, 3], "chunk_len": ck.T, "tokenizers": ["é"]}
+    return {"train": source, "valid": source, "valid_tokens": 2**30}
 
 
 def exactly(value):
@@ -104,11 +110,10 @@ def test_any_finite_float_comes_back(tmp_path):
     while len(floats) < 2000:
         value = float.fromhex(f"0x1.{draw.getrandbits(52):013x}p{draw.randint(-1074, 1023)}")
         floats.append(draw.choice((1, -1)) * value)
-    state = full_state()
     largest = max(floats)
-    state = replace(state, data={"floats": floats}, progress=replace(state.progress, flops=largest))
-    write_state(tmp_path, state)
-    assert exactly(read_state(tmp_path).data) == exactly({"floats": floats})
+    data = full_data() | {"floats": floats}
+    write_state(tmp_path, replace(full_state(flops=largest), data=data))
+    assert exactly(read_state(tmp_path).data) == exactly(data)
     assert read_state(tmp_path).progress.flops.hex() == largest.hex()
 
 

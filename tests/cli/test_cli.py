@@ -33,6 +33,16 @@ CONFIG = {
 }
 
 
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [("coord-check", "config"), ("plan", "config"), ("estimate", "--config, --world"), ("train", "--config")],
+)
+def test_only_what_is_needed_is_asked_for(command, needed):
+    """No overrides, of which there may be none."""
+    told = f"error: command line = : the following arguments are required: {needed}; see --help\n"
+    assert run_command(command) == (2, "", told)
+
+
 def test_every_command_has_a_line_and_a_module():
     assert run_command("--help") == (0, overview() + "\n", "")
     assert run_command().returncode == 2

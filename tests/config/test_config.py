@@ -220,6 +220,24 @@ optimizer.decay_rho=0.2 @ 1
 optimizer.decay_rho=0.2 optimizer.schedule=constant @ 1
     optimizer.decay_rho = 0.2: is of a logarithmic fall, and there is none; ... set optimizer.schedule or decay to log
     optimizer.schedule=log
+optimizer.decay=log optimizer.decay_share=0 @ 1
+    optimizer.decay = log: is the course of wsd's fall, and optimizer.decay_share is 0; leave it out, or raise ...
+    optimizer.decay_share=0.1
+optimizer.schedule=log optimizer.warmup_share=1 @ 1
+    optimizer.warmup_share = 1.0: leaves nothing of the budget for the fall of optimizer.schedule = log; lower it, ...
+    optimizer.warmup_share=0.5
+growth.trigger.kappa=0.8 growth.trigger.rule=marginal train.max_flops=1e12 @ 1
+    growth.trigger.kappa = 0.8: is not asked for by growth.trigger.rule = marginal; remove it, or set rule to kappa
+    growth.trigger.rule=kappa
+train.global_batch_size=2e7 @ 1
+    train.global_batch_size = 20000000: gives a rank 320000000 tokens a step, more than ...; lower it, or raise dp
+    train.global_batch_size=1e7
+growth.stages.1.seq_len=1e8 train.seq_len=1e8 train.global_batch_size=2 growth.stages.1.global_batch_size=4 @ 1
+    growth.stages.1.global_batch_size = 4: gives a rank 400000000 tokens a step, more than ...; lower it, or raise dp
+    growth.stages.1.global_batch_size=2
+eval.tokens=3e8 @ 1
+    eval.tokens = 300000000: gives a rank 300000000 tokens a validation, more than ...; lower it, or raise dp
+    eval.tokens=2e8
 growth.stages=[] growth.boost.factor=3 @ 1
     growth.boost = {factor: 3.0, tokens: 1000000}: is of what comes after a growth, ...; leave growth.boost out, or ...
     growth.stages=[{"n_layers":5}]
@@ -285,7 +303,7 @@ layout.tp=2 model.vocab_size=1 @ 2
     layout.tp=1
 layout.pp=4 @ 4
     model.n_layers = 3: leaves some of the layout.pp = 4 ...; lower layout.pp or add layers...
-    model.n_layers=5
+    model.n_layers=4
 layout.pp=2 model.n_layers=0 growth.depth=fresh @ 2
     model.n_layers = 0: leaves some of the layout.pp = 2 ...; lower layout.pp or add layers...
     layout.pp=1
@@ -330,7 +348,13 @@ growth.stages.0.d_model=35 @ 1
     growth.stages.0.d_model=36
 growth.stages.1.n_layers=2 @ 1
     growth.stages.1.n_layers = 2: shrinks from 3; stages only grow: give at least that
-    growth.stages.1.n_layers=3
+    growth.stages.1.n_layers=4
+growth.stages.1.n_layers=3 @ 1
+    growth.stages.1 = {n_layers: 3}: changes nothing of the stage before, growth.stages.0; give it a larger size, ...
+    growth.stages.1.n_layers=4
+growth.stages.0={"max_flops":1.5e9,"d_ff":62} @ 1
+    growth.stages.0 = {d_ff: 62, max_flops: 1500000000.0}: changes nothing of the stage before, the first; give it a ...
+    growth.stages.0.d_ff=63
 growth.stages.0.n_heads=3 @ 1
     growth.stages.0.n_heads = 3: shrinks from 4; stages only grow: give at least that
     growth.stages.0.n_heads=4

@@ -36,7 +36,6 @@ def base(tmp_path):
         "checkpoint.on_error=skip",
         "faults.max_skips=-1",
         "faults.max_rollbacks=some",
-        "faults.hang_timeout=0",
         "faults.hang_timeout=1e10",  # no clock of the machine's goes that far
         "faults.stop_exit_code=256",
         "faults.patience=1",
@@ -46,6 +45,7 @@ def base(tmp_path):
         "growth.trigger.scaling_law.E=-1",
         "growth.max_tokens=0",
         "growth.max_flops=0",
+        "optimizer.decay_rho=1.5",  # a share
     ],
 )
 def test_wrong_values(base, override):
@@ -53,6 +53,58 @@ def test_wrong_values(base, override):
     with pytest.raises(UserError) as caught:
         load_config(base, [override])
     assert str(caught.value).startswith(f"{key} = {value}: ")
+
+
+LARGEST = {
+    "model.vocab_size": 2**31,
+    "model.d_model": 2**20,
+    "model.n_layers": 4096,
+    "model.n_heads": 2**16,
+    "model.n_kv_heads": 2**16,
+    "model.head_dim": 2**16,
+    "model.d_ff": 2**24,
+    "train.seq_len": 2**27,
+    "train.micro_batch_size": 2**30,
+    "train.global_batch_size": 2**30,
+    "train.max_steps": 2**63 - 1,
+    "train.max_tokens": 2**63 - 1,
+    "eval.tokens": 2**63 - 1,
+    "layout.tp": 2**20,
+    "layout.dp": 2**20,
+}
+
+
+@pytest.mark.parametrize("key", LARGEST)
+def test_sizes_have_a_bound(base, key):
+    """So that what is wrong is refused before anything is built by it: 1e8 layers, 1e15 pieces."""
+    for where in (key, key.replace("model.", "growth.stages.0.").replace("train.", "growth.stages.0.")):
+        if where.partition("growth.stages.0.")[2] in ("vocab_size", "head_dim", "max_steps"):
+            continue
+        stage = "growth.stages=[{n_layers: 4}]"
+        load_config(base, [stage, f"{where}={LARGEST[key]}"])
+        for beyond in (LARGEST[key] + 1, 10**30):
+            with pytest.raises(UserError, match=rf"^{where} = {beyond}: Input should be less than "):
+                load_config(base, [stage, f"{where}={beyond}"])
+
+
+def test_growths_have_a_bound(base):
+    for count in (100, 101):
+        stages = ", ".join(f"{{d_ff: {70 + n}}}" for n in range(count))
+        if count == 100:
+            assert len(load_config(base, [f"growth.stages=[{stages}]"]).growth.stages) == count
+        else:
+            with pytest.raises(UserError, match=r"^growth\.stages = .*: List should have at most 100 items"):
+                load_config(base, [f"growth.stages=[{stages}]"])
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.99, 0, -1])
+def test_no_wait_is_over_before_it_begins(base, seconds):
+    told = (
+        rf"^faults\.hang_timeout = {seconds}: is over before ranks have met, .*; give 1 second or more, 600 is usual$"
+    )
+    with pytest.raises(UserError, match=told):
+        load_config(base, [f"faults.hang_timeout={seconds}"])
+    assert load_config(base, ["faults.hang_timeout=1"]).faults.hang_timeout == 1
 
 
 @pytest.mark.parametrize("override", ["growth.trigger.smoothing=0", "growth.trigger.start=run"])

@@ -251,3 +251,31 @@ def test_an_entry_that_is_null_becomes_a_section() -> None:
 def test_a_path_that_none_can_have() -> None:
     with pytest.raises(UserError, match="is no path"):
         load_config("a\0b")
+
+
+def test_aliases_do_not_grow_in_what_is_told(tmp_path: Path) -> None:
+    """Nine lists of nine of the one before: 9^9 texts, were they written out."""
+    lines = ["- &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [
+        f"- &{after} [{', '.join([f'*{before}'] * 9)}]" for before, after in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
+    text = BASE.replace("run_dir: runs/test", "run_dir:\n" + "\n".join(lines))
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"^run_dir = \[.*: Input should be a valid string") as caught:
+        load_config(tmp_path / "run.yaml")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ('run_dir="\\ud800"', "cannot be a file's name here"),
+        ("data.train=[]", "List should have at least 1 item"),
+        ("model.rope_theta=1e-320", "greater than or equal to 1"),
+        ("model.rope_scaling={kind: linear, factor: 1e-320}", "greater than or equal to 1"),
+        ("model.rope_scaling={kind: llama3, factor: 2, low_freq_factor: 4}", "has no ramp between its factors; set"),
+    ],
+)
+def test_what_nothing_can_be_made_of_is_refused(tmp_path: Path, override: str, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        load_config(write(tmp_path), [override])

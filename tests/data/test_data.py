@@ -242,6 +242,11 @@ def test_blend_refuses_weights(weights):
         Blend(weights, seed=0)
 
 
+def test_only_the_ratio_of_weights_counts():
+    """Also where their sum is an infinity."""
+    assert Blend([1e308, 1e308, 1e308 / 2], seed=0).counts == Blend([2, 2, 1], seed=0).counts
+
+
 # ---- batches ----------------------------------------------------------------------------------------------
 
 

@@ -119,3 +119,15 @@ def test_a_pair_that_cannot_be_read_is_named(prefix, monkeypatch, call, file):
     told = f"data = {prefix}.{file}: cannot be read (Permission denied); check its permissions and the disk"
     with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
         IndexedTokens(prefix)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_the_name_of_one_of_the_files_is_no_prefix(prefix, ending):
+    with pytest.raises(UserError) as caught:
+        IndexedTokens(f"{prefix}{ending}")
+    assert str(caught.value) == (
+        f"data = {prefix}{ending}: is the name of one of two files, and both begin with the prefix that is asked for; "
+        f"give {prefix}"
+    )
+    with pytest.raises(UserError, match=r"other\.bin\.bin: the file does not exist; check the prefix"):
+        IndexedTokens(prefix.with_name("other.bin"))  # the control

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.small_tokenizer import SENTENCE
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -17,17 +18,11 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 from megabus.cli import main
 from megabus.data import encoding
 from megabus.data.indexed import IndexedTokens, read_meta
-from megabus.data.tokenizer import Tokenizer, train_tokenizer
+from megabus.data.tokenizer import Tokenizer
 from tools import demo_text
 
 ROOT = Path(__file__).resolve().parents[2]
-SENTENCE = "the quick brown fox jumps over the lazy dog, and sixty wizards' quills make black jam.\n"
 DOCUMENTS = ["First line.\n\n  Second, indented.", "Ünïcode 漢字 🙂\nend", "a third"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return train_tokenizer([SENTENCE], 300, tmp_path_factory.mktemp("tokenizer") / "t", "bpe")
 
 
 def run(model, output, *arguments):

@@ -12,21 +12,15 @@ import psutil
 import pytest
 from support.command import run_command
 from support.forked import wait_for
+from support.small_tokenizer import SENTENCE
 
 from megabus.data import encoding, preprocess, staging
 from megabus.data.indexed import IndexedTokens
-from megabus.data.tokenizer import train_tokenizer
 from megabus.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-SENTENCE = "the quick brown fox jumps over the lazy dog, and sixty wizards' quills make black jam.\n"
 SPLIT = ("--split-documents", "line", "--valid-fraction", 0.3)
 KINDS = ("bin", "idx", "meta.json")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return train_tokenizer([SENTENCE], 300, tmp_path_factory.mktemp("tokenizer") / "t", "bpe")
 
 
 @pytest.fixture(autouse=True)

@@ -12,15 +12,9 @@ from support.command import run_command
 
 from megabus.data.indexed import IndexedTokens
 from megabus.data.inputs import expand_inputs
-from megabus.data.tokenizer import Tokenizer, train_tokenizer
+from megabus.data.tokenizer import Tokenizer
 
-SENTENCE = "the quick brown fox jumps over the lazy dog, and sixty wizards' quills make black jam.\n"
 LATER = 10 << 20  # bytes after which `datasets` has settled what a column holds
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return train_tokenizer([SENTENCE], 300, tmp_path_factory.mktemp("tokenizer") / "t", "bpe")
 
 
 @pytest.fixture(autouse=True)

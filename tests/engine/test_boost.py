@@ -12,7 +12,7 @@ from support.small_runs import after_step, rows_of, run_config, start, stop_afte
 
 import megabus.train.run as run_room
 from megabus.config import Layout, parse_config, resolve_stages
-from megabus.config.schema import BoostConfig
+from megabus.config.after_growth import BoostConfig
 from megabus.engine.engine import Engine
 from megabus.engine.fragments import inner_optimizer
 from megabus.errors import UserError

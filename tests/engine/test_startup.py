@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
+import deepspeed
+import pytest
 import torch.distributed as dist
 
-from megabus.engine.startup import stop_distributed
+from megabus.engine import startup
+from megabus.engine.startup import start_distributed, stop_distributed
+from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 
 HANG = timedelta(seconds=1)
@@ -29,3 +33,30 @@ def _leave(barrier):
 def test_a_slow_last_word_is_waited_for():
     assert run_ranks(2, _leave, False) == [None, None]
     assert run_ranks(2, _leave, True)[1] is not None  # negative control: the run's own group does not
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "The client socket has timed out after 1000ms while trying to connect to (a, 1)",
+            "rank 0 has not answered there",
+        ),
+        (
+            "The server socket has failed to listen on any local network address",
+            "the ranks cannot meet there (The server",
+        ),
+    ],
+)
+def test_a_port_is_blamed_only_where_it_is_at_fault(monkeypatch, said, told):
+    def fail(**options):
+        raise dist.DistNetworkError(said)
+
+    monkeypatch.setattr(deepspeed, "init_distributed", fail)
+    monkeypatch.setattr(startup, "on_gpu", lambda: False)
+    monkeypatch.setenv("MASTER_ADDR", "a")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(UserError, match=r"^MASTER_ADDR:MASTER_PORT = a:1: ") as caught:
+        start_distributed(timedelta(seconds=60))
+    assert caught.value.problem.startswith(told)
+    assert ("free port" in caught.value.remedy) == ("failed" in said)

@@ -85,6 +85,18 @@ def test_the_rule_that_cannot_decide_is_named():
         told(config_of(budget={"max_steps": 100, "max_flops": 1e18}, decay_share=0.8, rule="marginal"))
 
 
+def test_stages_that_whole_steps_leave_no_budget_for_are_told():
+    """By the caps alone the last size would be reached: so it is meant. `growth: auto` has such caps."""
+    (text,) = told(config_of(1, 0.5, {"max_tokens": 1.75 * STEP}, schedule="constant"))
+    assert text.startswith("growth.stages.0.max_tokens = 64: leaves stage 2 something of the budget, and the whole ")
+    tree = config_of(growths=1).model_dump(exclude={"growth"})
+    for steps, keys in ((40, []), (3, ["growth.stages.0.max_tokens"]), (1, ["growth.max_tokens"])):
+        tree["train"]["max_steps"] = steps
+        config = parse_config(tree | {"growth": "auto", "model": tree["model"] | {"n_layers": 8}})
+        assert len(config.growth.stages) == 3
+        assert [line.split(" = ")[0] for line in told(config)] == keys
+
+
 def test_a_run_is_refused_before_it_trains(tmp_path, capfd):
     corpus = write_corpus(tmp_path)
     layouts = [{"dp": 2}] * 3

@@ -10,7 +10,8 @@ import pytest
 from support.tiny_config import BASE
 
 from megabus.config import ModelConfig, Stage, load_config, resolve_stages
-from megabus.config.schema import OptimizerConfig, RewarmConfig, SettleConfig, TrainConfig
+from megabus.config.after_growth import RewarmConfig, SettleConfig
+from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.ds_config import deepspeed_config
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.init import build_model
@@ -79,7 +80,7 @@ def test_schedules_are_continuous(schedule: str, warmup: float, low: float) -> N
         ({"schedule": "log", "decay_rho": 0.125, "min_lr_ratio": 0.2}, 0.25, 0.6),
         ({"schedule": "log", "decay_rho": 0.125, "warmup_share": 0.2}, 0.4, 0.5),
         ({"schedule": "log", "decay_rho": 0.125, "warmup_share": 0.2}, 0.1, 0.5),
-        ({"schedule": "log", "decay_rho": 1e6}, 0.3, 0.7),  # nearly a line
+        ({"schedule": "log", "decay_rho": 1.0}, 0.5, 0.4150375),  # 1 - log 1.5 / log 2
         ({"schedule": "log", "decay_rho": 1e-6}, 0.0, 1.0),
         ({"schedule": "log", "decay_rho": 1e-6}, 999.0005e-6, 0.5),  # 1 - log 1000.0005 / log (1e6 + 1)
         ({"schedule": "log"}, 1.0, 0.0),

@@ -1,0 +1,264 @@
+"""What holds between the values of a checkpoint's state: each may be in its range, and no run was ever there.
+
+All is told as ValueError or `UserError`, the key first. Nothing is made by a size that the state says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from megabus.checkpoint.manifest import validated
+from megabus.config import RunConfig
+from megabus.config.pair import sizes_of
+from megabus.config.stages import check_cut
+from megabus.kappa.monitor import SAVED, KappaState, Reason, check_saved
+from megabus.model.cost import count_parameters
+from megabus.parallel.fragments import KINDS
+from megabus.plain_file import shown
+
+if TYPE_CHECKING:
+    from megabus.checkpoint.state import Progress, SavedState
+
+ROUNDING = 1e-9  # of FLOPs that were added up step by step
+TRANSFERRED = ("alpha_init", "s_z_init", "init_std", "embed_init_std", "head_init_std")  # by optimizer.transfer
+
+Number = Annotated[int, Field(ge=0, lt=2**63)]
+Length = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class _Loose(BaseModel):
+    """Other keys depend on the version that wrote them."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class _Stage(_Loose):
+    seq_len: Length | None = None
+    global_batch_size: Length | None = None
+
+
+class _Growth(_Loose):
+    stages: list[_Stage]
+
+
+class _Train(_Stage):
+    seq_len: Length
+
+
+class _Config(_Loose):
+    """What `SavedState.config` must hold."""
+
+    train: _Train
+    growth: _Growth
+
+
+class _Source(_Loose):
+    tokens: list[Number]
+    blend: list[Number]
+    chunk_len: Length
+    tokenizers: list[str]
+
+
+class _Data(_Loose):
+    """What `SavedState.data` must hold."""
+
+    train: _Source
+    valid: _Source
+    valid_tokens: Number
+
+
+class _GrowthRow(_Loose):
+    """What a row of `Progress.growths` must hold."""
+
+    step: Number
+    tokens: Number
+    flops: Annotated[float, Field(ge=0)]
+    stage: Number
+    reason: str
+    old: dict[str, Number]
+    new: dict[str, Number]
+
+
+_CONFIG: TypeAdapter[_Config] = TypeAdapter(_Config)
+_DATA: TypeAdapter[_Data] = TypeAdapter(_Data)
+_GROWTHS: TypeAdapter[list[_GrowthRow]] = TypeAdapter(list[_GrowthRow])
+
+
+def check_relations(path: Path, state: SavedState) -> None:
+    """Raise `DamagedError` about the file at `path`, ValueError or `UserError` unless some run can have saved that."""
+    growths = validated(_GROWTHS, state.progress.growths, path, "progress.growths")
+    monitor = validated(SAVED, state.monitor, path, "monitor") if state.monitor else None
+    config = validated(_CONFIG, state.config, path, "config") if state.config else None
+    data = validated(_DATA, state.data, path, "data") if state.data else None
+    if monitor is not None:
+        check_saved(monitor)
+        _check_monitor(monitor, state)
+    if config is not None:
+        _at_most("stage", state.stage, "growths in config", len(config.growth.stages))
+    _check_whole(state)
+    _check_growths(growths, state)
+    _check_account(state.progress, state.optimizer_step)
+    if monitor is None:  # weights without a run, made by a conversion or an evaluation
+        if data is not None:
+            raise ValueError("monitor: is empty, and data is not")
+        return
+    if config is None or data is None:
+        raise ValueError(f"{'config' if config is None else 'data'}: is empty, and monitor is not")
+    _check_config(config, state)
+    longest = max([config.train.seq_len, *(stage.seq_len or 0 for stage in config.growth.stages)])
+    for key, source in (("train", data.train), ("valid", data.valid)):
+        _agree(f"data.{key}.chunk_len", source.chunk_len, "the longest sequence in config", longest)
+
+
+def _check_whole(state: SavedState) -> None:
+    now, layout = state.progress, state.layout
+    for key, value in asdict(layout).items():
+        if not 0 < value < 2**31:
+            raise ValueError(f"layout.{key}: {value} is no number of ranks")
+    check_cut(state.model, layout)
+    _agree("kinds", state.kinds, "those of optimizer_step", KINDS if state.optimizer_step else KINDS[:1])
+    _agree("progress.growths", len(now.growths), "stage", state.stage)
+    _at_most("optimizer_step", state.optimizer_step, "progress.step", now.step)
+    _at_most("progress.tokens", now.tokens, "progress.position", now.position)
+    _at_most("progress.stage_tokens", now.stage_tokens, "progress.tokens", now.tokens)
+    _at_most("progress.stage_flops", now.stage_flops, "progress.flops", now.flops)
+    _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.nonfinite", now.nonfinite)
+    _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.step", now.step)
+    _at_most("progress.rollbacks", now.rollbacks, "progress.nonfinite", now.nonfinite)
+    if now.rollbacks and now.position == now.tokens:
+        raise ValueError(f"progress.rollbacks: {now.rollbacks} returns have passed over no data")
+
+
+def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
+    """Each growth comes after the one before it, from the sizes that that one led to, and the last led to the model."""
+    now = state.progress
+    for number, row in enumerate(rows):
+        key = f"progress.growths.{number}"
+        _agree(f"{key}.stage", row.stage, "the number of growths so far", number + 1)
+        if row.reason not in get_args(Reason):
+            raise ValueError(f"{key}.reason: {shown(row.reason)} is none of {', '.join(get_args(Reason))}")
+        for name in row.old.keys() & row.new.keys():
+            _at_most(f"{key}.old.{name}", row.old[name], f"{key}.new.{name}", row.new[name])
+        for name, value, limit in (
+            ("step", row.step, now.step),
+            ("tokens", row.tokens, now.tokens),
+            ("flops", row.flops, now.flops),
+        ):
+            _at_most(f"{key}.{name}", value, f"progress.{name}", limit)
+    for number, (before, after) in enumerate(pairwise(rows), 1):
+        key, other = f"progress.growths.{number}", f"progress.growths.{number - 1}"
+        for name in ("step", "tokens", "flops"):
+            if getattr(after, name) <= getattr(before, name):
+                raise ValueError(f"{key}.{name}: {getattr(after, name)} is no more than {other}.{name}")
+        _agree_sizes(f"{key}.old", after.old, f"{other}.new", before.new)
+    if rows:
+        last, key = rows[-1], f"progress.growths.{len(rows) - 1}"
+        _agree(f"{key}.tokens", last.tokens, "progress.stage_tokens", now.stage_tokens)
+        _agree(f"{key}.flops", last.flops, "progress.stage_flops", now.stage_flops)
+        model = state.model
+        sizes = sizes_of(model) | {"n_kv_heads": model.kv_heads, "n_params": count_parameters(model)}
+        _agree_sizes(f"{key}.new", last.new, "the model's", sizes)
+    else:
+        _agree("progress.stage_tokens", now.stage_tokens, "0, where nothing has grown", 0)
+        _agree("progress.stage_flops", now.stage_flops, "0, where nothing has grown", 0)
+
+
+def _agree_sizes(key: str, sizes: dict[str, int], other: str, wanted: dict[str, int]) -> None:
+    for name in wanted.keys() & sizes.keys():
+        _agree(f"{key}.{name}", sizes[name], f"{other}: {name}", wanted[name])
+
+
+def _check_account(now: Progress, optimizer_step: int) -> None:
+    """Steps of one kind add the same each time, and each that was finite has moved the weights once."""
+    since = now.since
+    if since is None:
+        return
+    for name in ("step", "tokens", "position", "flops", "nonfinite"):
+        _at_most(f"progress.since.{name}", getattr(since, name), f"progress.{name}", getattr(now, name))
+    _at_most("progress.stage_tokens", now.stage_tokens, "progress.since.tokens", since.tokens)
+    _at_most("progress.stage_flops", now.stage_flops, "progress.since.flops", since.flops)
+    _at_most("progress.since.optimizer_step", since.optimizer_step, "progress.since.step", since.step)
+    for row in now.growths[-1:]:
+        _at_most("progress.growths: the last step", row["step"], "progress.since.step", since.step)
+        if row["tokens"] == since.tokens:
+            _agree("progress.growths: the last step", row["step"], "progress.since.step", since.step)
+    steps, skipped = now.step - since.step, now.nonfinite - since.nonfinite
+    added = steps * since.step_tokens
+    _agree("progress.tokens", now.tokens, "what its steps add up to", since.tokens + added)
+    _agree("progress.position", now.position, "where its steps lead to", since.position + added)
+    _agree("optimizer_step", optimizer_step, "its finite steps", since.optimizer_step + steps - skipped)
+    flops = since.flops + steps * since.step_flops
+    if abs(now.flops - flops) > ROUNDING * flops:
+        raise ValueError(f"progress.flops: {now.flops} is not what its steps add up to, {flops}")
+
+
+def _check_config(config: _Config, state: SavedState) -> None:
+    """The stage that the configuration describes is the one that was saved."""
+    now, before = state.progress, config.growth.stages[: state.stage]
+    lengths = [config.train.seq_len, *(stage.seq_len for stage in before if stage.seq_len)]
+    batches = [
+        config.train.global_batch_size,
+        *(stage.global_batch_size for stage in before if stage.global_batch_size),
+    ]
+    if now.position % lengths[-1]:
+        raise ValueError(f"progress.position: {now.position} is no multiple of the stage's seq_len, {lengths[-1]}")
+    if now.since is not None and batches[-1] is not None:
+        wanted = batches[-1] * lengths[-1]
+        _agree("progress.since.step_tokens", now.since.step_tokens, "the stage's batch in config", wanted)
+    _check_types(state.config)
+    said = dict(_section(state.config.get("model"), "config.model"))
+    for stage in state.config["growth"]["stages"][: state.stage]:
+        said |= {key: value for key, value in _section(stage, "config.growth.stages").items() if value is not None}
+    transferred = TRANSFERRED if _section(state.config.get("optimizer"), "config.optimizer").get("transfer") else ()
+    for key, value in state.model.model_dump(mode="json").items():
+        if key in said and key not in transferred:  # those that came later are not there
+            _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", value)
+
+
+def _check_types(config: dict[str, Any]) -> None:
+    """Raise ValueError for a value of another type than its key has. Ranges may have been others in other versions."""
+    try:
+        RunConfig.model_validate(config)
+    except ValidationError as error:
+        for one in error.errors(include_url=False):
+            if one["type"].endswith(("_type", "_parsing", "_from_float")):
+                raise ValueError(f"config.{'.'.join(map(str, one['loc']))}: {one['msg']}") from error
+
+
+def _section(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: {shown(value)} is no section")
+    return value
+
+
+def _check_monitor(monitor: KappaState, state: SavedState) -> None:
+    """κ remembers this stage, and no losses from after the end."""
+    now, span = state.progress, monitor.span
+    _agree("monitor.span.index", span.index, "stage", state.stage)
+    _agree("monitor.span.n_params", span.n_params, "the model's", count_parameters(state.model))
+    _agree("monitor.span.tokens", span.tokens, "progress.stage_tokens", now.stage_tokens)
+    _agree("monitor.span.flops", span.flops, "progress.stage_flops", now.stage_flops)
+    _at_most("monitor.past", len(monitor.past), "stage", state.stage)
+    sizes = {row["old"].get("n_params") for row in now.growths}
+    for number, path in enumerate(monitor.past):
+        if path.n_params not in sizes:
+            raise ValueError(f"monitor.past.{number}.n_params: {path.n_params} is no size that has grown")
+    _at_most("monitor.met", monitor.met, "the losses in monitor.curve", len(monitor.curve))
+    for point in monitor.curve[-1:]:
+        _at_most("monitor.curve: the last tokens", point.tokens, "progress.tokens", now.tokens)
+        _at_most("monitor.curve: the last FLOPs", point.flops, "progress.flops", now.flops)
+
+
+def _agree(key: str, value: Any, other: str, wanted: Any) -> None:
+    if value != wanted:
+        raise ValueError(f"{key}: {shown(value)} is not {other}, {shown(wanted)}")
+
+
+def _at_most(key: str, value: float, other: str, limit: float) -> None:
+    if value > limit:
+        raise ValueError(f"{key}: {value} exceeds {other}, {limit}")

@@ -1,0 +1,84 @@
+"""What speaks against a run is told before anything of it is opened, measured or made."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from support import altered
+from support.small_runs import refusal, run_config, write_corpus
+from support.sources import MemorySource, model_config
+
+from megabus.checkpoint.state import STATE
+from megabus.checkpoint.store import checkpoints_of
+from megabus.config import Layout, resolve_stages
+from megabus.config.schema import PreflightConfig
+from megabus.convert.checkpoint import write_checkpoint
+from megabus.errors import UserError
+from megabus.train.foresee import _foreseen
+
+
+def foreseen(config):
+    return _foreseen(config, resolve_stages(config, 1))
+
+
+def told(config):
+    with pytest.raises(UserError) as caught:
+        foreseen(config)
+    return str(caught.value)
+
+
+def config_of(tmp_path, **changes):
+    return run_config(tmp_path, tmp_path / "run", [{}, {}, {}], **changes)
+
+
+def test_a_configuration_is_judged_by_itself(tmp_path):
+    wrong = {"predictor": "constant", "constant": -1.0, "kappa": 0.99}
+    assert told(config_of(tmp_path, growth__trigger=wrong)).startswith("growth.trigger.constant = -1.0: ")
+    few = {"predictor": "reference", "reference": [[1e3, 4.0]]}
+    assert told(config_of(tmp_path, growth__trigger=few)).startswith("growth.trigger.reference = ")
+    assert "nothing ends this stage" in told(config_of(tmp_path, growth__max_tokens=None, optimizer__decay_share=1.0))
+    assert foreseen(config_of(tmp_path)) == ([], [])
+
+
+def test_what_a_run_would_begin_with_is_read(tmp_path):
+    assert told(config_of(tmp_path, init_from=str(tmp_path / "none"))).startswith(f"checkpoint = {tmp_path / 'none'}: ")
+    other = tmp_path / "other"
+    write_checkpoint(MemorySource(model_config("ngpt")), checkpoints_of(other), Layout(1, 1, 1))
+    assert told(config_of(tmp_path, init_from=str(other))).startswith("model.n_heads = 2: is 4 in ")
+
+
+def test_what_a_run_would_go_on_from_is_read(tmp_path):
+    run = tmp_path / "run"
+    newest = altered.write_run(run, layout=(1, 1, 1))
+    config = altered.run_of(model_config("ngpt")).model_copy(update={"run_dir": str(run)})
+    assert foreseen(config) == ([], [])
+    none = config.model_copy(update={"growth": config.growth.model_copy(update={"stages": [], "max_tokens": None})})
+    assert told(none) == (
+        f"growth.stages = 0: has 0 growths, {newest.name} comes after growth 1; keep the growths that were made"
+    )
+    wider = config.model_copy(update={"model": config.model.grown(d_model=37)})
+    assert told(wider).startswith(f"model.d_model = 37: is 36 in {newest}; ")
+    strict = config.model_copy(update={"resume": "strict"})
+    lr = strict.model_copy(update={"optimizer": strict.optimizer.model_copy(update={"lr": 0.5})})
+    assert told(lr) == f"optimizer.lr = 0.5: was 0.01 in {newest}; set it back, or resume=auto"
+    (newest / STATE).write_text("{")  # is set aside later, and the one before it is read
+    assert told(none).startswith(f"growth.stages = 0: has 0 growths, {newest.with_name('step-00000007').name} ")
+    shutil.rmtree(newest)
+    assert foreseen(config) == ([], [])
+
+
+def test_it_comes_before_the_data_is_opened(tmp_path):
+    """Of two faults the one that needs no files is told; nothing is left behind."""
+    config = config_of(tmp_path, growth__max_tokens=None, optimizer__decay_share=1.0, preflight={})
+    assert refusal(config, 1).startswith("growth.max_tokens = (missing): nothing ends this stage")
+    assert not (tmp_path / "run").exists()
+    write_corpus(tmp_path)
+    assert "the file does not exist" in refusal(config_of(tmp_path / "none", preflight={}), 1)  # the control
+
+
+def test_without_a_preflight_what_cannot_fit_is_refused_all_the_same(tmp_path):
+    wide = config_of(tmp_path, growth={"stages": [{"d_model": 2**20, "d_ff": 2**20}], "max_tokens": 1024})
+    assert told(wide).startswith("growth.stages.0 = stage 1: takes 1")
+    assert "on this machine at least, which has " in told(wide)
+    assert foreseen(wide.model_copy(update={"preflight": PreflightConfig()})) == ([], [])  # which looks more closely
