@@ -6,73 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from megabus.config.model import ModelConfig as ModelConfig
 from megabus.config.paths import Pathname
-from megabus.config.section import Angle, Count, CountFrom0, Decay, Exponent, NonNegative, Positive, Section, Share
+from megabus.config.section import Angle, Count, Decay, Exponent, NonNegative, Positive, Section, Share
 
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
-
-
-class RopeScaling(Section):
-    """How RoPE's frequencies are lowered for longer sequences, as imported Llama models have it.
-
-    linear: all by `factor`. llama3: those whose wave is longer than original_max_position / low_freq_factor by
-    `factor`, those shorter than original_max_position / high_freq_factor not, with a ramp between.
-    """
-
-    kind: Literal["linear", "llama3"] = Field(description="how, see above")
-    factor: Positive = Field(description="what frequencies are divided by")
-    low_freq_factor: Positive = Field(
-        1.0, description="llama3: longer waves than its share are scaled by all of factor"
-    )
-    high_freq_factor: Positive = Field(4.0, description="llama3: shorter waves than its share stay as they are")
-    original_max_position: Count = Field(8192, description="llama3: tokens, the longest sequence before scaling")
-
-
-class ModelConfig(Section):
-    """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""
-
-    kind: Literal["ngpt", "gpt"] = Field("ngpt", description="never changes in a run")
-    vocab_size: Count = Field(description="pieces of the tokenizer; never changes in a run")
-    d_model: Count = Field(description="channels of the residual stream")
-    n_layers: CountFrom0 = Field(
-        description="blocks of attention and MLP; at least layout.pp, or none (head on embedding) to grow by fresh ones"
-    )
-    n_heads: Count = Field(description="query heads; divisible by n_kv_heads and by layout.tp")
-    n_kv_heads: Count | None = Field(None, description="key/value heads (GQA); n_heads when left out")
-    head_dim: Count = Field(description="entries of a head, even; never changes in a run")
-    d_ff: Count = Field(description="hidden units of the MLP; divisible by layout.tp")
-    rope_theta: Positive = Field(10000.0, description="base of RoPE's frequencies")
-    rope_scaling: RopeScaling | None = None
-    alpha_init: Positive = Field(
-        0.05, description="ngpt: the initial eigen learning rate of every block; with transfer, in the run it names"
-    )
-    s_z_init: Positive = Field(
-        1.0, description="ngpt: the initial scale of the logits; with transfer, in the run it names"
-    )
-    init_std: Positive = Field(
-        0.02, description="gpt: standard deviation of the initial weights; with transfer, in the run it names"
-    )
-    embed_init_std: Positive | None = Field(None, description="gpt: the embedding's; init_std when left out")
-    head_init_std: Positive | None = Field(
-        None, description="gpt: the head's, in the run that transfer names; init_std when left out"
-    )
-    norm_eps: Positive = Field(1e-5, description="gpt: added to the squared length of h, so growth keeps it")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def embed_std(self) -> float:
-        return self.embed_init_std or self.init_std
-
-    @property
-    def head_std(self) -> float:
-        return self.head_init_std or self.init_std
-
-    def grown(self, **sizes: int) -> ModelConfig:
-        """This model with larger sizes, validated. Raises pydantic's ValidationError for what is none."""
-        return ModelConfig.model_validate(self.model_dump() | sizes)
 
 
 class LayoutConfig(Section):

@@ -15,6 +15,7 @@ from megabus.config.schema import (
     TrainConfig,
 )
 from megabus.config.section import in_line
+from megabus.config.stock import check_kind
 from megabus.config.transfer import transferred
 from megabus.errors import UserError
 
@@ -227,6 +228,9 @@ def _check_transfer(model: ModelConfig, optim: OptimizerConfig) -> None:
         if model.kind == "gpt" and value is not None:
             problem = "has no rule for gpt: muP is of the width alone"
             raise UserError(f"optimizer.transfer.{name}", value, problem, "leave it out, and tune lr at this one")
+    if model.tie_embeddings:
+        problem = "has one rate for an embedding and another for a head, and model.tie_embeddings makes them one matrix"
+        raise UserError("optimizer.transfer", in_line(tuned.model_dump()), problem, "leave one of the two out")
 
 
 def _check_width(before: Stage, stage: Stage, optim: OptimizerConfig, key: str) -> None:
@@ -325,6 +329,7 @@ def _check_stage(stage: Stage, train: TrainConfig, size_key: str, batch_key: str
 def check_cut(model: ModelConfig, layout: Layout, size_key: str = "model.") -> None:
     """Raise `UserError` unless the layout's ranks can share the model; `size_key`: what names of its sizes begin
     with."""
+    check_kind(model, size_key)
     if model.head_dim % 2:
         raise UserError("model.head_dim", model.head_dim, "is odd", "RoPE turns pairs: choose an even number")
     divides(size_key + "n_heads", model.n_heads, "n_kv_heads", model.kv_heads)

@@ -24,6 +24,6 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     for attention 6 * layers * heads * head_dim * seq_len: a token sees half of the sequence on average, and its
     scores and its weighted sum take 2 FLOPs each an entry, three times over (forward, and twice backward).
     """
-    matrices = [spec for spec in param_specs(model).values() if spec.is_matrix and not spec.lookup]
+    matrices = [spec for spec in param_specs(model).values() if spec.is_matrix and (spec.tied or not spec.lookup)]
     dense = sum(prod(global_shape(spec, model)) for spec in matrices)
     return 6.0 * dense + 6.0 * model.n_layers * model.n_heads * model.head_dim * seq_len
