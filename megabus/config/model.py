@@ -17,8 +17,8 @@ class RopeScaling(Section):
 
     linear: all by `factor`. llama3: those whose wave is longer than original_max_position / low_freq_factor by
     `factor`, those shorter than original_max_position / high_freq_factor not, with a ramp between. yarn (Peng et al.
-    2023, arXiv 2309.00071): those that turn less than beta_slow times over original_max_position by `factor`, those that
-    turn more than beta_fast times not, with a ramp over the pairs between; and rotated q and k are longer.
+    2023, arXiv 2309.00071): those that turn less than beta_slow times in original_max_position by `factor`, those that
+    turn more than beta_fast times not, with a ramp over the pairs between; and rotated q and k become longer.
     """
 
     kind: Literal["linear", "llama3", "yarn"] = Field(description="how, see above")
@@ -86,7 +86,7 @@ class ModelConfig(Section):
     norm_eps: Positive = Field(1e-5, description="gpt: added to the squared length of h, so growth keeps it")
     export_as: StockClass | None = Field(
         None,
-        description="gpt: transformers' class that it is exported as; when left out, the first of these that computes it",
+        description="gpt: transformers' class that it becomes in an export; when left out, the first that computes it",
     )
 
     @property

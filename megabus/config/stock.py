@@ -1,4 +1,4 @@
-"""Which of transformers' classes computes what a gpt computes: so an export that cannot be is refused before training."""
+"""Which of transformers' classes computes what a gpt computes: an export that cannot be is refused before training."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ OF_GPT = ("nope_interval", "qkv_bias", "qk_norm", "tie_embeddings", "export_as")
 
 
 def stock_class(model: ModelConfig) -> StockClass:
-    """The class that a gpt is exported as. Raises `UserError` where the one that it asks for computes something else."""
-    names: tuple[StockClass, ...] = get_args(StockClass) if model.export_as is None else (model.export_as,)
-    return next((name for name in names if _why_not(model, name) is None), names[-1])
+    """The class that a gpt is exported as. Raises `UserError` where none computes it, or not the one it asks for."""
+    check_kind(model)
+    names: tuple[StockClass, ...] = get_args(StockClass)
+    return model.export_as or next(name for name in names if _why_not(model, name) is None)
 
 
 def check_kind(model: ModelConfig, size_key: str = "model.") -> None:
@@ -42,7 +43,9 @@ def check_kind(model: ModelConfig, size_key: str = "model.") -> None:
                 raise UserError(f"model.{name}", value, "is not for ngpt", "leave it out, or set model.kind to gpt")
         if model.rope_scaling is not None and model.rope_scaling.kind == "yarn":
             problem = "makes rotated q and k longer, which are unit vectors in ngpt"
-            raise UserError("model.rope_scaling.kind", "yarn", problem, "use llama3 or linear, or set model.kind to gpt")
+            raise UserError(
+                "model.rope_scaling.kind", "yarn", problem, "use llama3 or linear, or set model.kind to gpt"
+            )
         return
     apart = [name for name in ("qkv_bias", "qk_norm", "nope_interval") if getattr(model, name)]
     if len(apart) > 1:
@@ -70,6 +73,6 @@ def _why_not(model: ModelConfig, name: StockClass) -> tuple[str, object, str, st
             return key, getattr(model, key), f"is not what transformers' {name} computes", other
     if wanted.heads_divide and model.d_model % model.n_heads:
         problem = f"is not divisible by n_heads = {model.n_heads}, as transformers' {name} asks"
-        remedy = "choose sizes that divide, or leave model.export_as out: mistral computes the same, and asks for nothing"
+        remedy = "choose sizes that divide, or leave model.export_as out: mistral computes the same, and does not ask"
         return "d_model", model.d_model, problem, remedy
     return None
