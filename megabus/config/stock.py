@@ -32,7 +32,9 @@ def stock_class(model: ModelConfig) -> StockClass:
     """The class that a gpt is exported as. Raises `UserError` where none computes it, or not the one it asks for."""
     check_kind(model)
     names: tuple[StockClass, ...] = get_args(StockClass)
-    return model.export_as or next(name for name in names if _why_not(model, name) is None)
+    if model.export_as is not None:
+        return model.export_as
+    return next(name for name in names if _why_not(model, name) is None)
 
 
 def check_kind(model: ModelConfig, size_key: str = "model.") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import log
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -100,7 +100,7 @@ def _length(rope: _Rope, scaling: RopeScaling) -> float | None:
     return rope.attention_factor
 
 
-def _needing(kind: Literal["linear", "llama3", "yarn"], **given: float | None) -> RopeScaling:
+def _needing(kind: str, **given: float | None) -> RopeScaling:
     for key, value in given.items():
         if value is None:
             raise UserError(f"config.json {key}", "(missing)", f"{kind} RoPE needs it", "restore it from another copy")

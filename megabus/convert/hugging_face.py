@@ -36,7 +36,7 @@ from megabus.model.params import ParamSpec, global_shape
 from megabus.parallel.fragments import Kind
 from megabus.plain_file import shown
 
-INDEX = "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 # What says nothing about the mathematics, or is said twice (rope_parameters decides).
 FREE = {"architectures", "auto_map", "megabus", "rope_theta", "rope_scaling", *KEYS}
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights, as safetensors names them
@@ -87,7 +87,7 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
                         writer.write(key, columns[start // width : stop // width], start)
     if len(groups) > 1:
         _dump(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _dump(out / "config.json", config | {"dtype": dtype})
+    _dump(out / CONFIG, config | {"dtype": dtype})
     if model.kind == "ngpt":
         for file in NGPT_FILES:
             with resources.as_file(resources.files("megabus.convert") / "hf_files" / file) as path:
@@ -159,7 +159,7 @@ class HuggingFaceSource:
 
     def __init__(self, folder: Path, files: OpenFiles) -> None:
         self.folder, self.files = folder, files
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
         self.weight_map = _weight_map(folder, files)
         stored = sum((folder / file).stat().st_size for file in set(self.weight_map.values()))
         model = model_of(config, folder, len(self.weight_map), stored)

@@ -46,8 +46,9 @@ class TiedRows:
 
     @torch.no_grad()
     def _add(self, weight: Tensor) -> None:
-        self._sum += weight.grad
-        weight.grad = None
+        if weight.grad is not None:
+            self._sum += weight.grad
+            weight.grad = None
 
     @torch.no_grad()
     def take_over(self) -> None:

@@ -10,6 +10,7 @@ from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_
 from megabus.config.pair import SIZES
 from megabus.config.section import in_line
 from megabus.config.stages import stage_section
+from megabus.convert.source import FolderSource
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
 from megabus.errors import UserError
@@ -52,13 +53,21 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
     _check_follows(found, config, stages[saved.stage])
     _check_same(found, stages[saved.stage], _shape, GO_BACK)
-    changes = list(_changes(saved.config, config.model_dump(mode="json")))
+    changes = list(_changes(_with_defaults(saved.config), config.model_dump(mode="json")))
     changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(saved.data, data)]
     if changes and config.resume == "strict":
         key, was, is_now = changes[0]
         raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
     told = [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
     return told + (_rates(found, config, stages) if changes else [])
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """With the keys that have come since: those that are left out change nothing."""
+    try:
+        return parse_config(config).model_dump(mode="json")
+    except UserError:  # of another version, which may have had keys that are gone: told as they are
+        return config
 
 
 def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
@@ -80,13 +89,15 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
     ]
 
 
-def check_begins(origin: Found, stage: Stage) -> None:
+def check_begins(origin: Found | FolderSource, stage: Stage) -> None:
     """Raise `UserError` unless the stage's model can begin with the checkpoint's weights. What gains are stored in
     multiples of may differ: `restore` re-expresses them."""
     _check_same(origin, stage, _function, "give the model that was saved")
 
 
-def _check_same(found: Found, stage: Stage, facts: Callable[[ModelConfig], dict[str, Any]], remedy: str) -> None:
+def _check_same(
+    found: Found | FolderSource, stage: Stage, facts: Callable[[ModelConfig], dict[str, Any]], remedy: str
+) -> None:
     now = facts(stage.model)
     for key, value in facts(found.state.model).items():
         if now[key] != value:
@@ -110,7 +121,8 @@ def _check_follows(found: Found, config: RunConfig, stage: Stage) -> None:
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
     """All that a model's raw weights stand for."""
-    return model.model_dump(exclude={"init_std", "embed_init_std", "head_init_std"}) | {"n_kv_heads": model.kv_heads}
+    free = {"init_std", "embed_init_std", "head_init_std", "export_as"}
+    return model.model_dump(exclude=free) | {"n_kv_heads": model.kv_heads}
 
 
 def _function(model: ModelConfig) -> dict[str, Any]:
