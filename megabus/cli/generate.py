@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         top_p=args.top_p,
         seed=args.seed,
         stop=tokenizer.eod,
+        pieces=tokenizer.vocab_size,
     )
     print(prompt, end="", flush=True)
     written: list[int] = []
