@@ -323,7 +323,8 @@ class RunConfig(Section):
     )
     init_from: Pathname | None = Field(
         None,
-        description="run or checkpoint (megabus convert makes one of any Llama) whose weights a new run begins with",
+        description="what a new run's weights are at first: a run or checkpoint, a Hugging Face directory of one of "
+        "the classes that model.export_as names or of an nGPT, or its name on the hub",
     )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()

@@ -92,7 +92,8 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
 def check_begins(origin: Found | FolderSource, stage: Stage) -> None:
     """Raise `UserError` unless the stage's model can begin with the checkpoint's weights. What gains are stored in
     multiples of may differ: `restore` re-expresses them."""
-    _check_same(origin, stage, _function, "give the model that was saved")
+    said = origin.state.model.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    _check_same(origin, stage, _function, f"give the model that was saved: {in_line(said)}")
 
 
 def _check_same(

@@ -111,16 +111,18 @@ def test_bad_arguments(bad):
 
 def test_the_command(tmp_path):
     path = train_tokenizer(["the cat sees the dog and the dog sees the cat " * 50], 290, tmp_path / "tok", "bpe")
-    source = MemorySource(model_config("ngpt", vocab_size=290))
+    source = MemorySource(model_config("ngpt", vocab_size=300))  # padded
     source.tokenizer = path
     convert(source, tmp_path / "run", "checkpoint")
+    convert(source, tmp_path / "hf", "hf")
     command = ["generate", tmp_path / "run", "--prompt", "the cat", "--max-tokens", "9"]
     ended = run_command(*command)
     assert ended.returncode == 0, ended.stderr
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode("the cat")
-    drawn = generate(megabus.load(tmp_path / "run"), ids, 9, temperature=0.8, stop=tokenizer.eod)
+    drawn = generate(megabus.load(tmp_path / "run"), ids, 9, temperature=0.8, stop=tokenizer.eod, pieces=290)
     assert ended.stdout == tokenizer.decode(ids + list(drawn)) + "\n"
+    assert run_command("generate", tmp_path / "hf", *command[2:]).stdout == ended.stdout
     bad = run_command(*command, "--tokenizer", tmp_path / "no.model")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: tokenizer = ")
