@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megabus.checkpoint.contents import Found
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.pair import SIZES
 from megabus.config.section import in_line
 from megabus.config.stages import stage_section
-from megabus.convert.source import FolderSource
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
 from megabus.errors import UserError
 from megabus.train.horizon import horizon_factor, planned_steps
+
+if TYPE_CHECKING:  # a start need not have it
+    from megabus.convert.source import FolderSource
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
 FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "preflight", "data")

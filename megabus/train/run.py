@@ -17,7 +17,6 @@ from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
-from megabus.convert.begin import begin, origin_of
 from megabus.data.order import align_up
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, say, warn
@@ -97,6 +96,8 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
     if config.init_from is not None and found is None:
+        from megabus.convert.begin import begin, origin_of  # slow to import, and most runs begin with nothing
+
         origin = origin_of(config.init_from, watchdog.heartbeat)
         check_begins(origin, stages[0])
     changes: list[str] = []
