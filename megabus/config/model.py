@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from math import log
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from megabus.config.section import Count, CountFrom0, Positive, Section
 
+Turns = Annotated[float, Field(ge=1e-3, le=1e6)]  # numbers of a size that logarithms and pairs can be made of
 StockClass = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 
 
@@ -30,8 +31,8 @@ class RopeScaling(Section):
     original_max_position: Count = Field(
         8192, description="llama3 and yarn: tokens, the longest sequence before scaling"
     )
-    beta_fast: Positive = Field(32.0, description="yarn: frequencies that turn more often stay as they are")
-    beta_slow: Positive = Field(1.0, description="yarn: frequencies that turn less often are scaled by all of factor")
+    beta_fast: Turns = Field(32.0, description="yarn: frequencies that turn more often stay as they are")
+    beta_slow: Turns = Field(1.0, description="yarn: frequencies that turn less often are scaled by all of factor")
     truncate: bool = Field(True, description="yarn: the ramp begins and ends at whole pairs")
     attention_factor: Positive | None = Field(
         None, description="yarn: what rotated q and k are multiplied by; 0.1 ln(factor) + 1 when left out"

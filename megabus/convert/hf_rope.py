@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from megabus.config.model import ModelConfig, RopeScaling
 from megabus.config.section import Positive
 from megabus.errors import UserError
+from megabus.plain_file import shown
 
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -57,7 +58,12 @@ def read_rope(keys: RopeKeys, default_theta: float) -> tuple[float, RopeScaling 
     section = keys.rope_scaling or keys.rope_parameters or {}
     for name, value in section.items():
         if isinstance(value, dict):
-            raise UserError(f"config.json {name}", value, "is a RoPE of some layers", "only one for all layers is read")
+            raise UserError(
+                f"config.json {shown(name)}",
+                shown(value),
+                "is a RoPE of some layers",
+                "only one for all layers is read",
+            )
     rope = _Rope.model_validate(section)
     partial = rope.partial_rotary_factor or keys.partial_rotary_factor
     if partial not in (None, 1.0):
@@ -90,7 +96,7 @@ def _scaling(rope: _Rope, keys: RopeKeys) -> RopeScaling | None:
         given = {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "attention_factor": _length(rope, scaling)}
         given = {key: value for key, value in given.items() if value is not None}
         return RopeScaling.model_validate(scaling.model_dump() | given | {"truncate": rope.truncate})
-    raise UserError("config.json rope_type", kind, "is not supported", "default, linear, llama3 and yarn are")
+    raise UserError("config.json rope_type", shown(kind), "is not supported", "default, linear, llama3 and yarn are")
 
 
 def _length(rope: _Rope, scaling: RopeScaling) -> float | None:

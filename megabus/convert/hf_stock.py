@@ -11,6 +11,7 @@ from megabus.config.section import NonNegative, Positive
 from megabus.config.stock import STOCK, stock_class
 from megabus.convert.hf_rope import RopeKeys, Size, read_rope, written_rope
 from megabus.errors import UserError
+from megabus.plain_file import shown
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def check_known(model_type: object) -> StockClass:
     why = f", and {WHY_NOT[str(model_type)]}" if str(model_type) in WHY_NOT else ""
     known = ", ".join(FAMILIES)
     problem = f"is none that megabus computes{why}"
-    raise UserError("config.json model_type", model_type, problem, f"give one of {known}, or a megabus export")
+    raise UserError("config.json model_type", shown(model_type), problem, f"give one of {known}, or a megabus export")
 
 
 def stock_model(tree: dict[str, Any]) -> ModelConfig:
@@ -129,7 +130,7 @@ def _check_window(name: StockClass, config: _Stock) -> None:
         raise UserError("config.json sliding_window", window, problem, remedy)
     odd = [kind for kind in config.layer_types or () if kind != "full_attention"]
     if odd and "use_sliding_window" in FAMILIES[name].says:
-        raise UserError("config.json layer_types", odd[0], "is not supported", "only full_attention is")
+        raise UserError("config.json layer_types", shown(odd[0]), "is not supported", "only full_attention is")
 
 
 def _nope_interval(config: _Stock) -> int:
@@ -142,7 +143,9 @@ def _nope_interval(config: _Stock) -> int:
         if [bool(x) for x in listed] == [(i + 1) % interval != 0 for i in range(n)]:
             return interval
     problem = "are no layers at equal intervals"
-    raise UserError("config.json no_rope_layers", listed, problem, "only every so many-th layer can be without RoPE")
+    raise UserError(
+        "config.json no_rope_layers", shown(listed), problem, "only every so many-th layer can be without RoPE"
+    )
 
 
 def stock_config(model: ModelConfig) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) ->
             _check_fits(model, folder, tensors, stored)
             if _says_the_same(config, model):
                 return model
-        if model is None or config.get("model_type") in FAMILIES:
+        if model is None or config.get("model_type") in list(FAMILIES):
             model = stock_model(config)
             _check_fits(model, folder, tensors, stored)
             return model

@@ -26,6 +26,10 @@ def stages(growth=None, optimizer=None, **model):
             {"kind": "ngpt", "rope_scaling": {"kind": "yarn", "factor": 2}},
             "model.rope_scaling.kind = yarn: makes rotated",
         ),
+        (
+            {"rope_scaling": {"kind": "yarn", "factor": 2}, "rope_theta": 1.0},
+            "model.rope_scaling.kind = yarn: has no ramp between beta_fast = 32.0 and beta_slow = 1.0 turns with",
+        ),
         ({"qkv_bias": True, "qk_norm": True}, "model.qk_norm = True: goes with no qkv_bias: no class of transformers"),
         ({"qk_norm": True, "nope_interval": 4}, "model.nope_interval = 4: goes with no qk_norm"),
         ({"tie_embeddings": True, "head_init_std": 0.1}, "model.head_init_std = 0.1: is of a head of its own"),

@@ -93,20 +93,24 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path):
     for name, change, told in (
         ("mistral", {"sliding_window": 32}, "sliding_window = 32: is shorter than max_position_embeddings = 64, and"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True: is not supported; only False is"),
-        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types = sliding_attention: is not supported"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types = 'sliding_attention': is not supported"),
         ("smollm3", {"no_rope_layers": [0, 1, 1, 1]}, r"no_rope_layers = \[0, 1, 1, 1\]: are no layers at equal"),
         (
             "llama",
             {"rope_parameters": {"full": {"rope_theta": 5.0}}},
-            "config.json full = .*: is a RoPE of some layers",
+            "config.json 'full' = .*: is a RoPE of some layers",
         ),
-        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type = longrope: is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope': is not supported"),
         (
             "llama",
             {"model_type": "olmo2"},
-            "model_type = olmo2: is none .* over all heads together.*; give one of llama",
+            "model_type = 'olmo2': is none .* over all heads together.*; give one of llama",
         ),
-        ("llama", {"model_type": "gpt_neox"}, "= gpt_neox: is none that megabus computes; give one of llama, mistral"),
+        (
+            "llama",
+            {"model_type": "gpt_neox"},
+            "= 'gpt_neox': is none that megabus computes; give one of llama, mistral",
+        ),
     ):
         stock(name, tmp_path / name)
         good = json.loads((tmp_path / name / "config.json").read_text())

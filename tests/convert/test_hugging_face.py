@@ -137,10 +137,10 @@ def test_what_is_no_llama_is_refused(tmp_path):
     llama(tmp_path)
     good = json.loads((tmp_path / "llama/config.json").read_text())
     for change, told in (
-        ({"model_type": "phi"}, "model_type = phi: is none that megabus computes"),
+        ({"model_type": "phi"}, "model_type = 'phi': is none that megabus computes"),
         ({"attention_bias": True}, "attention_bias = True: is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu: is not supported; only silu is"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = dynamic: is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic': is not supported"),
     ):
         with pytest.raises(UserError, match=told):
             model_of(good | change, tmp_path, *PLENTY)
