@@ -24,7 +24,7 @@ from megabus.checkpoint.manifest import MANIFEST, DamagedError
 from megabus.checkpoint.restore import find_checkpoint
 from megabus.checkpoint.state import STATE, WRITTEN, SavedState, read_state
 from megabus.checkpoint.store import checkpoints_of, complete, latest_of, step_of
-from megabus.config.schema import RopeScaling
+from megabus.config.model import RopeScaling
 from megabus.model.cost import count_parameters
 from megabus.testing.ranks import run_ranks
 
