@@ -10,8 +10,8 @@ The plain, single-process face:
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megabus.checkpoint.load import load
     from megabus.config import GrowthConfig, ModelConfig
+    from megabus.convert.load import load
     from megabus.growth.state import grow_state
     from megabus.model.init import build_model
 
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 __all__ = ["GrowthConfig", "ModelConfig", "__version__", "build_model", "grow_state", "load"]
 
 _HOMES = {
-    "load": "megabus.checkpoint.load",
+    "load": "megabus.convert.load",
     "grow_state": "megabus.growth.state",
     "build_model": "megabus.model.init",
     "ModelConfig": "megabus.config",

@@ -1,4 +1,4 @@
-"""Load a checkpoint's model into this process, whatever layout it was trained under."""
+"""A checkpoint's weights in this process, whatever layout they were trained under."""
 
 from __future__ import annotations
 
@@ -12,23 +12,9 @@ from megabus.checkpoint.manifest import check_files, read_manifest
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
-from megabus.model.decoder import Decoder
 from megabus.model.params import global_shape
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Piece, Placement
-
-
-def load(path: str | Path) -> Decoder:
-    """The model of a run, as it was last saved, or of one checkpoint: `runs/demo` or `runs/demo/checkpoints/step-...`.
-
-    forward(tokens (B, T) int64) -> logits (B, T, vocab_size), fp32, CPU, eval. Its `ModelConfig` is `model.config`.
-    Raises `UserError` if there is no checkpoint or it is damaged.
-    """
-    model_config, state = load_weights(checkpoint_at(path))
-    with torch.device("meta"):
-        model = Decoder(model_config)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
 
 
 def checkpoint_at(path: str | Path) -> Path:

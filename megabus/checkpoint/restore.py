@@ -17,6 +17,7 @@ from megabus.engine.engine import Engine
 from megabus.errors import UserError, warn
 from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
 from megabus.parallel.fragments import Fragments
+from megabus.parallel.placement import Placement
 
 
 def find_checkpoint(root: Path, strict: bool, heartbeat: Heartbeat = idle) -> Found | None:
@@ -57,12 +58,17 @@ def restore(found: Found, engine: Engine, heartbeat: Heartbeat = idle) -> None:
     }
     read_shards(found.folder, found.entries, found.placement, fragments)
     heartbeat()
-    for piece, tensors in fragments.items():
-        was, now = (placement.specs[piece.name].multiplier for placement in (found.placement, engine.placement))
-        if was != now:
-            assert found.state.kinds == ("weight",), "moments are of raw weights"
-            tensors["weight"] *= was / now
+    re_express(fragments, found.placement, engine.placement)
     engine.write(fragments, found.state.optimizer_step)
+
+
+def re_express(fragments: Fragments, old: Placement, new: Placement) -> None:
+    """Let weights stand for the same where they are stored in other multiples."""
+    for piece, tensors in fragments.items():
+        was, now = (placement.specs[piece.name].multiplier for placement in (old, new))
+        if was != now:
+            assert tensors.keys() == {"weight"}, "moments are of raw weights"
+            tensors["weight"] *= was / now
 
 
 def weights_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found:

@@ -4,7 +4,8 @@ megabus convert runs/demo out/ --to shards --tp 2 --pp 2
 megabus convert runs/demo out/ --to hf --dtype bfloat16
 megabus convert path/to/llama out/ --to checkpoint
 
-SOURCE is a run, one of its checkpoints, a directory of shard files, or a Hugging Face directory; OUT must not exist.
+SOURCE is a run, one of its checkpoints, a directory of shard files, a Hugging Face directory or its name on the hub;
+OUT must not exist.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megabus.errors import UserError
 if TYPE_CHECKING:  # it imports torch, as all that converts does: only where it is needed
     from megabus.parallel.fragments import Kind
 
+UNIT_ERROR = 1e-6  # by which lengths of unit rows may be off
 OPTIONS = {
     "tp": ("checkpoint", "shards"),
     "pp": ("checkpoint", "shards"),
@@ -36,7 +38,7 @@ OPTIONS = {
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus convert", description=__doc__)
-    parser.add_argument("source", type=Path)
+    parser.add_argument("source")
     parser.add_argument("out", type=Path)
     parser.add_argument("--to", choices=("checkpoint", "shards", "hf"), required=True)
     parser.add_argument("--tp", type=int, help="of checkpoint and shards (1)")
@@ -46,7 +48,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max-shard-gb", type=float, help="largest file of hf (5)")
     parser.add_argument("--like", type=Path, metavar="DIR", help="hf: take tokenizer and special tokens from this one")
     parser.add_argument("--weights-only", action="store_true", help="leave Adam's moments behind")
-    parser.add_argument("--verify", action="store_true", help="read both sides again and compare them bit by bit")
+    parser.add_argument("--untie", action="store_true", help="give a tied head rows of its own (weights alone)")
+    parser.add_argument("--unit-rows", action="store_true", help="ngpt: divide rows by their lengths (weights alone)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read both sides again and compare them bit by bit; of a Hugging Face model logits too, with transformers",
+    )
     args = parser.parse_args(argv)
     for option, forms in OPTIONS.items():
         if getattr(args, option) is not None and args.to not in forms:
@@ -55,14 +63,23 @@ def main(argv: Sequence[str]) -> int:
     dtype, limit = args.dtype or "float32", 5.0 if args.max_shard_gb is None else args.max_shard_gb
     if not 0 < limit < math.inf:
         raise UserError("--max-shard-gb", limit, "is no size", "give a positive number")
+    from megabus.convert.changed import UnitRows, Untied, unit_error
     from megabus.convert.convert import convert, open_source
+    from megabus.convert.hub import local_copy
     from megabus.convert.hugging_face import HuggingFaceSource
-    from megabus.convert.source import OpenFiles
+    from megabus.convert.source import OpenFiles, Source
     from megabus.convert.verify import verify
+    from megabus.convert.verify_logits import verify_logits
 
     begun = time.perf_counter()
     with OpenFiles() as files:
-        source = open_source(args.source, files, weights_only=args.weights_only)
+        folder = local_copy(args.source)
+        source: Source
+        given = source = open_source(folder, files, weights_only=args.weights_only)
+        if args.untie:
+            source = Untied(source)
+        if args.unit_rows:
+            source = UnitRows(source)
         nbytes = convert(
             source,
             args.out,
@@ -77,11 +94,17 @@ def main(argv: Sequence[str]) -> int:
         if args.to == "checkpoint":
             model = source.state.model.model_dump(exclude_none=True, exclude_defaults=True)
             print(f"its section of a run's file:\n{yaml.safe_dump({'model': model}, sort_keys=False)}", end="")
-        if isinstance(source, HuggingFaceSource) and source.left:
-            print(f"left behind: {', '.join(source.left)}; --to hf --like {args.source} takes them up again")
+        if isinstance(given, HuggingFaceSource):
+            if given.left:
+                print(f"left behind: {', '.join(given.left)}; --to hf --like {args.source} takes them up again")
+            error, name = unit_error(source)
+            if error > UNIT_ERROR:
+                print(f"rows are no unit vectors, by up to {error:.2g} in {name}: --unit-rows divides by their lengths")
         if args.verify:
             begun = time.perf_counter()
             kinds: tuple[Kind, ...] | None = ("weight",) if args.to == "hf" else None
             total = verify(source, open_source(args.out, files), dtype, kinds)
             print(f"verified: {total / 1e9:.3f} GB equal bit for bit, {time.perf_counter() - begun:.1f} s")
+            if isinstance(given, HuggingFaceSource) and given.state.model.kind == "gpt":
+                print(verify_logits(folder, args.out))
     return 0

@@ -16,7 +16,9 @@ from megabus.errors import UserError
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus generate", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="runs/demo, or runs/demo/checkpoints/step-00000500")
+    parser.add_argument(
+        "checkpoint", help="runs/demo, runs/demo/checkpoints/step-00000500, or a Hugging Face directory"
+    )
     parser.add_argument("--prompt", help="text to go on from; standard input when left out")
     parser.add_argument("--max-tokens", type=int, default=200, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
@@ -31,14 +33,14 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     import megabus
-    from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
+    from megabus.convert.load import tokenizer_beside
     from megabus.data.tokenizer import open_tokenizer
     from megabus.generate import generate
 
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError("--device", args.device, "is not there", "use cpu")
     model = megabus.load(args.checkpoint).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
-    path = args.tokenizer or saved_tokenizer(checkpoint_at(args.checkpoint))
+    path = args.tokenizer or tokenizer_beside(args.checkpoint)
     tokenizer = open_tokenizer(path, model.config.vocab_size)
     try:
         prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")
@@ -55,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         top_p=args.top_p,
         seed=args.seed,
         stop=tokenizer.eod,
+        pieces=tokenizer.vocab_size,
     )
     print(prompt, end="", flush=True)
     written: list[int] = []

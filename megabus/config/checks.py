@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megabus.config.schema import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from megabus.config.section import in_line
 from megabus.errors import UserError
 
 
@@ -42,9 +43,12 @@ def _check_transfer(model: ModelConfig, optim: OptimizerConfig) -> None:
         if model.kind == "gpt" and value is not None:
             problem = "has no rule for gpt: muP is of the width alone"
             raise UserError(f"optimizer.transfer.{name}", value, problem, "leave it out, and tune lr at this one")
+    if model.tie_embeddings:
+        problem = "has one rate for an embedding and another for a head, and model.tie_embeddings makes them one matrix"
+        raise UserError("optimizer.transfer", in_line(tuned.model_dump()), problem, "leave one of the two out")
 
 
-def check_kind(model: ModelConfig, train: TrainConfig, optim: OptimizerConfig) -> None:
+def check_only_ngpt(model: ModelConfig, train: TrainConfig, optim: OptimizerConfig) -> None:
     """What only has a meaning where vectors are unit vectors."""
     remedy = "leave it out, or set model.kind to ngpt"
     if model.kind != "ngpt" and train.logit_power is not None:

@@ -6,7 +6,19 @@ from megabus.config.schema import Depth, ModelConfig
 from megabus.errors import UserError
 
 SIZES = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff")
-KEPT = ("kind", "vocab_size", "head_dim", "rope_theta", "rope_scaling", "norm_eps")
+KEPT = (
+    "kind",
+    "vocab_size",
+    "head_dim",
+    "rope_theta",
+    "rope_scaling",
+    "nope_interval",
+    "qkv_bias",
+    "qk_norm",
+    "tie_embeddings",
+    "norm_eps",
+)
+ON_TOP = ("append", "stack", "fresh")  # manners of depth that leave every old layer its number
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int]:
@@ -28,6 +40,9 @@ def check_pair(old: ModelConfig, new: ModelConfig, depth: Depth, key: str) -> No
     if old.n_layers == 0 < new.n_layers and depth != "fresh":
         problem = f"cannot come from growth.depth = {depth}: there is no layer to copy"
         raise UserError(key + "n_layers", new.n_layers, problem, "set growth.depth to fresh")
+    if old.nope_interval is not None and new.n_layers > old.n_layers and depth not in ON_TOP:
+        problem = f"moves layers under growth.depth = {depth}, and every {old.nope_interval}th is without positions"
+        raise UserError(key + "n_layers", new.n_layers, problem, "set growth.depth to append or fresh")
     divides(key + "n_heads", new.n_heads, "n_kv_heads", new.kv_heads)
     old_group, new_group = old.n_heads // old.kv_heads, new.n_heads // new.kv_heads
     if new_group < old_group:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
+from megabus.config.model import ModelConfig as ModelConfig
 from megabus.config.paths import Pathname
-from megabus.config.rope import RopeScaling as RopeScaling
 from megabus.config.section import (
     STAGES,
     Angle,
@@ -17,69 +17,19 @@ from megabus.config.section import (
     Decay,
     Degree,
     Exponent,
-    Factor,
     Heads,
     Hidden,
     Layers,
-    LayersOrNone,
     Length,
     NonNegative,
     Positive,
     Section,
     Share,
-    Vocabulary,
     Wait,
     Width,
 )
 
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
-
-
-class ModelConfig(Section):
-    """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""
-
-    kind: Literal["ngpt", "gpt"] = Field("ngpt", description="never changes in a run")
-    vocab_size: Vocabulary = Field(description="pieces of the tokenizer; never changes in a run")
-    d_model: Width = Field(description="channels of the residual stream")
-    n_layers: LayersOrNone = Field(
-        description="blocks of attention and MLP; at least layout.pp, or none (head on embedding) to grow by fresh ones"
-    )
-    n_heads: Heads = Field(description="query heads; divisible by n_kv_heads and by layout.tp")
-    n_kv_heads: Heads | None = Field(None, description="key/value heads (GQA); n_heads when left out")
-    head_dim: Heads = Field(description="entries of a head, even; never changes in a run")
-    d_ff: Hidden = Field(description="hidden units of the MLP; divisible by layout.tp")
-    rope_theta: Factor = Field(10000.0, description="base of RoPE's frequencies")
-    rope_scaling: RopeScaling | None = None
-    alpha_init: Positive = Field(
-        0.05, description="ngpt: the initial eigen learning rate of every block; with transfer, in the run it names"
-    )
-    s_z_init: Positive = Field(
-        1.0, description="ngpt: the initial scale of the logits; with transfer, in the run it names"
-    )
-    init_std: Positive = Field(
-        0.02, description="gpt: standard deviation of the initial weights; with transfer, in the run it names"
-    )
-    embed_init_std: Positive | None = Field(None, description="gpt: the embedding's; init_std when left out")
-    head_init_std: Positive | None = Field(
-        None, description="gpt: the head's, in the run that transfer names; init_std when left out"
-    )
-    norm_eps: Positive = Field(1e-5, description="gpt: added to the squared length of h, so growth keeps it")
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_heads or self.n_heads
-
-    @property
-    def embed_std(self) -> float:
-        return self.embed_init_std or self.init_std
-
-    @property
-    def head_std(self) -> float:
-        return self.head_init_std or self.init_std
-
-    def grown(self, **sizes: int) -> ModelConfig:
-        """This model with larger sizes, validated. Raises pydantic's ValidationError for what is none."""
-        return ModelConfig.model_validate(self.model_dump() | sizes)
 
 
 class LayoutConfig(Section):
@@ -372,7 +322,8 @@ class RunConfig(Section):
     )
     init_from: Pathname | None = Field(
         None,
-        description="run or checkpoint (megabus convert makes one of any Llama) whose weights a new run begins with",
+        description="what a new run's weights are at first: a run or checkpoint, a Hugging Face directory of one of "
+        "the classes that model.export_as names or of an nGPT, or its name on the hub",
     )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()

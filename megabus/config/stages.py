@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megabus.config.after_growth import AFTER_GROWTH
-from megabus.config.checks import check_kind, check_optimizer, check_settle, check_trigger
+from megabus.config.checks import check_only_ngpt, check_optimizer, check_settle, check_trigger
 from megabus.config.effects import check_effects
 from megabus.config.pair import SIZES, check_pair, divides
 from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
 from megabus.config.section import in_line
+from megabus.config.stock import check_kind
 from megabus.config.transfer import transferred
 from megabus.errors import UserError
 
@@ -128,7 +129,7 @@ def _alone(
 ) -> Stage:
     """A stage with the model that its section says."""
     check_optimizer(model, optimizer)
-    check_kind(model, train, optimizer)
+    check_only_ngpt(model, train, optimizer)
     stage = Stage(
         index=0,
         model=model,
@@ -249,6 +250,7 @@ def _check_stage(stage: Stage, train: TrainConfig, size_key: str, batch_key: str
 def check_cut(model: ModelConfig, layout: Layout, size_key: str = "model.") -> None:
     """Raise `UserError` unless the layout's ranks can share the model; `size_key`: what names of its sizes begin
     with."""
+    check_kind(model, size_key)
     if model.head_dim % 2:
         raise UserError("model.head_dim", model.head_dim, "is odd", "RoPE turns pairs: choose an even number")
     divides(size_key + "n_heads", model.n_heads, "n_kv_heads", model.kv_heads)

@@ -10,9 +10,9 @@ from typing import Literal
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout, ModelConfig
 from megabus.convert.checkpoint import write_checkpoint
-from megabus.convert.hugging_face import HuggingFaceSource, write_hugging_face
+from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, write_hugging_face
 from megabus.convert.shard_files import INDEX, ShardFileSource, write_shard_files
-from megabus.convert.source import CheckpointSource, OpenFiles, Source
+from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles, Source
 from megabus.convert.tensor_file import DTYPES
 from megabus.durable import partial_name, sync
 from megabus.errors import UserError
@@ -23,14 +23,19 @@ from megabus.parallel.placement import Placement
 Form = Literal["checkpoint", "shards", "hf"]
 
 
-def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> Source:
+def in_other_form(path: Path) -> bool:
+    """Whether a directory holds weights in another form than a run's."""
+    return (path / INDEX).is_file() or (path / CONFIG).is_file()
+
+
+def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> FolderSource:
     """What `path` is, is seen from what lies in it."""
     if not path.is_dir():
         raise UserError("source", path, "is no directory", "give a run, a checkpoint, shard files or a HF directory")
-    source: Source
+    source: FolderSource
     if (path / INDEX).is_file():
         source = ShardFileSource(path, files)
-    elif (path / "config.json").is_file():
+    elif (path / CONFIG).is_file():
         source = HuggingFaceSource(path, files)
     else:
         source = CheckpointSource(path, files)

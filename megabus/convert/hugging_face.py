@@ -1,7 +1,8 @@
 """Hugging Face directories, out and in.
 
-An nGPT is written with its own modelling files and our names; the `gpt` baseline as a stock LlamaForCausalLM, whose
-names stand in the parameters' declarations. Both ways memory holds a block; a matrix that is transposed, whole.
+An nGPT is written with its own modelling files and our names; a `gpt` as one of transformers' own classes, Llama or
+its kin, whose names stand in the parameters' declarations. Both ways memory holds a block; a matrix that is transposed,
+whole.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
-from megabus.convert.hf_llama import llama_model
 from megabus.convert.hf_rest import KEYS, copy_rest, inside, read_json, rest_of, tokenizer_of
+from megabus.convert.hf_stock import FAMILIES, stock_config, stock_model
 from megabus.convert.hf_tokenizer import write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
 from megabus.convert.tensor_file import DTYPES, TensorFileWriter
@@ -35,9 +36,9 @@ from megabus.model.params import ParamSpec, global_shape
 from megabus.parallel.fragments import Kind
 from megabus.plain_file import shown
 
-INDEX = "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 # What says nothing about the mathematics, or is said twice (rope_parameters decides).
-FREE = {"architectures", "auto_map", "megabus", "rope_theta", "rope_scaling", "tie_word_embeddings", *KEYS}
+FREE = {"architectures", "auto_map", "megabus", "rope_theta", "rope_scaling", *KEYS}
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights, as safetensors names them
 NGPT_FILES = ("configuration_ngpt.py", "modeling_ngpt.py")
 
@@ -86,7 +87,7 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
                         writer.write(key, columns[start // width : stop // width], start)
     if len(groups) > 1:
         _dump(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _dump(out / "config.json", config | {"dtype": dtype})
+    _dump(out / CONFIG, config | {"dtype": dtype})
     if model.kind == "ngpt":
         for file in NGPT_FILES:
             with resources.as_file(resources.files("megabus.convert") / "hf_files" / file) as path:
@@ -123,14 +124,14 @@ def _sizes(state: SavedState) -> dict[str, Any]:
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_dim,
         "max_position_embeddings": state.longest_sequence(),
-        "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
     }
 
 
 def _config(state: SavedState) -> dict[str, Any]:
-    return _ngpt_config(state) if state.model.kind == "ngpt" else _llama_config(state)
+    sizes = _sizes(state)
+    return _ngpt_config(state) if state.model.kind == "ngpt" else sizes | stock_config(state.model)
 
 
 def _ngpt_config(state: SavedState) -> dict[str, Any]:
@@ -142,6 +143,7 @@ def _ngpt_config(state: SavedState) -> dict[str, Any]:
             "AutoModelForCausalLM": "modeling_ngpt.NGPTForCausalLM",
         },
         **_sizes(state),
+        "tie_word_embeddings": False,
         "rope_frequencies": list(rope_frequencies(state.model)),
         "alpha_init": state.model.alpha_init,
         "s_z_init": state.model.s_z_init,
@@ -149,82 +151,48 @@ def _ngpt_config(state: SavedState) -> dict[str, Any]:
     }
 
 
-def _llama_config(state: SavedState) -> dict[str, Any]:
-    model = state.model
-    if model.d_model % model.n_heads:
-        problem = f"transformers' Llama asks that n_heads = {model.n_heads} divide it"
-        raise UserError("d_model", model.d_model, problem, "grow to a size that it divides")
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    if model.rope_scaling is not None:
-        rope |= {"rope_type": model.rope_scaling.kind, "factor": model.rope_scaling.factor}
-    if model.rope_scaling is not None and model.rope_scaling.kind == "llama3":
-        rope |= {
-            "low_freq_factor": model.rope_scaling.low_freq_factor,
-            "high_freq_factor": model.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": model.rope_scaling.original_max_position,
-        }
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        **_sizes(state),
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm_eps / model.d_model,  # ours is added to |h|^2, theirs to its mean
-        "rope_parameters": rope,
-        "rope_theta": model.rope_theta,  # the two by which transformers 4 and other readers know it
-        "rope_scaling": None if model.rope_scaling is None else rope,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "megabus": model.model_dump(),
-    }
-
-
 # ---- in
 
 
 class HuggingFaceSource:
-    """A directory of either kind, ours or any Llama's. left: what of it no other form keeps."""
+    """A directory of either kind, ours or a stock class's. left: what of it no other form keeps."""
 
     def __init__(self, folder: Path, files: OpenFiles) -> None:
         self.folder, self.files = folder, files
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
         self.weight_map = _weight_map(folder, files)
         stored = sum((folder / file).stat().st_size for file in set(self.weight_map.values()))
         model = model_of(config, folder, len(self.weight_map), stored)
         self.state = _without_a_run(model)
         self.specs = param_specs(model)
-        self.tied = bool(config.get("tie_word_embeddings"))
         self.tokenizer = tokenizer_of(folder)
         self.left = rest_of(folder, config, self.tokenizer)
         self._check()
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
         spec = self.specs[name]
-        key = self._key(spec)
+        key = hf_name(spec, self.state.model)
         tensor = self.files[inside(self.folder / self.weight_map[key])].get_slice(key)
         width = prod(global_shape(spec, self.state.model)[1:])
         first, last = start // width, -(-stop // width)
         rows = tensor[:, first:last].T if transposed(spec, self.state.model) else tensor[first:last]
         return rows.float().reshape(-1)[start - first * width : stop - first * width]
 
-    def _key(self, spec: ParamSpec) -> str:
-        key = hf_name(spec, self.state.model)
-        if key not in self.weight_map and self.tied and spec.axes == ("vocab", "embed"):
-            return next(hf_name(s, self.state.model) for s in self.specs.values() if s.lookup)
-        return key
-
     def _check(self) -> None:
-        keys = {self._key(spec) for spec in self.specs.values()}
+        model = self.state.model
+        keys = {hf_name(spec, model) for spec in self.specs.values()}
         missing = sorted(keys - set(self.weight_map))
         # Buffers that older files carry; they are computed from the configuration.
         rest = {key for key in self.weight_map if not key.endswith("rotary_emb.inv_freq")}
-        unknown = sorted(rest - keys - ({"lm_head.weight"} if self.tied else set()))
+        heads = {hf_name(spec, model) for name, spec in untied_specs(model).items() if name not in self.specs}
+        unknown = sorted(rest - keys - heads)
         if missing or unknown:
-            what = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which a Llama has not"
-            raise UserError("weights", self.folder, what, "give a whole LlamaForCausalLM or megabus export")
+            what = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which such a model has not"
+            raise UserError("weights", self.folder, what, "give the whole model, as transformers or megabus saved it")
         for spec in self.specs.values():
             shape = global_shape(spec, self.state.model)
             shape = shape[::-1] if transposed(spec, self.state.model) else shape
-            key = self._key(spec)
+            key = hf_name(spec, self.state.model)
             try:
                 there = self.files[inside(self.folder / self.weight_map[key])].get_slice(key)
             except SafetensorError as error:
@@ -237,6 +205,27 @@ class HuggingFaceSource:
             if dtype not in FLOATS:
                 problem = f"{key} is {dtype}, and weights are {', '.join(FLOATS)}"
                 raise UserError("weights", self.folder, problem, "give weights that are not quantised")
+
+        for key in heads & set(self.weight_map):
+            self._check_tie(key)
+
+    def _check_tie(self, head: str) -> None:
+        """A tied head may be stored beside the embedding, and then must be its rows."""
+        tied = next(spec for spec in self.specs.values() if spec.tied)
+        shape, key = global_shape(tied, self.state.model), hf_name(tied, self.state.model)
+        one, other = (self.files[inside(self.folder / self.weight_map[k])].get_slice(k) for k in (key, head))
+        same = tuple(other.get_shape()) == shape
+        for start, stop in blocks(0, prod(shape), shape[1]) if same else ():
+            rows = slice(start // shape[1], stop // shape[1])
+            same = same and bool(one[rows].equal(other[rows]))
+        if not same:
+            problem = f"has another {head} than {key}, and config.json says that they are tied"
+            raise UserError("weights", self.folder, problem, "set tie_word_embeddings to false there, or restore it")
+
+
+def untied_specs(model: ModelConfig) -> dict[str, ParamSpec]:
+    """The declarations of the model with a head of its own."""
+    return param_specs(model.model_copy(update={"tie_embeddings": False}))
 
 
 def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
@@ -268,8 +257,8 @@ def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) ->
             _check_fits(model, folder, tensors, stored)
             if _says_the_same(config, model):
                 return model
-        if config.get("model_type") == "llama":
-            model = llama_model(config)
+        if model is None or config.get("model_type") in list(FAMILIES):
+            model = stock_model(config)
             _check_fits(model, folder, tensors, stored)
             return model
     except ValidationError as error:
@@ -278,11 +267,8 @@ def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) ->
         said = f"{where} = {shown(first['input'])}: {first['msg']}"
         problem = f"lacks {where}" if first["type"] == "missing" else f"has {said}"
         raise UserError("config.json", folder, problem, "restore it from another copy") from error
-    if model is not None:
-        problem = "was changed since megabus wrote it: its keys and its megabus section differ"
-        raise UserError("config.json", folder, problem, "set it back")
-    problem = f"is a {shown(config.get('model_type'))}"
-    raise UserError("config.json", folder, problem, "give a Llama or a megabus export")
+    problem = "was changed since megabus wrote it: its keys and its megabus section differ"
+    raise UserError("config.json", folder, problem, "set it back")
 
 
 def _check_fits(model: ModelConfig, folder: Path, tensors: int, stored: int) -> None:

@@ -36,6 +36,12 @@ class Source(Protocol):
         """Entries [start, stop) of a parameter's row-major flattening, fp32, (stop - start,)."""
 
 
+class FolderSource(Source, Protocol):
+    """One that lies in a directory."""
+
+    folder: Path
+
+
 def whole(source: Source, name: str) -> Tensor:
     """A parameter's weight in its logical shape."""
     placement = Placement(source.state.model, source.state.layout)

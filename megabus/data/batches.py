@@ -93,9 +93,9 @@ class TokenSource:
             meta = read_meta(prefix)
             if meta is None:
                 continue
-            if meta["vocab_size"] != self.vocab_size:
+            if meta["vocab_size"] > self.vocab_size:
                 problem = f"was made with vocab_size {meta['vocab_size']}, the model has {self.vocab_size}"
-                raise UserError("data", prefix, problem, "set the model's vocab_size to the data's")
+                raise UserError("data", prefix, problem, "set the model's vocab_size to the data's or more")
             if meta["n_tokens"] != corpus.n_tokens:
                 problem = f"its .meta.json speaks of {meta['n_tokens']} tokens, its .idx of {corpus.n_tokens}"
                 raise UserError("data", prefix, problem, REBUILD)

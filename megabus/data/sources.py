@@ -68,7 +68,7 @@ def _tokenizer(config: RunConfig) -> dict[str, str]:
     if not Path(path).is_file():
         raise UserError("data.tokenizer", path, "no such file", "give the SentencePiece model that made the data")
     tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.vocab_size:  # fewer: the vocabulary is padded
         problem = f"has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}"
-        raise UserError("data.tokenizer", path, problem, "make the two equal")
+        raise UserError("data.tokenizer", path, problem, "set model.vocab_size to that or more")
     return {tokenizer.sha256: path}

@@ -57,9 +57,9 @@ class Tokenizer:
 
 
 def open_tokenizer(path: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model with that vocabulary. Raises `UserError` where it is another's."""
+    """The tokenizer of a model with that vocabulary, which may be padded. Raises `UserError` where it is another's."""
     tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         problem = f"has {tokenizer.vocab_size} pieces, the model {vocab_size}"
         raise UserError("tokenizer", path, problem, "give the one that made its data")
     return tokenizer

@@ -15,7 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
 from megabus.config import Stage
@@ -27,12 +27,14 @@ from megabus.engine.fragments import (
     flat_partitions,
     initial_fragments,
     optimizer_step_count,
+    own_parameters,
     places,
     read_fragments,
     write_fragments,
 )
 from megabus.engine.gains import gain_percentiles
 from megabus.engine.rates import set_rates
+from megabus.engine.tied import Pipeline, tied_rows
 from megabus.engine.turns import AngleCap
 from megabus.engine.unit_rows import UnitRows
 from megabus.engine.vectors import Vectors
@@ -115,9 +117,10 @@ class Engine:
         device = torch.device(get_accelerator().device_name())
         self.kernels = select(train.kernels, device)
         self.module = self._module()
+        own = own_parameters(self.module, self.placement, self.mesh.rank)
         groups = [
             {
-                "params": [p for p in self.module.parameters() if spec_of(p).is_matrix == matrix],
+                "params": [p for p in own if spec_of(p).is_matrix == matrix],
                 "weight_decay": decay,
             }
             for matrix, decay in ((True, optimizer.weight_decay), (False, 0.0))
@@ -132,8 +135,10 @@ class Engine:
                 model=self.module,
                 optimizer=adam,
                 config=deepspeed_config(train, stage),
-                mpu=None if isinstance(self.module, PipelineModule) else self.mesh.grid,
+                mpu=None if isinstance(self.module, Pipeline) else self.mesh.grid,
             )
+        if stage.model.tie_embeddings and isinstance(self.module, Pipeline):
+            self.module.tied = tied_rows(self.module, self.mesh, train.precision == "bf16")
         if (tuned := optimizer.transfer) is not None:
             rate = partial(relative_rate, model=stage.model, d_model=tuned.d_model)
             set_rates(self.deepspeed, self.module, self.placement, self.mesh.rank, rate)
@@ -168,7 +173,7 @@ class Engine:
         parts = [layers_at(model.n_layers, layout.pp, pp_rank) for pp_rank in range(layout.pp)]
         specs = [LayerSpec(PipelineLayers, model, layers, *how) for layers in parts]
         with contextlib.redirect_stdout(io.StringIO()):
-            return PipelineModule(specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform")
+            return Pipeline(specs, topology=self.mesh.topology, loss_fn=loss, partition_method="uniform")
 
     def _unit_vectors(self) -> Vectors | None:
         """Of this rank's partition of the matrices; None for a model without unit rows."""
@@ -187,9 +192,10 @@ class Engine:
         needs no tokens. seq_len: their length where it is not the stage's."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
-        if isinstance(self.module, PipelineModule):
+        if isinstance(self.module, Pipeline):
             self._expect(batches, seq_len or self.stage.seq_len)
             loss = self.deepspeed.train_batch(iter(batches))
+            self._meet_ends()
         else:
             losses = []
             self.deepspeed.train()
@@ -201,10 +207,15 @@ class Engine:
             loss = self._mean(losses)
         return StepResult(float(loss), float(self.deepspeed.get_global_grad_norm()))
 
+    def _meet_ends(self) -> None:
+        """The rows of a tied head that this rank borrows or lends are the owner's again."""
+        if isinstance(self.module, Pipeline) and self.module.tied is not None:
+            self.module.tied.take_over()
+
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], steps: int, seq_len: int) -> float:
         """Mean loss in nats over `steps` micro batches a data-parallel rank, the same on every rank."""
-        if isinstance(self.module, PipelineModule):
+        if isinstance(self.module, Pipeline):
             self._expect(batches, seq_len)
             return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=steps))
         self.deepspeed.eval()
@@ -240,6 +251,7 @@ class Engine:
     def write(self, fragments: Fragments, optimizer_step: int = 0) -> None:
         """Set this rank's masters, and moments where given, which are taken out of `fragments`; collective."""
         write_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank, fragments, optimizer_step)
+        self._meet_ends()
 
     def write_initial(self, seed: int) -> None:
         """Set this rank's masters to their part of the initial state that `seed` stands for; collective."""
@@ -278,7 +290,7 @@ class Engine:
             if hooked is not None:
                 hooked.remove()
         self.deepspeed.destroy()
-        if isinstance(self.module, PipelineModule):
+        if isinstance(self.module, Pipeline):
             # The last loss's graph holds hooks that hold the engine: a cycle through C++, which gc cannot see.
             for name in ("loss", "total_loss", "fwd_outputs", "pipe_buffers"):
                 setattr(self.deepspeed, name, None)

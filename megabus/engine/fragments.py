@@ -13,6 +13,7 @@ from megabus.model.init import initial_rows
 from megabus.model.params import ParamSpec, spec_of
 from megabus.parallel.fragments import KINDS, MOMENTS, Fragments, Kind
 from megabus.parallel.placement import Piece, Placement
+from megabus.parallel.topology import coordinate
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -37,6 +38,13 @@ class Place(NamedTuple):
     part: slice
 
 
+def own_parameters(module: nn.Module, placement: Placement, rank: int) -> list[nn.Parameter]:
+    """Those of a rank's parameters that are stepped on its pipeline rank: all but rows of a tied head, which the first
+    one owns."""
+    at = coordinate(placement.layout, rank)
+    return [p for p in module.parameters() if placement.pp_rank(spec_of(p).name) == at.pp]
+
+
 def places(module: nn.Module, placement: Placement, rank: int) -> Iterator[Place]:
     """All that this rank owns, in canonical order.
 
@@ -44,7 +52,7 @@ def places(module: nn.Module, placement: Placement, rank: int) -> Iterator[Place
     rest on that arithmetic, so a changed DeepSpeed must stop here.
     """
     owned = {piece.name: piece for piece in placement.owned(rank)}
-    for parameter in module.parameters():
+    for parameter in own_parameters(module, placement, rank):
         spec, mapping = spec_of(parameter), parameter._hp_mapping  # type: ignore[attr-defined]
         piece, found = owned.pop(spec.name, None), None
         if mapping is not None:

@@ -87,16 +87,27 @@ def states_at(
     sums = _sums(train, stage, placement, pp, tp, dp)
     owned = sum(group.partition for group in placement.groups(pp, tp))
     left = _left_in_pipeline(stage, pp) * shape_of(train, stage, tp).boundary
+    borrowed = _borrowed(stage, placement, pp, tp)
+    left += FP32 * borrowed  # the sum of their gradients is there all the time
     return RankMemory(
-        weights=_itemsize(train) * owned * stage.layout.dp,
+        weights=_itemsize(train) * (owned * stage.layout.dp + borrowed),
         masters=FP32 * owned,
         moments=2 * FP32 * owned,
-        gradients=sums.gradients,
+        gradients=sums.gradients + FP32 * borrowed,
         buckets=sums.buckets,
         activations=0,
         reduction=sums.reduction + left,
         update=sums.update + left + held * FP32 * owned,
     )
+
+
+def _borrowed(stage: Stage, placement: Placement, pp: int, tp: int) -> int:
+    """Entries of the rows that a tied head on the last pipeline rank has of the first one's embedding."""
+    if not 0 < pp == stage.layout.pp - 1:
+        return 0
+    tied = [name for name, spec in placement.specs.items() if spec.tied]
+    owner = rank_of(stage.layout, 0, 0, tp)
+    return sum(len(placement.shard(name, owner)) for name in tied)
 
 
 @dataclass(frozen=True)

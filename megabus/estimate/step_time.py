@@ -20,7 +20,8 @@ FP32 = 4
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of a step. compute, tensor, pipeline: of the slowest pipeline rank, over all micro batches; bubble: its
-    waiting; data: gradients summed over ranks and weights gathered; update: Adam. model_flops: of the whole step."""
+    waiting; data: gradients summed over ranks and weights gathered, a tied head's too; update: Adam. model_flops: of
+    the whole step."""
 
     compute: float
     tensor: float
@@ -93,6 +94,9 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
     reductions = 1 if train.zero_stage == 1 else micro
     reduced = reductions * ring(data, layout.dp, FP32 * entries, 2)
     gathered = ring(data, layout.dp, itemsize * entries, 1)
+    # The two ends of a pipeline sum the gradients of a tied matrix, and one sends it to the other.
+    tied = model.vocab_size * model.d_model / layout.tp if model.tie_embeddings and layout.pp > 1 else 0.0
+    met = ring(pipe, 2, FP32 * tied, 2) + pipe.seconds(itemsize * tied) if tied else 0.0
     # Reads of gradient, master and two moments, and writes of the last three, and of the weight.
     update = entries / layout.dp * (7 * FP32 + itemsize) / device.memory_bandwidth
     return StepTime(
@@ -100,7 +104,7 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
         tensor=micro * sent,
         pipeline=micro * hops,
         bubble=(layout.pp - 1) * one,
-        data=reduced + gathered,
+        data=reduced + gathered + met,
         update=update,
         model_flops=per_token * stage.tokens_per_step,
     )

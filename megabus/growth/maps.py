@@ -13,12 +13,12 @@ from typing import Literal
 
 import numpy as np
 
+from megabus.config.pair import ON_TOP
 from megabus.config.schema import Depth, ModelConfig
 from megabus.model.params import Axis
 
 UNEVEN_RATIO = 0.75  # a_k of successive copies: two copies get 0.8 and 0.6
 TAPER_RATIO = 1 / 3  # of successive copies' shares of a gate: two copies get 3/4 and 1/4
-ON_TOP = ("append", "stack", "fresh")
 SILENT = ("append", "identity")
 SHARED = ("split", "taper")
 
@@ -68,6 +68,7 @@ def axis_maps(old: ModelConfig, new: ModelConfig) -> dict[Axis, AxisMap]:
         "embed": spread(old.d_model, new.d_model),
         "heads": heads.blocks(old.head_dim),
         "kv_heads": kv.blocks(old.head_dim),
+        "head_dim": spread(old.head_dim, new.head_dim),
         "ffn": spread(old.d_ff, new.d_ff),
         "vocab": spread(old.vocab_size, new.vocab_size),
     }

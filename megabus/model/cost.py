@@ -33,7 +33,7 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     scores and its weighted sum take 2 FLOPs each an entry, three times over (forward, and twice backward).
     """
     outside, layer = (
-        sum(prod(global_shape(spec, model)) for spec in specs if spec.is_matrix and not spec.lookup)
+        sum(prod(global_shape(spec, model)) for spec in specs if spec.is_matrix and (spec.tied or not spec.lookup))
         for specs in _declared(model)
     )
     dense = outside + model.n_layers * layer

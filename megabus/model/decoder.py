@@ -21,7 +21,8 @@ KINDS = {"ngpt": ngpt, "gpt": gpt}
 
 
 class Decoder(nn.Module):
-    """Layers [first, last) of `config`'s model; the embedding comes with layer 0, the head with the last one.
+    """Layers [first, last) of `config`'s model; the embedding comes with layer 0, the head with the last one (and with
+    a tied head the embedding's rows once more).
 
     forward: token ids (B, T) int64, or h (B, T, D) from the layers before; returns h, or this tensor-parallel
     rank's logits (B, T, vocabulary rows). With a `cache` they follow what was read with it before; `documents` keeps
@@ -43,9 +44,11 @@ class Decoder(nn.Module):
         self.config, self.recompute, self.logit_power = config, recompute, logit_power
         first, last = layers or (0, config.n_layers)
         declare, kind = Declare(config, tp or Unsharded(), kernels), KINDS[config.kind]
-        self.embed = kind.embedding(declare) if first == 0 else None
-        self.layers = nn.ModuleDict({str(i): kind.Block(declare) for i in range(first, last)})
-        self.output = kind.Output(declare) if last == config.n_layers else None
+        self.begins, ends = first == 0, last == config.n_layers
+        # A tied head's rows are the embedding's, which is then also where the head is, and does not look up there.
+        self.embed = kind.embedding(declare) if self.begins or (ends and config.tie_embeddings) else None
+        self.layers = nn.ModuleDict({str(i): kind.Block(declare, i) for i in range(first, last)})
+        self.output = kind.Output(declare, self.embed if config.tie_embeddings else None) if ends else None
         name_parameters(self, _layer_of)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
@@ -55,7 +58,7 @@ class Decoder(nn.Module):
     def hidden(self, x: Tensor, cache: KVCache | None = None, documents: Documents | None = None) -> Tensor:
         """What the last block of these layers gives, (B, T, D)."""
         assert cache is None or documents is None, "text that is generated is one document"
-        h_BTD = x if self.embed is None else self.embed(x)
+        h_BTD = self.embed(x) if self.begins and self.embed is not None else x
         for block in self.layers.values():
             if self.recompute and self.training:
                 h_BTD = checkpoint(block, h_BTD, None, documents, use_reentrant=False, preserve_rng_state=False)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import pi
+from math import ceil, floor, log, pi, sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megabus.config.schema import ModelConfig
+from megabus.config.model import ModelConfig, RopeScaling
 from megabus.model.loss import Reduce, head_loss
 from megabus.model.params import Declare, shard_rows, spec_of
 
@@ -28,10 +28,29 @@ def rope_frequencies(model: ModelConfig) -> tuple[float, ...]:
         return tuple(plain)
     if scaling.kind == "linear":
         return tuple(f / scaling.factor for f in plain)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = [f * scaling.original_max_position / (2 * pi) for f in plain]  # over the original length
-    keep = [min(1.0, max(0.0, (n - low) / (high - low))) for n in turns]
+    if scaling.kind == "yarn":
+        keep = _yarn_keeps(model, scaling)
+    else:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = [f * scaling.original_max_position / (2 * pi) for f in plain]  # over the original length
+        keep = [min(1.0, max(0.0, (n - low) / (high - low))) for n in turns]
     return tuple(share * f + (1 - share) * f / scaling.factor for f, share in zip(plain, keep, strict=True))
+
+
+def _yarn_keeps(model: ModelConfig, scaling: RopeScaling) -> list[float]:
+    """Of each pair, the share of its frequency that stays, (C/2,): YaRN's ramp, over pairs as transformers has it."""
+    C, last = model.head_dim, model.head_dim - 1
+
+    def pair_of(turns: float) -> float:
+        """The pair, any real number, that turns so often over the original length."""
+        return C * log(scaling.original_max_position / (turns * 2 * pi)) / (2 * log(model.rope_theta))
+
+    first, stop = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, stop = floor(first), ceil(stop)
+    first, stop = max(first, 0), min(stop, last)
+    stop += 0.001 * (first == stop)
+    return [1 - min(1.0, max(0.0, (i - first) / (stop - first))) for i in range(C // 2)]
 
 
 @lru_cache(maxsize=8)
@@ -71,13 +90,13 @@ class KVCache:
 
 
 class Embedding(nn.Module):
-    """Token vectors, rows of the vocabulary sharded."""
+    """Token vectors, rows of the vocabulary sharded. tied: the head's too; growth then keeps to E's image, where rows
+    that are picked must lie, and sees as much of h."""
 
-    def __init__(self, declare: Declare, *, unit: bool, std: float) -> None:
+    def __init__(self, declare: Declare, *, unit: bool, std: float, tied: bool = False) -> None:
         super().__init__()
-        self.weight = declare(
-            "vocab", "embed", role="read", unit=unit, init=std, lookup=True, llama="model.embed_tokens.weight"
-        )
+        facts: dict[str, Any] = {"role": "read", "unit": unit, "init": std, "lookup": True, "tied": tied}
+        self.weight = declare("vocab", "embed", llama="model.embed_tokens.weight", **facts)
         self.tp = declare.tp
         self.rows = shard_rows(spec_of(self.weight), declare.model, self.tp.size, self.tp.rank)
 
@@ -91,42 +110,66 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Vectors of the next token, rows of the vocabulary sharded: returns this rank's logits only."""
+    """Vectors of the next token, rows of the vocabulary sharded: returns this rank's logits only.
 
-    def __init__(self, declare: Declare, *, unit: bool, std: float) -> None:
+    tied: the embedding whose rows these are, or None for rows of the head's own.
+    """
+
+    def __init__(self, declare: Declare, *, unit: bool, std: float, tied: Embedding | None = None) -> None:
         super().__init__()
-        self.weight = declare("vocab", "embed", role="read", unit=unit, init=std, llama="lm_head.weight")
-        self.tp = declare.tp
-        self.first_row, _ = shard_rows(spec_of(self.weight), declare.model, self.tp.size, self.tp.rank)
+        if tied is None:
+            self.weight = declare("vocab", "embed", role="read", unit=unit, init=std, llama="lm_head.weight")
+        # In a tuple it is no part of this module: else its parameter would have two names.
+        self.tp, self._tied = declare.tp, (tied,)
+        self.first_row, _ = shard_rows(spec_of(self.rows), declare.model, self.tp.size, self.tp.rank)
+
+    @property
+    def rows(self) -> nn.Parameter:
+        (tied,) = self._tied
+        return self.weight if tied is None else tied.weight
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        return F.linear(self.tp.enter(h_BTD), self.weight)
+        return F.linear(self.tp.enter(h_BTD), self.rows)
 
     def loss(
         self, h_BTD: Tensor, gain_V: Tensor | None, targets_BT: Tensor, reduce: Reduce, power: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `head_loss`: it never holds the logits."""
         h_BTD = self.tp.enter(h_BTD)
-        return head_loss(h_BTD, self.weight, gain_V, targets_BT, reduce, self.first_row, self.tp, power)
+        return head_loss(h_BTD, self.rows, gain_V, targets_BT, reduce, self.first_row, self.tp, power)
 
 
 class Attention(nn.Module):
     """Causal grouped-query attention, heads sharded; `shape_qk` is what sets the model kinds apart.
 
     shape_qk: from q and k (B, T, heads, C), as the matrices give them, and RoPE's cos and sin to those that attend.
-    scale: the softmax scale.
+    scale: the softmax scale. rotates: whether q and k turn with their positions.
     """
 
-    def __init__(self, declare: Declare, *, unit: bool, std: float, out_std: float, scale: float) -> None:
+    def __init__(
+        self, declare: Declare, *, unit: bool, std: float, out_std: float, scale: float, rotates: bool = True
+    ) -> None:
         super().__init__()
+        model = declare.model
         read: dict[str, Any] = {"role": "read", "unit": unit, "init": std, "branch": 1}
         write: dict[str, Any] = {"role": "write", "unit": unit, "init": out_std, "gate": not unit, "branch": 1}
-        self.q = declare("heads", "embed", llama="self_attn.q_proj.weight", **read)
-        self.k = declare("kv_heads", "embed", llama="self_attn.k_proj.weight", **read)
+        # Where q and k are normalised next, that norm's eps falls as 1 / d_model (`HeadNorm`).
+        qk: dict[str, Any] = {"multiplier": sqrt(model.d_model)} if model.qk_norm else {}
+        self.q = declare("heads", "embed", llama="self_attn.q_proj.weight", **read, **qk)
+        self.k = declare("kv_heads", "embed", llama="self_attn.k_proj.weight", **read, **qk)
         self.v = declare("kv_heads", "embed", llama="self_attn.v_proj.weight", **read)
         self.out = declare("heads", "embed", llama="self_attn.o_proj.weight", **write)
+        bias: dict[str, Any] = {"role": "bias", "init": 0.0, "branch": 1}
+        with_bias = model.qkv_bias
+        self.q_bias = declare("heads", llama="self_attn.q_proj.bias", **bias) if with_bias else None
+        self.k_bias = declare("kv_heads", llama="self_attn.k_proj.bias", **bias) if with_bias else None
+        self.v_bias = declare("kv_heads", llama="self_attn.v_proj.bias", **bias) if with_bias else None
         self.tp, self.scale, self.attention = declare.tp, scale, declare.kernels.attention
-        self.head_dim, self.frequencies = declare.model.head_dim, rope_frequencies(declare.model)
+        self.head_dim, self.frequencies = model.head_dim, rope_frequencies(model)
+        if not rotates:  # by no angle: cos 1 and sin 0 leave every bit as it is
+            self.frequencies = (0.0,) * len(self.frequencies)
+        elif model.rope_scaling is not None:
+            self.scale *= model.rope_scaling.length**2
 
     def forward(
         self,
@@ -139,9 +182,9 @@ class Attention(nn.Module):
         B, T, _ = h_BTD.shape
         start = 0 if cache is None else cache.length
         rows = (B, T) if documents is None else (1, B * T)  # whose documents lie in one row
-        q_BTHC = F.linear(h_BTD, self.q).view(*rows, -1, self.head_dim)
-        k_BTKC = F.linear(h_BTD, self.k).view(*rows, -1, self.head_dim)
-        v_BTKC = F.linear(h_BTD, self.v).view(*rows, -1, self.head_dim)
+        q_BTHC = F.linear(h_BTD, self.q, self.q_bias).view(*rows, -1, self.head_dim)
+        k_BTKC = F.linear(h_BTD, self.k, self.k_bias).view(*rows, -1, self.head_dim)
+        v_BTKC = F.linear(h_BTD, self.v, self.v_bias).view(*rows, -1, self.head_dim)
         if documents is not None:
             q_BTHC, k_BTKC = shape_qk(q_BTHC, k_BTKC, *documents.rope(self.frequencies, h_BTD))
             y_NHC = documents.attend(q_BTHC, k_BTKC, v_BTKC, self.scale)

@@ -22,7 +22,7 @@ class Block(nn.Module):
     alpha acts signed: |alpha| has no gradient at 0 and would keep layers inserted with alpha = 0 silent for ever.
     """
 
-    def __init__(self, declare: Declare) -> None:
+    def __init__(self, declare: Declare, number: int) -> None:
         super().__init__()
         model, std = declare.model, declare.model.d_model**-0.5
         root_d = sqrt(model.d_model)
@@ -56,7 +56,7 @@ class Block(nn.Module):
 class Output(nn.Module):
     """logits = s_z (E_out h) (eq. 3), this rank's vocabulary rows."""
 
-    def __init__(self, declare: Declare) -> None:
+    def __init__(self, declare: Declare, tied: Embedding | None) -> None:
         super().__init__()
         root_d = sqrt(declare.model.d_model)
         self.scale = declare.model.s_z_init * root_d

@@ -17,24 +17,26 @@ from megabus.config.schema import ModelConfig
 from megabus.kernels.form import Kernels
 from megabus.model.tensor_parallel import TensorParallel
 
-Axis = Literal["embed", "heads", "kv_heads", "ffn", "vocab"]
-Role = Literal["read", "write", "gain"]
+Axis = Literal["embed", "heads", "kv_heads", "head_dim", "ffn", "vocab"]
+Role = Literal["read", "write", "gain", "bias"]
 
 
 @dataclass(frozen=True)
 class ParamSpec:
     """One parameter's declaration.
 
-    axes: (rows, "embed") for a matrix, stored as a list of d_model-vectors; (rows,) for a vector of gains.
-    role: `read` rows take inner products with h, `write` rows are summed into h, gains multiply.
+    axes: (rows, "embed") for a matrix, stored as a list of d_model-vectors; (rows,) for a vector of gains or biases.
+    role: `read` rows take inner products with h, `write` rows are summed into h, gains multiply, biases are added.
     unit: rows are unit vectors, kept so after every optimizer step.
     init: a gain's raw initial value, or the standard deviation of a matrix's entries (before normalisation).
-    multiplier: a gain acts as raw * multiplier (nGPT's init/scale); growth preserves that product.
+    multiplier: a gain acts as raw * multiplier (nGPT's init/scale), or a matrix whose product is normalised next does
+        as far as that norm's eps goes; growth preserves that product.
     branch: 1 or 2, the branch of its layer that it is part of: attention or MLP; 0 outside of layers.
     gate: silences its branch when 0 (zero gates make the layer the identity).
-    lookup: rows are picked, not multiplied with h, and so cost no FLOPs.
+    lookup: rows are picked, not multiplied with h, and so cost no FLOPs; `tied`: they are the head's too.
     compensates_read_tilt: this gain makes up for read rows that tilted away from the old channels (`read: tilt`).
-    llama: its name in transformers' Llama, within its layer or the whole model; there write matrices are transposed.
+    llama: its name in transformers' Llama and its kin, within its layer or the whole model; there write matrices are
+        transposed.
     compensates_clones: this gain makes up for cloned write rows under `write: clone` (HyperCloning's 1/c).
     name, layer: canonical name such as `layers.7.attn.out`, the same under every layout, and its layer's number.
     """
@@ -47,6 +49,7 @@ class ParamSpec:
     branch: int = 0
     gate: bool = False
     lookup: bool = False
+    tied: bool = False
     compensates_clones: bool = False
     compensates_read_tilt: bool = False
     llama: str = ""
@@ -63,8 +66,8 @@ class ParamSpec:
 
     @property
     def sharded(self) -> bool:
-        """Tensor parallelism cuts the rows, never a vector; `embed` is never cut."""
-        return self.rows != "embed"
+        """Tensor parallelism cuts the rows, never a vector; `embed` and `head_dim` are never cut."""
+        return self.rows not in ("embed", "head_dim")
 
     @property
     def namesake(self) -> str:
@@ -82,6 +85,7 @@ def axis_sizes(model: ModelConfig) -> dict[Axis, int]:
         "embed": model.d_model,
         "heads": model.n_heads * model.head_dim,
         "kv_heads": model.kv_heads * model.head_dim,
+        "head_dim": model.head_dim,
         "ffn": model.d_ff,
         "vocab": model.vocab_size,
     }

@@ -29,6 +29,8 @@ def relative_rate(spec: ParamSpec, model: ModelConfig, d_model: int) -> float:
     A gain's follows its raw start, so that it moves by the same share of what it starts with: 1/sqrt(d_model) where it
     is stored so, and no width where it starts at 1. (nu-GPT stores gains at 0.03 whatever the width, at one rate.)
     """
+    if spec.role == "bias":  # muP: as inputs' weights are
+        return 1.0
     if not spec.is_matrix:
         tuned = param_specs(model.grown(d_model=d_model))[spec.name]
         return spec.init / tuned.init

@@ -1,4 +1,4 @@
-"""What a model needs to know of tensor parallelism: five functions. `Unsharded` is a model on its own."""
+"""What a model needs to know of tensor parallelism: six functions. `Unsharded` is a model on its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ class TensorParallel(Protocol):
     enter: identity forward, sum over ranks backward (before row-sharded `read` matrices).
     leave: sum over ranks forward, identity backward (after row-sharded `write` matrices).
     shared: identity; around every parameter that all ranks hold whole, where it acts on h between leave and enter.
+    within: identity forward, sum over ranks backward; around every parameter that all ranks hold whole, where it acts
+        between enter and leave, on what each rank has a part of.
     sum, max: reductions of detached tensors, in place.
 
     Under sequence parallelism (Korthikanti et al. 2022) a rank holds T / size positions of h between leave and enter:
@@ -27,6 +29,7 @@ class TensorParallel(Protocol):
     def enter(self, x: Tensor) -> Tensor: ...
     def leave(self, x: Tensor) -> Tensor: ...
     def shared(self, parameter: Tensor) -> Tensor: ...
+    def within(self, parameter: Tensor) -> Tensor: ...
     def sum(self, x: Tensor) -> Tensor: ...
     def max(self, x: Tensor) -> Tensor: ...
 
@@ -43,6 +46,9 @@ class Unsharded:
         return x
 
     def shared(self, parameter: Tensor) -> Tensor:
+        return parameter
+
+    def within(self, parameter: Tensor) -> Tensor:
         return parameter
 
     def sum(self, x: Tensor) -> Tensor:

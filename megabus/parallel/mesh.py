@@ -15,7 +15,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 
 from megabus.config.stages import Layout
 from megabus.parallel.tensor_parallel import ProcessGroupTP
-from megabus.parallel.topology import Coordinate, coordinate
+from megabus.parallel.topology import Coordinate, coordinate, rank_of
 
 _groups: dict[tuple[int, ...], Any] = {}
 
@@ -76,3 +76,12 @@ class Mesh:
         self.at: Coordinate = coordinate(layout, self.rank)
         self.tp = ProcessGroupTP(self.grid.get_slice_parallel_group(), layout.tp, self.at.tp, sequence_parallel)
         self.dp_group = self.grid.get_data_parallel_group()
+
+    def ends_group(self) -> dist.ProcessGroup:
+        """Of the first and the last pipeline rank at this rank's place in data and tensor parallelism. Collective."""
+        layout, groups = self.layout, {}
+        for dp in range(layout.dp):
+            for tp in range(layout.tp):
+                ends = [rank_of(layout, pp, dp, tp) for pp in (0, layout.pp - 1)]
+                groups[dp, tp] = ds_comm.new_group(ends)
+        return groups[self.at.dp, self.at.tp]

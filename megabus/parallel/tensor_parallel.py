@@ -29,6 +29,9 @@ class ProcessGroupTP:
     def shared(self, parameter: Tensor) -> Tensor:
         return _Enter.apply(parameter, self) if self.sequence_parallel else parameter
 
+    def within(self, parameter: Tensor) -> Tensor:
+        return parameter if self.size == 1 else _Enter.apply(parameter, self)
+
     def sum(self, x: Tensor) -> Tensor:
         return self._reduce(x, dist.ReduceOp.SUM)
 

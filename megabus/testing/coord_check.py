@@ -29,7 +29,7 @@ ROLES = ("embedding", "read", "write", "head", "gains")
 
 def role_of(spec: ParamSpec) -> str:
     """One of `ROLES`: what the coordinates of a parameter are told under."""
-    if spec.role == "gain":
+    if not spec.is_matrix:
         return "gains"
     if spec.lookup:
         return "embedding"
@@ -147,7 +147,7 @@ def _angles(one: Tensor, other: Tensor) -> Tensor:
 
 def _product(spec: ParamSpec, matrix: Tensor, x: Tensor) -> Tensor:
     """What a matrix makes of its input: rows that are picked, that take inner products with h, or that are summed."""
-    if spec.lookup:
+    if not x.is_floating_point():
         return matrix[x]
     return x @ matrix if spec.role == "write" else x @ matrix.T
 

@@ -52,9 +52,15 @@ class Trace:
     replica_error: float = 0.0
 
 
-def parity_training(kind: str, layout: Layout, transfer: dict[str, int] | None = None, **train: Any) -> Training:
+def parity_training(
+    kind: str,
+    layout: Layout,
+    transfer: dict[str, int] | None = None,
+    parts: dict[str, Any] | None = None,
+    **train: Any,
+) -> Training:
     """A small model of awkward sizes: rows that partitions cut, a vocabulary that tp does not divide, layers that pp
-    does not divide, grouped queries. transfer: what `optimizer.transfer` says."""
+    does not divide, grouped queries. transfer: what `optimizer.transfer` says; parts: further keys of the model."""
     model = {
         "kind": kind,
         "vocab_size": 67,
@@ -64,6 +70,7 @@ def parity_training(kind: str, layout: Layout, transfer: dict[str, int] | None =
         "n_kv_heads": 4,
         "head_dim": 6,
         "d_ff": 60,
+        **(parts or {}),
     }
     batch = {"seq_len": 13, "micro_batch_size": 2, "global_batch_size": 16, "gradient_clipping": 0}
     # A larger eps than usual: entries whose gradient is mere rounding would otherwise move by a whole lr.

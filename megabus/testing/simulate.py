@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megabus.config import RunConfig, Stage
+from megabus.engine.fragments import own_parameters
 from megabus.engine.startup import stop_distributed
 from megabus.growth.plan import ELEMENT_BYTES, plan_between, schedule_of
 from megabus.model.decoder import Decoder
@@ -99,7 +100,8 @@ def meta_stage(config: RunConfig, stage: Stage, mesh: Mesh) -> Decoder:
     with torch.device("meta"):
         decoder = Decoder(stage.model, layers, mesh.tp, config.train.recompute)
     placement = Placement(stage.model, stage.layout)
-    held = {spec_of(parameter).name: parameter.numel() for parameter in decoder.parameters()}
+    own = own_parameters(decoder, placement, mesh.rank)
+    held = {spec_of(parameter).name: parameter.numel() for parameter in own}
     expected = {name: len(placement.shard(name, mesh.rank)) for name in placement.names(mesh.at.pp)}
     if held != expected:
         wrong = sorted(name for name in held.keys() | expected.keys() if held.get(name) != expected.get(name))

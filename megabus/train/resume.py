@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megabus.checkpoint.contents import Found
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
@@ -14,6 +14,9 @@ from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
 from megabus.errors import UserError
 from megabus.train.horizon import horizon_factor, planned_steps
+
+if TYPE_CHECKING:  # a start need not have it
+    from megabus.convert.source import FolderSource
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
 FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "preflight", "data")
@@ -53,7 +56,7 @@ def check_stage(found: Found, config: RunConfig, stages: list[Stage]) -> list[tu
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
     _check_follows(found, config, stages[saved.stage])
     _check_same(found, stages[saved.stage], config.growth.stages[: saved.stage], _shape, GO_BACK)
-    changes = list(_changes(saved.config, config.model_dump(mode="json")))
+    changes = list(_changes(_with_defaults(saved.config), config.model_dump(mode="json")))
     _check_unchanged(found, config, changes)
     return changes
 
@@ -76,6 +79,14 @@ def _check_unchanged(found: Found, config: RunConfig, changes: list[tuple[str, A
         raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
 
 
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """With the keys that have come since: those that are left out change nothing."""
+    try:
+        return parse_config(config).model_dump(mode="json")
+    except UserError:  # of another version, which may have had keys that are gone: told as they are
+        return config
+
+
 def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
     """A line where other planned steps change all learning rates, which no key says."""
     is_now = horizon_factor(config, stages)
@@ -95,14 +106,15 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
     ]
 
 
-def check_begins(origin: Found, stage: Stage) -> None:
+def check_begins(origin: Found | FolderSource, stage: Stage) -> None:
     """Raise `UserError` unless the stage's model can begin with the checkpoint's weights. What gains are stored in
     multiples of may differ: `restore` re-expresses them."""
-    _check_same(origin, stage, [], _function, "give the model that was saved")
+    said = origin.state.model.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    _check_same(origin, stage, [], _function, f"give the model that was saved: {in_line(said)}")
 
 
 def _check_same(
-    found: Found,
+    found: Found | FolderSource,
     stage: Stage,
     growths: Sequence[StageConfig],
     facts: Callable[[ModelConfig], dict[str, Any]],
@@ -133,7 +145,8 @@ def _check_follows(found: Found, config: RunConfig, stage: Stage) -> None:
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
     """All that a model's raw weights stand for."""
-    return model.model_dump(exclude={"init_std", "embed_init_std", "head_init_std"}) | {"n_kv_heads": model.kv_heads}
+    free = {"init_std", "embed_init_std", "head_init_std", "export_as"}
+    return model.model_dump(exclude=free) | {"n_kv_heads": model.kv_heads}
 
 
 def _function(model: ModelConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megabus.checkpoint.contents import Found
-from megabus.checkpoint.restore import find_checkpoint, restore, weights_of
+from megabus.checkpoint.restore import find_checkpoint, restore
 from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
@@ -40,6 +40,7 @@ from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
 from megabus.train.watchdog import Watchdog, watched
 
+UNIT_ERROR = 1e-6  # by which lengths of unit rows may be off
 LAST_SAVE = 60.0  # seconds that a run which ends with an error waits for a save
 
 
@@ -102,7 +103,9 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
     if config.init_from is not None and found is None:
-        origin = weights_of(config.init_from, watchdog.heartbeat)
+        from megabus.convert.begin import begin, origin_of  # slow to import, and most runs begin with nothing
+
+        origin = origin_of(config.init_from, watchdog.heartbeat)
         check_begins(origin, stages[0])
     changes: list[str] = []
     with agreement():
@@ -124,7 +127,8 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
     else:
         if origin is not None:
-            restore(origin, engine, watchdog.heartbeat)
+            begin(origin, engine, watchdog.heartbeat)
+            _tell_unit_error(engine)
         else:
             engine.write_initial(config.train.seed)
         run.mark()
@@ -139,6 +143,13 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
             prune(root, keep.keep_last, keep.keep_every)
     watchdog.heartbeat()
     return run
+
+
+def _tell_unit_error(engine: Engine) -> None:
+    """Of weights that a run begins with. Collective."""
+    error = engine.unit_error()
+    if error is not None and error > UNIT_ERROR:
+        rank_0_says(f"init_from: rows are not unit vectors, by up to {error:.2g}; the first step makes them so", warn)
 
 
 def check_only(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from megabus.checkpoint.manifest import MANIFEST, DamagedError
 from megabus.checkpoint.state import STATE, WRITTEN, SavedState
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout
-from megabus.config.schema import RopeScaling
+from megabus.config.rope import RopeScaling
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.model.cost import count_parameters, totals
 

@@ -307,11 +307,25 @@ def test_token_index(tally, tmp_path):
     run()
 
 
-@pytest.fixture(scope="module", params=["ngpt", "gpt"])
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_position": 16}
+EXPORTS = {
+    "ngpt": ("ngpt", {}),
+    "gpt": ("gpt", {}),
+    "smollm3": ("gpt", {"nope_interval": 2, "tie_embeddings": True, "rope_scaling": YARN}),
+}
+
+
+@pytest.fixture(scope="module", params=EXPORTS)
 def exported(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "out"
-    source = MemorySource(model_config(request.param))
+    kind, parts = EXPORTS[request.param]
+    source = MemorySource(model_config(kind, **parts))
     convert(source, folder, "hf")
+    if parts:  # as transformers' own are
+        path = folder / "config.json"
+        tree = json.loads(path.read_text())
+        del tree["megabus"]
+        path.write_text(json.dumps(tree))
     return folder, source
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.growing import CHANNELS, FRACTION, READS, WIDTH, how, row_matrices, same
-from support.small_models import GQA, KINDS, config, lively_state, loss_of, model_of
+from support.small_models import GQA, KINDS, PART_IDS, PARTS, config, lively_state, loss_of, model_of
 
 import megabus
 from megabus import counter
@@ -24,9 +24,10 @@ torch.set_num_threads(1)
 # ---- shards, threads, blocks
 
 
-def growth_job(seed=1, kind="ngpt", after=FRACTION, **manner):
-    new = config(kind, GQA, after, {"n_heads": 9, "n_kv_heads": 3})
-    return Growth(config(kind, GQA), new, how(**manner), seed)
+def growth_job(seed=1, kind="ngpt", after=FRACTION, parts=None, **manner):
+    old = config(kind, GQA, parts or {})
+    new = config(kind, GQA, parts or {}, after, {"n_heads": 9, "n_kv_heads": 3})
+    return Growth(old, new, how(**manner), seed)
 
 
 def grown_in_parts(param, kind, old, cuts):
@@ -65,6 +66,11 @@ def test_growing_row_ranges_gives_the_bits_of_growing_all(kind, write, moments):
         for channels, read in zip(CHANNELS, READS, strict=True):
             job = growth_job(kind=model, write=write, read=read, moments=moments, channels=channels)
             assert parts_agree(job, kind, draw, SINGLE if model == "ngpt" else ())
+
+
+@pytest.mark.parametrize("parts", PARTS[:2], ids=PART_IDS[:2])
+def test_ranges_of_biases_norms_and_tied_heads_too(parts):
+    assert parts_agree(growth_job(kind="gpt", parts=parts, read="tilt"), "weight", np.random.default_rng(0))
 
 
 def test_the_shard_check_notices_local_randomness(monkeypatch):

@@ -15,9 +15,11 @@ from support.growing import (
     WIDTH_IDS,
     WIDTHS,
     flat_scale,
+    gap,
     gradients,
     how,
     isometry,
+    mapped_and_true,
     mean_squares,
     row_matrices,
 )
@@ -28,21 +30,6 @@ from megabus.growth import param_growth
 from megabus.model.decoder import param_specs
 
 torch.set_num_threads(1)
-
-
-def mapped_and_true(kind, before, after, power=1, **manner):
-    """Moments mapped from the old model's gradient, and the gradient that the grown model really has."""
-    old, new = config(kind, before), config(kind, before, after)
-    state, manner = lively_state(old), how(moments="grow", **manner)
-    moments = {name: (g**power).float() for name, g in gradients(old, state).items()}
-    mapped = megabus.grow_state(moments, old, new, 1, manner, ("exp_avg", "exp_avg_sq")[power - 1])
-    grown = megabus.grow_state(state, old, new, 1, manner)
-    true = {name: g**power for name, g in gradients(new, grown).items()}
-    return old, new, mapped, true
-
-
-def gap(found, wanted):
-    return float((found.double() - wanted).abs().max() / wanted.abs().max())
 
 
 @pytest.mark.parametrize("power", [1, 2])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.command import run_command
+from support.small_models import PART_IDS, PARTS
 from support.sources import MemorySource, model_config
 
 import megabus
@@ -26,10 +27,12 @@ def model(kind="ngpt", **changes):
     return built.eval()
 
 
-@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("ngpt", {}), ("gpt", {}), *(("gpt", parts) for parts in PARTS)], ids=["ngpt", "gpt", *PART_IDS]
+)
 @torch.no_grad()
-def test_a_cache_changes_nothing(kind):
-    decoder, tokens = model(kind), torch.randint(67, (2, 30), generator=torch.Generator().manual_seed(0))
+def test_a_cache_changes_nothing(kind, parts):
+    decoder, tokens = model(kind, **parts), torch.randint(67, (2, 30), generator=torch.Generator().manual_seed(0))
     whole, cache, start = decoder(tokens), KVCache(), 0
     for size in (1, 7, 1, 1, 13, 7):  # one token, and several, after others
         part = decoder(tokens[:, start : start + size], cache)
@@ -51,6 +54,18 @@ def test_the_seed_decides():
     decoder = model()
     a, b, c = (list(generate(decoder, [1, 2], 30, seed=seed)) for seed in (0, 0, 1))
     assert a == b != c
+
+
+def test_no_id_beyond_the_tokenizers_is_taken():
+    """Where the vocabulary is padded, whatever its last rows say."""
+    decoder = model("gpt", tie_embeddings=True)
+    decoder.embed.weight.data[60:] *= 30
+    options = {"temperature": 2.0, "top_p": 0.9}
+    assert max(generate(decoder, [1], 40, **options)) >= 60
+    assert max(generate(decoder, [1], 40, pieces=60, **options)) < 60
+    assert max(generate(decoder, [1], 40, pieces=60, temperature=0)) < 60
+    with pytest.raises(UserError, match="pieces = 68: is out of range"):
+        generate(decoder, [1], 1, pieces=68)
 
 
 def test_generation_ends_before_the_stop():
@@ -96,16 +111,18 @@ def test_bad_arguments(bad):
 
 def test_the_command(tmp_path):
     path = train_tokenizer(["the cat sees the dog and the dog sees the cat " * 50], 290, tmp_path / "tok", "bpe")
-    source = MemorySource(model_config("ngpt", vocab_size=290))
+    source = MemorySource(model_config("ngpt", vocab_size=300))  # padded
     source.tokenizer = path
     convert(source, tmp_path / "run", "checkpoint")
+    convert(source, tmp_path / "hf", "hf")
     command = ["generate", tmp_path / "run", "--prompt", "the cat", "--max-tokens", "9"]
     ended = run_command(*command)
     assert ended.returncode == 0, ended.stderr
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode("the cat")
-    drawn = generate(megabus.load(tmp_path / "run"), ids, 9, temperature=0.8, stop=tokenizer.eod)
+    drawn = generate(megabus.load(tmp_path / "run"), ids, 9, temperature=0.8, stop=tokenizer.eod, pieces=290)
     assert ended.stdout == tokenizer.decode(ids + list(drawn)) + "\n"
+    assert run_command("generate", tmp_path / "hf", *command[2:]).stdout == ended.stdout
     bad = run_command(*command, "--tokenizer", tmp_path / "no.model")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: tokenizer = ")

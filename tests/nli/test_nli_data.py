@@ -248,7 +248,7 @@ COMMANDS = {
     "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not a SentencePiece model"),
     "vocabulary": (
         ["--valid", "{file}", "--tokenizer", "{other}"],
-        "tokenizer = {other}: has 273 pieces, the model 340",
+        "tokenizer = {other}: has 345 pieces, the model 340",
     ),
     "bad rows": (["--valid", "{bad}"], "--valid = {bad}, line 1: gold_label = maybe: Input"),
     "out": (["--valid", "{file}", "--out", "{file}/x"], "--out = {file}/x: cannot be written ("),
@@ -257,6 +257,9 @@ COMMANDS = {
         "--save = {file}/x: cannot be written (",
     ),
 }
+
+
+TEXTS = [" ".join(f"{a}{b}{c}" for a in "abcd" for b in "efgh" for c in "klmn")] * 9
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +272,7 @@ def places(tmp_path_factory):
         "folder": folder,
         "file": write_rows(folder / "good.jsonl", rows_of(4)),
         "bad": write_rows(folder / "bad.jsonl", [GOOD | {"gold_label": "maybe"}]),
-        "other": train_tokenizer(["the cat and the dog"] * 3, 273, folder / "other", model_type="bpe"),
+        "other": train_tokenizer(TEXTS, 345, folder / "other", model_type="bpe"),
     }
 
 

@@ -20,11 +20,15 @@ from megabus.testing import parity
 from megabus.testing.ranks import run_ranks
 
 LIMIT = 1e-5
+PARTS = {
+    "bias, tied": {"qkv_bias": True, "tie_embeddings": True},
+    "norm, tied": {"qk_norm": True, "tie_embeddings": True},
+}
 
 
 @functools.cache
-def reference(kind: str) -> parity.Trace:
-    return parity.plain_trace(parity.parity_training(kind, Layout(1, 1, 1)))
+def reference(kind: str, parts: str = "") -> parity.Trace:
+    return parity.plain_trace(parity.parity_training(kind, Layout(1, 1, 1), parts=PARTS.get(parts)))
 
 
 def trace_of(kind: str, layout: Layout, **train: object) -> parity.Trace:
@@ -39,6 +43,29 @@ def test_layout_equals_one_process(kind, layout):
     assert trace.replica_error == 0
     if kind == "ngpt":
         assert trace.unit_error <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("parts", "layout"),
+    [("bias, tied", Layout(1, 2, 2)), ("bias, tied", Layout(2, 1, 1)), ("norm, tied", Layout(2, 2, 1))],
+    ids=str,
+)
+def test_parts_of_stock_classes_equal_one_process(parts, layout):
+    """Gradients of a tied matrix come from both ends of a pipeline, those of a head norm's gain from all heads."""
+    trace = parity.engine_trace(parity.parity_training("gpt", layout, parts=PARTS[parts]))
+    assert parity.difference(trace, reference("gpt", parts)).worst <= LIMIT
+    assert trace.replica_error == 0
+
+
+def test_tied_heads_in_bf16_stay_near():
+    """Gradients of borrowed rows add up over micro batches there too, in fp32."""
+    one, two = (
+        parity.engine_trace(
+            parity.parity_training("gpt", Layout(1, pp, 1), parts=PARTS["bias, tied"], precision="bf16")
+        )
+        for pp in (1, 2)
+    )
+    assert parity.difference(two, one).grads < 5e-3
 
 
 @pytest.mark.parametrize("overlap_comm", [False, True], ids=["", "overlap"])

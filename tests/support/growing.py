@@ -7,7 +7,7 @@ import torch
 
 import megabus
 from megabus.config import GrowthConfig
-from support.small_models import GQA, batch, lively_state, loss_of, model_of
+from support.small_models import GQA, batch, config, lively_state, loss_of, model_of
 
 FRACTION = {"d_model": 52, "n_heads": 3, "d_ff": 90, "n_layers": 5}
 MANY = {"d_model": 131, "n_heads": 11, "d_ff": 233}
@@ -52,6 +52,21 @@ def gradients(model_config, state):
     model = model_of(model_config, state)
     loss_of(model).backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+def mapped_and_true(kind, before, after, power=1, **manner):
+    """Moments mapped from the old model's gradient, and the gradient that the grown model really has."""
+    old, new = config(kind, before), config(kind, before, after)
+    state, manner = lively_state(old), how(moments="grow", **manner)
+    moments = {name: (g**power).float() for name, g in gradients(old, state).items()}
+    mapped = megabus.grow_state(moments, old, new, 1, manner, ("exp_avg", "exp_avg_sq")[power - 1])
+    grown = megabus.grow_state(state, old, new, 1, manner)
+    true = {name: g**power for name, g in gradients(new, grown).items()}
+    return old, new, mapped, true
+
+
+def gap(found, wanted):
+    return float((found.double() - wanted).abs().max() / wanted.abs().max())
 
 
 def mean_squares(model_config, state, batches=12):

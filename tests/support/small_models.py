@@ -11,6 +11,12 @@ from megabus.model.decoder import Decoder, param_specs
 BASE = {"vocab_size": 66, "d_model": 36, "n_layers": 3, "n_heads": 2, "head_dim": 10, "d_ff": 62}
 GQA = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 6}
 KINDS = ["ngpt", "gpt"]
+PARTS = [  # of a gpt, as stock classes have them
+    {"qkv_bias": True, "tie_embeddings": True},
+    {"qk_norm": True, "tie_embeddings": True},
+    {"nope_interval": 2},
+]
+PART_IDS = ["bias, tied", "norm, tied", "nope"]
 
 
 def config(kind="ngpt", *changes, **more):
@@ -31,7 +37,7 @@ def lively_state(model_config, seed=3, larger=5):
         spec = param_specs(model_config)[name]
         if not spec.is_matrix:
             low = -1.0 if spec.gate else 0.5
-            x = spec.init * (low + (2 - low) * torch.rand(x.shape, generator=draw))
+            x = (spec.init or 0.3) * (low + (2 - low) * torch.rand(x.shape, generator=draw))
         state[name] = x if spec.unit or not spec.is_matrix else larger * x
     return state
 

@@ -1,4 +1,4 @@
-"""A run that begins with given weights: any Llama is trained and grown; strangers are refused."""
+"""A run that begins with given weights: a stock model is trained and grown; strangers are refused."""
 
 from __future__ import annotations
 
@@ -24,30 +24,35 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """A stock model and the checkpoint that it became."""
-    folder = tmp_path_factory.mktemp("llama")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "initializer_range": 0.2}
+def qwen(tmp_path_factory):
+    """A stock model with biases and a tied head, its directory, and the checkpoint that it became."""
+    folder = tmp_path_factory.mktemp("qwen")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "tie_word_embeddings": True}
     sizes = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 62, "num_hidden_layers": 3}
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).eval()
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **heads)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(0, 0.3)
     model.save_pretrained(folder / "hf")
     with OpenFiles() as files:
         convert(open_source(folder / "hf", files), folder / "run", "checkpoint")
-    return model, folder / "run"
+    return model, folder / "hf", folder / "run"
 
 
 def config_of(corpus, run_dir, origin, **changes):
-    model = {"kind": "gpt", "vocab_size": VOCAB, "norm_eps": 48e-6} | MODEL
+    model = {"kind": "gpt", "vocab_size": VOCAB, "norm_eps": 48e-6, "qkv_bias": True, "tie_embeddings": True} | MODEL
     growth = {"moments": "reset", "max_tokens": 512, "stages": [GROWTH[0] | {"layout": LAYOUTS[1]}]}
     growth["trigger"] = {"predictor": "constant", "constant": 0.0}
     options = {"model": model, "growth": growth, "train__max_tokens": 1024} | changes
     return run_config(corpus, run_dir, [LAYOUTS[0]] * 3, init_from=str(origin), **options)
 
 
-def test_a_llama_is_trained_and_grown(corpus, llama, tmp_path):
-    """The run's first loss is transformers', the loss at growth stays, and the run goes on without its origin."""
-    model, origin = llama
+def test_a_stock_model_is_trained_and_grown(corpus, qwen, tmp_path):
+    """The run's first loss is transformers', the loss at growth stays, the run goes on without its origin, and its
+    export is of the class that came and has the run's last loss."""
+    model, origin, _ = qwen
     config = config_of(corpus, tmp_path / "run", origin)
     start(config, 2)
     tokens, targets = TokenSource([(str(corpus / "valid"), 1.0)], 16, 0, VOCAB).batch(0, 16, range(16))
@@ -57,7 +62,15 @@ def test_a_llama_is_trained_and_grown(corpus, llama, tmp_path):
     assert first["loss"] == pytest.approx(float(wanted), abs=1e-5)
     (growth,) = rows_of(config, "growth")
     assert growth["loss_after"] == pytest.approx(growth["loss_before"], abs=1e-5)
-    assert rows_of(config, "eval")[-1]["loss"] < first["loss"] - 0.3
+    last = rows_of(config, "eval")[-1]["loss"]
+    assert last < first["loss"] - 0.3
+    with OpenFiles() as files:
+        convert(open_source(tmp_path / "run", files), tmp_path / "out", "hf")
+    out = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert (type(out), out.config.tie_word_embeddings, out.config.hidden_size) == (type(model), True, 60)
+    with torch.no_grad():
+        wanted = torch.nn.functional.cross_entropy(out(tokens).logits.flatten(0, 1), targets.flatten())
+    assert last == pytest.approx(float(wanted), abs=1e-5)
     more = config_of(corpus, tmp_path / "run", origin.parent / "gone", train__max_tokens=1280)
     start(more, 2)
     assert rows_of(more, "resume")[0]["step"] == 8
@@ -83,18 +96,20 @@ def test_an_ngpt_begins_with_what_its_gains_acted_as(corpus, tmp_path):
     assert begun["loss"] == pytest.approx(ended["loss"], abs=1e-6)
 
 
-def test_another_model_is_refused(corpus, llama, tmp_path):
+def test_another_model_is_refused(corpus, qwen, tmp_path):
     before = tree(tmp_path)
-    config = config_of(corpus, tmp_path / "runs/run", llama[1], model__d_ff=64)
-    assert "model.d_ff = 64: is 62 in" in refusal(config, 2)
-    assert tree(tmp_path) == before
+    for origin, change in ((qwen[1], {"model__d_ff": 64}), (qwen[2], {"model__tie_embeddings": False})):
+        config = config_of(corpus, tmp_path / "runs/run", origin, **change)
+        told = "model.d_ff = 64: is 62 in" if "model__d_ff" in change else "model.tie_embeddings = False: is True in"
+        assert told in refusal(config, 2)
+        assert tree(tmp_path) == before
     (tmp_path / "run").mkdir()
     assert "checkpoint = " in refusal(config_of(corpus, tmp_path / "run", tmp_path / "nothing"), 2)
     assert tree(tmp_path).keys() == before.keys() | {"run"}  # it was there
 
 
-def test_weights_are_no_run(corpus, llama):
-    _, origin = llama
+def test_weights_are_no_run(corpus, qwen):
+    _, _, origin = qwen
     config = config_of(corpus, origin, origin)
     problem = "holds step-00000000, weights without a run; give it as init_from, with another run_dir"
     assert problem in refusal(config, 2)

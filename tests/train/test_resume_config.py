@@ -126,6 +126,19 @@ def test_the_growths_that_were_made_must_stay(stopped):
     )
 
 
+def test_keys_that_have_come_since_change_nothing(stopped, tmp_path):
+    """Neither in the model's section nor elsewhere: a run of an older version goes on under `strict`."""
+    run = shutil.copytree(stopped[2], tmp_path / "run")
+    path = next(run.glob("checkpoints/step-*/state.json"))
+    tree = json.loads(path.read_text())
+    for section, key in (("model", "qkv_bias"), ("model", "tie_embeddings"), ("train", "sequence_parallel")):
+        del tree["config"][section][key]
+    del tree["model"]["qkv_bias"]
+    path.write_text(json.dumps(tree))
+    assert continued(run, "resume=strict") == []
+    assert continued(run, "train.sequence_parallel=true", "layout.tp=2", world=2) == []
+
+
 # ---- what changes the mathematics of what is to come: told, and refused by `strict` -------------------------
 
 TOLD = [

@@ -1,0 +1,65 @@
+"""A source with something changed as it is read: a head of its own for a tied one, rows of length 1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megabus.convert.source import Source, blocks
+from megabus.errors import UserError
+from megabus.model.decoder import param_specs
+from megabus.model.params import global_shape
+from megabus.parallel.fragments import Kind
+
+
+class Untied:
+    """Weights alone: the head that a tied model gets has no moments yet."""
+
+    def __init__(self, source: Source) -> None:
+        model = source.state.model
+        if not model.tie_embeddings:
+            raise UserError("--untie", True, "the head is its own already", "leave it out")
+        self.inner, self.tokenizer = source, source.tokenizer
+        self.tied = next(name for name, spec in param_specs(model).items() if spec.tied)
+        untied = model.model_copy(update={"tie_embeddings": False})
+        self.state = replace(source.state, model=untied, kinds=("weight",), optimizer_step=0)
+
+    def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
+        there = name in param_specs(self.inner.state.model)
+        return self.inner.read(kind, name if there else self.tied, start, stop)
+
+
+class UnitRows:
+    """Weights alone, for Adam's moments are of other ones."""
+
+    def __init__(self, source: Source) -> None:
+        self.inner, self.tokenizer = source, source.tokenizer
+        self.state = replace(source.state, kinds=("weight",), optimizer_step=0)
+        self.specs = param_specs(source.state.model)
+        if not any(spec.unit for spec in self.specs.values()):
+            raise UserError("--unit-rows", True, "the model has no unit rows", "leave it out")
+
+    def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
+        spec = self.specs[name]
+        if not spec.unit:
+            return self.inner.read(kind, name, start, stop)
+        (_, width) = global_shape(spec, self.state.model)
+        first, last = start // width, -(-stop // width)
+        rows = self.inner.read(kind, name, first * width, last * width).view(-1, width).double()
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        return rows.float().reshape(-1)[start - first * width : stop - first * width]
+
+
+def unit_error(source: Source) -> tuple[float, str]:
+    """The largest | |row| - 1 | over all rows that are to be unit vectors, and whose; (0, "") where none are."""
+    model, worst = source.state.model, (0.0, "")
+    for name, spec in param_specs(model).items():
+        if spec.unit:
+            shape = global_shape(spec, model)
+            for start, stop in blocks(0, prod(shape), shape[1]):
+                lengths = torch.linalg.vector_norm(source.read("weight", name, start, stop).view(-1, shape[1]), dim=1)
+                worst = max(worst, (float((lengths - 1).abs().max()), name))
+    return worst

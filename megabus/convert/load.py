@@ -1,0 +1,46 @@
+"""A model in this process, from whatever form its weights lie in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megabus.checkpoint.load import checkpoint_at, load_weights, saved_tokenizer
+from megabus.convert.convert import in_other_form, open_source
+from megabus.convert.hub import local_copy
+from megabus.convert.source import OpenFiles, whole
+from megabus.errors import UserError
+from megabus.model.decoder import Decoder, param_specs
+
+
+def load(path: str | Path) -> Decoder:
+    """The model of a run, as it was last saved, of one checkpoint, or of a Hugging Face directory: `runs/demo`,
+    `runs/demo/checkpoints/step-...`, `path/to/llama`, or its name on the hub.
+
+    forward(tokens (B, T) int64) -> logits (B, T, vocab_size), fp32, CPU, eval. Its `ModelConfig` is `model.config`.
+    Raises `UserError` if there is none, it is damaged, or megabus does not compute it.
+    """
+    path = local_copy(path)
+    if in_other_form(path):
+        with OpenFiles() as files:
+            source = open_source(path, files)
+            config, state = source.state.model, {n: whole(source, n) for n in param_specs(source.state.model)}
+    else:
+        config, state = load_weights(checkpoint_at(path))
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def tokenizer_beside(path: str | Path) -> Path:
+    """The tokenizer that lies with a model's weights, in whatever form. Raises `UserError` where there is none."""
+    path = local_copy(path)
+    if not in_other_form(path):
+        return saved_tokenizer(checkpoint_at(path))
+    with OpenFiles() as files:
+        found = open_source(path, files).tokenizer
+    if found is None:
+        raise UserError("tokenizer", path, "holds none that megabus reads", "name one: --tokenizer")
+    return found

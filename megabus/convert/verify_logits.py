@@ -1,0 +1,35 @@
+"""Compare what an imported model computes with what transformers makes of the directory that it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megabus.convert.load import load
+from megabus.errors import UserError
+
+LIMIT = 1e-4  # of the largest logit: fp32 over many layers, summed in another order
+TOKENS = (2, 64)  # sequences and their length
+
+
+@torch.no_grad()
+def verify_logits(folder: Path, out: Path) -> str:
+    """Both models are held whole, in fp32. A line that says how far they are apart, or that nothing was compared.
+    Raises `UserError` where they differ by more than rounding."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return "logits are not compared: transformers is not installed"
+    ours = load(out)
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    longest = min(TOKENS[1], getattr(stock.config, "max_position_embeddings", TOKENS[1]))
+    draw = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(ours.config.vocab_size, (TOKENS[0], longest), generator=draw)
+    wanted_BTV = stock(tokens_BT).logits
+    largest = float(wanted_BTV.abs().max())
+    apart = float((ours(tokens_BT) - wanted_BTV).abs().max()) / largest
+    if not apart <= LIMIT:
+        problem = f"differ from those of transformers' {type(stock).__name__} by {apart:.2g} of the largest"
+        raise UserError("--verify", "logits", problem, "do not use it, and report what model it is")
+    return f"logits: within {apart:.2g} of the largest, {largest:.3g}, of those of transformers' {type(stock).__name__}"
