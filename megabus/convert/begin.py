@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megabus.checkpoint.contents import Found
+from megabus.checkpoint.contents import Found, look
+from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import Heartbeat, idle
 from megabus.checkpoint.restore import re_express, restore, weights_of
 from megabus.convert.convert import in_other_form, open_source
@@ -25,6 +26,14 @@ def origin_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found | FolderSo
         return weights_of(folder, heartbeat)
     with agreement():
         return open_source(folder, OpenFiles(), weights_only=True)
+
+
+def foreseen(path: str | Path) -> Found | FolderSource:
+    """What an origin says of itself: its tensors are not read. In one process."""
+    folder = local_copy(path)
+    if in_other_form(folder):
+        return open_source(folder, OpenFiles(), weights_only=True)
+    return look(checkpoint_at(folder))
 
 
 def begin(origin: Found | FolderSource, engine: Engine, heartbeat: Heartbeat = idle) -> None:

@@ -10,7 +10,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megabus.checkpoint.contents import Found, look
-from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig, Stage
@@ -61,7 +60,9 @@ def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
             check_stage(found, config, stages)
         return Foreseen(said, unheeded(config))
     if config.init_from is not None:
-        check_begins(look(checkpoint_at(config.init_from)), stages[0])
+        from megabus.convert.begin import foreseen  # slow to import, and most runs begin with nothing
+
+        check_begins(foreseen(config.init_from), stages[0])
     return Foreseen(said, [*unheeded(config), *check_growths(config, stages)])
 
 

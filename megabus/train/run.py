@@ -20,13 +20,13 @@ from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
 from megabus.data.order import align_up
 from megabus.engine.engine import Engine
-from megabus.errors import UserError, say
+from megabus.errors import UserError, say, warn
 from megabus.growth.transition import stage_engine
 from megabus.kappa.marginal import Ahead
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters, flops_per_token
-from megabus.parallel.agree import agreement
+from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
 from megabus.report.history import NOT_FINITE
 from megabus.train.corpora import Corpora
