@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megabus.testing.ranks import free_port, preload
 
 NET, UTS, MOUNT = 0x40000000, 0x04000000, 0x00020000  # of setns and unshare
 _libc = ctypes.CDLL(None, use_errno=True)
+_pairs = count()
 
 
 def _checked(result: int) -> None:
@@ -57,11 +59,9 @@ class Host:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Raises OSError or CalledProcessError where there may be no namespaces."""
-    tag = f"mb{os.getpid()}"
-    hosts = tuple(
-        Host(f"{tag}-{end}", f"{tag}{end}", f"10.77.{os.getpid() % 250}.{n}") for n, end in ((1, "a"), (2, "b"))
-    )
+    """Raises OSError or CalledProcessError where there may be no namespaces. Every pair is a network of its own."""
+    tag = f"mb{os.getpid()}x{next(_pairs)}"
+    hosts = tuple(Host(f"{tag}-{end}", f"{tag}{end}", f"10.77.0.{n}") for n, end in ((1, "a"), (2, "b")))
     try:
         for host in hosts:
             _ip("netns", "add", host.name)
