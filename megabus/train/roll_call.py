@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megabus.preflight.findings import ranks_text
+from megabus.parallel.topology import ranks_text
 
 PERIOD = 0.5  # seconds between two signatures of a rank; longer where there are many, to spare the store
 RANKS_A_SECOND = 500.0

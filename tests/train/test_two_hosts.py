@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from functools import partial
 
@@ -17,6 +19,7 @@ from megabus.checkpoint import shards
 from megabus.checkpoint.store import complete
 from megabus.cli import train as train_command
 from megabus.growth import transition
+from megabus.preflight import flight
 
 pytestmark = pytest.mark.skipif(bool(why := why_no_namespaces()), reason=str(why))
 TIMEOUT = 9.0  # faults.hang_timeout
@@ -136,8 +139,52 @@ def machine_never_comes(corpus, folder):
         assert not (folder / "run").exists()
 
 
+def slow_link(corpus, folder):
+    """A 500th of the 10 Gbit/s that the devices of the pair say they carry."""
+    _, argv = configured(corpus, folder, preflight__enabled=True)
+    with two_hosts() as (a, b):
+        for host in (a, b):
+            host.send_at_most(megabits=20)
+        note_outage(folder)
+        ranks = launch(on_both(a, b), WORLD, folder, [*argv, "--preflight-only", "faults.hang_timeout=100"])
+        assert end(ranks, 60) == [0] * WORLD, ranks[0].said
+        row = next(line for line in ranks[0].said.splitlines() if line.startswith("links between machines"))
+        names = f"the network between {a.name} (ranks 0-1) and {b.name} (ranks 2-3)"
+        assert re.search(
+            rf" warning +{re.escape(names)} slow, 0\.00\S+ to 0\.00\S+ GB/s, .*; the network devices are", row
+        )
+        assert row.endswith(" said to carry 1.2 GB/s")
+
+
+def link_goes_down_in_the_preflight(corpus, folder):
+    _, argv = configured(corpus, folder, preflight__enabled=True)
+    with two_hosts() as (a, b):
+
+        def change():
+            measure = flight.measure
+
+            def unplugging(*args):
+                if dist.get_rank() == 0:
+                    b.unplug()
+                    note_outage(folder)
+                return measure(*args)
+
+            flight.measure = unplugging
+
+        ranks = launch(on_both(a, b), WORLD, folder, [*argv, "preflight.measure=always"], change)
+        codes = end(ranks, 60)
+        assert since_outage(folder) < TIMEOUT + 2
+        assert codes[0] == 2, ranks[0].said
+        assert not {0, None} & set(codes)
+        problem = f"ranks 2-3 ({b.name}) did not come through the measurement of links within "
+        assert ranks[0].said.splitlines()[-1].startswith(f"error: ranks = 4: {problem}"), ranks[0].said
+        assert not (folder / "run").exists()
+
+
 CASES = {
     "a machine never comes": machine_never_comes,
+    "a slow link": slow_link,
+    "a preflight": link_goes_down_in_the_preflight,
     **{moment: partial(link_goes_down, moment=moment) for moment in MOMENTS},
     "a machine dies": machine_dies,
 }
@@ -193,3 +240,43 @@ def test_a_machine_dies(outages):
 
 def test_a_machine_never_comes(outages):
     outages["a machine never comes"].wait(120)
+
+
+def test_a_link_that_is_missing_is_named_before_training(corpus, tmp_path):
+    """As behind a firewall that lets ranks meet and not talk."""
+    _, argv = configured(corpus, tmp_path)
+    with two_hosts(meet_elsewhere=True) as (a, b):
+        b.unplug()
+        note_outage(tmp_path)
+        ranks = launch(on_both(a, b), WORLD, tmp_path, argv)
+        assert end(ranks, 60) == [2] * WORLD
+        assert since_outage(tmp_path) < TIMEOUT
+        line = (
+            f"error: link = {a.name} (ranks 0-1) - {b.name} (ranks 2-3): carries nothing: {a.name} cannot connect to "
+        )
+        assert ranks[0].said.startswith(line), ranks[0].said
+        assert ranks[0].said.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_an_address_that_leads_nowhere_is_named(corpus, tmp_path):
+    """Debian's /etc/hosts leads a machine's own name to 127.0.1.1."""
+    _, argv = configured(corpus, tmp_path)
+
+    def change():
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+    with two_hosts() as (a, b):
+        ranks = launch(on_both(a, b), WORLD, tmp_path, argv, change)
+        assert end(ranks, 60) == [2] * WORLD
+        assert ranks[0].said.startswith(
+            f"error: GLOO_SOCKET_IFNAME = lo: leaves {a.name} (ranks 0-1) to be reached at 127"
+        )
+
+
+def test_a_slow_link_is_named_before_training(outages):
+    outages["a slow link"].wait(120)
+
+
+def test_the_link_goes_down_in_the_preflight(outages):
+    outages["a preflight"].wait(120)
