@@ -19,7 +19,7 @@ help:
 	@echo "make test    install what tests need, and run them"
 	@echo "make check   lint, types, and transcripts in the documents that are no longer what their commands print"
 	@echo "make parity  print the table of every layout against one process (2 minutes)"
-	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (10 minutes)"
+	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (KILLS=100; 10 minutes)"
 	@echo "make fuzz    mutate what checkpoints, token files and Hugging Face directories say, 1,000 times a kind of file"
 	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
 	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
@@ -56,7 +56,7 @@ parity: $(VENV)/.installed
 	$(BIN)/megabus parity
 
 chaos: $(VENV)/.installed
-	$(BIN)/megabus chaos
+	$(BIN)/megabus chaos $(if $(KILLS),--kills $(KILLS))
 
 fuzz: $(VENV)/.installed-dev
 	FUZZ=1000 $(BIN)/python -m pytest -n 0 tests/fuzz

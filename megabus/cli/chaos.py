@@ -1,6 +1,7 @@
-"""Prove that nothing is lost: kill a small growing run on 4 processes again and again, damage its files, fill its disk.
+"""Prove that nothing is lost: kill small growing runs on 4 processes again and again, damage files, fill disks.
 
 megabus chaos
+megabus chaos --kills 100
 megabus chaos --kills 4 --damage 10 --seed 1
 
 Exits non-zero if a run did not go on from its newest checkpoint, did not end with the very bits of the undisturbed
@@ -27,6 +28,7 @@ from megabus.testing.chaos_ranks import prepare_parent
 if TYPE_CHECKING:
     from megabus.testing.chaos import Kill, Workload
 
+SUM_ROW = "{:<9}{:>5}{:>6}{:>9}{:>19}  {}"
 KILL_ROW = "{:>4} {:>4} {:<9}{:<8}{:<14}{:<32}{:>4}{:>7}{:>8}{:>7}  {}"
 DAMAGE_ROW = "{:<16}{:<14}{:>6}{:>9}{:>17}"
 DISK_ROW = "{:<24}{:<17}{:>6}{:>7}{:>6}  {:<9} {}"
@@ -41,13 +43,14 @@ def main(argv: Sequence[str]) -> int:
     begun = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what is mounted is unmounted
     prepare_parent()
-    from megabus.testing.chaos import SCHEDULES, describe, make_corpus, undisturbed
+    from megabus.testing.chaos import undisturbed
+    from megabus.testing.chaos_runs import SCHEDULES, describe, make_corpora
 
     folder = Path(tempfile.mkdtemp(prefix="megabus-chaos-"))
-    make_corpus(folder)
+    make_corpora(folder)
     for schedule in SCHEDULES:
         print(f"schedule {schedule}: {describe(schedule)}", flush=True)
-    workloads = [undisturbed(folder, folder, schedule) for schedule in SCHEDULES]
+    workloads = [undisturbed(folder, schedule) for schedule in SCHEDULES]
     failures = 0
     for title, part in (
         ("kills", lambda: _kills(workloads, folder, args.kills, args.seed)),
@@ -97,14 +100,23 @@ def _kills(workloads: Sequence[Workload], folder: Path, wanted: int, seed: int) 
 
     kills = kill_runs(workloads, folder, wanted, seed, tell)
     failed = sum(bool(kill.problems) for kill in kills) + (len(kills) < wanted)
-    phases = Counter(kill.aim.phase.text for kill in kills if kill.hit)
-    slowest = max((kill.seconds for kill in kills), default=0.0)
-    print(", ".join(f"{phase} {count}" for phase, count in sorted(phases.items())))
-    print(
-        f"{len(kills)} kills, {sum(phases.values())} of them in the phase aimed at; survivors ended within "
-        f"{slowest:.1f} s; {failed or 'no'} failure(s)"
-    )
+    print()
+    print(SUM_ROW.format("schedule", "runs", "kills", "failures", "last survivor", "killed in"))
+    for workload in workloads:
+        print(_sum(workload.schedule, [kill for kill in kills if kill.schedule == workload.schedule]))
+    print(_sum("all", kills))
+    print(f"{len(kills)} kills, {failed or 'no'} failure(s)")
     return failed
+
+
+def _sum(name: str, kills: Sequence[Kill]) -> str:
+    """What was aimed at is counted where it was hit."""
+    phases = Counter(kill.aim.phase.text for kill in kills if kill.hit)
+    missed = [f"another phase than was aimed at {len(kills) - phases.total()}"] if phases.total() < len(kills) else []
+    hits = ", ".join([*(f"{phase} {count}" for phase, count in sorted(phases.items())), *missed])
+    slowest = max((kill.seconds for kill in kills), default=0.0)
+    runs, failed = len({kill.run for kill in kills}), sum(bool(kill.problems) for kill in kills)
+    return SUM_ROW.format(name, runs, len(kills), failed, f"ended in {slowest:.1f} s", hits)
 
 
 def _damage(workloads: Sequence[Workload], folder: Path, count: int, seed: int) -> int:

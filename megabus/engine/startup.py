@@ -90,16 +90,28 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
         _check_gpus(torch.cuda.device_count())
     import_deepspeed()
     import deepspeed
+    from torch.distributed.rendezvous import rendezvous
 
     from megabus.parallel.mesh import reuse_process_groups
+    from megabus.parallel.reach import check_reach, leave_host
 
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if gpu else "gloo"
+    dist = torch.distributed
     # A rank that dies while ranks meet would keep the others for several times the time-out.
     faulthandler.dump_traceback_later(timeout.total_seconds() + 5, exit=True)
     try:
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        if gpu:
+            deepspeed.init_distributed("nccl", auto_mpi_discovery=False, verbose=False, timeout=timeout)
+            store = dist.distributed_c10d._get_default_store()
+            check_reach(store, dist.get_rank(), dist.get_world_size(), timeout)
+        elif not dist.is_initialized():  # gloo connects all ranks at once
+            store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
+            store.set_timeout(timeout)
+            check_reach(store, rank, world, timeout)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+        if not gpu:
+            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
     except torch.distributed.DistNetworkError as error:
         address, said = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
         problem, remedy = f"the ranks cannot meet there ({said})", "name a free port to the launcher"
@@ -115,6 +127,7 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
         raise UserError("WORLD_SIZE", os.environ["WORLD_SIZE"], problem, remedy) from error
     finally:
         faulthandler.cancel_dump_traceback_later()
+    leave_host()
     reuse_process_groups(timeout)
 
 

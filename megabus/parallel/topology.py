@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from megabus.config.stages import Layout
 
@@ -30,3 +32,10 @@ def layers_at(n_layers: int, pp: int, pp_rank: int) -> tuple[int, int]:
 
 def pp_rank_of(n_layers: int, pp: int, layer: int) -> int:
     return layer * pp // n_layers
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """`rank 3`, `ranks 0, 2, 5-9`."""
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(sorted(ranks)), lambda item: item[1] - item[0])]
+    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"

@@ -16,7 +16,8 @@ from megabus.data.indexed import REBUILD, IndexedTokens, read_meta
 from megabus.data.sources import Sources
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
-from megabus.preflight.findings import Finding, odd_ones, ranks_text, refused, size_text
+from megabus.parallel.topology import ranks_text
+from megabus.preflight.findings import Finding, odd_ones, refused, size_text
 
 WHOLE = 16 * 2**20  # bytes up to which a file is read whole; of a larger one BLOCKS blocks are, evenly spread
 BLOCKS, BLOCK = 64, 64 * 2**10

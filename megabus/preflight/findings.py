@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TypeVar
 
 from megabus.errors import UserError
@@ -53,13 +52,6 @@ def odd_ones(values: Sequence[H]) -> tuple[H, list[int]]:
     """The commonest value (of several the one of the lowest rank), and the ranks that have another."""
     common = Counter(values).most_common(1)[0][0]
     return common, [rank for rank, value in enumerate(values) if value != common]
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """`rank 3`, `ranks 0, 2, 5-9`."""
-    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(sorted(ranks)), lambda item: item[1] - item[0])]
-    parts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
 
 
 def size_text(n_bytes: float) -> str:

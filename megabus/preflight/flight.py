@@ -23,15 +23,16 @@ from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.sources import Sources, open_sources
 from megabus.errors import UserError, say
 from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.parallel.reach import host_of, network_speed
+from megabus.parallel.topology import ranks_text
 from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints, readable
-from megabus.preflight.findings import Finding, ranks_text, refused, render
+from megabus.preflight.findings import Finding, refused, render
 from megabus.preflight.identity import identity_rows, read_identity
 from megabus.preflight.links import (
     LATENCY_SLACK,
     MeasuredLink,
+    Yardstick,
     best_of,
-    by_kind,
-    faulty_links,
     links_rows,
     measure,
     neighbours,
@@ -227,22 +228,23 @@ def _measure(
 ) -> bool:
     """How fast ranks compute and messages go. hosts, machines: on rank 0, of every rank."""
     device, floor = torch.device(get_accelerator().current_device_name()), config.preflight.min_bandwidth
-    slack = LATENCY_SLACK[device.type]
+    yardstick = Yardstick(hosts, LATENCY_SLACK[device.type], floor, _to_rank_0(network_speed(), group))
     rounds, known = neighbours([stage.layout for stage in stages]), [machine for machine in machines if machine]
     speeds, links = [0.0] * len(hosts), list[MeasuredLink]()
 
     def doubtful() -> bool:
         """Whether anything is slow in the best of all passes so far."""
         nonlocal speeds, links
-        if error := silence_of([peer for *_, peer in measured], patience):
+        if error := silence_of([peer for *_, peer in measured], silence, hosts):
             raise error
         speeds = [max(before, now) for before, (now, *_) in zip(speeds, measured, strict=True)]
         now = [link for _, own, _ in measured for link in own]
         links = best_of(links, now) if links else now
         slow = slow_ranks(speeds, [machine.device for machine in known])
-        return bool(slow) or any(faulty_links(of_kind, slack, floor) for of_kind in by_kind(links, hosts).values())
+        return bool(slow) or yardstick.doubts(links)
 
     patience = _patience(config)
+    silence = patience / 4  # with what they then wait for each other half of what the watchdog leaves ranks, or less
     with _wire() as wire:
         for _ in range(PASSES):
             heartbeat()
@@ -250,14 +252,15 @@ def _measure(
             heartbeat()
             with agreement(group):
                 mine = speed(device)
-            own = measure(rounds, device, wire, timedelta(seconds=patience))
-            heartbeat()
-            _meet(group, "through the measurement of links", patience)
+            own = measure(rounds, device, wire, timedelta(seconds=silence))
+            if own[1] is None:
+                heartbeat()
+            _meet(group, "through the measurement of links", patience if own[1] is None else patience / 2)
             measured = _to_rank_0((mine, *own), group)
             if not rank_0_tells(doubtful):
                 break
     heartbeat()
-    return _judged(rows, lambda: [compute_row(speeds, known), *links_rows(links, hosts, slack, floor)])
+    return _judged(rows, lambda: [compute_row(speeds, known), *links_rows(links, yardstick)])
 
 
 # ---- what ranks say to each other
@@ -298,8 +301,9 @@ def _meet(group: dist.ProcessGroup, when: str, patience: float) -> None:
         absent = re.search(r"Ranks ([\d, ]+) failed", str(error))
         if rank != 0 or absent is None:
             raise
-        names = ranks_text([int(number) for number in absent[1].split(",")])
-        problem = f"{names} did not come {when} within {patience:g} s, or ended before"
+        ranks = [int(number) for number in absent[1].split(",")]
+        hosts = ", ".join(sorted({host_of(rank) for rank in ranks}))
+        problem = f"{ranks_text(ranks)} ({hosts}) did not come {when} within {patience:g} s, or ended before"
         raise UserError("ranks", dist.get_world_size(), problem, "look at their logs and machines") from error
 
 

@@ -21,7 +21,8 @@ import megabus
 from megabus.config import RunConfig
 from megabus.engine.startup import on_gpu
 from megabus.errors import UserError
-from megabus.preflight.findings import Finding, odd_ones, ranks_text, refused
+from megabus.parallel.topology import ranks_text
+from megabus.preflight.findings import Finding, odd_ones, refused
 
 PACKAGE = Path(megabus.__file__).parent
 SHOWN = 100  # characters of a value; with it a rank's identity stays below 1 KB

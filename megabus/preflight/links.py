@@ -8,7 +8,7 @@ what it should do, unless the configuration says so.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,8 +21,8 @@ from torch import Tensor
 from megabus.command import peer_is_gone
 from megabus.config.stages import Layout
 from megabus.errors import UserError
-from megabus.parallel.topology import rank_of
-from megabus.preflight.findings import Finding, ranks_text, refused, warned
+from megabus.parallel.topology import rank_of, ranks_text
+from megabus.preflight.findings import Finding, refused, warned
 from megabus.preflight.slow import Pair, blame, usual
 
 # Bytes by kind of device; the last is left out where the one before took CLIMB seconds or more.
@@ -30,7 +30,10 @@ SIZES = {"cpu": (8, 64 * 2**10, 4 * 2**20), "cuda": (8, 64 * 2**10, 64 * 2**20)}
 CLIMB = 0.02
 # Exchanges of a size: so many, fewer once they took ENOUGH seconds, but LEAST unless they took TOO_LONG.
 TRIES, ENOUGH, LEAST, TOO_LONG = 20, 0.04, 6, 0.5
+WITHIN, BETWEEN = "within machines", "between machines"
+SHOWN = 5  # links, or pairs of machines
 SLOW = 4.0  # times below the usual bandwidth, or above the usual latency
+FAR = 25.0  # times below a rank's share of what a network device is said to carry, which no protocol explains
 LATENCY_SLACK = {"cpu": 10e-3, "cuda": 1e-3}  # seconds above the usual latency that mean nothing: a busy machine's
 
 
@@ -93,17 +96,21 @@ def measure(
     return links, None
 
 
-def silence_of(silent: Sequence[int | None], patience: float) -> UserError | None:
-    """silent: by rank, the neighbour that it found silent. Whoever has found one measures no more, and is silent to its
-    next: so the blame goes to one that has found none, and to the one that most have found."""
+def silence_of(silent: Sequence[int | None], patience: float, hosts: Sequence[str]) -> UserError | None:
+    """silent: by rank, the neighbour that it found silent; hosts: the machine of each rank. Whoever has found one
+    measures no more, and is silent to its next: so the blame goes to one that has found none, and to the one that most
+    have found."""
     pairs = [(rank, peer) for rank, peer in enumerate(silent) if peer is not None]
     if not pairs:
         return None
     times = Counter(peer for _, peer in pairs)
     peer = max(times, key=lambda rank: (silent[rank] is None, times[rank]))
     rank = next(rank for rank, other in pairs if other == peer)
-    problem = f"carries nothing: rank {peer} has not answered for {patience:g} s"
-    return UserError("link", _name((min(rank, peer), max(rank, peer))), problem, "look at that machine and its network")
+    pair = (min(rank, peer), max(rank, peer))
+    ends = [hosts[rank] for rank in pair]
+    where = f" ({ends[0]} - {ends[1]})" if ends[0] != ends[1] else ""
+    problem = f"carries nothing: rank {peer} has not answered for {patience:.2g} s"
+    return UserError("link", f"{_name(pair)}{where}", problem, "look at that machine and its network")
 
 
 class SilentError(Exception):
@@ -205,23 +212,49 @@ def below_floor(links: Sequence[MeasuredLink], floor: float | None) -> set[Pair]
     return {link.pair for link in links if floor is not None and link.bandwidth < floor * 1e9}
 
 
-def faulty_links(links: Sequence[MeasuredLink], slack: float, floor: float | None) -> bool:
-    return bool(slow_links(links, slack) or below_floor(links, floor))
+def below_device(links: Sequence[MeasuredLink], hosts: Sequence[str], said: Sequence[float]) -> set[Pair]:
+    """Links between machines that carry hardly anything of what the network devices of their ends are said to, if all
+    ranks of a machine share them. Where two machines are all there is, nothing else shows a slow network.
+
+    said: bytes a second of each rank's device, 0 where nothing is known.
+    """
+    share = max(Counter(hosts).values())
+    return {link.pair for link in links if link.bandwidth * FAR < min(said[rank] for rank in link.pair) / share}
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What links are held against. hosts: the machine of each rank; slack: seconds of latency that mean nothing; floor:
+    GB/s that each must carry; said: bytes a second that each rank's network device is said to carry, 0 if unknown.
+    """
+
+    hosts: Sequence[str]
+    slack: float
+    floor: float | None
+    said: Sequence[float]
+
+    def slow(self, kind: str, links: Sequence[MeasuredLink]) -> dict[Pair, MeasuredLink]:
+        below = below_device(links, self.hosts, self.said) if kind == BETWEEN else set()
+        return slow_links(links, self.slack) | {link.pair: link for link in links if link.pair in below}
+
+    def doubts(self, links: Sequence[MeasuredLink]) -> bool:
+        """Whether anything is slow."""
+        kinds = by_kind(links, self.hosts)
+        return any(self.slow(kind, found) or below_floor(found, self.floor) for kind, found in kinds.items())
 
 
 def by_kind(links: Sequence[MeasuredLink], hosts: Sequence[str]) -> dict[str, list[MeasuredLink]]:
-    kinds: dict[str, list[MeasuredLink]] = {"within machines": [], "between machines": []}
+    kinds: dict[str, list[MeasuredLink]] = {WITHIN: [], BETWEEN: []}
     for link in links:
         same = hosts[link.pair[0]] == hosts[link.pair[1]]
-        kinds["within machines" if same else "between machines"].append(link)
+        kinds[WITHIN if same else BETWEEN].append(link)
     return {kind: found for kind, found in kinds.items() if found}
 
 
-def links_rows(links: Sequence[MeasuredLink], hosts: Sequence[str], slack: float, floor: float | None) -> list[Finding]:
-    """hosts: the machine of each rank; floor: GB/s that each link must carry."""
+def links_rows(links: Sequence[MeasuredLink], yardstick: Yardstick) -> list[Finding]:
     if not links:
         return [Finding("links", "one rank has no neighbour")]
-    rows = []
+    rows, hosts, floor = [], yardstick.hosts, yardstick.floor
     for kind, found in by_kind(links, hosts).items():
         check, slowest = f"links {kind}", min(found, key=lambda link: link.bandwidth)
         below = below_floor(found, floor)
@@ -231,10 +264,12 @@ def links_rows(links: Sequence[MeasuredLink], hosts: Sequence[str], slack: float
             remedy = f"look at {who}, or lower it"
             rows.append(refused(check, UserError("preflight.min_bandwidth", floor, problem, remedy)))
             continue
-        slow = slow_links(found, slack)
+        slow = yardstick.slow(kind, found)
         text = f"{len(found)}: {_figures(found)}"
         if slow:
             who = _culprits(set(slow), found, hosts)
+            if kind == BETWEEN and below_device(found, hosts, yardstick.said):
+                text += f"; the network devices are said to carry {min(filter(None, yardstick.said)) / 1e9:.2g} GB/s"
             rows.append(warned(check, f"{who} slow, {_figures(list(slow.values()))}; of all {text}"))
         else:
             rows.append(Finding(check, text))
@@ -242,10 +277,29 @@ def links_rows(links: Sequence[MeasuredLink], hosts: Sequence[str], slack: float
 
 
 def _culprits(slow: set[Pair], found: Sequence[MeasuredLink], hosts: Sequence[str]) -> str:
-    ranks, rest = blame(slow, [link.pair for link in found])
-    parts = [f"{ranks_text(ranks)} ({', '.join(sorted({hosts[rank] for rank in ranks}))})"] if ranks else []
+    """Machines all of whose links to others are slow while each of those has a good one, pairs of machines all of whose
+    links are slow, and of what these do not explain ranks and links in the same way."""
+    between: dict[Pair, set[Pair]] = defaultdict(set)  # by the first ranks of two machines
+    first = {host: rank for rank, host in reversed(list(enumerate(hosts)))}
+    for link in found:
+        a, b = sorted(first[hosts[rank]] for rank in link.pair)
+        if a != b:
+            between[a, b].add(link.pair)
+    spoilt = {pair for pair, links in between.items() if links <= slow}
+    machines, lines = blame(spoilt, between)
+
+    def named(rank: int) -> str:
+        return f"{hosts[rank]} ({ranks_text([other for other, host in enumerate(hosts) if host == hosts[rank]])})"
+
+    parts = [*(named(rank) for rank in machines)]
+    parts += [f"the network between {named(a)} and {named(b)}" for a, b in lines[:SHOWN]]
+    parts += [f"{len(lines) - SHOWN} other pairs of machines"] if lines[SHOWN:] else []
+    left = slow - {pair for each in spoilt for pair in between[each]}
+    ranks, rest = blame(left, [link.pair for link in found])
+    parts += [f"{ranks_text(ranks)} ({', '.join(sorted({hosts[rank] for rank in ranks}))})"] if ranks else []
     if rest:
-        parts.append("link " + ", ".join(map(_name, rest[:5])) + (f" and {len(rest) - 5} others" if rest[5:] else ""))
+        more = f" and {len(rest) - SHOWN} others" if rest[SHOWN:] else ""
+        parts.append("link " + ", ".join(_name(pair) for pair in rest[:SHOWN]) + more)
     return " and ".join(parts)
 
 

@@ -21,8 +21,8 @@ from megabus.errors import UserError
 from megabus.estimate.layouts import pipeline_memory
 from megabus.estimate.memory import states_at
 from megabus.parallel.placement import Placement
-from megabus.parallel.topology import coordinate
-from megabus.preflight.findings import Finding, odd_ones, ranks_text, refused, size_text, warned
+from megabus.parallel.topology import coordinate, ranks_text
+from megabus.preflight.findings import Finding, odd_ones, refused, size_text, warned
 from megabus.preflight.slow import usual
 
 SLOW = 2.0  # times below the usual speed; two ranks that share a core are no reason to warn

@@ -21,7 +21,7 @@ SINKS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # key of l
 def check_software(config: RunConfig) -> None:
     """Raise `UserError` where the kernels, the optimizer or a sink of metrics cannot run here, before a run is made."""
     if dist.get_rank() == 0:  # which alone writes metrics
-        _check_sinks(config)
+        check_sinks(config)
     device = torch.device(get_accelerator().device_name())
     select(config.train.kernels, device)
     if config.optimizer.implementation == "torch":
@@ -31,8 +31,9 @@ def check_software(config: RunConfig) -> None:
     make_adam(config.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(8, device=device))]}], device)
 
 
-def _check_sinks(config: RunConfig) -> None:
-    """What is installed may still not be importable: by a package of another version beside it, mostly."""
+def check_sinks(config: RunConfig) -> None:
+    """Raise `UserError` where a sink of metrics is not to be had. What is installed may still not be importable: by a
+    package of another version beside it, mostly."""
     for name, module in SINKS.items():
         if getattr(config.log, name):
             remedy = f"or set log.{name}=false"
@@ -42,6 +43,23 @@ def _check_sinks(config: RunConfig) -> None:
             except Exception as error:
                 problem = f"needs {module}, which cannot be imported ({' '.join(str(error).split())[:200]})"
                 raise UserError(f"log.{name}", "true", problem, f"mend its installation, {remedy}") from error
+    if config.log.wandb and config.log.wandb_mode == "online":
+        _log_in()
+
+
+def _log_in() -> None:
+    """Into wandb, which asks for a key where there is a terminal. Raises `UserError` where its server does not know the
+    user, or does not answer."""
+    import wandb
+
+    try:
+        known = wandb.login(verify=True)
+        problem = "nobody is logged in"
+    except wandb.errors.Error as error:
+        known, problem = False, f"does not start ({' '.join(str(error).split())})"
+    if not known:
+        remedy = "log in (`wandb login`, or WANDB_API_KEY), or set log.wandb_mode=offline"
+        raise UserError("log.wandb_mode", "online", problem, remedy)
 
 
 def check_kernels(config: RunConfig, stages: list[Stage]) -> None:

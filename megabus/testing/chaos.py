@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from megabus.config import RunConfig, parse_config
-from megabus.data.indexed import IndexedWriter
-from megabus.data.tokenizer import train_tokenizer
+from megabus.config import RunConfig
 from megabus.errors import UserError
 from megabus.report.history import read_metrics
 from megabus.testing.chaos_ranks import (
@@ -34,11 +32,8 @@ from megabus.testing.chaos_ranks import (
     Spans,
     attempt,
 )
+from megabus.testing.chaos_runs import EVAL_EVERY, SAVE_EVERY, run_config, undisturbed_dir
 
-VOCAB = 300
-EVAL_EVERY = 4
-SAVE_EVERY = 3
-KEEP_LAST = 2
 KILLS_A_RUN = 4
 TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "stall_s", "environment")  # of rows: no two runs agree in them
 AIMS = (
@@ -57,74 +52,6 @@ AIMS = (
     Phase.SAVE,
     Phase.JOIN,
 )
-
-DP4 = {"tp": 1, "pp": 1}
-# (layouts, moments, precision): every growth moves weights between layouts that have nothing in common.
-SCHEDULES: dict[str, tuple[list[dict[str, int]], str, str]] = {
-    "A": ([{"tp": 2, "pp": 2}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 4}], "grow", "fp32"),
-    "B": ([DP4, {"tp": 2, "pp": 1}, {"tp": 2, "pp": 2}], "reset", "bf16"),
-}
-
-
-def describe(schedule: str) -> str:
-    layouts, moments, precision = SCHEDULES[schedule]
-    names = [f"TP{at['tp']}/PP{at['pp']}/DP{WORLD // (at['tp'] * at['pp'])}" for at in layouts]
-    return f"{' -> '.join(names)}, moments {moments}, {precision}"
-
-
-# ---- the run
-
-
-def make_corpus(folder: Path) -> None:
-    """Tokens with something to learn: each is mostly a function of the one before it. And a tokenizer, to be saved."""
-    table = np.random.default_rng(0).integers(0, VOCAB, VOCAB)
-    for name, length, seed in (("train", 2000, 1), ("valid", 200, 2)):
-        rng, tokens = np.random.default_rng(seed), [0]
-        for _ in range(length):
-            tokens.append(int(table[tokens[-1]] if rng.random() < 0.9 else rng.integers(VOCAB)))
-        with IndexedWriter(str(folder / name), np.dtype(np.uint16)) as writer:
-            writer.append(tokens)
-    train_tokenizer(["to be or not to be that is the question " * 20], VOCAB, folder / "tokenizer", "bpe")
-
-
-def run_config(corpus: Path, run_dir: Path, schedule: str, **checkpoint: Any) -> RunConfig:
-    """16 steps that grow after 5 and after 10, the first time in width, then in depth and sequence length."""
-    layouts, moments, precision = SCHEDULES[schedule]
-    stages: list[dict[str, Any]] = [
-        {"d_model": 48, "n_heads": 4, "d_ff": 90, "max_tokens": 5 * 64, "micro_batch_size": 2},
-        {"n_layers": 5, "seq_len": 32, "lr": 3e-3},
-    ]
-    return parse_config(
-        {
-            "run_dir": str(run_dir),
-            "model": {"vocab_size": VOCAB, "d_model": 36, "n_layers": 3, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-            "layout": layouts[0],
-            "train": {
-                "seq_len": 16,
-                "micro_batch_size": 2 if layouts[0] != DP4 else 1,
-                "global_batch_size": 4,
-                "max_steps": 16,
-                "precision": precision,
-            },
-            "optimizer": {"lr": 1e-2},
-            "growth": {
-                "moments": moments,
-                "max_tokens": 5 * 64,
-                "trigger": {"predictor": "constant", "constant": 1.0, "kappa": 0.99},
-                "stages": [stage | {"layout": layout} for stage, layout in zip(stages, layouts[1:], strict=True)],
-            },
-            "data": {
-                "train": str(corpus / "train"),
-                "valid": str(corpus / "valid"),
-                "tokenizer": str(corpus / "tokenizer.model"),
-            },
-            "eval": {"every": EVAL_EVERY, "tokens": 128},
-            "log": {"unit_norm_every": 1},
-            "checkpoint": {"every": SAVE_EVERY, "keep_last": KEEP_LAST} | checkpoint,
-            "faults": {"hang_timeout": 15.0},
-            "preflight": {"enabled": False},
-        }
-    )
 
 
 # ---- what is on the disk
@@ -212,13 +139,13 @@ class Workload:
     """A schedule's run as it is when nobody disturbs it, and how long its phases take."""
 
     schedule: str
-    corpus: Path
+    folder: Path
     run_dir: Path
     remains: Remains
     spans: Spans
 
     def config(self, run_dir: Path, **checkpoint: Any) -> RunConfig:
-        return run_config(self.corpus, run_dir, self.schedule, **checkpoint)
+        return run_config(self.folder, run_dir, self.schedule, **checkpoint)
 
     def steps_of(self, event: str) -> list[int]:
         return [row["step"] for row in self.remains.rows if row["event"] == event]
@@ -228,14 +155,14 @@ class Workload:
         return self.steps_of("step")[-1]
 
 
-def undisturbed(corpus: Path, folder: Path, schedule: str) -> Workload:
-    """Run a schedule to its end. Raises RuntimeError if it does not get there."""
-    run_dir = folder / f"undisturbed-{schedule}"
-    run = attempt(run_config(corpus, run_dir, schedule), folder / f"undisturbed-{schedule}.log")
+def undisturbed(folder: Path, schedule: str) -> Workload:
+    """Run a schedule to its end; `folder` holds the corpora. Raises RuntimeError if it does not get there."""
+    run_dir = undisturbed_dir(folder, schedule)
+    run = attempt(run_config(folder, run_dir, schedule), folder / f"undisturbed-{schedule}.log")
     if not run.done:
         raise RuntimeError(f"the undisturbed run {schedule} fails: {run.ending()}")
     spans = {phase: run.board.span(phase) for phase in Phase}
-    return Workload(schedule, corpus, run_dir, remains(run_dir), spans)
+    return Workload(schedule, folder, run_dir, remains(run_dir), spans)
 
 
 # ---- kills

@@ -15,8 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from megabus.testing.chaos import SAVE_EVERY, Workload, losses, newest_whole
+from megabus.testing.chaos import Workload, losses, newest_whole
 from megabus.testing.chaos_ranks import WORLD, Attempt, Board, attempt
+from megabus.testing.chaos_runs import SAVE_EVERY
 from megabus.testing.ranks import run_ranks
 
 # ---- damage

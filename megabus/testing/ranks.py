@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,6 +27,7 @@ from megabus.engine.startup import import_deepspeed, prepare_environment, start_
 PORTS = range(20_000, 32_768)  # Linux gives out those from 32768 on by itself, for any connection
 WORKERS = 32  # of pytest, with a range each; the first range is for all that is none
 _ports = itertools.count(os.getpid())  # several programs of one range begin at different places
+_taken: deque[socket.socket] = deque(maxlen=64)  # holds the names of the last ports, see `free_port`
 
 
 def preload() -> None:
@@ -110,7 +112,8 @@ def _rank(rank: int, world: int, port: int, folder: Path, job: Callable[..., Any
 def free_port() -> int:
     """A port that nothing has, and that nothing is likely to take in the seconds before ranks listen on it.
 
-    It is none of those that the system gives out by itself, and each of pytest's workers has a range of its own.
+    It is none of those that the system gives out by itself, and each of pytest's workers has a range of its own. Of
+    several programs that ask, one gets it: a name of the kernel's stands for it while that program lives.
     Raises RuntimeError where the whole range is taken.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
@@ -118,7 +121,10 @@ def free_port() -> int:
     begin = size * (1 + int(worker) % WORKERS) if worker else 0
     for _ in range(size):
         port = PORTS[begin + next(_ports) % size]
-        with socket.socket() as probe, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            name = socket.socket(socket.AF_UNIX)
+            _taken.append(name)
+            name.bind(f"\0megabus-port-{port}")
             probe.bind(("", port))
             return port
     raise RuntimeError(f"no port is free from {PORTS[begin]} to {PORTS[begin + size - 1]}")

@@ -16,16 +16,17 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megabus.preflight.findings import ranks_text
+from megabus.parallel.topology import ranks_text
 
 PERIOD = 0.5  # seconds between two signatures of a rank; longer where there are many, to spare the store
 RANKS_A_SECOND = 500.0
 SILENCE = timedelta(seconds=2)  # of the store: it answers at once or not at all
+LEFT = -1  # the last number of a rank that has asked, and signs no more because it ends
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a rank leaves: its machine, what it is doing, and how often it has signed before."""
+    """What a rank leaves: its machine, what it is doing, and how often it has signed before, or `LEFT`."""
 
     host: str
     doing: str
@@ -81,12 +82,14 @@ class RollCall:
                 self.sign(doing)
                 time.sleep(0.1)
             after = self._read()
+            self.store.set(str(self.rank), json.dumps([self.host, doing, LEFT]))  # else who asks later would miss it
         except (RuntimeError, OSError):
             return "the store where ranks met does not answer"
         gone, there = defaultdict(list), defaultdict(list)
         for rank in range(self.world):
             last = after.get(rank, Signature("an unknown machine", "its start", 0))
-            if rank != self.rank and (rank not in before or before[rank].number == last.number):
+            silent = rank not in before or before[rank].number == last.number
+            if rank != self.rank and silent and last.number != LEFT:
                 gone[last.host].append((rank, last.doing))
             else:
                 there[last.host, last.doing].append(rank)

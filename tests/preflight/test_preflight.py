@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from dataclasses import replace
 
@@ -16,10 +17,20 @@ from megabus.config.stages import Layout, resolve_stages
 from megabus.errors import UserError
 from megabus.estimate.memory import rank_memory
 from megabus.parallel.placement import Placement
+from megabus.parallel.topology import ranks_text
 from megabus.preflight import files, flight
-from megabus.preflight.findings import odd_ones, ranks_text, size_text
+from megabus.preflight.findings import odd_ones, size_text
 from megabus.preflight.identity import pinned
-from megabus.preflight.links import MeasuredLink, best_of, by_kind, links_rows, neighbours, silence_of, slow_links
+from megabus.preflight.links import (
+    MeasuredLink,
+    Yardstick,
+    best_of,
+    by_kind,
+    links_rows,
+    neighbours,
+    silence_of,
+    slow_links,
+)
 from megabus.preflight.machine import (
     Machine,
     compute_row,
@@ -109,7 +120,9 @@ def _absent(folder):
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     write_corpora(tmp_path)
     told = run_ranks(4, _absent, tmp_path)
-    assert told[0].startswith("ranks = 4: rank 2 did not come to the preflight within 4 s, or ended before; look at")
+    assert told[0].startswith(
+        f"ranks = 4: rank 2 ({socket.gethostname()}) did not come to the preflight within 4 s, or ended before; look at"
+    )
     assert all(text != "passed" for text in told)
 
 
@@ -117,7 +130,7 @@ def _silent(folder, changes):
     """The last rank never answers: no message of the links reaches it."""
     flight.ABSENT = PATIENCE
     if dist.get_rank() == dist.get_world_size() - 1:
-        flight.measure = lambda *_: time.sleep(PATIENCE + 2) or ([], None)
+        flight.measure = lambda *_: time.sleep(0.5 * PATIENCE) or ([], None)
     try:
         check_only(run_config(folder, changes))
     except (UserError, RuntimeError) as error:
@@ -133,15 +146,16 @@ def test_a_silent_neighbour_is_named(tmp_path, world, changes, link, silent):
     """By every rank, and by rank 0 too where it is no end of the link."""
     write_corpora(tmp_path)
     told = run_ranks(world, _silent, tmp_path, changes)
-    begin = f"link = {link}: carries nothing: rank {silent} has not answered for 4 s; look at"
+    begin = f"link = {link}: carries nothing: rank {silent} has not answered for 1 s; look at"
     assert [text[: len(begin)] for text in told] == [begin] * world
 
 
 def test_who_is_silent():
-    assert silence_of([None] * 4, 4.0) is None
-    assert "link = 0-1: carries nothing: rank 1 has" in str(silence_of([1, None], 4.0))
-    assert "link = 1-3: carries nothing: rank 3 has" in str(silence_of([2, 3, 3, None], 4.0))
-    assert "link = 1-3: carries nothing: rank 3 has" in str(silence_of([2, 3, 3, 1], 4.0))  # late for all
+    one, two = ["a"] * 4, ["a", "a", "b", "b"]
+    assert silence_of([None] * 4, 4.0, one) is None
+    assert "link = 0-1: carries nothing: rank 1 has" in str(silence_of([1, None], 4.0, one))
+    assert "link = 1-3 (a - b): carries nothing: rank 3 has" in str(silence_of([2, 3, 3, None], 4.0, two))
+    assert "link = 1-3: carries nothing: rank 3 has" in str(silence_of([2, 3, 3, 1], 4.0, one))  # late for all
 
 
 @pytest.fixture
@@ -261,15 +275,44 @@ def test_links_are_compared_with_their_own_kind():
     hosts = ["a", "a", "b", "b", "c", "c"]
     pairs = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (0, 5)]
     between = [(1, 2), (3, 4), (0, 5)]
-    rows = links_rows(made(pairs, between), hosts, 1e-3, None)
+    yardstick = Yardstick(hosts, 1e-3, None, [0.0] * 6)
+    rows = links_rows(made(pairs, between), yardstick)
     assert [row.state for row in rows] == ["ok", "ok"]
     links = made(pairs, between)
     links[3] = replace(links[3], bandwidth=1e7)
-    assert [row.state for row in links_rows(links, hosts, 1e-3, None)] == ["ok", "warning"]
+    rows = links_rows(links, yardstick)
+    assert [row.state for row in rows] == ["ok", "warning"]
+    assert rows[1].text.startswith(
+        "the network between b (ranks 2-3) and c (ranks 4-5) slow, 0.01 GB/s, 100 µs; of all 3"
+    )
     assert {kind: len(found) for kind, found in by_kind(links, hosts).items()} == {
         "within machines": 3,
         "between machines": 3,
     }
+
+
+def test_two_machines_are_held_against_what_their_devices_are_said_to_carry():
+    """All links between them are alike: by themselves they are no slower than usual."""
+    pairs, hosts = [(0, 1), (0, 2), (1, 3)], ["a", "a", "b", "b"]
+    links = made(pairs, pairs[1:])
+
+    def row(said):
+        return links_rows(links, Yardstick(hosts, 1e-3, None, said))[1]
+
+    assert row([0.0] * 4).state == row([1e10, 1e10, 0.0, 0.0]).state == "ok"  # where one end's is not known
+    assert row([4.9e9] * 4).state == "ok"  # a 24th of what is said, for two ranks that share it
+    slow = row([5.1e9] * 4)
+    assert slow.state == "warning"
+    assert slow.text.startswith("the network between a (ranks 0-1) and b (ranks 2-3) slow, 0.1 to 0.1 GB/s")
+    assert slow.text.endswith("; the network devices are said to carry 5.1 GB/s")
+
+
+def test_the_machine_behind_slow_links():
+    """c's links to both others are slow."""
+    hosts = ["a", "b", "c", "d"]
+    pairs = [(0, 1), (1, 2), (2, 3), (0, 3)]
+    rows = links_rows(made(pairs, {(1, 2), (2, 3)}), Yardstick(hosts, 1e-3, None, [0.0] * 4))
+    assert rows[0].text.startswith("c (rank 2) slow, ")
 
 
 def test_late_answers_are_slow_only_beyond_the_slack():

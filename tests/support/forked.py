@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import pickle
 import runpy
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 
 def run_python(
@@ -40,6 +41,55 @@ def run_python(
         if code is None:
             raise subprocess.TimeoutExpired(words, timeout, out.read(), err.read())
         return subprocess.CompletedProcess(words, code, out.read(), err.read())
+
+
+class Begun:
+    """A job that goes on in a fork of this process, which leads a group, while this one does something else."""
+
+    def __init__(self, job: Callable[[], Any]) -> None:
+        self._result = tempfile.TemporaryFile()  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.setsid()
+            try:
+                ended: tuple[Any, str] = (job(), "")
+            except BaseException:
+                ended = (None, traceback.format_exc())
+            self._result.write(pickle.dumps(ended))
+            self._result.flush()
+            os._exit(0)
+        self._code: int | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        if self._code is None:
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if ended else None
+        return self._code is None
+
+    def wait(self, timeout: float) -> Any:
+        """What the job returned. Raises AssertionError with its traceback, or when it is late and had to be killed."""
+        deadline = time.monotonic() + timeout
+        while self.goes_on and time.monotonic() < deadline:
+            time.sleep(0.01)
+        late = self.goes_on
+        self.kill()
+        assert not late, f"goes on after {timeout:g} s"
+        assert self._code == 0, f"ended with {self._code}"
+        self._result.seek(0)
+        result, error = pickle.loads(self._result.read())
+        assert not error, error
+        return result
+
+    def kill(self) -> None:
+        """The job, and what it has started and not ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+        if self.goes_on:
+            _, status = os.waitpid(self._pid, 0)
+            self._code = os.waitstatus_to_exitcode(status)
 
 
 def wait_for(pid: int, timeout: float, kill: Callable[[int, int], None] = os.kill) -> int | None:

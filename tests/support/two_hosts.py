@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megabus.testing.ranks import free_port, preload
 
 NET, UTS, MOUNT = 0x40000000, 0x04000000, 0x00020000  # of setns and unshare
 _libc = ctypes.CDLL(None, use_errno=True)
+_pairs = count()
 
 
 def _checked(result: int) -> None:
@@ -28,13 +30,17 @@ def _checked(result: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def _run(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True, text=True)
+
+
 def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    _run("ip", *words)
 
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace, its end of the link and its address."""
+    """A namespace, its end of the link that ranks talk over, and the address where they meet."""
 
     name: str
     device: str
@@ -54,27 +60,40 @@ class Host:
     def plug(self) -> None:
         _ip("-n", self.name, "link", "set", self.device, "up")
 
+    def send_at_most(self, megabits: float) -> None:
+        """A second; over the link."""
+        limit = ("rate", f"{megabits}mbit", "burst", "32kbit", "latency", "400ms")
+        _run("tc", "-n", self.name, "qdisc", "add", "dev", self.device, "root", "tbf", *limit)
+
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Raises OSError or CalledProcessError where there may be no namespaces."""
-    tag = f"mb{os.getpid()}"
-    hosts = tuple(
-        Host(f"{tag}-{end}", f"{tag}{end}", f"10.77.{os.getpid() % 250}.{n}") for n, end in ((1, "a"), (2, "b"))
-    )
+def two_hosts(meet_elsewhere: bool = False) -> Iterator[tuple[Host, Host]]:
+    """Raises OSError or CalledProcessError where there may be no namespaces. Every pair is a network of its own.
+
+    meet_elsewhere: a second link, which stays up, joins the addresses where ranks meet.
+    """
+    tag = f"mb{os.getpid()}x{next(_pairs)}"
+    hosts = tuple(Host(f"{tag}-{end}", f"{tag}{end}", f"10.77.0.{n}") for n, end in ((1, "a"), (2, "b")))
     try:
         for host in hosts:
             _ip("netns", "add", host.name)
             _ip("-n", host.name, "link", "set", "lo", "up")
-        ends = [("netns", host.name) for host in hosts]
-        _ip("link", "add", hosts[0].device, *ends[0], "type", "veth", "peer", "name", hosts[1].device, *ends[1])
-        for host in hosts:
-            _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.device)
-            host.plug()
+        _join(hosts, [host.device for host in hosts], [host.address for host in hosts])
+        if meet_elsewhere:
+            hosts = tuple(replace(host, address=host.address.replace("77", "78")) for host in hosts)
+            _join(hosts, [f"{host.device}m" for host in hosts], [host.address for host in hosts])
         yield hosts[0], hosts[1]
     finally:
         for host in hosts:
             subprocess.run(["ip", "netns", "del", host.name], check=False, capture_output=True)
+
+
+def _join(hosts: Sequence[Host], devices: Sequence[str], addresses: Sequence[str]) -> None:
+    ends = [("name", device, "netns", host.name) for host, device in zip(hosts, devices, strict=True)]
+    _ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+    for host, device, address in zip(hosts, devices, addresses, strict=True):
+        _ip("-n", host.name, "addr", "add", f"{address}/24", "dev", device)
+        _ip("-n", host.name, "link", "set", device, "up")
 
 
 def why_no_namespaces() -> str | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.forked import run_python
 
 from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.schema import KappaConfig
@@ -21,7 +20,6 @@ from megabus.train.loop import _seconds_left
 from megabus.train.metrics import Metrics, clock, describe, step_line
 from megabus.train.run_dir import open_metrics
 
-ROOT = Path(__file__).parents[2]
 TREE: dict[str, Any] = {
     "model": {"vocab_size": 67, "d_model": 36, "n_layers": 3, "n_heads": 4, "head_dim": 6, "d_ff": 62},
     "layout": {"tp": 2},
@@ -261,7 +259,7 @@ def test_no_sink_is_opened_unasked(tmp_path: Path) -> None:
 def with_wandb(tmp_path: Path, body: str) -> Path:
     """Run `body`, which has `metrics`, `STEP` and `run`; the run's directory.
 
-    In a process of its own: wandb starts threads and a service, and later tests fork.
+    In a fork: wandb starts threads and a service, and later tests fork.
     """
     script = f"""
 import json, sys
@@ -281,13 +279,11 @@ metrics.close()
     quiet = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off", "WANDB_ERROR_REPORTING": "false"}
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # whatever should be sent would not arrive
     tree = run_config(run, wandb=True).model_dump_json()
-    ended = subprocess.run(
-        [sys.executable, "-c", script, tree, json.dumps(STEP), json.dumps(MEMORY)],
-        capture_output=True,
-        text=True,
-        timeout=60,
+    (tmp_path / "script.py").write_text(script)
+    ended = run_python(
+        [tmp_path / "script.py", tree, json.dumps(STEP), json.dumps(MEMORY)],
         cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)} | elsewhere | quiet | nowhere,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)} | elsewhere | quiet | nowhere,
     )
     assert ended.returncode == 0, ended.stderr
     return run

@@ -14,7 +14,8 @@ import pytest
 import torch.distributed as dist
 from support.small_runs import after_step, attempt, run_config, start, write_corpus
 
-from megabus.train import watchdog
+from megabus.testing.ranks import run_ranks
+from megabus.train import roll_call, watchdog
 from megabus.train.watchdog import EXIT_CODE, watched
 
 LIMIT = 30.0  # seconds after which a process of these tests is ended from outside
@@ -169,3 +170,31 @@ def test_a_run_that_works_is_left_alone(corpus, tmp_path):
     ranks = start(config, 2, impatient(log), after_step(1, within(2.5)), *steps)
     assert [rank.numbers[-1] for rank in ranks] == [6, 6]
     assert [Path(f"{log}.{rank}").read_text() for rank in (0, 1)] == ["", ""]
+
+
+def test_a_rank_that_has_asked_and_left_is_not_silent():
+    """Ranks find out one after the other that a peer is gone, and who knows ends."""
+    assert run_ranks(3, _asks_in_turn) == [
+        "no answer from elsewhere (rank 2), last heard of in a save",
+        "no answer from elsewhere (rank 2), last heard of in a save",
+        "",
+    ]
+
+
+def _asks_in_turn():
+    roll_call.PERIOD, rank = 0.1, dist.get_rank()
+    roll = roll_call.RollCall()
+    roll.host = "elsewhere" if rank == 2 else "here"
+    roll.sign("a save" if rank == 2 else "a step")
+    dist.barrier()
+    told = ""
+    if rank == 1:
+        told = roll.told("a step", 5.0)
+        roll.store.set("asked", "")
+    elif rank == 0:
+        while not roll.store.check(["asked"]):
+            roll.sign("a step")
+            time.sleep(0.02)
+        told = roll.told("a step", 5.0)
+    dist.barrier()
+    return told.partition(": ")[2]
