@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
-import deepspeed
 import pytest
 import torch.distributed as dist
 
@@ -49,10 +48,10 @@ def test_a_slow_last_word_is_waited_for():
     ],
 )
 def test_a_port_is_blamed_only_where_it_is_at_fault(monkeypatch, said, told):
-    def fail(**options):
+    def fail(*_, **options):
         raise dist.DistNetworkError(said)
 
-    monkeypatch.setattr(deepspeed, "init_distributed", fail)
+    monkeypatch.setattr("torch.distributed.rendezvous.rendezvous", fail)
     monkeypatch.setattr(startup, "on_gpu", lambda: False)
     monkeypatch.setenv("MASTER_ADDR", "a")
     monkeypatch.setenv("MASTER_PORT", "1")
