@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from datetime import timedelta
 
@@ -51,7 +52,7 @@ def test_a_port_is_blamed_only_where_it_is_at_fault(monkeypatch, said, told):
     def fail(*_, **options):
         raise dist.DistNetworkError(said)
 
-    monkeypatch.setattr("torch.distributed.rendezvous.rendezvous", fail)
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", fail)  # torch has it as a function
     monkeypatch.setattr(startup, "on_gpu", lambda: False)
     monkeypatch.setenv("MASTER_ADDR", "a")
     monkeypatch.setenv("MASTER_PORT", "1")
