@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megabus.checkpoint.contents import TOKENIZER, listed_tokenizer, opened
+from megabus.checkpoint.contents import listed_tokenizer, opened
 from megabus.checkpoint.manifest import check_files, read_manifest
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
+from megabus.data.tokenizer import FILES
 from megabus.errors import UserError
 from megabus.model.decoder import Decoder
 from megabus.model.params import global_shape
@@ -63,6 +64,6 @@ def saved_tokenizer(folder: Path) -> Path:
     entries = read_manifest(folder)
     path = listed_tokenizer(folder, entries)
     if path is None:
-        raise UserError("tokenizer", folder / TOKENIZER, "the file does not exist", "name one: --tokenizer")
-    check_files(folder, [entry for entry in entries if entry.name == TOKENIZER])
+        raise UserError("tokenizer", folder, "no tokenizer was saved with it", "name one: --tokenizer")
+    check_files(folder, [entry for entry in entries if entry.name in FILES])
     return path

@@ -79,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"its section of a run's file:\n{yaml.safe_dump({'model': model}, sort_keys=False)}", end="")
         if isinstance(source, HuggingFaceSource) and source.left:
             print(f"left behind: {', '.join(source.left)}; --to hf --like {args.source} takes them up again")
+        if isinstance(source, HuggingFaceSource) and source.without_tokenizer:
+            print(f"without its tokenizer, which {source.without_tokenizer}")
         if args.verify:
             begun = time.perf_counter()
             kinds: tuple[Kind, ...] | None = ("weight",) if args.to == "hf" else None

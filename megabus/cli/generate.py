@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the checkpoint's own when left out")
+    parser.add_argument("--tokenizer", help="file, directory or hub name; the checkpoint's own when left out")
     args = parser.parse_args(argv)
 
     import torch
@@ -44,8 +44,7 @@ def main(argv: Sequence[str]) -> int:
         prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError("standard input", error.object[:20], "is not UTF-8", "give text") from error
-    # A document begins after the last one's end, so an empty prompt is that end.
-    ids, shown = tokenizer.encode(prompt) or [tokenizer.eod], ""
+    ids, shown = [*tokenizer.prefix, *tokenizer.encode(prompt)] or tokenizer.start, ""
     tokens = generate(
         model,
         ids,
@@ -54,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stop=tokenizer.eod,
+        stop=tokenizer.eos,
+        n_ids=tokenizer.vocab_size,
     )
     print(prompt, end="", flush=True)
     written: list[int] = []

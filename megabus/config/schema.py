@@ -32,7 +32,7 @@ class ModelConfig(Section):
     """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""
 
     kind: Literal["ngpt", "gpt"] = Field("ngpt", description="never changes in a run")
-    vocab_size: Count = Field(description="pieces of the tokenizer; never changes in a run")
+    vocab_size: Count = Field(description="ids of tokens: the tokenizer's, or more; never changes in a run")
     d_model: Count = Field(description="channels of the residual stream")
     n_layers: CountFrom0 = Field(
         description="blocks of attention and MLP; at least layout.pp, or none (head on embedding) to grow by fresh ones"
@@ -311,7 +311,9 @@ class DataConfig(Section):
 
     train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
     valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
-    tokenizer: Pathname | None = Field(None, description="SentencePiece model, copied beside checkpoints")
+    tokenizer: Pathname | None = Field(
+        None, description="what made the data: a tokenizer's file, directory or hub name; copied into checkpoints"
+    )
 
     @property
     def train_corpora(self) -> list[tuple[str, float]]:

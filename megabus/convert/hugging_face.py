@@ -182,7 +182,8 @@ def _llama_config(state: SavedState) -> dict[str, Any]:
 
 
 class HuggingFaceSource:
-    """A directory of either kind, ours or any Llama's. left: what of it no other form keeps."""
+    """A directory of either kind, ours or any Llama's. left: what of it no other form keeps; without_tokenizer: why its
+    tokenizer is among that."""
 
     def __init__(self, folder: Path, files: OpenFiles) -> None:
         self.folder, self.files = folder, files
@@ -193,7 +194,7 @@ class HuggingFaceSource:
         self.state = _without_a_run(model)
         self.specs = param_specs(model)
         self.tied = bool(config.get("tie_word_embeddings"))
-        self.tokenizer = tokenizer_of(folder)
+        self.tokenizer, self.without_tokenizer = tokenizer_of(folder)
         self.left = rest_of(folder, config, self.tokenizer)
         self._check()
 

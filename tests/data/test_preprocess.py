@@ -112,8 +112,11 @@ def test_sidecar_and_eod(tmp_path, model):
     tokenizer = Tokenizer(model)
     assert read_meta(tmp_path / "with") == {
         "vocab_size": 300,
+        "tokenizer": "t.model",
         "tokenizer_sha256": tokenizer.sha256,
         "eod": tokenizer.eod,
+        "document_prefix": [],
+        "document_suffix": [tokenizer.eod],
         "n_documents": 2,
         "n_tokens": IndexedTokens(tmp_path / "with").n_tokens,
         "dtype": "uint16",

@@ -245,7 +245,7 @@ COMMANDS = {
         "--batch-size = 6: is not divisible by --micro-batch-size x dp = 4 x 1; choose a multiple",
     ),
     "checkpoint": (["--valid", "{file}"], "checkpoint = {folder}: holds none"),
-    "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not a SentencePiece model"),
+    "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not JSON (Extra data"),
     "vocabulary": (
         ["--valid", "{file}", "--tokenizer", "{other}"],
         "tokenizer = {other}: has 273 pieces, the model 340",
