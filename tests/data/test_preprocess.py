@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from megabus.cli import main
 from megabus.data import encoding
+from megabus.data import preprocess as preprocessing
 from megabus.data.indexed import IndexedTokens, read_meta
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from tools import demo_text
@@ -122,6 +124,72 @@ def test_sidecar_and_eod(tmp_path, model):
         "dtype": "uint16",
         "bin_sha256": hashlib.sha256((tmp_path / "with.bin").read_bytes()).hexdigest(),
     }
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory):
+    """A directory whose post-processor puts BOS before a text, and nothing after it."""
+    folder = tmp_path_factory.mktemp("llama")
+    backend = tokenizers.Tokenizer.from_file(str(train_tokenizer([SENTENCE], 260, folder / "t")))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 260)])
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+MARKS = [
+    ((), [260], [261], ", each after <s> (260) and before </s> (261)"),
+    (("--no-append-eod",), [260], [], ", each after <s> (260)"),
+    (("--bos", "none"), [], [261], ", each before </s> (261)"),
+    (("--bos", "none", "--eos", "none"), [], [], ""),
+    (("--bos", "</s>", "--eos", "0"), [261], [0], ", each after </s> (261) and before <|endoftext|> (0)"),
+]
+
+
+@pytest.mark.parametrize(("options", "before", "after", "told"), MARKS)
+def test_what_stands_around_a_document(tmp_path, llama_like, capsys, options, before, after, told):
+    (tmp_path / "in.txt").write_text("the fox\n\n\nthe dog\n")
+    assert run(llama_like, tmp_path / "out", tmp_path / "in.txt", *options) == 0
+    assert capsys.readouterr().out.startswith(f"2 documents{told}, ")
+    corpus, tokenizer = IndexedTokens(tmp_path / "out"), Tokenizer(llama_like)
+    found = [corpus.sequence(i).tolist() for i in range(2)]
+    assert found == [[*before, *tokenizer.encode(text), *after] for text in ("the fox", "the dog")]
+    meta = read_meta(tmp_path / "out")
+    assert (meta["document_prefix"], meta["document_suffix"]) == (before, after)
+    assert (meta["vocab_size"], meta["tokenizer_sha256"]) == (262, tokenizer.sha256)
+
+
+def test_marks_that_there_are_not_are_refused(tmp_path, llama_like, capsys):
+    (tmp_path / "in.txt").write_text("the fox\n")
+    backend = tokenizers.Tokenizer.from_file(str(llama_like / "tokenizer.json"))
+    (tmp_path / "endless.json").write_text(tokenizers.Tokenizer(backend.model).to_str())
+    for name, options, told in (
+        (llama_like, ("--eos", "<none>"), f"--eos = <none>: is neither a token of {llama_like} nor an id below 262"),
+        (llama_like, ("--bos", "262"), "--bos = 262: is neither a token"),
+        (llama_like, ("--no-append-eod", "--eos", "0"), "--eos = 0: says what --no-append-eod forbids"),
+        (tmp_path / "endless.json", (), f"tokenizer = {tmp_path}/endless.json: names no end-of-text token"),
+    ):
+        assert run(name, tmp_path / "out", tmp_path / "in.txt", *options) == 2
+        assert capsys.readouterr().err.startswith(f"error: {told}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["endless.json", "in.txt"]
+
+
+def test_a_byte_level_bpe_is_trained_by_default(tmp_path, capsys, monkeypatch):
+    """All text of the training documents is read, and it is told how far that is."""
+    texts = [f"document {i}: {SENTENCE}" for i in range(30)]
+    (tmp_path / "in.txt").write_text("\n\n\n".join(texts))
+    monkeypatch.setattr(preprocessing, "PROGRESS_SECONDS", 0.0001)
+    command = ["preprocess", str(tmp_path / "in.txt"), "--train-tokenizer", "300", "--output", str(tmp_path / "c")]
+    assert main([*command, "--workers", "1"]) == 0
+    tokenizer, corpus = Tokenizer(tmp_path / "c-tokenizer.json"), IndexedTokens(tmp_path / "c")
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("tokenizers", 300)
+    assert tokenizer.decode(corpus.sequence(3).tolist()) == texts[3].strip()
+    assert corpus.sequence(3)[-1] == tokenizer.eod
+    told = capsys.readouterr().err
+    assert "tokenizer: 0 MB of text read, 0:00\n" in told
+    assert "tokenizer: 300 pieces in " in told
 
 
 def test_validation_split(tmp_path, model):

@@ -87,6 +87,16 @@ def test_temperature_divides_the_logits():
     assert next(generate(decoder, [5], 1, temperature=1e-42)) == int(logits.argmax())
 
 
+def test_ids_of_a_padded_vocabulary_are_never_taken():
+    decoder = model()
+    for options in ({"temperature": 0}, {"temperature": 50.0}, {"temperature": 50.0, "top_k": 67}):
+        assert max(generate(decoder, [1, 66], 60, n_ids=9, **options)) <= 8
+    assert max(generate(decoder, [1, 66], 60, temperature=50.0)) > 8  # control
+    for n_ids in (0, 68):
+        with pytest.raises(UserError, match=f"n_ids = {n_ids}: is out of range"):
+            generate(decoder, [1], 1, n_ids=n_ids)
+
+
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"prompt": []}])
 def test_bad_arguments(bad):
     options = {"prompt": [1]} | bad
@@ -94,9 +104,11 @@ def test_bad_arguments(bad):
         next(generate(model(), options.pop("prompt"), 1, **options))
 
 
-def test_the_command(tmp_path):
-    path = train_tokenizer(["the cat sees the dog and the dog sees the cat " * 50], 290, tmp_path / "tok", "bpe")
-    source = MemorySource(model_config("ngpt", vocab_size=290))
+@pytest.mark.parametrize(("model_type", "vocab_size"), [("bpe", 290), ("byte-bpe", 384)])
+def test_the_command(tmp_path, model_type, vocab_size):
+    text = "the cat sees the dog and the dog sees the cat " * 50
+    path = train_tokenizer([text], 290 if model_type == "bpe" else 268, tmp_path / "tok", model_type)
+    source = MemorySource(model_config("ngpt", vocab_size=vocab_size))
     source.tokenizer = path
     convert(source, tmp_path / "run", "checkpoint")
     command = ["generate", tmp_path / "run", "--prompt", "the cat", "--max-tokens", "9"]
@@ -104,7 +116,8 @@ def test_the_command(tmp_path):
     assert ended.returncode == 0, ended.stderr
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode("the cat")
-    drawn = generate(megabus.load(tmp_path / "run"), ids, 9, temperature=0.8, stop=tokenizer.eod)
+    options = {"temperature": 0.8, "stop": tokenizer.eod, "n_ids": tokenizer.vocab_size}
+    drawn = generate(megabus.load(tmp_path / "run"), ids, 9, **options)
     assert ended.stdout == tokenizer.decode(ids + list(drawn)) + "\n"
     bad = run_command(*command, "--tokenizer", tmp_path / "no.model")
     assert bad.returncode == 2

@@ -77,11 +77,10 @@ class Tokenizer:
         return self.codec.decode(list(ids))
 
     def id_of(self, token: str) -> int:
-        """token: as the vocabulary writes it, or its id. Raises `UserError` for another."""
-        found = self.codec.id_of(token)
-        if found is None and token.isascii() and token.isdigit() and int(token) < self.vocab_size:
-            found = int(token)
-        if found is None:
+        """token: its id, or as the vocabulary writes it. Raises `UserError` for another."""
+        is_id = token.isascii() and token.isdigit()
+        found = int(token) if is_id else self.codec.id_of(token)
+        if found is None or found >= self.vocab_size:
             problem = f"is neither a token of {self.name} nor an id below {self.vocab_size}"
             raise UserError("token", token, problem, "give one of its special tokens, or none")
         return found
