@@ -25,6 +25,7 @@ from megabus.errors import UserError, warn
 from megabus.plain_file import shown
 
 SPACE = "▁"
+MANY = 1 << 20  # spaces that a text may begin with
 NEVER = -1e9  # a score that no way through a text affords
 
 
@@ -157,14 +158,19 @@ def _normalizers(proto: Any) -> list[dict[str, Any]]:
         steps.append({"type": "Replace", "pattern": {"String": "\r\n"}, "content": line_end})
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    suffix = spec.add_dummy_prefix and proto.trainer_spec.treat_whitespace_as_suffix
     if spec.remove_extra_whitespaces:
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    if spec.add_dummy_prefix and proto.trainer_spec.treat_whitespace_as_suffix:
-        steps.append({"type": "Replace", "pattern": {"Regex": r"(?<=.)\z"}, "content": " "})
-    elif spec.add_dummy_prefix:
+        steps += [_replaced(r"\A +", ""), _replaced(" {2,}", " ")]
+    if spec.add_dummy_prefix and not suffix:
         steps.append({"type": "Prepend", "prepend": " "})
-    return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    if spec.remove_extra_whitespaces:
+        steps.append(_replaced(rf"{SPACE}+\z", ""))
+    return steps + ([_replaced(r"(?<=.)\z", SPACE)] if suffix else [])
+
+
+def _replaced(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
 def _decoders(proto: Any) -> list[dict[str, Any]]:
@@ -173,8 +179,10 @@ def _decoders(proto: Any) -> list[dict[str, Any]]:
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if proto.normalizer_spec.add_dummy_prefix and not proto.trainer_spec.treat_whitespace_as_suffix:
-        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    spec = proto.normalizer_spec
+    if spec.add_dummy_prefix and not proto.trainer_spec.treat_whitespace_as_suffix:
+        start = MANY if spec.remove_extra_whitespaces else 1
+        steps.append({"type": "Strip", "content": " ", "start": start, "stop": 0})
     return steps
 
 
