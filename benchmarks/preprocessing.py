@@ -1,4 +1,4 @@
-"""Text to token ids: tools/preprocess.py beside `datasets.map` with the same tokenizer, text and number of processes."""
+"""Text to token ids: tools/preprocess.py beside `datasets.map` with the same tokenizer, text and processes."""
 
 from __future__ import annotations
 
