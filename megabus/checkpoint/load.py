@@ -11,7 +11,7 @@ from megabus.checkpoint.contents import listed_tokenizer, opened
 from megabus.checkpoint.manifest import check_files, read_manifest
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
-from megabus.data.tokenizer import FILES
+from megabus.data.tokenizer import FILES, Tokenizer, open_tokenizer, read_tokenizer_files
 from megabus.errors import UserError
 from megabus.model.decoder import Decoder
 from megabus.model.params import global_shape
@@ -67,3 +67,17 @@ def saved_tokenizer(folder: Path) -> Path:
         raise UserError("tokenizer", folder, "no tokenizer was saved with it", "name one: --tokenizer")
     check_files(folder, [entry for entry in entries if entry.name in FILES])
     return path
+
+
+def tokenizer_for(folder: Path, given: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer to use a checkpoint's model with: its own, verified, or the one `given` where it has none. Raises
+    `UserError` where there is neither, or where both are and are not the same."""
+    if given is None:
+        return open_tokenizer(saved_tokenizer(folder), vocab_size)
+    tokenizer = open_tokenizer(given, vocab_size)
+    if listed_tokenizer(folder, read_manifest(folder)) is not None:
+        own = read_tokenizer_files(saved_tokenizer(folder))
+        if not own.known_as & tokenizer.files.known_as:
+            problem = f"is another than the one saved in {folder}"
+            raise UserError("tokenizer", given, problem, "leave it out, or give that one")
+    return tokenizer

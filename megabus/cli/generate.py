@@ -31,15 +31,13 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     import megabus
-    from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
-    from megabus.data.tokenizer import open_tokenizer
+    from megabus.checkpoint.load import checkpoint_at, tokenizer_for
     from megabus.generate import generate
 
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError("--device", args.device, "is not there", "use cpu")
     model = megabus.load(args.checkpoint).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
-    path = args.tokenizer or saved_tokenizer(checkpoint_at(args.checkpoint))
-    tokenizer = open_tokenizer(path, model.config.vocab_size)
+    tokenizer = tokenizer_for(checkpoint_at(args.checkpoint), args.tokenizer, model.config.vocab_size)
     try:
         prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -29,7 +29,7 @@ class Sources:
 
         What neither side knows is not compared: token files of Megatron's own tools do not say what made them.
         """
-        made_with = self.train.tokenizers | self.valid.tokenizers
+        made_with = self.valid.tokenizers | self.train.tokenizers
         own = made_with.keys() | (self.tokenizer.files.known_as if self.tokenizer is not None else set())
         if known and own and not known & own:
             name = next(iter(made_with.values()), None) or (self.tokenizer and self.tokenizer.name)

@@ -10,6 +10,7 @@ from support.command import run_command
 from support.sources import MemorySource, model_config
 
 import megabus
+from megabus.checkpoint.load import checkpoint_at
 from megabus.convert.convert import convert
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
@@ -122,3 +123,9 @@ def test_the_command(tmp_path, model_type, vocab_size):
     bad = run_command(*command, "--tokenizer", tmp_path / "no.model")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: tokenizer = ")
+    other = train_tokenizer([text], 289 if model_type == "bpe" else 267, tmp_path / "other", model_type)
+    bad = run_command(*command, "--tokenizer", other)
+    assert bad.returncode == 2
+    folder = checkpoint_at(tmp_path / "run")
+    assert bad.stderr.startswith(f"error: tokenizer = {other}: is another than the one saved in {folder}; leave it out")
+    assert run_command(*command, "--tokenizer", path).stdout == ended.stdout

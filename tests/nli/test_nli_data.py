@@ -248,7 +248,7 @@ COMMANDS = {
     "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not JSON (Extra data"),
     "vocabulary": (
         ["--valid", "{file}", "--tokenizer", "{other}"],
-        "tokenizer = {other}: has 273 pieces, the model 340",
+        "tokenizer = {other}: is another than the one saved in ",
     ),
     "bad rows": (["--valid", "{bad}"], "--valid = {bad}, line 1: gold_label = maybe: Input"),
     "out": (["--valid", "{file}", "--out", "{file}/x"], "--out = {file}/x: cannot be written ("),
