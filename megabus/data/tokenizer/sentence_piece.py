@@ -31,7 +31,7 @@ class SentencePiece:
             if not files.raw:  # which the library takes for no model given
                 raise RuntimeError("no bytes")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=files.raw)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # ValueError where its complaint quotes what is no UTF-8
             raise files.fault("is no tokenizer that is known", REMEDY) from error
         self.n_ids: int = self._processor.vocab_size()
         found = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
