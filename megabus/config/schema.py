@@ -311,9 +311,7 @@ class DataConfig(Section):
 
     train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(description="a prefix, or a list of corpora")
     valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
-    tokenizer: Pathname | None = Field(
-        None, description="what made the data: a tokenizer's file, directory or hub name; copied into checkpoints"
-    )
+    tokenizer: Pathname | None = Field(None, description="what made the data: a file, directory or hub name; is saved")
 
     @property
     def train_corpora(self) -> list[tuple[str, float]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megabus import plain_file
-from megabus.data.tokenizer import FILES, Tokenizer
+from megabus.data.tokenizer import FILES, Tokenizer, read_tokenizer_files
+from megabus.data.tokenizer.files import CONFIG, MODEL, TREE
 from megabus.errors import UserError
 from megabus.plain_file import NotPlainError, parse_json, read_regular
 
@@ -61,13 +63,26 @@ def rest_of(folder: Path, config: dict[str, Any], tokenizer: Path | None) -> lis
     return files + [key for key in KEYS if config.get(key) is not None]
 
 
-def copy_rest(like: Path, out: Path, vocab_size: int) -> dict[str, Any]:
-    """Copy `like`'s tokenizer files to `out`; its keys of config.json that go with them."""
+def without_code(config: dict[str, Any]) -> str:
+    """A tokenizer_config.json without auto_map: it names code of others, which transformers would run beside an
+    nGPT's own."""
+    return json.dumps({key: value for key, value in config.items() if key != "auto_map"}, indent=2) + "\n"
+
+
+def copy_rest(like: Path, out: Path, vocab_size: int, own: Path | None) -> dict[str, Any]:
+    """Copy `like`'s tokenizer files to `out`; its keys of config.json that go with them. own: the tokenizer that was
+    saved with the weights, if one was: `like`'s must be the same."""
     config = read_json(like / "config.json")
     if config.get("vocab_size") != vocab_size:
         problem = f"has vocab_size {config.get('vocab_size')}, the model {vocab_size}"
         raise UserError("--like", like, problem, "give the directory that the model came from")
-    for name in TOKENIZER_FILES:
-        if (like / name).is_file():
-            shutil.copyfile(inside(like / name), out / name)
+    there = [name for name in TOKENIZER_FILES if (like / name).is_file()]
+    for name in there:
+        shutil.copyfile(inside(like / name), out / name)
+    if CONFIG in there:
+        (out / CONFIG).write_text(without_code(read_json(like / CONFIG)), encoding="utf-8")
+    both = [read_tokenizer_files(one).known_as for one in (own, like)] if own and {TREE, MODEL} & {*there} else []
+    if both and not both[0] & both[1]:
+        problem = "has another tokenizer than the one that was saved with the weights"
+        raise UserError("--like", like, problem, "give the directory that the model came from")
     return {key: config[key] for key in KEYS if config.get(key) is not None}

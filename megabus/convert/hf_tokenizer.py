@@ -16,9 +16,10 @@ from typing import Any
 
 from tokenizers import normalizers
 
+from megabus.convert.hf_rest import without_code
 from megabus.data.tokenizer import Tokenizer
-from megabus.data.tokenizer.fast import CONFIG, Fast, special_name
-from megabus.data.tokenizer.files import MODEL, TREE
+from megabus.data.tokenizer.fast import Fast, special_name
+from megabus.data.tokenizer.files import CONFIG, MODEL, TREE
 from megabus.data.tokenizer.odd_text import differences, odd_lines
 from megabus.data.tokenizer.sentence_piece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePiece
 from megabus.errors import UserError, warn
@@ -51,9 +52,7 @@ def write_tokenizer(path: Path, out: Path) -> dict[str, int | None]:
     pad = names.get("pad")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {f"{name}_token": token for name, token in names.items() if token is not None}
-    # auto_map names code of others, which transformers would run beside an nGPT's own.
-    given = {key: value for key, value in tokenizer.files.tree(CONFIG).items() if key != "auto_map"}
-    (out / CONFIG).write_text(json.dumps(given or settings, indent=2), encoding="utf-8")
+    (out / CONFIG).write_text(without_code(tokenizer.files.tree(CONFIG) or settings), encoding="utf-8")
     _compare(tokenizer, Tokenizer(out))
     return {
         "bos_token_id": codec.bos,

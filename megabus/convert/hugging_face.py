@@ -61,7 +61,7 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
     model, specs = source.state.model, param_specs(source.state.model)
     config = _config(source.state)
     if like is not None:
-        config |= copy_rest(like, out, model.vocab_size)
+        config |= copy_rest(like, out, model.vocab_size, source.tokenizer)
     elif source.tokenizer is not None:
         config |= write_tokenizer(source.tokenizer, out)
     shapes: dict[str, tuple[int, ...]] = {}

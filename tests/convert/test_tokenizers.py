@@ -1,6 +1,7 @@
 """Tokenizers of every kind go with the weights into every form, and come out as transformers reads them."""
 
 import base64
+import contextlib
 import io
 import json
 
@@ -18,6 +19,7 @@ from megabus.convert.source import OpenFiles
 from megabus.data.tokenizer import Tokenizer, read_tokenizer_files, tiktoken, train_tokenizer
 from megabus.data.tokenizer.byte_bpe import byte_letters
 from megabus.data.tokenizer.odd_text import BASES, differences, odd_lines
+from megabus.errors import UserError
 
 TEXT = [f"{base} and {base}, {base.upper()}; the theory of the other there\n" for base in BASES] * 3
 N, PADDED = 640, 704
@@ -88,6 +90,15 @@ def test_a_tokenizer_goes_with_the_weights_everywhere(tmp_path, make, capsys):
     assert (config["bos_token_id"], config["eos_token_id"]) == (first.bos, first.eos)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (first.bos, first.eos)
     assert "auto_map" not in (tmp_path / "out/tokenizer_config.json").read_text()
+    with OpenFiles() as files:
+        run = open_source(tmp_path / "run", files)
+        convert(run, tmp_path / "alike", "hf", like=tmp_path / "out")
+        assert read_tokenizer_files(tmp_path / "alike").contents == read_tokenizer_files(tmp_path / "out").contents
+        train_tokenizer(TEXT, N - 1, tmp_path / "out/tokenizer", "byte-bpe")
+        with contextlib.suppress(FileNotFoundError):
+            (tmp_path / "out/tokenizer.model").unlink()
+        with pytest.raises(UserError, match="has another tokenizer than the one that was saved with the weights"):
+            convert(run, tmp_path / "no", "hf", like=tmp_path / "out")
     if make is hugging_face:
         assert config["pad_token_id"] == theirs.pad_token_id == first.id_of("<pad>")
         assert theirs.apply_chat_template([{"content": "x"}], tokenize=False) == "<bos>x"

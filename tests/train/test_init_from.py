@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -12,6 +15,7 @@ from megabus.config import resolve_stages
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.batches import TokenSource
+from megabus.data.indexed import meta_path
 
 MODEL = {"d_model": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "d_ff": 62}
 LAYOUTS = [{"tp": 2}, {"pp": 2}]
@@ -91,6 +95,23 @@ def test_another_model_is_refused(corpus, llama, tmp_path):
     (tmp_path / "run").mkdir()
     assert "checkpoint = " in refusal(config_of(corpus, tmp_path / "run", tmp_path / "nothing"), 2)
     assert tree(tmp_path).keys() == before.keys() | {"run"}  # it was there
+
+
+def test_data_of_another_tokenizer_is_refused(corpus, llama, tmp_path):
+    for name in ("train", "valid"):
+        for ending in ("bin", "idx"):
+            shutil.copy(corpus / f"{name}.{ending}", tmp_path)
+        meta = {"vocab_size": VOCAB, "n_tokens": 20_001, "tokenizer_sha256": "0" * 64, "tokenizer": "mine.json"}
+        meta_path(tmp_path / name).write_text(json.dumps(meta))
+    (tmp_path / "own.model").write_bytes(b"pieces")
+    with OpenFiles() as files:
+        source = open_source(llama[1], files)
+        source.tokenizer = tmp_path / "own.model"
+        convert(source, tmp_path / "with", "checkpoint")
+    config = config_of(tmp_path, tmp_path / "run", tmp_path / "with")
+    told = f"data = {tmp_path}/train (made with mine.json): belongs to another tokenizer than the weights of {tmp_path}"
+    assert told in refusal(config, 2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_are_no_run(corpus, llama):

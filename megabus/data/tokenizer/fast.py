@@ -6,10 +6,9 @@ from typing import Any
 
 import tokenizers
 
-from megabus.data.tokenizer.files import BESIDE, TREE, TokenizerFiles
+from megabus.data.tokenizer.files import CONFIG, MAP, TREE, TokenizerFiles
 from megabus.plain_file import shown
 
-CONFIG, MAP = BESIDE[:2]
 # Where no file names the special tokens, as beside a bare tokenizer.json.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")

@@ -20,7 +20,8 @@ from megabus.plain_file import NotPlainError, inside, parse_bulk_json, parse_jso
 
 TREE, MODEL = "tokenizer.json", "tokenizer.model"
 # What transformers takes from beside a tokenizer.json: names of special tokens, and the chat's template.
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
+BESIDE = (CONFIG, MAP, "added_tokens.json", "chat_template.jinja")
 FILES = (TREE, MODEL, *BESIDE)
 KINDS = "a Hugging Face tokenizer.json, a SentencePiece model or a tiktoken rank file"
 REMEDY = f"give {KINDS}, or a directory of one"
