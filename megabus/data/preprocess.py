@@ -99,6 +99,7 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
     if tokenizer is None:
         tokenizer = Tokenizer(train_on(texts, args, f"{prefix}-tokenizer"))
     prefix_ids, suffix_ids = marks or around_documents(tokenizer, args)
+    sha256 = tokenizer.sha256  # now, since a file that has none is refused
     encoder = Encoder(tokenizer.path, tokenizer.files.fingerprint, args.valid_fraction, prefix_ids, suffix_ids)
     progress = Progress(texts)
     with ExitStack() as stack:
@@ -119,7 +120,7 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
         meta = {
             "vocab_size": tokenizer.vocab_size,
             "tokenizer": Path(args.tokenizer or f"{args.output}-tokenizer").name,
-            "tokenizer_sha256": tokenizer.sha256,
+            "tokenizer_sha256": sha256,
             "eod": tokenizer.eos,
             "document_prefix": prefix_ids,
             "document_suffix": suffix_ids,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from support.command import run_command
 from support.sources import MemorySource, model_config
@@ -103,6 +104,24 @@ def test_bad_arguments(bad):
     options = {"prompt": [1]} | bad
     with pytest.raises(UserError, match=next(iter(bad))):
         next(generate(model(), options.pop("prompt"), 1, **options))
+
+
+def test_the_command_begins_as_the_post_processor_does(tmp_path):
+    """With BOS, of which an empty prompt is made; what is printed is text alone."""
+    path = train_tokenizer(["the cat sees the dog " * 50], 265, tmp_path / "tokenizer")
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 265)])
+    backend.save(str(path))
+    source = MemorySource(model_config("ngpt", vocab_size=290))
+    source.tokenizer = path
+    convert(source, tmp_path / "run", "checkpoint")
+    decoder = megabus.load(tmp_path / "run")
+    for prompt in ("the cat", ""):
+        ids = [265, *Tokenizer(path).encode(prompt)]
+        drawn = generate(decoder, ids, 5, temperature=0, stop=0, n_ids=266)
+        ended = run_command("generate", tmp_path / "run", "--prompt", prompt, "--max-tokens", 5, "--temperature", 0)
+        assert ended.stdout == Tokenizer(path).decode([*ids, *drawn]) + "\n", ended.stderr
 
 
 @pytest.mark.parametrize(("model_type", "vocab_size"), [("bpe", 290), ("byte-bpe", 384)])

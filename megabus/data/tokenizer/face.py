@@ -86,8 +86,9 @@ class Tokenizer:
         return found
 
     def shown(self, ids: Sequence[int]) -> str:
-        """Special tokens for people: `<s> (1)`."""
-        return " ".join(f"{self.codec.token_of(number)} ({number})" for number in ids)
+        """Special tokens for people: `<s> (1)`. What a terminal would obey is escaped."""
+        text = " ".join(f"{self.codec.token_of(number)} ({number})" for number in ids)
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def codec_of(files: TokenizerFiles) -> Codec:
