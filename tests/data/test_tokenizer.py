@@ -80,6 +80,8 @@ def test_a_tokenizer_is_known_by_what_decides_its_ids(folder, bare, tmp_path):
     assert (tmp_path / "again/tokenizer.json").read_bytes() != (folder / "tokenizer.json").read_bytes()
     assert Tokenizer(tmp_path / "again").sha256 == Tokenizer(folder).sha256 != Tokenizer(bare).sha256
     tree = json.loads((folder / "tokenizer.json").read_text())
+    assert tree["truncation"]["max_length"] == 8
+    tree["truncation"] = tree["padding"] = None
     tree["model"]["merges"] = [" ".join(pair) for pair in tree["model"]["merges"]]  # as older versions wrote them
     (tmp_path / "again/tokenizer.json").write_text(json.dumps(tree, indent=2))
     assert Tokenizer(tmp_path / "again").sha256 == Tokenizer(folder).sha256
