@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -116,10 +117,12 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
                 raise no_documents(args, texts, suffix, sum(writer.n_documents for writer in writers))
     if texts.n_mended:
         warn(f"{texts.n_mended} document(s) held halves of surrogate pairs, which are U+FFFD now")
+    name = args.tokenizer or os.fspath(trained_path(f"{args.output}-tokenizer", args.model_type))
+    on_hub = args.tokenizer is not None and not Path(name).exists()
     for writer, suffix in zip(writers, suffixes, strict=True):
         meta = {
             "vocab_size": tokenizer.vocab_size,
-            "tokenizer": Path(args.tokenizer or f"{args.output}-tokenizer").name,
+            "tokenizer": name if on_hub else Path(name).name,
             "tokenizer_sha256": sha256,
             "eod": tokenizer.eos,
             "document_prefix": prefix_ids,
