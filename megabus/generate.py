@@ -22,13 +22,13 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop: int | None = None,
-    pieces: int | None = None,
+    n_ids: int | None = None,
 ) -> Iterator[int]:
     """Up to `max_tokens` token ids that follow `prompt`, ending before `stop`.
 
     temperature: 0 takes the likeliest token each time. top_k: sample from the k likeliest. top_p: sample from the
-    fewest tokens whose probabilities sum to p (Holtzman et al. 2020). pieces: of the tokenizer, where the model's
-    vocabulary is padded: no id from there on is taken. The same arguments give the same tokens.
+    fewest tokens whose probabilities sum to p (Holtzman et al. 2020). n_ids: from this id on none is taken, as of a
+    vocabulary that was padded. The same arguments give the same tokens.
     """
     _check(len(prompt) > 0, "prompt", "(empty)", "give at least one token")
     _check(max_tokens >= 1, "max_tokens", max_tokens, "give 1 or more")
@@ -36,13 +36,11 @@ def generate(
     _check(top_k is None or top_k >= 1, "top_k", top_k, "give 1 or more")
     _check(0 < top_p <= 1, "top_p", top_p, "give a share above 0, at most 1")
     _check(0 <= seed < 2**63, "seed", seed, "give 0 to 2^63 - 1")
-    _check(
-        pieces is None or 1 <= pieces <= model.config.vocab_size, "pieces", pieces, "give the tokenizer's own number"
-    )
+    _check(n_ids is None or 1 <= n_ids <= model.config.vocab_size, "n_ids", n_ids, "give the tokenizer's number of ids")
     draw = torch.Generator().manual_seed(seed)
 
     def choose(logits_V: Tensor) -> int:
-        logits_V = logits_V[:pieces]
+        logits_V = logits_V[:n_ids]
         if temperature == 0:
             return int(logits_V.argmax())
         return _sample((logits_V - logits_V.max()) / temperature, top_k, top_p, draw)

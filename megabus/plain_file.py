@@ -52,15 +52,37 @@ def read_regular(path: Path, limit: int = LARGEST, links: bool = False) -> bytes
     return raw
 
 
+BLOBS, SNAPSHOTS = "blobs", "snapshots"  # of a model in the hub's cache, whose snapshots hold links to its blobs
+
+
+def inside(path: Path) -> Path:
+    """What a file of a directory is, or leads to. Raises `NotPlainError` for a link out of the directory, unless to the
+    blobs of the same model in the hub's cache: else whoever makes a directory has any file of ours read or copied."""
+    try:
+        folder, found = path.parent.resolve(), path.resolve()
+    except RuntimeError as error:  # links in a circle
+        raise NotPlainError(f"cannot be read ({error})") from error
+    blobs = [folder.parents[1] / BLOBS] if folder.parent.name == SNAPSHOTS else []
+    if not any(found.is_relative_to(root) for root in (folder, *blobs)):
+        raise NotPlainError(f"is a link to {found}, outside of the directory")
+    return found
+
+
 def parse_json(raw: bytes) -> Any:
     """What JSON in UTF-8 says. Raises ValueError for what is none, and for what JSON allows and nobody writes: a key
     twice, NaN and infinities, more than `DEEPEST` levels, and NUL in a text."""
-    try:
-        tree = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
-    except RecursionError:
-        raise ValueError(f"nests deeper than {DEEPEST} levels") from None
+    tree = parse_bulk_json(raw)
     _check_plain(tree)
     return tree
+
+
+def parse_bulk_json(raw: bytes) -> Any:
+    """The same for files of a million values, of which only a few are looked at: texts may hold NUL, and numbers may be
+    beyond what a float holds."""
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError(f"nests deeper than {DEEPEST} levels") from None
 
 
 def shown(value: object) -> str:

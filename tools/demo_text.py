@@ -3,7 +3,7 @@
 The whole demo, from the repository's root:
 
     python tools/demo_text.py
-    megabus preprocess data/demo/shakespeare.txt --train-tokenizer 1024 --valid-fraction 0.05 \\
+    megabus preprocess data/demo/shakespeare.txt --train-tokenizer 1024 --model-type bpe --valid-fraction 0.05 \\
         --output data/demo/shakespeare
     (then train on data/demo/shakespeare-train, validate on data/demo/shakespeare-valid)
 

@@ -3,6 +3,7 @@ its state says. All that is cheap is looked at first, so nothing is allocated, b
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from megabus.checkpoint.manifest import (
 )
 from megabus.checkpoint.state import STATE, SavedState, read_state
 from megabus.checkpoint.store import step_of
+from megabus.data.tokenizer.files import FILES, MODEL, TREE
 from megabus.errors import UserError
 from megabus.model.cost import totals
 from megabus.parallel.fragments import KINDS, Kind
@@ -32,7 +34,6 @@ from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
 from megabus.plain_file import LARGEST, shown
 
-TOKENIZER = "tokenizer.model"
 SHARD = "shard-{:05d}-model-{:05d}-of-{:05d}.safetensors"  # rank and kind, counted from 1, and the number of kinds
 HEADER = 100 << 20  # bytes that the header of a safetensors file may have
 ENTRY = 4  # bytes of an fp32 entry
@@ -140,15 +141,14 @@ def listed(folder: Path, entries: Iterable[Entry], name: str) -> Entry:
 
 
 def listed_tokenizer(folder: Path, entries: Iterable[Entry]) -> Path | None:
-    """The SentencePiece model that was saved with the weights, if one was. Raises `UserError` about one that was put
+    """The tokenizer that was saved with the weights, if one was. Raises `UserError` about files of one that were put
     beside them later."""
-    path = folder / TOKENIZER
-    if any(entry.name == TOKENIZER for entry in entries):
-        return path
-    if path.exists():
-        problem = f"is not listed in {MANIFEST}: it was not saved with the weights"
-        raise UserError("tokenizer", path, problem, "move it elsewhere, and name it where a tokenizer can be given")
-    return None
+    listed_names = {entry.name for entry in entries}
+    for path in (folder / name for name in FILES):
+        if path.name not in listed_names and os.path.lexists(path):
+            problem = f"is not listed in {MANIFEST}: it was not saved with the weights"
+            raise UserError("tokenizer", path, problem, "move it elsewhere, and name it where a tokenizer can be given")
+    return next((folder / name for name in (TREE, MODEL) if name in listed_names), None)
 
 
 def _shard_of(entry: Entry) -> tuple[int, Kind] | None:
@@ -164,7 +164,7 @@ def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) ->
     for entry in entries:
         match = _SHARD.fullmatch(entry.name)
         if match is None:
-            if entry.name not in (STATE, TOKENIZER):
+            if entry.name not in (STATE, *FILES):
                 raise DamagedError(path, f"is damaged (files: {entry.name} is none that a save writes)")
             continue
         rank, number = int(match[1]) - 1, int(match[2])

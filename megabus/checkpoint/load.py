@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megabus.checkpoint.contents import TOKENIZER, listed_tokenizer, opened
+from megabus.checkpoint.contents import listed_tokenizer, opened
 from megabus.checkpoint.manifest import check_files, read_manifest
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
+from megabus.data.tokenizer import FILES, Tokenizer, open_tokenizer, read_tokenizer_files
 from megabus.errors import UserError
 from megabus.model.params import global_shape
 from megabus.parallel.fragments import Fragments
@@ -44,11 +45,28 @@ def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     }
 
 
-def saved_tokenizer(folder: Path) -> Path:
-    """The tokenizer of a checkpoint, verified. Raises `UserError` where none was saved with it."""
+def saved_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer of a checkpoint, verified, if one was saved with it."""
     entries = read_manifest(folder)
     path = listed_tokenizer(folder, entries)
-    if path is None:
-        raise UserError("tokenizer", folder / TOKENIZER, "the file does not exist", "name one: --tokenizer")
-    check_files(folder, [entry for entry in entries if entry.name == TOKENIZER])
+    if path is not None:
+        check_files(folder, [entry for entry in entries if entry.name in FILES])
     return path
+
+
+def tokenizer_for(folder: Path, given: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer to use a checkpoint's model with: its own or the one that is given (see `own_or_given`)."""
+    return own_or_given(folder, saved_tokenizer(folder), given, vocab_size)
+
+
+def own_or_given(folder: Path, own: Path | None, given: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer to use a model with: its `own`, as it lies with the weights in `folder`, or the one `given` where
+    it has none. Raises `UserError` where there is neither, or where both are and are not the same."""
+    name = own if given is None else given
+    if name is None:
+        raise UserError("tokenizer", folder, "holds none that can be read", "name one: --tokenizer")
+    tokenizer = open_tokenizer(name, vocab_size)
+    if own is not None and not read_tokenizer_files(own).known_as & tokenizer.files.known_as:
+        problem = f"is another than the one saved in {folder}"
+        raise UserError("tokenizer", given, problem, "leave it out, or give that one")
+    return tokenizer

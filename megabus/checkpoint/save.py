@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from megabus.checkpoint.contents import TOKENIZER
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
 from megabus.checkpoint.state import Progress, SavedState, write_state
 from megabus.checkpoint.store import begin, checkpoints_of, folder_of, partial_of, prune, publish
+from megabus.data.tokenizer import read_tokenizer_files
 from megabus.errors import UserError
 from megabus.parallel.agree import agreement
 from megabus.parallel.fragments import Fragments
@@ -79,7 +79,7 @@ class Saver:
         self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
         self.asynchronous, self.heartbeat = asynchronous, heartbeat
         # Read once: what lies there later may be another.
-        self.tokenizer = Path(tokenizer).read_bytes() if tokenizer is not None and dist.get_rank() == 0 else None
+        self.tokenizer = read_tokenizer_files(tokenizer) if tokenizer is not None and dist.get_rank() == 0 else None
         self.group = dist.new_group(backend="gloo", timeout=SLOWEST)
         self._thread: threading.Thread | None = None
         self._save: Save | None = None
@@ -176,8 +176,7 @@ class Saver:
     def _write_rest(self, partial: Path, state: SavedState) -> list[Path]:
         files = [write_state(partial, state)]
         if self.tokenizer is not None:
-            files.append(partial / TOKENIZER)
-            files[-1].write_bytes(self.tokenizer)
+            files += self.tokenizer.write(partial)
         return files
 
 

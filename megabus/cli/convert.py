@@ -97,6 +97,8 @@ def main(argv: Sequence[str]) -> int:
         if isinstance(given, HuggingFaceSource):
             if given.left:
                 print(f"left behind: {', '.join(given.left)}; --to hf --like {args.source} takes them up again")
+            if given.without_tokenizer:
+                print(f"without its tokenizer, which {given.without_tokenizer}")
             error, name = unit_error(source)
             if error > UNIT_ERROR:
                 print(f"rows are no unit vectors, by up to {error:.2g} in {name}: --unit-rows divides by their lengths")

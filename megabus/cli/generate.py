@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megabus.command import Parser
 from megabus.errors import UserError
@@ -27,27 +26,24 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; the checkpoint's own when left out")
+    parser.add_argument("--tokenizer", help="file, directory or hub name; the model's own when left out")
     args = parser.parse_args(argv)
 
     import torch
 
     import megabus
-    from megabus.convert.load import tokenizer_beside
-    from megabus.data.tokenizer import open_tokenizer
+    from megabus.convert.load import tokenizer_of_model
     from megabus.generate import generate
 
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError("--device", args.device, "is not there", "use cpu")
     model = megabus.load(args.checkpoint).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
-    path = args.tokenizer or tokenizer_beside(args.checkpoint)
-    tokenizer = open_tokenizer(path, model.config.vocab_size)
+    tokenizer = tokenizer_of_model(args.checkpoint, args.tokenizer, model.config.vocab_size)
     try:
         prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError("standard input", error.object[:20], "is not UTF-8", "give text") from error
-    # A document begins after the last one's end, so an empty prompt is that end.
-    ids, shown = tokenizer.encode(prompt) or [tokenizer.eod], ""
+    ids, shown = [*tokenizer.prefix, *tokenizer.encode(prompt)] or tokenizer.start, ""
     tokens = generate(
         model,
         ids,
@@ -56,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stop=tokenizer.eod,
-        pieces=tokenizer.vocab_size,
+        stop=tokenizer.eos,
+        n_ids=tokenizer.vocab_size,
     )
     print(prompt, end="", flush=True)
     written: list[int] = []

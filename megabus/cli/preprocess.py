@@ -1,13 +1,13 @@
 """Turns text into the token files that the trainer reads.
 
     megabus preprocess corpus/ --train-tokenizer 32000 --valid-fraction 0.01 --output data/corpus
-    megabus preprocess 'dumps/*.jsonl.gz' --tokenizer my.model --text-key content --output data/dumps
+    megabus preprocess 'dumps/*.jsonl.gz' --tokenizer path/to/llama --text-key content --output data/dumps
     megabus preprocess --dataset roneneldan/TinyStories --tokenizer my.model --output data/stories
 
 Inputs are files, quoted globs or directories of .txt, .jsonl (both also .gz or .zst) and .parquet, or a dataset of
 the Hugging Face hub. Each file is read once; hidden ones and links to folders are read only if they are named.
 Writes OUTPUT.bin, .idx and .meta.json (OUTPUT-train.* and OUTPUT-valid.* with a --valid-fraction) and, when it
-trains one, OUTPUT-tokenizer.model: all of them, or on any error none. The bytes do not depend on --workers.
+trains one, OUTPUT-tokenizer.json (or .model): all of them, or on any error none. The bytes do not depend on --workers.
 """
 
 from __future__ import annotations
@@ -51,10 +51,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="what ends a document of a .txt: two or more blank lines, its end, every line (%(default)s)",
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", metavar="FILE", help="a SentencePiece .model")
+    which.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="a tokenizer.json, a SentencePiece model, a tiktoken rank file, a directory of one, or a hub name",
+    )
     which.add_argument("--train-tokenizer", metavar="VOCAB_SIZE", type=int, help="train one on the inputs")
-    parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram", help="(%(default)s)")
-    parser.add_argument("--normalization", choices=NORMALIZATIONS, default="identity", help="(%(default)s)")
+    parser.add_argument(
+        "--model-type",
+        choices=MODEL_TYPES,
+        default=MODEL_TYPES[0],
+        help="of one that is trained: byte-level BPE of the library tokenizers, or SentencePiece's (%(default)s)",
+    )
+    parser.add_argument(
+        "--normalization", choices=NORMALIZATIONS, default="identity", help="of SentencePiece's (%(default)s)"
+    )
     parser.add_argument(
         "--tokenizer-sample-mb", type=float, default=200.0, help="MB of text to train the tokenizer on (%(default)s)"
     )
@@ -64,12 +75,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="write an end-of-document token after each document (%(default)s)",
+        help="write the tokenizer's end of text after each document (%(default)s)",
     )
+    parser.add_argument(
+        "--bos", metavar="TOKEN", help="write this before each document, or none (as the tokenizer's post-processor)"
+    )
+    parser.add_argument("--eos", metavar="TOKEN", help="write this after each document, or none (see --append-eod)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(%(default)s)")
     args = parser.parse_args(argv)
     if bool(args.inputs) == bool(args.dataset):
         parser.error("give either inputs or --dataset")
+    if args.eos is not None and not args.append_eod:
+        raise UserError("--eos", args.eos, "says what --no-append-eod forbids", "leave one of them out")
     if not 0 <= args.valid_fraction < 1:
         raise UserError("--valid-fraction", args.valid_fraction, "not in [0, 1)", "give a fraction such as 0.05")
     if not args.tokenizer_sample_mb > 0:

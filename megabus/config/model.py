@@ -26,7 +26,7 @@ class ModelConfig(Section):
     """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""
 
     kind: Literal["ngpt", "gpt"] = Field("ngpt", description="never changes in a run")
-    vocab_size: Vocabulary = Field(description="pieces of the tokenizer; never changes in a run")
+    vocab_size: Vocabulary = Field(description="ids of tokens: the tokenizer's, or more; never changes in a run")
     d_model: Width = Field(description="channels of the residual stream")
     n_layers: LayersOrNone = Field(
         description="blocks of attention and MLP; at least layout.pp, or none (head on embedding) to grow by fresh ones"

@@ -243,7 +243,7 @@ class DataConfig(Section):
         min_length=1, description="a prefix, or a list of corpora"
     )
     valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
-    tokenizer: Pathname | None = Field(None, description="SentencePiece model, copied beside checkpoints")
+    tokenizer: Pathname | None = Field(None, description="what made the data: a file, directory or hub name; is saved")
     document_mask: bool = Field(
         False,
         description="keep documents apart, in training and validation: attention and positions restart at each that "

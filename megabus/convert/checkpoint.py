@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from megabus.checkpoint.contents import TOKENIZER, shard_name, tensor_key, written_by
+from megabus.checkpoint.contents import shard_name, tensor_key, written_by
 from megabus.checkpoint.manifest import THREADS, settle
 from megabus.checkpoint.state import write_state
 from megabus.checkpoint.store import begin, publish
 from megabus.config import Layout
 from megabus.convert.source import Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter
+from megabus.data.tokenizer import read_tokenizer_files
 from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Piece, Placement
 
@@ -35,7 +35,7 @@ def write_checkpoint(source: Source, root: Path, layout: Layout) -> Path:
     entries = [future.result() for future in settled]
     rest = [write_state(partial, state)]
     if source.tokenizer is not None:
-        rest.append(Path(shutil.copyfile(source.tokenizer, partial / TOKENIZER)))
+        rest += read_tokenizer_files(source.tokenizer).write(partial)
     return publish(partial, entries + [settle(path, 0) for path in rest])
 
 

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
-from megabus.checkpoint.contents import TOKENIZER
+from megabus import plain_file
+from megabus.data.tokenizer import FILES, Tokenizer, read_tokenizer_files
+from megabus.data.tokenizer.files import CONFIG, MODEL, TREE
 from megabus.errors import UserError
-from megabus.plain_file import parse_json, read_regular
+from megabus.plain_file import NotPlainError, parse_json, read_regular
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    TOKENIZER,
-)
+# What goes with a tokenizer, and what only another Hugging Face directory can take up.
+TOKENIZER_FILES = (*FILES, "generation_config.json", "vocab.json", "merges.txt")
 REMEDY = "give a Hugging Face directory with safetensors weights"
 KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 
 
-BLOBS, SNAPSHOTS = "blobs", "snapshots"  # of a model in the hub's cache, whose snapshots hold links to its blobs
-
-
 def inside(path: Path) -> Path:
-    """What a file of a directory is, or leads to. Raises `UserError` for a link out of the directory, unless to the
-    blobs of the same model in the hub's cache: else whoever makes a directory has any file of ours read or copied."""
+    """What a file of a directory is, or leads to. Raises `UserError` for a link out of it (see `plain_file.inside`)."""
     try:
-        folder, found = path.parent.resolve(), path.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
+        return plain_file.inside(path)
+    except OSError as error:
         raise UserError("Hugging Face directory", path, f"cannot be read ({error})", REMEDY) from error
-    blobs = [folder.parents[1] / BLOBS] if folder.parent.name == SNAPSHOTS else []
-    if not any(found.is_relative_to(root) for root in (folder, *blobs)):
-        problem = f"is a link to {found}, outside of the directory"
-        raise UserError("Hugging Face directory", path, problem, "copy there what it links to, if you trust it")
-    return found
+    except NotPlainError as error:
+        remedy = "copy there what it links to, if you trust it"
+        raise UserError("Hugging Face directory", path, str(error), remedy) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -54,35 +40,49 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def tokenizer_of(folder: Path) -> Path | None:
-    """Its SentencePiece model, if it has one. (Llama 3's tokenizer.model is none.)"""
-    path = folder / TOKENIZER
-    if not path.is_file():
-        return None
-    inside(path)
+def tokenizer_of(folder: Path) -> tuple[Path | None, str]:
+    """The directory, if it has a tokenizer that can be read, and else why it is left behind."""
+    there = [folder / name for name in FILES if (folder / name).exists()]
+    for path in there:
+        inside(path)
+    if not there:
+        return None, ""
     try:
-        sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError):
-        return None
-    return path
+        Tokenizer(folder)
+    except UserError as error:
+        return None, f"{error.problem}; {error.remedy}"
+    return folder, ""
 
 
 def rest_of(folder: Path, config: dict[str, Any], tokenizer: Path | None) -> list[str]:
     """Files and keys that only another Hugging Face directory can take up (`copy_rest`). None of a megabus export: its
-    own come from its SentencePiece model and its run."""
+    own come from its tokenizer and its run."""
     if "megabus" in config:
         return []
-    files = [name for name in TOKENIZER_FILES if (folder / name).exists() and (tokenizer is None or name != TOKENIZER)]
+    files = [name for name in TOKENIZER_FILES if (folder / name).exists() and (tokenizer is None or name not in FILES)]
     return files + [key for key in KEYS if config.get(key) is not None]
 
 
-def copy_rest(like: Path, out: Path, vocab_size: int) -> dict[str, Any]:
-    """Copy `like`'s tokenizer files to `out`; its keys of config.json that go with them."""
+def without_code(config: dict[str, Any]) -> str:
+    """A tokenizer_config.json without auto_map: it names code of others, which transformers would run beside an
+    nGPT's own."""
+    return json.dumps({key: value for key, value in config.items() if key != "auto_map"}, indent=2) + "\n"
+
+
+def copy_rest(like: Path, out: Path, vocab_size: int, own: Path | None) -> dict[str, Any]:
+    """Copy `like`'s tokenizer files to `out`; its keys of config.json that go with them. own: the tokenizer that was
+    saved with the weights, if one was: `like`'s must be the same."""
     config = read_json(like / "config.json")
     if config.get("vocab_size") != vocab_size:
         problem = f"has vocab_size {config.get('vocab_size')}, the model {vocab_size}"
         raise UserError("--like", like, problem, "give the directory that the model came from")
-    for name in TOKENIZER_FILES:
-        if (like / name).is_file():
-            shutil.copyfile(inside(like / name), out / name)
+    there = [name for name in TOKENIZER_FILES if (like / name).is_file()]
+    for name in there:
+        shutil.copyfile(inside(like / name), out / name)
+    if CONFIG in there:
+        (out / CONFIG).write_text(without_code(read_json(like / CONFIG)), encoding="utf-8")
+    both = [read_tokenizer_files(one).known_as for one in (own, like)] if own and {TREE, MODEL} & {*there} else []
+    if both and not both[0] & both[1]:
+        problem = "has another tokenizer than the one that was saved with the weights"
+        raise UserError("--like", like, problem, "give the directory that the model came from")
     return {key: config[key] for key in KEYS if config.get(key) is not None}

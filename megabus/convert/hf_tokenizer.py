@@ -1,58 +1,135 @@
-"""A SentencePiece tokenizer as Hugging Face's `tokenizer.json`, which gives the same ids.
+"""A run's tokenizer as Hugging Face's `tokenizer.json` and what transformers reads beside it.
 
-transformers' own Llama conversion would put a space before the text, which our tokenizers do not have.
+Files that came as such go out as they are. What SentencePiece or a rank file says is told in the library's own terms;
+transformers' conversion of a Llama would put a space before the text, which our tokenizers do not have. That ids are
+the same is found out by both on a few hundred odd lines.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import shutil
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
+from tokenizers import normalizers
 
-from megabus.checkpoint.contents import TOKENIZER
-from megabus.errors import UserError
+from megabus.convert.hf_rest import without_code
+from megabus.data.tokenizer import Tokenizer
+from megabus.data.tokenizer.fast import Fast, special_name
+from megabus.data.tokenizer.files import CONFIG, MODEL, TREE
+from megabus.data.tokenizer.odd_text import differences, odd_lines
+from megabus.data.tokenizer.sentence_piece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePiece
+from megabus.errors import UserError, warn
+from megabus.plain_file import shown
 
 SPACE = "▁"
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of SentencePiece's pieces
+MANY = 1 << 20  # spaces that a text may begin with
 NEVER = -1e9  # a score that no way through a text affords
 
 
-def write_tokenizer(model: Path, out: Path) -> dict[str, int | None]:
-    """Write tokenizer.json, tokenizer_config.json and the model itself; the special ids for config.json."""
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(model.read_bytes())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
-    kinds = {1: _unigram, 2: _bpe}
+def write_tokenizer(path: Path, out: Path) -> dict[str, int | None]:
+    """Write tokenizer.json, tokenizer_config.json and the files they are made of; the special ids for config.json.
+
+    Warns of ids that are not the original's, and says what to do about it.
+    """
+    tokenizer = Tokenizer(path)
+    tokenizer.files.write(out)
+    codec = tokenizer.codec
+    names = {name: None if i is None else codec.token_of(i) for name, i in (("bos", codec.bos), ("eos", codec.eos))}
+    if isinstance(codec, SentencePiece):
+        names |= {
+            name: None if i is None else codec.token_of(i) for name, i in (("unk", codec.unk), ("pad", codec.pad))
+        }
+        tree = _tree(codec, {*names.values()})
+        (out / TREE).write_text(json.dumps(tree, ensure_ascii=False), encoding="utf-8")
+    elif isinstance(codec, Fast) and tokenizer.kind == "tiktoken":
+        (out / TREE).write_text(codec.backend.to_str(), encoding="utf-8")
+    else:
+        names["pad"] = special_name(tokenizer.files, "pad_token")
+    pad = names.get("pad")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {f"{name}_token": token for name, token in names.items() if token is not None}
+    (out / CONFIG).write_text(without_code(tokenizer.files.tree(CONFIG) or settings), encoding="utf-8")
+    _compare(tokenizer, Tokenizer(out))
+    return {
+        "bos_token_id": codec.bos,
+        "eos_token_id": codec.eos,
+        "pad_token_id": None if pad is None else codec.id_of(pad),
+    }
+
+
+def _compare(ours: Tokenizer, exported: Tokenizer) -> None:
+    if isinstance(ours.codec, SentencePiece) and isinstance(exported.codec, Fast):
+        exported.codec.backend.encode_special_tokens = True  # that text spells them makes these alone differ by design
+    lines = odd_lines(ours.codec.symbols)
+    if found := differences(lines, ours, exported):
+        first = min(found, key=lambda difference: len(difference.text))
+        warn(
+            f"the export's {TREE} gives other ids than {ours.name} for {len(found)} of {len(lines)} odd texts, such as "
+            f"{shown(first.text)}: {first.others}, not {first.ids}. Where your texts have such, encode them with the "
+            f"{MODEL} beside it"
+        )
+
+
+def _tree(codec: SentencePiece, special: set[str | None]) -> dict[str, Any]:
+    """tokenizer.json of a SentencePiece model."""
+    proto, kinds = codec.proto, {1: _unigram, 2: _bpe}
     if proto.trainer_spec.model_type not in kinds:
-        raise UserError("tokenizer", model, "is neither unigram nor bpe", "export it yourself")
-    # These never match text in SentencePiece; tokenizers would try them.
-    pieces = [(piece.piece, NEVER if piece.type in (CONTROL, UNUSED) else piece.score) for piece in proto.pieces]
-    named = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id(), "pad": processor.pad_id()}
-    tree = {
+        problem, remedy = "is neither unigram nor bpe", "train one of these, or export with --like"
+        raise UserError("tokenizer", "SentencePiece model", problem, remedy)
+    raw, late = _symbols(proto)
+    highest = max((piece.score for piece in proto.pieces if piece.type == NORMAL), default=0.0)
+
+    def score(piece: Any) -> float:
+        if piece.type in (UNKNOWN, CONTROL, UNUSED):
+            return NEVER  # these never match text in SentencePiece; tokenizers would try them
+        if piece.type == USER_DEFINED:  # as SentencePiece's unigram_model.cc scores them
+            return len(piece.piece.encode()) * highest - 0.1
+        return piece.score
+
+    pieces = [(piece.piece, score(piece)) for piece in proto.pieces]
+    unigram = proto.trainer_spec.model_type == 1
+    cuts = [_spelled_bytes()] if unigram else [_kept_whole(late)] if late else []
+    model = kinds[proto.trainer_spec.model_type](pieces, codec.unk, proto.trainer_spec.byte_fallback)
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _added(proto, set(named.values())),
+        "added_tokens": _added(proto, special, raw),
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto)},
-        "pre_tokenizer": _spelled_bytes() if proto.trainer_spec.model_type == 1 else None,
+        "pre_tokenizer": cuts[0] if cuts else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": _decoders(proto)},
-        "model": kinds[proto.trainer_spec.model_type](pieces, processor.unk_id(), proto.trainer_spec.byte_fallback),
+        "model": model | ({"ignore_merges": True} if late and not unigram else {}),
     }
-    (out / "tokenizer.json").write_text(json.dumps(tree, ensure_ascii=False), encoding="utf-8")
-    tokens = {f"{name}_token": pieces[i][0] for name, i in named.items() if i >= 0}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    shutil.copyfile(model, out / TOKENIZER)
-    return {f"{name}_token_id": i if i >= 0 else None for name, i in named.items() if name != "unk"}
 
 
-def _added(proto: Any, special: set[int]) -> list[dict[str, Any]]:
+def _symbols(proto: Any) -> tuple[set[str], list[str]]:
+    """What the user defined: pieces to match in the raw text, and those to match once it is normalised.
+
+    SentencePiece guards them from being normalised, which `tokenizers` does to those of the raw text, but it takes the
+    text before and after one for two texts: then each would get a space before it, or lose those at its ends.
+    """
+    spec = proto.normalizer_spec
+    pieces = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    if not (spec.add_dummy_prefix or spec.remove_extra_whitespaces):
+        return set(pieces), []
+    mapped = _mapping(spec)
+    late = [piece for piece in pieces if mapped(piece) == piece]
+    return set(pieces) - set(late), late
+
+
+def _mapping(spec: Any) -> Callable[[str], str]:
+    """What becomes of a text's characters, without what becomes of its white space."""
+    if not spec.precompiled_charsmap:
+        return lambda text: text
+    return normalizers.Precompiled(spec.precompiled_charsmap).normalize_str
+
+
+def _added(proto: Any, special: set[str | None], raw: set[str]) -> list[dict[str, Any]]:
     """Special tokens, and what the user defined: matched in the raw text before all else."""
     return [
         {
@@ -62,10 +139,10 @@ def _added(proto: Any, special: set[int]) -> list[dict[str, Any]]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": i in special,
+            "special": piece.piece in special,
         }
         for i, piece in enumerate(proto.pieces)
-        if i in special or piece.type == USER_DEFINED
+        if piece.piece in special or piece.piece in raw
     ]
 
 
@@ -73,14 +150,26 @@ def _normalizers(proto: Any) -> list[dict[str, Any]]:
     spec = proto.normalizer_spec
     steps: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
+        # Of letters with marks, of jamo and of \r\n `tokenizers` maps the first alone and loses the rest.
+        if "nfkc" in spec.name:
+            steps.append({"type": "NFKC"})
+        line_end = "".join(map(_mapping(spec), "\r\n"))
+        steps.append({"type": "Replace", "pattern": {"String": "\r\n"}, "content": line_end})
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    suffix = spec.add_dummy_prefix and proto.trainer_spec.treat_whitespace_as_suffix
     if spec.remove_extra_whitespaces:
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
-        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    if spec.add_dummy_prefix:
+        steps += [_replaced(r"\A +", ""), _replaced(" {2,}", " ")]
+    if spec.add_dummy_prefix and not suffix:
         steps.append({"type": "Prepend", "prepend": " "})
-    return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    if spec.remove_extra_whitespaces:
+        steps.append(_replaced(rf"{SPACE}+\z", ""))
+    return steps + ([_replaced(r"(?<=.)\z", SPACE)] if suffix else [])
+
+
+def _replaced(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
 
 
 def _decoders(proto: Any) -> list[dict[str, Any]]:
@@ -89,9 +178,17 @@ def _decoders(proto: Any) -> list[dict[str, Any]]:
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if proto.normalizer_spec.add_dummy_prefix:
-        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    spec = proto.normalizer_spec
+    if spec.add_dummy_prefix and not proto.trainer_spec.treat_whitespace_as_suffix:
+        start = MANY if spec.remove_extra_whitespaces else 1
+        steps.append({"type": "Strip", "content": " ", "start": start, "stop": 0})
     return steps
+
+
+def _kept_whole(symbols: list[str]) -> dict[str, Any]:
+    """Cut what the user defined out of the text, the longest first."""
+    pattern = "|".join(map(re.escape, sorted(symbols, key=len, reverse=True)))
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _spelled_bytes() -> dict[str, Any]:

@@ -62,7 +62,7 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
     model, specs = source.state.model, param_specs(source.state.model)
     config = _config(source.state)
     if like is not None:
-        config |= copy_rest(like, out, model.vocab_size)
+        config |= copy_rest(like, out, model.vocab_size, source.tokenizer)
     elif source.tokenizer is not None:
         config |= write_tokenizer(source.tokenizer, out)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -155,7 +155,8 @@ def _ngpt_config(state: SavedState) -> dict[str, Any]:
 
 
 class HuggingFaceSource:
-    """A directory of either kind, ours or a stock class's. left: what of it no other form keeps."""
+    """A directory of either kind, ours or a stock class's. left: what of it no other form keeps; without_tokenizer: why
+    its tokenizer is among that."""
 
     def __init__(self, folder: Path, files: OpenFiles) -> None:
         self.folder, self.files = folder, files
@@ -165,7 +166,7 @@ class HuggingFaceSource:
         model = model_of(config, folder, len(self.weight_map), stored)
         self.state = _without_a_run(model)
         self.specs = param_specs(model)
-        self.tokenizer = tokenizer_of(folder)
+        self.tokenizer, self.without_tokenizer = tokenizer_of(folder)
         self.left = rest_of(folder, config, self.tokenizer)
         self._check()
 

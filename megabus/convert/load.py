@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from megabus.checkpoint.load import checkpoint_at, load_weights, saved_tokenizer
+from megabus.checkpoint.load import checkpoint_at, load_weights, own_or_given, tokenizer_for
 from megabus.convert.convert import in_other_form, open_source
 from megabus.convert.hub import local_copy
 from megabus.convert.source import OpenFiles, whole
-from megabus.errors import UserError
+from megabus.data.tokenizer import Tokenizer
 from megabus.model.decoder import Decoder, param_specs
 
 
@@ -34,13 +34,12 @@ def load(path: str | Path) -> Decoder:
     return model.eval()
 
 
-def tokenizer_beside(path: str | Path) -> Path:
-    """The tokenizer that lies with a model's weights, in whatever form. Raises `UserError` where there is none."""
+def tokenizer_of_model(path: str | Path, given: str | None, vocab_size: int) -> Tokenizer:
+    """The tokenizer to use a model with, in whatever form its weights lie: its own, or the one that is given (see
+    `own_or_given`)."""
     path = local_copy(path)
     if not in_other_form(path):
-        return saved_tokenizer(checkpoint_at(path))
+        return tokenizer_for(checkpoint_at(path), given, vocab_size)
     with OpenFiles() as files:
-        found = open_source(path, files).tokenizer
-    if found is None:
-        raise UserError("tokenizer", path, "holds none that megabus reads", "name one: --tokenizer")
-    return found
+        own = open_source(path, files).tokenizer
+    return own_or_given(path, own, given, vocab_size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,6 @@ from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
 from megabus.checkpoint.contents import (
-    TOKENIZER,
     check_fits,
     check_header,
     listed,
@@ -44,6 +42,7 @@ from megabus.checkpoint.state import STATE, Whole, read_state, write_state
 from megabus.config import Layout
 from megabus.convert.source import OpenFiles, Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter
+from megabus.data.tokenizer import read_tokenizer_files
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape, shard_rows
@@ -89,7 +88,7 @@ def write_shard_files(source: Source, out: Path, tp: int, pp: int) -> None:
                     entry["shards"].append({"file": file_name(tp_rank, pp_rank), "rows": [first, last]})
     write_state(out, state)
     if source.tokenizer is not None:
-        shutil.copyfile(source.tokenizer, out / TOKENIZER)
+        read_tokenizer_files(source.tokenizer).write(out)
     tree = {"format": FORMAT, "tp": tp, "pp": pp, "tensors": tensors}
     (out / INDEX).write_text(json.dumps(tree, indent=1), encoding="utf-8")
     with ThreadPoolExecutor(THREADS) as pool:

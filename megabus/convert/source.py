@@ -27,7 +27,7 @@ from megabus.plain_file import NotPlainError, check_regular
 
 
 class Source(Protocol):
-    """state: the model and all else that goes with it; tokenizer: its SentencePiece file, if there is one."""
+    """state: the model and all else that goes with it; tokenizer: its file or directory, if there is one."""
 
     state: SavedState
     tokenizer: Path | None

@@ -93,13 +93,15 @@ class TokenSource:
             meta = read_meta(prefix)
             if meta is None:
                 continue
-            if meta["vocab_size"] > self.vocab_size:
+            if meta["vocab_size"] > self.vocab_size:  # less is a vocabulary that was padded
                 problem = f"was made with vocab_size {meta['vocab_size']}, the model has {self.vocab_size}"
                 raise UserError("data", prefix, problem, "set the model's vocab_size to the data's or more")
             if meta["n_tokens"] != corpus.n_tokens:
                 problem = f"its .meta.json speaks of {meta['n_tokens']} tokens, its .idx of {corpus.n_tokens}"
                 raise UserError("data", prefix, problem, REBUILD)
-            self.tokenizers[meta["tokenizer_sha256"]] = prefix
+            if "tokenizer_sha256" in meta:
+                made_with = f" (made with {meta['tokenizer']})" if "tokenizer" in meta else ""
+                self.tokenizers[meta["tokenizer_sha256"]] = f"{prefix}{made_with}"
         check_one_tokenizer(self.tokenizers)
 
     def _report_bad_id(self, k: int, start: int, sample_T: np.ndarray) -> None:

@@ -32,26 +32,27 @@ class Encoder:
     """What a process needs to know; `encode` is a pure function of its batch."""
 
     tokenizer_path: Path
-    tokenizer_sha256: str
+    fingerprint: str
     valid_fraction: float
-    append_eod: bool
+    prefix: list[int]  # ids before each document
+    suffix: list[int]  # and after it
 
     def encode(self, texts: list[str]) -> Encoded:
-        tokenizer = _loaded(self.tokenizer_path, self.tokenizer_sha256)
-        end = [tokenizer.eod] if self.append_eod else []
+        tokenizer = _loaded(self.tokenizer_path, self.fingerprint)
         dtype = dtype_for_vocab(tokenizer.vocab_size)
         documents = [
-            (is_validation(text, self.valid_fraction), np.array(tokenizer.encode(text) + end, dtype=dtype))
-            for text in texts
+            (is_validation(text, self.valid_fraction), np.array(self.prefix + ids + self.suffix, dtype=dtype))
+            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True)
         ]
         return documents, sum(len(text.encode()) for text in texts)
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(path: Path, sha256: str) -> Tokenizer:
-    """The tokenizer, loaded once per process."""
+def _loaded(path: Path, fingerprint: str) -> Tokenizer:
+    """The tokenizer, loaded once per process, of which it takes no more than one core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer(path)
-    if tokenizer.sha256 != sha256:
+    if tokenizer.files.fingerprint != fingerprint:
         raise UserError("tokenizer", path, "has been changed while it was used", "start again")
     return tokenizer
 

@@ -74,11 +74,11 @@ def read_meta(prefix: str | os.PathLike[str]) -> dict | None:
         raise UserError("data", path, f"is not JSON ({error})", REBUILD) from error
     if not isinstance(meta, dict):
         raise UserError("data", path, "holds no keys", REBUILD)
-    kinds = {"vocab_size": int, "tokenizer_sha256": str, "n_tokens": int}
-    if missing := kinds.keys() - meta.keys():
+    kinds = {"vocab_size": int, "n_tokens": int, "tokenizer_sha256": str, "tokenizer": str}
+    if missing := {"vocab_size", "n_tokens"} - meta.keys():  # the rest came later
         raise UserError("data", path, f"lacks {', '.join(sorted(missing))}", REBUILD)
     for key, kind in kinds.items():
-        if type(meta[key]) is not kind:
+        if key in meta and type(meta[key]) is not kind:
             raise UserError("data", path, f"has {key} = {shown(meta[key])}, which is no {kind.__name__}", REBUILD)
     return meta
 

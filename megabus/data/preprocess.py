@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from megabus.data.hub import dataset_documents
 from megabus.data.indexed import IndexedWriter, dtype_for_vocab, meta_path, pair_paths
 from megabus.data.inputs import expand_inputs
 from megabus.data.staging import all_or_none
-from megabus.data.tokenizer import Tokenizer, train_tokenizer
+from megabus.data.tokenizer import Tokenizer, train_tokenizer, trained_path
 from megabus.errors import UserError, note, warn
 from megabus.table import clock
 
@@ -74,28 +76,32 @@ def preprocess(args: argparse.Namespace) -> str:
     suffixes = ["-train", "-valid"] if args.valid_fraction else [""]
     targets = [path for suffix in suffixes for path in corpus_paths(f"{output}{suffix}")]
     if args.train_tokenizer is not None:
-        targets.append(Path(f"{output}-tokenizer.model"))
+        targets.append(trained_path(f"{output}-tokenizer", args.model_type))
     try:
         with all_or_none(output, targets) as stage:
-            documents, tokens, rate = write_corpora(args, stage / output.name, suffixes)
+            documents, around, tokens, rate = write_corpora(args, stage / output.name, suffixes)
     except OSError as error:
         raise UserError("output", output, f"cannot be written ({error})", "choose another prefix") from error
-    return f"{documents} documents, {tokens} tokens, {rate:.0f} tokens/s: {', '.join(map(str, sorted(targets)))}"
+    counts = f"{documents} documents{around}, {tokens} tokens, {rate:.0f} tokens/s"
+    return f"{counts}: {', '.join(map(str, sorted(targets)))}"
 
 
 def corpus_paths(prefix: str) -> list[Path]:
     return [*pair_paths(prefix), meta_path(prefix)]
 
 
-def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -> tuple[int, int, float]:
-    """Writes every file at `prefix`. Returns its documents, tokens, and tokens encoded per second."""
+def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -> tuple[int, str, int, float]:
+    """Writes every file at `prefix`. Returns its documents, what stands around each, tokens, and how many a second."""
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
     texts = Documents(args)
+    marks = around_documents(tokenizer, args) if tokenizer else None
     if args.valid_fraction:
         check_both_sides(args, texts)  # before the hours that what follows may take
     if tokenizer is None:
         tokenizer = Tokenizer(train_on(texts, args, f"{prefix}-tokenizer"))
-    encoder = Encoder(tokenizer.path, tokenizer.sha256, args.valid_fraction, args.append_eod)
+    prefix_ids, suffix_ids = marks or around_documents(tokenizer, args)
+    sha256 = tokenizer.sha256  # now, since a file that has none is refused
+    encoder = Encoder(tokenizer.path, tokenizer.files.fingerprint, args.valid_fraction, prefix_ids, suffix_ids)
     progress = Progress(texts)
     with ExitStack() as stack:
         dtype = dtype_for_vocab(tokenizer.vocab_size)
@@ -111,18 +117,42 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
                 raise no_documents(args, texts, suffix, sum(writer.n_documents for writer in writers))
     if texts.n_mended:
         warn(f"{texts.n_mended} document(s) held halves of surrogate pairs, which are U+FFFD now")
+    name = args.tokenizer or os.fspath(trained_path(f"{args.output}-tokenizer", args.model_type))
+    on_hub = args.tokenizer is not None and not Path(name).exists()
     for writer, suffix in zip(writers, suffixes, strict=True):
         meta = {
             "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": tokenizer.sha256,
-            "eod": tokenizer.eod,
+            "tokenizer": name if on_hub else Path(name).name,
+            "tokenizer_sha256": sha256,
+            "eod": tokenizer.eos,
+            "document_prefix": prefix_ids,
+            "document_suffix": suffix_ids,
             "n_documents": writer.n_documents,
             "n_tokens": writer.n_tokens,
             "dtype": dtype.name,
             "bin_sha256": writer.sha256,
         }
         meta_path(f"{prefix}{suffix}").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return sum(writer.n_documents for writer in writers), progress.n_tokens, rate
+    before = f" after {tokenizer.shown(prefix_ids)}" if prefix_ids else ""
+    after = f" before {tokenizer.shown(suffix_ids)}" if suffix_ids else ""
+    around = f", each{' and'.join(filter(None, (before, after)))}" if before or after else ""
+    return sum(writer.n_documents for writer in writers), around, progress.n_tokens, rate
+
+
+def around_documents(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """The ids written before and after each document: what --bos and --eos say, else what the tokenizer's own
+    post-processor does. A document has an end where that has none, unless with --no-append-eod."""
+
+    def chosen(option: str, word: str | None, own: list[int]) -> list[int]:
+        if word is None:
+            return own
+        try:
+            return [] if word == "none" else [tokenizer.id_of(word)]
+        except UserError as error:
+            raise UserError(option, word, error.problem, error.remedy) from error
+
+    end = (tokenizer.suffix or [tokenizer.eod]) if args.append_eod and args.eos is None else []
+    return chosen("--bos", args.bos, tokenizer.prefix), chosen("--eos", args.eos, end)
 
 
 def check_both_sides(args: argparse.Namespace, texts: Documents) -> None:
@@ -144,13 +174,15 @@ def no_documents(args: argparse.Namespace, texts: Documents, suffix: str, n_docu
 def train_on(texts: Documents, args: argparse.Namespace, out_prefix: str) -> Path:
     """Trains a tokenizer on the first --tokenizer-sample-mb of the training documents."""
 
+    n_read = 0
+
     def sample() -> Iterator[str]:
-        left = args.tokenizer_sample_mb * 1e6
+        nonlocal n_read
         for text in texts:
-            if left <= 0:
+            if n_read >= args.tokenizer_sample_mb * 1e6:
                 return
             if not is_validation(text, args.valid_fraction):
-                left -= len(text.encode())
+                n_read += len(text.encode())
                 yield text
 
     started, chosen = time.monotonic(), sample()
@@ -158,9 +190,28 @@ def train_on(texts: Documents, args: argparse.Namespace, out_prefix: str) -> Pat
     if first is None:
         raise no_documents(args, texts, "", 0)
     lines = chain([first], chosen)
-    path = train_tokenizer(lines, args.train_tokenizer, out_prefix, args.model_type, args.normalization)
+    with ticking(lambda: f"tokenizer: {n_read / 1e6:.0f} MB of text read, {clock(time.monotonic() - started)}"):
+        path = train_tokenizer(lines, args.train_tokenizer, out_prefix, args.model_type, args.normalization)
     note(f"tokenizer: {args.train_tokenizer} pieces in {time.monotonic() - started:.1f} s")
     return path
+
+
+@contextmanager
+def ticking(line: Callable[[], str]) -> Iterator[None]:
+    """Notes the line every few seconds while the block runs, from a thread: libraries do not say how far they are."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(PROGRESS_SECONDS):
+            note(line())
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 class Progress:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from megabus.config import RunConfig, Stage
 from megabus.data.batches import TokenSource, check_one_tokenizer
@@ -18,13 +17,26 @@ VALID_SEED = 0  # of the order in which validation chunks are taken: no run's se
 
 @dataclass(frozen=True)
 class Sources:
-    """The training blend, the validation corpus, how many tokens of it every validation takes, and whether documents
-    are kept apart in both."""
+    """The training blend, the validation corpus, how many tokens of it every validation takes, whether documents are
+    kept apart in both, and the tokenizer."""
 
     train: TokenSource
     valid: TokenSource
     valid_tokens: int
     document_mask: bool = False
+    tokenizer: Tokenizer | None = None
+
+    def check_tokenizer(self, known: Set[str], whose: str) -> None:
+        """Raise `UserError` where hashes that `whose` tokenizer is known by are none of the data's own tokenizer.
+
+        What neither side knows is not compared: token files of Megatron's own tools do not say what made them.
+        """
+        made_with = self.valid.tokenizers | self.train.tokenizers
+        own = made_with.keys() | (self.tokenizer.files.known_as if self.tokenizer is not None else set())
+        if known and own and not known & own:
+            name = next(iter(made_with.values()), None) or (self.tokenizer and self.tokenizer.name)
+            problem = f"belongs to another tokenizer than {whose}, whose ids mean other pieces"
+            raise UserError("data", name, problem, "give data that was made with that one, or begin without weights")
 
 
 def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
@@ -35,13 +47,17 @@ def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
         train = _source(config, config.data.train_corpora, longest, config.train.seed)
     with _named("data.valid"):
         valid = _source(config, [(config.data.valid, 1.0)], longest, VALID_SEED)
-    check_one_tokenizer(train.tokenizers | valid.tokenizers | _tokenizer(config))
+    tokenizer = _tokenizer(config)
+    made_with = train.tokenizers | valid.tokenizers
+    if tokenizer is not None and not tokenizer.files.known_as & made_with.keys():
+        made_with[tokenizer.sha256] = tokenizer.name
+    check_one_tokenizer(made_with)
     # All stages, under every layout, are measured on the very same tokens: whole sequences of each stage, read once.
     valid_tokens, readable = align_up(config.eval.tokens, longest), valid.orders[0].n_chunks * longest
     if valid_tokens > readable:
         problem = f"in sequences of {longest} that is {valid_tokens}, and {config.data.valid} has {readable} in such"
         raise UserError("eval.tokens", config.eval.tokens, problem, f"set it to {readable} or less, or add text")
-    return Sources(train, valid, valid_tokens, config.data.document_mask)
+    return Sources(train, valid, valid_tokens, config.data.document_mask, tokenizer)
 
 
 def _source(config: RunConfig, corpora: list[tuple[str, float]], longest: int, seed: int) -> TokenSource:
@@ -60,15 +76,14 @@ def _named(key: str) -> Iterator[None]:
         raise UserError(key, error.value, error.problem, error.remedy) from error
 
 
-def _tokenizer(config: RunConfig) -> dict[str, str]:
-    """The tokenizer that goes with the checkpoint, by its sha256."""
+def _tokenizer(config: RunConfig) -> Tokenizer | None:
+    """The tokenizer that goes with the checkpoint."""
     path = config.data.tokenizer
     if path is None:
-        return {}
-    if not Path(path).is_file():
-        raise UserError("data.tokenizer", path, "no such file", "give the SentencePiece model that made the data")
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size > config.model.vocab_size:  # fewer: the vocabulary is padded
+        return None
+    with _named("data.tokenizer"):
+        tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size > config.model.vocab_size:  # less is a vocabulary that was padded
         problem = f"has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}"
         raise UserError("data.tokenizer", path, problem, "set model.vocab_size to that or more")
-    return {tokenizer.sha256: path}
+    return tokenizer

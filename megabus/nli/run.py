@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megabus.checkpoint.load import saved_tokenizer
+from megabus.checkpoint.load import tokenizer_for
 from megabus.checkpoint.restore import restore, weights_of
 from megabus.checkpoint.save import save_weights
 from megabus.config.schema import OptimizerConfig
 from megabus.data.order import nth_visited
-from megabus.data.tokenizer import open_tokenizer
 from megabus.durable import make_directory
 from megabus.engine.engine import Engine
 from megabus.model.cost import count_parameters
@@ -77,7 +76,7 @@ def evaluate(settings: Settings) -> Outcome:
     state = found.state
     with agreement():
         train, optimizer, stage = settings.engine_parts(state.model, state.longest_sequence(), dist.get_world_size())
-        tokenizer = open_tokenizer(settings.tokenizer or saved_tokenizer(found.folder), stage.model.vocab_size)
+        tokenizer = tokenizer_for(found.folder, settings.tokenizer, stage.model.vocab_size)
         encoder = Encoder(tokenizer, settings.template, stage.seq_len)
     for key, folder in (("--out", settings.out), ("--save", settings.save)):
         if folder is not None:  # before hours of work, not after them

@@ -56,7 +56,7 @@ class Settings(Section):
     """The options of `megabus evaluate-nli`, in the order of its --help. None: all, or as the checkpoint has it."""
 
     checkpoint: Path = Field(description="a run, or one of its checkpoints")
-    tokenizer: Path | None = Field(None, description="SentencePiece model; the checkpoint's own when left out")
+    tokenizer: str | None = Field(None, description="its file, directory or hub name; the checkpoint's when left out")
     data: str | None = Field(None, description="snli, mnli, a hub data set of their form, or a local directory of one")
     split: tuple[str, ...] | None = Field(None, description="of --data, to report (test; mnli: both validation splits)")
     valid: FilePath | None = Field(None, description="file of pairs to report; the curve is measured on them too")

@@ -35,8 +35,8 @@ def encode(
     if n_text > max_length:
         problem = f"is less than the {n_text} tokens of {text!r}"
         raise UserError("max_length", max_length, problem, "raise it, or shorten the text")
-    if n_context == 0:  # a first token to predict the next from: the end of a document before
-        tokens, n_context = [tokenizer.eod, *tokens], 1
+    if n_context == 0:  # something to predict the first token from
+        tokens, n_context = [*tokenizer.start, *tokens], len(tokenizer.start)
     n_cut = min(len(tokens) - 1 - max_length, n_context - 1)
     if n_cut <= 0:
         return Encoded(Sequence(tokens, n_text))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megabus.checkpoint.contents import Found
+from megabus.checkpoint.contents import Found, listed_tokenizer
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.schema import StageConfig
 from megabus.config.section import in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
+from megabus.data.tokenizer import read_tokenizer_files
 from megabus.errors import UserError
 from megabus.train.horizon import horizon_factor, planned_steps
 
@@ -104,6 +105,18 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
     return [
         f"all learning rates: {is_now / was:.3g} times what they were, by optimizer.transfer (planned steps {steps})"
     ]
+
+
+def check_tokenizer(origin: Found | FolderSource, sources: Sources) -> None:
+    """Raise `UserError` where the weights know another tokenizer's ids, by the files saved with them and by what their
+    data was made with."""
+    data = origin.state.data.get("train")
+    tokenizers = data.get("tokenizers") if isinstance(data, dict) else None
+    known = {sha256 for sha256 in tokenizers if isinstance(sha256, str)} if isinstance(tokenizers, list) else set()
+    path = listed_tokenizer(origin.folder, origin.entries) if isinstance(origin, Found) else origin.tokenizer
+    if path is not None:
+        known |= read_tokenizer_files(path).known_as
+    sources.check_tokenizer(known, f"the weights of {origin.folder}")
 
 
 def check_begins(origin: Found | FolderSource, stage: Stage) -> None:

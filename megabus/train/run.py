@@ -34,7 +34,7 @@ from megabus.train.environment import environment
 from megabus.train.foresee import foresee
 from megabus.train.horizon import at_horizon
 from megabus.train.metrics import Metrics, describe
-from megabus.train.resume import check_begins, check_continues, data_order
+from megabus.train.resume import check_begins, check_continues, check_tokenizer, data_order
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
@@ -107,9 +107,12 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
 
         origin = origin_of(config.init_from, watchdog.heartbeat)
         check_begins(origin, stages[0])
+        with agreement():
+            check_tokenizer(origin, sources)
     changes: list[str] = []
     with agreement():
         if found is not None:
+            check_tokenizer(found, sources)
             changes = check_continues(found, config, stages, data_order(corpora.sources))
     lock.keep()
     with agreement():  # only once every rank is content: a refused run leaves nothing behind

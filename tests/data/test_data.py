@@ -12,7 +12,7 @@ import torch
 from megabus.data.batches import TokenSource
 from megabus.data.indexed import IndexedTokens, IndexedWriter, dtype_for_vocab, meta_path
 from megabus.data.order import BLEND_PERIOD, Blend, ChunkOrder, align_up, nth_visited, permute
-from megabus.data.tokenizer import Tokenizer, train_tokenizer
+from megabus.data.tokenizer import MODEL_TYPES, Tokenizer, train_tokenizer
 from megabus.errors import UserError
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
@@ -326,7 +326,7 @@ def write_meta(prefix, **changes):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"vocab_size": 4999}, "vocab_size 4999, the model has 5000"),
+        ({"vocab_size": 5001}, "vocab_size 5001, the model has 5000"),
         ({"n_tokens": 99}, "99 tokens, its .idx"),
     ],
 )
@@ -334,6 +334,8 @@ def test_sidecar_is_believed(tmp_path, changes, problem):
     prefix = write_counting(tmp_path / "a", 100)
     write_meta(prefix)
     TokenSource([(prefix, 1.0)], 32, 0, 5000)  # control
+    write_meta(prefix, vocab_size=4999)  # of a model whose vocabulary is padded
+    TokenSource([(prefix, 1.0)], 32, 0, 5000)
     write_meta(prefix, **changes)
     with pytest.raises(UserError, match=problem):
         TokenSource([(prefix, 1.0)], 32, 0, 5000)
@@ -370,7 +372,7 @@ The heart-ache and the thousand natural shocks
 HARD = "  Zürich\n\n\t漢字 🙂 e\u0301 ﬁ\u00a0</s>\r\nno end  \n"
 
 
-@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_tokenizer_loses_nothing(tmp_path, model_type):
     tokenizer = Tokenizer(train_tokenizer([TEXT], 300, tmp_path / "t", model_type))
     assert tokenizer.vocab_size == 300
@@ -378,26 +380,38 @@ def test_tokenizer_loses_nothing(tmp_path, model_type):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.eod not in ids  # a document cannot end itself
+    if model_type == "byte-bpe":
+        return
     assert len(tokenizer.encode("\n\n")) == 2
     lossy = Tokenizer(train_tokenizer([TEXT], 300, tmp_path / "n", model_type, "nmt_nfkc"))
     assert lossy.decode(lossy.encode(HARD)) != HARD  # control: normalisation does lose something
     assert lossy.decode(lossy.encode("a\nb")) == "a\nb"  # which nmt_nfkc would make a space
 
 
-def test_tokenizer_training_is_deterministic_and_atomic(tmp_path):
-    first, second = (Tokenizer(train_tokenizer([TEXT], 300, tmp_path / name)) for name in "ab")
-    assert first.sha256 == second.sha256
-    assert first.sha256 != Tokenizer(train_tokenizer([TEXT], 299, tmp_path / "c")).sha256  # control
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.model", "b.model", "c.model"]
+@pytest.mark.parametrize(("model_type", "ending"), [("byte-bpe", "json"), ("unigram", "model")])
+def test_tokenizer_training_is_deterministic_and_atomic(tmp_path, model_type, ending):
+    first, second = (train_tokenizer([TEXT], 300, tmp_path / name, model_type) for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    other = train_tokenizer([TEXT], 299, tmp_path / "c", model_type)
+    assert Tokenizer(first).sha256 != Tokenizer(other).sha256  # control
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.{ending}" for name in "abc"]
 
 
 def test_tokenizer_errors(tmp_path):
-    with pytest.raises(UserError, match="Vocabulary size too high"):
+    with pytest.raises(
+        UserError, match="5000: is more than the 396 pieces that this text gives; set it to 396 or give"
+    ):
         train_tokenizer([TEXT], 5000, tmp_path / "t")
+    with pytest.raises(UserError, match="256: is less than 257, for 256 bytes and the end of a text"):
+        train_tokenizer([TEXT], 256, tmp_path / "t")
+    with pytest.raises(UserError, match="--normalization = nfkc: is SentencePiece's"):
+        train_tokenizer([TEXT], 300, tmp_path / "t", normalization="nfkc")
+    with pytest.raises(UserError, match="Vocabulary size too high"):
+        train_tokenizer([TEXT], 5000, tmp_path / "t", "unigram")
     with pytest.raises(UserError, match="no text"):
-        train_tokenizer(["", "\n"], 300, tmp_path / "t")
+        train_tokenizer(["", "\n"], 300, tmp_path / "t", "unigram")
     with pytest.raises(UserError, match="does not exist"):
         Tokenizer(tmp_path / "t.model")
     (tmp_path / "t.model").write_bytes(b"no model")
-    with pytest.raises(UserError, match="not a SentencePiece model"):
+    with pytest.raises(UserError, match="is no tokenizer that is known"):
         Tokenizer(tmp_path / "t.model")

@@ -7,9 +7,11 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import tokenizers
 from support.small_tokenizer import SENTENCE
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,8 +19,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from megabus.cli import main
 from megabus.data import encoding
+from megabus.data import preprocess as preprocessing
 from megabus.data.indexed import IndexedTokens, read_meta
-from megabus.data.tokenizer import Tokenizer
+from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from tools import demo_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,13 +110,91 @@ def test_sidecar_and_eod(tmp_path, model):
     tokenizer = Tokenizer(model)
     assert read_meta(tmp_path / "with") == {
         "vocab_size": 300,
+        "tokenizer": "t.model",
         "tokenizer_sha256": tokenizer.sha256,
         "eod": tokenizer.eod,
+        "document_prefix": [],
+        "document_suffix": [tokenizer.eod],
         "n_documents": 2,
         "n_tokens": IndexedTokens(tmp_path / "with").n_tokens,
         "dtype": "uint16",
         "bin_sha256": hashlib.sha256((tmp_path / "with.bin").read_bytes()).hexdigest(),
     }
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory):
+    """A directory whose post-processor puts BOS before a text, and nothing after it."""
+    folder = tmp_path_factory.mktemp("llama")
+    backend = tokenizers.Tokenizer.from_file(str(train_tokenizer([SENTENCE], 260, folder / "t")))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 260)])
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+MARKS = [
+    ((), [260], [261], ", each after <s> (260) and before </s> (261)"),
+    (("--no-append-eod",), [260], [], ", each after <s> (260)"),
+    (("--bos", "none"), [], [261], ", each before </s> (261)"),
+    (("--bos", "none", "--eos", "none"), [], [], ""),
+    (("--bos", "</s>", "--eos", "0"), [261], [0], ", each after </s> (261) and before <|endoftext|> (0)"),
+]
+
+
+@pytest.mark.parametrize(("options", "before", "after", "told"), MARKS)
+def test_what_stands_around_a_document(tmp_path, llama_like, capsys, options, before, after, told):
+    (tmp_path / "in.txt").write_text("the fox\n\n\nthe dog\n")
+    assert run(llama_like, tmp_path / "out", tmp_path / "in.txt", *options) == 0
+    assert capsys.readouterr().out.startswith(f"2 documents{told}, ")
+    corpus, tokenizer = IndexedTokens(tmp_path / "out"), Tokenizer(llama_like)
+    found = [corpus.sequence(i).tolist() for i in range(2)]
+    assert found == [[*before, *tokenizer.encode(text), *after] for text in ("the fox", "the dog")]
+    meta = read_meta(tmp_path / "out")
+    assert (meta["document_prefix"], meta["document_suffix"]) == (before, after)
+    assert (meta["vocab_size"], meta["tokenizer_sha256"]) == (262, tokenizer.sha256)
+
+
+def test_marks_that_there_are_not_are_refused(tmp_path, llama_like, capsys):
+    (tmp_path / "in.txt").write_text("the fox\n")
+    backend = tokenizers.Tokenizer.from_file(str(llama_like / "tokenizer.json"))
+    (tmp_path / "endless.json").write_text(tokenizers.Tokenizer(backend.model).to_str())
+    for name, options, told in (
+        (llama_like, ("--eos", "<none>"), f"--eos = <none>: is neither a token of {llama_like} nor an id below 262"),
+        (llama_like, ("--bos", "262"), "--bos = 262: is neither a token"),
+        (llama_like, ("--no-append-eod", "--eos", "0"), "--eos = 0: says what --no-append-eod forbids"),
+        (tmp_path / "endless.json", (), f"tokenizer = {tmp_path}/endless.json: names no end-of-text token"),
+    ):
+        assert run(name, tmp_path / "out", tmp_path / "in.txt", *options) == 2
+        assert capsys.readouterr().err.startswith(f"error: {told}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["endless.json", "in.txt"]
+
+
+def test_while_a_library_is_silent_the_time_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(preprocessing, "PROGRESS_SECONDS", 0.001)
+    asked = threading.Event()
+
+    def line():
+        asked.set()
+        return "so far"
+
+    with preprocessing.ticking(line):
+        assert asked.wait(60)
+    assert capsys.readouterr().err.startswith("so far\n")
+
+
+def test_a_byte_level_bpe_is_trained_by_default(tmp_path, capsys):
+    texts = [f"document {i}: {SENTENCE}" for i in range(30)]
+    (tmp_path / "in.txt").write_text("\n\n\n".join(texts))
+    command = ["preprocess", str(tmp_path / "in.txt"), "--train-tokenizer", "300", "--output", str(tmp_path / "c")]
+    assert main([*command, "--workers", "1"]) == 0
+    tokenizer, corpus = Tokenizer(tmp_path / "c-tokenizer.json"), IndexedTokens(tmp_path / "c")
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("tokenizers", 300)
+    assert tokenizer.decode(corpus.sequence(3).tolist()) == texts[3].strip()
+    assert corpus.sequence(3)[-1] == tokenizer.eod
+    assert "tokenizer: 300 pieces in " in capsys.readouterr().err
 
 
 def test_validation_split(tmp_path, model):

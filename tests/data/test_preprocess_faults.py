@@ -99,12 +99,12 @@ def test_processes_that_cannot_be_started_are_named(model, monkeypatch):
 
 TOKENIZERS = {
     "nothing.model": "the file does not exist",
-    "out": "is no regular file",
+    "out": "holds no tokenizer.json and no tokenizer.model",
     "pipe": "is no regular file",  # and is not waited for
     "/dev/zero": "is no regular file",
     "/proc/self/mem": "cannot be read (Input/output error)",  # as from a broken disk
-    "new.txt": "is not a SentencePiece model",
-    "empty.model": "is not a SentencePiece model",
+    "new.txt": "is no tokenizer that is known",
+    "empty.model": "is no tokenizer that is known",
 }
 
 
@@ -117,7 +117,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(path):
 
 
 def test_a_tokenizer_that_changes_on_the_way_is_named(model):
-    encoder = encoding.Encoder(model, "of another", 0.0, True)
+    encoder = encoding.Encoder(model, "of another", 0.0, [], [])
     with pytest.raises(UserError, match="has been changed while it was used"):
         next(encoding.encode_all(encoder, ["text"], workers=1))
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -30,6 +31,8 @@ from megabus.config.schema import KappaConfig, ModelConfig
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.indexed import IndexedTokens, IndexedWriter
+from megabus.data.tokenizer import Tokenizer, tiktoken, train_tokenizer
+from megabus.data.tokenizer.byte_bpe import CL100K
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaMonitor
 from megabus.model.decoder import param_specs
@@ -357,3 +360,36 @@ def test_hugging_face_config(exported, tally):
                 assert all(torch.equal(values.reshape(-1), weights[key]) for key, values in original.weights().items())
 
     run()
+
+
+TEXTS = ["the cat sees the dog", " Zürich 漢字\n\n", "\u0301a <|endoftext|> 🙂"]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "ranks", "SentencePiece"])
+def test_tokenizer(kind, tally, tmp_path, monkeypatch):
+    """A tokenizer whose file is changed is refused, or gives ids below its size for any text."""
+    if kind == "ranks":
+        encoding = tiktoken.Encoding("small", CL100K, {"<|end|>": 261, "<|begin|>": 262}, "<|end|>", "<|begin|>")
+        monkeypatch.setitem(tiktoken.ENCODINGS, 260, encoding)
+        tokens = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the", b"at"]
+        path = tmp_path / "own.model"
+        path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    else:
+        size, model_type = (275, "byte-bpe") if kind == "tokenizer.json" else (290, "bpe")
+        path = train_tokenizer(TEXTS * 9, size, tmp_path / "own", model_type)
+    good = path.read_bytes()
+
+    def load():
+        tokenizer = Tokenizer(path)
+        return tokenizer, tokenizer.files.known_as, tokenizer.encode_batch(TEXTS)
+
+    def run(mutation):
+        path.write_bytes(mutated(good, mutation) if kind == "tokenizer.json" else cut(good, mutation))
+        loaded = attempt(tally, load)
+        if loaded is not None:
+            tokenizer, known_as, ids = loaded
+            assert tokenizer.sha256 in known_as
+            assert all(0 <= number < tokenizer.vocab_size for found in ids for number in found)
+            assert all(isinstance(tokenizer.decode(found), str) for found in ids)
+
+    fuzz(given(OF_JSON if kind == "tokenizer.json" else st.lists(CUTS, min_size=1, max_size=2))(run))()

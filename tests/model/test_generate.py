@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from support.command import run_command
 from support.small_models import PART_IDS, PARTS
 from support.sources import MemorySource, model_config
 
 import megabus
+from megabus.checkpoint.load import checkpoint_at
 from megabus.convert.convert import convert
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
@@ -62,10 +64,11 @@ def test_no_id_beyond_the_tokenizers_is_taken():
     decoder.embed.weight.data[60:] *= 30
     options = {"temperature": 2.0, "top_p": 0.9}
     assert max(generate(decoder, [1], 40, **options)) >= 60
-    assert max(generate(decoder, [1], 40, pieces=60, **options)) < 60
-    assert max(generate(decoder, [1], 40, pieces=60, temperature=0)) < 60
-    with pytest.raises(UserError, match="pieces = 68: is out of range"):
-        generate(decoder, [1], 1, pieces=68)
+    for other in (options, {"temperature": 0}, {"temperature": 50.0, "top_k": 67}):
+        assert max(generate(decoder, [1, 66], 40, n_ids=60, **other)) < 60
+    for n_ids in (0, 68):
+        with pytest.raises(UserError, match=f"n_ids = {n_ids}: is out of range"):
+            generate(decoder, [1], 1, n_ids=n_ids)
 
 
 def test_generation_ends_before_the_stop():
@@ -109,9 +112,29 @@ def test_bad_arguments(bad):
         next(generate(model(), options.pop("prompt"), 1, **options))
 
 
-def test_the_command(tmp_path):
-    path = train_tokenizer(["the cat sees the dog and the dog sees the cat " * 50], 290, tmp_path / "tok", "bpe")
-    source = MemorySource(model_config("ngpt", vocab_size=300))  # padded
+def test_the_command_begins_as_the_post_processor_does(tmp_path):
+    """With BOS, of which an empty prompt is made; what is printed is text alone."""
+    path = train_tokenizer(["the cat sees the dog " * 50], 265, tmp_path / "tokenizer")
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 265)])
+    backend.save(str(path))
+    source = MemorySource(model_config("ngpt", vocab_size=290))
+    source.tokenizer = path
+    convert(source, tmp_path / "run", "checkpoint")
+    decoder = megabus.load(tmp_path / "run")
+    for prompt in ("the cat", ""):
+        ids = [265, *Tokenizer(path).encode(prompt)]
+        drawn = generate(decoder, ids, 5, temperature=0, stop=0, n_ids=266)
+        ended = run_command("generate", tmp_path / "run", "--prompt", prompt, "--max-tokens", 5, "--temperature", 0)
+        assert ended.stdout == Tokenizer(path).decode([*ids, *drawn]) + "\n", ended.stderr
+
+
+@pytest.mark.parametrize(("model_type", "vocab_size"), [("bpe", 290), ("byte-bpe", 384)])
+def test_the_command(tmp_path, model_type, vocab_size):
+    text = "the cat sees the dog and the dog sees the cat " * 50
+    path = train_tokenizer([text], 290 if model_type == "bpe" else 268, tmp_path / "tok", model_type)
+    source = MemorySource(model_config("ngpt", vocab_size=vocab_size))
     source.tokenizer = path
     convert(source, tmp_path / "run", "checkpoint")
     convert(source, tmp_path / "hf", "hf")
@@ -120,9 +143,22 @@ def test_the_command(tmp_path):
     assert ended.returncode == 0, ended.stderr
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode("the cat")
-    drawn = generate(megabus.load(tmp_path / "run"), ids, 9, temperature=0.8, stop=tokenizer.eod, pieces=290)
-    assert ended.stdout == tokenizer.decode(ids + list(drawn)) + "\n"
-    assert run_command("generate", tmp_path / "hf", *command[2:]).stdout == ended.stdout
+    options = {"temperature": 0.8, "stop": tokenizer.eod, "n_ids": tokenizer.vocab_size}
+    drawn = list(generate(megabus.load(tmp_path / "run"), ids, 9, **options))
+    assert ended.stdout == tokenizer.decode(ids + drawn) + "\n"
+    # The same ids; of bytes that are no UTF-8 its tokenizer.json makes another text than SentencePiece.
+    exported = run_command("generate", tmp_path / "hf", *command[2:])
+    assert exported.stdout == Tokenizer(tmp_path / "hf").decode(ids + drawn) + "\n"
     bad = run_command(*command, "--tokenizer", tmp_path / "no.model")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: tokenizer = ")
+    other = train_tokenizer([text], 289 if model_type == "bpe" else 267, tmp_path / "other", model_type)
+    bad = run_command(*command, "--tokenizer", other)
+    assert bad.returncode == 2
+    folder = checkpoint_at(tmp_path / "run")
+    assert bad.stderr.startswith(f"error: tokenizer = {other}: is another than the one saved in {folder}; leave it out")
+    assert run_command(*command, "--tokenizer", path).stdout == ended.stdout
+    command[1] = tmp_path / "hf"
+    told = f"error: tokenizer = {other}: is another than the one saved in {command[1]}; leave it out"
+    assert run_command(*command, "--tokenizer", other).stderr.startswith(told)
+    assert run_command(*command, "--tokenizer", path).stdout == ended.stdout

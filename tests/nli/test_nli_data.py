@@ -245,10 +245,14 @@ COMMANDS = {
         "--batch-size = 6: is not divisible by --micro-batch-size x dp = 4 x 1; choose a multiple",
     ),
     "checkpoint": (["--valid", "{file}"], "checkpoint = {folder}: holds none"),
-    "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not a SentencePiece model"),
+    "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not JSON (Extra data"),
     "vocabulary": (
         ["--valid", "{file}", "--tokenizer", "{other}"],
         "tokenizer = {other}: has 345 pieces, the model 340",
+    ),
+    "another tokenizer": (
+        ["--valid", "{file}", "--tokenizer", "{smaller}"],
+        "tokenizer = {smaller}: is another than the one saved in ",
     ),
     "bad rows": (["--valid", "{bad}"], "--valid = {bad}, line 1: gold_label = maybe: Input"),
     "out": (["--valid", "{file}", "--out", "{file}/x"], "--out = {file}/x: cannot be written ("),
@@ -273,6 +277,7 @@ def places(tmp_path_factory):
         "file": write_rows(folder / "good.jsonl", rows_of(4)),
         "bad": write_rows(folder / "bad.jsonl", [GOOD | {"gold_label": "maybe"}]),
         "other": train_tokenizer(TEXTS, 345, folder / "other", model_type="bpe"),
+        "smaller": train_tokenizer(TEXTS, 300, folder / "smaller", model_type="bpe"),
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -9,9 +12,15 @@ from support.launching import tree
 from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
 
 from megabus.config import resolve_stages
+from megabus.convert.begin import foreseen
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.batches import TokenSource
+from megabus.data.indexed import IndexedTokens, meta_path
+from megabus.data.sources import open_sources
+from megabus.data.tokenizer import Tokenizer, train_tokenizer
+from megabus.errors import UserError
+from megabus.train.resume import check_tokenizer
 
 MODEL = {"d_model": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "d_ff": 62}
 LAYOUTS = [{"tp": 2}, {"pp": 2}]
@@ -106,6 +115,41 @@ def test_another_model_is_refused(corpus, qwen, tmp_path):
     (tmp_path / "run").mkdir()
     assert "checkpoint = " in refusal(config_of(corpus, tmp_path / "run", tmp_path / "nothing"), 2)
     assert tree(tmp_path).keys() == before.keys() | {"run"}  # it was there
+
+
+def test_data_of_another_tokenizer_is_refused(corpus, qwen, tmp_path):
+    """Whether the weights are a checkpoint's or lie in a Hugging Face directory. That one's own data goes."""
+    folder = shutil.copytree(qwen[1], tmp_path / "hf")
+    own = train_tokenizer(["the cat sees the dog " * 50], 265, folder / "tokenizer")
+    for name in ("train", "valid"):
+        for ending in ("bin", "idx"):
+            shutil.copy(corpus / f"{name}.{ending}", tmp_path)
+    with OpenFiles() as files:
+        convert(open_source(folder, files), tmp_path / "with", "checkpoint")
+
+    def problem(origin, sha256):
+        for name in ("train", "valid"):
+            meta = {"vocab_size": VOCAB, "n_tokens": IndexedTokens(tmp_path / name).n_tokens}
+            meta |= {"tokenizer_sha256": sha256, "tokenizer": "mine.json"}
+            meta_path(tmp_path / name).write_text(json.dumps(meta))
+        config = config_of(tmp_path, tmp_path / "run", origin)
+        sources = open_sources(config, resolve_stages(config, 2))
+        try:
+            check_tokenizer(foreseen(origin), sources)
+        except UserError as error:
+            return str(error)
+        return None
+
+    other = "0" * 64
+    for origin, where in ((folder, folder), (tmp_path / "with", tmp_path / "with/checkpoints")):
+        assert problem(origin, Tokenizer(own).sha256) is None
+        told = problem(origin, other)
+        whose = (
+            f"data = {tmp_path}/train (made with mine.json): belongs to another tokenizer than the weights of {where}"
+        )
+        assert told.startswith(whose)
+        assert told in refusal(config_of(tmp_path, tmp_path / "run", origin), 2)
+        assert not (tmp_path / "run").exists()
 
 
 def test_weights_are_no_run(corpus, qwen):

@@ -26,7 +26,7 @@ from megabus.config import load_config, resolve_stages
 from megabus.data.indexed import meta_path
 from megabus.data.sources import open_sources
 from megabus.errors import UserError
-from megabus.train.resume import check_continues, data_order
+from megabus.train.resume import check_continues, check_tokenizer, data_order
 
 SAVED = (2, 5)  # steps of the checkpoints, in the first stage and in the second
 NEXT = {"d_model": 52, "n_heads": 4, "d_ff": 90, "max_tokens": 512}
@@ -59,7 +59,9 @@ def continued(run_dir, *overrides, world=1):
     config = load_config(run_dir / "config.yaml", overrides)
     stages = resolve_stages(config, world)
     found = Found(folder, read_state(folder), [])
-    return check_continues(found, config, stages, data_order(open_sources(config, stages)))
+    sources = open_sources(config, stages)
+    check_tokenizer(found, sources)
+    return check_continues(found, config, stages, data_order(sources))
 
 
 def refused(run_dir, *overrides):
@@ -202,7 +204,7 @@ def test_moved_data_is_the_same_data(stopped, corpus, tmp_path):
 
 
 def test_other_data_is_told(stopped, corpus, tmp_path):
-    """Longer, blended anew, or made with another tokenizer."""
+    """Longer, or blended anew; but not made with another tokenizer."""
     longer = write_tokens(tmp_path / "longer", [*read_tokens(corpus / "train"), 0, 1, 2])
     meta = {"vocab_size": VOCAB, "tokenizer_sha256": "0" * 64, "n_tokens": 20_004}
     meta_path(longer).write_text(json.dumps(meta))
@@ -220,10 +222,12 @@ def test_other_data_is_told(stopped, corpus, tmp_path):
     for name in ("train", "valid"):
         shutil.copy(corpus / f"{name}.bin", tmp_path)
         shutil.copy(corpus / f"{name}.idx", tmp_path)
-        meta = json.loads(meta_path(corpus / name).read_text()) | {"tokenizer_sha256": "1" * 64}
-        meta_path(tmp_path / name).write_text(json.dumps(meta))
-    lines = continued(stopped[2], f"data.train={tmp_path / 'train'}", f"data.valid={tmp_path / 'valid'}")
-    assert [line.split(":")[1] for line in lines] == [" train.tokenizers.0", " valid.tokenizers.0"]
+        meta = json.loads(meta_path(corpus / name).read_text())
+        changed = meta | {"tokenizer_sha256": "1" * 64, "tokenizer": "other.json"}
+        meta_path(tmp_path / name).write_text(json.dumps(changed))
+    told = refused(stopped[2], f"data.train={tmp_path / 'train'}", f"data.valid={tmp_path / 'valid'}")
+    name = f"{tmp_path / 'train'} (made with other.json)"
+    assert told.startswith(f"data = {name}: belongs to another tokenizer than the weights of {stopped[2]}")
 
 
 def test_other_validation_tokens_are_told(stopped):

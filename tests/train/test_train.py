@@ -213,7 +213,7 @@ def test_a_bad_token_on_one_rank_is_told_by_all(corpus, tmp_path, layout, bad_ra
 def test_a_missing_tokenizer_is_told_at_the_start(corpus, tmp_path):
     changes = {"data__tokenizer": str(tmp_path / "no.model")}
     config = run_config(corpus, tmp_path / "run", [{"tp": 1}] * 3, **changes)
-    with pytest.raises(RuntimeError, match=r"data\.tokenizer = .*no\.model: no such file"):
+    with pytest.raises(RuntimeError, match=r"data\.tokenizer = .*no\.model: the file does not exist"):
         run_ranks(1, _train, config)
     assert not (tmp_path / "run").exists()
 

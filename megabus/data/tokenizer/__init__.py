@@ -1,0 +1,17 @@
+"""Text to token ids and back, by whatever tokenizer a model came with, or one that is trained here."""
+
+from megabus.data.tokenizer.face import Tokenizer, open_tokenizer
+from megabus.data.tokenizer.files import FILES, TokenizerFiles, read_tokenizer_files
+from megabus.data.tokenizer.train import MODEL_TYPES, NORMALIZATIONS, train_tokenizer, trained_path
+
+__all__ = [
+    "FILES",
+    "MODEL_TYPES",
+    "NORMALIZATIONS",
+    "Tokenizer",
+    "TokenizerFiles",
+    "open_tokenizer",
+    "read_tokenizer_files",
+    "train_tokenizer",
+    "trained_path",
+]

@@ -1,0 +1,115 @@
+"""One face of every tokenizer, whatever library reads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from megabus.data.tokenizer.files import TokenizerFiles, read_tokenizer_files
+from megabus.errors import UserError
+
+
+class Codec(Protocol):
+    """What a library makes of the files. n_ids: one more than the largest id; prefix, suffix: the ids that its own
+    post-processor puts around a text; encode gives the text's own ids, without these.
+    symbols: what text must spell to be a special token, or one that its makers defined."""
+
+    n_ids: int
+    bos: int | None
+    eos: int | None
+    prefix: list[int]
+    suffix: list[int]
+
+    @property
+    def symbols(self) -> list[str]: ...
+
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def id_of(self, token: str) -> int | None: ...
+
+    def token_of(self, number: int) -> str: ...
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer.json, a SentencePiece model or a tiktoken rank file: a file, a directory or a hub name.
+
+    vocab_size: one more than its largest id, which a model's vocabulary may exceed. Text that spells a special token
+    of a tokenizer.json is that token, as it is for transformers. Raises `UserError` for what is no tokenizer.
+    """
+
+    def __init__(self, name: str | os.PathLike[str]) -> None:
+        self.files = read_tokenizer_files(name)
+        self.name, self.path, self.kind = self.files.name, self.files.path, self.files.kind
+        self.codec = codec_of(self.files)
+        self.vocab_size = self.codec.n_ids
+        self.bos, self.eos = self.codec.bos, self.codec.eos
+        self.prefix, self.suffix = self.codec.prefix, self.codec.suffix
+
+    @property
+    def sha256(self) -> str:
+        """By which data and weights know it."""
+        return self.files.sha256
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document. Raises `UserError` where the files name none."""
+        if self.eos is None:
+            problem = "names no end-of-text token"
+            raise self.files.fault(problem, "name it as eos_token in tokenizer_config.json, or with --eos")
+        return self.eos
+
+    @property
+    def start(self) -> list[int]:
+        """What stands before a text that begins: the post-processor's own, else the end of a document before."""
+        return self.prefix or [self.eod]
+
+    def encode(self, text: str) -> list[int]:
+        return self.codec.encode([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.codec.encode(list(texts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, without special tokens."""
+        return self.codec.decode(list(ids))
+
+    def id_of(self, token: str) -> int:
+        """token: its id, or as the vocabulary writes it. Raises `UserError` for another."""
+        is_id = token.isascii() and token.isdigit()
+        found = int(token) if is_id else self.codec.id_of(token)
+        if found is None or found >= self.vocab_size:
+            problem = f"is neither a token of {self.name} nor an id below {self.vocab_size}"
+            raise UserError("token", token, problem, "give one of its special tokens, or none")
+        return found
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """Special tokens for people: `<s> (1)`. What a terminal would obey is escaped."""
+        text = " ".join(f"{self.codec.token_of(number)} ({number})" for number in ids)
+        return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def codec_of(files: TokenizerFiles) -> Codec:
+    # Each of these imports a library that the others do without.
+    if files.kind == "sentencepiece":
+        from megabus.data.tokenizer.sentence_piece import SentencePiece
+
+        return SentencePiece(files)
+    if files.kind == "tiktoken":
+        from megabus.data.tokenizer.tiktoken import read_ranks
+
+        return read_ranks(files)
+    from megabus.data.tokenizer.fast import read_tree
+
+    return read_tree(files)
+
+
+def open_tokenizer(name: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model with that vocabulary. Raises `UserError` where it has ids that the model has not."""
+    tokenizer = Tokenizer(name)
+    if tokenizer.vocab_size > vocab_size:
+        problem = f"has {tokenizer.vocab_size} pieces, the model {vocab_size}"
+        raise UserError("tokenizer", tokenizer.name, problem, "give the one that made its data")
+    return tokenizer

@@ -1,0 +1,81 @@
+"""Tokenizers that Hugging Face's library `tokenizers` computes: those of a tokenizer.json, and those made for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tokenizers
+
+from megabus.data.tokenizer.files import CONFIG, MAP, TREE, TokenizerFiles
+from megabus.plain_file import shown
+
+# Where no file names the special tokens, as beside a bare tokenizer.json.
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
+EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+
+class Fast:
+    """A `Codec` of the library. bos, eos: names of special tokens; without one, that which has a usual name."""
+
+    def __init__(self, backend: Any, bos: str | None = None, eos: str | None = None) -> None:
+        self.backend = backend
+        # What was stored for somebody's training would cut our documents, or fill them up.
+        backend.no_truncation()
+        backend.no_padding()
+        self.n_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        probe = backend.encode("a", add_special_tokens=True)
+        own = [place for place, part in enumerate(probe.sequence_ids) if part is not None]
+        first, last = (own[0], own[-1] + 1) if own else (len(probe.ids), len(probe.ids))
+        self.prefix, self.suffix = probe.ids[:first], probe.ids[last:]
+        added = backend.get_added_tokens_decoder().values()
+        self._symbols = [token.content for token in added]
+        named = {token.content for token in added if token.special}
+        self.bos, self.eos = self._special(bos, BOS_NAMES, named), self._special(eos, EOS_NAMES, named)
+        if self.bos is None and len(self.prefix) == 1:
+            self.bos = self.prefix[0]
+        if self.eos is None and len(self.suffix) == 1:
+            self.eos = self.suffix[0]
+
+    def _special(self, name: str | None, usual: tuple[str, ...], named: set[str]) -> int | None:
+        chosen = name if name is not None else next((token for token in usual if token in named), None)
+        return None if chosen is None else self.id_of(chosen)
+
+    @property
+    def symbols(self) -> list[str]:
+        return self._symbols
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def id_of(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+    def token_of(self, number: int) -> str:
+        return self.backend.id_to_token(number) or ""
+
+
+def read_tree(files: TokenizerFiles) -> Fast:
+    """The tokenizer of a tokenizer.json; what lies beside it names its special tokens. Raises `UserError`."""
+    names = special_name(files, "bos_token"), special_name(files, "eos_token")
+    try:
+        return Fast(tokenizers.Tokenizer.from_buffer(files.raw), *names)
+    except Exception as error:  # the library raises nothing narrower
+        tree, remedy = files.tree(TREE), "give its directory's tokenizer.json"
+        if "model" in tree:
+            raise files.fault(f"cannot be read by the library tokenizers ({shown(str(error))})") from error
+        if "vocab" in tree and "config" in tree:
+            raise files.fault("is a tekken file of mistral-common, which is not read", remedy) from error
+        raise files.fault(f"is JSON, and no {TREE}: it has no model", remedy) from error
+
+
+def special_name(files: TokenizerFiles, key: str) -> str | None:
+    """The special token that tokenizer_config.json or special_tokens_map.json names under `key`."""
+    for file in (CONFIG, MAP):
+        value = files.tree(file).get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            return value
+    return None

@@ -1,0 +1,172 @@
+"""Tokenizers of every kind go with the weights into every form, and come out as transformers reads them."""
+
+import base64
+import contextlib
+import io
+import json
+
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+from support.sources import MemorySource, model_config
+
+from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
+from megabus.convert import hf_tokenizer
+from megabus.convert.convert import convert, open_source
+from megabus.convert.hf_tokenizer import write_tokenizer
+from megabus.convert.source import OpenFiles
+from megabus.data.tokenizer import Tokenizer, read_tokenizer_files, tiktoken, train_tokenizer
+from megabus.data.tokenizer.byte_bpe import byte_letters
+from megabus.data.tokenizer.odd_text import BASES, differences, odd_lines
+from megabus.errors import UserError
+
+TEXT = [f"{base} and {base}, {base.upper()}; the theory of the other there\n" for base in BASES] * 3
+N, PADDED = 640, 704
+
+
+def hugging_face(folder):
+    """As a model's makers leave it, code of their own included."""
+    path = train_tokenizer(TEXT, N - 2, folder / "own")
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.add_special_tokens(["<bos>", "<pad>"])
+    bos = backend.token_to_id("<bos>")
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", "<bos> $A $B", [("<bos>", bos)])
+    names = {"bos_token": "<bos>", "eos_token": "<|endoftext|>", "pad_token": "<pad>"}
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    theirs.chat_template = "{% for m in messages %}<bos>{{ m['content'] }}{% endfor %}"
+    theirs.save_pretrained(folder / "hf")
+    config = json.loads((folder / "hf/tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": [None, "no-one/nothing--evil.Evil"]}
+    (folder / "hf/tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "hf"
+
+
+def rank_file(folder):
+    """Of as many ranks as Llama 3's has here: the test says so."""
+    byte_of = {letter: byte for byte, letter in enumerate(byte_letters())}
+    vocab = Tokenizer(train_tokenizer(TEXT, N - 256 + 1, folder / "own")).codec.backend.get_vocab()
+    tokens = [bytes(byte_of[letter] for letter in letters) for letters in vocab if letters[:2] != "<|"]
+    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(sorted(tokens, key=len))]
+    (folder / "tokenizer.model").write_bytes(b"\n".join(lines))
+    return folder / "tokenizer.model"
+
+
+def sentence_piece(folder):
+    return train_tokenizer(TEXT, N, folder / "own", "bpe", "nfkc")
+
+
+@pytest.fixture
+def small_llama_3(monkeypatch):
+    special = {token: N - 256 + place for place, token in enumerate(tiktoken.LLAMA3)}
+    names = ("<|end_of_text|>", "<|begin_of_text|>")
+    monkeypatch.setitem(tiktoken.ENCODINGS, N - 256, tiktoken.Encoding("small", tiktoken.CL100K, special, *names))
+
+
+@pytest.mark.usefixtures("small_llama_3")
+@pytest.mark.parametrize("make", [hugging_face, rank_file, sentence_piece])
+def test_a_tokenizer_goes_with_the_weights_everywhere(tmp_path, make, capsys):
+    source = MemorySource(model_config("gpt", vocab_size=PADDED))
+    source.tokenizer = make(tmp_path)
+    first = Tokenizer(source.tokenizer)
+    assert first.vocab_size == N
+    with OpenFiles() as files:
+        convert(source, tmp_path / "run", "checkpoint")
+        convert(open_source(tmp_path / "run", files), tmp_path / "shards", "shards", (2, 1, 1))
+        convert(open_source(tmp_path / "shards", files), tmp_path / "out", "hf")
+        back = open_source(tmp_path / "out", files)
+        assert back.left == []
+        convert(back, tmp_path / "again", "checkpoint")
+    saved = read_tokenizer_files(saved_tokenizer(checkpoint_at(tmp_path / "run")))
+    assert saved.contents == first.files.contents  # to the byte
+    assert capsys.readouterr().err == ""  # no ids are others
+    again = read_tokenizer_files(saved_tokenizer(checkpoint_at(tmp_path / "again")))
+    assert first.sha256 in again.known_as
+    lines = [line for line in odd_lines() if make is not sentence_piece or "<" not in line]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(lines, add_special_tokens=False)["input_ids"] == first.encode_batch(lines)
+    assert theirs("a")["input_ids"] == [*first.prefix, *first.encode("a")]
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (first.bos, first.eos)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (first.bos, first.eos)
+    assert "auto_map" not in (tmp_path / "out/tokenizer_config.json").read_text()
+    with OpenFiles() as files:
+        run = open_source(tmp_path / "run", files)
+        convert(run, tmp_path / "alike", "hf", like=tmp_path / "out")
+        assert read_tokenizer_files(tmp_path / "alike").contents == read_tokenizer_files(tmp_path / "out").contents
+        train_tokenizer(TEXT, N - 1, tmp_path / "out/tokenizer", "byte-bpe")
+        with contextlib.suppress(FileNotFoundError):
+            (tmp_path / "out/tokenizer.model").unlink()
+        with pytest.raises(UserError, match="has another tokenizer than the one that was saved with the weights"):
+            convert(run, tmp_path / "no", "hf", like=tmp_path / "out")
+    if make is hugging_face:
+        assert config["pad_token_id"] == theirs.pad_token_id == first.id_of("<pad>")
+        assert theirs.apply_chat_template([{"content": "x"}], tokenize=False) == "<bos>x"
+
+
+def test_a_tokenizer_that_cannot_be_read_stays_behind_and_is_told(tmp_path):
+    source = MemorySource(model_config("gpt"))
+    convert(source, tmp_path / "hf", "hf")
+    (tmp_path / "hf/tokenizer.json").write_text('{"config": {}, "vocab": []}')
+    with OpenFiles() as files:
+        found = open_source(tmp_path / "hf", files)
+        assert found.tokenizer is None
+        assert found.without_tokenizer.startswith("is a tekken file of mistral-common, which is not read; give")
+
+
+# ---- SentencePiece as a tokenizer.json --------------------------------------------------------------------
+
+OURS = {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "add_dummy_prefix": False}
+OPTIONS = {
+    "ours, nfkc": OURS | {"normalization_rule_name": "nfkc", "user_defined_symbols": ["\n"]},
+    "ours, nmt_nfkc_cf": OURS | {"normalization_rule_name": "nmt_nfkc_cf", "user_defined_symbols": ["\n"]},
+    "its defaults": {},
+    "own symbols": {"user_defined_symbols": ["<b>", "<fim>", "the", "##"], "control_symbols": ["<ctl>"]},
+    "own symbols, nfkc": {"user_defined_symbols": ["<i>", "<b>"], "normalization_rule_name": "nfkc"},
+    "suffix whitespace": {"treat_whitespace_as_suffix": True},
+    "Llama 2": {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+    },
+}
+
+
+def trained(folder, model_type="bpe", **options):
+    model = io.BytesIO()
+    settings = {"vocab_size": 640, "character_coverage": 1.0, "byte_fallback": True, "minloglevel": 2} | options
+    lines = [line for text in TEXT for line in text.split("\n")]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type=model_type, num_threads=1, **settings
+    )
+    (folder / "own.model").write_bytes(model.getvalue())
+    (folder / "out").mkdir()
+    return folder / "own.model"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_sentence_piece_gives_the_same_ids_of_odd_text(tmp_path, name, capsys):
+    path = trained(tmp_path, **OPTIONS[name])
+    write_tokenizer(path, tmp_path / "out")
+    assert capsys.readouterr().err == ""
+    ours, theirs = Tokenizer(path), Tokenizer(tmp_path / "out")
+    assert len(odd_lines(ours.codec.symbols)) > 280
+    for base in BASES:
+        ids = ours.encode(base)
+        assert theirs.decode(ids) == ours.decode(ids)
+
+
+def test_other_ids_are_shown_with_what_to_do(tmp_path, monkeypatch, capsys):
+    path = trained(tmp_path, normalization_rule_name="nfkc", **OURS)
+    normalizers = hf_tokenizer._normalizers
+    monkeypatch.setattr(hf_tokenizer, "_normalizers", lambda proto: normalizers(proto)[1:])  # as it was once
+    write_tokenizer(path, tmp_path / "out")
+    told = capsys.readouterr().err
+    assert told.startswith("warning: the export's tokenizer.json gives other ids than ")
+    assert told.count("\n") == 1
+    assert told.endswith("encode them with the tokenizer.model beside it\n")
+    ours, theirs = Tokenizer(path), Tokenizer(tmp_path / "out")
+    theirs.codec.backend.encode_special_tokens = True
+    lines = odd_lines()
+    assert f"for {len(differences(lines, ours, theirs))} of {len(lines)} odd texts" in told
