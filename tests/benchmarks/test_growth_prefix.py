@@ -76,7 +76,7 @@ def marginal(*stages, **keys):
         (grow(A, C | {"micro_batch_size": 4}), grow(A, C), Common(1, INF)),
         (HORIZON, HORIZON, Common(0, INF)),
         (HORIZON, MORE, NONE),  # more steps, and a lower rate from the first on
-        (HORIZON | grow(A, C), HORIZON | grow(A, C | {"n_layers": 4}), NONE),
+        (HORIZON | grow(A, C), HORIZON | grow(A, {"n_layers": 5}), NONE),
         (HORIZON | grow(A, C), HORIZON | grow(A, C, write="clone"), Common(0, INF)),
         (marginal(A, C), marginal(A, C), Common(2, INF)),
         (marginal(A, C), marginal(A, C) | MORE, NONE),  # what is left of the run decides
