@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
 
 from megabus.checkpoint.contents import Found, look
 from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import Heartbeat, idle
 from megabus.checkpoint.restore import re_express, restore, weights_of
+from megabus.checkpoint.state import SavedState
 from megabus.convert.convert import in_other_form, open_source
-from megabus.convert.hub import local_copy
+from megabus.convert.hub import local_copy, of_hub
+from megabus.convert.hugging_face import CONFIG, described
 from megabus.convert.source import FolderSource, OpenFiles
 from megabus.engine.engine import Engine
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
 
+BEAT = 1.0  # seconds between two signs of a download that goes on
+
+
+class Described(NamedTuple):
+    """A model of the hub of which nothing but the description has been fetched."""
+
+    folder: Path
+    state: SavedState
+
 
 def origin_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found | FolderSource:
     """A checkpoint, the newest of a run, or weights in another form (shard files, a Hugging Face directory or a name on
     the hub), to begin from with its weights alone. Collective."""
-    folder = rank_0_tells(lambda: local_copy(path))
-    heartbeat()
+    folder = _fetched(path, heartbeat)
     if not in_other_form(folder):
         return weights_of(folder, heartbeat)
     with agreement():
         return open_source(folder, OpenFiles(), weights_only=True)
 
 
-def foreseen(path: str | Path) -> Found | FolderSource:
-    """What an origin says of itself: its tensors are not read. In one process."""
-    folder = local_copy(path)
+def _fetched(path: str | Path, heartbeat: Heartbeat) -> Path:
+    """`local_copy` on rank 0, which may take longer than ranks wait for each other. Collective."""
+    with ThreadPoolExecutor(1) as thread:
+        job = thread.submit(local_copy, path) if dist.get_rank() == 0 else None
+        while rank_0_tells(lambda: bool(job and wait([job], BEAT).not_done)):
+            heartbeat()
+        heartbeat()
+        return rank_0_tells(lambda: job.result() if job else Path(path))
+
+
+def foreseen(path: str | Path) -> Found | FolderSource | Described:
+    """What an origin says of itself: its tensors are not read, and those of the hub not fetched. In one process."""
+    if of_hub(path):
+        folder = local_copy(path, [CONFIG])
+        return Described(folder, described(folder))
+    folder = Path(path)
     if in_other_form(folder):
         return open_source(folder, OpenFiles(), weights_only=True)
     return look(checkpoint_at(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from megabus.convert.hf_rest import TOKENIZER_FILES
@@ -12,11 +13,16 @@ NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]  # no code, no pickles
 
 
-def local_copy(path: str | Path) -> Path:
-    """The path itself where there is something, or where it is no `owner/name`; else that model of the hub, which is
-    fetched if this machine has it not yet. Raises `UserError` where the hub does not give it."""
+def of_hub(path: str | Path) -> bool:
+    """Whether it is an `owner/name`, and nothing on this machine."""
+    return NAME.fullmatch(str(path)) is not None and not Path(path).exists()
+
+
+def local_copy(path: str | Path, files: Sequence[str] = FILES) -> Path:
+    """The path itself, or the directory of a model of the hub, of which `files` (patterns) are fetched if this machine
+    has them not yet. Raises `UserError` where the hub does not give it."""
     name = str(path)
-    if Path(path).exists() or not NAME.fullmatch(name):
+    if not of_hub(path):
         return Path(path)
     remedy = f"give a directory, or fetch it elsewhere (hf download {name}) and give what that makes"
     try:
@@ -26,7 +32,7 @@ def local_copy(path: str | Path) -> Path:
         problem = "is no directory, and for models of the hub huggingface_hub is needed"
         raise UserError("model", name, problem, "install it, or give a directory") from error
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         problem = f"is no directory, and the hub does not give it ({' '.join(str(error).split())[:200]})"
         raise UserError("model", name, problem, remedy) from error

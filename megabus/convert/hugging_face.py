@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -270,6 +271,11 @@ def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) ->
         raise UserError("config.json", folder, problem, "restore it from another copy") from error
     problem = "was changed since megabus wrote it: its keys and its megabus section differ"
     raise UserError("config.json", folder, problem, "set it back")
+
+
+def described(folder: Path) -> SavedState:
+    """What config.json says by itself, where there are no files yet to compare it with."""
+    return _without_a_run(model_of(read_json(folder / CONFIG), folder, sys.maxsize, sys.maxsize))
 
 
 def _check_fits(model: ModelConfig, folder: Path, tensors: int, stored: int) -> None:

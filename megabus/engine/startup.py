@@ -93,22 +93,26 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     from torch.distributed.rendezvous import rendezvous
 
     from megabus.parallel.mesh import reuse_process_groups
-    from megabus.parallel.reach import check_reach, leave_host
+    from megabus.parallel.reach import check_reach
 
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist = torch.distributed
     # A rank that dies while ranks meet would keep the others for several times the time-out.
-    faulthandler.dump_traceback_later(timeout.total_seconds() + 5, exit=True)
+    at_most = functools.partial(faulthandler.dump_traceback_later, timeout.total_seconds() + 5, exit=True)
+    at_most()
     try:
         if gpu:
             deepspeed.init_distributed("nccl", auto_mpi_discovery=False, verbose=False, timeout=timeout)
             store = dist.distributed_c10d._get_default_store()
+            at_most()
             check_reach(store, dist.get_rank(), dist.get_world_size(), timeout)
         elif not dist.is_initialized():  # gloo connects all ranks at once
             store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
             store.set_timeout(timeout)
+            at_most()
             check_reach(store, rank, world, timeout)
+            at_most()
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
         if not gpu:
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
@@ -127,7 +131,6 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
         raise UserError("WORLD_SIZE", os.environ["WORLD_SIZE"], problem, remedy) from error
     finally:
         faulthandler.cancel_dump_traceback_later()
-    leave_host()
     reuse_process_groups(timeout)
 
 

@@ -113,7 +113,8 @@ def free_port() -> int:
     """A port that nothing has, and that nothing is likely to take in the seconds before ranks listen on it.
 
     It is none of those that the system gives out by itself, and each of pytest's workers has a range of its own. Of
-    several programs that ask, one gets it: a name of the kernel's stands for it while that program lives.
+    several programs that ask, one gets it: a name of the kernel's stands for it until that program ends, or has got 64
+    others.
     Raises RuntimeError where the whole range is taken.
     """
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
@@ -121,10 +122,14 @@ def free_port() -> int:
     begin = size * (1 + int(worker) % WORKERS) if worker else 0
     for _ in range(size):
         port = PORTS[begin + next(_ports) % size]
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            name = socket.socket(socket.AF_UNIX)
-            _taken.append(name)
-            name.bind(f"\0megabus-port-{port}")
-            probe.bind(("", port))
-            return port
+        name = socket.socket(socket.AF_UNIX)
+        with socket.socket() as probe:
+            try:
+                name.bind(f"\0megabus-port-{port}")
+                probe.bind(("", port))
+            except OSError:
+                name.close()
+                continue
+        _taken.append(name)
+        return port
     raise RuntimeError(f"no port is free from {PORTS[begin]} to {PORTS[begin + size - 1]}")

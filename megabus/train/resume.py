@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megabus.checkpoint.contents import Found, listed_tokenizer
+from megabus.checkpoint.state import SavedState
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.schema import StageConfig
 from megabus.config.section import in_line
@@ -25,6 +27,16 @@ FREE_KEYS = ("layout", "micro_batch_size", "recompute", "overlap_comm", "sequenc
 
 MULTIPLES = ("alpha_init", "s_z_init")  # that gains are stored in: a gain acts as raw * multiplier
 GO_BACK = "set it back, or choose another run_dir"
+
+
+class Origin(Protocol):
+    """What says where it lies and which model it is."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def state(self) -> SavedState: ...
 
 
 def data_order(sources: Sources) -> dict[str, Any]:
@@ -119,7 +131,7 @@ def check_tokenizer(origin: Found | FolderSource, sources: Sources) -> None:
     sources.check_tokenizer(known, f"the weights of {origin.folder}")
 
 
-def check_begins(origin: Found | FolderSource, stage: Stage) -> None:
+def check_begins(origin: Origin, stage: Stage) -> None:
     """Raise `UserError` unless the stage's model can begin with the checkpoint's weights. What gains are stored in
     multiples of may differ: `restore` re-expresses them."""
     said = origin.state.model.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
@@ -127,7 +139,7 @@ def check_begins(origin: Found | FolderSource, stage: Stage) -> None:
 
 
 def _check_same(
-    found: Found | FolderSource,
+    found: Origin,
     stage: Stage,
     growths: Sequence[StageConfig],
     facts: Callable[[ModelConfig], dict[str, Any]],

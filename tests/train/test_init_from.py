@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from support.launching import tree
 from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
 
 from megabus.config import resolve_stages
-from megabus.convert.begin import foreseen
+from megabus.convert import begin
+from megabus.convert.begin import foreseen, origin_of
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.batches import TokenSource
@@ -20,7 +22,8 @@ from megabus.data.indexed import IndexedTokens, meta_path
 from megabus.data.sources import open_sources
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
-from megabus.train.resume import check_tokenizer
+from megabus.testing.ranks import run_ranks
+from megabus.train.resume import check_begins, check_tokenizer
 
 MODEL = {"d_model": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "d_ff": 62}
 LAYOUTS = [{"tp": 2}, {"pp": 2}]
@@ -157,3 +160,42 @@ def test_weights_are_no_run(corpus, qwen):
     config = config_of(corpus, origin, origin)
     problem = "holds step-00000000, weights without a run; give it as init_from, with another run_dir"
     assert problem in refusal(config, 2)
+
+
+def test_of_a_model_of_the_hub_the_description_alone_is_looked_at(corpus, qwen, tmp_path, monkeypatch):
+    def snapshot(name, allow_patterns):
+        assert allow_patterns == ["config.json"]
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        shutil.copy(qwen[1] / "config.json", tmp_path / "hub")
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    stage = resolve_stages(config_of(corpus, tmp_path / "run", "owner/model"), 2)[0]
+    said = foreseen("owner/model")
+    assert said.state.model == foreseen(qwen[1]).state.model
+    check_begins(said, stage)
+    narrower = config_of(corpus, tmp_path / "run", "owner/model", model=said.state.model.model_dump() | {"d_ff": 60})
+    with pytest.raises(UserError, match=r"model.d_ff = 60: is 62 in .*hub"):
+        check_begins(said, resolve_stages(narrower, 2)[0])
+
+
+def test_all_ranks_show_life_while_one_downloads(qwen):
+    def fetch(error):
+        beats = []
+
+        def slow(path):
+            time.sleep(0.5)
+            if error:
+                raise UserError("model", path, "is gone", "find it")
+            return qwen[1]
+
+        begin.BEAT, begin.local_copy = 0.05, slow
+        try:
+            return origin_of("owner/model", lambda: beats.append(0)).folder, len(beats)
+        except UserError as told:
+            return str(told), len(beats)
+
+    for error, answer in ((False, qwen[1]), (True, "model = owner/model: is gone; find it")):
+        for told, beats in run_ranks(2, fetch, error):
+            assert told == answer
+            assert beats >= 4

@@ -23,6 +23,7 @@ from megabus.preflight import flight
 
 pytestmark = pytest.mark.skipif(bool(why := why_no_namespaces()), reason=str(why))
 TIMEOUT = 9.0  # faults.hang_timeout
+LATE = 2 * TIMEOUT  # one time-out and not a second one: the rest is load, for the cases go on at once
 WORLD, STEPS = 4, 6
 LAYOUTS = [{"tp": 2, "pp": 2}, {"tp": 2, "dp": 2}, {"tp": 2, "pp": 2}]  # tensor parallelism within a machine
 STAGES = [{"d_model": 52, "n_heads": 4, "d_ff": 90, "max_tokens": 256}, {"n_layers": 5}]
@@ -103,7 +104,7 @@ def link_goes_down(corpus, folder, moment):
 
         ranks = launch(on_both(a, b), WORLD, folder, argv, change)
         codes = end(ranks, 60)
-        assert since_outage(folder) < TIMEOUT + 2  # and two to be seen to end
+        assert since_outage(folder) < LATE
         assert None not in codes
         assert 0 not in codes
         said = ranks[0].said + ranks[1].said
@@ -122,7 +123,7 @@ def machine_dies(corpus, folder):
         kill(ranks[2:])
         note_outage(folder)
         assert end(ranks, 60)[:2] == [1, 1]
-        assert since_outage(folder) < TIMEOUT + 2
+        assert since_outage(folder) < LATE
         assert f"no answer from {b.name} (ranks 2-3), last heard of in " in ranks[0].said
         assert "lost the connection to another rank" in ranks[0].said
         goes_on_alone(config, argv, folder, a)
@@ -134,7 +135,7 @@ def machine_never_comes(corpus, folder):
         note_outage(folder)
         ranks = launch([a, a], WORLD, folder, argv)
         assert end(ranks, 60) == [2, 2]
-        assert since_outage(folder) < TIMEOUT + 8  # of which rank 1 leaves rank 0 five to tell
+        assert since_outage(folder) < LATE  # of which rank 1 leaves rank 0 five seconds to tell
         assert ranks[0].said.splitlines()[-1].startswith(f"error: WORLD_SIZE = {WORLD}: ")
         assert not (folder / "run").exists()
 
@@ -173,7 +174,7 @@ def link_goes_down_in_the_preflight(corpus, folder):
 
         ranks = launch(on_both(a, b), WORLD, folder, [*argv, "preflight.measure=always"], change)
         codes = end(ranks, 60)
-        assert since_outage(folder) < TIMEOUT + 2
+        assert since_outage(folder) < LATE
         assert codes[0] == 2, ranks[0].said
         assert not {0, None} & set(codes)
         problem = f"ranks 2-3 ({b.name}) did not come through the measurement of links within "
@@ -250,7 +251,7 @@ def test_a_link_that_is_missing_is_named_before_training(corpus, tmp_path):
         note_outage(tmp_path)
         ranks = launch(on_both(a, b), WORLD, tmp_path, argv)
         assert end(ranks, 60) == [2] * WORLD
-        assert since_outage(tmp_path) < TIMEOUT
+        assert since_outage(tmp_path) < LATE  # gloo itself would take five time-outs
         line = (
             f"error: link = {a.name} (ranks 0-1) - {b.name} (ranks 2-3): carries nothing: {a.name} cannot connect to "
         )
