@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ROUNDING = 1e-9  # of FLOPs that were added up step by step
 TRANSFERRED = ("alpha_init", "s_z_init", "init_std", "embed_init_std", "head_init_std")  # by optimizer.transfer
 
-Number = Annotated[int, Field(ge=0, lt=2**63)]
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Length = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -58,8 +58,8 @@ class _Config(_Loose):
 
 
 class _Source(_Loose):
-    tokens: list[Number]
-    blend: list[Number]
+    tokens: list[Whole]
+    blend: list[Whole]
     chunk_len: Length
     tokenizers: list[str]
 
@@ -69,19 +69,19 @@ class _Data(_Loose):
 
     train: _Source
     valid: _Source
-    valid_tokens: Number
+    valid_tokens: Whole
 
 
 class _GrowthRow(_Loose):
     """What a row of `Progress.growths` must hold."""
 
-    step: Number
-    tokens: Number
+    step: Whole
+    tokens: Whole
     flops: Annotated[float, Field(ge=0)]
-    stage: Number
+    stage: Whole
     reason: str
-    old: dict[str, Number]
-    new: dict[str, Number]
+    old: dict[str, Whole]
+    new: dict[str, Whole]
 
 
 _CONFIG: TypeAdapter[_Config] = TypeAdapter(_Config)

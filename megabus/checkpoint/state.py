@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
 from megabus.checkpoint.manifest import FORMAT, STRICT, DamagedError, check_format, reading, validated
-from megabus.checkpoint.relations import check_relations
+from megabus.checkpoint.relations import Whole, check_relations
 from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
@@ -33,9 +33,7 @@ WRITTEN = {
     "monitor.span": "index n_params kappa tokens flops max_tokens max_flops",
 }
 
-Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]
-Length = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 @dataclass(frozen=True)
