@@ -7,7 +7,7 @@ directions are pure functions of (train.seed, what they are for, where), see `me
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -110,6 +110,20 @@ class SavedState:
             return LONGEST
         stages = self.config["growth"]["stages"]
         return max(self.config["train"]["seq_len"], *(stage.get("seq_len") or 0 for stage in stages), 0)
+
+
+def weights_alone(state: SavedState) -> SavedState:
+    """The same with weights and no moments: Adam counts anew from here on."""
+    progress, since = replace(state.progress), state.progress.since
+    if since is not None:
+        progress.mark(0, since.step_tokens, since.step_flops)
+    return replace(state, kinds=("weight",), optimizer_step=0, progress=progress)
+
+
+def without_run(state: SavedState, model: ModelConfig) -> SavedState:
+    """Weights of a model that the run never had: of what was said of the run, only its longest sequence holds still."""
+    config = {"train": {"seq_len": state.longest_sequence()}, "growth": {"stages": []}} if state.config else {}
+    return SavedState(Progress(), 0, model, state.layout, 0, ("weight",), {}, config, {})
 
 
 _STATE: TypeAdapter[SavedState] = TypeAdapter(SavedState)
