@@ -69,7 +69,7 @@ class Progress:
     nonfinite: Whole = 0  # steps that left the weights as they were, and how many of them the last ones were
     nonfinite_in_a_row: Whole = 0
     rollbacks: Whole = 0
-    since: Mark | None = None  # None: no run, or one of a version that had none
+    since: Mark | None = None  # None: no run
 
     def mark(self, optimizer_step: int, step_tokens: int, step_flops: float) -> None:
         """From now on each step adds so much."""

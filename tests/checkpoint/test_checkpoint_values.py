@@ -67,7 +67,7 @@ WRONG_VALUES = {
     "progress.nonfinite": [-1, None, *(Told(n, "(optimizer_step: 7 is not its finite steps, ") for n in (0, 2))],
     "progress.nonfinite_in_a_row": [2, -1],
     "progress.rollbacks": [-1, "0", 2, 1],
-    "progress.since": ["none", [], {}],
+    "progress.since": ["none", [], {}, None],
     "progress.since.step": [-1, 9, None, Told(2, "(progress.since.optimizer_step: 3 exceeds progress.since.step, 2")],
     "progress.since.tokens": [-1, 257, Told(95, "(progress.stage_tokens: 96 exceeds progress.since.tokens, 95")],
     "progress.since.position": [-1, 257, Told(95, "(progress.position: 256 is not where its steps lead to, 255")],
@@ -109,6 +109,7 @@ WRONG_VALUES = {
     "model.unknown": [1],
     "monitor": ["x", [], None, {"curve": []}, Told({}, "(monitor: is empty, and data is not")],
     "monitor.met": [-1, "0", None, 4],
+    "monitor.nonfinite": [-1, "0", None, 7, 10**6],
     "monitor.curve": ["x", [[1, 2.0]], [[1, 2.0, None]], [[5, 0.1, 3.0], [1, 0.2, 2.0]]],
     "monitor.curve.1.1": [Told(-1.0, "(curve: a number of FLOPs: "), Told(3e7, "(curve: a number of FLOPs: ")],
     "monitor.curve.1.2": [Told(-3.0, "(curve: a loss: ")],
@@ -159,7 +160,7 @@ WRONG_VALUES = {
     "data.train": [None, {}],
     "data.train.chunk_len": [0, "8", 16],
     "data.train.tokens": [None, [-1], [1.5]],
-    "data.valid_tokens": [-1, None],
+    "data.valid_tokens": [-1, None, 0, 63, 1000, 10**12],
 }
 WRONG_TEXTS = {
     "empty": b"",
