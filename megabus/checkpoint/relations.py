@@ -222,7 +222,14 @@ def _check_config(config: _Config, state: SavedState) -> None:
     transferred = TRANSFERRED if _section(state.config.get("optimizer"), "config.optimizer").get("transfer") else ()
     for key, value in state.model.model_dump(mode="json").items():
         if key in said and key not in transferred:  # those that came later are not there
-            _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", value)
+            _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", less(value, said[key]))
+
+
+def less(section: Any, said: Any) -> Any:
+    """A section less those of its keys that came later than what is said of it. What is none stays as it is."""
+    if not (isinstance(section, dict) and isinstance(said, dict)):
+        return section
+    return {key: less(value, said[key]) for key, value in section.items() if key in said}
 
 
 def _check_types(config: dict[str, Any]) -> None:

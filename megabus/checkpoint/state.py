@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
 from megabus.checkpoint.manifest import FORMAT, STRICT, DamagedError, check_format, reading, validated
-from megabus.checkpoint.relations import Whole, check_relations
+from megabus.checkpoint.relations import Whole, check_relations, less
 from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
@@ -82,7 +82,7 @@ def _as_written(value: Any, read: ValidatorFunctionWrapHandler) -> ModelConfig:
     model: ModelConfig = read(value)
     now = model.model_dump(mode="json")
     for key, said in value.items():
-        if json.dumps(said, sort_keys=True) != json.dumps(now[key], sort_keys=True):
+        if json.dumps(said, sort_keys=True) != json.dumps(less(now[key], said), sort_keys=True):
             raise ValueError(f"{key} is no {type(now[key]).__name__} as it is saved")
     return model
 

@@ -253,6 +253,23 @@ def test_a_key_that_a_section_lacks_is_named(folder, section):
         assert f"({section}.{key}: is missing)" in altered.refused(folder, STATE)
 
 
+SCALINGS = {"linear": {"factor": 2.0}, "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_scaling_of_before_yarn_is_read(folder, kind):
+    """As all that came later in a section: what it says is compared, and what it leaves out is as it was then."""
+    scaling = RopeScaling(kind=kind, **SCALINGS[kind])
+    old = {key: getattr(scaling, key) for key in WRITTEN["model.rope_scaling"].split()}
+    for key in ("model.rope_scaling", "config.model.rope_scaling"):  # both, before it is read
+        altered.set_value(folder, key, old)
+    assert megabus.load(folder).config.rope_scaling == scaling
+    altered.set_value(folder, "config.model.rope_scaling.factor", 3.0)
+    assert "(config: rope_scaling of stage 1: " in altered.refused(folder, STATE)
+    altered.set_value(folder, "model.rope_scaling.factor", 3)
+    assert "(model: rope_scaling is no dict as it is saved" in altered.refused(folder, STATE)
+
+
 @pytest.mark.parametrize("text", WRONG_TEXTS.values(), ids=WRONG_TEXTS)
 def test_what_is_no_state_is_refused(folder, text):
     altered.put_state(folder, text)
