@@ -58,10 +58,10 @@ def convert(
     `write_hugging_face`."""
     tp, pp, dp = layout
     check_layout(source.state.model, Layout(tp, pp, dp))
-    if out.exists():
-        raise UserError("out", out, "exists", "choose another, or remove it")
     partial = partial_name(out)
     try:
+        if out.exists():
+            raise UserError("out", out, "exists", "choose another, or remove it")
         partial.mkdir(parents=True)
         try:
             if form == "checkpoint":

@@ -16,7 +16,11 @@ def local_copy(path: str | Path) -> Path:
     """The path itself where there is something, or where it is no `owner/name`; else that model of the hub, which is
     fetched if this machine has it not yet. Raises `UserError` where the hub does not give it."""
     name = str(path)
-    if Path(path).exists() or not NAME.fullmatch(name):
+    try:
+        there = Path(path).exists()
+    except OSError as error:  # a name that is too long, a directory that may not be searched
+        raise UserError("model", name, f"cannot be looked for ({error.strerror})", "give another path") from error
+    if there or not NAME.fullmatch(name):
         return Path(path)
     remedy = f"give a directory, or fetch it elsewhere (hf download {name}) and give what that makes"
     try:
