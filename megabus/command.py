@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from errno import ENOMEM
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +20,15 @@ from megabus.errors import UserError, note, show_anything
 
 PATIENCE = 5.0  # seconds that a rank leaves rank 0 to tell bad input in
 PEER_GONE = ("closed by peer", "reset by peer")  # gloo's words for it
-NO_MEMORY = "can't allocate memory"  # torch's words for it, on CPUs
-SHORT = "out of memory: lower train.micro_batch_size, or see with `megabus estimate` what fits where"
+# torch's words for it, on CPUs and, where it is no OutOfMemoryError, on GPUs; the kernel's.
+NO_MEMORY = (
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Cannot allocate memory",
+)
+MORE = "free some, or use a machine with more"  # of commands that have no better advice
 OUTCOME = "MEGABUS_OUTCOME"  # names a file to leave the outcome in
 LOST = "lost the connection to another rank, which has probably ended: its log says why. Start the same command again"
 
@@ -69,8 +77,11 @@ class RankParser(Parser):
         self.add_argument(*NPROC, type=int, metavar="N", help="start N ranks on this machine, as torchrun does")
 
 
-def run(main: Callable[[], int]) -> int:
-    """The exit code of `main`, with bad input told in one line. What the terminal cannot show is shown as "?"."""
+def run(main: Callable[[], int], advice: str = MORE) -> int:
+    """The exit code of `main`, with bad input told in one line. What the terminal cannot show is shown as "?".
+
+    advice: what to do where memory is short.
+    """
     show_anything(sys.stdout)
     try:
         return main()
@@ -83,7 +94,7 @@ def run(main: Callable[[], int]) -> int:
     except Exception as error:
         if not memory_is_short(error):
             raise
-        note(f"error: {SHORT} ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})")
+        note(f"error: {_no_memory(error, advice)}")
         return 1
 
 
@@ -98,7 +109,7 @@ def tell_outcome(word: str) -> None:
             Path(os.environ[OUTCOME]).write_text(f"{word}\n")
 
 
-def run_rank(main: Callable[[], int]) -> int:
+def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
     """The same of a rank: rank 0 alone tells bad input, a traceback says whose it is, a peer's loss needs none."""
     show_anything(sys.stdout)
 
@@ -108,9 +119,13 @@ def run_rank(main: Callable[[], int]) -> int:
         except UserError as error:
             _tell_torchrun(f"error: {error}")
             raise
+        except Exception as error:
+            if memory_is_short(error):  # which `run` tells, and ends with
+                _tell_torchrun(f"error: {_no_memory(error, advice)}")
+            raise
 
     try:
-        return run(telling) if _rank() == "0" else main()
+        return run(telling, advice) if _rank() == "0" else main()
     except UserError:
         # A launcher ends all ranks when one has ended: were this the first, rank 0 could not tell why.
         time.sleep(PATIENCE)
@@ -123,7 +138,7 @@ def run_rank(main: Callable[[], int]) -> int:
             told = f": {LOST} ({where.name}: {str(error).splitlines()[0]})"
             told = "\n".join((told, *getattr(error, "__notes__", ())))
         elif memory_is_short(error):
-            told = f": {SHORT} ({str(error).splitlines()[0][:200] if str(error) else type(error).__name__})"
+            told = f": {_no_memory(error, advice)}"
         else:
             told = f" failed:\n{traceback.format_exc()}"
         note(f"rank {_rank()}{told}")
@@ -132,8 +147,15 @@ def run_rank(main: Callable[[], int]) -> int:
 
 
 def memory_is_short(error: Exception) -> bool:
-    """Whether it says that there is no more memory, Python's or torch's, on a CPU or a GPU."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or NO_MEMORY in str(error)
+    """Whether it says that there is no more memory, Python's, torch's or the kernel's, on a CPU or a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return getattr(error, "errno", None) == ENOMEM or any(words in str(error) for words in NO_MEMORY)
+
+
+def _no_memory(error: Exception, advice: str) -> str:
+    said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return f"out of memory: {advice} ({said})"
 
 
 def peer_is_gone(error: Exception) -> bool:
@@ -151,9 +173,9 @@ def _tell_torchrun(text: str) -> None:
             Path(place).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
-def end_rank(main: Callable[[], int]) -> NoReturn:
+def end_rank(main: Callable[[], int], advice: str = MORE) -> NoReturn:
     """Run `main`, and end the process whatever became of it."""
-    code = run_rank(main)
+    code = run_rank(main, advice)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a full disk
             stream.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from support.launching import ROOT, environment
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
 
-from megabus import command
+from megabus import cli, command
 from megabus.command import Parser, RankParser, run, run_rank
 from megabus.errors import UserError, say, warn
 
@@ -55,17 +56,32 @@ TORCH = (
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), MemoryError("8 GiB"), torch.OutOfMemoryError("CUDA"), RuntimeError(TORCH)]
+    "error",
+    [
+        *(MemoryError(), MemoryError("8 GiB"), torch.OutOfMemoryError("CUDA"), RuntimeError(TORCH)),
+        *(OSError(errno.ENOMEM, "Cannot allocate memory"), RuntimeError("CUDA error: out of memory\nCUDA kernel")),
+        RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"),
+    ],
 )
 def test_a_lack_of_memory_is_told_in_one_line(monkeypatch, capsys, error):
     monkeypatch.setenv("RANK", "1")
     for runner, begin in ((run, "error: "), (run_rank, "rank 1: ")):
-        assert runner(raising(error)) == 1
+        for advice in (["use fewer"], []):
+            assert runner(raising(error), *advice) == 1
+            told = capsys.readouterr().err
+            assert told.startswith(f"{begin}out of memory: {advice[0] if advice else 'free some, or use a machine'}")
+            assert told.count("\n") == 1
+
+
+def test_a_command_gives_its_own_advice(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, advice in (("train", "train.micro_batch_size"), ("preprocess", "--workers"), ("convert", "free some")):
+        monkeypatch.setattr(f"megabus.cli.{name}.main", lambda rest: raising(MemoryError())())
+        assert cli.main([name]) == 1
         told = capsys.readouterr().err
-        assert told.startswith(
-            f"{begin}out of memory: lower train.micro_batch_size, or see with `megabus estimate` what "
-        )
-        assert told.count("\n") == 1
+        assert told.startswith("error: out of memory: ")
+        assert advice in told
+        assert ("micro_batch" in told) == (name == "train")
 
 
 def test_other_ends_of_a_rank(monkeypatch, capsys):
@@ -136,6 +152,8 @@ def test_torchruns_page_ends_with_what_a_rank_has_told(monkeypatch, tmp_path):
 
     assert last_of_page("0", bad) == "traceback : error: key = 3: is odd; give 4"
     assert "error: " not in last_of_page("1", bad)
+    assert last_of_page("0", raising(MemoryError())).startswith("traceback : error: out of memory: ")
+    assert last_of_page("4", raising(MemoryError())).startswith("traceback : rank 4: out of memory: ")
     assert last_of_page("2", raising(ValueError("odd"))) == "ValueError: odd"
     assert last_of_page("3", raising(RuntimeError(GONE))).startswith("traceback : rank 3: lost the connection")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere/file"))

@@ -22,12 +22,12 @@ from megabus.parallel.fragments import KINDS
 from megabus.plain_file import shown
 
 if TYPE_CHECKING:
-    from megabus.checkpoint.state import Progress, SavedState
+    from megabus.checkpoint.state import SavedState
 
 ROUNDING = 1e-9  # of FLOPs that were added up step by step
 TRANSFERRED = ("alpha_init", "s_z_init", "init_std", "embed_init_std", "head_init_std")  # by optimizer.transfer
 
-Number = Annotated[int, Field(ge=0, lt=2**63)]
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Length = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -58,8 +58,8 @@ class _Config(_Loose):
 
 
 class _Source(_Loose):
-    tokens: list[Number]
-    blend: list[Number]
+    tokens: list[Whole]
+    blend: list[Whole]
     chunk_len: Length
     tokenizers: list[str]
 
@@ -69,19 +69,19 @@ class _Data(_Loose):
 
     train: _Source
     valid: _Source
-    valid_tokens: Number
+    valid_tokens: Whole
 
 
 class _GrowthRow(_Loose):
     """What a row of `Progress.growths` must hold."""
 
-    step: Number
-    tokens: Number
+    step: Whole
+    tokens: Whole
     flops: Annotated[float, Field(ge=0)]
-    stage: Number
+    stage: Whole
     reason: str
-    old: dict[str, Number]
-    new: dict[str, Number]
+    old: dict[str, Whole]
+    new: dict[str, Whole]
 
 
 _CONFIG: TypeAdapter[_Config] = TypeAdapter(_Config)
@@ -102,7 +102,7 @@ def check_relations(path: Path, state: SavedState) -> None:
         _at_most("stage", state.stage, "growths in config", len(config.growth.stages))
     _check_whole(state)
     _check_growths(growths, state)
-    _check_account(state.progress, state.optimizer_step)
+    _check_account(state)
     if monitor is None:  # weights without a run, made by a conversion or an evaluation
         if data is not None:
             raise ValueError("monitor: is empty, and data is not")
@@ -113,6 +113,9 @@ def check_relations(path: Path, state: SavedState) -> None:
     longest = max([config.train.seq_len, *(stage.seq_len or 0 for stage in config.growth.stages)])
     for key, source in (("train", data.train), ("valid", data.valid)):
         _agree(f"data.{key}.chunk_len", source.chunk_len, "the longest sequence in config", longest)
+    if not data.valid_tokens or data.valid_tokens % longest:
+        raise ValueError(f"data.valid_tokens: {data.valid_tokens} are no whole sequences of {longest}")
+    _at_most("data.valid_tokens", data.valid_tokens, "those of data.valid", sum(data.valid.tokens))
 
 
 def _check_whole(state: SavedState) -> None:
@@ -173,11 +176,13 @@ def _agree_sizes(key: str, sizes: dict[str, int], other: str, wanted: dict[str, 
         _agree(f"{key}.{name}", sizes[name], f"{other}: {name}", wanted[name])
 
 
-def _check_account(now: Progress, optimizer_step: int) -> None:
+def _check_account(state: SavedState) -> None:
     """Steps of one kind add the same each time, and each that was finite has moved the weights once."""
-    since = now.since
+    now, since = state.progress, state.progress.since
     if since is None:
-        return
+        if state.monitor:
+            raise ValueError("progress.since: is missing, and monitor is not empty")
+        return  # weights without a run
     for name in ("step", "tokens", "position", "flops", "nonfinite"):
         _at_most(f"progress.since.{name}", getattr(since, name), f"progress.{name}", getattr(now, name))
     _at_most("progress.stage_tokens", now.stage_tokens, "progress.since.tokens", since.tokens)
@@ -191,7 +196,7 @@ def _check_account(now: Progress, optimizer_step: int) -> None:
     added = steps * since.step_tokens
     _agree("progress.tokens", now.tokens, "what its steps add up to", since.tokens + added)
     _agree("progress.position", now.position, "where its steps lead to", since.position + added)
-    _agree("optimizer_step", optimizer_step, "its finite steps", since.optimizer_step + steps - skipped)
+    _agree("optimizer_step", state.optimizer_step, "its finite steps", since.optimizer_step + steps - skipped)
     flops = since.flops + steps * since.step_flops
     if abs(now.flops - flops) > ROUNDING * flops:
         raise ValueError(f"progress.flops: {now.flops} is not what its steps add up to, {flops}")
@@ -217,7 +222,14 @@ def _check_config(config: _Config, state: SavedState) -> None:
     transferred = TRANSFERRED if _section(state.config.get("optimizer"), "config.optimizer").get("transfer") else ()
     for key, value in state.model.model_dump(mode="json").items():
         if key in said and key not in transferred:  # those that came later are not there
-            _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", value)
+            _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", less(value, said[key]))
+
+
+def less(section: Any, said: Any) -> Any:
+    """A section less those of its keys that came later than what is said of it. What is none stays as it is."""
+    if not (isinstance(section, dict) and isinstance(said, dict)):
+        return section
+    return {key: less(value, said[key]) for key, value in section.items() if key in said}
 
 
 def _check_types(config: dict[str, Any]) -> None:
@@ -248,6 +260,8 @@ def _check_monitor(monitor: KappaState, state: SavedState) -> None:
     for number, path in enumerate(monitor.past):
         if path.n_params not in sizes:
             raise ValueError(f"monitor.past.{number}.n_params: {path.n_params} is no size that has grown")
+    steps = now.step - max((row["step"] for row in now.growths), default=0)
+    _at_most("monitor.nonfinite", monitor.nonfinite, "the stage's validations, one a step and one before", steps + 1)
     _at_most("monitor.met", monitor.met, "the losses in monitor.curve", len(monitor.curve))
     for point in monitor.curve[-1:]:
         _at_most("monitor.curve: the last tokens", point.tokens, "progress.tokens", now.tokens)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megabus.checkpoint.contents import Found, check_entry, look
 from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import DamagedError, Heartbeat, idle, read_manifest
+from megabus.checkpoint.state import weights_alone
 from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, set_aside
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, warn
@@ -74,7 +75,7 @@ def re_express(fragments: Fragments, old: Placement, new: Placement) -> None:
 def weights_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found:
     """A checkpoint, or the newest of a run, to begin from with its weights alone. Collective."""
     found = verified(rank_0_tells(lambda: checkpoint_at(path)), heartbeat)
-    return replace(found, state=replace(found.state, kinds=("weight",), optimizer_step=0))
+    return replace(found, state=weights_alone(found.state))
 
 
 def _candidates(root: Path, strict: bool) -> list[Path]:

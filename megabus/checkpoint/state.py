@@ -7,14 +7,14 @@ directions are pure functions of (train.seed, what they are for, where), see `me
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
 from megabus.checkpoint.manifest import FORMAT, STRICT, DamagedError, check_format, reading, validated
-from megabus.checkpoint.relations import check_relations
+from megabus.checkpoint.relations import Whole, check_relations, less
 from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
@@ -33,9 +33,7 @@ WRITTEN = {
     "monitor.span": "index n_params kappa tokens flops max_tokens max_flops",
 }
 
-Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Amount = Annotated[float, Field(ge=0)]
-Length = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Progress:
     nonfinite: Whole = 0  # steps that left the weights as they were, and how many of them the last ones were
     nonfinite_in_a_row: Whole = 0
     rollbacks: Whole = 0
-    since: Mark | None = None  # None: no run, or one of a version that had none
+    since: Mark | None = None  # None: no run
 
     def mark(self, optimizer_step: int, step_tokens: int, step_flops: float) -> None:
         """From now on each step adds so much."""
@@ -84,7 +82,7 @@ def _as_written(value: Any, read: ValidatorFunctionWrapHandler) -> ModelConfig:
     model: ModelConfig = read(value)
     now = model.model_dump(mode="json")
     for key, said in value.items():
-        if json.dumps(said, sort_keys=True) != json.dumps(now[key], sort_keys=True):
+        if json.dumps(said, sort_keys=True) != json.dumps(less(now[key], said), sort_keys=True):
             raise ValueError(f"{key} is no {type(now[key]).__name__} as it is saved")
     return model
 
@@ -112,6 +110,20 @@ class SavedState:
             return LONGEST
         stages = self.config["growth"]["stages"]
         return max(self.config["train"]["seq_len"], *(stage.get("seq_len") or 0 for stage in stages), 0)
+
+
+def weights_alone(state: SavedState) -> SavedState:
+    """The same with weights and no moments: Adam counts anew from here on."""
+    progress, since = replace(state.progress), state.progress.since
+    if since is not None:
+        progress.mark(0, since.step_tokens, since.step_flops)
+    return replace(state, kinds=("weight",), optimizer_step=0, progress=progress)
+
+
+def without_run(state: SavedState, model: ModelConfig) -> SavedState:
+    """Weights of a model that the run never had: of what was said of the run, only its longest sequence holds still."""
+    config = {"train": {"seq_len": state.longest_sequence()}, "growth": {"stages": []}} if state.config else {}
+    return SavedState(Progress(), 0, model, state.layout, 0, ("weight",), {}, config, {})
 
 
 _STATE: TypeAdapter[SavedState] = TypeAdapter(SavedState)

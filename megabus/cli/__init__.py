@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from megabus import __version__
-from megabus.command import end_rank, run, run_rank
+from megabus.command import MORE, end_rank, run, run_rank
 from megabus.errors import UserError
 
 GROUPS = {
@@ -41,6 +41,11 @@ GROUPS = {
     },
 }
 COMMANDS = {name: summary for group in GROUPS.values() for name, summary in group.items()}
+SHORT_OF_MEMORY = {  # what to do then; of the other commands nothing better than `MORE`
+    "train": "lower train.micro_batch_size, or see with `megabus estimate` what fits where",
+    "preprocess": "use fewer --workers",
+    "evaluate-nli": "lower --micro-batch-size, or raise --tp or --pp",
+}
 OF_RANKS = ("train", "evaluate-nli")  # run as one process a rank
 
 
@@ -48,15 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `megabus ARGV` in this process; its exit code. Bad input is told in one line on stderr, and the code is 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     runner = run_rank if words and words[0] in OF_RANKS else run
-    return runner(_call(words))
+    return runner(_call(words), _advice(words))
 
 
 def entry(*before: str) -> NoReturn:
     """Run `megabus BEFORE...` with this process's arguments behind, and end the process."""
     words = [*before, *sys.argv[1:]]
     if words and words[0] in OF_RANKS:
-        end_rank(_call(words))
-    sys.exit(run(_call(words)))
+        end_rank(_call(words), _advice(words))
+    sys.exit(run(_call(words), _advice(words)))
 
 
 def overview() -> str:
@@ -66,6 +71,10 @@ def overview() -> str:
     for title, group in GROUPS.items():
         lines += ["", f"{title}:", *(f"  {name:<{width}}{summary}" for name, summary in group.items())]
     return "\n".join([*lines, "", "`megabus COMMAND --help` shows a command's options and examples."])
+
+
+def _advice(words: Sequence[str]) -> str:
+    return SHORT_OF_MEMORY.get(words[0], MORE) if words else MORE
 
 
 def _call(words: Sequence[str]) -> Callable[[], int]:

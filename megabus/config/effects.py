@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 from megabus.config.schema import OptimizerConfig, RunConfig
 from megabus.config.section import Section
 from megabus.errors import UserError
@@ -10,11 +13,30 @@ from megabus.errors import UserError
 OTHERS = {"ngpt": ("init_std", "embed_init_std", "head_init_std", "norm_eps"), "gpt": ("alpha_init", "s_z_init")}
 
 
+class Idle(NamedTuple):
+    """A key with which a run does what it would do without: how that is refused, and the value that does the same."""
+
+    error: UserError
+    key: str
+    same: Any
+
+
 def check_effects(config: RunConfig) -> None:
     """Raise `UserError` about the first key that nobody can mean beside the others."""
-    _check_fall(config.optimizer)
+    for idle in _idle(config):
+        raise idle.error
+
+
+def without_effect(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> the value that does the same, of all keys that `check_effects` refuses: a run that was saved with
+    them goes on unchanged without."""
+    return {idle.key: idle.same for idle in _idle(config)}
+
+
+def _idle(config: RunConfig) -> Iterator[Idle]:
+    yield from _of_fall(config.optimizer)
     if config.growth.stages and config.growth.trigger.rule == "marginal":
-        _check_marginal(config)
+        yield from _of_marginal(config)
 
 
 def unheeded(config: RunConfig) -> list[str]:
@@ -39,33 +61,44 @@ def _falls(optim: OptimizerConfig) -> bool:
     return optim.schedule in ("cosine", "log") or (optim.schedule == "wsd" and optim.decay_share > 0)
 
 
-def _check_fall(optim: OptimizerConfig) -> None:
+def _of_fall(optim: OptimizerConfig) -> Iterator[Idle]:
     schedule = optim.schedule
     if optim.decay != "linear" and schedule != "wsd":
         problem = f"is the course of wsd's fall, and optimizer.schedule is {schedule}"
-        raise UserError("optimizer.decay", optim.decay, problem, "leave it out, or set optimizer.schedule to wsd")
-    if optim.decay != "linear" and not _falls(optim):
+        error = UserError("optimizer.decay", optim.decay, problem, "leave it out, or set optimizer.schedule to wsd")
+        yield Idle(error, "optimizer.decay", "linear")
+    elif optim.decay != "linear" and not _falls(optim):
         problem = "is the course of wsd's fall, and optimizer.decay_share is 0"
-        raise UserError("optimizer.decay", optim.decay, problem, "leave it out, or raise decay_share")
-    if schedule != "log" and optim.decay != "log" and _given(optim, "decay_rho"):
+        error = UserError("optimizer.decay", optim.decay, problem, "leave it out, or raise decay_share")
+        yield Idle(error, "optimizer.decay", "linear")
+    falls_so = schedule == "log" or (schedule == "wsd" and optim.decay == "log" and _falls(optim))
+    if not falls_so and _given(optim, "decay_rho"):
         remedy = "leave it out, or set optimizer.schedule or decay to log"
-        raise UserError("optimizer.decay_rho", optim.decay_rho, "is of a logarithmic fall, and there is none", remedy)
+        problem = "is of a logarithmic fall, and there is none"
+        error = UserError("optimizer.decay_rho", optim.decay_rho, problem, remedy)
+        yield Idle(error, "optimizer.decay_rho", _default(optim, "decay_rho"))
     if schedule in ("cosine", "log") and optim.warmup_share == 1:
         problem = f"leaves nothing of the budget for the fall of optimizer.schedule = {schedule}"
-        raise UserError("optimizer.warmup_share", optim.warmup_share, problem, "lower it, or set schedule to constant")
+        remedy = "lower it, or set schedule to constant"
+        error = UserError("optimizer.warmup_share", optim.warmup_share, problem, remedy)
+        yield Idle(error, "optimizer.schedule", "constant")
 
 
-def _check_marginal(config: RunConfig) -> None:
+def _of_marginal(config: RunConfig) -> Iterator[Idle]:
     trigger = config.growth.trigger
-    asked = [("growth.trigger.kappa", trigger.kappa if _given(trigger, "kappa") else None)]
-    asked += [(f"growth.stages.{number}.kappa", stage.kappa) for number, stage in enumerate(config.growth.stages)]
-    for key, kappa in asked:
+    asked = [("growth.trigger.kappa", trigger.kappa if _given(trigger, "kappa") else None, _default(trigger, "kappa"))]
+    asked += [(f"growth.stages.{number}.kappa", stage.kappa, None) for number, stage in enumerate(config.growth.stages)]
+    for key, kappa, same in asked:
         if kappa is not None:
             problem = "is not asked for by growth.trigger.rule = marginal"
-            raise UserError(key, kappa, problem, "remove it, or set rule to kappa")
+            yield Idle(UserError(key, kappa, problem, "remove it, or set rule to kappa"), key, same)
 
 
 def _given(section: Section, name: str) -> bool:
     """Whether a key says anything: a configuration that was saved has all keys."""
-    said: bool = getattr(section, name) != type(section).model_fields[name].default
+    said: bool = getattr(section, name) != _default(section, name)
     return said
+
+
+def _default(section: Section, name: str) -> Any:
+    return type(section).model_fields[name].default

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
+from megabus.checkpoint.state import weights_alone, without_run
 from megabus.convert.source import Source, blocks
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
@@ -16,7 +16,7 @@ from megabus.parallel.fragments import Kind
 
 
 class Untied:
-    """Weights alone: the head that a tied model gets has no moments yet."""
+    """Weights alone, without a run: the head that a tied model gets has no moments, and the run's model had none."""
 
     def __init__(self, source: Source) -> None:
         model = source.state.model
@@ -25,7 +25,7 @@ class Untied:
         self.inner, self.tokenizer = source, source.tokenizer
         self.tied = next(name for name, spec in param_specs(model).items() if spec.tied)
         untied = model.model_copy(update={"tie_embeddings": False})
-        self.state = replace(source.state, model=untied, kinds=("weight",), optimizer_step=0)
+        self.state = without_run(source.state, untied)
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
         there = name in param_specs(self.inner.state.model)
@@ -37,7 +37,7 @@ class UnitRows:
 
     def __init__(self, source: Source) -> None:
         self.inner, self.tokenizer = source, source.tokenizer
-        self.state = replace(source.state, kinds=("weight",), optimizer_step=0)
+        self.state = weights_alone(source.state)
         self.specs = param_specs(source.state.model)
         if not any(spec.unit for spec in self.specs.values()):
             raise UserError("--unit-rows", True, "the model has no unit rows", "leave it out")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from megabus.checkpoint.state import weights_alone
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout, ModelConfig
 from megabus.convert.checkpoint import write_checkpoint
@@ -40,11 +40,7 @@ def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> Fol
     else:
         source = CheckpointSource(path, files)
     if weights_only:
-        state, progress, since = source.state, source.state.progress, source.state.progress.since
-        if since is not None:  # Adam counts anew from here on
-            progress = replace(progress)
-            progress.mark(0, since.step_tokens, since.step_flops)
-        source.state = replace(state, kinds=("weight",), optimizer_step=0, progress=progress)
+        source.state = weights_alone(source.state)
     return source
 
 
@@ -62,10 +58,10 @@ def convert(
     `write_hugging_face`."""
     tp, pp, dp = layout
     check_layout(source.state.model, Layout(tp, pp, dp))
-    if out.exists():
-        raise UserError("out", out, "exists", "choose another, or remove it")
     partial = partial_name(out)
     try:
+        if out.exists():
+            raise UserError("out", out, "exists", "choose another, or remove it")
         partial.mkdir(parents=True)
         try:
             if form == "checkpoint":

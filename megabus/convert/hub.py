@@ -15,7 +15,11 @@ FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", *TOKENI
 
 def of_hub(path: str | Path) -> bool:
     """Whether it is an `owner/name`, and nothing on this machine."""
-    return NAME.fullmatch(str(path)) is not None and not Path(path).exists()
+    try:
+        there = Path(path).exists()
+    except OSError as error:  # a name that is too long, a directory that may not be searched
+        raise UserError("model", path, f"cannot be looked for ({error.strerror})", "give another path") from error
+    return NAME.fullmatch(str(path)) is not None and not there
 
 
 def local_copy(path: str | Path, files: Sequence[str] = FILES) -> Path:

@@ -37,8 +37,8 @@ from megabus.checkpoint.manifest import (
     validated,
     write_manifest,
 )
-from megabus.checkpoint.relations import Length
-from megabus.checkpoint.state import STATE, Whole, read_state, write_state
+from megabus.checkpoint.relations import Length, Whole
+from megabus.checkpoint.state import STATE, read_state, write_state
 from megabus.config import Layout
 from megabus.convert.source import OpenFiles, Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter

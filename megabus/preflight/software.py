@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from pydantic import ValidationError
 
 from megabus.config import RunConfig, Stage
 from megabus.config.stages import stage_section
@@ -15,6 +17,7 @@ from megabus.errors import UserError, say
 from megabus.extras import need
 from megabus.kernels.choice import select, why_not_wide
 
+NO_LOGIN = ("offline", "disabled", "dryrun")  # of WANDB_MODE
 SINKS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # key of log: what `Metrics` imports for it
 
 
@@ -49,16 +52,26 @@ def check_sinks(config: RunConfig) -> None:
 
 def _log_in() -> None:
     """Into wandb, which asks for a key where there is a terminal. Raises `UserError` where its server does not know the
-    user, or does not answer."""
+    user, or does not answer, and where its own settings say something else, or nothing that it can read."""
     import wandb
 
+    mode, offline = os.environ.get("WANDB_MODE"), "set log.wandb_mode=offline"
+    if mode in NO_LOGIN:
+        problem = f"is not what the environment says, WANDB_MODE = {mode}, with which wandb logs nobody in"
+        raise UserError("log.wandb_mode", "online", problem, f"unset WANDB_MODE, or {offline}")
     try:
         known = wandb.login(verify=True)
         problem = "nobody is logged in"
-    except wandb.errors.Error as error:
+    except ValidationError as error:  # of the environment, or of wandb's own file
+        first = error.errors()[0]
+        setting = "_".join(map(str, first["loc"]))
+        problem = f"does not start (its setting {setting} = {first['input']}: {first['msg']})"
+        remedy = f"mend WANDB_{setting.upper()}, or what wandb's settings file says, or {offline}"
+        raise UserError("log.wandb_mode", "online", problem, remedy) from error
+    except (wandb.errors.Error, ValueError) as error:
         known, problem = False, f"does not start ({' '.join(str(error).split())})"
     if not known:
-        remedy = "log in (`wandb login`, or WANDB_API_KEY), or set log.wandb_mode=offline"
+        remedy = f"log in (`wandb login`, or WANDB_API_KEY), or {offline}"
         raise UserError("log.wandb_mode", "online", problem, remedy)
 
 

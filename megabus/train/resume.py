@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from megabus.checkpoint.contents import Found, listed_tokenizer
 from megabus.checkpoint.state import SavedState
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
+from megabus.config.effects import without_effect
 from megabus.config.schema import StageConfig
 from megabus.config.section import in_line
 from megabus.config.stages import stage_section
@@ -58,7 +59,7 @@ def check_stage(found: Found, config: RunConfig, stages: list[Stage]) -> list[tu
     """(key, old, new) of all that has changed in the configuration since the checkpoint was saved.
 
     Raises `UserError` if the run of `config` has no such stage; with `resume: strict` also for any change but those
-    that leave the run's mathematics as they are (layout, micro batches, logging, saving, paths).
+    that leave the run's mathematics as they are (layout, micro batches, logging, saving, paths, keys without effect).
     """
     saved = found.state
     if not saved.monitor:  # made by a conversion or an evaluation
@@ -70,6 +71,8 @@ def check_stage(found: Found, config: RunConfig, stages: list[Stage]) -> list[tu
     _check_follows(found, config, stages[saved.stage])
     _check_same(found, stages[saved.stage], config.growth.stages[: saved.stage], _shape, GO_BACK)
     changes = list(_changes(_with_defaults(saved.config), config.model_dump(mode="json")))
+    idle = _without_effect(saved.config)
+    changes = [(key, was, is_now) for key, was, is_now in changes if key not in idle or idle[key] != is_now]
     _check_unchanged(found, config, changes)
     return changes
 
@@ -100,8 +103,16 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         return config
 
 
+def _without_effect(config: dict[str, Any]) -> dict[str, Any]:
+    """Key -> the value that does the same: what is refused now because it has no effect must be free to go."""
+    try:
+        return without_effect(parse_config(config))
+    except UserError:  # of another version, as above
+        return {}
+
+
 def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
-    """A line where other planned steps change all learning rates, which no key says."""
+    """A line where other planned steps change all learning rates, which no key says, or may have changed them."""
     is_now = horizon_factor(config, stages)
     if is_now is None:
         return []
@@ -109,7 +120,8 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
         before = parse_config(found.state.config)
         planned = resolve_stages(before, found.state.layout.world, saved=True)
     except UserError as error:
-        raise error.within(f"config of {found.folder}") from error
+        told = f"{is_now:.3g} times optimizer.lr by optimizer.transfer, and what they were is unknown"
+        return [f"all learning rates: {told} ({error.within(f'config of {found.folder}')})"]
     was = horizon_factor(before, planned)
     if was is None or was == is_now:
         return []

@@ -204,7 +204,8 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     restore(found, run.engine, run.watchdog.heartbeat)
     now = run.progress = replace(found.state.progress)
     now.position = align_up(now.position, run.stage.seq_len)
-    if now.since is None or (now.position, run.stage.tokens_per_step, run.step_flops) != (
+    assert now.since is not None, "weights without a run are refused before"
+    if (now.position, run.stage.tokens_per_step, run.step_flops) != (
         found.state.progress.position,
         now.since.step_tokens,
         now.since.step_flops,

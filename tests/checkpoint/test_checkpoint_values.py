@@ -67,7 +67,7 @@ WRONG_VALUES = {
     "progress.nonfinite": [-1, None, *(Told(n, "(optimizer_step: 7 is not its finite steps, ") for n in (0, 2))],
     "progress.nonfinite_in_a_row": [2, -1],
     "progress.rollbacks": [-1, "0", 2, 1],
-    "progress.since": ["none", [], {}],
+    "progress.since": ["none", [], {}, None],
     "progress.since.step": [-1, 9, None, Told(2, "(progress.since.optimizer_step: 3 exceeds progress.since.step, 2")],
     "progress.since.tokens": [-1, 257, Told(95, "(progress.stage_tokens: 96 exceeds progress.since.tokens, 95")],
     "progress.since.position": [-1, 257, Told(95, "(progress.position: 256 is not where its steps lead to, 255")],
@@ -109,6 +109,7 @@ WRONG_VALUES = {
     "model.unknown": [1],
     "monitor": ["x", [], None, {"curve": []}, Told({}, "(monitor: is empty, and data is not")],
     "monitor.met": [-1, "0", None, 4],
+    "monitor.nonfinite": [-1, "0", None, 7, 10**6],
     "monitor.curve": ["x", [[1, 2.0]], [[1, 2.0, None]], [[5, 0.1, 3.0], [1, 0.2, 2.0]]],
     "monitor.curve.1.1": [Told(-1.0, "(curve: a number of FLOPs: "), Told(3e7, "(curve: a number of FLOPs: ")],
     "monitor.curve.1.2": [Told(-3.0, "(curve: a loss: ")],
@@ -159,7 +160,7 @@ WRONG_VALUES = {
     "data.train": [None, {}],
     "data.train.chunk_len": [0, "8", 16],
     "data.train.tokens": [None, [-1], [1.5]],
-    "data.valid_tokens": [-1, None],
+    "data.valid_tokens": [-1, None, 0, 63, 1000, 10**12],
 }
 WRONG_TEXTS = {
     "empty": b"",
@@ -250,6 +251,23 @@ def test_a_key_that_a_section_lacks_is_named(folder, section):
         del inside[key]
         altered.put_state(folder, json.dumps(spoilt))
         assert f"({section}.{key}: is missing)" in altered.refused(folder, STATE)
+
+
+SCALINGS = {"linear": {"factor": 2.0}, "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_scaling_of_before_yarn_is_read(folder, kind):
+    """As all that came later in a section: what it says is compared, and what it leaves out is as it was then."""
+    scaling = RopeScaling(kind=kind, **SCALINGS[kind])
+    old = {key: getattr(scaling, key) for key in WRITTEN["model.rope_scaling"].split()}
+    for key in ("model.rope_scaling", "config.model.rope_scaling"):  # both, before it is read
+        altered.set_value(folder, key, old)
+    assert megabus.load(folder).config.rope_scaling == scaling
+    altered.set_value(folder, "config.model.rope_scaling.factor", 3.0)
+    assert "(config: rope_scaling of stage 1: " in altered.refused(folder, STATE)
+    altered.set_value(folder, "model.rope_scaling.factor", 3)
+    assert "(model: rope_scaling is no dict as it is saved" in altered.refused(folder, STATE)
 
 
 @pytest.mark.parametrize("text", WRONG_TEXTS.values(), ids=WRONG_TEXTS)

@@ -11,15 +11,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import altered
 from support.command import run_command
 from support.sources import MemorySource, model_config
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import megabus
 from megabus.checkpoint.manifest import MANIFEST, settle, write_manifest
+from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout
 from megabus.convert import shard_files
+from megabus.convert.changed import UnitRows, Untied
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.convert.tensor_file import TensorFileWriter
@@ -148,6 +151,35 @@ def test_weights_only(source, tmp_path):
         convert(open_source(tmp_path / "a", files, weights_only=True), tmp_path / "b", "checkpoint", (2, 1, 1))
         state = open_source(tmp_path / "b", files).state
     assert (state.kinds, state.optimizer_step) == (("weight",), 0)
+
+
+# What is changed of a run: the model that it is, and --weights-only beside it or not.
+CHANGED = [(Untied, "gpt", {"tie_embeddings": True}), (UnitRows, "ngpt", {}), (None, "ngpt", {})]
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize(("change", "kind", "sizes"), CHANGED, ids=["untied", "unit rows", "as it is"])
+def test_what_is_changed_of_a_run_is_read_back(tmp_path, change, kind, sizes, weights_only):
+    """Untied it is a model that no run has had; else it stays the run's, and Adam counts anew."""
+    altered.write_run(tmp_path / "run", kind, **sizes)
+    with OpenFiles() as files:
+        given = open_source(tmp_path / "run", files)
+        longest, run = given.state.longest_sequence(), given.state.monitor
+        source = open_source(tmp_path / "run", files, weights_only)
+        source = source if change is None else change(source)
+        for form, layout in (("checkpoint", (2, 1, 1)), ("shards", (1, 3, 1))):
+            convert(source, tmp_path / form, form, layout)
+            back = open_source(tmp_path / form, files)
+            assert verify(source, back) > 0
+            state, alone = back.state, weights_only or change is not None
+            assert (state.kinds == ("weight",), state.optimizer_step == 0) == (alone, alone)
+            assert state.longest_sequence() == longest
+            if change is Untied:
+                assert (state.progress, state.stage, state.monitor, state.data) == (Progress(), 0, {}, {})
+            else:
+                assert state.monitor == run
+                assert state.progress.step == given.state.progress.step
+                assert state.progress.since.optimizer_step == (0 if alone else altered.GROWN)
 
 
 def test_bfloat16_rounds_once_and_verifies(source, tmp_path):

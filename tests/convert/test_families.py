@@ -14,6 +14,7 @@ from support.sources import MemorySource, model_config
 import megabus
 from megabus.cli import convert as convert_command
 from megabus.convert import hub, verify_logits
+from megabus.convert.begin import foreseen
 from megabus.convert.changed import unit_error
 from megabus.convert.convert import convert, open_source
 from megabus.convert.hugging_face import model_of
@@ -194,6 +195,18 @@ def test_rows_that_are_no_unit_vectors_are_told_and_made_so(tmp_path, capsys):
     stock("llama", tmp_path / "llama", num_hidden_layers=1)
     with pytest.raises(UserError, match="--unit-rows = True: the model has no unit rows"):
         convert_command.main([str(tmp_path / "llama"), str(tmp_path / "no"), "--to", "checkpoint", "--unit-rows"])
+
+
+def test_a_path_that_is_too_long_is_one_line(tmp_path):
+    """255 characters are what a file system allows of a part; of what is read, and of what is written."""
+    long = tmp_path / ("x" * 256)
+    for call in (lambda: hub.local_copy(long), lambda: megabus.load(long), lambda: foreseen(str(long))):
+        with pytest.raises(
+            UserError, match=r"^model = .*xxx: cannot be looked for \(File name too long\); give another"
+        ):
+            call()
+    with pytest.raises(UserError, match=r"^out = .*xxx: cannot be written \(.*File name too long"):
+        convert(MemorySource(model_config("ngpt")), long, "checkpoint")
 
 
 def test_a_name_of_the_hub_is_fetched(tmp_path, monkeypatch):

@@ -45,10 +45,10 @@ def run_of(model):
     )
 
 
-def write_run(run, kind="ngpt", layout=(2, 1, 1)):
+def write_run(run, kind="ngpt", layout=(2, 1, 1), **changes):
     """Two checkpoints of a run, as two ranks would have written them, with all that a state may hold; the newer one."""
     for step in STEPS:
-        source = MemorySource(model_config(kind), step=step)
+        source = MemorySource(model_config(kind, **changes), step=step)
         state, config = source.state, run_of(source.state.model)
         first, second = resolve_stages(config, 1)
         cost = [stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len) for stage in (first, second)]

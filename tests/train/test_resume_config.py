@@ -22,7 +22,8 @@ from support.small_runs import (
 
 from megabus.checkpoint.contents import Found
 from megabus.checkpoint.state import read_state
-from megabus.config import load_config, resolve_stages
+from megabus.config import load_config, parse_config, resolve_stages
+from megabus.config.section import in_line
 from megabus.data.indexed import meta_path
 from megabus.data.sources import open_sources
 from megabus.errors import UserError
@@ -255,6 +256,56 @@ FREE = [
 def test_where_and_how_it_computes_is_free(stopped, step, overrides, world):
     assert continued(stopped[step], *overrides, "resume=strict", world=world) == []
     assert refused(stopped[step], *overrides, "optimizer.lr=1", "resume=strict")  # control
+
+
+IDLE = [  # what is saved with no effect, and what the file says instead
+    ({"optimizer": {"schedule": "cosine", "decay": "log", "decay_rho": 0.5}}, ["optimizer.schedule=cosine"]),
+    ({"optimizer": {"decay_share": 0.0, "decay": "log"}}, ["optimizer.decay_share=0"]),
+    (
+        {"optimizer": {"schedule": "log", "warmup_share": 1.0}},
+        ["optimizer.schedule=constant", "optimizer.warmup_share=1"],
+    ),
+    (
+        {
+            "growth": {"trigger": {"rule": "marginal", "predictor": "fit", "constant": None, "kappa": 0.5}},
+            "train": {"max_flops": 1e12},
+        },
+        ["growth.trigger={rule: marginal}", "train.max_flops=1e12"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("saved", "overrides"), IDLE, ids=["decay", "no fall", "warm-up", "marginal"])
+def test_what_had_no_effect_is_free_to_go(stopped, tmp_path, saved, overrides):
+    """A start refuses such a key, so that a run that was saved with one cannot keep it."""
+    run = shutil.copytree(stopped[2], tmp_path / "run")
+    path = next(run.glob("checkpoints/step-*/state.json"))
+    state = json.loads(path.read_text())
+    for section, keys in saved.items():
+        for key, value in keys.items():
+            said = state["config"][section]
+            said[key] = said[key] | value if isinstance(value, dict) else value
+    if "growth" in saved:
+        state["config"]["growth"]["stages"][0]["kappa"] = 0.5
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError):
+        resolve_stages(parse_config(state["config"]), 1)
+    assert continued(run, *overrides, "resume=strict") == []
+    assert refused(run, *overrides, "optimizer.lr=0.02", "resume=strict").startswith("optimizer.lr = 0.02: was 0.01")
+
+
+def test_rates_that_a_saved_configuration_does_not_tell(stopped, tmp_path):
+    """Its values may lie out of today's ranges, and the file has been mended."""
+    run = shutil.copytree(stopped[2], tmp_path / "run")
+    path = next(run.glob("checkpoints/step-*/state.json"))
+    state = json.loads(path.read_text())
+    transfer = {"d_model": 36, "n_layers": 3, "steps": 50}
+    state["config"]["optimizer"] |= {"transfer": transfer, "warmup_share": 2.0}
+    path.write_text(json.dumps(state))
+    *_, line = continued(run, f"optimizer.transfer={in_line(transfer)}")
+    assert line.startswith("all learning rates: ")
+    assert "what they were is unknown (config of" in line
+    assert "optimizer.warmup_share = 2.0" in line
 
 
 # ---- whole starts -----------------------------------------------------------------------------------------------

@@ -61,10 +61,11 @@ def test_a_run_keeps_its_id_when_it_goes_on_and_no_other_does(tmp_path):
     assert len(list((tmp_path / "run").glob("wandb-1/run-*"))) == 1
 
 
-def refusal(folder: Path, key: str, url: str | None) -> str:
-    """What a start is refused with; url: None for a server that is there."""
+def refusal(folder: Path, key: str, url: str | None, **more: str) -> str:
+    """What a start is refused with; url: None for a server that is there; more: of the environment."""
     with wandb_server(base64.b64encode(f"api:{KEY}".encode()).decode()) as server:
         with_wandb(folder, url or server.url, key)
+        os.environ.update(more)
         try:
             check_sinks(online(folder))
         except UserError as error:
@@ -89,6 +90,22 @@ def refusals(tmp_path_factory):
     yield begun
     for _, job in begun.values():
         job.kill()
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_a_mode_of_the_environment_that_logs_nobody_in_is_named(tmp_path, mode):
+    line = Begun(partial(refusal, tmp_path, KEY, None, WANDB_MODE=mode)).wait(120)
+    assert line.startswith(f"log.wandb_mode = online: is not what the environment says, WANDB_MODE = {mode}, ")
+    assert line.endswith("; unset WANDB_MODE, or set log.wandb_mode=offline")
+
+
+def test_a_server_that_is_no_address_is_named(tmp_path):
+    line = Begun(partial(refusal, tmp_path, KEY, "no address")).wait(120)
+    assert line == (
+        "log.wandb_mode = online: does not start (its setting base_url = no address: Input should be a valid URL, "
+        "relative URL without a base); mend WANDB_BASE_URL, or what wandb's settings file says, or set "
+        "log.wandb_mode=offline"
+    )
 
 
 @pytest.mark.parametrize("name", REFUSED)
