@@ -102,6 +102,20 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
+def deeper_than(tree: Any, levels: int) -> bool:
+    """Whether lists and objects stand in each other deeper than that. Looked at level by level, not by recursion."""
+    level = [tree]
+    for _ in range(levels + 1):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict | list):
+                below += value.values() if isinstance(value, dict) else value
+        if not below:
+            return False
+        level = below
+    return True
+
+
 def _check_plain(tree: Any) -> None:
     """Level by level, since the tree may be deeper than Python can call."""
     level: list[tuple[str, Any]] = [("", tree)]
