@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import IO, Any
 
 LARGEST = 64 << 20  # bytes of a JSON file: it takes some twenty times as much in memory
 DEEPEST = 32  # levels of lists and objects in each other: more would end in Python's limit of recursion
+_HALF = re.compile("[\ud800-\udfff]")  # what no UTF-8 can hold
 SHOWN = 60  # characters of a value in a message
 
 
@@ -70,7 +72,7 @@ def inside(path: Path) -> Path:
 
 def parse_json(raw: bytes) -> Any:
     """What JSON in UTF-8 says. Raises ValueError for what is none, and for what JSON allows and nobody writes: a key
-    twice, NaN and infinities, more than `DEEPEST` levels, and NUL in a text."""
+    twice, NaN and infinities, more than `DEEPEST` levels, and NUL or half a character (a lone surrogate) in a text."""
     tree = parse_bulk_json(raw)
     _check_plain(tree)
     return tree
@@ -102,6 +104,20 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
+def deeper_than(tree: Any, levels: int) -> bool:
+    """Whether lists and objects stand in each other deeper than that. Looked at level by level, not by recursion."""
+    level = [tree]
+    for _ in range(levels + 1):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict | list):
+                below += value.values() if isinstance(value, dict) else value
+        if not below:
+            return False
+        level = below
+    return True
+
+
 def _check_plain(tree: Any) -> None:
     """Level by level, since the tree may be deeper than Python can call."""
     level: list[tuple[str, Any]] = [("", tree)]
@@ -114,8 +130,11 @@ def _check_plain(tree: Any) -> None:
                 below += [(f"{key}.{number}", part) for number, part in enumerate(value)]
             elif isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{shown(key)} is {value}")
-            if "\0" in key or (isinstance(value, str) and "\0" in value):
-                raise ValueError(f"{shown(key)} holds a NUL")
+            for text in (key, value) if isinstance(value, str) else (key,):
+                if "\0" in text:
+                    raise ValueError(f"{shown(key)} holds a NUL")
+                if not text.isascii() and _HALF.search(text):
+                    raise ValueError(f"{shown(key)} holds a lone surrogate")
         if not below:
             return
         level = below

@@ -18,6 +18,8 @@ from megabus.plain_file import DEEPEST, NotPlainError, check_regular, parse_json
         (b'{"a": 1e999}', "'a' is inf"),
         (b'{"a": {"b": "x\\u0000"}}', r"'a\.b' holds a NUL"),
         (b'{"a": {"b\\u0000": 1}}', "holds a NUL"),
+        (b'{"a": {"b": "x\\ud800"}}', r"'a\.b' holds a lone surrogate"),
+        (b'{"a": {"\\udfff": 1}}', "holds a lone surrogate"),
         (b'{"a": {"b": 1, "b": 1}}', "key 'b' stands twice"),
         (b"[" * 34 + b"]" * 34, f"nests deeper than {DEEPEST} levels"),
         (b"[" * 100_000, f"nests deeper than {DEEPEST} levels"),
@@ -33,6 +35,7 @@ def test_json_that_nobody_writes_is_refused(text, told):
 
 def test_plain_json_is_read():
     assert parse_json('{"a": [1, -0.5, "é", null, true, {}]}'.encode()) == {"a": [1, -0.5, "é", None, True, {}]}
+    assert parse_json(b'"\\ud83d\\ude00"') == "😀"  # two halves of one
     parse_json(b"[" * 32 + b"]" * 32)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from megabus.checkpoint.entries import check_entries
 from megabus.checkpoint.manifest import (
     MANIFEST,
     THREADS,
@@ -72,14 +73,16 @@ def look(folder: Path) -> Found:
 
 
 def check_entry(found: Found, entry: Entry, heartbeat: Heartbeat = idle) -> None:
-    """Raise `DamagedError` unless the file has the manifest's bytes and, of a shard, the state's tensors."""
+    """Raise `DamagedError` unless the file has the manifest's bytes and, of a shard, the state's tensors, with entries
+    that they can have."""
     check_file(found.folder, entry, heartbeat)
     shard = _shard_of(entry)
     if shard is not None:
         rank, kind = shard
         pieces = written_by(found.placement, rank, found.placement.owned(rank))
-        shapes = {tensor_key(kind, piece.name): (len(piece),) for piece in pieces}
-        check_header(found.folder / entry.name, shapes)
+        tensors = {tensor_key(kind, piece.name): (kind, len(piece)) for piece in pieces}
+        check_header(found.folder / entry.name, {key: (length,) for key, (_, length) in tensors.items()})
+        check_entries(found.folder / entry.name, tensors, heartbeat)
 
 
 def opened(folder: Path) -> Found:

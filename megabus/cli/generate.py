@@ -39,6 +39,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--device", args.device, "is not there", "use cpu")
     model = megabus.load(args.checkpoint).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
     tokenizer = tokenizer_of_model(args.checkpoint, args.tokenizer, model.config.vocab_size)
+    if args.prompt is not None and not args.prompt.isascii():
+        try:
+            args.prompt.encode("utf-8")
+        except UnicodeEncodeError as error:  # bytes of the command line that are none stand for themselves
+            raise UserError("--prompt", ascii(args.prompt[:20]), "is not UTF-8", "give text") from error
     try:
         prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

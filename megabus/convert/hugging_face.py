@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megabus.checkpoint.entries import odd_entry
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
@@ -178,7 +179,11 @@ class HuggingFaceSource:
         width = prod(global_shape(spec, self.state.model)[1:])
         first, last = start // width, -(-stop // width)
         rows = tensor[:, first:last].T if transposed(spec, self.state.model) else tensor[first:last]
-        return rows.float().reshape(-1)[start - first * width : stop - first * width]
+        values = rows.float().reshape(-1)[start - first * width : stop - first * width]
+        if (odd := odd_entry(kind, values)) is not None:
+            problem = f"holds {odd} in {key}"
+            raise UserError("weights", self.folder / self.weight_map[key], problem, "restore it from another copy")
+        return values
 
     def _check(self) -> None:
         model = self.state.model

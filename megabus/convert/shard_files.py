@@ -26,6 +26,7 @@ from megabus.checkpoint.contents import (
     listed_tokenizer,
     tensor_key,
 )
+from megabus.checkpoint.entries import odd_entry
 from megabus.checkpoint.manifest import (
     STRICT,
     THREADS,
@@ -187,4 +188,6 @@ class ShardFileSource:
                 top, bottom = low // width, -(-high // width)
                 rows = self.files[self.folder / file].get_slice(key)[top - first : bottom - first]
                 values[low - start : high - start] = rows.reshape(-1)[low - top * width : high - top * width]
+                if (odd := odd_entry(kind, values[low - start : high - start])) is not None:
+                    raise DamagedError(self.folder / file, f"is damaged ({key} holds {odd})", AGAIN)
         return values

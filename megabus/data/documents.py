@@ -137,7 +137,9 @@ def json_value(text: str, path: object, where: str, remedy: str) -> Any:
     """What JSON says. Raises UserError for what is none, or nests too deep; `where` begins it: "line 1 is"."""
     try:
         return _JSON.decode(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise UserError("input", path, f"{where} nested too deeply to be read", remedy) from error
+    except ValueError as error:
         raise UserError("input", path, f"{where} not JSON ({error})", remedy) from error
 
 

@@ -22,6 +22,7 @@ CHUNK = 1 << 26  # logits held at a time: 256 MiB in fp32, and about as much for
 # Tokens taken at a time at least: every chunk adds to the head's whole fp32 gradient, which with few tokens and a large
 # vocabulary takes longer than the products. From 65,536 rows of it on this holds more than CHUNK.
 LEAST = 1024
+MOST = 1024  # blocks of the head's rows that a gain's gradient is made of: an estimate may ask for any vocabulary
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -120,7 +121,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_gain = None
         if slope_V is not None and grad_w is not None:
             # logit = gain (h w): both gradients follow from that by gain w, without another pass over the logits.
-            blocks = zip(grad_w.split(LEAST), weight_VD.split(LEAST), strict=True)
+            rows = max(LEAST, len(weight_VD) // MOST)
+            blocks = zip(grad_w.split(rows), weight_VD.split(rows), strict=True)
             grad_gain = torch.cat([(grad * weight).sum(-1) for grad, weight in blocks])
             grad_w.mul_(slope_V[:, None])
         ctx.save_for_backward(grad_h, grad_w, grad_gain)

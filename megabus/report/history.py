@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megabus.errors import UserError
+from megabus.plain_file import DEEPEST, deeper_than
 
 MetricsRow = dict[str, Any]
 XAxis = Literal["flops", "tokens", "time"]
@@ -44,25 +45,29 @@ def read_rows(run_dir: str | Path) -> list[MetricsRow]:
 def _parsed(path: Path, first: int, lines: list[str]) -> list[MetricsRow]:
     try:
         rows = json.loads(f"[{','.join(lines)}]")
-        if len(rows) == len(lines) and all(_is_row(row) for row in rows):
+        if len(rows) == len(lines) and all(map(_is_row, rows, lines)):
             return rows
-    except ValueError:
+    except (ValueError, RecursionError):
         pass  # the line that is none is named below
     rows = []
     for number, line in enumerate(lines, first + 1):
         try:
             row = json.loads(line)
-            if not _is_row(row):
+            if not _is_row(row, line):
                 raise TypeError
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             problem = f"line {number} is no metrics row ({type(error).__name__})"
             raise UserError("metrics", path, problem, "remove the line") from error
         rows.append(row)
     return rows
 
 
-def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("event"), str) and isinstance(row.get("step"), int)
+def _is_row(row: Any, line: str) -> bool:
+    if not (isinstance(row, dict) and isinstance(row.get("event"), str) and isinstance(row.get("step"), int)):
+        return False
+    if line.count("[") + line.count("{") > DEEPEST and deeper_than(row, DEEPEST):
+        raise RecursionError(f"nests deeper than {DEEPEST} levels")
+    return True
 
 
 def what_counts(rows: Sequence[MetricsRow]) -> list[MetricsRow]:

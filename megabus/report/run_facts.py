@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megabus.config.read import yaml_value
 from megabus.errors import UserError
+from megabus.plain_file import NotPlainError, read_regular
 from megabus.report.curves import Tracks
 from megabus.report.history import NOT_FINITE, MetricsRow, curve_rows, layouts_that_ran, read_rows, what_counts
 from megabus.report.plots import growth_text, short_sizes, stage_table, why
@@ -78,8 +80,12 @@ def _config(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        return dict(_flat("", yaml.safe_load(path.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = read_regular(path, links=True).decode("utf-8")
+        # A run writes none, and a few lines of them name a part more often than anyone could read.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("it holds an alias of YAML, which no run writes")
+        return dict(_flat("", yaml_value(text)))
+    except (OSError, NotPlainError, ValueError, yaml.YAMLError) as error:
         raise UserError("config", path, f"cannot be read ({error})", "mend or remove it") from error
 
 

@@ -52,8 +52,7 @@ def foresee(config: RunConfig, stages: list[Stage]) -> Foreseen:
 def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     said = outlook(stages, config.growth.trigger)
-    if not config.preflight.enabled:  # which looks more closely
-        _check_memory(config, stages)
+    _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
         found = _newest(config)
         if found is not None and config.resume != "never":

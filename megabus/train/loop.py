@@ -148,11 +148,12 @@ def _log_step(run: Run, result: StepResult, lr: float, unit_error: float | None,
 
 
 def _seconds_left(run: Run) -> float | None:
-    """None before there are two steps to go by, since the start or the last growth."""
+    """None before there are two steps to go by, since the start or the last growth; a second at least while there is a
+    step to go, since none left would read as the end."""
     (first, low), (last, high) = run.pace[0], run.pace[-1]
     if high >= 1:
         return 0.0
-    return (1 - high) * (last - first) / (high - low) if high > low else None
+    return max(1.0, (1 - high) * (last - first) / (high - low)) if high > low else None
 
 
 def validate(run: Run) -> float:

@@ -6,15 +6,20 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from support import altered
 from support.altered import LAST, SHARD, add, change_entry, drop, link_outside, pipe, refused, relabelled, rename
 from support.command import run_command
+from support.sources import MemorySource, model_config
 
 import megabus
-from megabus.checkpoint.manifest import MANIFEST, DamagedError
+from megabus.checkpoint.manifest import MANIFEST, DamagedError, settle, write_manifest
 from megabus.checkpoint.restore import find_checkpoint
 from megabus.checkpoint.state import STATE
 from megabus.checkpoint.store import latest_of, step_of
+from megabus.convert.convert import convert, open_source
+from megabus.convert.source import OpenFiles
+from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 
 # ---- manifest.json
@@ -211,6 +216,63 @@ def test_headers_must_say_what_the_state_says(folder, change, name):
     altered.put_header(folder / name, header, rest)
     altered.attest(folder, name)
     refused(folder, name)
+
+
+# ---- entries
+
+
+def put_entry(path, kind, value):
+    """Make the last entry of a file's last tensor this; that tensor's name."""
+    tensors = load_file(path)
+    key = max(tensors)
+    assert key.startswith(f"{kind}/")
+    tensors[key][-1] = value
+    header, _ = altered.header_of(path)
+    save_file(tensors, path, header["__metadata__"])
+    return key
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "value", "said"),
+    [
+        (1, "weight", float("nan"), "NaN"),
+        (1, "weight", float("-inf"), "an infinity"),
+        (2, "exp_avg", float("inf"), "an infinity"),
+        (3, "exp_avg_sq", float("nan"), "NaN"),
+        (3, "exp_avg_sq", float("inf"), "an infinity"),
+        (3, "exp_avg_sq", -5.0, "-5, and a mean of squares is 0 or more"),
+    ],
+)
+def test_entries_that_no_save_writes_are_damage(folder, tmp_path, number, kind, value, said):
+    name = f"shard-00002-model-0000{number}-of-00003.safetensors"
+    key = put_entry(folder / name, kind, 0.0)
+    altered.attest(folder, name)
+    megabus.load(folder)  # the control
+    put_entry(folder / name, kind, value)
+    altered.attest(folder, name)
+    assert f": is damaged ({key} holds {said}); " in refused(folder, name)
+    with pytest.raises(DamagedError, match="holds"), OpenFiles() as files:
+        open_source(folder, files)
+    (found,) = run_ranks(1, step_found, folder.parent)
+    assert found == step_of(folder) - 1
+    assert (folder.parent / f"{folder.name}.damaged").is_dir()
+
+
+@pytest.mark.parametrize("form", ["shards", "hf"])
+def test_such_entries_are_told_of_in_other_forms_too(tmp_path, form):
+    source, out = MemorySource(model_config("ngpt")), tmp_path / "out"
+    convert(source, out, form)
+    megabus.load(out)
+    (path,) = out.glob("*.safetensors")
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors, reverse=True) if not key.startswith("exp_"))
+    tensors[key].view(-1)[-1] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    if form == "shards":
+        write_manifest(out, [settle(file, 0) for file in sorted(out.iterdir()) if file.name != MANIFEST])
+    with pytest.raises(UserError, match=rf"{path.name}: .*holds NaN") as caught:
+        megabus.load(out)
+    assert key in str(caught.value)
 
 
 def test_names_that_are_exchanged_are_what_the_file_says(folder):

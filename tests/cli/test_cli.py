@@ -235,6 +235,8 @@ def test_ranks_that_cannot_be_started(tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setenv(name, value)
             assert run_command(*words, "1").stderr == told
+    # Overrides may stand before flags.
+    assert run_command("train", "layout.tp=2", *words[1:], "3").stderr.startswith("error: layout = tp 2 x pp 1: ")
     # An abbreviation would reach the ranks, and they would start ranks of their own.
     assert "unrecognized arguments: --nproc-per" in run_command(*words[:-1], "--nproc-per", "1").stderr
 

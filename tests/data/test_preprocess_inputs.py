@@ -288,7 +288,11 @@ WRONG = {
     "no object": (["a"], "line 1 holds a list, not an object"),
     "only text": ("a", "line 1 is not JSON"),
     "half": ('{"text": "a', "line 1 is not JSON"),
-    "nested": ('{"text": ' + "[" * 100_000, "line 1 is not JSON"),
+    "nested": ('{"text": ' + "[" * 100_000, "line 1 is nested too deeply"),
+    "nested beside the text": (
+        '{"text": "x", "n": ' + "[" * 20_000 + "]" * 20_000 + "}",
+        "line 1 is nested too deeply",
+    ),
     "latin": (b'{"text": "\xfc"}'.decode("latin-1"), "is not UTF-8"),
 }
 
@@ -359,7 +363,7 @@ def test_an_array_in_a_dataset(model, rows, mark):
     for text, problem in {
         whole[:-1]: "is not JSON (",
         whole + b"]": "is not JSON (",
-        b"[" * 100_000: "is not JSON (maximum recursion depth exceeded",
+        b"[" * 100_000: "is nested too deeply to be read",
         b'["\xfc"]': "is not UTF-8 (",
     }.items():
         Path("in/train.json").write_bytes(text)

@@ -143,6 +143,9 @@ def test_the_command(tmp_path, model_type, vocab_size):
     assert ended.returncode == 0, ended.stderr
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode("the cat")
+    for argument, status in (("\udce9", 2), ("é", 0)):  # a byte of the command line that is no UTF-8
+        ended_so = run_command("generate", tmp_path / "run", "--prompt", argument, "--max-tokens", "1")
+        assert ended_so.returncode == status
     options = {"temperature": 0.8, "stop": tokenizer.eod, "n_ids": tokenizer.vocab_size}
     drawn = list(generate(megabus.load(tmp_path / "run"), ids, 9, **options))
     assert ended.stdout == tokenizer.decode(ids + drawn) + "\n"

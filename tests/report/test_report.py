@@ -267,6 +267,11 @@ BAD = {
     "one piece": ('{"event": "start"', "is empty"),
     "no json": ('{"event": "start", "step": 0}\nhello\n', "line 2 is no metrics row"),
     "two in a line": ('{"event": "a", "step": 0},{"event": "a", "step": 0}\n', "line 1 is no metrics row"),
+    "brackets": ("[" * 100_000 + "\n", "line 1 is no metrics row (RecursionError)"),
+    "brackets in a row": (
+        '{"event": "start", "step": 0, "environment": ' + '{"a": ' * 40 + "1" + "}" * 41 + "\n",
+        "line 1 is no metrics row (RecursionError)",
+    ),
     "a step in words": ('{"event": "step", "step": "1"}\n', "line 1 is no metrics row"),
     "no tokens": ('{"event": "step", "step": 1, "loss": 1.0}\n', "of the step row of step 1 is no number"),
     "a loss in words": (
@@ -296,9 +301,11 @@ def test_what_is_no_run_is_named_in_one_line(tmp_path, kind):
 
 def test_a_configuration_that_cannot_be_read(tmp_path):
     folder = write_run(tmp_path / "run", rows(10))
-    (folder / "config.yaml").write_text("a: [")
-    with pytest.raises(UserError, match=r"^config = .*config.yaml: cannot be read"):
-        gather([folder])
+    laughs = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+    for text in ("a: [", "a0: &a0 [x]\n" + laughs, "[" * 100_000, "a: 1\na: 2", "a: \0"):
+        (folder / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=r"^config = .*config.yaml: cannot be read"):
+            gather([folder])
 
 
 # ---- the command, and a browser ----------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class MemorySource:
                     values = values / model.d_model**0.5
                 elif kind == "weight":
                     values = spec.init * (1 + values / 4)
-                self.tensors[kind, name] = values
+                self.tensors[kind, name] = values.abs() if kind == "exp_avg_sq" else values
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         return self.tensors[kind, name].reshape(-1)[start:stop]

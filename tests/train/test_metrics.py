@@ -134,6 +134,7 @@ def test_time_is_told_from_the_second_step_of_a_start_or_a_growth_on() -> None:
     assert left((0.0, 0.25)) is None
     assert left((0.0, 0.25), (10.0, 0.25)) is None  # a budget that has just been raised
     assert left((0.0, 0.25), (10.0, 0.5)) == 20.0
+    assert left((0.0, 0.25), (0.01, 0.75)) == 1.0  # a step is to go: not none
     assert left((0.0, 1.0)) == 0.0
 
 
