@@ -5,8 +5,8 @@ TORCH  := $(shell sed -n 's/^torch==//p' requirements.txt)
 # Where to get torch from, when not from pip's own index: make demo TORCH_INDEX=https://...
 TORCH_INDEX ?=
 RANKS  ?= 4
-# Processes that share the tests out; each forks its tests' ranks from itself.
-WORKERS ?= 2
+# Processes that share the tests out; each forks its tests' ranks from itself. Three for two cores: some tests wait.
+WORKERS ?= 3
 
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
