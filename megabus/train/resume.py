@@ -70,8 +70,8 @@ def check_stage(found: Found, config: RunConfig, stages: list[Stage]) -> list[tu
         raise UserError("growth.stages", len(stages) - 1, problem, "keep the growths that were made")
     _check_follows(found, config, stages[saved.stage])
     _check_same(found, stages[saved.stage], config.growth.stages[: saved.stage], _shape, GO_BACK)
-    changes = list(_changes(_with_defaults(saved.config), config.model_dump(mode="json")))
-    idle = _without_effect(saved.config)
+    was_set, idle = _as_read_now(saved.config)
+    changes = list(_changes(was_set, config.model_dump(mode="json")))
     changes = [(key, was, is_now) for key, was, is_now in changes if key not in idle or idle[key] != is_now]
     _check_unchanged(found, config, changes)
     return changes
@@ -95,20 +95,14 @@ def _check_unchanged(found: Found, config: RunConfig, changes: list[tuple[str, A
         raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
 
 
-def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """With the keys that have come since: those that are left out change nothing."""
+def _as_read_now(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A saved configuration with the keys that have come since, for those that are left out change nothing; and of each
+    key that is refused now because it has no effect the value that does the same: that must be free to go."""
     try:
-        return parse_config(config).model_dump(mode="json")
+        parsed = parse_config(config)
     except UserError:  # of another version, which may have had keys that are gone: told as they are
-        return config
-
-
-def _without_effect(config: dict[str, Any]) -> dict[str, Any]:
-    """Key -> the value that does the same: what is refused now because it has no effect must be free to go."""
-    try:
-        return without_effect(parse_config(config))
-    except UserError:  # of another version, as above
-        return {}
+        return config, {}
+    return parsed.model_dump(mode="json"), without_effect(parsed)
 
 
 def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
