@@ -25,7 +25,6 @@ from megabus.errors import UserError
 if TYPE_CHECKING:  # it imports torch, as all that converts does: only where it is needed
     from megabus.parallel.fragments import Kind
 
-UNIT_ERROR = 1e-6  # by which lengths of unit rows may be off
 OPTIONS = {
     "tp": ("checkpoint", "shards"),
     "pp": ("checkpoint", "shards"),
@@ -70,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
     from megabus.convert.source import OpenFiles, Source
     from megabus.convert.verify import verify
     from megabus.convert.verify_logits import verify_logits
+    from megabus.model.params import UNIT_ERROR
 
     begun = time.perf_counter()
     with OpenFiles() as files:

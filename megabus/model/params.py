@@ -20,6 +20,8 @@ from megabus.model.tensor_parallel import TensorParallel
 Axis = Literal["embed", "heads", "kv_heads", "head_dim", "ffn", "vocab"]
 Role = Literal["read", "write", "gain", "bias"]
 
+UNIT_ERROR = 1e-6  # by which lengths of unit rows may be off
+
 
 @dataclass(frozen=True)
 class ParamSpec:

@@ -26,6 +26,7 @@ from megabus.kappa.marginal import Ahead
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters, flops_per_token
+from megabus.model.params import UNIT_ERROR
 from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
 from megabus.report.history import NOT_FINITE
@@ -40,7 +41,6 @@ from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
 from megabus.train.watchdog import Watchdog, watched
 
-UNIT_ERROR = 1e-6  # by which lengths of unit rows may be off
 LAST_SAVE = 60.0  # seconds that a run which ends with an error waits for a save
 
 
