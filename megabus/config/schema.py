@@ -266,6 +266,7 @@ class LogConfig(Section):
     """What is told of the run, beside RUN_DIR/metrics.jsonl, which is always written."""
 
     every: Count = Field(10, description="steps between lines of the log; the metrics have every step")
+    why: bool = Field(False, description="say at each validation why kappa has grown the model, or has not")
     unit_norm_every: Count = Field(10, description="steps between measurements of the masters' unit rows")
     wandb: bool = Field(False, description="send metrics to Weights & Biases too (needs wandb)")
     wandb_mode: Literal["offline", "online"] = Field("offline", description="offline writes to disk, to sync later")

@@ -32,6 +32,7 @@ class TokenSource:
         # Each corpus has its own seed: the same corpus listed twice is not read twice in the same order.
         self.orders = [ChunkOrder(corpus.n_tokens, chunk_len, mix64(seed + k)) for k, corpus in enumerate(self.corpora)]
         self.tokenizers: dict[str, str] = {}  # sha256 -> a corpus that was made with it, as far as sidecars tell
+        self.n_bytes: int | None = 0  # of the texts of all corpora in UTF-8; None where a sidecar does not tell
         self._check_corpora()
 
     @property
@@ -91,8 +92,12 @@ class TokenSource:
                 problem = f"has {corpus.n_tokens} tokens, one sample takes {self.chunk_len + 1}"
                 raise UserError("data", prefix, problem, "add text or shorten the longest seq_len")
             meta = read_meta(prefix)
+            n_bytes = (meta or {}).get("n_bytes")
+            self.n_bytes = None if self.n_bytes is None or n_bytes is None else self.n_bytes + n_bytes
             if meta is None:
                 continue
+            if n_bytes is not None and n_bytes <= 0:
+                raise UserError("data", prefix, f"its .meta.json speaks of {n_bytes} bytes of text", REBUILD)
             if meta["vocab_size"] > self.vocab_size:  # less is a vocabulary that was padded
                 problem = f"was made with vocab_size {meta['vocab_size']}, the model has {self.vocab_size}"
                 raise UserError("data", prefix, problem, "set the model's vocab_size to the data's or more")

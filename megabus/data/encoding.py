@@ -14,6 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,13 @@ from megabus.errors import UserError
 
 BATCH_CHARACTERS = 1 << 20
 
-# Of a batch: [(is it a validation document, its ids)], and the batch's size in bytes.
-Encoded = tuple[list[tuple[bool, np.ndarray]], int]
+
+class Encoded(NamedTuple):
+    """A document: whether it is for validation, its ids, and the bytes of its text in UTF-8."""
+
+    is_valid: bool
+    ids: np.ndarray
+    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,14 @@ class Encoder:
     prefix: list[int]  # ids before each document
     suffix: list[int]  # and after it
 
-    def encode(self, texts: list[str]) -> Encoded:
+    def encode(self, texts: list[str]) -> list[Encoded]:
         tokenizer = _loaded(self.tokenizer_path, self.fingerprint)
         dtype = dtype_for_vocab(tokenizer.vocab_size)
-        documents = [
-            (is_validation(text, self.valid_fraction), np.array(self.prefix + ids + self.suffix, dtype=dtype))
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True)
-        ]
-        return documents, sum(len(text.encode()) for text in texts)
+        found = []
+        for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            array = np.array(self.prefix + ids + self.suffix, dtype=dtype)
+            found.append(Encoded(is_validation(text, self.valid_fraction), array, len(text.encode())))
+        return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -77,7 +83,7 @@ def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def encode_all(encoder: Encoder, texts: Iterable[str], workers: int) -> Generator[Encoded, None, None]:
+def encode_all(encoder: Encoder, texts: Iterable[str], workers: int) -> Generator[list[Encoded], None, None]:
     """encoder.encode of every batch, in order; at most four batches per worker are in flight.
 
     Raises UserError if processes cannot be started, or one of them is killed.
@@ -86,7 +92,7 @@ def encode_all(encoder: Encoder, texts: Iterable[str], workers: int) -> Generato
         yield from map(encoder.encode, in_batches(texts))
         return
     pool = _pool(workers)
-    pending: deque[Future[Encoded]] = deque()
+    pending: deque[Future[list[Encoded]]] = deque()
     try:
         for batch in in_batches(texts):
             pending.append(_submit(pool, workers, encoder, batch))
@@ -110,7 +116,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
         raise _unstartable(workers, error) from error
 
 
-def _submit(pool: ProcessPoolExecutor, workers: int, encoder: Encoder, batch: list[str]) -> Future[Encoded]:
+def _submit(pool: ProcessPoolExecutor, workers: int, encoder: Encoder, batch: list[str]) -> Future[list[Encoded]]:
     try:
         return pool.submit(encoder.encode, batch)  # the first ones start the processes
     except OSError as error:

@@ -74,7 +74,7 @@ def read_meta(prefix: str | os.PathLike[str]) -> dict | None:
         raise UserError("data", path, f"is not JSON ({error})", REBUILD) from error
     if not isinstance(meta, dict):
         raise UserError("data", path, "holds no keys", REBUILD)
-    kinds = {"vocab_size": int, "n_tokens": int, "tokenizer_sha256": str, "tokenizer": str}
+    kinds = {"vocab_size": int, "n_tokens": int, "n_bytes": int, "tokenizer_sha256": str, "tokenizer": str}
     if missing := {"vocab_size", "n_tokens"} - meta.keys():  # the rest came later
         raise UserError("data", path, f"lacks {', '.join(sorted(missing))}", REBUILD)
     for key, kind in kinds.items():

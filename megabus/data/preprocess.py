@@ -102,15 +102,16 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
     prefix_ids, suffix_ids = marks or around_documents(tokenizer, args)
     sha256 = tokenizer.sha256  # now, since a file that has none is refused
     encoder = Encoder(tokenizer.path, tokenizer.files.fingerprint, args.valid_fraction, prefix_ids, suffix_ids)
-    progress = Progress(texts)
+    progress, text_bytes = Progress(texts), [0] * len(suffixes)
     with ExitStack() as stack:
         dtype = dtype_for_vocab(tokenizer.vocab_size)
         writers = [stack.enter_context(IndexedWriter(f"{prefix}{suffix}", dtype)) for suffix in suffixes]
         batches = stack.enter_context(closing(encode_all(encoder, texts, args.workers)))
-        for documents, n_bytes in batches:
-            for is_valid, ids in documents:
-                writers[is_valid].append(ids)
-            progress.add(n_bytes, sum(ids.size for _, ids in documents))
+        for documents in batches:
+            for document in documents:
+                writers[document.is_valid].append(document.ids)
+                text_bytes[document.is_valid] += document.n_bytes
+            progress.add(sum(document.n_bytes for document in documents), sum(d.ids.size for d in documents))
         rate = progress.n_tokens / progress.seconds
         for writer, suffix in zip(writers, suffixes, strict=True):
             if not writer.n_documents:
@@ -119,7 +120,7 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
         warn(f"{texts.n_mended} document(s) held halves of surrogate pairs, which are U+FFFD now")
     name = args.tokenizer or os.fspath(trained_path(f"{args.output}-tokenizer", args.model_type))
     on_hub = args.tokenizer is not None and not Path(name).exists()
-    for writer, suffix in zip(writers, suffixes, strict=True):
+    for writer, suffix, n_bytes in zip(writers, suffixes, text_bytes, strict=True):
         meta = {
             "vocab_size": tokenizer.vocab_size,
             "tokenizer": name if on_hub else Path(name).name,
@@ -129,6 +130,7 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
             "document_suffix": suffix_ids,
             "n_documents": writer.n_documents,
             "n_tokens": writer.n_tokens,
+            "n_bytes": n_bytes,
             "dtype": dtype.name,
             "bin_sha256": writer.sha256,
         }

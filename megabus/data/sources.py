@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,14 @@ class Sources:
     valid_tokens: int
     document_mask: bool = False
     tokenizer: Tokenizer | None = None
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A validation loss in nats per token as bits per byte of text: loss / ln 2, times the tokens of the validation
+        corpus over the bytes of its text in UTF-8. So runs with other tokenizers can be compared. None where the
+        token files do not say of how many bytes they were made.
+        """
+        n_bytes = self.valid.n_bytes
+        return None if n_bytes is None else loss / math.log(2) * self.valid.n_tokens / n_bytes
 
     def check_tokenizer(self, known: Set[str], whose: str) -> None:
         """Raise `UserError` where hashes that `whose` tokenizer is known by are none of the data's own tokenizer.

@@ -332,10 +332,9 @@ def _log_slope(curve: Sequence[CurvePoint]) -> float | None:
     return float(x @ (y - y.mean()) / (x @ x))
 
 
-def bar(progress: float | None, kappa: float) -> str:
-    """One line of text, `κ ▕██████░░|░▏ 62%/80%`: the fraction achieved, with a mark at κ; – while unknown."""
-    full = 0 if progress is None else round(min(max(progress, 0.0), 1.0) * BAR_CELLS)
+def bar(progress: float, kappa: float) -> str:
+    """One line of text, `κ ▕██████░░|░▏ 62%/80%`: the fraction achieved, with a mark at κ."""
+    full = round(min(max(progress, 0.0), 1.0) * BAR_CELLS)
     cells = ["█"] * full + ["░"] * (BAR_CELLS - full)
     cells[min(int(kappa * BAR_CELLS), BAR_CELLS - 1)] = "|"
-    share = "–" if progress is None else f"{progress:.0%}"
-    return f"κ ▕{''.join(cells)}▏ {share}/{kappa:.0%}"
+    return f"κ ▕{''.join(cells)}▏ {progress:.0%}/{kappa:.0%}"

@@ -48,7 +48,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """A diagram. unit: of its vertical axis; log: whether that is logarithmic; remedy: why there may be nothing."""
+    """A diagram. unit: of its vertical axis; log: whether that is logarithmic; remedy: why there may be nothing; about:
+    a sentence for who does not know what it shows."""
 
     key: str
     title: str
@@ -56,6 +57,12 @@ class Panel:
     lines: tuple[Line, ...]
     log: bool = False
     remedy: str = "this run has not logged it"
+    about: str = ""
+
+    @property
+    def has_two_colours(self) -> bool:
+        """Whether training and validation, both in the panel, have a colour each where there is one run."""
+        return {"step", "eval"} <= {line.event for line in self.lines}
 
 
 _GIB = 1 / 2**30
@@ -69,6 +76,13 @@ PANELS = (
             Line("step", "loss", "training, smoothed", "thin", smooth=True),
             Line("eval", "loss", "validation"),
         ),
+    ),
+    Panel(
+        "bits",
+        "Bits per byte",
+        "bits per byte of text",
+        (Line("eval", "bits_per_byte", "validation"),),
+        remedy="the validation token files do not say of how many bytes of text they are: preprocess it again",
     ),
     Panel(
         "kappa",
@@ -139,6 +153,7 @@ def gain_panels(runs: Sequence[Sequence[MetricsRow]]) -> list[Panel]:
                 Line("gains", f"{kind}|p5", "5% to 95%", "band", to=f"{kind}|p95"),
                 Line("gains", f"{kind}|p50", "median"),
             ),
+            about="A learned factor, as it acts: how it lies over all layers and entries.",
         )
         for kind in kinds
     ]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLUMNS = 3  # of the picture
-_CLIPPED = ("loss", "target")  # panels whose first values would flatten the rest
+_CLIPPED = ("loss", "bits", "target")  # panels whose first values would flatten the rest
 _FAULT = "#b3261e"
 _SIZES = {"loss": (1000, 320)}  # of the page's drawings, in units of their view box
 _SIZE = (370, 225)
@@ -85,7 +85,7 @@ def draw_panel(
     """Draw the panel's curves (by run, then by line) and the runs' growths and faults, in place of what was there."""
     for artist in [*axes.lines, *axes.collections, *axes.texts]:
         artist.remove()
-    limits = span(list(_heights(panel, curves)), panel.log, clipped=panel.key in _CLIPPED)
+    limits = _limits(panel, curves)
     axes.set_yscale("log" if panel.log and limits else "linear")
     dress_curves(axes, view.x, view.log, view.unit)
     axes.set_xlim(view.low * view.scale, view.high * view.scale)
@@ -107,12 +107,16 @@ def draw_panel(
             if curve is not None:
                 at = _numbers(run.drawn.places[line.event][view.x], view.log) * view.scale
                 values = {key: _numbers(curve[key], panel.log) for key in curve}
-                _draw_curve(axes, at, values, line.shape, number)
+                is_training = len(runs) == 1 and panel.has_two_colours and line.event == "step"
+                colour = COLOURS[1 if is_training else number % len(COLOURS)]
+                _draw_curve(axes, at, values, line.shape, number, colour)
     _number_growths(axes, runs, view, names=panel.key == "loss")
 
 
-def _draw_curve(axes: Axes, at: np.ndarray, values: dict[str, np.ndarray], shape: str, number: int) -> None:
-    own = _of_run(number)
+def _draw_curve(
+    axes: Axes, at: np.ndarray, values: dict[str, np.ndarray], shape: str, number: int, colour: str
+) -> None:
+    own = _of_run(number) | {"color": colour}
     if "low" in values:
         axes.fill_between(at, values["low"], values["high"], alpha=0.2, linewidth=0, **own)
         return
@@ -172,11 +176,12 @@ def _number_growths(axes: Axes, runs: Sequence[RunCurves], view: View, names: bo
     for (at, number, digit, text), (end, *_) in pairwise([*labels, (width, 0, "", "")]):
         full = f"{digit}: {text}"
         shown = full if names and 0.62 * size * len(full) < end - at else digit
-        if at < free:
+        if at < free - 2 * size:  # a crowd: a label here would stand too far from its growth
             continue
+        left = max(at, free)  # beside the label of a growth that is close, of another run perhaps
         place: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "xycoords": "axes fraction"}
-        axes.annotate(shown, (at / width, 1), fontsize=size, parse_math=False, **_of_run(number), **place)
-        free = at + 0.62 * size * (len(shown) + 1)
+        axes.annotate(shown, (left / width, 1), fontsize=size, parse_math=False, **_of_run(number), **place)
+        free = left + 0.62 * size * (len(shown) + 1)
 
 
 def _points(axes: Axes) -> float:
@@ -188,7 +193,23 @@ def _font_size(axes: Axes) -> float:
     return float(axes.xaxis.label.get_fontsize())
 
 
-def _heights(panel: Panel, curves: Sequence[list[Curve | None]]) -> Iterator[float]:
+def _limits(panel: Panel, curves: Sequence[list[Curve | None]]) -> tuple[float, float] | None:
+    """Of the vertical axis. What κ makes of a predictor that says nothing yet may lie anywhere: as much of it is shown
+    as what is measured leaves room for."""
+    clipped = panel.key in _CLIPPED
+    limits = span(list(_heights(curves)), panel.log, clipped)
+    if limits is None or panel.key not in ("kappa", "target"):
+        return limits
+    if panel.key == "kappa":  # a share
+        return max(limits[0], -0.5), limits[1]
+    measured = span(list(_heights([of_run[:1] for of_run in curves])), panel.log, clipped)
+    if measured is None:
+        return limits
+    height = measured[1] - measured[0]
+    return max(limits[0], measured[0] - height), min(limits[1], measured[1] + height)
+
+
+def _heights(curves: Sequence[list[Curve | None]]) -> Iterator[float]:
     for curve in (curve for of_run in curves for curve in of_run if curve is not None):
         for values in curve.values():
             yield from (y for y in values if y is not None)

@@ -45,12 +45,15 @@ def dress_curves(axes: Axes, x: XAxis, log_x: bool, unit: str = "hours") -> None
 def span(values: Sequence[float], log: bool, clipped: bool) -> tuple[float, float] | None:
     """The lowest and the highest value of a vertical axis; None where it can show nothing.
 
-    clipped: without the highest hundredth and a half, such as the first steps' losses.
+    clipped: without the highest hundredth and a half, such as the first steps' losses, where these would take most of
+    the height.
     """
     shown = sorted(value for value in values if value > 0 or not log)
     if not shown:
         return None
-    low, high = shown[0], shown[int((0.985 if clipped else 1.0) * (len(shown) - 1))]
+    low, high, most = shown[0], shown[-1], shown[int(0.985 * (len(shown) - 1))]
+    if clipped and high - low > 2 * (most - low):
+        high = most
     if log:
         return (low / 1.15, high * 1.15) if low < high else (low / 2, high * 2)
     pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
@@ -82,7 +85,8 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
         labels = []
         for i, (run_dir, rows) in enumerate(zip(run_dirs, runs, strict=True)):
             colour = COLOURS[i % len(COLOURS)]
-            _draw_run(axes, rows, Path(run_dir).resolve().name, colour, x, log_x)
+            faint = colour if len(runs) > 1 else COLOURS[1]  # of one run the two losses have a colour each
+            _draw_run(axes, rows, Path(run_dir).resolve().name, (colour, faint), x, log_x)
             labels += [(at, text, colour) for at, text in _growths(rows, x)]
         _dress(axes, runs, x, log_x)
         _lay_labels(figure, axes, labels)
@@ -99,13 +103,16 @@ def _series(rows: Sequence[MetricsRow], event: str, x: XAxis) -> tuple[list[floa
     return [at for at, _ in pairs], [loss for _, loss in pairs]
 
 
-def _draw_run(axes: Axes, rows: Sequence[MetricsRow], name: str, colour: str, x: XAxis, log_x: bool) -> None:
+def _draw_run(
+    axes: Axes, rows: Sequence[MetricsRow], name: str, colours: tuple[str, str], x: XAxis, log_x: bool
+) -> None:
+    """colours: of the validation and of the training loss."""
     train, valid = (_series([row for row in rows if row["step"] > 0 or not log_x], e, x) for e in ("step", "eval"))
-    axes.plot(*train, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
+    axes.plot(*train, color=colours[1], alpha=0.3, linewidth=0.8, zorder=2)
     every = max(1, len(valid[0]) // 40)  # a point on each of hundreds of evaluations would be a thick line
     label = f"{name}  {valid[1][-1]:.3f}" if valid[1] else name
     points: dict[str, Any] = {"marker": "o", "markersize": 3.2, "markevery": every}
-    axes.plot(*valid, color=colour, linewidth=1.7, zorder=3, label=label, **points)
+    axes.plot(*valid, color=colours[0], linewidth=1.7, zorder=3, label=label, **points)
 
 
 def _growths(rows: Sequence[MetricsRow], x: XAxis) -> list[tuple[float, str]]:

@@ -97,7 +97,8 @@ def _environment(written: Sequence[MetricsRow]) -> dict[str, str]:
     shown = dict(_flat("", found[-1]))
     memory = found[-1].get("memory_bytes")
     if isinstance(memory, int):
-        shown["memory_bytes"] = f"{memory / 2**30:.1f} GiB"
+        shown = {("memory" if key == "memory_bytes" else key): value for key, value in shown.items()}
+        shown["memory"] = f"{memory / 2**30:.1f} GiB"
     return shown | {"starts": str(len(found))}
 
 
@@ -143,6 +144,7 @@ def final_figures(run: RunFacts) -> dict[str, str]:
         "time in steps and growths": clock(3600 * hours),
         "validation loss, last": _figure(_last(losses), "{:.4f}"),
         "validation loss, best": _figure(_reduce(np.nanmin, losses), "{:.4f}"),
+        "bits per byte, last": _figure(_last(tracks.column("eval", "bits_per_byte")), "{:.4f}"),
         "training loss, last steps": _figure(_reduce(np.nanmean, train[-max(1, len(train) // 50) :]), "{:.4f}"),
         "tokens/s over all": _figure(tokens / hours / 3600 if hours else None, "{:,.0f}"),
         "MFU, mean": _figure(_reduce(np.nanmean, mfu), "{:.1%}"),

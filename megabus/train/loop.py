@@ -16,6 +16,7 @@ from megabus.errors import say
 from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached, never_met
+from megabus.kappa.why import why
 from megabus.model.peak import peak_flops
 from megabus.parallel.agree import on_any_rank
 from megabus.train.environment import peak_memory
@@ -173,8 +174,8 @@ def stage_is_spent(run: Run) -> bool:
     return run.can_grow and cap_is_reached(*used, stage.max_tokens, stage.max_flops)
 
 
-def observe(run: Run, loss: float) -> GrowthSignal:
-    """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision."""
+def observe(run: Run, loss: float, told: bool = False) -> GrowthSignal:
+    """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision. told: the log has it."""
     signal, now = None, run.progress
     if run.metrics is not None:
         only_cap = decays(run.config.optimizer, run.share)
@@ -184,8 +185,12 @@ def observe(run: Run, loss: float) -> GrowthSignal:
         predictor = run.config.growth.trigger.predictor
         if decision.view is not None and (warning := never_met(decision.view, loss, predictor)):
             say(warning)
-        run.metrics.write("eval", run.totals | {"loss": loss} | extra)
-        say(f"step {now.step:>5} | validation loss {loss:.4f}")
+        bits = run.corpora.sources.bits_per_byte(loss)
+        run.metrics.write("eval", run.totals | {"loss": loss, "bits_per_byte": bits} | extra)
+        if not told:
+            say(f"step {now.step:>5} | validation loss {loss:.4f}" + (f", {bits:.4f} bits/byte" if bits else ""))
+        if run.config.log.why and decision.view is not None:
+            say(f"step {now.step:>5} | {why(decision, decision.view, run.config.growth.trigger, only_cap)}")
         growing = decision.grow and run.can_grow and run.share < 1
         signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing, now.step)
     _gauge(run)
@@ -239,4 +244,5 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
         )
     watch_stage(run)
     # The grown size's first loss is the start of its own kappa; it does not grow at once.
-    observe(run, after if new.seq_len == old.seq_len else validate(run))
+    same = new.seq_len == old.seq_len
+    observe(run, after if same else validate(run), told=same)

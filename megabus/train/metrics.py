@@ -162,9 +162,10 @@ def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: 
         f"lr {row['lr']:.2e}",
         f"|g| {row['grad_norm']:.2f}",
         f"{row['tokens_per_s']:,.0f} tok/s ({row['tokens_per_s_per_gpu']:,.0f}/rank)",
-        "MFU –" if row["mfu"] is None else f"MFU {row['mfu']:.1%}",
-        f"{row['share']:.0%} done" + ("" if eta_s is None else f", {clock(eta_s)} left"),
     ]
-    if view is not None:
-        parts.insert(-1, bar(view.progress, view.kappa))
+    if row["mfu"] is not None:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    if view is not None and view.progress is not None:
+        parts.append(bar(view.progress, view.kappa))
+    parts.append(f"{row['share']:.0%} done" + ("" if eta_s is None else f", {clock(eta_s)} left"))
     return " | ".join(parts)

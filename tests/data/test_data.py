@@ -1,6 +1,7 @@
 """Token files, data order, batches and tokenizers."""
 
 import json
+import math
 import struct
 from collections import Counter
 from itertools import pairwise
@@ -12,6 +13,7 @@ import torch
 from megabus.data.batches import TokenSource
 from megabus.data.indexed import IndexedTokens, IndexedWriter, dtype_for_vocab, meta_path
 from megabus.data.order import BLEND_PERIOD, Blend, ChunkOrder, align_up, nth_visited, permute
+from megabus.data.sources import Sources
 from megabus.data.tokenizer import MODEL_TYPES, Tokenizer, train_tokenizer
 from megabus.errors import UserError
 
@@ -415,3 +417,25 @@ def test_tokenizer_errors(tmp_path):
     (tmp_path / "t.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="is no tokenizer that is known"):
         Tokenizer(tmp_path / "t.model")
+
+
+# ---- bits per byte ----------------------------------------------------------------------------------------
+
+
+def test_bits_per_byte_are_of_the_whole_validation_text(tmp_path):
+    """64 tokens made of 256 bytes at 2 ln 2 nats a token are half a bit a byte; unknown where a sidecar is silent."""
+    valid = write_counting(tmp_path / "v", 64)
+
+    def sources():
+        source = TokenSource([(valid, 1.0)], 16, 0, 5000)
+        return Sources(source, source, 16)
+
+    assert sources().bits_per_byte(2 * math.log(2)) is None
+    meta = {"vocab_size": 5000, "n_tokens": 64}
+    meta_path(valid).write_text(json.dumps(meta))
+    assert sources().bits_per_byte(2 * math.log(2)) is None  # made before bytes were counted
+    meta_path(valid).write_text(json.dumps(meta | {"n_bytes": 256}))
+    assert sources().bits_per_byte(2 * math.log(2)) == pytest.approx(0.5, rel=1e-12)
+    meta_path(valid).write_text(json.dumps(meta | {"n_bytes": 0}))
+    with pytest.raises(UserError, match="speaks of 0 bytes of text"):
+        sources()

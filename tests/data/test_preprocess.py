@@ -117,9 +117,21 @@ def test_sidecar_and_eod(tmp_path, model):
         "document_suffix": [tokenizer.eod],
         "n_documents": 2,
         "n_tokens": IndexedTokens(tmp_path / "with").n_tokens,
+        "n_bytes": len("onetwo"),
         "dtype": "uint16",
         "bin_sha256": hashlib.sha256((tmp_path / "with.bin").read_bytes()).hexdigest(),
     }
+
+
+def test_bytes_of_text_are_counted_on_both_sides(tmp_path, model):
+    """In UTF-8, of each document where it went."""
+    texts = [f"{word} {n}" for n in range(40) for word in ("漢字", "Ünïcode", "plain")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert run(model, tmp_path / "out", tmp_path / "in.jsonl", "--valid-fraction", "0.3") == 0
+    found = [documents(model, tmp_path / f"out-{side}") for side in ("train", "valid")]
+    told = [read_meta(tmp_path / f"out-{side}")["n_bytes"] for side in ("train", "valid")]
+    assert told == [sum(len(text.encode()) for text in side) for side in found]
+    assert sum(told) == sum(len(text.encode()) for text in texts)
 
 
 @pytest.fixture(scope="module")

@@ -416,7 +416,6 @@ def test_a_monitor_without_a_stage_observes_nothing():
 
 def test_bar():
     assert bar(0.62, 0.8) == "κ ▕██████░░|░▏ 62%/80%"
-    assert bar(None, 0.8) == "κ ▕░░░░░░░░|░▏ –/80%"
     assert bar(1.7, 1.0) == "κ ▕█████████|▏ 170%/100%"
     assert bar(-0.5, 0.0) == "κ ▕|░░░░░░░░░▏ -50%/0%"
 

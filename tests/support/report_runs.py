@@ -65,7 +65,7 @@ def eval_rows(step, stage=0):
         "kappa_mp": 3.2,
         "kappa_loss": loss,
     }
-    yield {"event": "eval", **totals(step, stage), "loss": loss} | kappa
+    yield {"event": "eval", **totals(step, stage), "loss": loss, "bits_per_byte": loss / 3} | kappa
     yield {"event": "gains", **totals(step, stage)} | gains
     memory = {"max_bytes": 2**29 + step, "max_rank": 1, "mean_bytes": 2**28, "min_bytes": 2**27, "of": "process"}
     yield {"event": "memory", **totals(step, stage)} | memory

@@ -117,7 +117,7 @@ def test_step_line(stage: Stage) -> None:
     assert describe(stage) == "d36 L3 H4 ff62 TP2/PP1/DP2"
     assert step_line(STEP, stage, None, 125) == (
         "step    30 | d36 L3 H4 ff62 TP2/PP1/DP2 | loss 3.1416 | lr 1.00e-02 | |g| 0.57 | "
-        "12,346 tok/s (3,086/rank) | MFU – | 38% done, 2:05 left"
+        "12,346 tok/s (3,086/rank) | 38% done, 2:05 left"
     )
 
 
