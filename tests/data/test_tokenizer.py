@@ -210,18 +210,6 @@ def test_a_directory_that_cannot_be_read_is_refused(folder, bare, tmp_path):
     assert open_tokenizer(folder, N + 64).vocab_size == N + 3  # of a padded vocabulary
 
 
-def test_a_name_of_the_hub_is_tried_and_told(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        Tokenizer("no-one/nothing")
-    assert str(caught.value).startswith(
-        "tokenizer = no-one/nothing: is no file here, and the Hugging Face hub does not"
-    )
-    (tmp_path / "no-one").mkdir()  # then it is a path with a slip in it
-    with pytest.raises(UserError, match="the file does not exist"):
-        Tokenizer("no-one/nothing")
-
-
 def test_tokens_are_named_or_numbered(folder):
     tokenizer = Tokenizer(folder)
     assert tokenizer.id_of("<bos>") == tokenizer.bos == tokenizer.id_of(str(tokenizer.bos))
