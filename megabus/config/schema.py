@@ -325,6 +325,11 @@ class RunConfig(Section):
         description="what a new run's weights are at first: a run or checkpoint, a Hugging Face directory of one of "
         "the classes that model.export_as names or of an nGPT, or its name on the hub",
     )
+    extend_vocabulary: bool = Field(
+        False,
+        description="data.tokenizer has pieces that the tokenizer of init_from has not: rows for them are the means of "
+        "the rows of what that one spells them with",
+    )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
     train: TrainConfig

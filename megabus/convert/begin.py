@@ -13,15 +13,19 @@ from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import Heartbeat, idle
 from megabus.checkpoint.restore import re_express, restore, weights_of
 from megabus.checkpoint.state import SavedState
-from megabus.convert.convert import in_other_form, open_source
-from megabus.convert.hub import local_copy, of_hub
-from megabus.convert.hugging_face import CONFIG, described
-from megabus.convert.source import FolderSource, OpenFiles
+from megabus.convert.convert import in_other_form, model_at, open_source
+from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, described
+from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles
+from megabus.convert.vocabulary import LargerVocabulary
+from megabus.data.tokenizer import Tokenizer, spellings
 from megabus.engine.engine import Engine
-from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.errors import UserError, warn
+from megabus.hub import local_copy, of_hub
+from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
 
+NO_SPELLER = "begin from weights that lie with their tokenizer, or leave out extend_vocabulary"
 BEAT = 1.0  # seconds between two signs of a download that goes on
 
 
@@ -39,13 +43,17 @@ def origin_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found | FolderSo
     if not in_other_form(folder):
         return weights_of(folder, heartbeat)
     with agreement():
-        return open_source(folder, OpenFiles(), weights_only=True)
+        source = open_source(folder, OpenFiles(), weights_only=True)
+    if isinstance(source, HuggingFaceSource) and source.without_tokenizer:
+        problem = f"no data is compared with the tokenizer of {folder}, which {source.without_tokenizer}"
+        rank_0_says(f"init_from: {problem}", warn)
+    return source
 
 
 def _fetched(path: str | Path, heartbeat: Heartbeat) -> Path:
-    """`local_copy` on rank 0, which may take longer than ranks wait for each other. Collective."""
+    """`model_at` on rank 0, which may take longer than ranks wait for each other. Collective."""
     with ThreadPoolExecutor(1) as thread:
-        job = thread.submit(local_copy, path) if dist.get_rank() == 0 else None
+        job = thread.submit(model_at, path) if dist.get_rank() == 0 else None
         while rank_0_tells(lambda: bool(job and wait([job], BEAT).not_done)):
             heartbeat()
         heartbeat()
@@ -61,6 +69,25 @@ def foreseen(path: str | Path) -> Found | FolderSource | Described:
     if in_other_form(folder):
         return open_source(folder, OpenFiles(), weights_only=True)
     return look(checkpoint_at(folder))
+
+
+def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int) -> LargerVocabulary:
+    """The origin with a vocabulary for a tokenizer that has more pieces than its own. In one process. Raises
+    `UserError` where the origin has no tokenizer, or this one gives its pieces other ids (see `spellings`)."""
+    source: FolderSource = CheckpointSource(origin, OpenFiles()) if isinstance(origin, Found) else origin
+    if source.tokenizer is None:
+        problem = "has no tokenizer that could spell new pieces"
+        why = source.without_tokenizer if isinstance(source, HuggingFaceSource) else ""
+        raise UserError("init_from", source.folder, problem + (f": its own {why}" if why else ""), NO_SPELLER)
+    own = Tokenizer(source.tokenizer)
+    try:
+        spelled = spellings(own, tokenizer)
+    except UserError as error:
+        raise UserError("data.tokenizer", error.value, error.problem, error.remedy) from error
+    if not spelled and vocab_size == source.state.model.vocab_size:
+        problem = f"and {tokenizer.name} has no piece that the tokenizer of {source.folder} lacks"
+        raise UserError("extend_vocabulary", True, problem, "leave it out")
+    return LargerVocabulary(source, vocab_size, spelled, own.vocab_size, tokenizer.path)
 
 
 def begin(origin: Found | FolderSource, engine: Engine, heartbeat: Heartbeat = idle) -> None:

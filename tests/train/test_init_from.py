@@ -189,7 +189,7 @@ def test_all_ranks_show_life_while_one_downloads(qwen):
                 raise UserError("model", path, "is gone", "find it")
             return qwen[1]
 
-        begin.BEAT, begin.local_copy = 0.05, slow
+        begin.BEAT, begin.model_at = 0.05, slow
         try:
             return origin_of("owner/model", lambda: beats.append(0)).folder, len(beats)
         except UserError as told:
