@@ -327,8 +327,8 @@ class RunConfig(Section):
     )
     extend_vocabulary: bool = Field(
         False,
-        description="data.tokenizer has pieces that the tokenizer of init_from has not: rows for them are the means of "
-        "the rows of what that one spells them with",
+        description="the tokenizer of init_from has fewer pieces than data.tokenizer: rows of a new piece are the mean "
+        "of those of the pieces that the old one spells it with",
     )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()

@@ -19,9 +19,9 @@ from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles
 from megabus.convert.vocabulary import LargerVocabulary
 from megabus.data.tokenizer import Tokenizer, spellings
 from megabus.engine.engine import Engine
-from megabus.errors import UserError, warn
+from megabus.errors import UserError
 from megabus.hub import local_copy, of_hub
-from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
+from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
 
@@ -43,11 +43,12 @@ def origin_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found | FolderSo
     if not in_other_form(folder):
         return weights_of(folder, heartbeat)
     with agreement():
-        source = open_source(folder, OpenFiles(), weights_only=True)
-    if isinstance(source, HuggingFaceSource) and source.without_tokenizer:
-        problem = f"no data is compared with the tokenizer of {folder}, which {source.without_tokenizer}"
-        rank_0_says(f"init_from: {problem}", warn)
-    return source
+        return open_source(folder, OpenFiles(), weights_only=True)
+
+
+def unread_tokenizer(origin: Found | FolderSource) -> str:
+    """Why the tokenizer that lies with weights cannot be read; empty where it can, or where there is none."""
+    return origin.without_tokenizer if isinstance(origin, HuggingFaceSource) else ""
 
 
 def _fetched(path: str | Path, heartbeat: Heartbeat) -> Path:
@@ -77,7 +78,7 @@ def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int
     source: FolderSource = CheckpointSource(origin, OpenFiles()) if isinstance(origin, Found) else origin
     if source.tokenizer is None:
         problem = "has no tokenizer that could spell new pieces"
-        why = source.without_tokenizer if isinstance(source, HuggingFaceSource) else ""
+        why = unread_tokenizer(origin)
         raise UserError("init_from", source.folder, problem + (f": its own {why}" if why else ""), NO_SPELLER)
     own = Tokenizer(source.tokenizer)
     try:

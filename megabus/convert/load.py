@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megabus.checkpoint.load import checkpoint_at, load_weights, own_or_given, tokenizer_for
+from megabus.checkpoint.state import SavedState, read_state
 from megabus.convert.convert import in_other_form, model_at, open_source
 from megabus.convert.source import OpenFiles, whole
 from megabus.data.tokenizer import Tokenizer
@@ -31,6 +32,16 @@ def load(path: str | Path) -> Decoder:
         model = Decoder(config)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def state_of(path: str | Path) -> tuple[Path, SavedState]:
+    """Where a model lies, in whatever form, and what is said of it beside its weights."""
+    path = model_at(path)
+    if in_other_form(path):
+        with OpenFiles() as files:
+            return path, open_source(path, files).state
+    folder = checkpoint_at(path)
+    return folder, read_state(folder)
 
 
 def tokenizer_of_model(path: str | Path, given: str | None, vocab_size: int) -> Tokenizer:

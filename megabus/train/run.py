@@ -103,10 +103,13 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
     if config.init_from is not None and found is None:
-        from megabus.convert.begin import begin, extended, origin_of  # slow to import, and most runs begin with nothing
+        # Slow to import, and most runs begin with nothing.
+        from megabus.convert.begin import begin, extended, origin_of, unread_tokenizer
 
         origin = origin_of(config.init_from, watchdog.heartbeat)
         check_begins(origin, stages[0], config.extend_vocabulary)
+        if why := unread_tokenizer(origin):
+            rank_0_says(f"init_from: data is not compared with the tokenizer of {origin.folder}, which {why}", warn)
         with agreement():
             if config.extend_vocabulary and sources.tokenizer is not None:
                 larger = extended(origin, sources.tokenizer, stages[0].model.vocab_size)
