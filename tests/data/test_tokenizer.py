@@ -210,6 +210,17 @@ def test_a_directory_that_cannot_be_read_is_refused(folder, bare, tmp_path):
     assert open_tokenizer(folder, N + 64).vocab_size == N + 3  # of a padded vocabulary
 
 
+@pytest.mark.parametrize("model_type", ["byte-bpe", "bpe"])
+def test_a_file_comes_with_what_lies_beside_it_as_its_directory_does(tmp_path, model_type):
+    """A checkpoint names its tokenizer so, and hands it on: nothing is lost on the way."""
+    path = train_tokenizer(["the cat sees the dog " * 50], 270, tmp_path / "tokenizer", model_type)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    files = read_tokenizer_files(path)
+    assert files.contents == read_tokenizer_files(tmp_path).contents
+    assert len(files.contents) == 3
+
+
 def test_tokens_are_named_or_numbered(folder):
     tokenizer = Tokenizer(folder)
     assert tokenizer.id_of("<bos>") == tokenizer.bos == tokenizer.id_of(str(tokenizer.bos))

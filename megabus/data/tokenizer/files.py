@@ -103,8 +103,9 @@ def read_tokenizer_files(name: str | os.PathLike[str]) -> TokenizerFiles:
     try:
         if path.is_dir():
             contents = _of_folder(path)
-        elif path.name == TREE and path.is_file():  # the same as its directory
-            contents = {TREE: read_regular(path, links=True)} | _of_folder(path.parent, FILES[1:])
+        elif path.name in (TREE, MODEL) and path.is_file():  # with what goes with it, as its directory is read
+            others = BESIDE if path.name == MODEL else FILES[1:]
+            contents = {path.name: read_regular(path, links=True)} | _of_folder(path.parent, others)
         else:
             raw = read_regular(path, links=True)
             contents = {TREE if raw.lstrip()[:1] in (b"{", b"[") else MODEL: raw}
