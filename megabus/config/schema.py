@@ -243,7 +243,10 @@ class DataConfig(Section):
         min_length=1, description="a prefix, or a list of corpora"
     )
     valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
-    tokenizer: Pathname | None = Field(None, description="what made the data: a file, directory or hub name; is saved")
+    tokenizer: Pathname | None = Field(
+        None,
+        description="what made the data: a file, directory or hub name; is saved. That of init_from is when left out",
+    )
     document_mask: bool = Field(
         False,
         description="keep documents apart, in training and validation: attention and positions restart at each that "

@@ -17,7 +17,7 @@ from megabus.convert.convert import in_other_form, model_at, open_source
 from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, described
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles
 from megabus.convert.vocabulary import LargerVocabulary
-from megabus.data.tokenizer import Tokenizer, spellings
+from megabus.data.tokenizer import Tokenizer, open_tokenizer, spellings
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.hub import local_copy, of_hub
@@ -80,7 +80,7 @@ def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int
         problem = "has no tokenizer that could spell new pieces"
         why = unread_tokenizer(origin)
         raise UserError("init_from", source.folder, problem + (f": its own {why}" if why else ""), NO_SPELLER)
-    own = Tokenizer(source.tokenizer)
+    own = open_tokenizer(source.tokenizer, source.state.model.vocab_size)
     try:
         spelled = spellings(own, tokenizer)
     except UserError as error:

@@ -185,6 +185,8 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
     old, new = tokenizers
     source = MemorySource(model_config("ngpt", vocab_size=266))
     convert(source, tmp_path / "bare", "hf")
+    source.tokenizer = new
+    convert(source, tmp_path / "less", "checkpoint")
     made(tmp_path, old, "ngpt", {})
 
     def problem(path, tokenizer, vocab_size=271):
@@ -193,6 +195,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
         return str(caught.value)
 
     assert "has no tokenizer that could spell new pieces; begin" in problem("bare", Tokenizer(new))
+    assert "has 268 pieces, the model 266; give the one that made" in problem("less", Tokenizer(new))
     assert "has no piece that the tokenizer of" in problem("hf", Tokenizer(old), 266)
     other = Tokenizer(train_tokenizer(["another text of other words, " * 9], 268, tmp_path / "other"))
     assert re.search(r"data.tokenizer = .*other.json: .* of .*hf (has the id|is no piece)", problem("hf", other))
