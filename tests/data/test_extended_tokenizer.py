@@ -7,11 +7,12 @@ import base64
 import pytest
 import tokenizers
 from support.command import run_command
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megabus.data.tokenizer import Tokenizer, spellings, train_tokenizer
 from megabus.data.tokenizer.extend import extend_tokenizer
 from megabus.data.tokenizer.odd_text import odd_lines
+from megabus.data.tokenizer.spelling import Written
 from megabus.data.tokenizer.tiktoken import ENCODINGS, Encoding
 from megabus.errors import UserError
 
@@ -72,6 +73,14 @@ def test_pieces_are_spelled_without_what_stands_before_a_text(tmp_path):
     old, new = words(letters, tmp_path / "old"), words([*letters, "ba", "▁ab", "bab"], tmp_path / "new")
     assert old.encode("ba") == [1, 3, 2]
     assert spellings(old, new) == {6: [3, 2], 7: [4, 3], 8: [3, 5]}
+
+
+def test_text_is_spelled_as_it_is_normalised(tmp_path):
+    """Where two characters become one, none has been left out."""
+    codec = words(["<unk>", "▁", "a", "é"], tmp_path / "old").codec
+    codec.backend.normalizer = normalizers.NFC()
+    assert codec.spelled(Written("ae\u0301", is_text=True)) == [1, 2, 3]
+    assert codec.spelled(Written("ab", is_text=True)) is None
 
 
 @pytest.mark.parametrize("options", [{}, {"unk_token": "<unk>"}])

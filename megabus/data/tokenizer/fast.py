@@ -64,16 +64,27 @@ class Fast:
 
     def spelled(self, token: Written) -> list[int] | None:
         if token.is_text:
-            found = self.backend.encode(token.text, add_special_tokens=False)
-            ids, covered = found.ids, {place for start, stop in found.offsets for place in range(start, stop)}
-            whole = all(place in covered or letter.isspace() for place, letter in enumerate(token.text))
+            ids = self.backend.encode(token.text, add_special_tokens=False).ids
+            whole = all(self._leaves_nothing(cut) for cut in self._cut(token.text))
         elif not self._writes_pieces_as_text:
             return None
         else:  # before it come neither what text is cut into nor what is put before it
-            parts = self.backend.model.tokenize(token.text)
-            ids = [part.id for part in parts]
-            whole = bool(parts) and parts[-1].offsets[1] == len(token.text.encode())
+            ids = [part.id for part in self.backend.model.tokenize(token.text)]
+            whole = self._leaves_nothing(token.text)
         return ids if whole and self._unknown not in ids else None
+
+    def _cut(self, text: str) -> list[str]:
+        """What the model is given of a text, one after the other."""
+        normalizer, pre_tokenizer = self.backend.normalizer, self.backend.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return [text] if pre_tokenizer is None else [cut for cut, _ in pre_tokenizer.pre_tokenize_str(text)]
+
+    def _leaves_nothing(self, cut: str) -> bool:
+        """A BPE without a piece for what it does not know leaves that out, and says nothing."""
+        if self._model["type"] != "BPE" or self._unknown is not None:
+            return True
+        parts = self.backend.model.tokenize(cut)
+        return bool(parts) and parts[-1].offsets[1] == len(cut.encode())
 
     @cached_property
     def _model(self) -> dict[str, Any]:
