@@ -73,7 +73,7 @@ class Saver:
         keep_last: int,
         keep_every: int | None,
         asynchronous: bool,
-        tokenizer: str | None,
+        tokenizer: str | Path | None,
         heartbeat: Heartbeat = idle,
     ) -> None:
         self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
@@ -183,7 +183,7 @@ class Saver:
 def save_weights(folder: Path, engine: Engine, steps: int, config: dict[str, Any], tokenizer: Path) -> Path | None:
     """Write an engine's weights, without moments, as a run's only checkpoint, of `steps` steps; `config`: sections that
     it is told to have been made with. Collective. Raises `UserError` where it cannot be written."""
-    saver = Saver(checkpoints_of(folder), 1, None, False, str(tokenizer))
+    saver = Saver(checkpoints_of(folder), 1, None, False, tokenizer)
     model, layout = engine.stage.model, engine.stage.layout
     state = SavedState(Progress(step=steps), 0, model, layout, 0, ("weight",), {}, config, {})
     saver.start(state, engine.placement, engine.read())

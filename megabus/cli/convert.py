@@ -63,8 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if not 0 < limit < math.inf:
         raise UserError("--max-shard-gb", limit, "is no size", "give a positive number")
     from megabus.convert.changed import UnitRows, Untied, unit_error
-    from megabus.convert.convert import convert, open_source
-    from megabus.convert.hub import local_copy
+    from megabus.convert.convert import convert, model_at, open_source
     from megabus.convert.hugging_face import HuggingFaceSource
     from megabus.convert.source import OpenFiles, Source
     from megabus.convert.verify import verify
@@ -73,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
 
     begun = time.perf_counter()
     with OpenFiles() as files:
-        folder = local_copy(args.source)
+        folder = model_at(args.source)
         source: Source
         given = source = open_source(folder, files, weights_only=args.weights_only)
         if args.untie:

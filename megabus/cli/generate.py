@@ -16,7 +16,7 @@ from megabus.errors import UserError
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus generate", description=__doc__)
     parser.add_argument(
-        "checkpoint", help="runs/demo, runs/demo/checkpoints/step-00000500, or a Hugging Face directory"
+        "checkpoint", help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub"
     )
     parser.add_argument("--prompt", help="text to go on from; standard input when left out")
     parser.add_argument("--max-tokens", type=int, default=200, help="(%(default)s)")

@@ -17,7 +17,9 @@ from megabus.errors import UserError
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus layers", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a run, or one of its checkpoints")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub"
+    )
     parser.add_argument("--valid", help="prefix of a .bin/.idx pair; when left out the run's own, from this directory")
     parser.add_argument(
         "--seq-len", type=int, help="tokens of a sequence; those of the checkpoint's stage when left out"
@@ -27,16 +29,15 @@ def main(argv: Sequence[str]) -> int:
 
     import megabus
     from megabus.ablation import BATCH, ablate
-    from megabus.checkpoint.load import checkpoint_at
-    from megabus.checkpoint.state import read_state
     from megabus.config import parse_config, resolve_stages
+    from megabus.convert.load import state_of
     from megabus.data.batches import TokenSource
     from megabus.data.sources import VALID_SEED
     from megabus.model.documents import Documents
     from megabus.table import aligned
 
-    folder = checkpoint_at(args.checkpoint)
-    model, saved = megabus.load(folder), read_state(folder)
+    folder, saved = state_of(args.checkpoint)
+    model = megabus.load(folder)
     longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
     if model.config.n_layers == 0:
         raise UserError("checkpoint", folder, "has no layers", "name one of a later stage")

@@ -72,6 +72,12 @@ def check_settle(config: RunConfig) -> None:
         raise UserError(key, settle.max_angle, problem, "lower it, or leave growth.settle out")
 
 
+def check_extension(config: RunConfig) -> None:
+    if config.extend_vocabulary and config.data.tokenizer is None:
+        remedy = "name the tokenizer that has the new pieces, or leave extend_vocabulary out"
+        raise UserError("data.tokenizer", "(missing)", "extend_vocabulary = true needs it", remedy)
+
+
 def check_trigger(config: RunConfig) -> None:
     growth, trigger = config.growth, config.growth.trigger
     if not growth.stages:

@@ -34,6 +34,10 @@ def without_effect(config: RunConfig) -> dict[str, Any]:
 
 
 def _idle(config: RunConfig) -> Iterator[Idle]:
+    if config.extend_vocabulary and config.init_from is None:
+        problem = "is of weights that a run begins with, and init_from names none"
+        error = UserError("extend_vocabulary", True, problem, "name them, or leave it out")
+        yield Idle(error, "extend_vocabulary", False)
     yield from _of_fall(config.optimizer)
     if config.growth.stages and config.growth.trigger.rule == "marginal":
         yield from _of_marginal(config)

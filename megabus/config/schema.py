@@ -243,7 +243,10 @@ class DataConfig(Section):
         min_length=1, description="a prefix, or a list of corpora"
     )
     valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
-    tokenizer: Pathname | None = Field(None, description="what made the data: a file, directory or hub name; is saved")
+    tokenizer: Pathname | None = Field(
+        None,
+        description="what made the data: a file, directory or hub name; is saved. That of init_from is when left out",
+    )
     document_mask: bool = Field(
         False,
         description="keep documents apart, in training and validation: attention and positions restart at each that "
@@ -325,6 +328,11 @@ class RunConfig(Section):
         None,
         description="what a new run's weights are at first: a run or checkpoint, a Hugging Face directory of one of "
         "the classes that model.export_as names or of an nGPT, or its name on the hub",
+    )
+    extend_vocabulary: bool = Field(
+        False,
+        description="the tokenizer of init_from has fewer pieces than data.tokenizer: rows of a new piece are the mean "
+        "of those of the pieces that the old one spells it with",
     )
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megabus.config.after_growth import AFTER_GROWTH
-from megabus.config.checks import check_only_ngpt, check_optimizer, check_settle, check_trigger
+from megabus.config.checks import (
+    check_extension,
+    check_only_ngpt,
+    check_optimizer,
+    check_settle,
+    check_trigger,
+)
 from megabus.config.effects import check_effects
 from megabus.config.pair import SIZES, check_pair, divides
 from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
@@ -200,6 +206,7 @@ def _check_run(config: RunConfig) -> None:
             raise UserError(
                 f"growth.{name}", in_line(after.model_dump()), problem, f"leave growth.{name} out, or add a stage"
             )
+    check_extension(config)
     check_settle(config)
     check_trigger(config)
 

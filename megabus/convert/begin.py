@@ -13,15 +13,19 @@ from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import Heartbeat, idle
 from megabus.checkpoint.restore import re_express, restore, weights_of
 from megabus.checkpoint.state import SavedState
-from megabus.convert.convert import in_other_form, open_source
-from megabus.convert.hub import local_copy, of_hub
-from megabus.convert.hugging_face import CONFIG, described
-from megabus.convert.source import FolderSource, OpenFiles
+from megabus.convert.convert import in_other_form, model_at, open_source
+from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, described
+from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles
+from megabus.convert.vocabulary import LargerVocabulary
+from megabus.data.tokenizer import Tokenizer, open_tokenizer, spellings
 from megabus.engine.engine import Engine
+from megabus.errors import UserError
+from megabus.hub import local_copy, of_hub
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
 
+NO_SPELLER = "begin from weights that lie with their tokenizer, or leave out extend_vocabulary"
 BEAT = 1.0  # seconds between two signs of a download that goes on
 
 
@@ -42,10 +46,15 @@ def origin_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found | FolderSo
         return open_source(folder, OpenFiles(), weights_only=True)
 
 
+def unread_tokenizer(origin: Found | FolderSource) -> str:
+    """Why the tokenizer that lies with weights cannot be read; empty where it can, or where there is none."""
+    return origin.without_tokenizer if isinstance(origin, HuggingFaceSource) else ""
+
+
 def _fetched(path: str | Path, heartbeat: Heartbeat) -> Path:
-    """`local_copy` on rank 0, which may take longer than ranks wait for each other. Collective."""
+    """`model_at` on rank 0, which may take longer than ranks wait for each other. Collective."""
     with ThreadPoolExecutor(1) as thread:
-        job = thread.submit(local_copy, path) if dist.get_rank() == 0 else None
+        job = thread.submit(model_at, path) if dist.get_rank() == 0 else None
         while rank_0_tells(lambda: bool(job and wait([job], BEAT).not_done)):
             heartbeat()
         heartbeat()
@@ -61,6 +70,25 @@ def foreseen(path: str | Path) -> Found | FolderSource | Described:
     if in_other_form(folder):
         return open_source(folder, OpenFiles(), weights_only=True)
     return look(checkpoint_at(folder))
+
+
+def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int) -> LargerVocabulary:
+    """The origin with a vocabulary for a tokenizer that has more pieces than its own. In one process. Raises
+    `UserError` where the origin has no tokenizer, or this one gives its pieces other ids (see `spellings`)."""
+    source: FolderSource = CheckpointSource(origin, OpenFiles()) if isinstance(origin, Found) else origin
+    if source.tokenizer is None:
+        problem = "has no tokenizer that could spell new pieces"
+        why = unread_tokenizer(origin)
+        raise UserError("init_from", source.folder, problem + (f": its own {why}" if why else ""), NO_SPELLER)
+    own = open_tokenizer(source.tokenizer, source.state.model.vocab_size)
+    try:
+        spelled = spellings(own, tokenizer)
+    except UserError as error:
+        raise UserError("data.tokenizer", error.value, error.problem, error.remedy) from error
+    if not spelled and vocab_size == source.state.model.vocab_size:
+        problem = f"and {tokenizer.name} has no piece that the tokenizer of {source.folder} lacks"
+        raise UserError("extend_vocabulary", True, problem, "leave it out")
+    return LargerVocabulary(source, vocab_size, spelled, own.vocab_size, tokenizer.path)
 
 
 def begin(origin: Found | FolderSource, engine: Engine, heartbeat: Heartbeat = idle) -> None:

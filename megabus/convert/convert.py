@@ -6,21 +6,32 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from megabus.checkpoint.contents import look, opened
+from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.state import weights_alone
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout, ModelConfig
 from megabus.convert.checkpoint import write_checkpoint
+from megabus.convert.hf_rest import TOKENIZER_FILES
 from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, write_hugging_face
+from megabus.convert.hugging_face import INDEX as HF_INDEX
 from megabus.convert.shard_files import INDEX, ShardFileSource, write_shard_files
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles, Source
 from megabus.convert.tensor_file import DTYPES
 from megabus.durable import partial_name, sync
 from megabus.errors import UserError
+from megabus.hub import local_copy
 from megabus.model.decoder import param_specs
 from megabus.model.params import axis_sizes
 from megabus.parallel.placement import Placement
 
 Form = Literal["checkpoint", "shards", "hf"]
+OF_HUB = (CONFIG, "*.safetensors", HF_INDEX, *TOKENIZER_FILES)  # what is fetched of a model: no code, no pickles
+
+
+def model_at(path: str | Path) -> Path:
+    """The path itself, or the directory of a model of the hub, fetched if this machine has it not yet."""
+    return local_copy(path, OF_HUB)
 
 
 def in_other_form(path: Path) -> bool:
@@ -38,7 +49,8 @@ def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> Fol
     elif (path / CONFIG).is_file():
         source = HuggingFaceSource(path, files)
     else:
-        source = CheckpointSource(path, files)
+        source = CheckpointSource(look(checkpoint_at(path)), files)
+        opened(source.folder)
     if weights_only:
         source.state = weights_alone(source.state)
     return source

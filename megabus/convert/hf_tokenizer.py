@@ -21,11 +21,18 @@ from megabus.data.tokenizer import Tokenizer
 from megabus.data.tokenizer.fast import Fast, special_name
 from megabus.data.tokenizer.files import CONFIG, MODEL, TREE
 from megabus.data.tokenizer.odd_text import differences, odd_lines
-from megabus.data.tokenizer.sentence_piece import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, SentencePiece
+from megabus.data.tokenizer.sentence_piece import (
+    CONTROL,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SentencePiece,
+)
 from megabus.errors import UserError, warn
 from megabus.plain_file import shown
 
-SPACE = "▁"
 MANY = 1 << 20  # spaces that a text may begin with
 NEVER = -1e9  # a score that no way through a text affords
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from megabus.checkpoint.load import checkpoint_at, load_weights, own_or_given, tokenizer_for
-from megabus.convert.convert import in_other_form, open_source
-from megabus.convert.hub import local_copy
+from megabus.checkpoint.state import SavedState, read_state
+from megabus.convert.convert import in_other_form, model_at, open_source
 from megabus.convert.source import OpenFiles, whole
 from megabus.data.tokenizer import Tokenizer
 from megabus.model.decoder import Decoder, param_specs
@@ -21,7 +21,7 @@ def load(path: str | Path) -> Decoder:
     forward(tokens (B, T) int64) -> logits (B, T, vocab_size), fp32, CPU, eval. Its `ModelConfig` is `model.config`.
     Raises `UserError` if there is none, it is damaged, or megabus does not compute it.
     """
-    path = local_copy(path)
+    path = model_at(path)
     if in_other_form(path):
         with OpenFiles() as files:
             source = open_source(path, files)
@@ -34,10 +34,20 @@ def load(path: str | Path) -> Decoder:
     return model.eval()
 
 
+def state_of(path: str | Path) -> tuple[Path, SavedState]:
+    """Where a model lies, in whatever form, and what is said of it beside its weights."""
+    path = model_at(path)
+    if in_other_form(path):
+        with OpenFiles() as files:
+            return path, open_source(path, files).state
+    folder = checkpoint_at(path)
+    return folder, read_state(folder)
+
+
 def tokenizer_of_model(path: str | Path, given: str | None, vocab_size: int) -> Tokenizer:
     """The tokenizer to use a model with, in whatever form its weights lie: its own, or the one that is given (see
     `own_or_given`)."""
-    path = local_copy(path)
+    path = model_at(path)
     if not in_other_form(path):
         return tokenizer_for(checkpoint_at(path), given, vocab_size)
     with OpenFiles() as files:

@@ -15,8 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megabus.checkpoint.contents import listed_tokenizer, look, opened, tensor_key
-from megabus.checkpoint.load import checkpoint_at
+from megabus.checkpoint.contents import Found, listed_tokenizer, tensor_key
 from megabus.checkpoint.shards import files_by_rank
 from megabus.checkpoint.state import SavedState
 from megabus.errors import UserError
@@ -87,15 +86,13 @@ class OpenFiles:
 
 
 class CheckpointSource:
-    """A run's newest checkpoint, or the one that `path` is; verified first."""
+    """A checkpoint, of which nothing that its tensors hold has been checked yet (see `opened`)."""
 
-    def __init__(self, path: Path, files: OpenFiles) -> None:
-        self.folder, self.files = checkpoint_at(path), files
-        self.names = files_by_rank(look(self.folder).entries)
+    def __init__(self, found: Found, files: OpenFiles) -> None:
+        self.folder, self.files, self.state, self.placement = found.folder, files, found.state, found.placement
+        self.names = files_by_rank(found.entries)
         for name in (name for names in self.names.values() for name in names):
             self.files[self.folder / name]  # open from here on: a run that goes on may remove it
-        found = opened(self.folder)
-        self.state, self.placement = found.state, found.placement
         self.tokenizer = listed_tokenizer(self.folder, found.entries)
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megabus.checkpoint.load import tokenizer_for
-from megabus.checkpoint.restore import restore, weights_of
 from megabus.checkpoint.save import save_weights
 from megabus.config.schema import OptimizerConfig
+from megabus.convert.begin import begin, origin_of
+from megabus.convert.load import tokenizer_of_model
 from megabus.data.order import nth_visited
 from megabus.durable import make_directory
 from megabus.engine.engine import Engine
@@ -72,11 +72,11 @@ def read_data(settings: Settings) -> Data:
 def evaluate(settings: Settings) -> Outcome:
     """Score the pairs, fine-tune if asked to, and score them again; the settings are checked ones. Collective."""
     begun = time.perf_counter()
-    found = weights_of(settings.checkpoint)
-    state = found.state
+    origin = origin_of(settings.checkpoint)
+    state = origin.state
     with agreement():
         train, optimizer, stage = settings.engine_parts(state.model, state.longest_sequence(), dist.get_world_size())
-        tokenizer = tokenizer_for(found.folder, settings.tokenizer, stage.model.vocab_size)
+        tokenizer = tokenizer_of_model(origin.folder, settings.tokenizer, stage.model.vocab_size)
         encoder = Encoder(tokenizer, settings.template, stage.seq_len)
     for key, folder in (("--out", settings.out), ("--save", settings.save)):
         if folder is not None:  # before hours of work, not after them
@@ -86,9 +86,9 @@ def evaluate(settings: Settings) -> Outcome:
     parameters, tuning = count_parameters(stage.model), None
     with watched(settings.hang_timeout, dist.get_rank()) as watchdog:
         engine = Engine(train, optimizer, stage, SequenceLoss())
-        restore(found, engine, watchdog.heartbeat)
+        begin(origin, engine, watchdog.heartbeat)
         machine, scorer = environment(engine.device), Scorer(engine, encoder, watchdog.heartbeat)
-        rank_0_says(f"{found.folder}: {describe(stage)}, {parameters:,} parameters, {settings.precision}")
+        rank_0_says(f"{origin.folder}: {describe(stage)}, {parameters:,} parameters, {settings.precision}")
         scores = {"zero-shot": [scorer.score(pairs) for pairs in data.reported]}
         if settings.fine_tune:
             curve = list(fine_tune(scorer, data, settings, optimizer))
@@ -103,7 +103,7 @@ def evaluate(settings: Settings) -> Outcome:
         engine.close()
     facts = {
         "environment": machine,
-        "checkpoint": {"path": str(found.folder.resolve()), "step": state.progress.step},
+        "checkpoint": {"path": str(origin.folder.resolve()), "step": state.progress.step},
         "model": stage.model.model_dump() | {"parameters": parameters},
         "layout": asdict(stage.layout),
         "settings": settings.model_dump(mode="json") | used,

@@ -55,7 +55,9 @@ class Template:
 class Settings(Section):
     """The options of `megabus evaluate-nli`, in the order of its --help. None: all, or as the checkpoint has it."""
 
-    checkpoint: Path = Field(description="a run, or one of its checkpoints")
+    checkpoint: Path = Field(
+        description="a run, one of its checkpoints, a Hugging Face directory or its name on the hub"
+    )
     tokenizer: str | None = Field(None, description="its file, directory or hub name; the checkpoint's when left out")
     data: str | None = Field(None, description="snli, mnli, a hub data set of their form, or a local directory of one")
     split: tuple[str, ...] | None = Field(None, description="of --data, to report (test; mnli: both validation splits)")

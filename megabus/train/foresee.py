@@ -61,7 +61,7 @@ def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
     if config.init_from is not None:
         from megabus.convert.begin import foreseen  # slow to import, and most runs begin with nothing
 
-        check_begins(foreseen(config.init_from), stages[0])
+        check_begins(foreseen(config.init_from), stages[0], config.extend_vocabulary)
     return Foreseen(said, [*unheeded(config), *check_growths(config, stages)])
 
 

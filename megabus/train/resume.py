@@ -125,22 +125,32 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
     ]
 
 
+def tokenizer_of(origin: Found | FolderSource) -> Path | None:
+    """The tokenizer that lies with weights; None where none does, or none that can be read."""
+    return listed_tokenizer(origin.folder, origin.entries) if isinstance(origin, Found) else origin.tokenizer
+
+
 def check_tokenizer(origin: Found | FolderSource, sources: Sources) -> None:
     """Raise `UserError` where the weights know another tokenizer's ids, by the files saved with them and by what their
     data was made with."""
     data = origin.state.data.get("train")
     tokenizers = data.get("tokenizers") if isinstance(data, dict) else None
     known = {sha256 for sha256 in tokenizers if isinstance(sha256, str)} if isinstance(tokenizers, list) else set()
-    path = listed_tokenizer(origin.folder, origin.entries) if isinstance(origin, Found) else origin.tokenizer
-    if path is not None:
+    if (path := tokenizer_of(origin)) is not None:
         known |= read_tokenizer_files(path).known_as
     sources.check_tokenizer(known, f"the weights of {origin.folder}")
 
 
-def check_begins(origin: Origin, stage: Stage) -> None:
+def check_begins(origin: Origin, stage: Stage, extend: bool = False) -> None:
     """Raise `UserError` unless the stage's model can begin with the checkpoint's weights. What gains are stored in
-    multiples of may differ: `restore` re-expresses them."""
+    multiples of may differ: `restore` re-expresses them. extend: the vocabulary may be larger."""
     said = origin.state.model.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    was, is_now = origin.state.model.vocab_size, stage.model.vocab_size
+    if is_now > was and not extend:
+        remedy = f"set it to {was}, or give a tokenizer that has more pieces and set extend_vocabulary to true"
+        raise UserError("model.vocab_size", is_now, f"is {was} in {origin.folder}", remedy)
+    if is_now < was:
+        raise UserError("model.vocab_size", is_now, f"is {was} in {origin.folder}", f"set it to {was}: no row goes")
     _check_same(origin, stage, [], _function, f"give the model that was saved: {in_line(said)}")
 
 
@@ -181,8 +191,8 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
 
 
 def _function(model: ModelConfig) -> dict[str, Any]:
-    """All that its function depends on, given what its gains act as."""
-    return {key: value for key, value in _shape(model).items() if key not in MULTIPLES}
+    """All that its function depends on, given its vocabulary and what its gains act as."""
+    return {key: value for key, value in _shape(model).items() if key not in (*MULTIPLES, "vocab_size")}
 
 
 def _changes(was: Any, is_now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -35,7 +35,7 @@ from megabus.train.environment import environment
 from megabus.train.foresee import foresee
 from megabus.train.horizon import at_horizon
 from megabus.train.metrics import Metrics, describe
-from megabus.train.resume import check_begins, check_continues, check_tokenizer, data_order
+from megabus.train.resume import check_begins, check_continues, check_tokenizer, data_order, tokenizer_of
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
@@ -103,12 +103,20 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
     origin = None
     if config.init_from is not None and found is None:
-        from megabus.convert.begin import begin, origin_of  # slow to import, and most runs begin with nothing
+        # Slow to import, and most runs begin with nothing.
+        from megabus.convert.begin import begin, extended, origin_of, unread_tokenizer
 
         origin = origin_of(config.init_from, watchdog.heartbeat)
-        check_begins(origin, stages[0])
+        check_begins(origin, stages[0], config.extend_vocabulary)
+        if why := unread_tokenizer(origin):
+            rank_0_says(f"init_from: data is not compared with the tokenizer of {origin.folder}, which {why}", warn)
         with agreement():
-            check_tokenizer(origin, sources)
+            if config.extend_vocabulary and sources.tokenizer is not None:
+                larger = extended(origin, sources.tokenizer, stages[0].model.vocab_size)
+                rank_0_says(f"init_from: {larger.made}")
+                origin = larger
+            else:
+                check_tokenizer(origin, sources)
     changes: list[str] = []
     with agreement():
         if found is not None:
@@ -118,7 +126,8 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
     keep = config.checkpoint
-    tokenizer = config.data.tokenizer
+    weights = found or origin
+    tokenizer = config.data.tokenizer or (tokenizer_of(weights) if weights is not None else None)
     foreseen.tell()
     monitor = KappaMonitor(config.growth.trigger)
     saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.heartbeat)

@@ -13,10 +13,10 @@ from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.cli import convert as convert_command
-from megabus.convert import hub, verify_logits
+from megabus.convert import verify_logits
 from megabus.convert.begin import foreseen
 from megabus.convert.changed import unit_error
-from megabus.convert.convert import convert, open_source
+from megabus.convert.convert import convert, model_at, open_source
 from megabus.convert.hugging_face import model_of
 from megabus.convert.source import OpenFiles
 from megabus.convert.verify import verify
@@ -200,33 +200,10 @@ def test_rows_that_are_no_unit_vectors_are_told_and_made_so(tmp_path, capsys):
 def test_a_path_that_is_too_long_is_one_line(tmp_path):
     """255 characters are what a file system allows of a part; of what is read, and of what is written."""
     long = tmp_path / ("x" * 256)
-    for call in (lambda: hub.local_copy(long), lambda: megabus.load(long), lambda: foreseen(str(long))):
+    for call in (lambda: model_at(long), lambda: megabus.load(long), lambda: foreseen(str(long))):
         with pytest.raises(
             UserError, match=r"^model = .*xxx: cannot be looked for \(File name too long\); give another"
         ):
             call()
     with pytest.raises(UserError, match=r"^out = .*xxx: cannot be written \(.*File name too long"):
         convert(MemorySource(model_config("ngpt")), long, "checkpoint")
-
-
-def test_a_name_of_the_hub_is_fetched(tmp_path, monkeypatch):
-    asked = []
-
-    def snapshot(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        if name.startswith("gone/"):
-            raise OSError("no such\nthing")
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert hub.local_copy("owner/model-1.5B") == tmp_path
-    assert not any(pattern.endswith((".bin", ".py")) for pattern in asked[0][1])
-    assert hub.local_copy(tmp_path) == tmp_path
-    assert hub.local_copy("no/such/folder").parts == ("no", "such", "folder")
-    with pytest.raises(
-        UserError, match=r"model = gone/model: is no directory, and the hub does not give it \(no such th"
-    ):
-        megabus.load("gone/model")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="huggingface_hub is needed; install it"):
-        hub.local_copy("owner/model")

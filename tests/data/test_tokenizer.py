@@ -210,16 +210,15 @@ def test_a_directory_that_cannot_be_read_is_refused(folder, bare, tmp_path):
     assert open_tokenizer(folder, N + 64).vocab_size == N + 3  # of a padded vocabulary
 
 
-def test_a_name_of_the_hub_is_tried_and_told(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        Tokenizer("no-one/nothing")
-    assert str(caught.value).startswith(
-        "tokenizer = no-one/nothing: is no file here, and the Hugging Face hub does not"
-    )
-    (tmp_path / "no-one").mkdir()  # then it is a path with a slip in it
-    with pytest.raises(UserError, match="the file does not exist"):
-        Tokenizer("no-one/nothing")
+@pytest.mark.parametrize("model_type", ["byte-bpe", "bpe"])
+def test_a_file_comes_with_what_lies_beside_it_as_its_directory_does(tmp_path, model_type):
+    """A checkpoint names its tokenizer so, and hands it on: nothing is lost on the way."""
+    path = train_tokenizer(["the cat sees the dog " * 50], 270, tmp_path / "tokenizer", model_type)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    files = read_tokenizer_files(path)
+    assert files.contents == read_tokenizer_files(tmp_path).contents
+    assert len(files.contents) == 3
 
 
 def test_tokens_are_named_or_numbered(folder):

@@ -13,6 +13,8 @@ from support.small_models import config, lively_state
 
 import megabus
 from megabus.ablation import ablate
+from megabus.convert.convert import convert, open_source
+from megabus.convert.source import OpenFiles
 from megabus.model.decoder import Decoder, param_specs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,3 +64,8 @@ def test_the_tool_measures_what_the_run_validates_on(tmp_path):
     (loss,) = re.findall(r"whole model (\S+), over 256 tokens", done.stdout)
     assert float(loss) == pytest.approx(last, abs=6e-5)
     assert len(re.findall(r"^ +\d ", done.stdout, re.MULTILINE)) == 2 * config.growth.stages[-1].n_layers
+    with OpenFiles() as files:
+        convert(open_source(tmp_path / "run", files), tmp_path / "hf", "hf")
+    assert "is of no run; give --valid and --seq-len" in run_command("layers", tmp_path / "hf").stderr
+    words = ("--valid", corpus / "valid", "--seq-len", config.growth.stages[-1].seq_len, "--tokens", "256")
+    assert run_command("layers", tmp_path / "hf", *words).stdout == done.stdout

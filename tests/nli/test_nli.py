@@ -12,6 +12,8 @@ from support.nli_data import rows_of, run_tool, write_rows, write_run
 
 import megabus
 from megabus.checkpoint.load import checkpoint_at
+from megabus.convert.convert import convert, open_source
+from megabus.convert.source import OpenFiles
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS, Pair
@@ -105,6 +107,15 @@ def test_variants_of_the_score(run, files):
     empty = plain_scores(run, [{"sentence1": "N/A", "sentence2": "N/A"}])
     assert np.abs(scores.per_character - expected / [5, 8, 6]).max() <= 1e-5
     assert np.abs(scores.pmi - (expected - empty)).max() <= 2e-5
+
+
+def test_weights_may_lie_in_a_hugging_face_directory(run, files, tmp_path):
+    with OpenFiles() as opened:
+        convert(open_source(run, opened), tmp_path / "hf", "hf")
+    for outcome in outcomes(Settings(checkpoint=tmp_path / "hf", valid=files[0], max_length=500), {"tp": 2}):
+        assert outcome.facts["checkpoint"] == {"path": str(tmp_path / "hf"), "step": 0}
+        scores = outcome.scores["zero-shot"][0].log_likelihood
+        assert np.abs(scores - plain_scores(run, rows_of(N, seed=1))).max() <= 1e-5
 
 
 def test_bf16_is_near(run, files):

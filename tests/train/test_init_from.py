@@ -7,14 +7,16 @@ import shutil
 import time
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from support.launching import tree
 from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
 
+from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
 from megabus.config import resolve_stages
 from megabus.convert import begin
-from megabus.convert.begin import foreseen, origin_of
+from megabus.convert.begin import foreseen, origin_of, unread_tokenizer
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.batches import TokenSource
@@ -48,6 +50,9 @@ def qwen(tmp_path_factory):
             if name.endswith("bias"):
                 p.normal_(0, 0.3)
     model.save_pretrained(folder / "hf")
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(
+        str(folder / "hf/tokenizer.json")
+    )
     with OpenFiles() as files:
         convert(open_source(folder / "hf", files), folder / "run", "checkpoint")
     return model, folder / "hf", folder / "run"
@@ -62,8 +67,8 @@ def config_of(corpus, run_dir, origin, **changes):
 
 
 def test_a_stock_model_is_trained_and_grown(corpus, qwen, tmp_path):
-    """The run's first loss is transformers', the loss at growth stays, the run goes on without its origin, and its
-    export is of the class that came and has the run's last loss."""
+    """The run's first loss is transformers', the loss at growth stays, the run goes on without its origin and with its
+    tokenizer, and its export is of the class that came and has the run's last loss."""
     model, origin, _ = qwen
     config = config_of(corpus, tmp_path / "run", origin)
     start(config, 2)
@@ -86,6 +91,8 @@ def test_a_stock_model_is_trained_and_grown(corpus, qwen, tmp_path):
     more = config_of(corpus, tmp_path / "run", origin.parent / "gone", train__max_tokens=1280)
     start(more, 2)
     assert rows_of(more, "resume")[0]["step"] == 8
+    carried = saved_tokenizer(checkpoint_at(tmp_path / "run"))
+    assert Tokenizer(carried).sha256 == Tokenizer(origin).sha256
     strict = config_of(corpus, tmp_path / "run", "elsewhere", resume="strict", train__max_tokens=1280)
     assert "init_from = elsewhere: was" in refusal(strict, 2)
 
@@ -179,6 +186,15 @@ def test_of_a_model_of_the_hub_the_description_alone_is_looked_at(corpus, qwen, 
         check_begins(said, resolve_stages(narrower, 2)[0])
 
 
+def test_a_tokenizer_that_cannot_be_read_is_told(qwen, tmp_path):
+    folder = shutil.copytree(qwen[1], tmp_path / "hf")
+    assert unread_tokenizer(foreseen(folder)) == ""
+    (folder / "tokenizer.json").write_text("{}")
+    assert unread_tokenizer(foreseen(folder)).startswith("is JSON, and no tokenizer.json: it has no model; give its")
+    (folder / "tokenizer.json").unlink()
+    assert unread_tokenizer(foreseen(folder)) == unread_tokenizer(foreseen(qwen[2])) == ""
+
+
 def test_all_ranks_show_life_while_one_downloads(qwen):
     def fetch(error):
         beats = []
@@ -189,7 +205,7 @@ def test_all_ranks_show_life_while_one_downloads(qwen):
                 raise UserError("model", path, "is gone", "find it")
             return qwen[1]
 
-        begin.BEAT, begin.local_copy = 0.05, slow
+        begin.BEAT, begin.model_at = 0.05, slow
         try:
             return origin_of("owner/model", lambda: beats.append(0)).folder, len(beats)
         except UserError as told:

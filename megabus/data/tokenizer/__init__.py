@@ -2,6 +2,7 @@
 
 from megabus.data.tokenizer.face import Tokenizer, open_tokenizer
 from megabus.data.tokenizer.files import FILES, TokenizerFiles, read_tokenizer_files
+from megabus.data.tokenizer.spelling import spellings
 from megabus.data.tokenizer.train import MODEL_TYPES, NORMALIZATIONS, train_tokenizer, trained_path
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "TokenizerFiles",
     "open_tokenizer",
     "read_tokenizer_files",
+    "spellings",
     "train_tokenizer",
     "trained_path",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megabus.data.tokenizer.files import TokenizerFiles, read_tokenizer_files
+from megabus.data.tokenizer.spelling import Written
 from megabus.errors import UserError
 
 
@@ -30,7 +31,15 @@ class Codec(Protocol):
 
     def id_of(self, token: str) -> int | None: ...
 
-    def token_of(self, number: int) -> str: ...
+    def token_of(self, number: int) -> str:
+        """As the vocabulary writes it; empty where an id is no token."""
+        ...
+
+    def written(self, number: int) -> Written: ...
+
+    def spelled(self, token: Written) -> list[int] | None:
+        """A token of another vocabulary that writes its tokens alike, in this one's; None where that cannot be."""
+        ...
 
 
 class Tokenizer:

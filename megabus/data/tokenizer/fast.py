@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from functools import cached_property
 from typing import Any
 
 import tokenizers
 
 from megabus.data.tokenizer.files import CONFIG, MAP, TREE, TokenizerFiles
+from megabus.data.tokenizer.spelling import Written
 from megabus.plain_file import shown
 
 # Where no file names the special tokens, as beside a bare tokenizer.json.
@@ -27,9 +30,9 @@ class Fast:
         own = [place for place, part in enumerate(probe.sequence_ids) if part is not None]
         first, last = (own[0], own[-1] + 1) if own else (len(probe.ids), len(probe.ids))
         self.prefix, self.suffix = probe.ids[:first], probe.ids[last:]
-        added = backend.get_added_tokens_decoder().values()
-        self._symbols = [token.content for token in added]
-        named = {token.content for token in added if token.special}
+        self._added = backend.get_added_tokens_decoder()
+        self._symbols = [token.content for token in self._added.values()]
+        named = {token.content for token in self._added.values() if token.special}
         self.bos, self.eos = self._special(bos, BOS_NAMES, named), self._special(eos, EOS_NAMES, named)
         if self.bos is None and len(self.prefix) == 1:
             self.bos = self.prefix[0]
@@ -55,6 +58,50 @@ class Fast:
 
     def token_of(self, number: int) -> str:
         return self.backend.id_to_token(number) or ""
+
+    def written(self, number: int) -> Written:
+        return Written(self.token_of(number), number in self._added)
+
+    def spelled(self, token: Written) -> list[int] | None:
+        if token.is_text:
+            ids = self.backend.encode(token.text, add_special_tokens=False).ids
+            whole = all(self._leaves_nothing(cut) for cut in self._cut(token.text))
+        elif not self._writes_pieces_as_text:
+            return None
+        else:  # before it come neither what text is cut into nor what is put before it
+            ids = [part.id for part in self.backend.model.tokenize(token.text)]
+            whole = self._leaves_nothing(token.text)
+        return ids if whole and self._unknown not in ids else None
+
+    def _cut(self, text: str) -> list[str]:
+        """What the model is given of a text, one after the other."""
+        normalizer, pre_tokenizer = self.backend.normalizer, self.backend.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        return [text] if pre_tokenizer is None else [cut for cut, _ in pre_tokenizer.pre_tokenize_str(text)]
+
+    def _leaves_nothing(self, cut: str) -> bool:
+        """A BPE without a piece for what it does not know leaves that out, and says nothing."""
+        if self._model["type"] != "BPE" or self._unknown is not None:
+            return True
+        parts = self.backend.model.tokenize(cut)
+        return bool(parts) and parts[-1].offsets[1] == len(cut.encode())
+
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        model: dict[str, Any] = json.loads(self.backend.to_str())["model"]
+        return model
+
+    @property
+    def _writes_pieces_as_text(self) -> bool:
+        """And does not mark those that go on with a word, or end one."""
+        marks = self._model.get("continuing_subword_prefix"), self._model.get("end_of_word_suffix")
+        return self._model["type"] in ("BPE", "Unigram") and not any(marks)
+
+    @property
+    def _unknown(self) -> int | None:
+        """The id of what the vocabulary has no piece for."""
+        token = self._model.get("unk_token")
+        return self._model.get("unk_id") if token is None else self.id_of(token)
 
 
 def read_tree(files: TokenizerFiles) -> Fast:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megabus.errors import UserError
+from megabus.hub import local_copy
 from megabus.plain_file import NotPlainError, inside, parse_bulk_json, parse_json, read_regular
 
 TREE, MODEL = "tokenizer.json", "tokenizer.model"
@@ -27,7 +28,6 @@ KINDS = "a Hugging Face tokenizer.json, a SentencePiece model or a tiktoken rank
 REMEDY = f"give {KINDS}, or a directory of one"
 ANOTHER_COPY = "get it from another copy"
 _RANK = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?")  # a line of a tiktoken file: a token in base64, and its rank
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Kind = Literal["tokenizers", "sentencepiece", "tiktoken"]
 
@@ -99,12 +99,13 @@ def read_tokenizer_files(name: str | os.PathLike[str]) -> TokenizerFiles:
     A directory is read as transformers reads it: its tokenizer.json, and its tokenizer.model where it has no other.
     """
     text = os.fspath(name)
-    path = _located(text)
+    path = local_copy(text, FILES, "tokenizer")
     try:
         if path.is_dir():
             contents = _of_folder(path)
-        elif path.name == TREE and path.is_file():  # the same as its directory
-            contents = {TREE: read_regular(path, links=True)} | _of_folder(path.parent, FILES[1:])
+        elif path.name in (TREE, MODEL) and path.is_file():  # with what goes with it, as its directory is read
+            others = BESIDE if path.name == MODEL else FILES[1:]
+            contents = {path.name: read_regular(path, links=True)} | _of_folder(path.parent, others)
         else:
             raw = read_regular(path, links=True)
             contents = {TREE if raw.lstrip()[:1] in (b"{", b"[") else MODEL: raw}
@@ -135,17 +136,3 @@ def _canonical(files: TokenizerFiles) -> bytes:
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         tree["model"] = model | {"merges": merges}
     return json.dumps(tree, sort_keys=True).encode()
-
-
-def _located(name: str) -> Path:
-    path = Path(name)
-    on_hub = _HUB_NAME.fullmatch(name) and path.suffix not in (".model", ".json", ".tiktoken")
-    if not on_hub or os.path.lexists(path) or path.parent.is_dir():
-        return path
-    import huggingface_hub  # slow to import
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
-    except (OSError, ValueError) as error:
-        problem = f"is no file here, and the Hugging Face hub does not give it ({str(error).strip().splitlines()[0]})"
-        raise UserError("tokenizer", name, problem, "check the name and the network, or give a path") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megabus.data.tokenizer.files import REMEDY, TokenizerFiles
+from megabus.data.tokenizer.spelling import Written
 from megabus.durable import partial_name
 from megabus.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # types of SentencePiece's pieces
+SPACE = "▁"  # how pieces write it
 
 
 class SentencePiece:
@@ -63,6 +66,28 @@ class SentencePiece:
 
     def token_of(self, number: int) -> str:
         return self._processor.id_to_piece(number)
+
+    def written(self, number: int) -> Written:
+        token = self.token_of(number)
+        is_text = self._types[number] in (CONTROL, USER_DEFINED)
+        return Written(token.replace(SPACE, " ") if is_text else token, is_text)
+
+    def spelled(self, token: Written) -> list[int] | None:
+        ids: list[int] = (self._processor if token.is_text else self._of_pieces).encode(token.text)
+        return None if self.unk in ids else ids
+
+    @cached_property
+    def _types(self) -> list[int]:
+        return [piece.type for piece in self.proto.pieces]
+
+    @cached_property
+    def _of_pieces(self) -> Any:
+        """The same model, of text that is written as its pieces are: nothing is put before it or changed in it."""
+        proto = self.proto
+        proto.normalizer_spec.CopyFrom(
+            type(proto.normalizer_spec)(name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False)
+        )
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
 def train_sentence_piece(

@@ -1,0 +1,99 @@
+"""A tokenizer with tokens added to it. Its own pieces keep their ids, so that a model can go on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from megabus.data.tokenizer.face import Tokenizer
+from megabus.data.tokenizer.fast import Fast
+from megabus.data.tokenizer.files import BESIDE, CONFIG, MODEL, TREE
+from megabus.data.tokenizer.sentence_piece import SPACE, USER_DEFINED, SentencePiece
+from megabus.data.tokenizer.spelling import spellings
+from megabus.durable import partial_name, sync
+from megabus.errors import UserError
+
+ADDED = "added_tokens.json"  # what slow tokenizers of transformers add: those of the tokenizer as it was
+
+
+def extend_tokenizer(
+    name: str | os.PathLike[str], texts: Sequence[str], special: Sequence[str], out: Path
+) -> dict[int, list[int]]:
+    """Write the directory `out`: the tokenizer with tokens for `texts` and, of a tokenizer.json, for `special`, which
+    are left out when ids become text. Each new id -> the old ids that spell it.
+
+    They are matched in raw text before all else, the longest first: nothing is learnt, and no merge is added. A rank
+    file, which cannot hold them, becomes a tokenizer.json; of a directory that holds a tokenizer in two forms the
+    tokenizer.json is extended, and the other form left out. Raises `UserError`, and leaves nothing half-written.
+    """
+    old = Tokenizer(name)
+    _check_new(old, "--add", texts)
+    _check_new(old, "--special", special)
+    if not (texts or special):
+        raise UserError("--add", "(missing)", "there is nothing to add", "give tokens, or --special ones")
+    if both := {*texts} & {*special}:
+        raise UserError("--special", min(both), "is to be added as another token too", "give it once")
+    if out.exists():
+        raise UserError("out", out, "exists", "choose another, or remove it")
+    contents = {file: raw for file, raw in old.files.contents.items() if file in BESIDE and file != ADDED}
+    contents |= _extended(Tokenizer(name), texts, special)
+    partial = partial_name(out)
+    try:
+        partial.mkdir(parents=True)
+        try:
+            for file, raw in contents.items():
+                (partial / file).write_bytes(raw)
+                sync(partial / file)
+            spelled = spellings(old, Tokenizer(partial))
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError("out", out, f"cannot be written ({error})", "make room or choose another place") from error
+    return spelled
+
+
+def _check_new(tokenizer: Tokenizer, option: str, texts: Sequence[str]) -> None:
+    for place, text in enumerate(texts):
+        if not text:
+            raise UserError(option, "''", "is no text", "leave it out")
+        if text in texts[:place]:
+            raise UserError(option, text, "is given twice", "give it once")
+        number, ids = tokenizer.codec.id_of(text), tokenizer.encode(text)
+        if number is not None or len(ids) == 1:
+            known = ids[0] if number is None else number
+            raise UserError(option, text, f"is a piece of {tokenizer.name} already ({known})", "leave it out")
+
+
+def _extended(tokenizer: Tokenizer, texts: Sequence[str], special: Sequence[str]) -> dict[str, bytes]:
+    """The files that hold the tokens, by name."""
+    codec = tokenizer.codec
+    if isinstance(codec, SentencePiece):
+        if special:
+            problem = "would never be found in text: SentencePiece's control symbols are not"
+            raise UserError("--special", special[0], problem, "give it to --add")
+        return {MODEL: _with_pieces(codec.proto, texts)}
+    assert isinstance(codec, Fast)
+    # As they stand there: what normalises the text would have to be undone in them.
+    codec.backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in texts])
+    codec.backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    files = {TREE: codec.backend.to_str().encode()}
+    if tokenizer.kind == "tiktoken":  # whose file names none
+        names = {"bos_token": codec.bos, "eos_token": codec.eos}
+        settings = {name: codec.token_of(number) for name, number in names.items() if number is not None}
+        files[CONFIG] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | settings, indent=2).encode()
+    return files
+
+
+def _with_pieces(proto: Any, texts: Sequence[str]) -> bytes:
+    for text in texts:
+        proto.pieces.add(piece=text.replace(" ", SPACE), score=0.0, type=USER_DEFINED)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    raw: bytes = proto.SerializeToString()
+    return raw

@@ -1,0 +1,45 @@
+"""Models and tokenizers by their names on the Hugging Face hub, as directories on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from megabus.errors import UserError
+
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+OF_FILES = (".model", ".json", ".tiktoken")  # how names of files end, and none of the hub's
+
+
+def of_hub(path: str | os.PathLike[str], key: str = "model") -> bool:
+    """Whether it is an `owner/name`, and nothing on this machine: where there is such a directory as `owner`, a name in
+    it that is not there is a slip. key: what a path that cannot be looked for is told under."""
+    there = Path(path)
+    try:
+        if there.exists() or there.is_symlink():
+            return False
+    except OSError as error:  # a name that is too long, a directory that may not be searched
+        raise UserError(key, path, f"cannot be looked for ({error.strerror})", "give another path") from error
+    named = NAME.fullmatch(os.fspath(path)) is not None and there.suffix not in OF_FILES
+    return named and not there.parent.is_dir()
+
+
+def local_copy(path: str | os.PathLike[str], files: Sequence[str], key: str = "model") -> Path:
+    """The path itself, or the directory of what has that name on the hub, of which `files` (patterns) are fetched if
+    this machine has them not yet. Raises `UserError` under `key` where the hub does not give it."""
+    if not of_hub(path, key):
+        return Path(path)
+    name = os.fspath(path)
+    try:
+        from huggingface_hub import snapshot_download  # slow to import
+    except ImportError as error:
+        problem = "is nothing on this machine, and for names of the hub huggingface_hub is needed"
+        raise UserError(key, name, problem, "install it, or give a path") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:  # of which the library's own errors are
+        problem = f"is nothing on this machine, and the hub does not give it ({' '.join(str(error).split())[:200]})"
+        remedy = f"give a path, or fetch it elsewhere (hf download {name}) and give what that makes"
+        raise UserError(key, name, problem, remedy) from error

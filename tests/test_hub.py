@@ -1,0 +1,60 @@
+"""Names of the hub, of models and tokenizers: what is fetched, what is a path, what is said where none is given."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+import megabus
+from megabus.convert.convert import model_at
+from megabus.data.tokenizer import Tokenizer
+from megabus.errors import UserError
+from megabus.hub import local_copy, of_hub
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """(name, patterns) of what the hub is asked for; it gives a directory, or nothing of the owner `gone`."""
+    found = []
+
+    def snapshot(name, allow_patterns):
+        found.append((name, allow_patterns))
+        if name.startswith("gone/"):
+            raise OSError("no such\nthing")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def test_a_name_is_fetched_and_nothing_that_runs(tmp_path, asked):
+    assert model_at("owner/model-1.5B") == tmp_path
+    ((name, patterns),) = asked
+    assert name == "owner/model-1.5B"
+    assert {"config.json", "*.safetensors", "tokenizer.json", "tokenizer.model"} <= {*patterns}
+    assert not any(pattern.endswith((".bin", ".py")) for pattern in patterns)
+
+
+def test_a_path_is_no_name(tmp_path, asked):
+    """One that is there, one with a slip in it, one of a file."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/link").symlink_to("nowhere")
+    for path in (tmp_path, "no/such/folder", "runs/dem", "runs/link", "tok/my.model", "tok/mine.json", "plain"):
+        assert not of_hub(path)
+        assert model_at(path).parts == local_copy(path, []).parts
+    assert asked == []
+    with pytest.raises(UserError, match="tokenizer = runs/mine: the file does not exist"):
+        Tokenizer("runs/mine")
+
+
+def test_what_the_hub_does_not_give_is_told(asked, monkeypatch):
+    told = "is nothing on this machine, and the hub does not give it (no such thing); give a path, or fetch"
+    for call, key in ((megabus.load, "model"), (Tokenizer, "tokenizer")):
+        with pytest.raises(UserError) as caught:
+            call("gone/it")
+        assert str(caught.value).startswith(f"{key} = gone/it: {told} it elsewhere (hf download gone/it)")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="huggingface_hub is needed; install it"):
+        model_at("owner/model")
