@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PATH := $(BIN):$(PATH)
 unexport PYTHONPATH
 
-.PHONY: help demo test check parity chaos fuzz preflight-faults bench format docs site clean
+.PHONY: help demo test check parity chaos fuzz real-models preflight-faults bench format docs site clean
 help:
 	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes; replaces runs/demo"
 	@echo "make test    install what tests need, and run them"
@@ -21,6 +21,7 @@ help:
 	@echo "make parity  print the table of every layout against one process (2 minutes)"
 	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (KILLS=100; 10 minutes)"
 	@echo "make fuzz    mutate what checkpoints, token files and Hugging Face directories say, 1,000 times a kind of file"
+	@echo "make real-models  fetch the real SmolLM2-135M-Instruct (93 MB) into data/smollm2, and test that it came in right"
 	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
 	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
 	@echo "make docs    run the commands that the documents show, and write what they print into the pages (15 minutes)"
@@ -60,6 +61,10 @@ chaos: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed-dev
 	FUZZ=1000 $(BIN)/python -m pytest -n 0 tests/fuzz
+
+real-models: $(VENV)/.installed-dev
+	$(BIN)/python tools/real_models.py
+	REAL_MODELS=1 $(BIN)/python -m pytest -n 0 tests/test_real_models.py
 
 preflight-faults: $(VENV)/.installed
 	$(BIN)/megabus preflight-faults

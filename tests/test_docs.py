@@ -15,6 +15,7 @@ import yaml
 from megabus.cli import COMMANDS, OF_RANKS
 from megabus.command import NPROC
 from megabus.config import load_config, resolve_stages
+from megabus.errors import UserError
 from megabus.nli.settings import Settings
 from tools import site_hooks
 
@@ -197,15 +198,15 @@ def test_the_citation_is_whole():
 # ---- whole files that a page tells to write ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("page", "world"), [("quickstart.md", 2), ("grow_your_llama.md", 1)])
+@pytest.mark.parametrize(("page", "world"), [("quickstart.md", 2), ("grow_your_model.md", 1)])
 def test_the_guides_configurations_are_valid(page, world, tmp_path):
     """The YAML as it stands, and with the overrides of every command of the page that trains."""
     text = (ROOT / "docs" / page).read_text()
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ((name, block),) = re.findall(r"^<!-- file: (.*) -->\n```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     file = tmp_path / "config.yaml"
     file.write_text(block)
     assert len(resolve_stages(load_config(file), world)) == 2
-    runs = [shlex.split(line) for line in commands(text) if line.startswith("megabus train")]
+    runs = [shlex.split(line) for line in commands(text) if line.startswith("megabus train") and name in line]
     for words in runs:
         ranks = int(words[words.index("--nproc-per-node") + 1])
         assert (
@@ -222,14 +223,16 @@ def test_commands_that_train_a_file_of_ours_are_accepted():
             file = re.search(r"(?:launcher/train\.py|megabus train).* --config (configs/\S+)(.*)", line)
             if file is not None and "key=value" not in line:
                 overrides = [word for word in shlex.split(file[2], comments=True) if "=" in word]
-                assert load_config(ROOT / file[1], overrides).run_dir
+                config = load_config(ROOT / file[1], overrides)
+                if ranks := re.search(r"--nproc-per-node (\d+)", line):
+                    assert resolve_stages(config, int(ranks[1]))
                 seen += 1
     assert seen >= 3
 
 
 def test_the_llama_guide_speaks_of_one_model():
     """The sizes that it makes, imports, and grows to are the same wherever they stand."""
-    text = (ROOT / "docs/grow_your_llama.md").read_text()
+    text = (ROOT / "docs/grow_your_model.md").read_text()
     (block,) = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (printed,) = re.findall(r"^(model:\n(?:  .*\n)+)left behind", text, re.MULTILINE)
     config = yaml.safe_load(block)
@@ -245,6 +248,18 @@ def test_the_llama_guide_speaks_of_one_model():
     given = dict(re.findall(r"(\w+)=(\d+)", made))
     assert {ours: int(given[theirs]) for theirs, ours in names.items()}.items() <= config["model"].items()
     assert {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", sizes)} == config["growth"]["stages"][0]
+
+
+def test_the_guide_quotes_what_is_refused_from_the_file_alone():
+    """Each row of its table: an override of configs/grow_smollm2.yaml, and what it is refused with."""
+    text = (ROOT / "docs/grow_your_model.md").read_text()
+    section = text.partition("## What is refused, and when")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]+=.*?)` \| `(.*)` \|$", section, re.MULTILINE)
+    assert len(rows) >= 6
+    for override, told in rows:
+        with pytest.raises(UserError) as caught:
+            resolve_stages(load_config(ROOT / "configs/grow_smollm2.yaml", [override]), 2)
+        assert str(caught.value).startswith(told)
 
 
 # ---- messages that a page quotes -----------------------------------------------------------------------------

@@ -50,10 +50,10 @@ from megabus.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("quickstart", "rates", "grow_your_llama", "growth", "estimate", "cluster")),
+    *(f"docs/{name}.md" for name in ("quickstart", "rates", "grow_your_model", "growth", "estimate", "cluster")),
     *(f"docs/{name}.md" for name in ("commands", "preflight", "parity")),
 )
-READ_QUICKSTART = ("docs/rates.md", "docs/grow_your_llama.md")
+READ_QUICKSTART = ("docs/rates.md", "docs/grow_your_model.md")
 NEEDS = dict.fromkeys(READ_QUICKSTART, "docs/quickstart.md")  # a page, and the one whose commands make what it reads
 LINKED = ("configs", "launcher", "tools")
 FENCE = re.compile(r"^<!-- ((?:run|file|output)\b.*?) -->\n```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -20,7 +20,7 @@ from megabus.convert.hf_rest import without_code
 from megabus.data.tokenizer import Tokenizer
 from megabus.data.tokenizer.fast import Fast, special_name
 from megabus.data.tokenizer.files import CONFIG, MODEL, TREE
-from megabus.data.tokenizer.odd_text import differences, odd_lines
+from megabus.data.tokenizer.odd_text import Difference, differences, odd_lines
 from megabus.data.tokenizer.sentence_piece import (
     CONTROL,
     NORMAL,
@@ -72,12 +72,31 @@ def _compare(ours: Tokenizer, exported: Tokenizer) -> None:
     if isinstance(ours.codec, SentencePiece) and isinstance(exported.codec, Fast):
         exported.codec.backend.encode_special_tokens = True  # that text spells them makes these alone differ by design
     lines = odd_lines(ours.codec.symbols)
-    if found := differences(lines, ours, exported):
+    remedy = f"Where your texts have such, encode them with the {MODEL} beside it"
+    _tell(differences(lines, ours, exported.encode_batch), len(lines), f"the export's {TREE}", ours.name, remedy)
+
+
+def compare_as_read(out: Path, name: str) -> None:
+    """Of an export whose class has AutoTokenizer cut text in its own way: warns where that gives other ids than the
+    export's own tokenizer.json. name: that of the class."""
+    exported = Tokenizer(out)
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        warn(f"transformers cuts text for {name} in its own way, and is not installed: its ids are not compared")
+        return
+    theirs, lines = AutoTokenizer.from_pretrained(out), odd_lines(exported.codec.symbols)
+    found = differences(lines, exported, lambda texts: theirs(texts, add_special_tokens=False)["input_ids"])
+    remedy = f"It cuts text for {name} in its own way: read the tokenizer with PreTrainedTokenizerFast.from_pretrained"
+    _tell(found, len(lines), "transformers' AutoTokenizer", f"the export's {TREE}", remedy)
+
+
+def _tell(found: list[Difference], n_lines: int, who: str, original: str, remedy: str) -> None:
+    if found:
         first = min(found, key=lambda difference: len(difference.text))
         warn(
-            f"the export's {TREE} gives other ids than {ours.name} for {len(found)} of {len(lines)} odd texts, such as "
-            f"{shown(first.text)}: {first.others}, not {first.ids}. Where your texts have such, encode them with the "
-            f"{MODEL} beside it"
+            f"{who} gives other ids than {original} for {len(found)} of {n_lines} odd texts, such as "
+            f"{shown(first.text)}: {first.others}, not {first.ids}. {remedy}"
         )
 
 

@@ -9,6 +9,22 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.families import (
+    FAMILIES,
+    LAYOUTS,
+    LIMIT,
+    TOKENS,
+    YARN,
+    apart,
+    begun,
+    compared,
+    grown_source,
+    larger,
+    loaded,
+    stock,
+    trained,
+)
+from support.small_runs import write_corpus
 from support.sources import MemorySource, model_config
 
 import megabus
@@ -23,39 +39,7 @@ from megabus.convert.verify import verify
 from megabus.errors import UserError
 
 torch.set_num_threads(1)
-TOKENS = torch.randint(67, (3, 40), generator=torch.Generator().manual_seed(0))
-YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-FAMILIES = {
-    "llama": (transformers.LlamaConfig, {"rope_parameters": YARN, "tie_word_embeddings": True}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": None, "num_attention_heads": 6, "head_dim": 10}),
-    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3": (
-        transformers.Qwen3Config,
-        {"head_dim": 10, "tie_word_embeddings": True, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
-    ),
-    "smollm3": (transformers.SmolLM3Config, {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
-}
 PLENTY = (99, 10**9)  # tensors, and bytes of them
-
-
-def stock(name, folder, **more):
-    """A model of random weights, gains and biases, as its owners save it."""
-    sizes = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 62, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.08}
-    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")) | {"max_position_embeddings": 64}
-    kind, own = FAMILIES[name]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**sizes | heads | ids | own | more)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                p += 0.3 * torch.randn(p.shape)
-    model.save_pretrained(folder, max_shard_size="60KB")
-    return model
-
-
-def apart(logits, wanted):
-    return float((logits - wanted).abs().max() / wanted.abs().max())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -72,22 +56,30 @@ def test_a_family_comes_in_grows_and_goes_out(tmp_path, name):
     assert apart(ours(TOKENS), wanted) <= 1e-5
     old = megabus.load(tmp_path / "run").state_dict()
     assert all(old[key].equal(value) for key, value in ours.state_dict().items())
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    again = loaded(tmp_path / "out")
     assert type(again) is type(model)
     assert again(TOKENS).logits.equal(wanted)
     assert again.config.tie_word_embeddings == model.config.tie_word_embeddings
-    n_heads = ours.config.n_heads * 3 // 2
-    larger = ours.config.grown(d_model=72, n_heads=n_heads, n_kv_heads=3, d_ff=90, n_layers=5)
-    grown = MemorySource(larger)
-    state = megabus.grow_state(ours.state_dict(), ours.config, larger, seed=0)
-    grown.tensors |= {("weight", key): values for key, values in state.items()}
-    convert(grown, tmp_path / "grown", "hf")
-    out = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grown", dtype=torch.float32).eval()
+    convert(grown_source(ours, larger(ours.config)), tmp_path / "grown", "hf")
+    out = loaded(tmp_path / "grown")
     assert type(out) is type(model)
     assert apart(out(TOKENS).logits, wanted) <= 1e-5
     for p in (p for n, p in out.named_parameters() if "layers.1.self_attn" in n and "o_proj" not in n):
         p.mul_(1.3)  # control: each family's own part among them
     assert apart(out(TOKENS).logits, wanted) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm3"])
+def test_a_family_is_trained_and_grown_on_four_ranks(tmp_path, name):
+    """A row of the table that `python -m tests.families` prints of all families and two layouts."""
+    theirs, ours = begun(name, tmp_path)
+    config = trained(tmp_path, write_corpus(tmp_path), LAYOUTS[1], ours.config)
+    assert compared(theirs, ours, [config], tmp_path).is_well
+    with torch.no_grad():
+        theirs.model.layers[1].self_attn.k_proj.weight.mul_(1.3)
+    spoilt = compared(theirs, ours, [config], tmp_path)  # control
+    assert min(spoilt.imported, spoilt.grown) > 1e-3
+    assert spoilt.ranks[0] > 3 * LIMIT
 
 
 def test_what_is_not_computed_is_refused_by_name(tmp_path):

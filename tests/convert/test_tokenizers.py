@@ -10,6 +10,7 @@ import sentencepiece
 import tokenizers
 import transformers
 from support.sources import MemorySource, model_config
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
 from megabus.convert import hf_tokenizer
@@ -17,7 +18,7 @@ from megabus.convert.convert import convert, open_source
 from megabus.convert.hf_tokenizer import write_tokenizer
 from megabus.convert.source import OpenFiles
 from megabus.data.tokenizer import Tokenizer, read_tokenizer_files, tiktoken, train_tokenizer
-from megabus.data.tokenizer.byte_bpe import byte_letters
+from megabus.data.tokenizer.byte_bpe import byte_letters, byte_pieces
 from megabus.data.tokenizer.odd_text import BASES, differences, odd_lines
 from megabus.errors import UserError
 
@@ -114,6 +115,25 @@ def test_a_tokenizer_that_cannot_be_read_stays_behind_and_is_told(tmp_path):
         assert found.without_tokenizer.startswith("is a tekken file of mistral-common, which is not read; give")
 
 
+def test_ids_that_transformers_makes_in_its_own_way_are_told(tmp_path, capsys):
+    """AutoTokenizer cuts a Qwen2's text by its class's pattern, and not by tokenizer.json's."""
+    source = MemorySource(model_config("gpt", vocab_size=PADDED, qkv_bias=True))
+    source.tokenizer = train_tokenizer(TEXT, N, tmp_path / "own")
+    convert(source, tmp_path / "out", "hf")
+    told = capsys.readouterr().err
+    assert told.startswith("warning: transformers' AutoTokenizer gives other ids than the export's tokenizer.json for ")
+    assert told.count("\n") == 1
+    assert told.endswith("read the tokenizer with PreTrainedTokenizerFast.from_pretrained\n")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    lines = odd_lines()
+    assert theirs(lines, add_special_tokens=False)["input_ids"] == Tokenizer(source.tokenizer).encode_batch(lines)
+    backend = tokenizers.Tokenizer.from_file(str(source.tokenizer))
+    backend.normalizer, backend.pre_tokenizer = tokenizers.normalizers.NFC(), byte_pieces(PRETOKENIZE_REGEX)
+    backend.save(str(source.tokenizer))
+    convert(source, tmp_path / "its own", "hf")
+    assert capsys.readouterr().err == ""
+
+
 # ---- SentencePiece as a tokenizer.json --------------------------------------------------------------------
 
 OURS = {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "add_dummy_prefix": False}
@@ -169,4 +189,4 @@ def test_other_ids_are_shown_with_what_to_do(tmp_path, monkeypatch, capsys):
     ours, theirs = Tokenizer(path), Tokenizer(tmp_path / "out")
     theirs.codec.backend.encode_special_tokens = True
     lines = odd_lines()
-    assert f"for {len(differences(lines, ours, theirs))} of {len(lines)} odd texts" in told
+    assert f"for {len(differences(lines, ours, theirs.encode_batch))} of {len(lines)} odd texts" in told

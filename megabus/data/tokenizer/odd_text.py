@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from megabus.data.tokenizer.face import Tokenizer
@@ -60,7 +60,9 @@ def odd_lines(symbols: Sequence[str] = ()) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def differences(texts: Sequence[str], one: Tokenizer, other: Tokenizer) -> list[Difference]:
-    """The texts whose ids are not the same."""
-    pairs = zip(texts, one.encode_batch(texts), other.encode_batch(texts), strict=True)
+def differences(
+    texts: Sequence[str], one: Tokenizer, other: Callable[[Sequence[str]], list[list[int]]]
+) -> list[Difference]:
+    """The texts to which `other` gives other ids than a tokenizer."""
+    pairs = zip(texts, one.encode_batch(texts), other(texts), strict=True)
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
