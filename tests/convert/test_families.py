@@ -25,15 +25,15 @@ from megabus.errors import UserError
 torch.set_num_threads(1)
 TOKENS = torch.randint(67, (3, 40), generator=torch.Generator().manual_seed(0))
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-FAMILIES = {
-    "llama": (transformers.LlamaConfig, {"rope_parameters": YARN, "tie_word_embeddings": True}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": None, "num_attention_heads": 6, "head_dim": 10}),
-    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+FAMILIES = {  # by name: transformers imports a class when it is asked for, and only one worker runs these tests
+    "llama": ("LlamaConfig", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": None, "num_attention_heads": 6, "head_dim": 10}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": (
-        transformers.Qwen3Config,
+        "Qwen3Config",
         {"head_dim": 10, "tie_word_embeddings": True, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
     ),
-    "smollm3": (transformers.SmolLM3Config, {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
 }
 PLENTY = (99, 10**9)  # tensors, and bytes of them
 
@@ -43,7 +43,8 @@ def stock(name, folder, **more):
     sizes = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 62, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.08}
     ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")) | {"max_position_embeddings": 64}
-    kind, own = FAMILIES[name]
+    config_class, own = FAMILIES[name]
+    kind = getattr(transformers, config_class)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(kind(**sizes | heads | ids | own | more)).eval()
     with torch.no_grad():
