@@ -1,5 +1,6 @@
 """Imports torch and DeepSpeed once a process: ranks are forked from here (see megabus.testing.ranks)."""
 
+import gc
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated")  # of torch's own modules
         preload()
+        gc.disable()  # until all tests are collected: what that makes stays
         command.PATIENCE = 0.2  # of forked ranks: they have no launcher that would end rank 0 when another has ended
 
 
@@ -65,6 +67,11 @@ def deepspeed_adam(pytestconfig: pytest.Config) -> None:
         patch.setattr(CPUAdamBuilder, "include_paths", lambda self: list(headers))
         patch.setattr(CPUAdamBuilder, "cxx_args", lambda self: list(flags))
         DeepSpeedCPUAdam([torch.zeros(1)])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported and collected lives for ever: later collections pass it over
+    gc.enable()
 
 
 SLOWEST = (  # files that take a minute or more: begun first, so that no worker is left with one when the other is done
