@@ -11,7 +11,8 @@ WORKERS ?= 3
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PATH := $(BIN):$(PATH)
-unexport PYTHONPATH
+# PYTHONDONTWRITEBYTECODE: with it each process that a test starts, and each worker at every run, compiles all sources.
+unexport PYTHONPATH PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test check parity chaos fuzz real-models preflight-faults bench format docs site clean
 help:

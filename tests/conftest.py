@@ -1,5 +1,6 @@
 """Imports torch and DeepSpeed once a process: ranks are forked from here (see megabus.testing.ranks)."""
 
+import gc
 import os
 import platform
 import shutil
@@ -19,15 +20,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
         warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated")  # of torch's own modules
         preload()
+        gc.disable()  # until all tests are collected: what that makes stays
         command.PATIENCE = 0.2  # of forked ranks: they have no launcher that would end rank 0 when another has ended
+
+
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in forked ranks end without their picture and their page, which take longer than a few steps."""
+    monkeypatch.setattr("megabus.cli.train._show", lambda run_dir: None)
+
+
+TENSORS_ALONE = """#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/utils/pybind.h>
+namespace torch {
+using at::Tensor;
+constexpr auto kFloat32 = at::kFloat;
+}  // namespace torch
+"""
 
 
 @pytest.fixture(scope="session")
 def deepspeed_adam(pytestconfig: pytest.Config) -> None:
     """DeepSpeed's AdamW for CPUs is built and loaded, here and in the ranks that are forked from here.
 
-    Built once a checkout, Python and torch, before ranks are timed; hardly optimized and without what debuggers read,
-    which takes some 26 s.
+    Built once a checkout, Python and torch, before ranks are timed: hardly optimized, without what debuggers read, and
+    as one file that reads only what it uses of torch's headers. Reading all of them, twice, takes four times as long.
     """
     if shutil.which("ninja") is None or shutil.which("g++") is None:
         pytest.skip("DeepSpeed builds its own with ninja and g++")
@@ -35,12 +53,25 @@ def deepspeed_adam(pytestconfig: pytest.Config) -> None:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    built_for = f"torch_extensions-python{platform.python_version()}-torch{torch.__version__}"
-    flags = ["-O1" if flag.startswith("-O") else flag for flag in CPUAdamBuilder().cxx_args() if flag != "-g"]
+    folder = pytestconfig.cache.mkdir(f"deepspeed-adam-python{platform.python_version()}-torch{torch.__version__}")
+    builder = CPUAdamBuilder()
+    (folder / "torch").mkdir(exist_ok=True)
+    (folder / "torch/extension.h").write_text(TENSORS_ALONE)
+    sources = [builder.deepspeed_src_path(path) for path in builder.sources()]
+    (folder / "whole.cpp").write_text("".join(f'#include "{path}"\n' for path in sources))
+    flags = ["-O1" if flag.startswith("-O") else flag for flag in builder.cxx_args() if flag != "-g"]
+    headers = [str(folder), *builder.include_paths()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(pytestconfig.cache.mkdir(built_for)))
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        patch.setattr(CPUAdamBuilder, "sources", lambda self: [str(folder / "whole.cpp")])
+        patch.setattr(CPUAdamBuilder, "include_paths", lambda self: list(headers))
         patch.setattr(CPUAdamBuilder, "cxx_args", lambda self: list(flags))
         DeepSpeedCPUAdam([torch.zeros(1)])
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported and collected lives for ever: later collections pass it over
+    gc.enable()
 
 
 SLOWEST = (  # files that take a minute or more: begun first, so that no worker is left with one when the other is done

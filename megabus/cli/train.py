@@ -18,7 +18,7 @@ from pathlib import Path
 from megabus.cli.ranks import check_ranks, start_ranks
 from megabus.command import RankParser, tell_outcome
 from megabus.config import load_config, resolve_stages
-from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
+from megabus.engine.startup import importing, prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError, warn
 from megabus.extras import need
 
@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
         check_only(config)
         stop_distributed()
         return 0
-    from megabus.train.loop import train
+    with importing():
+        from megabus.train.loop import train
 
     outcome = train(config)
     if os.environ["RANK"] == "0" and outcome.stopped:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_entry_point_measures_and_writes(tmp_path):
     out = tmp_path / "bench.json"
     options = ["--small", "--rounds", "2", "--only", "step,documents,layouts", "--json", out]
-    command = [sys.executable, "-m", "benchmarks", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = run_python(["-m", "benchmarks", *options], cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["one"] for row in rows] == [

@@ -5,10 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets import indexed_dataset
 
 from megabus.data.batches import TokenSource
 from megabus.data.indexed import IndexedTokens, IndexedWriter
+
+
+@pytest.fixture(scope="module")
+def indexed_dataset():
+    """Imported by the one worker that runs these tests: it takes seconds."""
+    from megatron.core.datasets import indexed_dataset
+
+    return indexed_dataset
 
 
 @pytest.fixture
@@ -18,7 +25,7 @@ def documents():
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_megatron_reads_ours(tmp_path, documents, dtype):
+def test_megatron_reads_ours(tmp_path, documents, dtype, indexed_dataset):
     with IndexedWriter(str(tmp_path / "ours"), np.dtype(dtype)) as writer:
         for document in documents:
             writer.append(document)
@@ -30,7 +37,7 @@ def test_megatron_reads_ours(tmp_path, documents, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_we_read_megatrons(tmp_path, documents, dtype):
+def test_we_read_megatrons(tmp_path, documents, dtype, indexed_dataset):
     """Documents of several sequences, too."""
     builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
     for document in documents:

@@ -31,7 +31,8 @@ def test_deepspeeds_is_torchs_to_rounding(corpus, tmp_path):
     found = {}
     for name in ("torch", "deepspeed"):
         config = run_config(corpus, tmp_path / name, LAYOUTS, optimizer__implementation=name, log={"every": 1})
-        start(config, 2, stop_after(12))  # after the first growth
+        if name == "deepspeed":  # of torch's, test_resume.py shows that it changes no bit
+            start(config, 2, stop_after(12))  # after the first growth
         ranks = start(config, 2)
         assert ranks[0].steps[-1].optimizer_step > 12  # the moments, and their count, came along
         found[name] = losses(config)

@@ -34,7 +34,7 @@ ONE = Layout(1, 1, 1)
 def config_of(kind="gpt", layout=ONE, train=None, **optimizer):
     """A growth by odd fractions. A large eps: where a gradient is mere rounding, Adam would move by a whole lr."""
     degrees = {"tp": layout.tp, "pp": layout.pp}
-    batch = {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 12, "max_steps": 100}
+    batch = {"seq_len": 16, "micro_batch_size": 6 // layout.dp, "global_batch_size": 12, "max_steps": 100}
     return parse_config(
         {
             "run_dir": "unused",

@@ -149,7 +149,7 @@ CASES = {
     "one": (Layout(1, 1, 1), {}),
     "dp3": (Layout(1, 1, 3), {"global_batch_size": 18}),
     "zero2": (Layout(1, 1, 2), {"zero_stage": 2}),
-    "tp2 pp2": (Layout(2, 2, 1), {}),
+    "tp2 pp2": (Layout(2, 2, 1), {"micro_batch_size": 4}),
 }
 
 

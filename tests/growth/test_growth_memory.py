@@ -62,7 +62,7 @@ def peaks(plan, kinds, kib, greedy=False):
     return [(extra / 2**10, shard / 2**10) for extra, shard in ranks]
 
 
-@pytest.mark.parametrize(("kib", "manner"), [(64, "tilt"), (256, "clone")])
+@pytest.mark.parametrize(("kib", "manner"), [(128, "tilt"), (256, "clone")])
 @pytest.mark.parametrize("layouts", PAIRS, ids=str)
 def test_a_growth_takes_no_more_than_the_buffer(layouts, kib, manner):
     plan = plan_of(layouts, UNEVEN, LARGE, moments="grow", write=manner, channels="uneven")

@@ -26,8 +26,10 @@ LARGE = {"d_model": 52, "n_layers": 5, "n_heads": 3, "d_ff": 90}
 
 
 def growth_config(stages, layouts, kind="ngpt", first=SMALL, **growth):
-    """A run of several stages; `layouts` has one more entry than `stages`."""
+    """A run of several stages; `layouts` has one more entry than `stages`. Micro batches are as large as they can be:
+    tensor parallelism makes each of them a hundred small collectives, which on CPUs take most of the time."""
     base = {"vocab_size": 67, "head_dim": 6, "kind": kind} | first
+    micro = 8 // max(2, *(layout.dp for layout in layouts))
 
     def layout(number):
         return {"tp": layouts[number].tp, "pp": layouts[number].pp}
@@ -37,7 +39,7 @@ def growth_config(stages, layouts, kind="ngpt", first=SMALL, **growth):
             "run_dir": "unused",
             "model": base,
             "layout": layout(0),
-            "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": 100},
+            "train": {"seq_len": 16, "micro_batch_size": micro, "global_batch_size": 8, "max_steps": 100},
             "optimizer": {"lr": 1e-2},
             "growth": growth | {"stages": [sizes | {"layout": layout(n)} for n, sizes in enumerate(stages, start=1)]},
             "data": {"train": "unused", "valid": "unused"},

@@ -180,6 +180,7 @@ def test_a_corpus_shorter_than_a_sample(config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_a_run_that_exists_is_left_alone(config: Path, tmp_path: Path) -> None:
     """`never` refuses a run that can go on. What one that cannot has written is set aside, and nothing is lost."""
     run, theirs = tmp_path / "run", {"metrics": '{"event": "start", "step": 0}\n', "config": "theirs"}

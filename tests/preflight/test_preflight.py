@@ -166,6 +166,7 @@ def config_file(tmp_path):
     return tmp_path / "config.yaml"
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_the_launcher_checks_before_it_trains(config_file, tmp_path):
     """With --preflight-only it stops there; switched off, a start shows no table and still compares configurations."""
     before = tree(tmp_path)
@@ -198,6 +199,7 @@ def test_what_asks_for_measurements(tmp_path, changes, hosts, measures):
     assert flight._asks_to_measure(run_config(tmp_path, changes), hosts) == measures
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize(("measure", "links"), [("auto", False), ("always", True)])
 def test_a_start_measures_only_what_was_asked_for(config_file, measure, links):
     ranks = launch_forked("--config", config_file, f"preflight.measure={measure}")

@@ -31,15 +31,15 @@ from support.sources import MemorySource
 LIMIT = 1e-5
 TOKENS = torch.randint(67, (3, 40), generator=torch.Generator().manual_seed(0))
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-FAMILIES = {
-    "llama": (transformers.LlamaConfig, {"rope_parameters": YARN, "tie_word_embeddings": True}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": None, "num_attention_heads": 6, "head_dim": 10}),
-    "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+FAMILIES = {  # by name: transformers imports a class when it is asked for, and one worker alone asks
+    "llama": ("LlamaConfig", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"sliding_window": None, "num_attention_heads": 6, "head_dim": 10}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": (
-        transformers.Qwen3Config,
+        "Qwen3Config",
         {"head_dim": 10, "tie_word_embeddings": True, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
     ),
-    "smollm3": (transformers.SmolLM3Config, {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
 }
 PIECES, PADDED = 600, 616  # ids of the tokenizers below, and rows of a vocabulary that was padded
 TEXT = [f"{base} and {base}, {base.upper()}; the theory of the other there\n" for base in BASES] * 3
@@ -53,7 +53,8 @@ def stock(name: str, folder: Path, **more: object) -> torch.nn.Module:
     sizes = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 62, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.08}
     ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")) | {"max_position_embeddings": 64}
-    kind, own = FAMILIES[name]
+    config_class, own = FAMILIES[name]
+    kind = getattr(transformers, config_class)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(kind(**sizes | heads | ids | own | more)).eval()
     with torch.no_grad():

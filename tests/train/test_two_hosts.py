@@ -41,6 +41,7 @@ def configured(corpus, folder, **changes):
         folder / "run",
         [{}] * 3,
         train__max_tokens=768,
+        train__micro_batch_size=4,
         checkpoint__every=1,
         eval__every=2,
         growth__max_tokens=256,
