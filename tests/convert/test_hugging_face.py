@@ -152,23 +152,78 @@ def test_what_is_no_llama_is_refused(tmp_path):
         open_source(tmp_path / "llama", files)
 
 
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+CHANGED = {
+    "ngpt": [
+        ({"alpha_init": 0.1}, "alpha_init = 0.1, and 0.05 in its"),
+        ({"s_z_init": 2.0}, "s_z_init"),
+        ({"rope_frequencies": [1.0, 0.5, 0.2]}, "rope_frequencies"),
+        ({"rope_theta": 500.0}, "rope_theta = 500.0, and 10000.0 in its"),
+        ({"rope_scaling": LINEAR}, "rope_scaling"),
+        ({"rope_parameters": PLAIN | {"rope_theta": 7.0}}, "rope_parameters"),
+        ({"num_attention_heads": 2}, "num_attention_heads = 2, and 4 in its"),
+        ({"model_type": "llama"}, "model_type"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ],
+    "gpt": [
+        ({"rope_parameters": PLAIN | {"rope_theta": 500.0}}, "rope_parameters"),
+        ({"rope_scaling": LINEAR}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": ...}, "rope_scaling"),
+        ({"rope_theta": 500.0}, "rope_theta = 500.0, and 10000.0 in its"),
+        ({"rope_theta": 500.0, "rope_parameters": ...}, "rope_theta = 500.0, and 10000.0 in its"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps = 0.001, and "),
+        ({"rms_norm_eps": ...}, "norm_eps = "),
+        ({"num_key_value_heads": 4}, "num_key_value_heads = 4, and 2 in its"),
+        ({"num_key_value_heads": ...}, "n_kv_heads = 4, and 2 in its"),
+        ({"head_dim": ...}, "head_dim = 9, and 6 in its"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings = True, and False in its"),
+        ({"model_type": "mistral"}, "model_type = 'mistral', and 'llama' in its"),
+        ({"hidden_size": 72}, "hidden_size"),
+    ],
+}
+
+
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_an_edited_export_is_not_read_as_if_it_were_not(tmp_path, kind):
-    """transformers keeps our own section of config.json when it saves a model whose RoPE was changed."""
+    """transformers keeps our own section of config.json when it saves a model that was changed."""
     exported(tmp_path, MemorySource(model_config(kind)))
     path = tmp_path / "hf/config.json"
     good = json.loads(path.read_text())
     assert model_of(good | {"max_position_embeddings": 7, "bos_token_id": 3}, path, *PLENTY).kind == kind
-    if kind == "ngpt":
-        older = {key: value for key, value in good.items() if key != "s_z_init"}
-        assert model_of(older, path, *PLENTY).s_z_init == 1
-        for change in ({"alpha_init": 0.1}, {"s_z_init": 2.0}, {"rope_frequencies": [1.0, 0.5, 0.2]}):
-            with pytest.raises(UserError, match="was changed since megabus wrote it"):
-                model_of(good | change, path, *PLENTY)
-        return
-    edited = good | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3}
+    for change, told in CHANGED[kind]:
+        edited = {key: value for key, value in (good | change).items() if value is not ...}
+        with pytest.raises(UserError, match=f"^config.json = {path}: has {re.escape(told)}.*; set it back"):
+            model_of(edited, path, *PLENTY)
+    ours = good | {"megabus": good["megabus"] | {"rope_theta": 500.0}}  # it may be that section that was changed
+    with pytest.raises(UserError, match="rope"):
+        model_of(ours, path, *PLENTY)
+
+
+def test_an_edited_export_without_our_section_is_read_as_transformers_reads_it(tmp_path):
+    exported(tmp_path, MemorySource(model_config("gpt")))
+    path = tmp_path / "hf/config.json"
+    edited = json.loads(path.read_text()) | {"rope_parameters": PLAIN | {"rope_theta": 500.0}, "rms_norm_eps": 1e-3}
+    del edited["megabus"]
     model = model_of(edited, path, *PLENTY)
     assert (model.rope_theta, model.norm_eps) == (500.0, pytest.approx(1e-3 * 36))
+
+
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_position": 16}
+PARTS = [("ngpt", {}), ("gpt", {"rope_scaling": YARN, "qk_norm": True}), ("gpt", {"nope_interval": 2, "d_model": 37})]
+
+
+@pytest.mark.parametrize(("kind", "parts"), PARTS)
+def test_what_transformers_saved_anew_comes_back(tmp_path, kind, parts):
+    """It drops keys of older versions, and what is a class's default; and an older export says less."""
+    _, theirs = exported(tmp_path, MemorySource(model_config(kind, **parts)))
+    theirs.save_pretrained(tmp_path / "again")
+    with OpenFiles() as files:
+        model = open_source(tmp_path / "hf", files).state.model
+        assert open_source(tmp_path / "again", files).state.model == model
+    tree = json.loads((tmp_path / "again/config.json").read_text())
+    tree.pop("s_z_init", None)
+    assert model_of(tree, tmp_path, *PLENTY) == model
 
 
 @torch.no_grad()
