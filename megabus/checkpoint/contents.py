@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from megabus.checkpoint.entries import check_entries
 from megabus.checkpoint.manifest import (
+    ANOTHER_COPY,
     MANIFEST,
     THREADS,
     DamagedError,
@@ -27,7 +28,7 @@ from megabus.checkpoint.manifest import (
 )
 from megabus.checkpoint.state import STATE, SavedState, read_state
 from megabus.checkpoint.store import step_of
-from megabus.data.tokenizer.files import FILES, MODEL, TREE
+from megabus.data.tokenizer.files import BESIDE, FILES, MODEL, TREE
 from megabus.errors import UserError
 from megabus.model.cost import totals
 from megabus.parallel.fragments import KINDS, Kind
@@ -85,11 +86,29 @@ def check_entry(found: Found, entry: Entry, heartbeat: Heartbeat = idle) -> None
         check_entries(found.folder / entry.name, tensors, heartbeat)
 
 
+def check_tokenizer(folder: Path, entries: Iterable[Entry], state: SavedState, remedy: str = ANOTHER_COPY) -> None:
+    """Raise `DamagedError` where the tokenizer that was saved with the weights is none, or none of the run's data. Its
+    files have the manifest's bytes."""
+    path = _tokenizer_in(folder, {entry.name for entry in entries})
+    if path is None:
+        return
+    from megabus.data.tokenizer import Tokenizer  # it needs a library that checkpoints without one do without
+
+    try:
+        known_as = Tokenizer(path).files.known_as
+    except UserError as error:
+        raise DamagedError(path, f"is damaged (it {error.problem})", remedy) from error
+    made_with = {sha256 for source in ("train", "valid") if state.data for sha256 in state.data[source]["tokenizers"]}
+    if made_with and not known_as & made_with:
+        raise DamagedError(path, f"is damaged (it is not the one that the data in {STATE} was made with)", remedy)
+
+
 def opened(folder: Path) -> Found:
     """A checkpoint of which all has been checked, in this process."""
     found = look(folder)
     with ThreadPoolExecutor(THREADS) as pool:  # hashing lets go of the interpreter
         list(pool.map(partial(check_entry, found), found.entries))
+    check_tokenizer(folder, found.entries, found.state)
     return found
 
 
@@ -151,7 +170,11 @@ def listed_tokenizer(folder: Path, entries: Iterable[Entry]) -> Path | None:
         if path.name not in listed_names and os.path.lexists(path):
             problem = f"is not listed in {MANIFEST}: it was not saved with the weights"
             raise UserError("tokenizer", path, problem, "move it elsewhere, and name it where a tokenizer can be given")
-    return next((folder / name for name in (TREE, MODEL) if name in listed_names), None)
+    return _tokenizer_in(folder, listed_names)
+
+
+def _tokenizer_in(folder: Path, names: Set[str]) -> Path | None:
+    return next((folder / name for name in (TREE, MODEL) if name in names), None)
 
 
 def _shard_of(entry: Entry) -> tuple[int, Kind] | None:
@@ -177,6 +200,9 @@ def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) ->
         if entry.rank != rank:
             raise DamagedError(path, f"is damaged (files: rank {entry.rank} did not write {entry.name})")
         shards.setdefault(rank, set()).add(number)
+    beside = sorted({entry.name for entry in entries} & set(BESIDE))
+    if beside and _tokenizer_in(folder, {entry.name for entry in entries}) is None:
+        raise DamagedError(path, f"is damaged (files: {beside[0]} is listed, and no tokenizer that it goes with)")
     # What ranks own does not overlap: files that hold as much as there is hold all that there is.
     placement = Placement(state.model, layout)
     held = {rank: sum(map(len, written_by(placement, rank, placement.owned(rank)))) for rank in shards}

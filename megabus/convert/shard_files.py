@@ -22,6 +22,7 @@ from torch import Tensor
 from megabus.checkpoint.contents import (
     check_fits,
     check_header,
+    check_tokenizer,
     listed,
     listed_tokenizer,
     tensor_key,
@@ -135,6 +136,7 @@ class ShardFileSource:
         check_fits(folder, self.state, sum(entry.bytes for entry in entries))
         self.tensors = self._checked_index({entry.name for entry in entries})
         self.tokenizer = listed_tokenizer(folder, entries)
+        check_tokenizer(folder, entries, self.state, AGAIN)
 
     def _checked_index(self, names: set[str]) -> dict[str, _Tensor]:
         """The index, once it and the headers of all files are found to say what the state says."""

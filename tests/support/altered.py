@@ -106,6 +106,15 @@ def put_state(folder, raw):
     attest(folder, STATE)
 
 
+def put_file(folder, name, raw):
+    """A file more, which the manifest lists."""
+    (folder / name).write_bytes(raw)
+    tree = read_manifest_tree(folder)
+    entry = {"name": name, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "rank": 0}
+    tree["files"] = sorted([*tree["files"], entry], key=lambda entry: entry["name"])
+    seal(folder, tree)
+
+
 def at(tree, key):
     """The section that the last part of a dotted key stands in, and that part."""
     *parents, last = [int(part) if part.isdecimal() else part for part in key.split(".")]
