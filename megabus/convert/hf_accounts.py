@@ -1,5 +1,5 @@
-"""A megabus export's config.json says twice what the model is: in keys that transformers computes with, and in a section
-of ours. Whoever changes one of the two must not be read as if only the other stood there."""
+"""A megabus export's config.json says twice what the model is: in keys that transformers computes with, and in a
+section of ours. Whoever changes one of the two must not be read as if only the other stood there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from megabus.errors import UserError
 from megabus.plain_file import shown
 
 ROPE = ("rope_scaling", "rope_parameters")  # sections, of which transformers 5 reads the first, and drops it in saving
-LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")  # which a section may leave to the keys beside
+LENGTHS = (
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)  # which it may leave to keys beside it
 # What says nothing about the mathematics, or is compared by what it means.
 FREE = {"architectures", "auto_map", "megabus", "rope_theta", *ROPE, *KEYS}
 LATER = {"s_z_init": 1.0}  # keys that the first exports did not have, and what they would have said
