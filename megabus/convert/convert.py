@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -24,8 +25,9 @@ Form = Literal["checkpoint", "shards", "hf"]
 
 
 def in_other_form(path: Path) -> bool:
-    """Whether a directory holds weights in another form than a run's."""
-    return (path / INDEX).is_file() or (path / CONFIG).is_file()
+    """Whether a directory holds weights in another form than a run's: something has the name of their first file,
+    whatever it is."""
+    return any(os.path.lexists(path / name) for name in (INDEX, CONFIG))
 
 
 def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> FolderSource:
@@ -33,9 +35,9 @@ def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> Fol
     if not path.is_dir():
         raise UserError("source", path, "is no directory", "give a run, a checkpoint, shard files or a HF directory")
     source: FolderSource
-    if (path / INDEX).is_file():
+    if os.path.lexists(path / INDEX):
         source = ShardFileSource(path, files)
-    elif (path / CONFIG).is_file():
+    elif os.path.lexists(path / CONFIG):
         source = HuggingFaceSource(path, files)
     else:
         source = CheckpointSource(path, files)

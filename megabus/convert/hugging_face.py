@@ -8,6 +8,7 @@ whole.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -237,7 +238,7 @@ def untied_specs(model: ModelConfig) -> dict[str, ParamSpec]:
 def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
     """The file of each tensor: a plain name, in this directory."""
     single = folder / "model.safetensors"
-    if single.exists():
+    if os.path.lexists(single):
         return dict.fromkeys(files[inside(single)].keys(), single.name)
     if any(folder.glob("pytorch_model*.bin")):
         problem, remedy = "are pickled, which may run any code", "save them with safe_serialization in transformers"
