@@ -228,7 +228,7 @@ def parquet_documents(raw: IO[bytes], path: object, text_key: str, meter: Meter)
 def _values(column: Any) -> Iterable[str | bytes | None]:
     """All at once, or one by one where one is no UTF-8, so that it is known which."""
     try:
-        return column.to_pylist()  # type: ignore[no-any-return]
+        return column.to_pylist()
     except UnicodeDecodeError:
         return (value.as_py() for value in column)
 
