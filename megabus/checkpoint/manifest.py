@@ -25,7 +25,7 @@ from megabus.plain_file import NotPlainError, check_regular, open_regular, parse
 
 T = TypeVar("T")
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 2  # of manifest.json and state.json
 BLOCK = 1 << 20  # bytes hashed between two heartbeats
 THREADS = 4  # that hash files side by side

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from megabus.checkpoint.begun import growths_begun_with
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.sources import Sources, open_sources
 from megabus.errors import UserError, say
@@ -121,7 +123,7 @@ def _checked(
         rows.append(Finding("all else", "not checked: it assumes that all ranks agree", skipped=True))
         return None
     with agreement(group):
-        stages = resolve_stages(config, dist.get_world_size())
+        stages = resolve_stages(config, dist.get_world_size(), begun_with=partial(growths_begun_with, config))
     judgement = judge(stages)
     reserved = _fault(reserve)
     with agreement(group):

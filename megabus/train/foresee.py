@@ -54,8 +54,8 @@ def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
     said = outlook(stages, config.growth.trigger)
     _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
-        found = _newest(config)
-        if found is not None and config.resume != "never":
+        found = None if config.resume == "never" else _newest(config)
+        if found is not None:
             check_stage(found, config, stages)
         return Foreseen(said, unheeded(config))
     if config.init_from is not None:

@@ -94,10 +94,12 @@ class Run:
 
 
 def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: RunLock) -> Run:
-    """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
+    """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage. Raises
+    `StoppedError` if asked to before anything is left in the run's directory."""
     full = config.preflight.enabled
     judge, reserve = partial(foresee, config), partial(_reserve, config, lock)
     stages, sources, foreseen = preflight(config, judge, reserve, watchdog.heartbeat, full)
+    requests.check_start()
     stages = at_horizon(config, stages)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
@@ -109,6 +111,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         check_begins(origin, stages[0])
         with agreement():
             check_tokenizer(origin, sources)
+    requests.check_start()
     changes: list[str] = []
     with agreement():
         if found is not None:

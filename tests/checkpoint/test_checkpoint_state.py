@@ -67,7 +67,7 @@ def full_state(kind="ngpt", optimizer_step=41, flops=1e19 / 7):
 
 
 def full_data():
-    source = {"tokens": [2**40], "blend": [1, 3], "chunk_len": ck.T, "tokenizers": ["é"]}
+    source = {"tokens": [2**40], "blend": [1024], "chunk_len": ck.T, "tokenizers": ["é"]}
     return {"train": source, "valid": source, "valid_tokens": 2**20 * ck.T}
 
 
