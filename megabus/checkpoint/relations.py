@@ -301,8 +301,10 @@ def _check_data(data: _Data, state: SavedState) -> None:
     if "document_mask" in said:
         _agree("data.document_mask", state.data.get("document_mask", False), "config's", said["document_mask"])
     asked = _section(state.config.get("eval", {}), "config.eval").get("tokens")
-    if asked is not None:
-        _at_most("config.eval.tokens", align_up(asked, data.valid.chunk_len), "data.valid_tokens", data.valid_tokens)
+    if asked is not None and data.valid_tokens < (least := align_up(asked, data.valid.chunk_len)):
+        raise ValueError(
+            f"data.valid_tokens: {data.valid_tokens} is less than what config.eval.tokens asks for, {least}"
+        )
 
 
 def _agree(key: str, value: Any, other: str, wanted: Any) -> None:

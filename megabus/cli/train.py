@@ -16,8 +16,8 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from megabus.cli.ranks import check_ranks, start_ranks
 from megabus.checkpoint.begun import growths_begun_with
+from megabus.cli.ranks import check_ranks, start_ranks
 from megabus.command import RankParser, tell_outcome
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed

@@ -33,9 +33,12 @@ def monitor_after(evals, kind="ngpt"):
     return monitor
 
 
+WATCHED = {"seq_len": 6, "kappa": 0.7, "max_flops": 1e15 / 3}
+
+
 def full_config(kind):
     config = ck.run_config({"tp": 2}, kind, tokenizer="naïve/τ.model").model_dump(mode="json")
-    return RunConfig.model_validate(config | {"growth": {"stages": [{"d_model": 52}, {"seq_len": 6}]}})
+    return RunConfig.model_validate(config | {"growth": {"stages": [{"d_model": 52}, WATCHED]}})
 
 
 def full_model(kind):

@@ -163,7 +163,7 @@ WRONG_VALUES = {
     "data.train.blend": [[], [512, 512]],
     "data.valid.tokens": [[], [999, 999]],
     "data.document_mask": [True, "no"],
-    "config.eval.tokens": [Told(65, "(config.eval.tokens: 72 exceeds data.valid_tokens, 64")],
+    "config.eval.tokens": [Told(65, "(data.valid_tokens: 64 is less than what config.eval.tokens asks for, 72")],
     "data.train.chunk_len": [0, "8", 16],
     "data.train.tokens": [None, [-1], [1.5]],
     "data.valid_tokens": [-1, None, 0, 63, 1000, 10**12],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.sources import MemorySource, model_config
 
 import megabus
@@ -293,6 +295,40 @@ def test_links_lead_to_the_directory_or_to_the_hubs_blobs(tmp_path, name):
         with pytest.raises(UserError, match=f"^{re.escape(told)}"):
             both_ways("no")
         path.unlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("what", ["pipe", "folder", "link to nothing"])
+def test_what_has_the_name_of_a_file_and_is_none_is_told_as_what_it_is(tmp_path, name, what):
+    llama(tmp_path)
+    path = tmp_path / "llama" / name
+    path.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir() if what == "folder" else path.symlink_to("nothing")
+    told = "No such file" if what == "link to nothing" else "is no regular file"
+    with OpenFiles() as files, pytest.raises(UserError, match=f"= {path.parent}/.*{told}"):
+        source = open_source(tmp_path / "llama", files)  # weights without a tokenizer can go on as they are
+        assert name not in ("config.json", "model.safetensors")
+        convert(source, tmp_path / "out", "hf", like=tmp_path / "llama")
+
+
+@pytest.mark.parametrize(("value", "what"), [(math.nan, "NaN"), (math.inf, "an infinity")])
+def test_weights_that_are_not_finite_are_refused_as_they_are_read(tmp_path, value, what):
+    llama(tmp_path)
+    folder, key = tmp_path / "llama", "model.layers.1.mlp.down_proj.weight"
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][key]
+    tensors = load_file(shard)
+    tensors[key][1, 2] = value
+    save_file(tensors, shard, metadata={"format": "pt"})
+    told = rf"^weights = {shard}: holds {what} in {key}; restore it from another copy$"
+    for form in ("checkpoint", "hf", "shards"):
+        with OpenFiles() as files, pytest.raises(UserError, match=told):
+            convert(open_source(tmp_path / "llama", files), tmp_path / "out", form)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=told):
+        megabus.load(tmp_path / "llama")
 
 
 def test_config_has_the_tokenizers_ids_and_the_runs_length(tmp_path):

@@ -14,7 +14,7 @@ from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write
 
 from megabus.config import resolve_stages
 from megabus.convert import begin
-from megabus.convert.begin import foreseen, origin_of
+from megabus.convert.begin import origin_of, read_description
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.batches import TokenSource
@@ -138,7 +138,7 @@ def test_data_of_another_tokenizer_is_refused(corpus, qwen, tmp_path):
         config = config_of(tmp_path, tmp_path / "run", origin)
         sources = open_sources(config, resolve_stages(config, 2))
         try:
-            check_tokenizer(foreseen(origin), sources)
+            check_tokenizer(read_description(origin), sources)
         except UserError as error:
             return str(error)
         return None
@@ -171,8 +171,8 @@ def test_of_a_model_of_the_hub_the_description_alone_is_looked_at(corpus, qwen, 
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     stage = resolve_stages(config_of(corpus, tmp_path / "run", "owner/model"), 2)[0]
-    said = foreseen("owner/model")
-    assert said.state.model == foreseen(qwen[1]).state.model
+    said = read_description("owner/model")
+    assert said.state.model == read_description(qwen[1]).state.model
     check_begins(said, stage)
     narrower = config_of(corpus, tmp_path / "run", "owner/model", model=said.state.model.model_dump() | {"d_ff": 60})
     with pytest.raises(UserError, match=r"model.d_ff = 60: is 62 in .*hub"):
