@@ -17,6 +17,7 @@ from megabus.checkpoint.entries import check_entries
 from megabus.checkpoint.manifest import (
     ANOTHER_COPY,
     MANIFEST,
+    STATE,
     THREADS,
     DamagedError,
     Entry,
@@ -26,7 +27,7 @@ from megabus.checkpoint.manifest import (
     idle,
     read_manifest,
 )
-from megabus.checkpoint.state import STATE, SavedState, read_state
+from megabus.checkpoint.state import SavedState, read_state
 from megabus.checkpoint.store import step_of
 from megabus.data.tokenizer.files import BESIDE, FILES, MODEL, TREE
 from megabus.errors import UserError

@@ -29,6 +29,7 @@ from megabus.checkpoint.contents import (
 )
 from megabus.checkpoint.entries import odd_entry
 from megabus.checkpoint.manifest import (
+    STATE,
     STRICT,
     THREADS,
     DamagedError,
@@ -40,7 +41,7 @@ from megabus.checkpoint.manifest import (
     write_manifest,
 )
 from megabus.checkpoint.relations import Length, Whole
-from megabus.checkpoint.state import STATE, read_state, write_state
+from megabus.checkpoint.state import read_state, write_state
 from megabus.config import Layout
 from megabus.convert.source import OpenFiles, Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter

@@ -101,7 +101,7 @@ def test_what_another_program_raises_ends_no_run(tmp_path: Path) -> None:
     metrics.close()
     assert isinstance(metrics.error, HandleAbandonedError)
     assert told(tmp_path) == [{"event": "step"} | STEP]
-    assert losses(tmp_path / "tensorboard") == [(STEP["step"], pytest.approx(STEP["loss"]))]
+    assert losses_of(tmp_path / "tensorboard") == [(STEP["step"], pytest.approx(STEP["loss"]))]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
