@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from megabus.checkpoint.entries import check_entries
+from megabus.checkpoint.entries import ENTRY, HEADER, odd_by_name, scan
 from megabus.checkpoint.manifest import (
     ANOTHER_COPY,
     MANIFEST,
@@ -23,9 +23,11 @@ from megabus.checkpoint.manifest import (
     Entry,
     Heartbeat,
     check_file,
+    check_sha256,
     check_size,
     idle,
     read_manifest,
+    reading,
 )
 from megabus.checkpoint.state import SavedState, read_state
 from megabus.checkpoint.store import step_of
@@ -38,8 +40,6 @@ from megabus.parallel.topology import coordinate
 from megabus.plain_file import LARGEST, shown
 
 SHARD = "shard-{:05d}-model-{:05d}-of-{:05d}.safetensors"  # rank and kind, counted from 1, and the number of kinds
-HEADER = 100 << 20  # bytes that the header of a safetensors file may have
-ENTRY = 4  # bytes of an fp32 entry
 NAMED = 40  # bytes that a file takes at least for the name, dtype and place of a tensor
 _SHARD = re.compile(r"shard-(\d{5,9})-model-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -77,14 +77,21 @@ def look(folder: Path) -> Found:
 def check_entry(found: Found, entry: Entry, heartbeat: Heartbeat = idle) -> None:
     """Raise `DamagedError` unless the file has the manifest's bytes and, of a shard, the state's tensors, with entries
     that they can have."""
-    check_file(found.folder, entry, heartbeat)
-    shard = _shard_of(entry)
-    if shard is not None:
-        rank, kind = shard
-        pieces = written_by(found.placement, rank, found.placement.owned(rank))
-        tensors = {tensor_key(kind, piece.name): (kind, len(piece)) for piece in pieces}
-        check_header(found.folder / entry.name, {key: (length,) for key, (_, length) in tensors.items()})
-        check_entries(found.folder / entry.name, tensors, heartbeat)
+    shard, path = _shard_of(entry), found.folder / entry.name
+    if shard is None:
+        check_file(found.folder, entry, heartbeat)
+        return
+    rank, kind = shard
+    pieces = written_by(found.placement, rank, found.placement.owned(rank))
+    tensors = {tensor_key(kind, piece.name): (kind, len(piece)) for piece in pieces}
+    check_size(found.folder, entry)
+    with reading(path):
+        scanned = scan(path, tensors, heartbeat)
+    check_sha256(path, scanned.sha256, entry)
+    check_header(path, {key: (length,) for key, (_, length) in tensors.items()})
+    odd = scanned.odd if scanned.covered else odd_by_name(path, tensors)
+    if odd is not None:
+        raise DamagedError(path, f"is damaged ({odd[0]} holds {odd[1]})")
 
 
 def check_tokenizer(folder: Path, entries: Iterable[Entry], state: SavedState, remedy: str = ANOTHER_COPY) -> None:

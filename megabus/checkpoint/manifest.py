@@ -137,6 +137,11 @@ def check_file(folder: Path, entry: Entry, heartbeat: Heartbeat = idle) -> None:
     path = folder / entry.name
     with reading(path):
         digest = _sha256(path, heartbeat)
+    check_sha256(path, digest, entry)
+
+
+def check_sha256(path: Path, digest: str, entry: Entry) -> None:
+    """Raise `DamagedError` unless it is that of the file as it was written."""
     if digest != entry.sha256:
         raise DamagedError(path, "is damaged (its SHA-256 is not the manifest's)")
 
