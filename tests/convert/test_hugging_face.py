@@ -157,6 +157,7 @@ def test_what_is_no_llama_is_refused(tmp_path):
 
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_position": 16}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 CHANGED = {
     "ngpt": [
@@ -204,6 +205,18 @@ def test_an_edited_export_is_not_read_as_if_it_were_not(tmp_path, kind):
         model_of(ours, path, *PLENTY)
 
 
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_both_sections_of_an_exports_rope_count(tmp_path, key):
+    """transformers 4 reads one of them, and 5 the other."""
+    convert(MemorySource(model_config("gpt", rope_scaling=YARN)), tmp_path / "hf", "hf")
+    path = tmp_path / "hf/config.json"
+    tree = json.loads(path.read_text())
+    assert model_of(tree, path, *PLENTY).rope_scaling.factor == 4.0
+    tree[key] |= {"factor": 8.0}
+    with pytest.raises(UserError, match=f"has {key} = .*; set it back, or delete that section"):
+        model_of(tree, path, *PLENTY)
+
+
 def test_an_edited_export_without_our_section_is_read_as_transformers_reads_it(tmp_path):
     exported(tmp_path, MemorySource(model_config("gpt")))
     path = tmp_path / "hf/config.json"
@@ -213,7 +226,6 @@ def test_an_edited_export_without_our_section_is_read_as_transformers_reads_it(t
     assert (model.rope_theta, model.norm_eps) == (500.0, pytest.approx(1e-3 * 36))
 
 
-YARN = {"kind": "yarn", "factor": 4.0, "original_max_position": 16}
 PARTS = [("ngpt", {}), ("gpt", {"rope_scaling": YARN, "qk_norm": True}), ("gpt", {"nope_interval": 2, "d_model": 37})]
 
 
