@@ -7,6 +7,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,37 +106,34 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def deeper_than(tree: Any, levels: int) -> bool:
-    """Whether lists and objects stand in each other deeper than that. Looked at level by level, not by recursion."""
-    level = [tree]
-    for _ in range(levels + 1):
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, dict | list):
-                below += value.values() if isinstance(value, dict) else value
-        if not below:
-            return False
-        level = below
-    return True
+    """Whether lists and objects stand in each other deeper than that."""
+    return any(depth > levels for depth, _ in _by_level(tree))
 
 
-def _check_plain(tree: Any) -> None:
-    """Level by level, since the tree may be deeper than Python can call."""
-    level: list[tuple[str, Any]] = [("", tree)]
-    for _ in range(DEEPEST + 1):
+def _by_level(tree: Any) -> Iterator[tuple[int, list[tuple[str, Any]]]]:
+    """The values of a tree with their dotted keys, and how many lists and objects they stand in: level by level, since
+    it may be deeper than Python can call."""
+    depth, level = 0, [("", tree)]
+    while level:
+        yield depth, level
         below: list[tuple[str, Any]] = []
         for key, value in level:
             if isinstance(value, dict):
                 below += [(f"{key}.{name}" if key else name, part) for name, part in value.items()]
             elif isinstance(value, list):
                 below += [(f"{key}.{number}", part) for number, part in enumerate(value)]
-            elif isinstance(value, float) and not math.isfinite(value):
+        depth, level = depth + 1, below
+
+
+def _check_plain(tree: Any) -> None:
+    for depth, level in _by_level(tree):
+        if depth > DEEPEST:
+            raise ValueError(f"{shown(level[0][0])} nests deeper than {DEEPEST} levels")
+        for key, value in level:
+            if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{shown(key)} is {value}")
             for text in (key, value) if isinstance(value, str) else (key,):
                 if "\0" in text:
                     raise ValueError(f"{shown(key)} holds a NUL")
                 if not text.isascii() and _HALF.search(text):
                     raise ValueError(f"{shown(key)} holds a lone surrogate")
-        if not below:
-            return
-        level = below
-    raise ValueError(f"{shown(level[0][0])} nests deeper than {DEEPEST} levels")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,21 +13,25 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from megabus.checkpoint.entries import check_entries
+from megabus.checkpoint.entries import ENTRY, HEADER, odd_by_name, scan
 from megabus.checkpoint.manifest import (
+    ANOTHER_COPY,
     MANIFEST,
+    STATE,
     THREADS,
     DamagedError,
     Entry,
     Heartbeat,
     check_file,
+    check_sha256,
     check_size,
     idle,
     read_manifest,
+    reading,
 )
-from megabus.checkpoint.state import STATE, SavedState, read_state
+from megabus.checkpoint.state import SavedState, read_state
 from megabus.checkpoint.store import step_of
-from megabus.data.tokenizer.files import FILES, MODEL, TREE
+from megabus.data.tokenizer.files import BESIDE, FILES, MODEL, TREE
 from megabus.errors import UserError
 from megabus.model.cost import totals
 from megabus.parallel.fragments import KINDS, Kind
@@ -36,8 +40,6 @@ from megabus.parallel.topology import coordinate
 from megabus.plain_file import LARGEST, shown
 
 SHARD = "shard-{:05d}-model-{:05d}-of-{:05d}.safetensors"  # rank and kind, counted from 1, and the number of kinds
-HEADER = 100 << 20  # bytes that the header of a safetensors file may have
-ENTRY = 4  # bytes of an fp32 entry
 NAMED = 40  # bytes that a file takes at least for the name, dtype and place of a tensor
 _SHARD = re.compile(r"shard-(\d{5,9})-model-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -75,14 +77,38 @@ def look(folder: Path) -> Found:
 def check_entry(found: Found, entry: Entry, heartbeat: Heartbeat = idle) -> None:
     """Raise `DamagedError` unless the file has the manifest's bytes and, of a shard, the state's tensors, with entries
     that they can have."""
-    check_file(found.folder, entry, heartbeat)
-    shard = _shard_of(entry)
-    if shard is not None:
-        rank, kind = shard
-        pieces = written_by(found.placement, rank, found.placement.owned(rank))
-        tensors = {tensor_key(kind, piece.name): (kind, len(piece)) for piece in pieces}
-        check_header(found.folder / entry.name, {key: (length,) for key, (_, length) in tensors.items()})
-        check_entries(found.folder / entry.name, tensors, heartbeat)
+    shard, path = _shard_of(entry), found.folder / entry.name
+    if shard is None:
+        check_file(found.folder, entry, heartbeat)
+        return
+    rank, kind = shard
+    pieces = written_by(found.placement, rank, found.placement.owned(rank))
+    tensors = {tensor_key(kind, piece.name): (kind, len(piece)) for piece in pieces}
+    check_size(found.folder, entry)
+    with reading(path):
+        scanned = scan(path, tensors, heartbeat)
+    check_sha256(path, scanned.sha256, entry)
+    check_header(path, {key: (length,) for key, (_, length) in tensors.items()})
+    odd = scanned.odd if scanned.covered else odd_by_name(path, tensors)
+    if odd is not None:
+        raise DamagedError(path, f"is damaged ({odd[0]} holds {odd[1]})")
+
+
+def check_tokenizer(folder: Path, entries: Iterable[Entry], state: SavedState, remedy: str = ANOTHER_COPY) -> None:
+    """Raise `DamagedError` where the tokenizer that was saved with the weights is none, or none of the run's data. Its
+    files have the manifest's bytes."""
+    path = _tokenizer_in(folder, {entry.name for entry in entries})
+    if path is None:
+        return
+    from megabus.data.tokenizer import Tokenizer  # it needs a library that checkpoints without one do without
+
+    try:
+        known_as = Tokenizer(path).files.known_as
+    except UserError as error:
+        raise DamagedError(path, f"is damaged (it {error.problem})", remedy) from error
+    made_with = {sha256 for source in ("train", "valid") if state.data for sha256 in state.data[source]["tokenizers"]}
+    if made_with and not known_as & made_with:
+        raise DamagedError(path, f"is damaged (it is not the one that the data in {STATE} was made with)", remedy)
 
 
 def opened(folder: Path) -> Found:
@@ -90,6 +116,7 @@ def opened(folder: Path) -> Found:
     found = look(folder)
     with ThreadPoolExecutor(THREADS) as pool:  # hashing lets go of the interpreter
         list(pool.map(partial(check_entry, found), found.entries))
+    check_tokenizer(folder, found.entries, found.state)
     return found
 
 
@@ -151,7 +178,11 @@ def listed_tokenizer(folder: Path, entries: Iterable[Entry]) -> Path | None:
         if path.name not in listed_names and os.path.lexists(path):
             problem = f"is not listed in {MANIFEST}: it was not saved with the weights"
             raise UserError("tokenizer", path, problem, "move it elsewhere, and name it where a tokenizer can be given")
-    return next((folder / name for name in (TREE, MODEL) if name in listed_names), None)
+    return _tokenizer_in(folder, listed_names)
+
+
+def _tokenizer_in(folder: Path, names: Set[str]) -> Path | None:
+    return next((folder / name for name in (TREE, MODEL) if name in names), None)
 
 
 def _shard_of(entry: Entry) -> tuple[int, Kind] | None:
@@ -177,6 +208,9 @@ def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) ->
         if entry.rank != rank:
             raise DamagedError(path, f"is damaged (files: rank {entry.rank} did not write {entry.name})")
         shards.setdefault(rank, set()).add(number)
+    beside = sorted({entry.name for entry in entries} & set(BESIDE))
+    if beside and _tokenizer_in(folder, {entry.name for entry in entries}) is None:
+        raise DamagedError(path, f"is damaged (files: {beside[0]} is listed, and no tokenizer that it goes with)")
     # What ranks own does not overlap: files that hold as much as there is hold all that there is.
     placement = Placement(state.model, layout)
     held = {rank: sum(map(len, written_by(placement, rank, placement.owned(rank)))) for rank in shards}

@@ -25,7 +25,7 @@ from megabus.plain_file import NotPlainError, check_regular, open_regular, parse
 
 T = TypeVar("T")
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 2  # of manifest.json and state.json
 BLOCK = 1 << 20  # bytes hashed between two heartbeats
 THREADS = 4  # that hash files side by side
@@ -137,6 +137,11 @@ def check_file(folder: Path, entry: Entry, heartbeat: Heartbeat = idle) -> None:
     path = folder / entry.name
     with reading(path):
         digest = _sha256(path, heartbeat)
+    check_sha256(path, digest, entry)
+
+
+def check_sha256(path: Path, digest: str, entry: Entry) -> None:
+    """Raise `DamagedError` unless it is that of the file as it was written."""
     if digest != entry.sha256:
         raise DamagedError(path, "is damaged (its SHA-256 is not the manifest's)")
 

@@ -16,6 +16,7 @@ from megabus.checkpoint.manifest import validated
 from megabus.config import RunConfig
 from megabus.config.pair import sizes_of
 from megabus.config.stages import check_cut
+from megabus.data.order import align_up
 from megabus.kappa.monitor import SAVED, KappaState, Reason, check_saved
 from megabus.model.cost import count_parameters
 from megabus.parallel.fragments import KINDS
@@ -110,6 +111,8 @@ def check_relations(path: Path, state: SavedState) -> None:
     if config is None or data is None:
         raise ValueError(f"{'config' if config is None else 'data'}: is empty, and monitor is not")
     _check_config(config, state)
+    _check_watched(monitor, state)
+    _check_data(data, state)
     longest = max([config.train.seq_len, *(stage.seq_len or 0 for stage in config.growth.stages)])
     for key, source in (("train", data.train), ("valid", data.valid)):
         _agree(f"data.{key}.chunk_len", source.chunk_len, "the longest sequence in config", longest)
@@ -266,6 +269,42 @@ def _check_monitor(monitor: KappaState, state: SavedState) -> None:
     for point in monitor.curve[-1:]:
         _at_most("monitor.curve: the last tokens", point.tokens, "progress.tokens", now.tokens)
         _at_most("monitor.curve: the last FLOPs", point.flops, "progress.flops", now.flops)
+
+
+def _check_watched(monitor: KappaState, state: SavedState) -> None:
+    """κ and the caps that the monitor holds are those that the configuration gives this stage. Keys that came later
+    than the configuration are not there."""
+    growth, number, span = state.config["growth"], state.stage, monitor.span
+    sections = [growth, *growth["stages"][:number]]
+    key = f"config.growth.stages.{number - 1}" if number else "config.growth"
+    for name in ("max_tokens", "max_flops"):
+        if name in sections[number]:
+            _agree(f"monitor.span.{name}", getattr(span, name), f"{key}.{name}", sections[number][name])
+    trigger = _section(growth.get("trigger", {}), "config.growth.trigger")
+    kappas = [trigger.get("kappa"), *(section.get("kappa") for section in sections[1:])]
+    said = [kappa for kappa in kappas if kappa is not None]
+    if trigger.get("kappa") is not None:
+        _agree("monitor.span.kappa", span.kappa, "that of this stage in config", said[-1])
+    if span.last and number < len(growth["stages"]):
+        raise ValueError(f"monitor.span.last: True, and config grows on from stage {number}")
+
+
+def _check_data(data: _Data, state: SavedState) -> None:
+    """The files that were read are as many as the configuration names, and validated is no less than it asks for."""
+    said = _section(state.config.get("data", {}), "config.data")
+    named = said.get("train")
+    for place, files in (("train", len(named) if isinstance(named, list) else 1), ("valid", 1)):
+        source = getattr(data, place)
+        if place in said:
+            for name in ("tokens", "blend"):
+                _agree(f"data.{place}.{name}", len(getattr(source, name)), f"the files in config.data.{place}", files)
+    if "document_mask" in said:
+        _agree("data.document_mask", state.data.get("document_mask", False), "config's", said["document_mask"])
+    asked = _section(state.config.get("eval", {}), "config.eval").get("tokens")
+    if asked is not None and data.valid_tokens < (least := align_up(asked, data.valid.chunk_len)):
+        raise ValueError(
+            f"data.valid_tokens: {data.valid_tokens} is less than what config.eval.tokens asks for, {least}"
+        )
 
 
 def _agree(key: str, value: Any, other: str, wanted: Any) -> None:

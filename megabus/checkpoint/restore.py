@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megabus.checkpoint.contents import Found, check_entry, look
+from megabus.checkpoint.contents import Found, check_entry, check_tokenizer, look
 from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.manifest import DamagedError, Heartbeat, idle, read_manifest
 from megabus.checkpoint.state import weights_alone
@@ -105,6 +105,7 @@ def verified(folder: Path, heartbeat: Heartbeat = idle) -> Found:
         rank_0_tells(lambda: check_entry(found, again, heartbeat))
         problem = f"reads well on rank 0, but for another rank it {error.problem}"
         raise UserError("checkpoint", error.value, problem, "let all nodes share the file system") from error
+    rank_0_tells(lambda: check_tokenizer(folder, found.entries, found.state))
     return found
 
 

@@ -13,14 +13,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
-from megabus.checkpoint.manifest import FORMAT, STRICT, DamagedError, check_format, reading, validated
+from megabus.checkpoint.manifest import FORMAT, STATE, STRICT, DamagedError, check_format, reading, validated
 from megabus.checkpoint.relations import Whole, check_relations, less
 from megabus.config import Layout, ModelConfig
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
 from megabus.plain_file import parse_json, read_regular
 
-STATE = "state.json"
 LONGEST = 2048  # tokens, of a model whose run is not known
 
 # Keys that every state of this format has. Those that come later have defaults, by which nothing changes.

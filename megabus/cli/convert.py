@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     dtype, limit = args.dtype or "float32", 5.0 if args.max_shard_gb is None else args.max_shard_gb
     if not 0 < limit < math.inf:
         raise UserError("--max-shard-gb", limit, "is no size", "give a positive number")
-    from megabus.convert.changed import UnitRows, Untied, unit_error
+    from megabus.convert.changed import RowsMadeUnit, Untied, unit_error
     from megabus.convert.convert import convert, model_at, open_source
     from megabus.convert.hugging_face import HuggingFaceSource
     from megabus.convert.source import OpenFiles, Source
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         if args.untie:
             source = Untied(source)
         if args.unit_rows:
-            source = UnitRows(source)
+            source = RowsMadeUnit(source)
         nbytes = convert(
             source,
             args.out,

@@ -42,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
     if model.config.n_layers == 0:
         raise UserError("checkpoint", folder, "has no layers", "name one of a later stage")
     if args.valid is None or args.seq_len is None:
-        if not saved.config:
+        if "run_dir" not in saved.config:  # a conversion keeps only lengths
             raise UserError("checkpoint", folder, "is of no run", "give --valid and --seq-len")
         config = parse_config(saved.config)
         args.valid = args.valid or config.data.valid
         if args.seq_len is None:
-            args.seq_len = resolve_stages(config, saved.layout.world)[saved.stage].seq_len
+            args.seq_len = resolve_stages(config, saved.layout.world, saved=True)[saved.stage].seq_len
     if args.seq_len < 1:
         raise UserError("--seq-len", args.seq_len, "is no length", "give 1 or more")
     if args.tokens < args.seq_len:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+from megabus.checkpoint.begun import growths_begun_with
 from megabus.cli.ranks import check_ranks, start_ranks
 from megabus.command import RankParser, tell_outcome
 from megabus.config import load_config, resolve_stages
@@ -32,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
     check_ranks(args.nproc_per_node)
     config = load_config(args.config, args.overrides)
     world = args.nproc_per_node or int(os.environ.get("WORLD_SIZE", "1"))
-    resolve_stages(config, world)  # bad input ends here, before anything heavy is imported
+    # Bad input ends here, before anything heavy is imported.
+    resolve_stages(config, world, begun_with=partial(growths_begun_with, config))
     # Of rank 0 alone, which writes them: the other machines need neither.
     writes = args.nproc_per_node is not None or os.environ.get("RANK", "0") == "0"
     for extra, wanted in (("wandb", config.log.wandb), ("tensorboard", config.log.tensorboard)):
@@ -54,7 +57,10 @@ def main(argv: Sequence[str]) -> int:
 
     outcome = train(config)
     if os.environ["RANK"] == "0" and outcome.stopped:
-        print(f"stopped and saved: {outcome.checkpoint}; the same command goes on from there")
+        if outcome.checkpoint is None:
+            print("stopped during the start, before anything was trained; the same command starts again")
+        else:
+            print(f"stopped and saved: {outcome.checkpoint}; the same command goes on from there")
         tell_outcome("stopped")
     elif os.environ["RANK"] == "0":
         tell_outcome("finished")

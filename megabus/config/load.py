@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from megabus.config.after_growth import AFTER_GROWTH
 from megabus.config.auto import AUTO, written_out
-from megabus.config.read import described, read_tree, yaml_value
+from megabus.config.read import NotMeantError, described, read_tree, yaml_value
 from megabus.config.schema import RunConfig
 from megabus.errors import UserError
 
@@ -79,6 +79,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError("override", override, "is not of the form key=value", "write e.g. train.max_tokens=1e6")
     try:
         value = yaml_value(text)
+    except NotMeantError as error:
+        raise error.told(key) from error
     except ValueError as error:
         raise UserError(key, text, f"is not a YAML value ({error})", "quote the value") from error
     node: Any = tree

@@ -18,48 +18,81 @@ SHOWN = 200  # characters of a wrong value
 OLD_NUMBER = re.compile(r"[-+]?0_*[0-7][0-7_]*$|.*:")  # octal, or in sixties
 
 
-class _Strict(yaml.SafeLoader):
+class NotMeantError(ValueError):
+    """YAML that says something, and not what anyone means who writes it today. key: where it stands, dotted."""
+
+    def __init__(self, key: str, value: str, problem: str, remedy: str) -> None:
+        self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
+        super().__init__(f"{key} = {value}: {problem}; {remedy}")
+
+    def told(self, *above: str) -> UserError:
+        """As bad input. above: keys that what was read stands under."""
+        return UserError(".".join(filter(None, [*above, self.key])), self.value, self.problem, self.remedy)
+
+
+def _check_meant(loader: yaml.SafeLoader, root: yaml.Node) -> None:
     """YAML forbids a key twice in one mapping; PyYAML takes the last and says nothing. And it reads YAML 1.1, to which
-    0100 is octal and 1:30 counts in sixties: neither is what one who writes that today means."""
+    0100 is octal and 1:30 counts in sixties. Raises `NotMeantError` about the first such, in the order of the text."""
+    left: list[tuple[str, yaml.Node]] = [("", root)]
+    seen: set[int] = set()  # aliases name a part again and again
+    while left:
+        key, node = left.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        inner: list[tuple[str, yaml.Node]] = []
+        if isinstance(node, yaml.ScalarNode):
+            _check_number(loader, key, node)
+        elif isinstance(node, yaml.SequenceNode):
+            inner = [(f"{key}.{number}".lstrip("."), part) for number, part in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            names: set[tuple[str, str]] = set()
+            for name, part in node.value:  # as they are written: what `<<` merges comes later
+                below = f"{key}.{name.value}".lstrip(".") if isinstance(name, yaml.ScalarNode) else key
+                if isinstance(name, yaml.ScalarNode):
+                    if (name.tag, name.value) in names:
+                        value = part.value if isinstance(part, yaml.ScalarNode) else "(a section)"
+                        raise NotMeantError(below, value, "stands twice", "delete one of the two")
+                    names.add((name.tag, name.value))
+                inner += [(below, name), (below, part)]
+        left += reversed(inner)
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:  # as they are written: what `<<` merges comes later
-            if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in seen:
-                    raise yaml.composer.ComposerError(None, None, f"{key.value} stands twice", key.start_mark)
-                seen.add((key.tag, key.value))
-        return node
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value: int = super().construct_yaml_int(node)
-        _refuse_old(node, value)
-        return value
-
-    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        value: float = super().construct_yaml_float(node)
-        _refuse_old(node, value)
-        return value
-
-
-_Strict.add_constructor("tag:yaml.org,2002:int", _Strict.construct_yaml_int)
-_Strict.add_constructor("tag:yaml.org,2002:float", _Strict.construct_yaml_float)
-
-
-def _refuse_old(node: yaml.ScalarNode, value: float) -> None:
-    if OLD_NUMBER.match(node.value):
-        problem = f"{node.value} is {value} in YAML 1.1: write the number that is meant, or quote it"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+def _check_number(loader: yaml.SafeLoader, key: str, node: yaml.ScalarNode) -> None:
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind in ("int", "float") and OLD_NUMBER.match(node.value):
+        read = loader.construct_yaml_int if kind == "int" else loader.construct_yaml_float
+        problem = f"is {read(node)} in YAML 1.1"
+        raise NotMeantError(key, node.value, problem, "write the number that is meant, or quote it")
 
 
 def yaml_value(text: str) -> Any:
-    """What a YAML text says. Raises ValueError where it says nothing or a key twice."""
+    """What a YAML text says. Raises ValueError where it says nothing, and `NotMeantError`."""
+    loader = None
     try:
-        return yaml.load(text, _Strict)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_meant(loader, node)
+        return loader.construct_document(node)
+    except NotMeantError:
+        raise
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         # PyYAML lets through what its own constructors of dates, numbers and switches fall over.
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError(_short(error)) from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _short(error: Exception) -> str:
+    """PyYAML's complaint with its place, and without an excerpt of the text."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error) or type(error).__name__
+    context = [getattr(error, name) for name in ("context", "problem") if getattr(error, name)]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {', '.join(context)}"
 
 
 def read_tree(path: Path, key: str, start_from: str) -> dict[str, Any]:
@@ -75,6 +108,8 @@ def read_tree(path: Path, key: str, start_from: str) -> dict[str, Any]:
         raise UserError(key, path, f"is no path ({error})", "name a YAML file") from error
     try:
         tree = yaml_value(text.decode("utf-8"))
+    except NotMeantError as error:
+        raise error.told() from error
     except ValueError as error:
         raise UserError(key, path, f"not valid YAML ({error})", "mend the file") from error
     if not isinstance(tree, dict):

@@ -48,4 +48,6 @@ class RopeScaling(Section):
     def _ramp(self) -> Self:
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("has no ramp between its factors; set high_freq_factor above low_freq_factor")
+        if self.kind == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError("has no ramp between its turns; set beta_fast above beta_slow")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megabus.config.after_growth import AFTER_GROWTH
@@ -71,10 +72,13 @@ def stage_section(index: int, first: str = "model") -> str:
     return f"growth.stages.{index - 1}" if index else first
 
 
-def resolve_stages(config: RunConfig, world_size: int, saved: bool = False) -> list[Stage]:
+def resolve_stages(
+    config: RunConfig, world_size: int, saved: bool = False, begun_with: Callable[[], Sequence[StageConfig]] = tuple
+) -> list[Stage]:
     """All stages in order, the first being the file's own sizes. Raises `UserError` on the first misfit.
 
-    saved: of a run that has begun. An older version may have let keys without effect through.
+    saved: what a checkpoint holds. An older version may have let keys and stages without effect through. begun_with:
+    asked for the growths that the run was last saved with, if one of these has no effect: to take it out would undo it.
     """
     _check_run(config)
     if not saved:
@@ -91,8 +95,8 @@ def resolve_stages(config: RunConfig, world_size: int, saved: bool = False) -> l
     for number, change in enumerate(config.growth.stages):
         key = f"{stage_section(number + 1)}."
         stages.append(_next_stage(stages[-1], change, key, world_size))
-        if not saved:
-            _check_changes(stages[-2], stages[-1], change)
+        if not saved and _changes_nothing(stages[-2], stages[-1]) and change not in begun_with()[number : number + 1]:
+            raise _without_change(stages[-2], stages[-1], change)
         check_pair(stages[-2].model, stages[-1].model, config.growth.depth, key)
         _check_width(stages[-2], stages[-1], config.optimizer, key)
         _check_stage(stages[-1], config.train, key, key)
@@ -169,12 +173,15 @@ def _next_stage(last: Stage, stage: StageConfig, key: str, world_size: int) -> S
     )
 
 
-def _check_changes(before: Stage, stage: Stage, change: StageConfig) -> None:
+def _changes_nothing(before: Stage, stage: Stage) -> bool:
     ends = replace(before, index=stage.index, kappa=stage.kappa, max_tokens=stage.max_tokens, max_flops=stage.max_flops)
-    if ends == stage:
-        said = in_line(change.model_dump(exclude_none=True))
-        problem = f"changes nothing of the stage before, {stage_section(before.index, 'the first')}"
-        raise UserError(stage_section(stage.index), said, problem, "give it a larger size, or leave it out")
+    return ends == stage
+
+
+def _without_change(before: Stage, stage: Stage, change: StageConfig) -> UserError:
+    said = in_line(change.model_dump(exclude_none=True))
+    problem = f"changes nothing of the stage before, {stage_section(before.index, 'the first')}"
+    return UserError(stage_section(stage.index), said, problem, "give it a larger size, or leave it out")
 
 
 def _layout(key: str, layout: LayoutConfig, world_size: int) -> Layout:

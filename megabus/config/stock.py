@@ -49,17 +49,9 @@ def check_kind(model: ModelConfig, size_key: str = "model.") -> None:
                 "model.rope_scaling.kind", "yarn", problem, "use llama3 or linear, or set model.kind to gpt"
             )
         return
-    scaling = model.rope_scaling
-    if (
-        scaling is not None
-        and scaling.kind == "yarn"
-        and (model.rope_theta <= 1 or scaling.beta_fast <= scaling.beta_slow)
-    ):
-        problem = f"has no ramp between beta_fast = {scaling.beta_fast} and beta_slow = {scaling.beta_slow} turns"
-        problem += f" with rope_theta = {model.rope_theta}"
-        raise UserError(
-            "model.rope_scaling.kind", "yarn", problem, "raise beta_fast above beta_slow, and theta above 1"
-        )
+    if model.rope_scaling is not None and model.rope_scaling.kind == "yarn" and model.rope_theta <= 1:
+        problem = "turns all pairs alike, and the ramp of model.rope_scaling.kind = yarn is between slow and fast ones"
+        raise UserError("model.rope_theta", model.rope_theta, problem, "raise it above 1")
     apart = [name for name in ("qkv_bias", "qk_norm", "nope_interval") if getattr(model, name)]
     if len(apart) > 1:
         problem = f"goes with no {apart[0]}: no class of transformers computes both"

@@ -61,7 +61,7 @@ def _fetched(path: str | Path, heartbeat: Heartbeat) -> Path:
         return rank_0_tells(lambda: job.result() if job else Path(path))
 
 
-def foreseen(path: str | Path) -> Found | FolderSource | Described:
+def read_description(path: str | Path) -> Found | FolderSource | Described:
     """What an origin says of itself: its tensors are not read, and those of the hub not fetched. In one process."""
     if of_hub(path):
         folder = local_copy(path, [CONFIG])

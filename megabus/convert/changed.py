@@ -32,7 +32,7 @@ class Untied:
         return self.inner.read(kind, name if there else self.tied, start, stop)
 
 
-class UnitRows:
+class RowsMadeUnit:
     """Weights alone, for Adam's moments are of other ones."""
 
     def __init__(self, source: Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -35,8 +36,9 @@ def model_at(path: str | Path) -> Path:
 
 
 def in_other_form(path: Path) -> bool:
-    """Whether a directory holds weights in another form than a run's."""
-    return (path / INDEX).is_file() or (path / CONFIG).is_file()
+    """Whether a directory holds weights in another form than a run's: something has the name of their first file,
+    whatever it is."""
+    return any(os.path.lexists(path / name) for name in (INDEX, CONFIG))
 
 
 def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> FolderSource:
@@ -44,9 +46,9 @@ def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> Fol
     if not path.is_dir():
         raise UserError("source", path, "is no directory", "give a run, a checkpoint, shard files or a HF directory")
     source: FolderSource
-    if (path / INDEX).is_file():
+    if os.path.lexists(path / INDEX):
         source = ShardFileSource(path, files)
-    elif (path / CONFIG).is_file():
+    elif os.path.lexists(path / CONFIG):
         source = HuggingFaceSource(path, files)
     else:
         source = CheckpointSource(look(checkpoint_at(path)), files)

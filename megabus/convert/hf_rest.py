@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,25 @@ def inside(path: Path) -> Path:
         raise UserError("Hugging Face directory", path, str(error), remedy) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _there(folder: Path, names: Sequence[str]) -> list[str]:
+    """Those names that a directory has, whatever it is that has them."""
+    return [name for name in names if os.path.lexists(folder / name)]
+
+
+def _read(path: Path) -> bytes:
     try:
-        tree = parse_json(read_regular(inside(path)))
-    except (OSError, ValueError) as error:
+        return read_regular(inside(path))
+    except NotPlainError as error:
+        raise UserError("Hugging Face directory", path, str(error), REMEDY) from error
+    except OSError as error:
+        raise UserError("Hugging Face directory", path, f"cannot be read ({error.strerror})", REMEDY) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    raw = _read(path)
+    try:
+        tree = parse_json(raw)
+    except ValueError as error:
         raise UserError("Hugging Face directory", path, f"cannot be read ({error})", REMEDY) from error
     if not isinstance(tree, dict):
         raise UserError("Hugging Face directory", path, "holds no keys", "restore it from another copy")
@@ -42,9 +58,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def tokenizer_of(folder: Path) -> tuple[Path | None, str]:
     """The directory, if it has a tokenizer that can be read, and else why it is left behind."""
-    there = [folder / name for name in FILES if (folder / name).exists()]
-    for path in there:
-        inside(path)
+    there = _there(folder, FILES)
+    for name in there:
+        inside(folder / name)
     if not there:
         return None, ""
     try:
@@ -59,7 +75,7 @@ def rest_of(folder: Path, config: dict[str, Any], tokenizer: Path | None) -> lis
     own come from its tokenizer and its run."""
     if "megabus" in config:
         return []
-    files = [name for name in TOKENIZER_FILES if (folder / name).exists() and (tokenizer is None or name not in FILES)]
+    files = [name for name in _there(folder, TOKENIZER_FILES) if tokenizer is None or name not in FILES]
     return files + [key for key in KEYS if config.get(key) is not None]
 
 
@@ -76,9 +92,9 @@ def copy_rest(like: Path, out: Path, vocab_size: int, own: Path | None) -> dict[
     if config.get("vocab_size") != vocab_size:
         problem = f"has vocab_size {config.get('vocab_size')}, the model {vocab_size}"
         raise UserError("--like", like, problem, "give the directory that the model came from")
-    there = [name for name in TOKENIZER_FILES if (like / name).is_file()]
+    there = _there(like, TOKENIZER_FILES)
     for name in there:
-        shutil.copyfile(inside(like / name), out / name)
+        (out / name).write_bytes(_read(like / name))
     if CONFIG in there:
         (out / CONFIG).write_text(without_code(read_json(like / CONFIG)), encoding="utf-8")
     both = [read_tokenizer_files(one).known_as for one in (own, like)] if own and {TREE, MODEL} & {*there} else []

@@ -8,6 +8,7 @@ whole.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -26,7 +27,8 @@ from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
 from megabus.config.stock import stock_class
-from megabus.convert.hf_rest import KEYS, copy_rest, inside, read_json, rest_of, tokenizer_of
+from megabus.convert.hf_accounts import check_accounts
+from megabus.convert.hf_rest import copy_rest, inside, read_json, rest_of, tokenizer_of
 from megabus.convert.hf_stock import FAMILIES, stock_config, stock_model
 from megabus.convert.hf_tokenizer import compare_as_read, write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
@@ -41,8 +43,6 @@ from megabus.parallel.fragments import Kind
 from megabus.plain_file import shown
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-# What says nothing about the mathematics, or is said twice (rope_parameters decides).
-FREE = {"architectures", "auto_map", "megabus", "rope_theta", "rope_scaling", *KEYS}
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights, as safetensors names them
 NGPT_FILES = ("configuration_ngpt.py", "modeling_ngpt.py")
 
@@ -242,7 +242,7 @@ def untied_specs(model: ModelConfig) -> dict[str, ParamSpec]:
 def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
     """The file of each tensor: a plain name, in this directory."""
     single = folder / "model.safetensors"
-    if single.exists():
+    if os.path.lexists(single):
         return dict.fromkeys(files[inside(single)].keys(), single.name)
     if any(folder.glob("pytorch_model*.bin")):
         problem, remedy = "are pickled, which may run any code", "save them with safe_serialization in transformers"
@@ -261,25 +261,19 @@ def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
 def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) -> ModelConfig:
     """The model that a config.json describes. Raises `UserError` for what megabus does not compute, and for sizes that
     the `tensors` of the files, of `stored` bytes together, cannot have: nothing is made by them before."""
-    model = None
     try:
-        if "megabus" in config:
-            model = ModelConfig.model_validate(config["megabus"])
-            _check_fits(model, folder, tensors, stored)
-            if _says_the_same(config, model):
-                return model
-        if model is None or config.get("model_type") in list(FAMILIES):
-            model = stock_model(config)
-            _check_fits(model, folder, tensors, stored)
-            return model
+        exported = "megabus" in config
+        model = ModelConfig.model_validate(config["megabus"]) if exported else stock_model(config)
+        _check_fits(model, folder, tensors, stored)
+        if exported:
+            check_accounts(folder, config, model, _config(_without_a_run(model)))
+        return model
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         said = f"{where} = {shown(first['input'])}: {first['msg']}"
         problem = f"lacks {where}" if first["type"] == "missing" else f"has {said}"
         raise UserError("config.json", folder, problem, "restore it from another copy") from error
-    problem = "was changed since megabus wrote it: its keys and its megabus section differ"
-    raise UserError("config.json", folder, problem, "set it back")
 
 
 def described(folder: Path) -> SavedState:
@@ -298,12 +292,6 @@ def _check_fits(model: ModelConfig, folder: Path, tensors: int, stored: int) -> 
     except UserError as error:
         problem = f"describes a model that cannot be: {error.key} = {error.value} {error.problem}"
         raise UserError("config.json", folder, problem, "restore it from another copy") from error
-
-
-def _says_the_same(config: dict[str, Any], model: ModelConfig) -> bool:
-    """Whether the keys that transformers computes with are still those of the `megabus` section."""
-    ours, config = _config(_without_a_run(model)), {"s_z_init": 1.0} | config  # which was no key at first
-    return all(config.get(key) == value for key, value in ours.items() if key not in FREE)
 
 
 def _without_a_run(model: ModelConfig) -> SavedState:

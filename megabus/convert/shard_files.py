@@ -22,12 +22,14 @@ from torch import Tensor
 from megabus.checkpoint.contents import (
     check_fits,
     check_header,
+    check_tokenizer,
     listed,
     listed_tokenizer,
     tensor_key,
 )
 from megabus.checkpoint.entries import odd_entry
 from megabus.checkpoint.manifest import (
+    STATE,
     STRICT,
     THREADS,
     DamagedError,
@@ -39,7 +41,7 @@ from megabus.checkpoint.manifest import (
     write_manifest,
 )
 from megabus.checkpoint.relations import Length, Whole
-from megabus.checkpoint.state import STATE, read_state, write_state
+from megabus.checkpoint.state import read_state, write_state
 from megabus.config import Layout
 from megabus.convert.source import OpenFiles, Source, blocks
 from megabus.convert.tensor_file import TensorFileWriter
@@ -135,6 +137,7 @@ class ShardFileSource:
         check_fits(folder, self.state, sum(entry.bytes for entry in entries))
         self.tensors = self._checked_index({entry.name for entry in entries})
         self.tokenizer = listed_tokenizer(folder, entries)
+        check_tokenizer(folder, entries, self.state, AGAIN)
 
     def _checked_index(self, names: set[str]) -> dict[str, _Tensor]:
         """The index, once it and the headers of all files are found to say what the state says."""

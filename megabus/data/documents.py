@@ -62,7 +62,8 @@ def file_documents(path: Path, text_key: str, split_documents: str, meter: Meter
             meter.file(raw.tell)
             stream = unpacked(raw, path.suffix)
             if kind_of(path) == ".txt":
-                yield from text_documents(stream, split_documents)
+                with _finding_line(path):
+                    yield from text_documents(stream, split_documents)
             else:
                 yield from json_documents(stream, path, text_key)
         meter.end(path.stat().st_size)
@@ -73,10 +74,23 @@ def _blaming(path: Path) -> Iterator[None]:
     """What goes wrong while a file is read is told of it."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError("input", path, f"cannot be read ({error})", "check the file") from error
+
+
+@contextmanager
+def _finding_line(path: Path) -> Iterator[None]:
+    """Text is decoded in blocks: which line is no UTF-8 is found by reading the file once more, line by line."""
+    try:
+        yield
+    except UnicodeDecodeError as unplaced:
+        with path.open("rb") as raw:
+            for number, line in enumerate(unpacked(raw, path.suffix), 1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise not_utf8(path, error, number) from error
+        raise not_utf8(path, unplaced) from unplaced  # the file was changed meanwhile
 
 
 def unpacked(raw: IO[bytes], ending: str) -> IO[bytes]:
@@ -123,7 +137,10 @@ def _between_blank_lines(file: Iterable[str]) -> Iterator[str]:
 def json_documents(stream: Iterable[bytes], path: object, text_key: str) -> Iterator[str]:
     """The text under `text_key` of every line; blank lines are none."""
     for number, line in enumerate(stream, 1):
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise not_utf8(path, error, number) from error
         if not text:
             continue
         row = json_value(text, path, f"line {number} is", "give one object a line")
@@ -137,8 +154,9 @@ def json_value(text: str, path: object, where: str, remedy: str) -> Any:
     """What JSON says. Raises UserError for what is none, or nests too deep; `where` begins it: "line 1 is"."""
     try:
         return _JSON.decode(text)
-    except RecursionError as error:
-        raise UserError("input", path, f"{where} nested too deeply to be read", remedy) from error
+    except RecursionError as error:  # the parser reads all columns or none
+        problem = f"{where} nested too deeply to be read, in the text or in what lies beside it"
+        raise UserError("input", path, problem, "drop such columns") from error
     except ValueError as error:
         raise UserError("input", path, f"{where} not JSON ({error})", remedy) from error
 
@@ -163,8 +181,15 @@ def no_text(key: str, name: object, problem: str) -> UserError:
     return UserError(key, name, f"{problem}, where text should be", "drop such rows, or set --text-key")
 
 
-def not_utf8(path: object, error: UnicodeDecodeError) -> UserError:
-    return UserError("input", path, f"is not UTF-8 ({error})", "convert it")
+def not_utf8(path: object, error: UnicodeDecodeError, first: int = 1) -> UserError:
+    """first: the line of the file, counted from 1, that the bytes that were decoded begin with."""
+    line = first + error.object.count(b"\n", 0, error.start)
+    return UserError("input", path, f"line {line} is not UTF-8 ({error.reason}: {_around(error)})", "convert the file")
+
+
+def _around(error: UnicodeDecodeError) -> str:
+    """The first byte that is none, with what stands around it, as Python writes bytes."""
+    return repr(error.object[max(0, error.start - 10) : error.start + 5])
 
 
 def _type_of(value: object) -> str:
@@ -187,13 +212,25 @@ def parquet_documents(raw: IO[bytes], path: object, text_key: str, meter: Meter)
                 column = batch.column(batch.schema.get_field_index(steps[0]))
                 for step in steps[1:]:
                     column = struct_field(column, step)
-                for value in column.to_pylist():
+                for value in _values(column):
                     if value is None:
                         raise no_text("input", path, f"row {row} has null under '{text_key}'")
+                    text = value.decode() if isinstance(value, bytes) else value
                     row += 1
-                    yield value.decode() if isinstance(value, bytes) else value
+                    yield text
+    except UnicodeDecodeError as error:
+        problem = f"row {row} is not UTF-8 under '{text_key}' ({error.reason}: {_around(error)})"
+        raise UserError("input", path, problem, "convert it") from error
     except pyarrow.ArrowException as error:
         raise UserError("input", path, f"cannot be read ({error})", "check the file") from error
+
+
+def _values(column: Any) -> Iterable[str | bytes | None]:
+    """All at once, or one by one where one is no UTF-8, so that it is known which."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return (value.as_py() for value in column)
 
 
 def _text_column(schema: Any, path: object, text_key: str) -> list[str]:

@@ -28,13 +28,21 @@ from megabus.errors import UserError
 READ_HERE = {"json": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
 
 
+def scripts_of(name: str) -> list[Path]:
+    """The files of code in a data set that is a local folder: they are passed over, none is run."""
+    folder = Path(name)
+    return sorted(folder.glob("*.py")) if folder.is_dir() else []
+
+
 def dataset_documents(name: str, subset: str | None, split: str, text_key: str) -> Iterator[str]:
     """The text of every row of a split, streamed. Raises UserError for what cannot be had."""
     datasets = _library()
     try:
         try:
-            builder = datasets.load_dataset_builder(name, subset)
-        except RuntimeError as error:  # with a script that would load it: none is run
+            # Of a folder that is called as its script is the library refuses all, of the same folder's "." nothing.
+            folder = os.path.join(name, os.curdir) if scripts_of(name) else name
+            builder = datasets.load_dataset_builder(folder, subset)
+        except RuntimeError as error:  # a script that would load it, in a file or on the hub: none is run
             raise UserError("dataset", name, f"cannot be read ({error})", "give its files as inputs") from error
         files = (builder.config.data_files or {}).get(split, [])
         endings = READ_HERE.get(type(builder).__module__.rpartition(".")[2], ())
@@ -55,20 +63,20 @@ def _file_documents(builder: Any, file: str, text_key: str) -> Iterator[str]:
 
     access = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
     with xopen(file, "rb", download_config=access) as raw:
-        try:
-            if file.endswith(".parquet"):
-                yield from parquet_documents(raw, file, text_key, Meter(0))
-            else:
-                yield from _json_documents(unpacked(raw, _packed(file)), file, text_key)
-        except UnicodeDecodeError as error:
-            raise not_utf8(file, error) from error
+        if file.endswith(".parquet"):
+            yield from parquet_documents(raw, file, text_key, Meter(0))
+        else:
+            yield from _json_documents(unpacked(raw, _packed(file)), file, text_key)
 
 
 def _json_documents(stream: IO[bytes], file: str, text_key: str) -> Iterator[str]:
     """Of one array, or of objects line by line: data sets call both .json."""
     first = stream.readline()
     if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        text = (first + stream.read()).decode("utf-8-sig").strip()
+        try:
+            text = (first + stream.read()).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise not_utf8(file, error) from error
         for number, row in enumerate(json_value(text, file, "is", "mend the file")):
             found = row if isinstance(row, dict) else {"text": row}  # an array of texts, as `datasets` has it
             yield text_of(found, text_key, "input", file, f"entry {number}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megabus.data.documents import Meter, file_documents
 from megabus.data.encoding import Encoder, encode_all, is_validation
-from megabus.data.hub import dataset_documents
+from megabus.data.hub import dataset_documents, scripts_of
 from megabus.data.indexed import IndexedWriter, dtype_for_vocab, meta_path, pair_paths
 from megabus.data.inputs import expand_inputs
 from megabus.data.staging import all_or_none
@@ -35,6 +35,9 @@ class Documents:
         self._files, passed_over = expand_inputs(args.inputs)
         self._meter: Meter | None = None
         self.n_mended = 0  # texts of this iteration that held what no encoding can say
+        if args.dataset and (scripts := scripts_of(args.dataset)):
+            names = ", ".join(path.name for path in scripts)
+            passed_over.append(f"of {args.dataset} passed over: {names} (no code of a data set is run)")
         for line in passed_over:
             warn(line)
 

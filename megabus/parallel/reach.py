@@ -15,15 +15,15 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
 from megabus.errors import UserError
+from megabus.parallel.hosts import Host, host_names, this_host
 from megabus.parallel.topology import ranks_text
 
 CONNECT = 5.0  # seconds that a connection may take, if a fifth of the time that ranks wait is enough for all of them
@@ -31,23 +31,17 @@ THREADS = 64  # of a machine, each with a connection
 DEVICE = "GLOO_SOCKET_IFNAME"
 SHOWN = 3  # pairs of machines
 ROOM = "megabus/reach"  # at the store
-BOOT = Path("/proc/sys/kernel/random/boot_id")
 _hosts: list[str] = []  # of all ranks, on rank 0, as they were when ranks met: the store may not answer later
 
 
 @dataclass(frozen=True)
 class Door:
-    """Where a rank can be reached: its machine's name, what it listens at, and when the machine was booted, as an
-    identifier: several machines may have one name."""
+    """Where a rank can be reached: its machine's name, what it listens at, and the machine's `Host.id`."""
 
     host: str
     address: str
     port: int
-    boot: str = ""
-
-    @property
-    def machine(self) -> tuple[str, str]:
-        return self.host, self.boot
+    machine: str
 
 
 def network_device() -> tuple[str, str]:
@@ -131,7 +125,8 @@ def _ask_all(store: Any, world: int, device: str, end: float, seconds: float) ->
         verdict = next((error for error in map(_refusal, texts) if error), None)
         if verdict is None:
             doors = [Door(*json.loads(text)) for text in texts]
-            _hosts[:] = [door.host for door in doors]
+            _hosts[:] = host_names([Host(door.host, door.machine) for door in doors])
+            doors = [replace(door, host=name) for door, name in zip(doors, _hosts, strict=True)]
             firsts = sorted({door.machine: rank for rank, door in reversed(list(enumerate(doors)))}.values())
     except dist.DistStoreError:
         verdict = _absent(store, {rank: _door(rank) for rank in range(world)}, [], seconds)
@@ -180,8 +175,8 @@ def _listen(stack: contextlib.ExitStack, device: str, address: str, world: int) 
     except OSError as error:
         problem = f"has the address {address}, where nothing can listen ({error.strerror or error})"
         raise UserError(DEVICE, device, problem, "name the network device that leads to the other machines") from error
-    boot = BOOT.read_text().strip() if BOOT.exists() else ""
-    return Door(socket.gethostname(), _bare(address), listening.getsockname()[1], boot)
+    here = this_host()
+    return Door(here.name, _bare(address), listening.getsockname()[1], here.id)
 
 
 def _door(rank: int) -> str:

@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from megabus.checkpoint.begun import growths_begun_with
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.sources import Sources, open_sources
 from megabus.errors import UserError, say
 from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.parallel.hosts import host_names, this_host
 from megabus.parallel.reach import host_of, network_speed
 from megabus.parallel.topology import ranks_text
 from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints, readable
@@ -110,22 +113,24 @@ def _checked(
     # Some come late because they read the program from a slow file system: that is no fault.
     _meet(group, "to the preflight", _most_patience(config))
     of_rank_0 = rank_0_tells(lambda: config.model_dump(mode="json"))
+    there = _to_rank_0(this_host(), group)
+    hosts = rank_0_tells(lambda: host_names(there))
+    host = hosts[dist.get_rank()]
     with agreement(group):
-        identity = read_identity(config, of_rank_0)
+        identity = read_identity(config, host, of_rank_0)
     identities = _to_rank_0(identity, group)
     if not _judged(rows, lambda: identity_rows(identities)):
         rows.append(Finding("all else", "not checked: it assumes that all ranks agree", skipped=True))
         return None
     with agreement(group):
-        stages = resolve_stages(config, dist.get_world_size())
+        stages = resolve_stages(config, dist.get_world_size(), begun_with=partial(growths_begun_with, config))
     judgement = judge(stages)
     reserved = _fault(reserve)
     with agreement(group):
-        sources, local = _look(config, stages, full, heartbeat)
+        sources, local = _look(config, stages, host, full, heartbeat)
     heartbeat()
     found = _to_rank_0(local, group)
     good = _judged(rows, lambda: _local_rows(config, stages, found, reserved, sources, full))
-    hosts = [identity.host for identity in identities]
     if full and (measured or rank_0_tells(lambda: _asks_to_measure(config, hosts))):
         good = _measure(config, stages, group, rows, hosts, [local.machine for local in found], heartbeat)
     elif full:
@@ -135,7 +140,7 @@ def _checked(
 
 
 def _look(
-    config: RunConfig, stages: list[Stage], full: bool, heartbeat: Callable[[], None]
+    config: RunConfig, stages: list[Stage], host: str, full: bool, heartbeat: Callable[[], None]
 ) -> tuple[Sources | None, Local]:
     """This rank alone."""
     opened: list[Sources] = []
@@ -161,7 +166,7 @@ def _look(
                 check_sums(opened[0], heartbeat)
 
     faults = _fault(software), _fault(data), _fault(tokens)
-    machine = read_machine(config, stages, dist.get_rank()) if full else None
+    machine = read_machine(config, stages, dist.get_rank(), host) if full else None
     return (opened[0] if opened else None), Local(*faults, reads, _fault(sums), prints, machine)
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import platform
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -39,12 +38,12 @@ class Identity:
     difference: tuple[str, str, str] | None  # the first key that is another than on rank 0, its value here and there
 
 
-def read_identity(config: RunConfig, of_rank_0: dict[str, Any]) -> Identity:
-    """of_rank_0: the configuration that rank 0 has, as JSON has it."""
+def read_identity(config: RunConfig, host: str, of_rank_0: dict[str, Any]) -> Identity:
+    """host: what this rank's machine is called; of_rank_0: the configuration that rank 0 has, as JSON has it."""
     mine = config.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
     difference = next(_differences(of_rank_0, mine), None)
-    return Identity(socket.gethostname(), tuple(_versions().items()), code_digest(PACKAGE), digest, difference)
+    return Identity(host, tuple(_versions().items()), code_digest(PACKAGE), digest, difference)
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -42,13 +41,14 @@ class Machine:
     on_gpu: bool
 
 
-def read_machine(config: RunConfig, stages: Sequence[Stage], rank: int) -> Machine:
+def read_machine(config: RunConfig, stages: Sequence[Stage], rank: int, host: str) -> Machine:
+    """host: what the machine is called."""
     need, stage = max((least_bytes(config, stage, rank), stage.index) for stage in stages)
     if get_accelerator().device_name() == "cuda":
         device, count, free = torch.cuda.get_device_name(), torch.cuda.device_count(), torch.cuda.mem_get_info()[0]
     else:
         device, count, free = processor(), len(os.sched_getaffinity(0)), free_memory()
-    return Machine(socket.gethostname(), device, count, free, need, stage, get_accelerator().device_name() == "cuda")
+    return Machine(host, device, count, free, need, stage, get_accelerator().device_name() == "cuda")
 
 
 def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:

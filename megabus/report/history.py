@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from megabus.errors import UserError
-from megabus.plain_file import DEEPEST, deeper_than
+from megabus.plain_file import DEEPEST, NotPlainError, check_regular, deeper_than
 
 MetricsRow = dict[str, Any]
 XAxis = Literal["flops", "tokens", "time"]
@@ -30,10 +31,13 @@ def read_rows(run_dir: str | Path) -> list[MetricsRow]:
     """All rows of a run in the order they were written. Raises `UserError` where there is no file of them, or a line is
     no JSON object with an event and a step. A last line without its newline is still being written and is left out."""
     path = Path(run_dir) / "metrics.jsonl"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError("run_dir", run_dir, "holds no metrics.jsonl", "name the directory of a megabus run")
     try:
+        check_regular(path, links=True)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except NotPlainError as error:
+        raise UserError("metrics", path, str(error), "name the directory of a megabus run") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("metrics", path, f"cannot be read ({error})", "name the directory of a megabus run") from error
     rows: list[MetricsRow] = []

@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import shlex
-import socket
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import megabus
+from megabus.parallel.hosts import Host, host_names, this_host
 from megabus.preflight.machine import processor
 
 PACKAGES = ("torch", "deepspeed", "numpy")
@@ -24,8 +24,8 @@ PACKAGES = ("torch", "deepspeed", "numpy")
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine and ranks; what cannot be known is None. Of the machine of the rank that asks, but for `hosts`
     and `devices`, which are all that the ranks are on. Collective."""
-    mine = (socket.gethostname(), torch.cuda.get_device_name(device) if device.type == "cuda" else processor())
-    places: list[tuple[str, str]] = [mine] * dist.get_world_size()
+    mine = (this_host(), torch.cuda.get_device_name(device) if device.type == "cuda" else processor())
+    places: list[tuple[Host, str]] = [mine] * dist.get_world_size()
     dist.all_gather_object(places, mine)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -37,7 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "ranks": dist.get_world_size(),
         "backend": dist.get_backend(),
-        "hosts": sorted({host for host, _ in places}),
+        "hosts": sorted({*host_names([host for host, _ in places])}),
         "devices": sorted({name for _, name in places}),
         "cpu_cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

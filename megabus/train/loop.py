@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megabus.checkpoint.store import folder_of
 from megabus.config import RunConfig
 from megabus.data.order import align_up
 from megabus.engine.engine import StepResult
@@ -22,30 +23,47 @@ from megabus.parallel.agree import on_any_rank
 from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, roll_back, sizes, started, watch_stage
-from megabus.train.saving import collect, finish, save, warn_unwritten
+from megabus.train.saving import close, collect, finish, save, warn_unwritten
 from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor, spent_share
-from megabus.train.stop import listening
-from megabus.train.watchdog import watched
+from megabus.train.stop import StoppedError, StopRequests, listening
+from megabus.train.watchdog import Watchdog, watched
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How `train` ended: the newest checkpoint, and whether it was asked to stop before the end of the budget."""
+    """How `train` ended: the newest checkpoint, if it knows of one, and whether it was asked to stop before the end of
+    the budget."""
 
-    checkpoint: Path
+    checkpoint: Path | None
     stopped: bool
 
 
 def train(config: RunConfig) -> Outcome:
     """Train to the end of the budget, from the run's newest checkpoint if there is one. Collective."""
     run_dir, rank = Path(config.run_dir), dist.get_rank()
-    with (
-        listening(run_dir, rank == 0) as requests,
-        watched(config.faults.hang_timeout, rank) as watchdog,
-        started(config, requests, watchdog) as run,
-    ):
-        if run.progress.step == 0:
+    with listening(run_dir, rank == 0) as requests, watched(config.faults.hang_timeout, rank) as watchdog:
+        try:
+            return _train(config, requests, watchdog)
+        except StoppedError:
+            if rank == 0:
+                requests.obeyed()
+            return Outcome(None, stopped=True)
+
+
+def _train(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Outcome:
+    with started(config, requests, watchdog) as run:
+        early = requests.of_any(run.engine.device)
+        if run.progress.step == 0 and not early:
             observe(run, validate(run))
+            early = requests.of_any(run.engine.device)
+        if early and run.share < 1:  # the next start makes the same of this one's
+            close(run)
+            if run.saved_step is None:
+                raise StoppedError
+            if run.metrics is not None:
+                requests.obeyed()
+            return Outcome(folder_of(run.saver.root, run.saved_step), stopped=True)
+        requests.begun = True
         while run.share < 1 and not run.stopping:
             train_step(run)
             run.saver.prepare()

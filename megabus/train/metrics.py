@@ -7,6 +7,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Metrics:
 
     def __init__(self, config: RunConfig, resumed_at: int | None = None) -> None:
         self.run_dir = Path(config.run_dir)
-        self._other_error: OSError | None = None  # of wandb or TensorBoard, until `forget_lost`
+        self._other_error: Exception | None = None  # of wandb or TensorBoard, until `forget_lost`
         self.file = RowFile(self.run_dir / FILE, keep=resumed_at is not None)
         self.wandb = self._wandb(config) if config.log.wandb else None
         self.tensorboard = self._tensorboard(resumed_at) if config.log.tensorboard else None
@@ -72,20 +73,28 @@ class Metrics:
         clean = _clean(row)
         self.file.write(json.dumps({"event": event, **clean}))
         numbers = dict(_numbers(event, clean))
-        try:
-            if self.wandb is not None:
+        if self.wandb is not None:
+            with self._losing():
                 self.wandb.log(numbers | {STEP: row["step"]})
-            if self.tensorboard is not None:
+        if self.tensorboard is not None:
+            with self._losing():
                 if event == "resume" and row.get("reason") == NOT_FINITE:
                     self.tensorboard.close()
                     self.tensorboard = self._tensorboard(row["step"])
                 for key, value in numbers.items():
                     self.tensorboard.add_scalar(key, value, row["step"])
-        except OSError as error:  # these keep no row: it is lost
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """wandb and TensorBoard keep no row that they cannot write: it is lost, and told. Whatever they raise, such as
+        wandb's HandleAbandonedError when its service has crashed, is no reason to end a run."""
+        try:
+            yield
+        except Exception as error:
             self._other_error = error
 
     @property
-    def error(self) -> OSError | None:
+    def error(self) -> Exception | None:
         """Why something could not be written."""
         return self.file.error or self._other_error
 
@@ -95,13 +104,10 @@ class Metrics:
 
     def close(self) -> None:
         self.file.close()
-        try:
-            if self.wandb is not None:
-                self.wandb.finish()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
-        except OSError as error:
-            self._other_error = error
+        for end in (self.wandb and self.wandb.finish, self.tensorboard and self.tensorboard.close):
+            if end is not None:
+                with self._losing():
+                    end()
 
 
 def _clean(value: Any) -> Any:

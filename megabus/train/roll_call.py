@@ -7,7 +7,6 @@ a thread of its own, so a rank that hangs still signs in. A rank that no longer 
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections import defaultdict
@@ -16,6 +15,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megabus.parallel.hosts import Host, host_names, this_host
 from megabus.parallel.topology import ranks_text
 
 PERIOD = 0.5  # seconds between two signatures of a rank; longer where there are many, to spare the store
@@ -28,16 +28,21 @@ LEFT = -1  # the last number of a rank that has asked, and signs no more because
 class Signature:
     """What a rank leaves: its machine, what it is doing, and how often it has signed before, or `LEFT`."""
 
-    host: str
+    host: Host
     doing: str
     number: int
+
+    @classmethod
+    def read(cls, text: bytes) -> Signature:
+        name, machine, doing, number = json.loads(text)
+        return cls(Host(name, machine), doing, number)
 
 
 class RollCall:
     """This rank's place in it. One thread at a time may use it."""
 
     def __init__(self) -> None:
-        self.rank, self.world, self.host = dist.get_rank(), dist.get_world_size(), socket.gethostname()
+        self.rank, self.world, self.host = dist.get_rank(), dist.get_world_size(), this_host()
         self.period = max(PERIOD, self.world / RANKS_A_SECOND)
         self.number, self.due = 0, 0.0
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
@@ -49,7 +54,7 @@ class RollCall:
         if time.monotonic() < self.due:
             return
         try:
-            self.store.set(str(self.rank), json.dumps([self.host, doing, self.number]))
+            self.store.set(str(self.rank), json.dumps([*self.host, doing, self.number]))
             self.number += 1
             self.due = time.monotonic() + self.period
         except RuntimeError:  # the store is gone: whoever still hears says so
@@ -60,9 +65,7 @@ class RollCall:
         keys = [str(rank) for rank in range(self.world)]
         if not self.store.check(keys):  # one has never signed
             keys = [key for key in keys if self.store.check([key])]
-        return {
-            int(key): Signature(*json.loads(text)) for key, text in zip(keys, self.store.multi_get(keys), strict=True)
-        }
+        return {int(key): Signature.read(text) for key, text in zip(keys, self.store.multi_get(keys), strict=True)}
 
     def told(self, doing: str, patience: float) -> str:
         """One line on who no longer signs in and what they did when they last had. Takes `patience` seconds at most: a
@@ -72,7 +75,7 @@ class RollCall:
         asking.start()
         asking.join(patience)
         told = found[0] if found else "the store where ranks met does not answer"
-        return f"rank {self.rank} on {self.host}, in {doing}: {told}"
+        return f"rank {self.rank} on {self.host.name}, in {doing}: {told}"
 
     def _ask(self, doing: str) -> str:
         try:
@@ -82,17 +85,19 @@ class RollCall:
                 self.sign(doing)
                 time.sleep(0.1)
             after = self._read()
-            self.store.set(str(self.rank), json.dumps([self.host, doing, LEFT]))  # else who asks later would miss it
+            self.store.set(str(self.rank), json.dumps([*self.host, doing, LEFT]))  # else who asks later would miss it
         except (RuntimeError, OSError):
             return "the store where ranks met does not answer"
         gone, there = defaultdict(list), defaultdict(list)
-        for rank in range(self.world):
-            last = after.get(rank, Signature("an unknown machine", "its start", 0))
+        unknown = Signature(Host("an unknown machine", ""), "its start", 0)
+        last_ones = [after.get(rank, unknown) for rank in range(self.world)]
+        names = host_names([last.host for last in last_ones])
+        for rank, (last, host) in enumerate(zip(last_ones, names, strict=True)):
             silent = rank not in before or before[rank].number == last.number
             if rank != self.rank and silent and last.number != LEFT:
-                gone[last.host].append((rank, last.doing))
+                gone[host].append((rank, last.doing))
             else:
-                there[last.host, last.doing].append(rank)
+                there[host, last.doing].append(rank)
         if gone:
             parts = (
                 f"{host} ({ranks_text([r for r, _ in some])}), last heard of in {some[0][1]}"

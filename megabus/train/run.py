@@ -30,9 +30,9 @@ from megabus.model.params import UNIT_ERROR
 from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
 from megabus.report.history import NOT_FINITE
+from megabus.train.before import check_before
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
-from megabus.train.foresee import foresee
 from megabus.train.horizon import at_horizon
 from megabus.train.metrics import Metrics, describe
 from megabus.train.resume import check_begins, check_continues, check_tokenizer, data_order, tokenizer_of
@@ -94,10 +94,12 @@ class Run:
 
 
 def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: RunLock) -> Run:
-    """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage."""
+    """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage. Raises
+    `StoppedError` if asked to before anything is left in the run's directory."""
     full = config.preflight.enabled
-    judge, reserve = partial(foresee, config), partial(_reserve, config, lock)
-    stages, sources, foreseen = preflight(config, judge, reserve, watchdog.heartbeat, full)
+    judge, reserve = partial(check_before, config), partial(_reserve, config, lock)
+    stages, sources, notes = preflight(config, judge, reserve, watchdog.heartbeat, full)
+    requests.check_start()
     stages = at_horizon(config, stages)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
     found = find_checkpoint(root, config.resume == "strict", watchdog.heartbeat)
@@ -117,6 +119,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
                 origin = larger
             else:
                 check_tokenizer(origin, sources)
+    requests.check_start()
     changes: list[str] = []
     with agreement():
         if found is not None:
@@ -128,7 +131,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     keep = config.checkpoint
     weights = found or origin
     tokenizer = config.data.tokenizer or (tokenizer_of(weights) if weights is not None else None)
-    foreseen.tell()
+    notes.tell()
     monitor = KappaMonitor(config.growth.trigger)
     saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.heartbeat)
     engine = _engine(config, stages, found.state.stage if found else 0)
@@ -169,9 +172,9 @@ def check_only(config: RunConfig) -> None:
     lock = RunLock(Path(config.run_dir))
     try:
         with watched(config.faults.hang_timeout, dist.get_rank()) as watchdog:
-            judge, reserve = partial(foresee, config), partial(_reserve, config, lock)
-            *_, foreseen = preflight(config, judge, reserve, watchdog.heartbeat, full=True, measured=True)
-            foreseen.tell()
+            judge, reserve = partial(check_before, config), partial(_reserve, config, lock)
+            *_, notes = preflight(config, judge, reserve, watchdog.heartbeat, full=True, measured=True)
+            notes.tell()
     finally:
         lock.release()
 

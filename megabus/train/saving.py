@@ -59,12 +59,12 @@ def collect(run: Run) -> Save | None:
 def warn_unwritten(run: Run) -> None:
     """Metrics cannot be written. Told once an outage, or the end of the run as configured. Collective."""
     error = None if run.metrics is None else run.metrics.error
-    path = Path(run.config.run_dir) / "metrics.jsonl"
+    path, told = Path(run.config.run_dir) / "metrics.jsonl", str(error) or type(error).__name__
     with agreement():
         if error is not None and run.config.checkpoint.on_error == "stop":
-            raise UserError("log", path, f"cannot be written ({error})", "make room")
+            raise UserError("log", path, f"cannot be written ({told})", "make room")
     if error is not None and not run.warned_unwritten:
-        warn(f"{path} or what else is logged cannot be written ({error}): its rows wait in memory")
+        warn(f"{path} or what else is logged cannot be written ({told}): its rows wait in memory")
     run.warned_unwritten = True
     if run.metrics is not None:
         run.metrics.forget_lost()
@@ -78,15 +78,20 @@ def finish(run: Run) -> Path:
     if run.saved_step != run.progress.step and not amid:
         _begin(run)
     last = collect(run)
-    if run.metrics is not None:
-        run.metrics.close()
-    run.engine.close()
+    close(run)
     if last is not None and last.error is not None:
         raise last.error
     if dist.get_rank() == 0:
         run.requests.obeyed()
     assert run.saved_step is not None
     return folder_of(run.saver.root, run.saved_step)
+
+
+def close(run: Run) -> None:
+    """End what is open, with nothing saved."""
+    if run.metrics is not None:
+        run.metrics.close()
+    run.engine.close()
 
 
 def _state(run: Run) -> SavedState:

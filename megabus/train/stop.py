@@ -9,9 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from megabus.parallel.agree import on_any_rank
+
 STOP_FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOOK_EVERY = 1.0  # seconds: a shared file system is not asked at every step
+
+
+class StoppedError(Exception):
+    """All ranks were asked to stop during the start of a run, of which nothing has been done yet."""
 
 
 class StopRequests:
@@ -20,6 +29,7 @@ class StopRequests:
 
     def __init__(self, run_dir: Path, looks: bool) -> None:
         self.file, self.looks = run_dir / STOP_FILE, looks
+        self.begun = False  # the first step: before it there is nothing to save
         self.reason: str | None = None
         self._looked = 0.0
 
@@ -37,9 +47,18 @@ class StopRequests:
         self.file.unlink(missing_ok=True)
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason is not None:
-            raise KeyboardInterrupt  # asked twice from the keyboard: now
+        if number == signal.SIGINT and (self.reason is not None or not self.begun):
+            raise KeyboardInterrupt  # from the keyboard during the start, or twice: now
         self.reason = signal.Signals(number).name
+
+    def of_any(self, device: torch.device) -> bool:
+        """Whether any rank has been asked. Collective."""
+        return on_any_rank([self.poll()], device)[0]
+
+    def check_start(self) -> None:
+        """Raise `StoppedError` on all ranks if any has been asked. Collective."""
+        if self.of_any(torch.device(get_accelerator().current_device_name())):
+            raise StoppedError
 
 
 def _exists(path: Path) -> bool:

@@ -12,12 +12,17 @@ import torch.distributed as dist
 from support import altered
 from support import checkpoints as ck
 from support.altered import LAST, SHARD, change_entry, drop, link_outside, pipe, relabelled, rename, set_value
+from support.small_tokenizer import make_tokenizer
 
+import megabus
 from megabus.checkpoint.contents import look
-from megabus.checkpoint.manifest import MANIFEST
+from megabus.checkpoint.manifest import MANIFEST, DamagedError
 from megabus.checkpoint.restore import find_checkpoint
 from megabus.checkpoint.state import STATE, read_state
 from megabus.checkpoint.store import complete
+from megabus.convert.convert import convert, open_source
+from megabus.convert.source import OpenFiles
+from megabus.data.tokenizer import Tokenizer
 from megabus.testing.ranks import run_ranks
 
 
@@ -62,6 +67,7 @@ def texts_of(folder):
         "pipe for a manifest": lambda: pipe(folder, MANIFEST),
         "link": lambda: link_outside(folder, LAST),
         "relabelled": header,
+        "junk tokenizer": lambda: altered.put_file(folder, "tokenizer.model", b"junk"),
     }
 
 
@@ -96,6 +102,54 @@ def test_ranks_set_them_aside_and_take_the_one_before(folder, capfd):
         assert all(line.startswith("warning: ") for line in lines), (name, lines)
         assert other == (None, "", step, there), name
     assert "Traceback" not in capfd.readouterr().err
+
+
+# ---- the tokenizer that was saved with the weights
+
+
+JUNK = {
+    "text": ("tokenizer.model", b"junk", "is damaged (it is no tokenizer that is known)"),
+    "nothing": ("tokenizer.model", b"", "is damaged (it is no tokenizer that is known)"),
+    "ranks": ("tokenizer.model", b"IQ== 0\nIg== 1\n", "is damaged (it is damaged: the byte 0 is none of its tokens)"),
+    "no JSON": ("tokenizer.json", b"{", "is damaged (it "),
+    "no model": ("tokenizer.json", b"{}", "is damaged (it is JSON, and no tokenizer.json: it has no model)"),
+    "no vocabulary": ("tokenizer.json", b'{"model": {"type": "BPE"}}', "is damaged (it cannot be read by the library"),
+}
+
+
+@pytest.mark.parametrize(("name", "raw", "told"), JUNK.values(), ids=JUNK)
+def test_a_tokenizer_that_is_none_is_found_when_a_checkpoint_is_opened(folder, tmp_path, name, raw, told):
+    good = {path: path.read_bytes() for path in folder.iterdir()}
+    altered.put_file(folder, name, raw)
+    assert told in altered.refused(folder, name)
+    with pytest.raises(DamagedError, match=f"checkpoint = {folder / name}: is damaged"), OpenFiles() as files:
+        convert(open_source(folder, files), tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+    for path, data in good.items():
+        path.write_bytes(data)
+    (folder / name).unlink()
+    with OpenFiles() as files:
+        convert(open_source(folder, files), tmp_path / "shards", "shards")
+    altered.put_file(tmp_path / "shards", name, raw)
+    with pytest.raises(DamagedError, match=f"checkpoint = .*{name}: is damaged"), OpenFiles() as files:
+        open_source(tmp_path / "shards", files)
+
+
+def test_a_tokenizer_is_the_one_of_the_runs_data(folder, tmp_path):
+    path = make_tokenizer(tmp_path)
+    altered.put_file(folder, "tokenizer.model", path.read_bytes())
+    for place in ("train", "valid"):
+        altered.set_value(folder, f"data.{place}.tokenizers", [Tokenizer(path).sha256])
+        megabus.load(folder)
+    for place in ("train", "valid"):
+        altered.set_value(folder, f"data.{place}.tokenizers", ["0" * 64])
+    told = "is damaged (it is not the one that the data in state.json was made with)"
+    assert told in altered.refused(folder, "tokenizer.model")
+
+
+def test_what_goes_with_a_tokenizer_is_not_there_without_one(folder):
+    altered.put_file(folder, "tokenizer_config.json", b"{}")
+    assert "(files: tokenizer_config.json is listed, and no tokenizer that" in altered.refused(folder, MANIFEST)
 
 
 # ---- what may be read by others

@@ -13,6 +13,7 @@ import megabus
 from megabus.checkpoint.manifest import DamagedError, read_manifest
 from megabus.checkpoint.restore import find_checkpoint
 from megabus.checkpoint.store import checkpoints_of, complete, folder_of, latest_of, step_of
+from megabus.data.tokenizer import train_tokenizer
 from megabus.testing.ranks import run_ranks
 
 SHARDS = [f"shard-{rank:05d}-model-{kind:05d}-of-00003.safetensors" for rank in (1, 2) for kind in (1, 2, 3)]
@@ -24,7 +25,7 @@ NEWEST = "step-00000003"
 def run_and_states(tmp_path_factory):
     """A run's directory with checkpoints of steps 1, 2 and 3 by two ranks, and the whole state at each."""
     run = tmp_path_factory.mktemp("run")
-    (run / "a.model").write_bytes(bytes(range(256)) * 3)
+    train_tokenizer(["the cat sees the dog"] * 9, 270, run / "a", model_type="bpe")
     config = ck.run_config({"tp": 2}, tokenizer=str(run / "a.model"))
     ranks = run_ranks(2, ck.saved_steps, checkpoints_of(run), config, 3, str(run / "a.model"))
     assert sorted(path.name for path in folder_of(checkpoints_of(run), 3).iterdir()) == sorted(FILES)

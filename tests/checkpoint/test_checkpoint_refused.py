@@ -14,7 +14,7 @@ import torch.distributed as dist
 from support import checkpoints as ck
 
 import megabus
-from megabus.checkpoint import manifest
+from megabus.checkpoint import contents, manifest
 from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.restore import find_checkpoint, restore
 from megabus.checkpoint.state import FORMAT
@@ -107,7 +107,7 @@ def failing_disk_of(rank):
             raise OSError(errno.EIO, "Input/output error")
 
         if dist.get_rank() == rank:
-            manifest._sha256 = failing
+            manifest._sha256 = contents.scan = failing
 
     return spoil
 

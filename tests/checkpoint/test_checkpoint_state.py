@@ -33,9 +33,12 @@ def monitor_after(evals, kind="ngpt"):
     return monitor
 
 
+WATCHED = {"seq_len": 6, "kappa": 0.7, "max_flops": 1e15 / 3}
+
+
 def full_config(kind):
     config = ck.run_config({"tp": 2}, kind, tokenizer="naïve/τ.model").model_dump(mode="json")
-    return RunConfig.model_validate(config | {"growth": {"stages": [{"d_model": 52}, {"seq_len": 6}]}})
+    return RunConfig.model_validate(config | {"growth": {"stages": [{"d_model": 52}, WATCHED]}})
 
 
 def full_model(kind):
@@ -67,7 +70,7 @@ def full_state(kind="ngpt", optimizer_step=41, flops=1e19 / 7):
 
 
 def full_data():
-    source = {"tokens": [2**40], "blend": [1, 3], "chunk_len": ck.T, "tokenizers": ["é"]}
+    source = {"tokens": [2**40], "blend": [1024], "chunk_len": ck.T, "tokenizers": ["é"]}
     return {"train": source, "valid": source, "valid_tokens": 2**20 * ck.T}
 
 

@@ -157,7 +157,7 @@ def test_missing_keys(key: str) -> None:
     [
         ("train.seed", "train.seed: is not of the form key=value"),
         ("=3", "=3: is not of the form key=value"),
-        ("data.train=[{path: a, path: b}]", "is not a YAML value (path stands twice"),
+        ("data.train=[{path: a, path: b}]", "data.train.0.path = b: stands twice; delete one of the two"),
         ("growth.stages.2.d_model=96", "use 0 to 1"),
         ("growth.stages.first.d_model=96", "growth.stages.first.d_model = first: is no index"),
         ("model.d_model.x=3", "model.d_model = 36: is a value, not a section; leave out model.d_model.x"),

@@ -31,19 +31,31 @@ def read(tmp_path: Path, text: str) -> dict:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("a: 1\nb: 2\na: 3\n", "a stands twice in"),
-        ("a: {x: 1, y: 2, x: 1}\n", "x stands twice in"),
-        ("a:\n- {x: 1}\n- x: 1\n  x: 2\n", "x stands twice in"),
-        ("1: a\n1: b\n", "1 stands twice in"),
-        ("? [1]\n: a\n", "unhashable key"),
-        ("b: &b {x: 1}\nc: {<<: *b, <<: *b}\n", "<< stands twice"),
+        ("a: 1\nb: 2\na: 3\n", "a = 3"),
+        ("a: {x: 1, y: 2, x: 1}\n", "a.x = 1"),
+        ("a:\n- {x: 1}\n- x: 1\n  x: {y: 2}\n", "a.1.x = (a section)"),
+        ("1: a\n1: b\n", "1 = b"),
+        ("b: &b {x: 1}\nc: {<<: *b, <<: *b}\n", "c.<< = (a section)"),
+        ("b: {z: 1, z: 1}\na: 0100\n", "b.z = 1"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    """PyYAML alone takes the last and says nothing."""
+    with pytest.raises(UserError, match=f"^{re.escape(told)}: stands twice; delete one of the two$"):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("? [1]\n: a\n", "line 1, column 3: while constructing a mapping, found unhashable key"),
+        ("a: [1\nb: 2", "line 2, column 2: "),
         ("a: 2024-13-45\n", "month must be"),
         ("[" * 9000, "recursion"),
         ("a: \x00", "special characters"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, told: str) -> None:
-    """PyYAML alone takes the last and says nothing."""
+def test_what_is_no_yaml_is_told_with_its_place(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(UserError, match=r"^--config = .*x\.yaml: not valid YAML") as refused:
         read(tmp_path, text)
     assert told in str(refused.value)
@@ -64,15 +76,17 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, told: str
     ],
 )
 def test_numbers_that_yaml_1_1_reads_otherwise_are_refused(tmp_path: Path, text: str, was: str) -> None:
-    told = f"not valid YAML ({text} is {was} in YAML 1.1: write the number that is meant, or quote it"
-    for given in (f"a: {text}\n", f"a: {{b: [1, {text}]}}\n"):
-        with pytest.raises(UserError) as refused:
-            read(tmp_path, given)
-        assert told in str(refused.value)
-    with pytest.raises(
-        UserError, match=rf"^train.max_steps = {re.escape(text)}: is not a YAML value \({re.escape(text)} is"
+    told = f" = {text}: is {was} in YAML 1.1; write the number that is meant, or quote it"
+    for given, key in (
+        (f"a: {text}\n", "a"),
+        (f"a: {{b: [1, {text}]}}\n", "a.b.1"),
+        (f"x: {{{text}: 1}}", f"x.{text}"),
     ):
-        load_config(write(tmp_path), [f"train.max_steps={text}"])
+        with pytest.raises(UserError, match=f"^{re.escape(key + told)}$"):
+            read(tmp_path, given)
+    for override, key in ((f"train.max_steps={text}", "train.max_steps"), (f"model={{d_ff: {text}}}", "model.d_ff")):
+        with pytest.raises(UserError, match=f"^{re.escape(key + told)}$"):
+            load_config(write(tmp_path), [override])
 
 
 def test_numbers_that_mean_one_thing_are_read(tmp_path: Path) -> None:
@@ -274,6 +288,7 @@ def test_aliases_do_not_grow_in_what_is_told(tmp_path: Path) -> None:
         ("model.rope_theta=1e-320", "greater than or equal to 1"),
         ("model.rope_scaling={kind: linear, factor: 1e-320}", "greater than or equal to 1"),
         ("model.rope_scaling={kind: llama3, factor: 2, low_freq_factor: 4}", "has no ramp between its factors; set"),
+        ("model.rope_scaling={kind: yarn, factor: 2, beta_fast: 1}", "has no ramp between its turns; set beta_fast"),
     ],
 )
 def test_what_nothing_can_be_made_of_is_refused(tmp_path: Path, override: str, told: str) -> None:

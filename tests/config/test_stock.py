@@ -28,7 +28,7 @@ def stages(growth=None, optimizer=None, **model):
         ),
         (
             {"rope_scaling": {"kind": "yarn", "factor": 2}, "rope_theta": 1.0},
-            "model.rope_scaling.kind = yarn: has no ramp between beta_fast = 32.0 and beta_slow = 1.0 turns with",
+            "model.rope_theta = 1.0: turns all pairs alike",
         ),
         ({"qkv_bias": True, "qk_norm": True}, "model.qk_norm = True: goes with no qkv_bias: no class of transformers"),
         ({"qk_norm": True, "nope_interval": 4}, "model.nope_interval = 4: goes with no qk_norm"),

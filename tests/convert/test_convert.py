@@ -22,7 +22,7 @@ from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout
 from megabus.convert import shard_files
-from megabus.convert.changed import UnitRows, Untied
+from megabus.convert.changed import RowsMadeUnit, Untied
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.convert.tensor_file import TensorFileWriter
@@ -154,7 +154,7 @@ def test_weights_only(source, tmp_path):
 
 
 # What is changed of a run: the model that it is, and --weights-only beside it or not.
-CHANGED = [(Untied, "gpt", {"tie_embeddings": True}), (UnitRows, "ngpt", {}), (None, "ngpt", {})]
+CHANGED = [(Untied, "gpt", {"tie_embeddings": True}), (RowsMadeUnit, "ngpt", {}), (None, "ngpt", {})]
 
 
 @pytest.mark.parametrize("weights_only", [False, True])

@@ -30,7 +30,7 @@ from support.sources import MemorySource, model_config
 import megabus
 from megabus.cli import convert as convert_command
 from megabus.convert import verify_logits
-from megabus.convert.begin import foreseen
+from megabus.convert.begin import read_description
 from megabus.convert.changed import unit_error
 from megabus.convert.convert import convert, model_at, open_source
 from megabus.convert.hugging_face import model_of
@@ -192,7 +192,7 @@ def test_rows_that_are_no_unit_vectors_are_told_and_made_so(tmp_path, capsys):
 def test_a_path_that_is_too_long_is_one_line(tmp_path):
     """255 characters are what a file system allows of a part; of what is read, and of what is written."""
     long = tmp_path / ("x" * 256)
-    for call in (lambda: model_at(long), lambda: megabus.load(long), lambda: foreseen(str(long))):
+    for call in (lambda: model_at(long), lambda: megabus.load(long), lambda: read_description(str(long))):
         with pytest.raises(
             UserError, match=r"^model = .*xxx: cannot be looked for \(File name too long\); give another"
         ):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from functools import partial
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.convert.convert import convert, open_source
+from megabus.convert.hf_rest import copy_rest
 from megabus.convert.hugging_face import model_of
 from megabus.convert.source import OpenFiles
 from megabus.convert.verify import verify
@@ -152,23 +156,90 @@ def test_what_is_no_llama_is_refused(tmp_path):
         open_source(tmp_path / "llama", files)
 
 
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_position": 16}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+CHANGED = {
+    "ngpt": [
+        ({"alpha_init": 0.1}, "alpha_init = 0.1, and 0.05 in its"),
+        ({"s_z_init": 2.0}, "s_z_init"),
+        ({"rope_frequencies": [1.0, 0.5, 0.2]}, "rope_frequencies"),
+        ({"rope_theta": 500.0}, "rope_theta = 500.0, and 10000.0 in its"),
+        ({"rope_scaling": LINEAR}, "rope_scaling"),
+        ({"rope_parameters": PLAIN | {"rope_theta": 7.0}}, "rope_parameters"),
+        ({"num_attention_heads": 2}, "num_attention_heads = 2, and 4 in its"),
+        ({"model_type": "llama"}, "model_type"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ],
+    "gpt": [
+        ({"rope_parameters": PLAIN | {"rope_theta": 500.0}}, "rope_parameters"),
+        ({"rope_scaling": LINEAR}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": ...}, "rope_scaling"),
+        ({"rope_theta": 500.0}, "rope_theta = 500.0, and 10000.0 in its"),
+        ({"rope_theta": 500.0, "rope_parameters": ...}, "rope_theta = 500.0, and 10000.0 in its"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps = 0.001, and "),
+        ({"rms_norm_eps": ...}, "norm_eps = "),
+        ({"num_key_value_heads": 4}, "num_key_value_heads = 4, and 2 in its"),
+        ({"num_key_value_heads": ...}, "n_kv_heads = 4, and 2 in its"),
+        ({"head_dim": ...}, "head_dim = 9, and 6 in its"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings = True, and False in its"),
+        ({"model_type": "mistral"}, "model_type = 'mistral', and 'llama' in its"),
+        ({"hidden_size": 72}, "hidden_size"),
+    ],
+}
+
+
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_an_edited_export_is_not_read_as_if_it_were_not(tmp_path, kind):
-    """transformers keeps our own section of config.json when it saves a model whose RoPE was changed."""
+    """transformers keeps our own section of config.json when it saves a model that was changed."""
     exported(tmp_path, MemorySource(model_config(kind)))
     path = tmp_path / "hf/config.json"
     good = json.loads(path.read_text())
     assert model_of(good | {"max_position_embeddings": 7, "bos_token_id": 3}, path, *PLENTY).kind == kind
-    if kind == "ngpt":
-        older = {key: value for key, value in good.items() if key != "s_z_init"}
-        assert model_of(older, path, *PLENTY).s_z_init == 1
-        for change in ({"alpha_init": 0.1}, {"s_z_init": 2.0}, {"rope_frequencies": [1.0, 0.5, 0.2]}):
-            with pytest.raises(UserError, match="was changed since megabus wrote it"):
-                model_of(good | change, path, *PLENTY)
-        return
-    edited = good | {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 1e-3}
+    for change, told in CHANGED[kind]:
+        edited = {key: value for key, value in (good | change).items() if value is not ...}
+        with pytest.raises(UserError, match=f"^config.json = {path}: has {re.escape(told)}.*; set it back"):
+            model_of(edited, path, *PLENTY)
+    ours = good | {"megabus": good["megabus"] | {"rope_theta": 500.0}}  # it may be that section that was changed
+    with pytest.raises(UserError, match="rope"):
+        model_of(ours, path, *PLENTY)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_both_sections_of_an_exports_rope_count(tmp_path, key):
+    """transformers 4 reads one of them, and 5 the other."""
+    convert(MemorySource(model_config("gpt", rope_scaling=YARN)), tmp_path / "hf", "hf")
+    path = tmp_path / "hf/config.json"
+    tree = json.loads(path.read_text())
+    assert model_of(tree, path, *PLENTY).rope_scaling.factor == 4.0
+    tree[key] |= {"factor": 8.0}
+    with pytest.raises(UserError, match=f"has {key} = .*; set it back, or delete that section"):
+        model_of(tree, path, *PLENTY)
+
+
+def test_an_edited_export_without_our_section_is_read_as_transformers_reads_it(tmp_path):
+    exported(tmp_path, MemorySource(model_config("gpt")))
+    path = tmp_path / "hf/config.json"
+    edited = json.loads(path.read_text()) | {"rope_parameters": PLAIN | {"rope_theta": 500.0}, "rms_norm_eps": 1e-3}
+    del edited["megabus"]
     model = model_of(edited, path, *PLENTY)
     assert (model.rope_theta, model.norm_eps) == (500.0, pytest.approx(1e-3 * 36))
+
+
+PARTS = [("ngpt", {}), ("gpt", {"rope_scaling": YARN, "qk_norm": True}), ("gpt", {"nope_interval": 2, "d_model": 37})]
+
+
+@pytest.mark.parametrize(("kind", "parts"), PARTS)
+def test_what_transformers_saved_anew_comes_back(tmp_path, kind, parts):
+    """It drops keys of older versions, and what is a class's default; and an older export says less."""
+    _, theirs = exported(tmp_path, MemorySource(model_config(kind, **parts)))
+    theirs.save_pretrained(tmp_path / "again")
+    with OpenFiles() as files:
+        model = open_source(tmp_path / "hf", files).state.model
+        assert open_source(tmp_path / "again", files).state.model == model
+    tree = json.loads((tmp_path / "again/config.json").read_text())
+    tree.pop("s_z_init", None)
+    assert model_of(tree, tmp_path, *PLENTY) == model
 
 
 @torch.no_grad()
@@ -238,6 +309,43 @@ def test_links_lead_to_the_directory_or_to_the_hubs_blobs(tmp_path, name):
         with pytest.raises(UserError, match=f"^{re.escape(told)}"):
             both_ways("no")
         path.unlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("what", ["pipe", "folder", "link to nothing"])
+def test_what_has_the_name_of_a_file_and_is_none_is_told_as_what_it_is(tmp_path, name, what):
+    llama(tmp_path)
+    path = tmp_path / "llama" / name
+    path.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir() if what == "folder" else path.symlink_to("nothing")
+    told = "No such file" if what == "link to nothing" else "is no regular file"
+    with OpenFiles() as files:
+        if "token" in name or "generation" in name:  # weights go on without what lies beside them
+            call = partial(copy_rest, path.parent, tmp_path, 67, open_source(path.parent, files).tokenizer)
+        else:
+            call = partial(open_source, path.parent, files)
+        with pytest.raises(UserError, match=f"= {path.parent}/.*{told}"):
+            call()
+
+
+@pytest.mark.parametrize(("value", "what"), [(math.nan, "NaN"), (math.inf, "an infinity")])
+def test_weights_that_are_not_finite_are_refused_as_they_are_read(tmp_path, value, what):
+    llama(tmp_path)
+    folder, key = tmp_path / "llama", "model.layers.1.mlp.down_proj.weight"
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][key]
+    tensors = load_file(shard)
+    tensors[key][1, 2] = value
+    save_file(tensors, shard, metadata={"format": "pt"})
+    told = rf"^weights = {shard}: holds {what} in {key}; restore it from another copy$"
+    for form in ("checkpoint", "hf", "shards"):
+        with OpenFiles() as files, pytest.raises(UserError, match=told):
+            convert(open_source(tmp_path / "llama", files), tmp_path / "out", form)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=told):
+        megabus.load(tmp_path / "llama")
 
 
 def test_config_has_the_tokenizers_ids_and_the_runs_length(tmp_path):

@@ -12,7 +12,7 @@ from support import checkpoints as ck
 from support.small_models import model_of
 from support.sources import MemorySource, model_config
 
-from megabus.convert.begin import begin, extended, foreseen, origin_of
+from megabus.convert.begin import begin, extended, origin_of, read_description
 from megabus.convert.convert import convert
 from megabus.convert.source import whole
 from megabus.convert.vocabulary import LargerVocabulary
@@ -191,7 +191,7 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
 
     def problem(path, tokenizer, vocab_size=271):
         with pytest.raises(UserError) as caught:
-            extended(foreseen(tmp_path / path), tokenizer, vocab_size)
+            extended(read_description(tmp_path / path), tokenizer, vocab_size)
         return str(caught.value)
 
     assert "has no tokenizer that could spell new pieces; begin" in problem("bare", Tokenizer(new))
@@ -199,4 +199,4 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
     assert "has no piece that the tokenizer of" in problem("hf", Tokenizer(old), 266)
     other = Tokenizer(train_tokenizer(["another text of other words, " * 9], 268, tmp_path / "other"))
     assert re.search(r"data.tokenizer = .*other.json: .* of .*hf (has the id|is no piece)", problem("hf", other))
-    assert extended(foreseen(tmp_path / "hf"), Tokenizer(old), 271).spelled == {}  # a padded vocabulary
+    assert extended(read_description(tmp_path / "hf"), Tokenizer(old), 271).spelled == {}  # a padded vocabulary

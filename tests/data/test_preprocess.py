@@ -250,7 +250,7 @@ ERRORS = {
     "key without text": (["null.jsonl"], "line 2 has null under 'text'"),
     "not json": (["bad.jsonl"], "bad.jsonl"),
     "not parquet": (["bad.parquet"], "bad.parquet"),
-    "not utf-8": (["latin.txt"], "is not UTF-8"),
+    "not utf-8": (["latin.txt"], "line 1 is not UTF-8"),
     "cut gzip": (["cut.txt.gz"], "cannot be read"),
     "empty corpus": (["empty.txt"], "gives 0 document(s), of which none goes to out/c; give more text"),
     "empty validation": (

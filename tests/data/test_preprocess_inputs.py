@@ -10,9 +10,11 @@ import pyarrow.parquet
 import pytest
 from support.command import run_command
 
+from megabus.data.documents import Meter, file_documents
 from megabus.data.indexed import IndexedTokens
 from megabus.data.inputs import expand_inputs
 from megabus.data.tokenizer import Tokenizer
+from megabus.errors import UserError
 
 LATER = 10 << 20  # bytes after which `datasets` has settled what a column holds
 
@@ -291,9 +293,9 @@ WRONG = {
     "nested": ('{"text": ' + "[" * 100_000, "line 1 is nested too deeply"),
     "nested beside the text": (
         '{"text": "x", "n": ' + "[" * 20_000 + "]" * 20_000 + "}",
-        "line 1 is nested too deeply",
+        "line 1 is nested too deeply to be read, in the text or in what lies beside it; drop such columns",
     ),
-    "latin": (b'{"text": "\xfc"}'.decode("latin-1"), "is not UTF-8"),
+    "latin": (b'{"text": "\xfc"}'.decode("latin-1"), "line 1 is not UTF-8 (invalid start byte: b'{"),
 }
 
 
@@ -316,8 +318,28 @@ def test_columns_of_parquet_that_hold_no_text_are_named(model):
     assert "has date32[day] under 'day'" in refused(model, "in.parquet", "--text-key", "day")
     assert "has list<element: string> under 'list'" in refused(model, "in.parquet", "--text-key", "list")
     assert "its columns are text, n, day, list" in refused(model, "in.parquet", "--text-key", "body")
-    pyarrow.parquet.write_table(pyarrow.table({"text": [b"\xfc"]}), "latin.parquet")
-    assert "input = latin.parquet: is not UTF-8" in refused(model, "latin.parquet")
+
+
+@pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.string(), pyarrow.large_string()], ids=str)
+def test_rows_of_parquet_that_are_no_utf8_are_named(kind):
+    raw = pyarrow.large_binary() if kind == pyarrow.large_string() else pyarrow.binary()
+    bad = pyarrow.array([b"a"] * 300 + [b"ab\xfc"], raw)
+    table = pyarrow.Table.from_arrays([bad if kind == raw else bad.view(kind)], ["text"])
+    pyarrow.parquet.write_table(table, "latin.parquet")
+    told = r"^input = latin.parquet: row 300 is not UTF-8 under 'text' \(.*'ab.xfc'\); convert it$"
+    with pytest.raises(UserError, match=told):
+        list(file_documents(Path("latin.parquet"), "text", "file", Meter(0)))
+
+
+@pytest.mark.parametrize("name", ["latin.txt", "latin.txt.gz", "latin.txt.zst", "latin.jsonl", "latin.jsonl.gz"])
+@pytest.mark.parametrize("line", [1, 5000])
+def test_lines_that_are_no_utf8_are_named(name, line):
+    good, bad = (b'{"text": "a"}\n', b'{"text": "\xe4"}\n') if "jsonl" in name else (b"good\r\n", b"gr\xe4ser\n")
+    packed = {".gz": gzip.compress, ".zst": lambda raw: pyarrow.compress(raw, "zstd", asbytes=True)}
+    Path(name).write_bytes(packed.get(Path(name).suffix, bytes)(good * (line - 1) + bad + good))
+    for split in ("blank-lines", "file", "line"):
+        with pytest.raises(UserError, match=rf"^input = {name}: line {line} is not UTF-8 \(invalid .*xe4.*convert"):
+            list(file_documents(Path(name), "text", split, Meter(0)))
 
 
 @pytest.mark.parametrize("name", ["in.txt.gz", "in.jsonl.gz", "in.txt.zst", "in.jsonl.zst", "in.parquet"])
@@ -342,13 +364,27 @@ def test_damaged_files_are_named(model, name, damage):
 # ---- data sets --------------------------------------------------------------------------------------------
 
 
-def test_a_loading_script_is_passed_over_in_a_folder_and_refused_in_a_dataset(model):
+@pytest.mark.parametrize("script", ["in.py", "other.py"])
+def test_a_loading_script_is_passed_over(model, script):
     write("in/train.jsonl", {"text": "a"})
-    write("in/in.py", "raise SystemExit('was run')")
-    assert "Dataset scripts are no longer supported, but found in.py); give its files" in refused(
-        model, "--dataset", "in"
-    )
+    Path("in", script).write_text("open('was_run', 'w')")
     assert read(model, "in") == (["a"], "warning: of in passed over: 1 of other endings (.py 1)\n")
+    Path("out").rename("old")
+    told = f"warning: of in passed over: {script} (no code of a data set is run)\n"
+    assert read(model, "--dataset", "in", "--valid-fraction", "0") == (["a"], told)
+    assert not Path("was_run").exists()
+
+
+def test_a_data_set_that_only_a_script_could_load_is_refused(model):
+    Path("in").mkdir()
+    Path("in/in.py").write_text("open('was_run', 'w')")
+    told = preprocess(model, "--dataset", "in")
+    assert told.returncode == 2
+    assert told.stderr.splitlines()[-1].startswith("error: dataset = in: cannot be read (")
+    assert "Dataset scripts are no longer supported, but found in.py); give its files" in refused(
+        model, "--dataset", "in/in.py"
+    )
+    assert not Path("was_run").exists()
 
 
 @pytest.mark.parametrize(
@@ -364,22 +400,22 @@ def test_an_array_in_a_dataset(model, rows, mark):
         whole[:-1]: "is not JSON (",
         whole + b"]": "is not JSON (",
         b"[" * 100_000: "is nested too deeply to be read",
-        b'["\xfc"]': "is not UTF-8 (",
+        b'["a",\n"\xfc"]': "line 2 is not UTF-8 (",
     }.items():
         Path("in/train.json").write_bytes(text)
         told = refused(model, "--dataset", "in")
         assert f"input = {Path('in/train.json').resolve()}: {problem}" in told
-        assert ("; convert it" in told) == ("UTF-8" in problem)
+        assert ("; convert the file" in told) == ("UTF-8" in problem)
 
 
 def test_what_is_not_utf8_in_a_dataset_is_named(model):
     """Not for the name of the data set to mend."""
     Path("in").mkdir()
     Path("in/train.jsonl").write_bytes(b'{"text": "\xfc"}\n')
-    assert "in/train.jsonl: is not UTF-8 (" in refused(model, "--dataset", "in")
+    assert "in/train.jsonl: line 1 is not UTF-8 (" in refused(model, "--dataset", "in")
     Path("in/train.jsonl").unlink()
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"\xfc"]}), "in/train.parquet")
-    assert "in/train.parquet: is not UTF-8 (" in refused(model, "--dataset", "in")
+    assert "in/train.parquet: row 0 is not UTF-8 under 'text' (" in refused(model, "--dataset", "in")
 
 
 def test_json_lines_and_parquet_in_a_dataset(model):

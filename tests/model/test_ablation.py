@@ -10,9 +10,11 @@ import torch
 from support import small_runs
 from support.command import run_command
 from support.small_models import config, lively_state
+from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.ablation import ablate
+from megabus.convert.changed import Untied
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.model.decoder import Decoder, param_specs
@@ -51,6 +53,17 @@ def test_the_tool_wants_a_checkpoint(tmp_path):
     assert done.returncode == 2
     assert "checkpoint" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_tool_wants_data_of_a_checkpoint_that_is_of_no_run(tmp_path):
+    """One that was untied remembers how long sequences may be, and nothing else of the run."""
+    source = MemorySource(model_config("gpt", tie_embeddings=True))
+    source.state.config = {"train": {"seq_len": 8}, "growth": {"stages": []}}
+    convert(Untied(source), tmp_path / "out", "checkpoint")
+    done = run_command("layers", tmp_path / "out")
+    assert done.returncode == 2
+    (folder,) = (tmp_path / "out/checkpoints").glob("step-*")
+    assert done.stderr == f"error: checkpoint = {folder}: is of no run; give --valid and --seq-len\n"
 
 
 def test_the_tool_measures_what_the_run_validates_on(tmp_path):

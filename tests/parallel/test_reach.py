@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from datetime import timedelta
@@ -15,11 +16,11 @@ import torch.distributed as dist
 from support.forked import Begun
 
 from megabus.errors import UserError
-from megabus.parallel import reach
+from megabus.parallel import hosts, reach
 from megabus.parallel.reach import DEVICE, Door, _judge, _unreached, check_reach, network_device, network_speed
 from megabus.testing.ranks import free_port
 
-DOORS = [Door(host, f"10.0.0.{ord(host) - 96}", 1) for host in "aabbc"]
+DOORS = [Door(host, f"10.0.0.{ord(host) - 96}", 1, host) for host in "aabbc"]
 
 
 def test_a_door_that_is_closed_is_not_reached():
@@ -27,7 +28,7 @@ def test_a_door_that_is_closed_is_not_reached():
         for door in (listening, closed):
             door.bind(("127.0.0.1", 0))
         listening.listen()
-        doors = {rank: Door("b", *door.getsockname()) for rank, door in ((1, listening), (2, closed))}
+        doors = {rank: Door("b", *door.getsockname(), "b") for rank, door in ((1, listening), (2, closed))}
         assert _unreached(doors, "lo", 1.0) == [(2, "Connection refused")]
 
 
@@ -43,7 +44,7 @@ def test_machines_that_do_not_reach_each_other_are_named_once():
 
 
 def test_an_address_of_the_machine_itself_is_named():
-    doors = [*DOORS[:4], Door("c", "127.0.1.1", 1)]
+    doors = [*DOORS[:4], Door("c", "127.0.1.1", 1, "c")]
     with pytest.raises(UserError, match=r"leaves c \(rank 4\) to be reached at 127.0.1.1, where no other machine can"):
         _judge(doors, {0: [], 2: [], 4: []})
 
@@ -119,14 +120,14 @@ def test_what_one_rank_alone_refuses_all_do_at_once():
 
 def test_machines_of_one_name_are_two(tmp_path):
     def booted(rank):
-        reach.BOOT = tmp_path / str(rank)
-        reach.BOOT.write_text(str(rank // 2))
+        hosts.BOOT = tmp_path / str(rank)
+        hosts.BOOT.write_text(str(rank // 2))
         os.environ[DEVICE] = "lo"
 
     told, _ = all_met(4, booted)
-    name = socket.gethostname()
-    line = f"GLOO_SOCKET_IFNAME = lo: leaves {name} (ranks 0-1) to be reached at 127.0.0.1, where no other machine can"
-    assert told[0].startswith(line)
+    name = re.escape(socket.gethostname())
+    line = rf"GLOO_SOCKET_IFNAME = lo: leaves {name} \[[0-9a-f]{{8}}\] \(ranks 0-1\) to be reached at 127.0.0.1, "
+    assert re.match(line, told[0])
     assert set(told) == {told[0]}
 
     def one_machine(rank):
@@ -137,13 +138,15 @@ def test_machines_of_one_name_are_two(tmp_path):
 
 def test_a_rank_that_ends_while_they_try_is_named(tmp_path):
     def dying(rank):
-        reach.BOOT = tmp_path / str(rank)
-        reach.BOOT.write_text(str(rank))
+        hosts.BOOT = tmp_path / str(rank)
+        hosts.BOOT.write_text(str(rank))
         reach._judge = lambda doors, tried: None
         if rank == 1:
             reach._try = lambda *_: os.kill(os.getpid(), 9)
 
     told, seconds = all_met(3, dying, patience=2.0, left_out=[1])
-    problem = f"rank 1 ({socket.gethostname()}) said nothing in 1.6 s after all had met, or ended"
-    assert set(told) == {f"ranks = 3: {problem}; look at their logs and machines"}
+    name = rf"{re.escape(socket.gethostname())} \[[0-9a-f]{{8}}\]"
+    problem = rf"rank 1 \({name}\) said nothing in 1.6 s after all had met, or ended"
+    assert len({*told}) == 1
+    assert re.fullmatch(f"ranks = 3: {problem}; look at their logs and machines", told[0])
     assert seconds < 4.0  # twice that: the rest is load

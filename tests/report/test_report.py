@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -286,6 +287,12 @@ BAD = {
     "bytes in words": (json.dumps(growth_row(1, 0) | {"bytes_sent": "many"}) + "\n", "metrics: bytes_sent = many: of"),
     "no text": ("\udcff\n", "cannot be read"),
 }
+
+
+def test_metrics_that_are_a_pipe_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=f"^metrics = {tmp_path}/metrics.jsonl: is no regular file; name"):
+        gather([tmp_path])
 
 
 @pytest.mark.parametrize("kind", BAD)

@@ -32,14 +32,18 @@ GROWN = 3  # the step after which it grew
 
 
 def run_of(model):
-    """The configuration that such a run may have had: it has grown by a layer."""
+    """The configuration that such a run may have had: it has grown by a layer, and will by another."""
     return parse_config(
         {
             "run_dir": "unused",
             "model": model.model_dump() | {"n_layers": model.n_layers - 1},
             "train": {"seq_len": 8, "micro_batch_size": 2, "global_batch_size": 4, "max_steps": 9},
             "optimizer": {"lr": 1e-2},
-            "growth": {"max_tokens": 96, "stages": [{"n_layers": model.n_layers}]},
+            "growth": {
+                "max_tokens": 96,
+                "stages": [{"n_layers": model.n_layers, "max_tokens": 4096}, {"n_layers": model.n_layers + 1}],
+            },
+            "eval": {"tokens": 64},
             "data": {"train": "unused", "valid": "unused"},
         }
     )
@@ -50,7 +54,7 @@ def write_run(run, kind="ngpt", layout=(2, 1, 1), **changes):
     for step in STEPS:
         source = MemorySource(model_config(kind, **changes), step=step)
         state, config = source.state, run_of(source.state.model)
-        first, second = resolve_stages(config, 1)
+        first, second, _ = resolve_stages(config, 1)
         cost = [stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len) for stage in (first, second)]
         now = state.progress = Progress(GROWN, 32 * GROWN, 32 * GROWN, GROWN * cost[0])
         now.stage_tokens, now.stage_flops = now.tokens, now.flops
@@ -104,6 +108,15 @@ def attest(folder, *names):
 def put_state(folder, raw):
     (folder / STATE).write_bytes(raw if isinstance(raw, bytes) else raw.encode())
     attest(folder, STATE)
+
+
+def put_file(folder, name, raw):
+    """A file more, which the manifest lists."""
+    (folder / name).write_bytes(raw)
+    tree = read_manifest_tree(folder)
+    entry = {"name": name, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "rank": 0}
+    tree["files"] = sorted([*tree["files"], entry], key=lambda entry: entry["name"])
+    seal(folder, tree)
 
 
 def at(tree, key):

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import normalizers
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import megabus
 from megabus.config import ModelConfig, RunConfig
@@ -119,7 +118,10 @@ def with_tokenizer(name: str, folder: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(train_tokenizer(TEXT, PIECES - 1, folder / "own")))
     (folder / "own.json").unlink()
     backend.add_special_tokens(["<bos>"])
-    if name == "qwen2":  # transformers cuts its text so, whatever tokenizer.json says
+    if name == "qwen2":
+        from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+        # Transformers cuts its text so, whatever tokenizer.json says.
         backend.normalizer, backend.pre_tokenizer = normalizers.NFC(), byte_pieces(PRETOKENIZE_REGEX)
     if name == "smollm3":
         pieces = [("<bos>", backend.token_to_id("<bos>"))]

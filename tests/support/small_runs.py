@@ -178,7 +178,8 @@ def _start(config: RunConfig, changes: tuple[Change, ...]) -> Told:
         outcome = loop.train(config)
     except UserError as error:
         return Told(None, False, str(error), "".join(begun), steps, runs[-1].progress if runs else None)
-    return Told(str(outcome.checkpoint), outcome.stopped, None, "".join(begun), steps, runs[-1].progress)
+    checkpoint = None if outcome.checkpoint is None else str(outcome.checkpoint)
+    return Told(checkpoint, outcome.stopped, None, "".join(begun), steps, runs[-1].progress if runs else None)
 
 
 def _record_samples(samples):

@@ -14,7 +14,7 @@ from support.sources import MemorySource, model_config
 import megabus
 from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
 from megabus.config import resolve_stages
-from megabus.convert.begin import foreseen
+from megabus.convert.begin import read_description
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles, whole
 from megabus.convert.vocabulary import LargerVocabulary
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
             resolve_stages(config_of(made, tmp_path / "run", **changes), 2)
         assert str(caught.value).startswith(told)
     stage = resolve_stages(config_of(made, tmp_path / "run"), 2)[0]
-    origin = foreseen(made / "run")
+    origin = read_description(made / "run")
     check_begins(origin, stage, extend=True)
     with pytest.raises(
         UserError, match=r"model.vocab_size = 271: is 267 in .*; set it to 267, or give a tokenizer that"

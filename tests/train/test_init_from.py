@@ -16,7 +16,7 @@ from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write
 from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
 from megabus.config import resolve_stages
 from megabus.convert import begin
-from megabus.convert.begin import foreseen, origin_of, unread_tokenizer
+from megabus.convert.begin import origin_of, read_description, unread_tokenizer
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.batches import TokenSource
@@ -145,7 +145,7 @@ def test_data_of_another_tokenizer_is_refused(corpus, qwen, tmp_path):
         config = config_of(tmp_path, tmp_path / "run", origin)
         sources = open_sources(config, resolve_stages(config, 2))
         try:
-            check_tokenizer(foreseen(origin), sources)
+            check_tokenizer(read_description(origin), sources)
         except UserError as error:
             return str(error)
         return None
@@ -178,8 +178,8 @@ def test_of_a_model_of_the_hub_the_description_alone_is_looked_at(corpus, qwen, 
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     stage = resolve_stages(config_of(corpus, tmp_path / "run", "owner/model"), 2)[0]
-    said = foreseen("owner/model")
-    assert said.state.model == foreseen(qwen[1]).state.model
+    said = read_description("owner/model")
+    assert said.state.model == read_description(qwen[1]).state.model
     check_begins(said, stage)
     narrower = config_of(corpus, tmp_path / "run", "owner/model", model=said.state.model.model_dump() | {"d_ff": 60})
     with pytest.raises(UserError, match=r"model.d_ff = 60: is 62 in .*hub"):
@@ -188,11 +188,13 @@ def test_of_a_model_of_the_hub_the_description_alone_is_looked_at(corpus, qwen, 
 
 def test_a_tokenizer_that_cannot_be_read_is_told(qwen, tmp_path):
     folder = shutil.copytree(qwen[1], tmp_path / "hf")
-    assert unread_tokenizer(foreseen(folder)) == ""
+    assert unread_tokenizer(read_description(folder)) == ""
     (folder / "tokenizer.json").write_text("{}")
-    assert unread_tokenizer(foreseen(folder)).startswith("is JSON, and no tokenizer.json: it has no model; give its")
+    assert unread_tokenizer(read_description(folder)).startswith(
+        "is JSON, and no tokenizer.json: it has no model; give its"
+    )
     (folder / "tokenizer.json").unlink()
-    assert unread_tokenizer(foreseen(folder)) == unread_tokenizer(foreseen(qwen[2])) == ""
+    assert unread_tokenizer(read_description(folder)) == unread_tokenizer(read_description(qwen[2])) == ""
 
 
 def test_all_ranks_show_life_while_one_downloads(qwen):

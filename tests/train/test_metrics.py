@@ -83,6 +83,27 @@ def test_rows_are_json(tmp_path: Path) -> None:
     metrics.close()
 
 
+def test_what_another_program_raises_ends_no_run(tmp_path: Path) -> None:
+    """Such as wandb, when its service has crashed. Our own rows are written; it is told like a full disk."""
+
+    class HandleAbandonedError(Exception):
+        pass
+
+    def crashed(*_: object) -> None:
+        raise HandleAbandonedError
+
+    metrics = Metrics(run_config(tmp_path, tensorboard=True))
+    metrics.wandb = SimpleNamespace(log=crashed, finish=crashed)
+    metrics.write("step", STEP)
+    assert isinstance(metrics.error, HandleAbandonedError)
+    metrics.forget_lost()
+    assert metrics.error is None
+    metrics.close()
+    assert isinstance(metrics.error, HandleAbandonedError)
+    assert told(tmp_path) == [{"event": "step"} | STEP]
+    assert losses_of(tmp_path / "tensorboard") == [(STEP["step"], pytest.approx(STEP["loss"]))]
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_null(tmp_path: Path, loss: float) -> None:
     row = STEP | {"loss": loss}

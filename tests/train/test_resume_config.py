@@ -23,6 +23,7 @@ from support.small_runs import (
 from megabus.checkpoint.contents import Found
 from megabus.checkpoint.state import read_state
 from megabus.config import load_config, parse_config, resolve_stages
+from megabus.config import stages as config_stages
 from megabus.config.section import in_line
 from megabus.data.indexed import meta_path
 from megabus.data.sources import open_sources
@@ -390,3 +391,29 @@ def test_another_size_to_grow_to(stopped, tmp_path):
     assert rows_of(config, "growth")[0]["new"]["d_model"] == 60
     assert json.loads((run / "checkpoints/step-00000005/state.json").read_text())["model"]["d_model"] == 60
     assert Path(run / "checkpoints/latest").read_text().startswith("step-00000005 ")
+
+
+# ---- a growth that changes nothing, as an older version let it through ---------------------------------------
+
+
+def allowing(*_):
+    """As the version did that did not look."""
+    config_stages._changes_nothing = lambda *_: False
+
+
+def test_a_growth_that_changes_nothing_stays_where_a_run_has_it(corpus, tmp_path):
+    """Still to come, or made: to take it out would be a change, or undo it. A new run is refused."""
+    step, stages = 2, [{"max_tokens": 512}, {"n_layers": 5}]
+    config = run_config(corpus, tmp_path / "run", [{}] * 3, growth__max_tokens=384, growth__stages=stages)
+    told = "growth.stages.0 = {max_tokens: 512}: changes nothing of the stage before, the first; give it a larger size"
+    assert refusal(config, 1).startswith(told)
+    start(config, 1, allowing, stop_after(step))
+    for changes in ({"train.seed": 5}, {"resume": "strict"}):
+        again = load_config(tmp_path / "run/config.yaml", [f"{key}={value}" for key, value in changes.items()])
+        (rank,) = start(again, 1, stop_after(step + 1))
+        assert rank.numbers == [step + 1]
+        step += 1
+    for changes in (["growth.stages.0.max_tokens=640"], ["run_dir=" + str(tmp_path / "new")], ["resume=never"]):
+        assert "changes nothing of" in refusal(load_config(tmp_path / "run/config.yaml", changes), 1)
+    (tmp_path / f"run/checkpoints/step-{step:08d}/state.json").write_text("[" * 99)
+    assert refusal(again, 1).startswith(told)

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 from support.launching import Ended, launch_forked, run_launcher
 from support.small_runs import (
@@ -23,7 +24,8 @@ from support.small_runs import (
 )
 
 from megabus.testing.ranks import run_ranks
-from megabus.train import stop
+from megabus.train import loop, stop
+from megabus.train import run as run_room
 from megabus.train.stop import SIGNALS, StopRequests, listening
 
 
@@ -95,6 +97,47 @@ def test_a_stop_in_the_last_step_is_the_end(config):
     assert checkpoints(run) == ["latest", "step-00000006"]
 
 
+# ---- during the start -------------------------------------------------------------------------------------
+
+
+def asked_in(place, rank=0, number=signal.SIGTERM):
+    """The signal comes when a part of the start begins: a function of the module of runs, or of the loop's."""
+
+    def change():
+        module = run_room if hasattr(run_room, place) else loop
+        before = getattr(module, place)
+
+        def asking(*args, **words):
+            if dist.get_rank() == rank:
+                os.kill(os.getpid(), number)
+            return before(*args, **words)
+
+        setattr(module, place, asking)
+
+    return change
+
+
+@pytest.mark.parametrize(("place", "ranks"), [("preflight", 2), ("find_checkpoint", 1), ("validate", 2)])
+def test_a_run_is_stopped_before_its_first_step(config, place, ranks):
+    """Nothing is saved, for nothing was trained; the next start is a first one."""
+    run = config({"dp": ranks})
+    told = start(run, ranks, asked_in(place, rank=ranks - 1))
+    assert [(one.numbers, one.stopped, one.checkpoint) for one in told] == [([], True, None)] * ranks
+    assert not list(Path(run.run_dir).glob("checkpoints/*"))
+
+
+def test_a_run_that_goes_on_is_stopped_in_its_start(config):
+    run = config({})
+    start(run, 1, stop_after(3, 0))
+    for place, newest in (("find_checkpoint", None), ("restore", f"{run.run_dir}/checkpoints/step-00000003")):
+        (told,) = start(run, 1, asked_in(place))
+        assert (told.numbers, told.stopped, told.checkpoint) == ([], True, newest)
+        assert checkpoints(run) == ["latest", "step-00000003"]
+    (told,) = start(run, 1)
+    assert told.numbers == [4, 5, 6]
+    assert [row["step"] for row in rows_of(run, "step")] == [1, 2, 3, 4, 5, 6]
+
+
 # ---- through the launcher -----------------------------------------------------------------------------------
 
 
@@ -121,9 +164,11 @@ def test_the_exit_code_says_that_the_run_goes_on(config, tmp_path, monkeypatch):
     told(signalled, 75, goes_on.format(folder, 2))
     assert "asked to stop by a signal to another rank: saving" in signalled[0].out
     assert outcome.read_text() == "stopped\n"
-    (folder / "stop").touch()
-    told(launch_forked("--config", path), 75, goes_on.format(folder, 3))
+    (folder / "stop").touch()  # before the first step of a start, of which nothing is saved
+    told(launch_forked("--config", path), 75, "stopped during the start, before anything was trained; the same command")
     assert not (folder / "stop").exists()
+    assert outcome.read_text() == "stopped\n"
+    assert checkpoints(run) == ["latest", "step-00000002"]
     told(launch_forked("--config", path), 0, f"checkpoint: {folder}/checkpoints/step-00000006\n")
     assert outcome.read_text() == "finished\n"
     assert (folder / "loss.png").exists()
@@ -150,11 +195,22 @@ def test_the_file_is_not_looked_for_at_every_step(tmp_path, monkeypatch):
 def test_asked_twice_from_the_keyboard(tmp_path):
     """The second time it ends at once; a scheduler's repeated signals do nothing more."""
     with listening(tmp_path, looks=True) as requests:
+        requests.begun = True
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
             assert requests.poll()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_asked_from_the_keyboard_during_the_start(tmp_path):
+    """There is nothing to save: it ends at once."""
+    with listening(tmp_path, looks=True) as requests:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        requests.begun = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.poll()
 
 
 def test_handlers_are_put_back(tmp_path):

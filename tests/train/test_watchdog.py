@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from support.small_runs import after_step, attempt, run_config, start, write_corpus
 
+from megabus.parallel.hosts import Host
 from megabus.testing.ranks import run_ranks
 from megabus.train import roll_call, watchdog
 from megabus.train.watchdog import EXIT_CODE, watched
@@ -184,7 +185,7 @@ def test_a_rank_that_has_asked_and_left_is_not_silent():
 def _asks_in_turn():
     roll_call.PERIOD, rank = 0.1, dist.get_rank()
     roll = roll_call.RollCall()
-    roll.host = "elsewhere" if rank == 2 else "here"
+    roll.host = Host("elsewhere", "2") if rank == 2 else Host("here", "1")
     roll.sign("a save" if rank == 2 else "a step")
     dist.barrier()
     told = ""

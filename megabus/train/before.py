@@ -26,7 +26,7 @@ from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_begins, check_stage
 
 
-class Foreseen(NamedTuple):
+class Notes(NamedTuple):
     """Lines to tell before training."""
 
     said: list[str]
@@ -40,29 +40,29 @@ class Foreseen(NamedTuple):
             rank_0_says(line, warn)
 
 
-def foresee(config: RunConfig, stages: list[Stage]) -> Foreseen:
+def check_before(config: RunConfig, stages: list[Stage]) -> Notes:
     """Raises `UserError` on all ranks where the run cannot be what its configuration says. Collective.
 
     Of checkpoints only what they say is read, and damaged ones are passed over: they are told of when they are set
     aside.
     """
-    return rank_0_tells(lambda: _foreseen(config, stages))
+    return rank_0_tells(lambda: _checked(config, stages))
 
 
-def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
+def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     said = outlook(stages, config.growth.trigger)
     _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
-        found = _newest(config)
-        if found is not None and config.resume != "never":
+        found = None if config.resume == "never" else _newest(config)
+        if found is not None:
             check_stage(found, config, stages)
-        return Foreseen(said, unheeded(config))
+        return Notes(said, unheeded(config))
     if config.init_from is not None:
-        from megabus.convert.begin import foreseen  # slow to import, and most runs begin with nothing
+        from megabus.convert.begin import read_description  # slow to import, and most runs begin with nothing
 
-        check_begins(foreseen(config.init_from), stages[0], config.extend_vocabulary)
-    return Foreseen(said, [*unheeded(config), *check_growths(config, stages)])
+        check_begins(read_description(config.init_from), stages[0], config.extend_vocabulary)
+    return Notes(said, [*unheeded(config), *check_growths(config, stages)])
 
 
 def _newest(config: RunConfig) -> Found | None:

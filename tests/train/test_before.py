@@ -15,16 +15,16 @@ from megabus.config import Layout, resolve_stages
 from megabus.config.schema import PreflightConfig
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.errors import UserError
-from megabus.train.foresee import _foreseen
+from megabus.train.before import _checked
 
 
-def foreseen(config):
-    return _foreseen(config, resolve_stages(config, 1))
+def noted(config):
+    return _checked(config, resolve_stages(config, 1))
 
 
 def told(config):
     with pytest.raises(UserError) as caught:
-        foreseen(config)
+        noted(config)
     return str(caught.value)
 
 
@@ -38,7 +38,7 @@ def test_a_configuration_is_judged_by_itself(tmp_path):
     few = {"predictor": "reference", "reference": [[1e3, 4.0]]}
     assert told(config_of(tmp_path, growth__trigger=few)).startswith("growth.trigger.reference = ")
     assert "nothing ends this stage" in told(config_of(tmp_path, growth__max_tokens=None, optimizer__decay_share=1.0))
-    assert foreseen(config_of(tmp_path)) == ([], [])
+    assert noted(config_of(tmp_path)) == ([], [])
 
 
 def test_what_a_run_would_begin_with_is_read(tmp_path):
@@ -52,7 +52,7 @@ def test_what_a_run_would_go_on_from_is_read(tmp_path):
     run = tmp_path / "run"
     newest = altered.write_run(run, layout=(1, 1, 1))
     config = altered.run_of(model_config("ngpt")).model_copy(update={"run_dir": str(run)})
-    assert foreseen(config) == ([], [])
+    assert noted(config) == ([], [])
     none = config.model_copy(update={"growth": config.growth.model_copy(update={"stages": [], "max_tokens": None})})
     assert told(none) == (
         f"growth.stages = 0: has 0 growths, {newest.name} comes after growth 1; keep the growths that were made"
@@ -65,7 +65,7 @@ def test_what_a_run_would_go_on_from_is_read(tmp_path):
     (newest / STATE).write_text("{")  # is set aside later, and the one before it is read
     assert told(none).startswith(f"growth.stages = 0: has 0 growths, {newest.with_name('step-00000007').name} ")
     shutil.rmtree(newest)
-    assert foreseen(config) == ([], [])
+    assert noted(config) == ([], [])
 
 
 def test_it_comes_before_the_data_is_opened(tmp_path):
