@@ -22,6 +22,7 @@ from megabus.kappa.outlook import outlook
 from megabus.model.cost import count_parameters
 from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
+from megabus.train.on_gpu import check_deterministic, slow_heads
 from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_begins, check_stage
 
@@ -52,17 +53,29 @@ def foresee(config: RunConfig, stages: list[Stage]) -> Foreseen:
 def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     said = outlook(stages, config.growth.trigger)
+    warned = _of_device(config, stages)
     _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
         found = _newest(config)
         if found is not None and config.resume != "never":
             check_stage(found, config, stages)
-        return Foreseen(said, unheeded(config))
+        return Foreseen(said, [*unheeded(config), *warned])
     if config.init_from is not None:
         from megabus.convert.begin import foreseen  # slow to import, and most runs begin with nothing
 
         check_begins(foreseen(config.init_from), stages[0])
-    return Foreseen(said, [*unheeded(config), *check_growths(config, stages)])
+    return Foreseen(said, [*unheeded(config), *warned, *check_growths(config, stages)])
+
+
+def _of_device(config: RunConfig, stages: list[Stage]) -> list[str]:
+    """What the devices of this run make of it: lines to warn of."""
+    if get_accelerator().device_name() != "cpu":
+        check_deterministic(config, stages)
+        return list(slow_heads(config, stages))
+    if config.train.deterministic:
+        same = UserError("train.deterministic", "true", "has no effect on CPUs, which are so anyway", "leave it out")
+        return [str(same)]
+    return []
 
 
 def _newest(config: RunConfig) -> Found | None:
