@@ -128,6 +128,7 @@ class Engine:
         self.kernels = select(train.kernels, device)
         if train.deterministic and device.type != "cpu":
             torch.use_deterministic_algorithms(True)  # what has no deterministic form raises from now on
+            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
         with device:  # weights are made where they are computed with, and take no memory elsewhere before
             self.module = self._module()
         own = own_parameters(self.module, self.placement, self.mesh.rank)

@@ -29,7 +29,7 @@ OWN_SYMBOLS = shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
 def _compile(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
     compiled = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
-    known = _dynamo.config.patch(recompile_limit=WIDTHS)  # type: ignore[attr-defined]
+    known = _dynamo.config.patch(recompile_limit=WIDTHS)
 
     @wraps(function)
     def call(*args: Any) -> Any:

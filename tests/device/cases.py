@@ -31,6 +31,7 @@ class Case:
     recompute: bool = False
     sequence_parallel: bool = False
     grows_to: tuple[int, int, int] | None = None
+    deterministic: bool = False
     rest: bool = False  # what else a run does between steps
 
     @property
@@ -68,6 +69,7 @@ class Case:
             "zero_stage": self.zero_stage,
             "recompute": self.recompute,
             "sequence_parallel": self.sequence_parallel,
+            "deterministic": self.deterministic,
         }
         tree = {
             "run_dir": "unused",
@@ -89,6 +91,7 @@ class Asked:
     waits: Counter[tuple[str, str]]
     messages: list[tuple[Any, ...]]
     quadratic: int  # calls of attention that hold all scores
+    names: frozenset[str]  # of the operations that launch kernels
 
 
 @dataclass
@@ -155,7 +158,9 @@ def _run(case: Case, seen: Seen, watch: Any) -> None:
 
     def asked(what: str) -> None:
         count = sum(watch.kernels.values())
-        seen.asked[what] = Asked(count, watch.bytes, watch.waits, watch.messages, watch.quadratic)
+        seen.asked[what] = Asked(
+            count, watch.bytes, watch.waits, watch.messages, watch.quadratic, frozenset(watch.kernels)
+        )
         watch.reset()
 
     def batches(engine: Engine, count: int) -> list[Any]:
@@ -208,7 +213,7 @@ CASES = [  # of the suite
     Case((2, 2, 1), 0, "bf16", recompute=True, grows_to=(1, 2, 2)),
     Case((2, 2, 1), 2, "fp32", rest=True),
     Case((2, 2, 1), 3, "bf16", sequence_parallel=True, grows_to=(2, 1, 2)),
-    Case((1, 1, 2), 1, "bf16", zero_stage=2),
+    Case((1, 1, 2), 1, "bf16", zero_stage=2, deterministic=True),
 ]
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 3), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
 MORE = [
