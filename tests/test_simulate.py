@@ -46,13 +46,24 @@ def test_shards_that_differ_from_the_placement_are_noticed():
         on_fork(_on_meta, (0, True))
 
 
-def test_a_rank_joins_four_groups_of_the_hundreds_that_it_is_asked_for():
-    """DeepSpeed's grid: the model of each dp rank, and a group for each line along each axis. At pp 1 models are lines
-    along tp, and lines along pp are single ranks."""
-    asked = [512 + 2 + 1024, 64 + 16 + 512 + 128, 32 + 32 + 256 + 128]
+def _made(rank):
+    """Groups that torch is asked for while a rank of the last stage builds its mesh, DeepSpeed's grid among it."""
+    from megabus.parallel.mesh import Mesh
+
+    new_group = torch.distributed.new_group
+    with fake_world(1024, rank):
+        torch.distributed.new_group = lambda *args, **options: made.append(args) or new_group(*args, **options)
+        made: list[object] = []
+        Mesh(STAGES[-1].layout, True).ends_group()
+    return len(made)
+
+
+def test_a_rank_makes_no_more_groups_in_a_large_world():
+    """Of DeepSpeed's grid, which has the model of each dp rank and a group for each line along each axis: those that
+    the rank is in. At pp 1 models are lines along tp, and lines along pp are single ranks."""
     built = on_fork(build, *((CONFIG, stage, 511) for stage in STAGES))
-    assert [found.groups_asked for found in built] == asked
-    assert [found.groups_joined for found in built] == [3, 4, 4]
+    assert [found.groups for found in built] == [3, 4, 4]
+    assert on_fork(_made, (0,), (511,)) == [4 + 1, 4]  # the first rank of a pipeline meets the last one in another
     for stage, found in zip(STAGES, built, strict=True):
         assert found.masters * stage.layout.dp == pytest.approx(found.parameters, rel=1e-3)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from megabus.checkpoint.host_memory import HostMemory
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
 from megabus.checkpoint.state import Progress, SavedState, write_state
 from megabus.checkpoint.store import begin, checkpoints_of, folder_of, partial_of, prune, publish
@@ -39,12 +40,8 @@ class Snapshot:
     fragments: Fragments
 
     @classmethod
-    def take(cls, state: SavedState, placement: Placement, live: Fragments) -> Snapshot:
-        copies: Fragments = {
-            piece: {kind: values.to("cpu", copy=True) for kind, values in tensors.items()}
-            for piece, tensors in live.items()
-        }
-        return cls(state, placement, copies)
+    def take(cls, state: SavedState, placement: Placement, live: Fragments, memory: HostMemory) -> Snapshot:
+        return cls(state, placement, memory.copies(live))
 
 
 @dataclass
@@ -83,6 +80,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo", timeout=SLOWEST)
         self._thread: threading.Thread | None = None
         self._save: Save | None = None
+        self._memory = HostMemory()  # one save goes on at a time
 
     def prepare(self) -> None:
         """Import what writing takes, a second of processor time. Call it after the first step, which need not wait,
@@ -94,7 +92,7 @@ class Saver:
         assert self._save is None
         begun = time.perf_counter()
         save = self._save = Save(state.progress.step)
-        snapshot = Snapshot.take(state, placement, live)
+        snapshot = Snapshot.take(state, placement, live, self._memory)
         self._thread = threading.Thread(target=self._run, args=(snapshot, save), name="checkpoint", daemon=True)
         self._thread.start()
         if not self.asynchronous:

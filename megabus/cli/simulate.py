@@ -58,12 +58,12 @@ def _print_built(config: RunConfig, stages: Sequence[Stage], ranks: Sequence[int
     from megabus.testing.simulate import build, in_child
 
     print("construction: process groups, and layers on the meta device")
-    print(f"{'layout':<16} {'rank':>6} {'parameters':>12} {'masters':>11} {'groups':>7} {'joined':>7} {_cost_header()}")
+    print(f"{'layout':<16} {'rank':>6} {'parameters':>12} {'masters':>11} {'groups':>7} {_cost_header()}")
     jobs = [(config, stage, rank) for stage in stages for rank in ranks]
     for (_, stage, rank), built in zip(jobs, in_child(build, jobs), strict=True):
         print(
-            f"{stage.layout!s:<16} {rank:>6} {built.parameters:>12,} {built.masters:>11,} {built.groups_asked:>7,} "
-            f"{built.groups_joined:>7} {_cost(built.cost)}"
+            f"{stage.layout!s:<16} {rank:>6} {built.parameters:>12,} {built.masters:>11,} {built.groups:>7} "
+            f"{_cost(built.cost)}"
         )
 
 

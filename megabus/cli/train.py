@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             need(extra, f"log.{extra}", "true", f"or set log.{extra}=false")
     if args.nproc_per_node is not None:
         return start_ranks(args.nproc_per_node, "train", argv)
-    prepare_environment()
+    prepare_environment(config.train.deterministic)
     # The watchdog, which shows where the ranks hang, ends them sooner once they have met.
     start_distributed(timedelta(seconds=config.faults.hang_timeout))
     if args.preflight_only:

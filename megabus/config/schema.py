@@ -63,6 +63,10 @@ class TrainConfig(Section):
     kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
         "auto", description="form of what runs between matrix products; auto takes eager"
     )
+    deterministic: bool = Field(
+        False,
+        description="on GPUs: the same bits from the same start, as on CPUs, by slower attention, sums and scatters",
+    )
     recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
     sequence_parallel: bool = Field(
         False,

@@ -149,7 +149,7 @@ def write_state(optimizer: torch.optim.Optimizer, flat: Tensor, moments: dict[st
     """Give a partition moments, beside those that it has, and its count of updates."""
     optimizer.state[flat] = {**optimizer.state.get(flat, {}), **moments}
     if isinstance(optimizer, torch.optim.AdamW):
-        optimizer.state[flat]["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)
+        optimizer.state[flat]["step"] = torch.full((), float(step), dtype=torch.float32, device=flat.device)
     elif type(optimizer).__module__.startswith("apex"):
         _group_of(optimizer, flat)["step"] = step
     else:

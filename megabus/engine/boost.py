@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megabus.engine.fragments import flat_partitions, inner_optimizer, places
 from megabus.parallel.placement import Placement
+from megabus.upload import upload
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Boost:
             starts, stops = (np.concatenate(ends) for ends in list(zip(*parts, strict=True))[1:])
             whole = starts[stops - starts == width]
             head = int(whole[0]) % width if len(whole) else 0
-            numbers = torch.from_numpy((whole - head) // width).to(flat.device)
+            numbers = upload((whole - head) // width, flat.device)
             ends = zip(starts.tolist(), stops.tolist(), strict=True)
             cut = [slice(start, stop) for start, stop in ends if stop - start < width]
             if len(starts):

@@ -17,6 +17,7 @@ def deepspeed_config(train: TrainConfig, stage: Stage) -> dict[str, Any]:
         "train_batch_size": stage.global_batch_size,
         "gradient_clipping": train.gradient_clipping,  # always: DeepSpeed's own default is 1.0
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a micro batch, for nobody
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": train.zero_stage,

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from torch import Tensor, nn
 
 from megabus.config import Stage
@@ -48,6 +49,7 @@ from megabus.parallel.fragments import Fragments
 from megabus.parallel.mesh import Mesh
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import layers_at
+from megabus.upload import upload
 
 # Inputs and targets, (micro_batch_size, seq_len) int64, and the documents of the inputs where these are kept apart.
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Documents]
@@ -74,6 +76,13 @@ class StepResult:
         """The same on every rank: the norm is of all ranks' gradients, and a loss that is not finite makes its own
         gradients NaN (`Engine._module`)."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def _read(loss: Tensor, grad_norm: Tensor | float) -> StepResult:
+    """By one copy from the device, which waits for all that is queued there. A norm that is no tensor is infinity."""
+    if isinstance(grad_norm, Tensor):
+        return StepResult(*torch.stack((loss.detach().double(), grad_norm.double())).tolist())
+    return StepResult(float(loss), float(grad_norm))
 
 
 class DecoderWithLoss(nn.Module):
@@ -105,6 +114,7 @@ class Engine:
     """A stage of the run, ready to train. Weights are undefined until `write` or `write_initial` is called.
 
     train: its precision, memory and kernel settings; batch sizes are the stage's.
+    heartbeat: called at every micro batch, of which a step may take many; its user may set it.
     loss: a micro batch's, in training and in evaluation. Losses of micro batches are averaged, so only means over B do
     not depend on how a batch is cut.
     Collective: every rank constructs it, and every rank makes every call.
@@ -116,7 +126,11 @@ class Engine:
         self.placement = Placement(stage.model, stage.layout)
         device = torch.device(get_accelerator().device_name())
         self.kernels = select(train.kernels, device)
-        self.module = self._module()
+        if train.deterministic and device.type != "cpu":
+            torch.use_deterministic_algorithms(True)  # what has no deterministic form raises from now on
+            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
+        with device:  # weights are made where they are computed with, and take no memory elsewhere before
+            self.module = self._module()
         own = own_parameters(self.module, self.placement, self.mesh.rank)
         groups = [
             {
@@ -148,6 +162,12 @@ class Engine:
         self.angle_cap = None if vectors is None else AngleCap(self.deepspeed, vectors, self._looked_up(), max_angle)
         self.unit_rows = None if vectors is None else UnitRows(self.deepspeed, vectors, self.kernels.unit_rows_)
         self._pipe_seq_len = stage.seq_len
+        self.heartbeat: Callable[[], object] | None = None
+        self._beats = self.module.register_forward_pre_hook(self._beat)
+
+    def _beat(self, *_: Any) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat()
 
     @property
     def device(self) -> torch.device:
@@ -193,8 +213,8 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         if isinstance(self.module, Pipeline):
-            self._expect(batches, seq_len or self.stage.seq_len)
-            loss = self.deepspeed.train_batch(iter(batches))
+            loss = self.deepspeed.train_batch(self._expect(batches, seq_len or self.stage.seq_len))
+            self.deepspeed.timers(TRAIN_BATCH_TIMER).reset()  # it keeps two events a step until somebody asks for them
             self._meet_ends()
         else:
             losses = []
@@ -205,7 +225,7 @@ class Engine:
                 self.deepspeed.step()
                 losses.append(micro.detach())
             loss = self._mean(losses)
-        return StepResult(float(loss), float(self.deepspeed.get_global_grad_norm()))
+        return _read(loss, self.deepspeed.get_global_grad_norm())
 
     def _meet_ends(self) -> None:
         """The rows of a tied head that this rank borrows or lends are the owner's again."""
@@ -216,13 +236,14 @@ class Engine:
     def evaluate(self, batches: Sequence[Batch], steps: int, seq_len: int) -> float:
         """Mean loss in nats over `steps` micro batches a data-parallel rank, the same on every rank."""
         if isinstance(self.module, Pipeline):
-            self._expect(batches, seq_len)
-            return float(self.deepspeed.eval_batch(iter(batches), num_micro_batches=steps))
+            coming = self._expect(batches, seq_len)
+            return float(self.deepspeed.eval_batch(coming, num_micro_batches=steps))
         self.deepspeed.eval()
         return float(self._mean([self.deepspeed(*self._all_on_device(batch)) for batch in batches]))
 
-    def _expect(self, batches: Sequence[Batch], seq_len: int) -> None:
-        """DeepSpeed's pipeline agrees on the activations' shape once; tell them when it changes."""
+    def _expect(self, batches: Sequence[Batch], seq_len: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets, on the device as they are asked for: DeepSpeed's pipeline would copy them from where they
+        lie, and wait. It agrees on the activations' shape once; tell it when that changes."""
         layers = self.decoder
         assert isinstance(layers, PipelineLayers)
         documents = [batch[2] for batch in batches if len(batch) == 3]
@@ -230,14 +251,13 @@ class Engine:
         if seq_len != self._pipe_seq_len:
             self.deepspeed.reset_activation_shape()
             self._pipe_seq_len = seq_len
+        return ((self._on_device(batch[0]), self._on_device(batch[1])) for batch in batches)
 
     def _all_on_device(self, batch: Batch) -> tuple[Tensor | Documents, ...]:
         return tuple(x.moved(self._on_device) if isinstance(x, Documents) else self._on_device(x) for x in batch)
 
     def _on_device(self, tokens: Tensor) -> Tensor:
-        """Through pinned memory: a copy from other memory waits until the GPU has finished all queued work."""
-        on_gpu = self.device.type == "cuda" and not tokens.is_cuda
-        return tokens.pin_memory().to(self.device, non_blocking=True) if on_gpu else tokens
+        return upload(tokens, self.device)
 
     def _mean(self, losses: list[Tensor]) -> Tensor:
         loss = torch.stack(losses).float().mean()
@@ -286,7 +306,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine; the process groups stay for the next one."""
-        for hooked in (self.boost, self.angle_cap, self.unit_rows):
+        for hooked in (self.boost, self.angle_cap, self.unit_rows, self._beats):
             if hooked is not None:
                 hooked.remove()
         self.deepspeed.destroy()
@@ -296,5 +316,4 @@ class Engine:
                 setattr(self.deepspeed, name, None)
         del self.deepspeed, self.module, self.unit_rows, self.angle_cap, self.boost
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        get_accelerator().empty_cache()

@@ -15,6 +15,7 @@ from megabus.model.params import ParamSpec
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import coordinate
+from megabus.upload import upload
 
 PERCENTS = (0, 5, 25, 50, 75, 95, 100)
 
@@ -58,14 +59,14 @@ def order_statistics(values: Sequence[Tensor], sizes: Sequence[int]) -> list[lis
     """
     keys = [_ordered(x) for x in values]
     device = values[0].device
-    left = torch.tensor([[p * (size - 1) // 100 for p in PERCENTS] for size in sizes], device=device)
+    left = upload([[p * (size - 1) // 100 for p in PERCENTS] for size in sizes], device)
     prefix = torch.zeros_like(left)
     for shift in (24, 16, 8, 0):
         counts = torch.zeros(*left.shape, 256, dtype=torch.int64, device=device)
         for i, key in enumerate(keys):
             digit, above = (key >> shift) & 255, key >> (shift + 8)
-            for j in range(len(PERCENTS)):
-                counts[i, j] = torch.bincount(digit[above == prefix[i, j]], minlength=256)
+            # Not bincount of those that match: their number would have to be known first, and a GPU waited for.
+            counts[i].scatter_add_(1, digit.expand(len(PERCENTS), -1), (above == prefix[i, :, None]).long())
         dist.all_reduce(counts)
         up_to = counts.cumsum(-1)
         digit = (up_to <= left[..., None]).sum(-1, keepdim=True)

@@ -20,11 +20,17 @@ from megabus.errors import UserError
 LAST_WORDS = timedelta(hours=1)  # that the others wait for what rank 0 makes of a run that has ended
 
 
-def prepare_environment() -> None:
-    """Settings that must stand before torch is imported."""
+def prepare_environment(deterministic: bool = False) -> None:
+    """Settings that must stand before torch is imported. deterministic: `train.deterministic`."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS then adds up in one order
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # of all algorithms between which NCCL chooses
     # One compute thread a rank: ranks share the cores, and thread counts change summation order.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+        # Growth frees tensors of one size and asks for others: segments that can be extended leave no holes.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -65,10 +71,22 @@ def import_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    _leave_peaks_alone()
     if not gpu:
         # On CPUs DeepSpeed would compile a shared-memory op here: a minute with g++, a crash without.
         # The attribute deepspeed.comm.torch is torch itself, so the module is found by its full name.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+def _leave_peaks_alone() -> None:
+    """Keep DeepSpeed from setting counters of peak memory back: its optimizers do at every build, one of them on rank 0
+    alone, to print what they take. A run tells the most that it has taken since it began."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    stage_1_and_2.empty_cache = lambda: get_accelerator().empty_cache()
 
 
 @contextmanager
@@ -100,6 +118,9 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     with importing():
         import torch
 
+    from megabus.engine.hardware import check_no_gpu_is_missed
+
+    check_no_gpu_is_missed()
     gpu = on_gpu()
     if gpu:
         _check_gpus(torch.cuda.device_count())
@@ -117,20 +138,20 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
     at_most = functools.partial(faulthandler.dump_traceback_later, timeout.total_seconds() + 5, exit=True)
     at_most()
     try:
-        if gpu:
-            deepspeed.init_distributed("nccl", auto_mpi_discovery=False, verbose=False, timeout=timeout)
-            store = dist.distributed_c10d._get_default_store()
-            at_most()
-            check_reach(store, dist.get_rank(), dist.get_world_size(), timeout)
-        elif not dist.is_initialized():  # gloo connects all ranks at once
+        backend = "nccl" if gpu else "gloo"
+        if not dist.is_initialized():
             store, rank, world = next(iter(rendezvous("env://", timeout=timeout)))
             store.set_timeout(timeout)
             at_most()
-            check_reach(store, rank, world, timeout)
+            check_reach(store, rank, world, timeout)  # gloo connects all ranks at once
             at_most()
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
-        if not gpu:
-            deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout)
+            # Not by DeepSpeed, which binds NCCL to the device: then each group is split off the world's communicator,
+            # for which all ranks have to come, and a world has as many groups as ranks.
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        if gpu:
+            # NCCL connects a group's ranks when it is first used, all of them: what follows may be between some alone.
+            dist.all_reduce(torch.zeros(1, device="cuda"))
     except torch.distributed.DistNetworkError as error:
         address, said = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
         problem, remedy = f"the ranks cannot meet there ({said})", "name a free port to the launcher"

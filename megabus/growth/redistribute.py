@@ -15,6 +15,7 @@ from megabus.growth.plan import Buffer, Plan, RowRange, ScheduledTransfer, runs
 from megabus.growth.rows import BLOCK_BYTES, drawn_rows, grow_rows
 from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.placement import Piece
+from megabus.upload import upload
 
 
 @dataclass
@@ -43,7 +44,7 @@ class OldRows:
         """Old rows (B, width), or (B,) where the width is 1; any row at all for one that is not here."""
         at = np.searchsorted(self.rows, parents).clip(max=len(self.rows) - 1)
         values = self.values.view(len(self.rows), -1).squeeze(1)
-        return values[torch.from_numpy(at).to(values.device)]
+        return values[upload(at, values.device)]
 
 
 Arrivals = dict[tuple[RowRange, Kind], OldRows]

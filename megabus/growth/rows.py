@@ -18,6 +18,7 @@ from megabus.growth.param_growth import ParamGrowth
 from megabus.model.init import initial_rows
 from megabus.model.params import axis_sizes
 from megabus.parallel.fragments import Kind
+from megabus.upload import upload
 
 BLOCK_BYTES = 1 << 24  # of temporaries: on CPUs larger blocks are no faster, and twice as large ones slower
 
@@ -117,12 +118,12 @@ def _moment(param: ParamGrowth, kind: Kind, old_BD: Tensor, low: int) -> Tensor:
 
 def _on_new_channels(param: ParamGrowth, old_BD: Tensor, scale: np.ndarray) -> Tensor:
     """Every new channel takes the entry of the one that it copies, times its scale: rows times E^T for E's entries."""
-    parent, scale_D = (torch.from_numpy(x).to(old_BD.device) for x in (param.channels.parent, scale))
+    parent, scale_D = (upload(x, old_BD.device) for x in (param.channels.parent, scale))
     return old_BD[:, parent].mul_(scale_D)
 
 
 def _rows_of(values: np.ndarray, low: int, like: Tensor) -> Tensor:
-    return torch.from_numpy(values[low : low + len(like)]).to(like.device)
+    return upload(values[low : low + len(like)], like.device)
 
 
 # ---- read rows: vectors that h is multiplied with, when h gets channels
@@ -142,11 +143,11 @@ def _tilt_read(param: ParamGrowth, w_BD: Tensor, low: int) -> Tensor:
 def _unseen_directions(param: ParamGrowth, numbers_B: Tensor) -> Tensor:
     """Random unit vectors c with Eᵀc = 0, of new rows with these numbers: (B, D) fp64."""
     embed = param.channels
-    parent, scale = (torch.from_numpy(x).to(numbers_B.device) for x in (embed.parent, param.scale))
+    parent, scale = (upload(x, numbers_B.device) for x in (embed.parent, param.scale))
     c_BD = counter.normals(param.key, numbers_B, param.width)
     inside_BD = c_BD.new_zeros(len(c_BD), int(embed.parent[-1]) + 1)
     for copy in range(int(embed.copies.max())):  # in a fixed order: a family's sum has the same bits everywhere
-        at = torch.from_numpy(np.flatnonzero(embed.copy == copy)).to(numbers_B.device)
+        at = upload(np.flatnonzero(embed.copy == copy), numbers_B.device)
         inside_BD[:, parent[at]] += scale[at] * c_BD[:, at]
     return counter.unit_rows(c_BD - scale * inside_BD[:, parent])
 
@@ -162,7 +163,7 @@ def _tilt_copies(param: ParamGrowth, w_BD: Tensor, low: int) -> Tensor:
     parent_B, copy_B = (_rows_of(x, low, w_BD) for x in (param.rows.parent, param.rows.copy))
     grown_BD = w_BD.clone()
     for count in np.unique(copies[copies > 1]).tolist():
-        at = torch.from_numpy(np.flatnonzero(copies == count)).to(w_BD.device)
+        at = upload(np.flatnonzero(copies == count), w_BD.device)
         grown_BD[at] = _tilt_write(w_BD[at], parent_B[at], copy_B[at], count, param.key)
     return grown_BD
 
@@ -176,7 +177,7 @@ def _tilt_write(w_BD: Tensor, parents_B: Tensor, copy_B: Tensor, copies: int, ke
     length_B1 = counter.row_sum(w_BD * w_BD).sqrt()
     unit_BD = w_BD / length_B1.clamp_min(1e-300)  # a zero row stays zero
     basis_BND = _directions(key, parents_B, unit_BD[:, None], copies - 1)
-    vertex_BN = _simplex(copies).to(w_BD.device)[copy_B]
+    vertex_BN = upload(_simplex(copies), w_BD.device)[copy_B]
     t_BD = torch.zeros_like(w_BD)
     for number in range(copies - 1):  # not einsum: its summation order may depend on shapes
         t_BD = t_BD + vertex_BN[:, number, None] * basis_BND[:, number]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 
 from megabus.config import RunConfig, Stage
@@ -13,6 +12,7 @@ from megabus.growth.param_growth import growth_between
 from megabus.growth.plan import plan_between
 from megabus.growth.redistribute import redistribute
 from megabus.parallel.fragments import Kind
+from megabus.upload import upload
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,6 @@ def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> GrownEngine:
     del owned
     grown = stage_engine(config, stage, before)
     grown.write(fragments, optimizer_step)
-    totals = torch.tensor([traffic.sent, traffic.kept], device=grown.device)
+    totals = upload([traffic.sent, traffic.kept], grown.device)
     dist.all_reduce(totals)
     return GrownEngine(grown, *totals.tolist())

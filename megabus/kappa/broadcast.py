@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megabus.kappa.monitor import Reason
+from megabus.upload import upload
 
 _REASONS: tuple[Reason | None, ...] = (None, "kappa", "cap", "marginal")
 
@@ -33,7 +34,7 @@ def broadcast_decision(signal: GrowthSignal | None, device: torch.device | str =
         if signal is None:
             raise ValueError("rank 0, which decides, must pass a GrowthSignal")
         fields = [int(signal.grow), _REASONS.index(signal.reason), signal.stage, signal.step]
-    message = torch.tensor(fields, dtype=torch.int64, device=device)
+    message = upload(fields, torch.device(device), torch.int64)
     dist.broadcast(message, src=0)
     grow, reason, stage, step = message.tolist()
     return GrowthSignal(bool(grow), _REASONS[reason], stage, step)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -52,7 +54,19 @@ def why_not(choice: Choice, device: torch.device) -> str | None:
         return f"needs an NVIDIA GPU, and this run is on the {device.type}"
     if choice == "compiled" and device.type == "cuda" and find_spec("triton") is None:
         return "torch.compile needs the package triton on a GPU"
-    compiler = os.environ.get("CXX", "g++")
-    if choice == "compiled" and device.type == "cpu" and shutil.which(compiler) is None:
-        return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    if choice == "compiled":
+        return _no_compiler("torch.compile", device)
+    return _no_compiler("Triton", device) if choice == "triton" and not interpreted else None
+
+
+def _no_compiler(who: str, device: torch.device) -> str | None:
+    """Why code cannot be compiled when a step first asks for it, or None. On a GPU too: what starts a kernel is C."""
+    language, names = "C++", [os.environ.get("CXX", "g++")]
+    if device.type != "cpu":
+        language, names = "C", [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):
+        return f"{who} needs a {language} compiler, and there is no {' or '.join(names)}"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        return f"{who} compiles against Python.h, and there is no {header} (package python3-dev or python3-devel)"
     return None

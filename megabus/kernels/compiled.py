@@ -1,8 +1,12 @@
 """The functions of `megabus.kernels.eager` through torch.compile: one pass forward, one backward, inputs recomputed.
 
-Every size but 1 is a symbol of its own from the first call on. So a growth compiles nothing anew, and a run that is
-resumed after a growth computes with the same code as the run that grew. Only what the compiler guesses from the first
-sizes that it sees may differ: on a GPU, how work is cut into blocks, and with it the order of sums.
+Every size but 1 is a symbol of its own from the first call on. So on a CPU a growth compiles nothing anew, and a run
+that is resumed after a growth computes with the same code as the run that grew.
+
+On a GPU the last axis, which rows are summed along, keeps the size that it has: a row of known length is read once and
+held, where one of any length is read in a loop. It changes when a growth widens the model, and is compiled anew then.
+What the compiler guesses of the others from the first sizes that it sees may differ in a resumed run: how work is cut
+into blocks, and with it the order of sums.
 """
 
 from __future__ import annotations
@@ -13,23 +17,28 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config as shapes
-from torch import Tensor
+from torch import Tensor, _dynamo
 
 from megabus.kernels import eager
 from megabus.kernels.form import Kernels
 
+WIDTHS = 256  # at most that a function is compiled for: torch's own limit is 8, and a run has more stages
 # Without it, sizes that happen to be equal at the first call (N = d_ff, T = C / 2) become one symbol for ever.
 OWN_SYMBOLS = shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
 
 def _compile(function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
     compiled = torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
+    known = _dynamo.config.patch(recompile_limit=WIDTHS)
 
     @wraps(function)
     def call(*args: Any) -> Any:
         # Set for every call, for any may be the one that compiles. The setting is a thread's own, and with
         # recomputation calls come from autograd's threads too. It costs some 10 us, a twentieth of the call itself.
-        with OWN_SYMBOLS:
+        with OWN_SYMBOLS, known:
+            for x in args:
+                if isinstance(x, Tensor) and x.device.type != "cpu":
+                    _dynamo.mark_static(x, x.dim() - 1)
             return compiled(*args)
 
     return call

@@ -57,10 +57,21 @@ def attention(
 
     mask: which of the S keys each query sees; causal, without a mask: those up to its own position.
     """
-    grouped = q_BHTC.shape[1] != k_BKSC.shape[1]
+    groups = q_BHTC.shape[1] // k_BKSC.shape[1]
+    grouped = groups > 1
+    if grouped and not _flash_runs(q_BHTC, mask_TS):
+        # PyTorch's other kernel that never holds the scores has a key head for each query head, or does not run.
+        k_BKSC, v_BKSC = (x.repeat_interleave(groups, dim=1) for x in (k_BKSC, v_BKSC))
+        grouped = False
     return F.scaled_dot_product_attention(
         q_BHTC, k_BKSC, v_BKSC, attn_mask=mask_TS, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _flash_runs(q_BHTC: Tensor, mask_TS: Tensor | None) -> bool:
+    """Whether PyTorch may take its flash kernels, which share key heads: as it says of itself, on a CPU always."""
+    halves = q_BHTC.dtype in (torch.bfloat16, torch.float16)
+    return q_BHTC.device.type == "cpu" or (halves and mask_TS is None and q_BHTC.shape[-1] <= 256)
 
 
 def gate(u_NF: Tensor, v_NF: Tensor, gain_u_F: Tensor | None, gain_v_F: Tensor | None) -> Tensor:

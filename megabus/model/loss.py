@@ -22,6 +22,7 @@ CHUNK = 1 << 26  # logits held at a time: 256 MiB in fp32, and about as much for
 # Tokens taken at a time at least: every chunk adds to the head's whole fp32 gradient, which with few tokens and a large
 # vocabulary takes longer than the products. From 65,536 rows of it on this holds more than CHUNK.
 LEAST = 1024
+TILE = 128  # tokens of a product that a GPU's processor computes at a time; LEAST has whole ones
 MOST = 1024  # blocks of the head's rows that a gain's gradient is made of: an estimate may ask for any vocabulary
 
 Reduce = Callable[[Tensor], Tensor]
@@ -72,6 +73,12 @@ def preconditioned(gain_V: Tensor, power: float, tp: TensorParallel) -> Tensor:
     return ratio_V.sign() * ratio_V.abs().pow(power)
 
 
+def _tokens_at_once(h_ND: Tensor, rows: int) -> int:
+    """Of a head of `rows` rows. On GPUs whole tiles: products of a few tokens more than these take one tile more."""
+    step = max(LEAST, CHUNK // rows)
+    return step if h_ND.device.type in ("cpu", "meta") else step - step % TILE
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -92,7 +99,7 @@ class _HeadLoss(torch.autograd.Function):
         scaled_VD = weight_VD
         if learns and slope_V is not None:
             scaled_VD = torch.mul(weight_VD, slope_V[:, None], out=torch.empty_like(weight_VD))
-        step = max(LEAST, CHUNK // len(weight_VD))
+        step = _tokens_at_once(h_ND, len(weight_VD))
         for part in (slice(first, first + step) for first in range(0, len(h_ND), step)):
             h, targets = h_ND[part], targets_N[part]
             raw = F.linear(h, weight_VD)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megabus.errors import UserError, say
+from megabus.upload import upload
 
 T = TypeVar("T")
 
@@ -78,6 +79,6 @@ def rank_0_says(text: str, how: Callable[[str], None] = say) -> None:
 
 def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """Each flag, or-ed over all ranks: one small all-reduce. Collective."""
-    tensor = torch.tensor(flags, dtype=torch.uint8, device=device)
+    tensor = upload(flags, device, torch.uint8)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in tensor.tolist()]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from deepspeed import comm as ds_comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
 from megabus.config.stages import Layout
@@ -21,18 +22,24 @@ _groups: dict[tuple[int, ...], Any] = {}
 
 
 def reuse_process_groups(timeout: timedelta) -> None:
-    """Make DeepSpeed ask for each set of ranks only once in a process's life.
+    """Make DeepSpeed ask for each set of ranks only once in a process's life, and only for those that this rank is in.
 
     It makes a dozen groups for every engine; without this each growth would leak them, with their threads and
-    sockets. All ranks ask in the same order, so a hit on one is a hit on all.
+    sockets. Of a large world it also asks for a group of every other rank: a group is made by its members alone, all of
+    which ask in the same order, so a hit on one is a hit on all.
     """
     if getattr(ds_comm.new_group, "reused", False):
         return
 
     def new_group(ranks: Any) -> Any:
         members = tuple(ranks)
+        if dist.get_rank() not in members:
+            return dist.GroupMember.NON_GROUP_MEMBER
         if members not in _groups:
-            _groups[members] = dist.new_group(list(members), timeout=timeout)
+            # NCCL's p2p may be going on, for whoever waits for it waits on the device: a communicator made beside it
+            # could wait for a rank that waits for this one.
+            get_accelerator().synchronize()
+            _groups[members] = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
             leave_cores_to_ranks()
         return _groups[members]
 
@@ -53,10 +60,9 @@ def leave_cores_to_ranks() -> None:
                 os.setpriority(os.PRIO_PROCESS, int(thread.parent.name), 15)
 
 
-def process_groups() -> tuple[int, int]:
-    """(groups that this process has been asked for, those of them that it is a member of)."""
-    rank = dist.get_rank()
-    return len(_groups), sum(rank in members for members in _groups)
+def process_groups() -> int:
+    """Groups that this process has made: of those that it has been asked for, the ones that it is in."""
+    return len(_groups)
 
 
 def forget_process_groups() -> None:

@@ -42,12 +42,11 @@ class Cost:
 @dataclass(frozen=True)
 class Built:
     """A stage of the run as one rank builds it: parameters that it computes with and masters that it owns (entries),
-    groups that it asks for and those that it is a member of; what it took."""
+    process groups that it makes; what it took."""
 
     parameters: int
     masters: int
-    groups_asked: int
-    groups_joined: int
+    groups: int
     cost: Cost
 
 
@@ -66,10 +65,11 @@ class Planned:
 
 
 @contextmanager
-def fake_world(world: int, rank: int) -> Iterator[None]:
+def fake_world(world: int, rank: int, backend: str = "fake") -> Iterator[None]:
     """torch.distributed and DeepSpeed as `rank` of `world` finds them; collectives return at once and change nothing.
 
-    One at a time, in a process that is in no other world; DeepSpeed is to be imported (`engine.startup`).
+    One at a time, in a process that is in no other world; DeepSpeed is to be imported (`engine.startup`). backend:
+    another than of the CPU's tensors, such as "cpu:fake,gpu:fake".
     """
     import deepspeed
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -78,7 +78,7 @@ def fake_world(world: int, rank: int) -> Iterator[None]:
     before = {key: os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
     try:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        dist.init_process_group(backend, store=FakeStore(), rank=rank, world_size=world)
         deepspeed.init_distributed(dist_backend="fake", auto_mpi_discovery=False, verbose=False)
         reuse_process_groups(timedelta(minutes=1))
         yield
@@ -115,10 +115,10 @@ def build(config: RunConfig, stage: Stage, rank: int) -> Built:
     with fake_world(stage.layout.world, rank):
         mesh = Mesh(stage.layout, config.train.sequence_parallel)
         decoder = meta_stage(config, stage, mesh)
-        asked, joined = process_groups()
+        groups = process_groups()
     placement = Placement(stage.model, stage.layout)
     masters = sum(len(piece) for piece in placement.owned(rank))
-    return Built(sum(p.numel() for p in decoder.parameters()), masters, asked, joined, took())
+    return Built(sum(p.numel() for p in decoder.parameters()), masters, groups, took())
 
 
 def plan_growth_of(config: RunConfig, before: Stage, after: Stage, rank: int) -> Planned:

@@ -22,6 +22,7 @@ from megabus.kappa.outlook import outlook
 from megabus.model.cost import count_parameters
 from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
+from megabus.train.on_gpu import check_deterministic, slow_heads
 from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_begins, check_stage
 
@@ -52,17 +53,29 @@ def check_before(config: RunConfig, stages: list[Stage]) -> Notes:
 def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     said = outlook(stages, config.growth.trigger)
+    warned = _of_device(config, stages)
     _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
         found = None if config.resume == "never" else _newest(config)
         if found is not None:
             check_stage(found, config, stages)
-        return Notes(said, unheeded(config))
+        return Notes(said, [*unheeded(config), *warned])
     if config.init_from is not None:
         from megabus.convert.begin import read_description  # slow to import, and most runs begin with nothing
 
         check_begins(read_description(config.init_from), stages[0], config.extend_vocabulary)
-    return Notes(said, [*unheeded(config), *check_growths(config, stages)])
+    return Notes(said, [*unheeded(config), *warned, *check_growths(config, stages)])
+
+
+def _of_device(config: RunConfig, stages: list[Stage]) -> list[str]:
+    """What the devices of this run make of it: lines to warn of."""
+    if get_accelerator().device_name() != "cpu":
+        check_deterministic(config, stages)
+        return list(slow_heads(config, stages))
+    if config.train.deterministic:
+        same = UserError("train.deterministic", "true", "has no effect on CPUs, which are so anyway", "leave it out")
+        return [str(same)]
+    return []
 
 
 def _newest(config: RunConfig) -> Found | None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import megabus
 from megabus.parallel.hosts import Host, host_names, this_host
 from megabus.preflight.machine import processor
+from megabus.upload import upload
 
 PACKAGES = ("torch", "deepspeed", "numpy")
 
@@ -51,7 +52,7 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    mine = torch.tensor([peak], device=device)
+    mine = upload([peak], device)
     peaks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(peaks, mine)
     of_ranks = torch.cat(peaks).tolist()

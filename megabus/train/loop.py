@@ -84,7 +84,7 @@ def _train(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Out
 def train_step(run: Run) -> None:
     """One optimizer step, its accounting and its log line."""
     begun, stage, config, now = time.perf_counter(), run.stage, run.config, run.progress
-    run.watchdog.heartbeat(f"step {now.step + 1}")
+    _watch(run, f"step {now.step + 1}")
     cost = run.step_flops
     # At the step's middle: a warm-up does not begin, nor a decay end, with a step of learning rate 0.
     middle = spent_share(config.train, now.step + 0.5, now.tokens + stage.tokens_per_step / 2, now.flops + cost / 2)
@@ -114,6 +114,12 @@ def train_step(run: Run) -> None:
         else:
             run.metrics.write("skip", run.totals | {"loss": result.loss, "grad_norm": result.grad_norm})
             say(f"step {now.step:>5} | loss {result.loss} |g| {result.grad_norm}: no update")
+
+
+def _watch(run: Run, doing: str) -> None:
+    """From now on each micro batch is progress, until something else begins."""
+    run.watchdog.heartbeat(doing)
+    run.engine.heartbeat = run.watchdog.heartbeat
 
 
 def agree_on_step_end(run: Run) -> bool:
@@ -181,7 +187,7 @@ def validate(run: Run) -> float:
 
 
 def _validation_loss(run: Run, seq_len: int) -> float:
-    run.watchdog.heartbeat(f"the validation after step {run.progress.step}")
+    _watch(run, f"the validation after step {run.progress.step}")
     return run.corpora.validation_loss(run.engine, seq_len)
 
 

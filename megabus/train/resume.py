@@ -24,7 +24,16 @@ if TYPE_CHECKING:  # a start need not have it
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
 FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "preflight", "data")
-FREE_KEYS = ("layout", "micro_batch_size", "recompute", "overlap_comm", "sequence_parallel", "kernels", "buffer_mb")
+FREE_KEYS = (
+    "layout",
+    "micro_batch_size",
+    "recompute",
+    "overlap_comm",
+    "sequence_parallel",
+    "kernels",
+    "buffer_mb",
+    "deterministic",
+)
 
 MULTIPLES = ("alpha_init", "s_z_init")  # that gains are stored in: a gain acts as raw * multiplier
 GO_BACK = "set it back, or choose another run_dir"

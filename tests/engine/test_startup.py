@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megabus.engine import startup
@@ -60,3 +62,31 @@ def test_a_port_is_blamed_only_where_it_is_at_fault(monkeypatch, said, told):
         start_distributed(timedelta(seconds=60))
     assert caught.value.problem.startswith(told)
     assert ("free port" in caught.value.remedy) == ("failed" in said)
+
+
+def test_nccl_is_not_bound_to_a_device_and_connects_all_ranks_at_once(monkeypatch):
+    """Bound, it would split every group off the whole world; unconnected, the first message between two ranks would
+    wait for all the others."""
+    import deepspeed
+
+    done = []
+    store = SimpleNamespace(set_timeout=lambda _: None)
+    monkeypatch.setattr(startup, "on_gpu", lambda: True)
+    monkeypatch.setattr(startup, "import_deepspeed", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: done.append(("device", number)))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(
+        sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda *_, **__: iter([(store, 0, 2)])
+    )
+    monkeypatch.setattr("megabus.parallel.reach.check_reach", lambda *_: done.append("reach"))
+    monkeypatch.setattr("megabus.parallel.mesh.reuse_process_groups", lambda _: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: done.append((backend, sorted(options))))
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda backend, **_: done.append(f"DeepSpeed on {backend}"))
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: done.append(f"all-reduce on {tensor}"))
+    start_distributed(timedelta(seconds=60))
+    options = ["rank", "store", "timeout", "world_size"]
+    assert done == [("device", 0), "reach", ("nccl", options), "DeepSpeed on nccl", "all-reduce on cuda"]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -358,8 +359,44 @@ def test_auto_is_eager(device):
 
 
 @TRITON_ONLY
-def test_triton_on_a_gpu():
+def test_triton_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(kernel_choice.shutil, "which", lambda name: name)
     assert select("triton", CUDA).name == "triton"
+
+
+def test_the_last_axis_has_a_known_length_on_a_gpu():
+    """On any device but the CPU; a wider model is compiled anew, and more tokens are not."""
+    shapes: list[tuple[bool, ...]] = []
+
+    def see(graph, inputs):
+        found = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        shapes.extend(tuple(isinstance(n, int) for n in x.shape) for x in found if isinstance(x, torch.Tensor))
+        return graph.forward
+
+    unit_rows_ = _compile(lambda h_ND: eager.unit(h_ND), see)
+    for rows, width, known in ((6, 6, 1), (9, 6, 1), (9, 37, 2), (6, 37, 2), (5, 6, 2)):
+        unit_rows_(torch.empty(rows, width, device="meta"))
+        assert shapes == [(False, True)] * known
+    shapes.clear()
+    unit_rows_(torch.ones(6, 6))
+    assert shapes == [(False, False)]
+
+
+def test_key_heads_are_only_shared_where_flash_runs():
+    """PyTorch's other kernel would hold all scores; on a CPU it stays as it was."""
+    on_gpu = SimpleNamespace(type="cuda")
+    for dtype, head_dim, mask, runs in (
+        (torch.bfloat16, 64, None, True),
+        (torch.float32, 64, None, False),
+        (torch.bfloat16, 264, None, False),
+        (torch.bfloat16, 64, torch.ones(1), False),
+    ):
+        assert eager._flash_runs(SimpleNamespace(dtype=dtype, shape=(1, 6, 5, head_dim), device=on_gpu), mask) == runs
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    shared = eager.attention(q, k, v, None, True, 0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager, "_flash_runs", lambda *_: False)
+        torch.testing.assert_close(eager.attention(q, k, v, None, True, 0.3), shared)
 
 
 REFUSED = [
@@ -368,6 +405,24 @@ REFUSED = [
     ("compiled", CUDA, [], "train.kernels = compiled: torch.compile needs the package triton on a GPU; "),
     ("compiled", CPU, [], "train.kernels = compiled: torch.compile needs a C++ compiler, and there is no none-such; "),
 ]
+
+
+@pytest.mark.parametrize("choice", ["triton", "compiled"])
+def test_a_gpu_needs_what_compiles_for_it(monkeypatch, tmp_path, choice):
+    who = {"triton": "Triton", "compiled": "torch.compile"}[choice]
+    packages(monkeypatch, "triton")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernel_choice.shutil, "which", lambda name: None)
+    assert kernel_choice.why_not(choice, CUDA) == f"{who} needs a C compiler, and there is no gcc or clang"
+    monkeypatch.setenv("CC", "own-cc")
+    assert kernel_choice.why_not(choice, CUDA) == f"{who} needs a C compiler, and there is no own-cc"
+    monkeypatch.setattr(kernel_choice.shutil, "which", lambda name: name)
+    monkeypatch.setattr(kernel_choice.sysconfig, "get_path", lambda _: str(tmp_path))
+    assert "compiles against Python.h, and there is no " in kernel_choice.why_not(choice, CUDA)
+    (tmp_path / "Python.h").touch()
+    assert kernel_choice.why_not(choice, CUDA) is None
+    assert kernel_choice.why_not("eager", CUDA) is None
 
 
 @pytest.mark.parametrize(("choice", "device", "there", "message"), REFUSED)

@@ -243,7 +243,7 @@ FREE = [
     (["layout.tp=2", "growth.stages.0.layout.pp=2"], 2),
     (["layout.dp=2", "train.micro_batch_size=4"], 2),
     (["train.micro_batch_size=8", "growth.stages.0.micro_batch_size=1"], 1),
-    (["train.recompute=true", "growth.buffer_mb=1"], 1),
+    (["train.recompute=true", "growth.buffer_mb=1", "train.deterministic=true"], 1),
     (["train.sequence_parallel=true", "layout.tp=2"], 2),
     (["log.every=1", "log.unit_norm_every=7", "log.tensorboard=true", "log.peak_tflops=1"], 1),
     (["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.asynchronous=false"], 1),

@@ -1,0 +1,42 @@
+"""Run cases on the GPU of shapes, and print what each asks of the device.
+
+python -m tests.device            # those of the suite, and every rank of more layouts: some minutes
+python -m tests.device --suite    # those of the suite
+python -m tests.device --write    # those of the suite, whose steps become the bound that the suite holds them to
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megabus.testing.ranks import preload
+from tests.device.allowed import ALLOWED
+from tests.device.cases import CASES, MORE, look_at
+from tests.device.table import lines, write
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", action="store_true", help="only the cases of the suite")
+    parser.add_argument("--write", action="store_true", help="store what their steps ask for as the bound")
+    args = parser.parse_args()
+    preload()
+    cases = CASES if args.suite or args.write else [*CASES, *MORE]
+    seen = dict(zip(cases, look_at([(case,) for case in cases]), strict=True))
+    print("\n".join(lines(seen)))
+    if args.write:
+        write(seen)
+    unknown = 0
+    for case, found in seen.items():
+        for what, asked in found.asked.items():
+            allowed = ALLOWED["step" if what.startswith("step") else what]
+            for wait, count in asked.waits.items():
+                if count > allowed.get(wait, 0):
+                    unknown += 1
+                    print(f"{case}: {what}: waits {count} times, {allowed.get(wait, 0)} allowed: {': '.join(wait)}")
+    return 1 if unknown else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

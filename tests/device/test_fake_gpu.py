@@ -1,0 +1,124 @@
+"""What a run asks of a GPU, seen without one: nothing lies on the wrong device, little waits, nothing piles up.
+
+`python -m tests.device` prints all of it for many more layouts. What cannot be seen so stands in docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from deepspeed.runtime.pipe.schedule import TrainSchedule
+
+from tests.device.allowed import ALLOWED
+from tests.device.cases import CASES, MICRO_BATCHES, Case, look_at
+from tests.device.one_stream import program
+from tests.device.table import BOUNDS
+
+STEPS = ("step", "step after growth")
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return dict(zip(CASES, look_at([(case,) for case in CASES]), strict=True))
+
+
+@pytest.fixture(params=CASES, ids=str)
+def found(request, seen):
+    return request.param, seen[request.param]
+
+
+def test_all_that_waits_for_the_device_is_known(found):
+    for what, asked in found[1].asked.items():
+        allowed = ALLOWED["step" if what in STEPS else what]
+        assert {wait: count for wait, count in asked.waits.items() if count > allowed.get(wait, 0)} == {}, what
+
+
+def test_no_timer_or_event_is_kept_and_no_peak_is_set_back(found):
+    assert len(set(found[1].events)) == 1
+    assert found[1].resets == {}
+
+
+def test_a_step_launches_no_more_kernels_than_it_did(found):
+    case, seen = found
+    bounds = yaml.safe_load(BOUNDS.read_text())[str(case)]
+    for what in STEPS:
+        if what in seen.asked:
+            asked = seen.asked[what]
+            assert asked.kernels <= bounds[what]["kernels"]
+            assert asked.bytes <= bounds[what]["bytes"]
+
+
+def test_every_micro_batch_is_a_heartbeat_on_every_pipeline_rank(found):
+    assert set(found[1].beats) == {MICRO_BATCHES}
+
+
+def test_attention_never_holds_the_scores(found):
+    assert all(asked.quadratic == 0 for asked in found[1].asked.values())
+
+
+def test_no_step_takes_an_operation_without_a_deterministic_form(found):
+    """Those of torch.use_deterministic_algorithms's documentation that a transformer could take."""
+    without = {"put_", "histc", "bincount", "median", "cumsum", "nll_loss_forward", "nll_loss2d_forward", "kthvalue"}
+    for what in STEPS:
+        if what in found[1].asked:
+            assert not without & found[1].asked[what].names
+
+
+def test_a_pipeline_sends_and_receives_in_the_order_of_its_schedule(found):
+    case, seen = found
+    tp, pp, dp = case.layout
+    here = case.rank // (tp * dp)
+    order = [
+        (kind, case.rank + (to - here) * tp * dp) for kind, to in program(TrainSchedule(MICRO_BATCHES, pp, here), here)
+    ]
+    messages = seen.asked["step"].messages
+    assert [(name.rstrip("_"), to) for name, _, to, *_ in (m for m in messages if m[0] in ("send", "recv_"))] == order
+
+
+# ---- negative controls
+
+
+def _spoil():
+    """As it was: DeepSpeed's timers and resets, copies from pageable memory, grouped heads for attention in fp32."""
+    import deepspeed.runtime.utils
+    from deepspeed.runtime.zero import stage_1_and_2
+    from deepspeed.utils.timer import SynchronizedWallClockTimer
+
+    from megabus.engine import engine
+    from megabus.kernels import eager
+
+    config = engine.deepspeed_config
+    engine.deepspeed_config = lambda *args: config(*args) | {"timers": {}}
+    engine.upload = lambda values, device: values.to(device)
+    engine._read = lambda *numbers: [float(x) for x in numbers]
+    eager._flash_runs = lambda *_: True
+    stage_1_and_2.empty_cache = deepspeed.runtime.utils.empty_cache
+    SynchronizedWallClockTimer.Timer.reset = lambda self: None
+
+
+def test_what_was_mended_would_be_seen():
+    (seen,) = look_at([(Case((1, 2, 1), 0), _spoil)])
+    step = seen.asked["step"]
+    new = {wait for wait, count in step.waits.items() if count > ALLOWED["step"].get(wait, 0)}
+    assert {how for how, _ in new} == {"synchronize", "copy to GPU", "item"}
+    assert ("copy to GPU", "megabus/engine/engine.py:_on_device") in new
+    assert step.quadratic == MICRO_BATCHES
+    assert seen.events[0] < seen.events[1]
+    assert seen.resets
+
+
+def _misplace():
+    from megabus.engine import engine
+
+    engine.upload = lambda values, device: values
+
+
+def test_a_tensor_on_the_wrong_device_would_be_seen():
+    with pytest.raises(AssertionError, match="FakeTensorDeviceMismatchError"):
+        look_at([(Case(), _misplace)])
+
+
+def test_the_device_stays_in_its_process(seen):
+    assert seen
+    assert torch._C._get_privateuse1_backend_name() != "gpu"

@@ -1,0 +1,91 @@
+"""What is said of a configuration on GPUs before anything is built."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+from support.tiny_config import BASE
+
+from megabus.config import parse_config, resolve_stages
+from megabus.errors import UserError
+from megabus.train import foresee
+from megabus.train.on_gpu import check_deterministic, slow_heads
+
+
+def config_of(vocab_size=67, tp=1, head_dim=6, **train):
+    tree = yaml.safe_load(BASE)
+    tree["model"] |= {"vocab_size": vocab_size, "head_dim": head_dim}
+    tree["layout"] = {"tp": tp}
+    tree["train"] |= train
+    return parse_config(tree)
+
+
+def stages_of(config):
+    return resolve_stages(config, config.layout.tp)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, "computes in 16 bits, and train.precision is fp32; set train.precision to bf16"),
+        ({"precision": "bf16", "head_dim": 264}, "has heads of 256 entries at most, and model.head_dim is 264; "),
+        ({"precision": "bf16", "kernels": "compiled"}, "which a resumed run sees in another order; set train.kernels"),
+    ],
+)
+def test_what_has_no_deterministic_form_is_refused(changes, problem):
+    config = config_of(deterministic=True, **changes)
+    with pytest.raises(UserError, match=f"^train.deterministic = true: .*{re.escape(problem)}"):
+        check_deterministic(config, stages_of(config))
+    free = config_of(**changes)
+    check_deterministic(free, stages_of(free))
+
+
+def test_what_has_one_is_not():
+    config = config_of(deterministic=True, precision="bf16")
+    check_deterministic(config, stages_of(config))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "precision", "better"),
+    [
+        (67, 1, "bf16", 72),
+        (67, 1, "fp32", 68),
+        (72, 1, "bf16", None),
+        (72, 2, "bf16", 80),  # 36 rows each
+        (72, 2, "fp32", None),
+        (80, 2, "bf16", None),
+    ],
+)
+def test_a_vocabulary_that_slows_the_head_is_told(vocab_size, tp, precision, better):
+    config = config_of(vocab_size, tp, precision=precision)
+    told = list(slow_heads(config, stages_of(config)))
+    assert len(told) == (better is not None)  # once, though all stages have it
+    if better is not None:
+        start = f"model.vocab_size = {vocab_size}: shards under layout.tp = {tp} are no multiples of "
+        assert told[0].startswith(start)
+        assert f"with {better}, " in told[0]
+        again = config_of(better, tp, precision=precision)
+        assert list(slow_heads(again, stages_of(again))) == []
+
+
+class Device:
+    def __init__(self, name):
+        self.name = name
+
+    def device_name(self):
+        return self.name
+
+
+def test_it_is_of_the_device(monkeypatch):
+    config = config_of(deterministic=True)
+    stages = stages_of(config)
+    monkeypatch.setattr(foresee, "get_accelerator", lambda: Device("cpu"))
+    told = "train.deterministic = true: has no effect on CPUs, which are so anyway; leave it out"
+    assert foresee._of_device(config, stages) == [told]
+    assert foresee._of_device(config_of(), stages) == []
+    monkeypatch.setattr(foresee, "get_accelerator", lambda: Device("cuda"))
+    assert len(foresee._of_device(config_of(), stages)) == 1  # the vocabulary
+    with pytest.raises(UserError, match=r"train\.deterministic"):
+        foresee._of_device(config, stages)
