@@ -21,7 +21,9 @@ from megabus.estimate.devices import Device, like
 from megabus.estimate.layouts import pipeline_memory, that_fit
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.outlook import outlook
+from megabus.kernels.choice import automatic
 from megabus.model.cost import count_parameters
+from megabus.model.layers import kernel_rows
 from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
 from megabus.train.overtaken import check_growths
@@ -53,7 +55,7 @@ def foresee(config: RunConfig, stages: list[Stage]) -> Foreseen:
 
 def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
-    said = outlook(stages, config.growth.trigger)
+    said = [*outlook(stages, config.growth.trigger), *_why_eager(config, stages)]
     _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
         found = _newest(config)
@@ -65,6 +67,19 @@ def _foreseen(config: RunConfig, stages: list[Stage]) -> Foreseen:
 
         check_begins(foreseen(config.init_from), stages[0])
     return Foreseen(said, [*unheeded(config), *check_growths(config, stages)])
+
+
+def _why_eager(config: RunConfig, stages: list[Stage]) -> list[str]:
+    """Why `train.kernels: auto` does not take Triton's kernels on a GPU, in a stage at least."""
+    device = torch.device(get_accelerator().device_name())
+    if config.train.kernels != "auto":
+        return []
+    _, problem = automatic(device, _rows(stages))
+    return [] if problem is None else [f"train.kernels: auto computes in eager form: {problem}"]
+
+
+def _rows(stages: list[Stage]) -> list[tuple[int, ...]]:
+    return [axes for stage in stages for axes in kernel_rows(stage.model, stage.layout.tp).values()]
 
 
 def _newest(config: RunConfig) -> Found | None:
@@ -86,6 +101,9 @@ def _check_memory(config: RunConfig, stages: list[Stage]) -> None:
         gpu = torch.cuda.get_device_properties(0)
     there = psutil.virtual_memory().total if gpu is None else gpu.total_memory * local
     itemsize = 2 if config.train.precision == "bf16" else 4
+    if gpu is not None and config.train.kernels == "auto":
+        form, _ = automatic(torch.device("cuda"), _rows(stages))
+        config = config.model_copy(update={"train": config.train.model_copy(update={"kernels": form})})
     for stage in stages:
         layout = stage.layout
         need = count_parameters(stage.model) * (12 / layout.world + itemsize / (layout.tp * layout.pp)) * local

@@ -98,7 +98,10 @@ def test_what_a_gpu_cannot_hold_is_refused_with_layouts_that_fit(tmp_path, monke
     monkeypatch.setitem(devices.DEVICES, "h100", replace(devices.DEVICES["h100"], reserve=0))
     gpu = SimpleNamespace(name="Tesla T4", total_memory=need)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert foreseen(config) == ([], [])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu.name)
+    (eager,), _ = foreseen(config)
+    assert eager.startswith("train.kernels: auto computes in eager form: ")
+    assert foreseen(config.model_copy(update={"train": config.train.model_copy(update={"kernels": "eager"})}))[0] == []
     gpu.total_memory = need - 1
     message = told(config)
     assert message.startswith("model = stage 0: takes some ")
