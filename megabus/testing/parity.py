@@ -106,7 +106,7 @@ def _alone(model: Decoder, inputs_BT: Tensor, rows: list[list[int]] | None) -> T
     return torch.cat([logits[number] for number in range(len(parts))]).view(*inputs_BT.shape, -1)
 
 
-def plain_trace(training: Training, packed: bool = False) -> Trace:
+def plain_trace(training: Training, packed: bool = False, steps: int = STEPS) -> Trace:
     """The same training in plain PyTorch, without megabus's engine and without DeepSpeed. packed: of
     documents that are kept apart."""
     stage, optim = training.stage, training.optimizer
@@ -115,7 +115,7 @@ def plain_trace(training: Training, packed: bool = False) -> Trace:
     adam = torch.optim.AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, weight_decay=0.0)
     unit = [p for p in model.parameters() if spec_of(p).unit]
     trace = Trace(torch.empty(0), {}, [], [], {})
-    for step in range(STEPS):
+    for step in range(steps):
         inputs, targets = batch_of(stage, step)
         logits = _alone(model, inputs, lengths_of(stage, step) if packed else None)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
