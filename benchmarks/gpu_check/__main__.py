@@ -77,7 +77,7 @@ def main() -> int:
         found[part] = run_part(part, args.out, args.small, min(part.seconds, until - begun))
         print(f"{part.name}: {found[part].state}, {time.monotonic() - begun:.0f} s", flush=True)
     print("\n" + table(found))
-    print("\n" + _verdict(all_parts, found, args.out, gpu and not args.small))
+    print("\n" + verdict(all_parts, found, args.out, gpu and not args.small))
     return int(any(not part.passed(told) for part, told in found.items()))
 
 
@@ -94,7 +94,7 @@ def table(found: dict[Part, Told]) -> str:
     return aligned(["part", "what", "found", ""], [[cell or "–" for cell in row] for row in rows], {0, 1, 2, 3})
 
 
-def _verdict(all_parts: list[Part], found: dict[Part, Told], out: Path, counts: bool) -> str:
+def verdict(all_parts: list[Part], found: dict[Part, Told], out: Path, counts: bool) -> str:
     """Whether it has passed; where it counts, that is recorded."""
     bad = [part.name for part in found if not part.passed(found[part])]
     if not counts:
@@ -105,7 +105,7 @@ def _verdict(all_parts: list[Part], found: dict[Part, Told], out: Path, counts: 
     from megabus.kernels.checked import RECORDS, record
 
     device = next(told.facts["device"] for told in found.values() if "device" in told.facts)
-    record(device, f"{datetime.date.today()}")
+    record(device, f"{datetime.date.today()}", RECORDS)
     (out / "record.json").write_text(json.dumps(device, indent=1) + "\n")
     return (
         f"recorded in {RECORDS}, for you to commit: train.kernels = auto takes Triton's kernels on {device['device']}"

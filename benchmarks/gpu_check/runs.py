@@ -17,6 +17,8 @@ import yaml
 
 from benchmarks.gpu_check.part import Check
 from benchmarks.growth_stall import LARGE, write_tokens
+from megabus.config import load_config
+from megabus.engine.startup import on_gpu, start_distributed, stop_distributed
 from megabus.kernels.choice import why_not
 from megabus.testing.ranks import free_port
 
@@ -122,12 +124,10 @@ def _config(check: Check, sizes: dict[str, Any], name: str) -> dict[str, Any]:
 
 @contextmanager
 def _training(config: dict[str, Any]) -> Iterator[Any]:
-    """`megabus train` on it, in a process of its own."""
+    """It runs in a process of its own."""
     run_dir = Path(config["run_dir"])
     path = run_dir.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
-    from megabus.engine.startup import on_gpu
-
     context: Any = get_context("spawn" if on_gpu() else "fork")
     process = context.Process(target=_train, args=(str(path),))
     process.start()
@@ -139,10 +139,13 @@ def _training(config: dict[str, Any]) -> Iterator[Any]:
 
 
 def _train(path: str) -> None:
+    """As `megabus train` does, but for the pictures at its end."""
     os.environ["MASTER_PORT"] = str(free_port())
-    from megabus.cli import main
+    start_distributed()
+    from megabus.train.loop import train
 
-    os._exit(main(["train", "--config", path]))
+    train(load_config(path))
+    stop_distributed()
 
 
 def _good(process: Any, config: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def why_unchecked(device: torch.device) -> str | None:
     return f"the Triton kernels, as they are now, have not been checked on {where}: `make gpu-check` does that"
 
 
-def record(mine: dict[str, str], date: str, path: Path = RECORDS) -> None:
+def record(mine: dict[str, str], date: str, path: Path) -> None:
     """Write down that the check has passed on what `this_device` told; entries of older kernels go."""
     entries = [entry for entry in json.loads(path.read_text()) if entry["kernels"] == mine["kernels"]]
     entries = [entry for entry in entries if not mine.items() <= entry.items()]
