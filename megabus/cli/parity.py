@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 def _gpus() -> int:
     prepare_environment()
     if not on_gpu():
-        raise UserError("--gpu", "", "there is no GPU that torch can use", "leave it out: ranks then are on the CPU")
+        raise UserError("--gpu", "yes", "there is no GPU that torch can use", "leave it out: ranks then are on the CPU")
     import torch
 
     return torch.cuda.device_count()

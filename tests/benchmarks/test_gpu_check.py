@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 from support.forked import run_python
 
 from benchmarks.gpu_check import __main__ as command
+from benchmarks.gpu_check import wheels
 from benchmarks.gpu_check.part import DONE, Part, Told, run_part
 from megabus.kernels import checked
 
@@ -132,3 +135,26 @@ def test_only_a_check_whose_deciding_parts_pass_is_recorded(tmp_path, monkeypatc
     (entry,) = json.loads(checked.RECORDS.read_text())
     assert entry.pop("date")
     assert entry == found[right].facts["device"]
+
+
+def test_wheels_are_all_that_the_check_needs_beside_torch():
+    pinned = dict(wheels._pins())
+    known = {wheels._plain(name) for name in (*wheels.PACKAGES, *wheels.BUILT)}
+    assert known <= pinned.keys()
+    for package in known:
+        for requirement in requires(package) or []:
+            if "extra ==" not in requirement:
+                name = wheels._plain(re.match(r"[\w.-]+", requirement).group())
+                assert name in known | {"torch", "colorama"}, f"{package} needs {requirement}"  # the last on Windows
+
+
+def test_what_is_lacking_or_older_is_installed(tmp_path):
+    for name in ("numpy-0.1", "numpy-99.0", "none_such-1.0"):
+        (tmp_path / f"{name}-py3-none-any.whl").touch()
+    asked = ["-m", "benchmarks.gpu_check.wheels", "install", tmp_path, tmp_path / "site", "--dry-run"]
+    done = run_python(asked, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "lacking here: none_such, numpy\n")
+    assert not (tmp_path / "site").exists()
+    (tmp_path / "numpy-99.0-py3-none-any.whl").unlink()
+    (tmp_path / "none_such-1.0-py3-none-any.whl").unlink()
+    assert run_python(asked, cwd=ROOT).stdout == "lacking here: nothing\n"
