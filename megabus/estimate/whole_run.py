@@ -163,7 +163,7 @@ def _layouts(one: StageEstimate, device: Device) -> str:
     )
     line += f"{stage.layout} with micro batches of {stage.micro_batch_size} {own}"
     table = aligned(header, rows, {1, 6}) if rows else f"none fits a {device.name}"
-    best = "" if one.settings is None else f"\nsettings of the configured layout: {one.settings} is fastest\n"
+    best = "" if one.settings is None else f"\nsettings of the configured layout: {one.settings} is fastest"
     return f"{line}{best}\n\n{table}"
 
 
