@@ -35,14 +35,15 @@ def parts() -> list[Part]:
 
     return [
         Part("software", software.software, 45, decides=True),
-        Part("kernels", kernels.kernels, 110, decides=True),
-        Part("steps", steps.steps, 60, decides=True),
+        Part("kernels", kernels.kernels, 80, decides=True),
+        Part("steps", steps.steps, 80, decides=True),
         Part("growth", steps.growth_bits, 30, decides=True),
         Part("resume", runs.resume, 100, decides=True),
         Part("step_times", speed.step_times, 120, decides=False),
         Part("profile", speed.profile, 45, decides=False),
         Part("attention", attention.attention, 45, decides=False),
         Part("stall", runs.stall, 60, decides=False),
+        Part("compiled", kernels.compiled, 80, decides=False),
     ]
 
 

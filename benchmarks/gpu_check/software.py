@@ -27,7 +27,7 @@ def software(check: Check) -> None:
         try:
             tell(package, version(package), True)
         except PackageNotFoundError:
-            tell(package, "is not installed", package == "triton" and not check.on_gpu)
+            tell(package, "is not installed", None if package == "triton" and not check.on_gpu else False)
     cc = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     wanted = None if not check.on_gpu else cc is not None and header.exists()  # Triton compiles its launchers
