@@ -12,16 +12,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+import torch
 from support.forked import run_python
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import wheels
-from benchmarks.gpu_check.part import DONE, Part, Told, run_part
+from benchmarks.gpu_check import kernels, wheels
+from benchmarks.gpu_check.part import DONE, Check, Part, Told, run_part
+from benchmarks.kernels import Clock
 from megabus.kernels import checked
+from megabus.kernels.form import EAGER
 
 ROOT = Path(__file__).resolve().parents[2]
 NEED_A_GPU = {
@@ -117,6 +121,20 @@ def test_what_a_part_told_counts_however_it_ends(tmp_path, job, seconds, state, 
     if job is is_late:  # what it has started is gone too
         status = Path(f"/proc/{(tmp_path / 'one/pid').read_text()}/stat")
         assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_kernel_that_is_off_is_told(tmp_path):
+    """By two percent: more than rounding to bf16 gives, less than a loss would show."""
+
+    def gate(u, v, gain_u, gain_v):
+        return EAGER.gate(u * 1.02, v, gain_u, gain_v)
+
+    for form, wrong in ((EAGER, set()), (replace(EAGER, gate=gate), {"gate", "gate, gains"})):
+        told = Told(tmp_path / "kernels.json")
+        check, device = Check(True, tmp_path, told), torch.device("cpu")
+        kernels._one_size(check, form, device, kernels.SMALL[0], Clock(device), None)
+        off = {what for what, _, ok in told.rows if ok is False}
+        assert off == {f"eager {name}, 64 x 96" for name in wrong}
 
 
 def test_a_part_without_time_is_left_out(tmp_path):
