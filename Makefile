@@ -8,23 +8,31 @@ RANKS  ?= 4
 # Processes that share the tests out; each forks its tests' ranks from itself. Three for two cores: some tests wait.
 WORKERS ?= 3
 
+# What `make gpu-check` runs with: this environment where there is one, else the Python of the machine, which has torch.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON))
+WHEELS := build/gpu-check-wheels
+SITE   := build/gpu-check-site
+
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 export PATH := $(BIN):$(PATH)
 # PYTHONDONTWRITEBYTECODE: with it each process that a test starts, and each worker at every run, compiles all sources.
 unexport PYTHONPATH PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test check parity chaos fuzz real-models preflight-faults bench format docs site clean
+.PHONY: help demo test check parity chaos fuzz real-models preflight-faults bench gpu-check gpu-check-wheels format docs \
+        site clean
 help:
 	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes; replaces runs/demo"
-	@echo "make test    install what tests need, and run them"
+	@echo "make test    install what tests need, and run them (GPU=1: also those that need an NVIDIA GPU)"
 	@echo "make check   lint, types, and transcripts in the documents that are no longer what their commands print"
-	@echo "make parity  print the table of every layout against one process (2 minutes)"
+	@echo "make parity  print the table of every layout against one process (2 minutes; GPU=1: ranks on GPUs)"
 	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (KILLS=100; 10 minutes)"
 	@echo "make fuzz    mutate what checkpoints, token files and Hugging Face directories say, 1,000 times a kind of file"
 	@echo "make real-models  fetch the real SmolLM2-135M-Instruct (93 MB) into data/smollm2, and test that it came in right"
 	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
 	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
+	@echo "make gpu-check  what one NVIDIA GPU must do right, and how fast it is (at most 9 minutes; docs/first_gpu.md)"
+	@echo "make gpu-check-wheels  collect what a GPU machine without a network lacks for that, in $(WHEELS)"
 	@echo "make docs    run the commands that the documents show, and write what they print into the pages (15 minutes)"
 	@echo "make site    build the documents as a site in build/site, its links checked"
 	@echo "make clean   remove the demo's run, text and the virtual environment"
@@ -35,7 +43,7 @@ demo: $(VENV)/.installed data/demo/shakespeare-train.bin
 	 $(BIN)/megabus train --nproc-per-node $(RANKS) --config configs/demo.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(GPU),--gpu) tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -55,7 +63,7 @@ site: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
 
 parity: $(VENV)/.installed
-	$(BIN)/megabus parity
+	$(BIN)/megabus parity $(if $(GPU),--gpu)
 
 chaos: $(VENV)/.installed
 	$(BIN)/megabus chaos $(if $(KILLS),--kills $(KILLS))
@@ -74,6 +82,13 @@ bench: $(VENV)/.installed data/demo/shakespeare-train.bin
 	$(PIP) -c requirements.txt -e '.[report,bench]'
 	mkdir -p runs
 	$(BIN)/python -m benchmarks --json runs/bench.json $(BENCH)
+
+gpu-check:
+	@[ ! -d $(WHEELS) ] || $(GPU_PYTHON) -m benchmarks.gpu_check.wheels install $(WHEELS) $(SITE)
+	PYTHONPATH=$(SITE) $(GPU_PYTHON) -m benchmarks.gpu_check $(CHECK)
+
+gpu-check-wheels:
+	$(PYTHON) -m benchmarks.gpu_check.wheels collect $(WHEELS)
 
 data/demo/shakespeare-train.bin: | $(VENV)/.installed
 	$(BIN)/python tools/demo_text.py

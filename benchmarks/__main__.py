@@ -5,6 +5,7 @@ python -m benchmarks --gpu                    # on NVIDIA GPUs
 python -m benchmarks --only layouts,growth
 
 Each figure is a ratio of two arms, whose processes stay alive and take turns; the median of the rounds' ratios counts.
+On GPUs one arm comes after the other, so that each has the memory to itself.
 Writes the table to the screen and, with the machine and the date, to --json. On a CPU a rank computes on one thread.
 """
 

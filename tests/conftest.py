@@ -12,8 +12,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub; unknown n
 os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU; read when triton is imported
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="also the tests that need an NVIDIA GPU (make test GPU=1)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """With `-n`, each worker imports for itself, and the process that hands out the tests imports nothing."""
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU, and is left out without --gpu")
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         from megabus import command
         from megabus.testing.ranks import preload
@@ -86,7 +91,10 @@ SLOWEST = (  # files that take a minute or more: begun first, so that no worker 
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the same order in every worker, as xdist asks."""
+    if not config.getoption("--gpu"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     places = {name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(SLOWEST)))

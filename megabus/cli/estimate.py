@@ -2,6 +2,8 @@
 
 megabus estimate --config run.yaml --world 1024 --gpu h100
 megabus estimate --config run.yaml --world 16 --gpu a100 --nodes-of 4 layout.tp=4
+megabus estimate --config run.yaml --world 1 --gpu rtx4090
+megabus estimate --config run.yaml --world 1 --gpu-memory-gib 16 --gpu-tflops 88 --gpu-gbs 672
 megabus estimate --config run.yaml --world 4 --gpu cpu --json -
 
 Times are predicted, not measured: docs/estimate.md says from what.
@@ -36,9 +38,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--world", type=int, required=True, help="ranks")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(DEVICES)} (%(default)s)")
     parser.add_argument("--nodes-of", type=int, help="devices of a node; tensor parallelism is proposed within one")
-    parser.add_argument("--memory-gb", type=float, help="of a device, in 10^9 bytes")
+    parser.add_argument("--gpu-memory-gib", type=float, help="of a device, in 2^30 bytes")
     parser.add_argument("--reserve-gb", type=float, help="of that, for drivers and communication")
-    parser.add_argument("--tflops", type=float, help="peak of a device in the run's precision")
+    parser.add_argument("--gpu-tflops", type=float, help="dense peak of a device in the run's precision")
+    parser.add_argument("--gpu-gbs", type=float, help="GB/s of a device's memory")
     parser.add_argument("--efficiency", type=float, help="share of the peak that a layer's matrix products reach")
     parser.add_argument("--intra-gbs", type=float, help="GB/s one way between devices of a node, as reached")
     parser.add_argument("--inter-gbs", type=float, help="GB/s one way of a device between nodes, as reached")
@@ -48,7 +51,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--top", type=int, default=5, help="layouts shown of each stage (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the values there; - prints them in place of the tables")
     args = parser.parse_intermixed_args(argv)
-    for name in ("world", "nodes_of", "memory_gb", "tflops", "efficiency", "intra_gbs", "inter_gbs", "top"):
+    above_0 = ("gpu_memory_gib", "gpu_tflops", "gpu_gbs", "efficiency", "intra_gbs", "inter_gbs")
+    for name in ("world", "nodes_of", "top", *above_0):
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError("--" + name.replace("_", "-"), value, "is no number above 0", "give a positive number")
     for name in ("reserve_gb", "intra_us", "inter_us", "rebuild_s"):
@@ -62,7 +66,9 @@ def main(argv: Sequence[str]) -> int:
     chosen = _changed(device(args.gpu), args)
     if chosen.reserve >= chosen.memory:
         problem = f"leaves nothing of a device's {chosen.memory / 1e9:g} GB"
-        raise UserError("--reserve-gb", f"{chosen.reserve / 1e9:g}", problem, "give less, or more with --memory-gb")
+        raise UserError(
+            "--reserve-gb", f"{chosen.reserve / 1e9:g}", problem, "give less, or more with --gpu-memory-gib"
+        )
     stages = resolve_stages(config, args.world)
     estimates = estimate_run(config, stages, chosen, args.top, args.rebuild_s)
     values = json.dumps(as_dict(estimates, chosen), indent=1)
@@ -97,14 +103,18 @@ def _changed(base: Device, args: argparse.Namespace) -> Device:
     def given(value: float | None, scale: float, default: float) -> float:
         return default if value is None else value * scale
 
-    tflops = None if args.tflops is None else args.tflops * 1e12
+    tflops = None if args.gpu_tflops is None else args.gpu_tflops * 1e12
+    figures = (args.gpu_memory_gib, args.gpu_tflops, args.gpu_gbs)
+    own = all(figure is not None for figure in figures)  # of a card that the table need not know
     return replace(
         base,
-        memory=given(args.memory_gb, 1e9, base.memory),
+        name="this GPU" if own else base.name,
+        memory=given(args.gpu_memory_gib, 2**30, base.memory),
         reserve=given(args.reserve_gb, 1e9, base.reserve),
         bf16=tflops or base.bf16,
         fp32=tflops or base.fp32,
         efficiency=given(args.efficiency, 1, base.efficiency),
+        memory_bandwidth=given(args.gpu_gbs, 1e9, base.memory_bandwidth),
         intra=replace(
             base.intra,
             latency=given(args.intra_us, 1e-6, base.intra.latency),

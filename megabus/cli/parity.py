@@ -1,6 +1,7 @@
 """Print how far every layout of 1, 2 and 4 ranks is from plain PyTorch in one process (fp32, gloo, CPU).
 
 megabus parity
+megabus parity --gpu       # ranks on NVIDIA GPUs, over NCCL: the layouts that there are GPUs for
 
 The rows of the second table have `train.sequence_parallel: true`, and a seq_len that tp divides. Those of the third
 have `data.document_mask: true` besides: the one process reads each document as a sequence of its own.
@@ -13,14 +14,20 @@ from itertools import product
 from typing import Any
 
 from megabus.command import Parser
+from megabus.engine.startup import on_gpu, prepare_environment
+from megabus.errors import UserError
 from megabus.testing.ranks import preload
 
 LIMIT = 1e-5
 
 
 def main(argv: Sequence[str]) -> int:
-    Parser(prog="megabus parity", description=__doc__).parse_args(argv)
-    preload()
+    parser = Parser(prog="megabus parity", description=__doc__)
+    parser.add_argument("--gpu", action="store_true", help="a rank on every GPU; the one process stays on the CPU")
+    gpu = parser.parse_args(argv).gpu
+    ranks = 4 if not gpu else _gpus()
+    if not gpu:
+        preload()
     from megabus.testing.parity import LAYOUTS, difference, engine_trace, parity_training, plain_trace, worst
 
     header = (
@@ -41,9 +48,10 @@ def main(argv: Sequence[str]) -> int:
         if kind == "ngpt":
             print(("\n{:<6}{:<14}{:<6}" + "{:>11}" * 6).format(*header))
         reference = plain_trace(parity_training(kind, LAYOUTS[0], **train), packed)
-        for layout in [layout for layout in LAYOUTS if not train or packed or layout.tp > 1]:
+        shown = [layout for layout in LAYOUTS if layout.world <= ranks]
+        for layout in [layout for layout in shown if not train or packed or layout.tp > 1]:
             for zero in (1, 2) if layout.pp == 1 and layout.dp > 1 else (1,):
-                trace = engine_trace(parity_training(kind, layout, zero_stage=zero, **train), packed)
+                trace = engine_trace(parity_training(kind, layout, zero_stage=zero, **train), packed, gpu)
                 d = difference(trace, reference)
                 numbers = (d.logits, d.grads, d.losses, d.grad_norms, d.masters)
                 unit = f"{trace.unit_error:>11.1e}" if kind == "ngpt" else f"{'-':>11}"
@@ -52,3 +60,12 @@ def main(argv: Sequence[str]) -> int:
                 largest = worst((largest, d.worst))
     print(f"largest difference {largest:.1e} (limit {LIMIT:.0e})")
     return int(not largest <= LIMIT)
+
+
+def _gpus() -> int:
+    prepare_environment()
+    if not on_gpu():
+        raise UserError("--gpu", "yes", "there is no GPU that torch can use", "leave it out: ranks then are on the CPU")
+    import torch
+
+    return torch.cuda.device_count()

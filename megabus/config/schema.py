@@ -61,7 +61,9 @@ class TrainConfig(Section):
         "s_z's own stay true",
     )
     kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
-        "auto", description="form of what runs between matrix products; auto takes eager"
+        "auto",
+        description="form of what runs between matrix products; auto takes eager, and on GPUs where "
+        "`make gpu-check` has passed triton",
     )
     deterministic: bool = Field(
         False,

@@ -42,7 +42,7 @@ from megabus.engine.vectors import Vectors
 from megabus.kernels.choice import select
 from megabus.model.decoder import Decoder
 from megabus.model.documents import Documents
-from megabus.model.layers import KVCache
+from megabus.model.layers import KVCache, kernel_rows
 from megabus.model.params import spec_of
 from megabus.model.rates import relative_rate
 from megabus.parallel.fragments import Fragments
@@ -125,7 +125,7 @@ class Engine:
         self.mesh = Mesh(stage.layout, train.sequence_parallel)
         self.placement = Placement(stage.model, stage.layout)
         device = torch.device(get_accelerator().device_name())
-        self.kernels = select(train.kernels, device)
+        self.kernels = select(train.kernels, device, kernel_rows(stage.model, stage.layout.tp).values())
         if train.deterministic and device.type != "cpu":
             torch.use_deterministic_algorithms(True)  # what has no deterministic form raises from now on
             torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megabus.errors import UserError
-from megabus.model.peak import PEAK_TFLOPS
+from megabus.model.peak import PEAK_TFLOPS, chip_of
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Interconnect:
 class Device:
     """One device in its node.
 
-    memory: bytes. reserve: of these, what drivers and communication libraries take, and fragments. bf16, fp32: peak
-    FLOP/s of dense matrix products. efficiency: share of it that a layer's products reach. memory_bandwidth: bytes a
-    second. intra, inter: between two devices of a node, and of two nodes (a device's share of its node's network).
+    chip: its name in `megabus.model.peak`, if it is a GPU. memory: bytes. reserve: of these, what drivers and
+    communication libraries take, and fragments. bf16, fp32: peak FLOP/s of dense matrix products. efficiency: share of
+    it that a layer's products reach. memory_bandwidth: bytes a second. intra, inter: between two devices of a node, and
+    of two nodes (a device's share of its node's network).
     """
 
     name: str
@@ -39,6 +40,7 @@ class Device:
     inter: Interconnect
     nodes_of: int
     source: str
+    chip: str | None = None
 
     def peak(self, precision: str) -> float:
         return self.bf16 if precision == "bf16" else self.fp32
@@ -48,6 +50,9 @@ class Device:
 # NVLink's data-sheet figure is the sum of both ways; half of it is one way's. A link rarely gives more than 4/5 of it.
 NVLINK, NETWORK = 5e-6, 10e-6
 EFFICIENCY, RESERVE, WIRE = 0.6, 4e9, 0.8
+
+
+GIB = 2**30 / 1e9  # in GB
 
 
 def _gpu(name: str, chip: str, gb: float, fp32: float, hbm: float, intra: float, inter: float, source: str) -> Device:
@@ -64,7 +69,14 @@ def _gpu(name: str, chip: str, gb: float, fp32: float, hbm: float, intra: float,
         inter=Interconnect(NETWORK, inter * WIRE * 1e9),
         nodes_of=8,
         source=source,
+        chip=chip,
     )
+
+
+def _card(name: str, chip: str, gib: float, fp32: float, hbm: float, pcie: float) -> Device:
+    """One that people have in a machine of their own: over PCIe, with 10 Gbit/s Ethernet between machines."""
+    source = "NVIDIA GA102, AD102 or GB202 whitepaper, RTX A6000 data sheet; PCIe x16, 10 Gbit/s Ethernet"
+    return _gpu(name, chip, gib * GIB, fp32, hbm, pcie, 1.25, source)
 
 
 DEVICES = {
@@ -76,6 +88,10 @@ DEVICES = {
         _gpu("h100", "H100", 80, 67, 3350, 450, 50, "NVIDIA H100 SXM data sheet; NVLink 900 GB/s, NDR InfiniBand"),
         _gpu("h200", "H200", 141, 67, 4800, 450, 50, "NVIDIA H200 SXM data sheet; NVLink 900 GB/s, NDR InfiniBand"),
         _gpu("l40s", "L40S", 48, 91.6, 864, 32, 25, "NVIDIA L40S data sheet; PCIe 4.0 x16, HDR InfiniBand"),
+        _card("rtx3090", "RTX 3090", 24, 35.6, 936, 32),
+        _card("rtx4090", "RTX 4090", 24, 82.6, 1008, 32),
+        _card("rtx5090", "RTX 5090", 32, 104.8, 1792, 64),
+        _card("a6000", "RTX A6000", 48, 38.7, 768, 32),
         Device(
             name="cpu",
             memory=12e9,
@@ -95,7 +111,14 @@ DEVICES = {
 
 def device(name: str) -> Device:
     if name.lower() not in DEVICES:
-        raise UserError(
-            "--gpu", name, "is not in the table", f"use one of {', '.join(DEVICES)}, and flags for the rest"
-        )
+        remedy = f"use one of {', '.join(DEVICES)}, and --gpu-memory-gib, --gpu-tflops and --gpu-gbs for what differs"
+        raise UserError("--gpu", name, "is not in the table", remedy)
     return DEVICES[name.lower()]
+
+
+def like(name: str, memory: float, nodes_of: int) -> Device:
+    """The GPU that its driver calls so, with so many bytes and so many of its kind in a node; where the table lacks it,
+    an H100 with that memory: layouts then come in the order that they would have there."""
+    chip = chip_of(name)
+    base = next((one for one in DEVICES.values() if chip is not None and one.chip == chip), DEVICES["h100"])
+    return replace(base, name=name, memory=memory, nodes_of=nodes_of)

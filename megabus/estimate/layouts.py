@@ -14,15 +14,22 @@ from megabus.estimate.step_time import StepTime, step_time
 from megabus.parallel.placement import Placement
 
 MICRO_BATCHES = (1, 2, 4)  # sizes tried beside the stage's own
+FULL = 2**15  # tokens of a micro batch: a GPU is busy with fewer
+MOST = 64  # times as many ranks as were asked for are tried, where no layout of these fits
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A stage in some layout; memory is that of its fullest rank."""
+    """A stage in some layout, with or without `train.recompute`; memory is that of its fullest rank."""
 
     stage: Stage
     time: StepTime
     memory: RankMemory
+    recompute: bool
+
+    def __str__(self) -> str:
+        recompute = str(self.recompute).lower()
+        return f"{self.stage.layout} with micro_batch_size {self.stage.micro_batch_size}, recompute {recompute}"
 
 
 def pipeline_memory(config: RunConfig, stage: Stage) -> list[RankMemory]:
@@ -56,16 +63,20 @@ def micro_batches(stage: Stage) -> list[int]:
 def candidates(config: RunConfig, stage: Stage, device: Device) -> Iterator[Stage]:
     """Every layout of the same world with each micro batch size, as far as the checks of a run pass; tensor parallelism
     within nodes."""
-    world = stage.layout.world
+    for layout in _layouts(stage.layout.world, device):
+        for micro in micro_batches(stage):
+            try:
+                yield _restaged(config, stage, layout, micro)
+            except UserError:
+                continue
+
+
+def _layouts(world: int, device: Device) -> Iterator[Layout]:
     for tp in _divisors(world):
         if tp > device.nodes_of:
             break
         for pp in _divisors(world // tp):
-            for micro in micro_batches(stage):
-                try:
-                    yield _restaged(config, stage, Layout(tp, pp, world // (tp * pp)), micro)
-                except UserError:
-                    continue
+            yield Layout(tp, pp, world // (tp * pp))
 
 
 def _divisors(n: int) -> list[int]:
@@ -128,5 +139,41 @@ def rank_layouts(config: RunConfig, stage: Stage, device: Device, top: int) -> R
         taken.add(choice.layout)
         faster += undecided and choice.layout != stage.layout
         if len(best) < top:
-            best.append(Choice(choice, time, memory))
+            best.append(Choice(choice, time, memory, config.train.recompute))
     return Ranking(best, len(timed), None if own is None else faster + 1)
+
+
+def settings(config: RunConfig, stage: Stage, layout: Layout, device: Device) -> Choice | None:
+    """The fastest micro batch size and `train.recompute` with which the stage fits in a layout, of equals the largest
+    micro batch; None where nothing fits. Micro batches are the stage's own size and doublings of 1 up to as many tokens
+    as keep a GPU busy."""
+    placement, room, found = Placement(stage.model, layout), device.memory - device.reserve, []
+    doublings = range(max(1, FULL // stage.seq_len).bit_length())
+    sizes = sorted({stage.micro_batch_size, *(1 << doubled for doubled in doublings)}, reverse=True)
+    for recompute in (False, True):
+        train = config.train.model_copy(update={"recompute": recompute})
+        other = config.model_copy(update={"train": train})
+        for micro in sizes:
+            try:
+                choice = _restaged(other, stage, layout, micro)
+            except UserError:
+                continue
+            if (memory := fullest(other, choice, placement, room)) is None:
+                continue
+            found.append(Choice(choice, step_time(other, choice, placement, device), memory, recompute))
+            if layout.pp == 1:
+                break  # smaller ones are no faster: they fill no pipeline
+    return min(found, key=lambda one: (one.time.total, -one.stage.micro_batch_size), default=None)
+
+
+def that_fit(config: RunConfig, stage: Stage, device: Device, count: int) -> list[Choice]:
+    """So many layouts that fit with their best settings, fastest first: of the stage's world, and then of twice as many
+    ranks, and so on."""
+    found: list[Choice] = []
+    world = stage.layout.world
+    for ranks in (world << doublings for doublings in range(MOST.bit_length())):
+        every = (settings(config, stage, layout, device) for layout in _layouts(ranks, device))
+        found += sorted((one for one in every if one is not None), key=lambda one: one.time.total)
+        if len(found) >= count:
+            break
+    return found[:count]

@@ -10,7 +10,7 @@ from typing import Any
 from megabus.config import RunConfig, Stage
 from megabus.estimate.devices import Device
 from megabus.estimate.growth import GrowthEstimate, estimate_growth
-from megabus.estimate.layouts import Choice, Ranking, pipeline_memory, rank_layouts
+from megabus.estimate.layouts import Choice, Ranking, pipeline_memory, rank_layouts, settings
 from megabus.estimate.memory import RankMemory, in_flight
 from megabus.estimate.step_time import StepTime, step_time
 from megabus.model.cost import count_parameters, flops_per_token
@@ -23,7 +23,8 @@ PREDICTED = "predicted, not measured"
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """memory: of the fullest rank of every pipeline rank. growth: of the growth into this stage."""
+    """memory: of the fullest rank of every pipeline rank. settings: the best of the configured layout, if any fits.
+    growth: of the growth into this stage."""
 
     stage: Stage
     params: int
@@ -32,6 +33,7 @@ class StageEstimate:
     time: StepTime
     mfu: float
     ranking: Ranking
+    settings: Choice | None
     growth: GrowthEstimate | None
 
 
@@ -51,6 +53,7 @@ def estimate_run(
                 time=time,
                 mfu=time.mfu(device, config.train.precision, stage.layout.world),
                 ranking=rank_layouts(config, stage, device, top),
+                settings=settings(config, stage, stage.layout, device),
                 growth=estimate_growth(config, before, stage, device, rebuild) if before else None,
             )
         )
@@ -78,6 +81,9 @@ def _stage_dict(one: StageEstimate, device: Device) -> dict[str, Any]:
         "layouts": {
             "accepted": one.ranking.accepted,
             "own_place": one.ranking.own,
+            "settings": None
+            if one.settings is None
+            else {"micro_batch_size": one.settings.stage.micro_batch_size, "recompute": one.settings.recompute},
             "best": [
                 asdict(choice.stage.layout)
                 | {"micro_batch_size": choice.stage.micro_batch_size}
@@ -156,7 +162,9 @@ def _layouts(one: StageEstimate, device: Device) -> str:
         f"stage {stage.index}: of {ranking.accepted} layouts and micro batch sizes the fastest that fit, {PREDICTED}; "
     )
     line += f"{stage.layout} with micro batches of {stage.micro_batch_size} {own}"
-    return f"{line}\n\n" + (aligned(header, rows, {1, 6}) if rows else f"none fits a {device.name}")
+    table = aligned(header, rows, {1, 6}) if rows else f"none fits a {device.name}"
+    best = "" if one.settings is None else f"\nsettings of the configured layout: {one.settings} is fastest"
+    return f"{line}{best}\n\n{table}"
 
 
 def _layout_row(place: int, choice: Choice, stage: Stage) -> list[str]:

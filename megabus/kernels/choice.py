@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -12,19 +13,31 @@ from typing import Literal
 import torch
 
 from megabus.errors import UserError
+from megabus.kernels.checked import why_unchecked
 from megabus.kernels.form import EAGER, Kernels
 from megabus.kernels.width import too_wide
 
 Choice = Literal["auto", "eager", "compiled", "triton"]
-# On a CPU, compiling takes a minute once a machine, and pays only in runs of hours. On a GPU the other forms have not
-# been run yet: nobody gets them unasked before they are measured there to be right and faster.
-AUTO: Choice = "eager"
 
 
-def select(choice: Choice, device: torch.device) -> Kernels:
-    """The form that `train.kernels` asks for. Raises `UserError` where it cannot run on `device`."""
+def automatic(device: torch.device, rows: Iterable[Sequence[int]] = ()) -> tuple[Choice, str | None]:
+    """What `auto` stands for where kernels get such rows (see `too_wide`), and on a GPU why it is not Triton's form.
+
+    On a CPU, compiling takes a minute once a machine, and pays only in runs of hours. On a GPU nobody gets Triton's
+    kernels unasked before they have been found right on it.
+    """
+    if device.type != "cuda":
+        return "eager", None
+    problems = (why_not("triton", device), *(why_not_wide("triton", *axes) for axes in rows))
+    problem = next((problem for problem in problems if problem is not None), None) or why_unchecked(device)
+    return ("triton", None) if problem is None else ("eager", problem)
+
+
+def select(choice: Choice, device: torch.device, rows: Iterable[Sequence[int]] = ()) -> Kernels:
+    """The form that `train.kernels` asks for, of kernels that get such rows. Raises `UserError` where it cannot run on
+    `device`."""
     if choice == "auto":
-        choice = AUTO
+        choice, _ = automatic(device, rows)
     problem = why_not(choice, device)
     if problem is not None:
         raise UserError("train.kernels", choice, problem, "use auto or eager")
@@ -41,8 +54,9 @@ def select(choice: Choice, device: torch.device) -> Kernels:
 
 
 def why_not_wide(choice: Choice, *axes: int) -> str | None:
-    """Why a form cannot hold rows of so many entries along `axes`, or None; only Triton's has a limit (`too_wide`)."""
-    return too_wide(*axes) if (AUTO if choice == "auto" else choice) == "triton" else None
+    """Why a form cannot hold rows of so many entries along `axes`, or None; only Triton's has a limit, for which `auto`
+    takes another."""
+    return too_wide(*axes) if choice == "triton" else None
 
 
 def why_not(choice: Choice, device: torch.device) -> str | None:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from megabus.model.documents import Documents
 
 
+def kernel_rows(model: ModelConfig, tp: int) -> dict[str, tuple[int, ...]]:
+    """Axes of the rows that `megabus.kernels` get on a tensor-parallel rank, by the key that makes them long."""
+    return {"d_model": (model.d_model,), "n_heads": (model.n_heads // tp, model.head_dim)}
+
+
 def rope_frequencies(model: ModelConfig) -> tuple[float, ...]:
     """Radians a position that each pair turns by, (C/2,): theta^(-2i/C), lowered as `rope_scaling` says."""
     plain = [model.rope_theta ** (-i / model.head_dim) for i in range(0, model.head_dim, 2)]

@@ -16,6 +16,7 @@ from megabus.engine.adam import make_adam
 from megabus.errors import UserError, say
 from megabus.extras import need
 from megabus.kernels.choice import select, why_not_wide
+from megabus.model.layers import kernel_rows
 
 NO_LOGIN = ("offline", "disabled", "dryrun")  # of WANDB_MODE
 SINKS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # key of log: what `Metrics` imports for it
@@ -79,8 +80,7 @@ def check_kernels(config: RunConfig, stages: list[Stage]) -> None:
     """Raise `UserError` where a stage is too wide for the kernels: else a run would find out after it has grown."""
     for stage in stages:
         model = stage.model
-        rows = {"d_model": (model.d_model,), "n_heads": (model.n_heads // stage.layout.tp, model.head_dim)}
-        for name, axes in rows.items():
+        for name, axes in kernel_rows(model, stage.layout.tp).items():
             problem = why_not_wide(config.train.kernels, *axes)
             if problem is not None:
                 problem = f"makes {problem}, the most that train.kernels = {config.train.kernels} holds"

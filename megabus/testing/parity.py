@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def _alone(model: Decoder, inputs_BT: Tensor, rows: list[list[int]] | None) -> T
     return torch.cat([logits[number] for number in range(len(parts))]).view(*inputs_BT.shape, -1)
 
 
-def plain_trace(training: Training, packed: bool = False) -> Trace:
+def plain_trace(training: Training, packed: bool = False, steps: int = STEPS) -> Trace:
     """The same training in plain PyTorch, without megabus's engine and without DeepSpeed. packed: of
     documents that are kept apart."""
     stage, optim = training.stage, training.optimizer
@@ -115,7 +116,7 @@ def plain_trace(training: Training, packed: bool = False) -> Trace:
     adam = torch.optim.AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, weight_decay=0.0)
     unit = [p for p in model.parameters() if spec_of(p).unit]
     trace = Trace(torch.empty(0), {}, [], [], {})
-    for step in range(STEPS):
+    for step in range(steps):
         inputs, targets = batch_of(stage, step)
         logits = _alone(model, inputs, lengths_of(stage, step) if packed else None)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -170,11 +171,11 @@ def engine_job(training: Training, packed: bool = False) -> dict[str, Any]:
     masters = {piece: tensors["weight"].clone() for piece, tensors in engine.read().items()}
     engine.close()
     return {
-        "logits": logits,
-        "grads": grads,
+        "logits": None if logits is None else logits.cpu(),
+        "grads": {piece: grad.cpu() for piece, grad in grads.items()},
         "losses": losses,
         "norms": norms,
-        "masters": masters,
+        "masters": {piece: master.cpu() for piece, master in masters.items()},
         "unit": unit_error,
     }
 
@@ -207,7 +208,9 @@ def _logits(engine: Any, batches: list[Batch]) -> Tensor | None:
     """This rank's vocabulary rows of its micro batches' logits; None before the last pipeline rank."""
     if engine.stage.layout.pp == 1:
         with torch.no_grad():
-            return torch.cat([engine.module.decoder(inputs, None, *apart) for inputs, _, *apart in batches])
+            to = partial(torch.Tensor.to, device=engine.device)
+            moved = ((to(inputs), None, *(each.moved(to) for each in apart)) for inputs, _, *apart in batches)
+            return torch.cat([engine.module.decoder(*batch) for batch in moved])
     seen, loss_fn = [], engine.module.loss_fn
 
     def keep_logits(h: Tensor, targets: Tensor) -> Tensor:
@@ -220,15 +223,15 @@ def _logits(engine: Any, batches: list[Batch]) -> Tensor | None:
     return torch.cat(seen) if seen else None
 
 
-def engine_trace(training: Training, packed: bool = False) -> Trace:
-    """Run `engine_job` on the layout's ranks and put the pieces together."""
+def engine_trace(training: Training, packed: bool = False, gpu: bool = False) -> Trace:
+    """Run `engine_job` on the layout's ranks, each on a GPU where `gpu` says so, and put the pieces together."""
     from megabus.model.decoder import param_specs
     from megabus.model.params import global_shape
     from megabus.parallel.topology import rank_of
     from megabus.testing.ranks import run_ranks
 
     model, layout = training.stage.model, training.stage.layout
-    ranks = run_ranks(layout.world, engine_job, training, packed)
+    ranks = run_ranks(layout.world, engine_job, training, packed, gpu=gpu)
     shapes = {name: global_shape(spec, model) for name, spec in param_specs(model).items()}
     apart = [0.0]
 

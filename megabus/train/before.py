@@ -17,9 +17,13 @@ from megabus.config.effects import unheeded
 from megabus.config.stages import stage_section
 from megabus.engine.startup import local_ranks
 from megabus.errors import UserError, warn
+from megabus.estimate.devices import Device, like
+from megabus.estimate.layouts import pipeline_memory, that_fit
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.outlook import outlook
+from megabus.kernels.choice import automatic
 from megabus.model.cost import count_parameters
+from megabus.model.layers import kernel_rows
 from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
 from megabus.train.on_gpu import check_deterministic, slow_heads
@@ -52,7 +56,7 @@ def check_before(config: RunConfig, stages: list[Stage]) -> Notes:
 
 def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
-    said = outlook(stages, config.growth.trigger)
+    said = [*outlook(stages, config.growth.trigger), *_why_eager(config, stages)]
     warned = _of_device(config, stages)
     _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
@@ -78,6 +82,19 @@ def _of_device(config: RunConfig, stages: list[Stage]) -> list[str]:
     return []
 
 
+def _why_eager(config: RunConfig, stages: list[Stage]) -> list[str]:
+    """Why `train.kernels: auto` does not take Triton's kernels on a GPU, in a stage at least."""
+    device = torch.device(get_accelerator().device_name())
+    if config.train.kernels != "auto":
+        return []
+    _, problem = automatic(device, _rows(stages))
+    return [] if problem is None else [f"train.kernels: auto computes in eager form: {problem}"]
+
+
+def _rows(stages: list[Stage]) -> list[tuple[int, ...]]:
+    return [axes for stage in stages for axes in kernel_rows(stage.model, stage.layout.tp).values()]
+
+
 def _newest(config: RunConfig) -> Found | None:
     """Of the run's checkpoints, the newest that says what a checkpoint can say."""
     for folder in complete(checkpoints_of(config.run_dir)):
@@ -91,10 +108,15 @@ def _newest(config: RunConfig) -> Found | None:
 
 def _check_memory(config: RunConfig, stages: list[Stage]) -> None:
     """What this machine's ranks take of a stage at least, masters, moments and weights, must fit into all of its
-    memory, or into that of its GPUs."""
-    local, gpu = local_ranks(), get_accelerator().device_name() == "cuda"
-    there = torch.cuda.get_device_properties(0).total_memory * local if gpu else psutil.virtual_memory().total
+    memory. On GPUs the estimate of all that a rank takes must fit into one."""
+    local, gpu = local_ranks(), None
+    if get_accelerator().device_name() == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+    there = psutil.virtual_memory().total if gpu is None else gpu.total_memory * local
     itemsize = 2 if config.train.precision == "bf16" else 4
+    if gpu is not None and config.train.kernels == "auto":
+        form, _ = automatic(torch.device("cuda"), _rows(stages))
+        config = config.model_copy(update={"train": config.train.model_copy(update={"kernels": form})})
     for stage in stages:
         layout = stage.layout
         need = count_parameters(stage.model) * (12 / layout.world + itemsize / (layout.tp * layout.pp)) * local
@@ -102,3 +124,20 @@ def _check_memory(config: RunConfig, stages: list[Stage]) -> None:
             problem = f"takes {size_text(need)} on this machine at least, which has {size_text(there)}"
             remedy = "use more ranks, a higher tp or pp, or a smaller model; megabus estimate says what fits"
             raise UserError(stage_section(stage.index), f"stage {stage.index}", problem, remedy)
+        if gpu is not None:
+            _check_estimate(config, stage, like(gpu.name, gpu.total_memory, local))
+
+
+def _check_estimate(config: RunConfig, stage: Stage, gpu: Device) -> None:
+    """Of a stage's fullest rank. What drivers and libraries take comes on top, so what does not fit never runs."""
+    need = max(memory.total for memory in pipeline_memory(config, stage))
+    if need <= gpu.memory:
+        return
+    problem = f"takes some {size_text(need)} of a GPU in {stage.layout} by the estimate, and a {gpu.name} has "
+    problem += size_text(gpu.memory)
+    fit = that_fit(config, stage, gpu, 3)
+    if fit:
+        remedy = f"these would fit: {'; '.join(map(str, fit))} (recompute is of all stages)"
+    else:
+        remedy = "use many more ranks, or a smaller model"
+    raise UserError(stage_section(stage.index), f"stage {stage.index}", problem, remedy)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from support.forked import run_python
 
-from benchmarks.arms import Arm, Timing, in_turn
+from benchmarks import arms as arms_room
+from benchmarks.arms import Arm, Timing, at_a_time, in_turn
 from benchmarks.comparisons import compare, compare_speeds, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,3 +71,31 @@ def test_arms_take_turns_and_failures_are_told():
     assert timings["slow"].median >= 0.06
     with pytest.raises(RuntimeError, match=r"(?s)rank 0 of the arm 'bad' failed.*this arm is unwell"):
         in_turn([Arm("bad", 1, _fails)], rounds=1, steps=1)
+
+
+def _lives(folder, name):
+    """Tells when it is there, and looks who else is."""
+    import os
+
+    (folder / f"{name}.pid").write_text(str(os.getpid()))
+
+    def step():
+        others = [int(file.read_text()) for file in folder.glob("*.pid") if file.stem != name]
+        with (folder / f"{name}.saw").open("a") as saw:
+            saw.write("".join(f"{pid} " for pid in others if Path(f"/proc/{pid}").exists()))
+
+    return step
+
+
+def test_on_gpus_no_arm_lives_beside_another(tmp_path, monkeypatch):
+    arms = [Arm(name, 1, _lives, (tmp_path, name)) for name in ("a", "b")]
+    in_turn(arms, rounds=1, steps=1)
+    assert (tmp_path / "a.saw").read_text().strip()  # the control: on CPUs they take turns
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(arms_room, "on_gpu", lambda: True)
+        groups = at_a_time(arms)
+    monkeypatch.setattr(arms_room, "at_a_time", lambda arms: groups)
+    assert in_turn(arms, rounds=1, steps=1).keys() == {"a", "b"}
+    assert [(tmp_path / f"{name}.saw").read_text() for name in ("a", "b")] == ["", ""]

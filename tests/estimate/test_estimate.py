@@ -20,14 +20,15 @@ from megabus.engine import adam, ds_config, turns
 from megabus.estimate import activations
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
-from megabus.estimate.devices import Interconnect, device
+from megabus.estimate.devices import Interconnect, device, like
 from megabus.estimate.growth import estimate_growth, messages
-from megabus.estimate.layouts import candidates, fullest, rank_layouts
+from megabus.estimate.layouts import candidates, fullest, rank_layouts, settings, that_fit
 from megabus.estimate.memory import held_copies, memory_at, rank_memory, states_at
 from megabus.estimate.step_time import links, ring, step_time
 from megabus.growth.param_growth import Growth
 from megabus.growth.plan import ELEMENT_BYTES, Plan
 from megabus.model.cost import count_parameters, flops_per_token
+from megabus.model.peak import chip_of
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
 from megabus.testing.memory import measure, memory_training
@@ -289,13 +290,70 @@ def test_a_layout_of_one_s_own_that_fits_is_not_refused(monkeypatch, capsys):
     """Though no other is proposed: tensor parallelism over nodes is not."""
     words = ("--config", "configs/gpt_64m.yaml", "--world", "2", "--nodes-of", "1", "--reserve-gb", "0")
     words += ("layout.tp=2", "train.micro_batch_size=1", "train.precision=bf16")
-    assert "is number 1" in told(*words, "--memory-gb", "1.05")
-    small = ("--config", "configs/gpt_64m.yaml", "--world", "1", "--memory-gb", "4", "--reserve-gb", "0")
+    assert "is number 1" in told(*words, "--gpu-memory-gib", "0.98")
+    small = ("--config", "configs/gpt_64m.yaml", "--world", "1", "--gpu-memory-gib", "3.7", "--reserve-gb", "0")
     found = told(*small)  # with smaller micro batches it would
     assert "configured, micro batches of 32 do not fit" in found
     assert "with micro batches of 32 does not fit" in found
-    refused = run_command("estimate", *words, "--memory-gb", "0.3")
-    assert refused.stderr.startswith("error: model = stage 0: fits no layout of 2 ranks of 0.3 GB, with micro")
+    refused = run_command("estimate", *words, "--gpu-memory-gib", "0.25")
+    assert refused.stderr.startswith("error: model = stage 0: fits no layout of 2 ranks of 0.268 GB, with micro")
+
+
+@pytest.mark.parametrize("name", ["ngpt_0.5b", "ngpt_1b"])
+def test_shipped_settings_are_the_estimator_s(name):
+    """For the GPU that the file names. Of one that is smaller they are not: that is the control."""
+    config = load_config(f"configs/{name}.yaml")
+    (stage,) = resolve_stages(config, 1)
+    chosen = settings(config, stage, stage.layout, device("h100"))
+    assert (chosen.stage.micro_batch_size, chosen.recompute) == (stage.micro_batch_size, config.train.recompute)
+    home = settings(config, stage, stage.layout, device("a6000"))
+    assert (home.stage.micro_batch_size, home.recompute) != (stage.micro_batch_size, config.train.recompute)
+
+
+def test_settings_are_the_fastest_of_all_that_fit():
+    """By trying every one; in a pipeline small micro batches are faster, else large ones are no slower."""
+    config = run_of(memory_training("ngpt", Layout(1, 2, 1), precision="bf16"))
+    stage, cpu = replace(resolve_stages(config, 2)[0], global_batch_size=64), device("cpu")
+    need = {}
+    for layout, recompute, micro in itertools.product(
+        (Layout(1, 2, 1), Layout(1, 1, 2)), (False, True), (1, 2, 4, 8, 16)
+    ):
+        train = config.train.model_copy(update={"recompute": recompute})
+        other = config.model_copy(update={"train": train})
+        tried = replace(stage, layout=layout, micro_batch_size=micro)
+        placement = Placement(tried.model, layout)
+        total = fullest(other, tried, placement, 1e12).total
+        need[layout, recompute, micro] = total, step_time(other, tried, placement, cpu).total
+    for room in (max(total for total, _ in need.values()), sorted(total for total, _ in need.values())[8], 1e6):
+        for layout in (Layout(1, 2, 1), Layout(1, 1, 2)):
+            fit = [
+                (time, -micro, r) for (at, r, micro), (total, time) in need.items() if at == layout and total <= room
+            ]
+            found = settings(config, stage, layout, replace(cpu, memory=room + cpu.reserve))
+            wanted = None if not fit else min(fit)
+            got = None if found is None else (found.time.total, -found.stage.micro_batch_size, found.recompute)
+            assert got == wanted
+
+
+def test_layouts_that_fit_are_found_in_larger_worlds_too():
+    config = run_of(memory_training("gpt", Layout(1, 1, 1), precision="bf16"))
+    (stage,) = resolve_stages(config, 1)
+    least = settings(config, replace(stage, micro_batch_size=1), stage.layout, device("cpu")).memory.total
+    fit = that_fit(config, stage, replace(device("cpu"), memory=0.7 * least + device("cpu").reserve), 3)
+    assert len(fit) == 3
+    assert [choice.stage.layout.world for choice in fit] == [2, 2, 4]
+    assert all(choice.memory.total <= 0.7 * least for choice in fit)
+    assert str(fit[0]).startswith(f"{fit[0].stage.layout} with micro_batch_size ")
+
+
+def test_cards_are_found_by_their_drivers_names():
+    names = {"NVIDIA GeForce RTX 3090": "RTX 3090", "NVIDIA GeForce RTX 4090": "RTX 4090", "NVIDIA L40S": "L40S"}
+    names |= {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA RTX A6000": "RTX A6000"}
+    names |= dict.fromkeys(["NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla T4"])
+    assert {name: chip_of(name) for name in names} == names
+    card = like("NVIDIA GeForce RTX 4090", 25e9, 2)
+    assert (card.bf16, card.memory, card.nodes_of) == (165.2e12, 25e9, 2)
+    assert like("Tesla T4", 15e9, 1).bf16 == device("h100").bf16
 
 
 # ---- the command
@@ -322,10 +380,17 @@ def test_tables_and_values_agree(tmp_path):
         assert step["total"] == pytest.approx(sum(parts))
         assert len(stage["memory"]) == stage["layout"]["pp"]
         assert (stage["growth"] is None) == (stage["stage"] == 0)
-    slow = json.loads(told(*DEMO, "--json", "-", "--tflops", "0.001", "train.micro_batch_size=8"))
+    slow = json.loads(told(*DEMO, "--json", "-", "--gpu-tflops", "0.001", "train.micro_batch_size=8"))
     first = values["stages"][0]["step"], slow["stages"][0]["step"]
     assert first[1]["compute"] == pytest.approx(40 * first[0]["compute"], rel=1e-6)
     assert slow["stages"][0]["micro_batch_size"] == 8
+
+
+def test_a_card_of_one_s_own_is_told_by_its_figures():
+    figures = ("--gpu-memory-gib", "16", "--gpu-tflops", "88", "--gpu-gbs", "672")
+    values = json.loads(told(*DEMO, *figures, "--json", "-"))["device"]
+    assert (values["name"], values["memory"], values["bf16"]) == ("this GPU", 16 * 2**30, 88e12)
+    assert values["memory_bandwidth"] == 672e9
 
 
 @pytest.mark.parametrize(
@@ -336,10 +401,11 @@ def test_tables_and_values_agree(tmp_path):
         (("--efficiency", "1.5"), "--efficiency"),
         (("--inter-us", "-1"), "--inter-us"),
         (("--nodes-of", "0"), "--nodes-of"),
-        (("--tflops", "inf"), "--tflops"),
+        (("--gpu-tflops", "inf"), "--gpu-tflops"),
         (("layout.tp=8", "layout.pp=1"), "layout"),
-        (("--memory-gb", "8", "--reserve-gb", "8"), "--reserve-gb"),
-        (("--memory-gb", "0.1", "--reserve-gb", "0"), "model"),
+        (("--gpu-gbs", "0"), "--gpu-gbs"),
+        (("--gpu-memory-gib", "7", "--reserve-gb", "8"), "--reserve-gb"),
+        (("--gpu-memory-gib", "0.1", "--reserve-gb", "0"), "model"),
     ],
     ids=str,
 )

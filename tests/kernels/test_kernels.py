@@ -6,6 +6,7 @@ compiles for a GPU, and `python -m benchmarks --gpu --only kernels` checks the v
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,8 +22,8 @@ from support.small_models import config, lively_state, loss_of, model_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from megabus.errors import UserError
+from megabus.kernels import checked, eager
 from megabus.kernels import choice as kernel_choice
-from megabus.kernels import eager
 from megabus.kernels.choice import select
 from megabus.kernels.compiled import _compile
 from megabus.kernels.form import EAGER, FUNCTIONS
@@ -353,9 +354,44 @@ def packages(monkeypatch, *there):
     monkeypatch.setattr(kernel_choice, "find_spec", lambda name: name if name in there else None)
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA])
-def test_auto_is_eager(device):
-    assert select("auto", device) is EAGER
+@pytest.fixture
+def a_gpu(monkeypatch, tmp_path):
+    """A GPU's name, and an empty file of records."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X1")
+    monkeypatch.setattr(checked, "RECORDS", tmp_path / "checked.json")
+    checked.RECORDS.write_text("[]")
+
+
+def test_auto_is_eager_on_a_cpu():
+    assert kernel_choice.automatic(CPU) == ("eager", None)
+    assert select("auto", CPU) is EAGER
+
+
+@TRITON_ONLY
+def test_auto_is_triton_where_a_check_is_recorded(a_gpu, monkeypatch):
+    chosen, why = kernel_choice.automatic(CUDA)
+    assert chosen == "eager"
+    assert "have not been checked on NVIDIA X1 with torch" in why
+    assert why.endswith("`make gpu-check` does that")
+    assert select("auto", CUDA) is EAGER
+    mine = checked.this_device(CUDA)
+    checked.record(mine, "2026-01-01", checked.RECORDS)
+    checked.record(mine | {"device": "other"}, "2026-01-02", checked.RECORDS)
+    checked.record(mine, "2026-01-03", checked.RECORDS)
+    assert [entry["date"] for entry in json.loads(checked.RECORDS.read_text())] == ["2026-01-02", "2026-01-03"]
+    assert kernel_choice.automatic(CUDA, [(1024,), (16, 64)]) == ("triton", None)
+    assert select("auto", CUDA).name == "triton"
+    assert kernel_choice.automatic(CUDA, [(16, 64), (8193,)]) == ("eager", "rows of 8193, padded to 16384, exceed 8192")
+    for key in mine:  # another GPU, other versions, other kernels: not checked
+        monkeypatch.setattr(checked, "this_device", lambda device, key=key: mine | {key: "new"})
+        assert kernel_choice.automatic(CUDA)[0] == "eager"
+    checked.record(mine | {"kernels": "new"}, "2026-01-04", checked.RECORDS)
+    assert [entry["date"] for entry in json.loads(checked.RECORDS.read_text())] == ["2026-01-04"]
+
+
+def test_records_of_the_repository_are_whole():
+    keys = {"device", "torch", "triton", "kernels", "date"}
+    assert all(entry.keys() == keys for entry in json.loads(checked.RECORDS.read_text()))
 
 
 @TRITON_ONLY

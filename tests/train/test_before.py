@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support import altered
 from support.small_runs import refusal, run_config, write_corpus
 from support.sources import MemorySource, model_config
@@ -15,6 +18,8 @@ from megabus.config import Layout, resolve_stages
 from megabus.config.schema import PreflightConfig
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.errors import UserError
+from megabus.estimate import devices
+from megabus.train import before
 from megabus.train.before import _checked
 
 
@@ -82,3 +87,27 @@ def test_what_cannot_fit_is_refused_with_a_preflight_or_without(tmp_path):
     assert told(wide).startswith("growth.stages.0 = stage 1: takes 1")
     assert "on this machine at least, which has " in told(wide)
     assert told(wide.model_copy(update={"preflight": PreflightConfig()})) == told(wide)
+
+
+def test_what_a_gpu_cannot_hold_is_refused_with_layouts_that_fit(tmp_path, monkeypatch):
+    """By the estimate: the states alone would fit."""
+    config = config_of(tmp_path, train__seq_len=512, train__micro_batch_size=8, growth={"stages": []})
+    (stage,) = resolve_stages(config, 1)
+    need = max(memory.total for memory in before.pipeline_memory(config, stage))
+    monkeypatch.setattr(before, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    monkeypatch.setitem(devices.DEVICES, "h100", replace(devices.DEVICES["h100"], reserve=0))
+    gpu = SimpleNamespace(name="Tesla T4", total_memory=need)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu.name)
+    (eager,), _ = noted(config)
+    assert eager.startswith("train.kernels: auto computes in eager form: ")
+    assert noted(config.model_copy(update={"train": config.train.model_copy(update={"kernels": "eager"})}))[0] == []
+    gpu.total_memory = need - 1
+    message = told(config)
+    assert message.startswith("model = stage 0: takes some ")
+    assert " of a GPU in TP1/PP1/DP1 by the estimate, and a Tesla T4 has " in message
+    fit = message.partition("these would fit: ")[2].split("; ")
+    assert len(fit) == 3
+    assert "TP1/PP1/DP1 with micro_batch_size 4, recompute false" in fit[0]
+    gpu.total_memory = 10_000
+    assert "on this machine at least, which has 9.8 KiB; " in told(config)  # not even the states

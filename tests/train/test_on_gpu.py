@@ -10,7 +10,7 @@ from support.tiny_config import BASE
 
 from megabus.config import parse_config, resolve_stages
 from megabus.errors import UserError
-from megabus.train import foresee
+from megabus.train import before
 from megabus.train.on_gpu import check_deterministic, slow_heads
 
 
@@ -81,11 +81,11 @@ class Device:
 def test_it_is_of_the_device(monkeypatch):
     config = config_of(deterministic=True)
     stages = stages_of(config)
-    monkeypatch.setattr(foresee, "get_accelerator", lambda: Device("cpu"))
+    monkeypatch.setattr(before, "get_accelerator", lambda: Device("cpu"))
     told = "train.deterministic = true: has no effect on CPUs, which are so anyway; leave it out"
-    assert foresee._of_device(config, stages) == [told]
-    assert foresee._of_device(config_of(), stages) == []
-    monkeypatch.setattr(foresee, "get_accelerator", lambda: Device("cuda"))
-    assert len(foresee._of_device(config_of(), stages)) == 1  # the vocabulary
+    assert before._of_device(config, stages) == [told]
+    assert before._of_device(config_of(), stages) == []
+    monkeypatch.setattr(before, "get_accelerator", lambda: Device("cuda"))
+    assert len(before._of_device(config_of(), stages)) == 1  # the vocabulary
     with pytest.raises(UserError, match=r"train\.deterministic"):
-        foresee._of_device(config, stages)
+        before._of_device(config, stages)

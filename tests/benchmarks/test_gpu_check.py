@@ -1,0 +1,187 @@
+"""`make gpu-check` on a CPU with tiny sizes, and what it makes of parts that fail or are late.
+
+With `--gpu` (make test GPU=1) the same parts run on this machine's GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+import torch
+from support.forked import run_python
+
+from benchmarks.gpu_check import __main__ as command
+from benchmarks.gpu_check import kernels, wheels
+from benchmarks.gpu_check.part import DONE, Check, Part, Told, run_part
+from benchmarks.kernels import Clock
+from megabus.kernels import checked
+from megabus.kernels.form import EAGER
+
+ROOT = Path(__file__).resolve().parents[2]
+NEED_A_GPU = {
+    "software": 1,
+    "kernels": 1,
+    "compiled": 1,
+    "steps": 2,
+    "growth": 1,
+    "step_times": 1,
+    "profile": 1,
+    "attention": 2,
+}
+
+
+def told_in(out):
+    return {part.name: Told.read(out / f"{part.name}.json") for part in command.parts()}
+
+
+def test_every_part_runs_on_a_cpu_and_says_what_it_cannot_see_there(tmp_path):
+    done = run_python(["-m", "benchmarks.gpu_check", "--small", "--out", tmp_path / "out"], cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = told_in(tmp_path / "out")
+    for name, told in found.items():
+        assert told.state == DONE
+        assert told.rows
+        needing = [row for row in told.rows if "need" in row[1] + row[0] and "GPU" in row[1] + row[0]]
+        assert len(needing) == NEED_A_GPU.get(name, 0), name
+        assert all(what in done.stdout and text in done.stdout for what, text, _ in told.rows)
+    right = {name: sum(ok is True for *_, ok in told.rows) for name, told in found.items()}
+    assert min(right[part.name] for part in command.parts() if part.decides) >= 3
+    assert ("resumed", "every loss has the bits of the run that was left alone", True) in found["resume"].rows
+    assert done.stdout.endswith("passed; nothing is recorded of tiny sizes\n")
+    assert checked.RECORDS.read_text() == (ROOT / "megabus/kernels/checked_devices.json").read_text()
+    for words, problem in ((["--only", "nothing"], "'nothing' is none of"), ([], "there is no GPU that torch can use")):
+        wrong = run_python(["-m", "benchmarks.gpu_check", "--out", tmp_path, *words], cwd=ROOT)
+        assert (wrong.returncode, problem in wrong.stderr) == (2, True)
+
+
+@pytest.mark.gpu
+def test_every_part_runs_on_a_gpu(tmp_path):
+    env = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
+    env.pop("TRITON_INTERPRET")
+    asked = [sys.executable, "-m", "benchmarks.gpu_check", "--small", "--out", str(tmp_path / "out")]
+    done = subprocess.run(asked, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not any("needs a GPU" in text for told in told_in(tmp_path / "out").values() for _, text, _ in told.rows)
+
+
+def fails(check):
+    check.tell("first", 1, True)
+    raise ValueError("this part\nis unwell")
+
+
+def is_late(check):
+    check.tell("first", 1, True)
+    child = os.fork()
+    (check.folder / "pid").write_text(str(child or os.getpid()))
+    time.sleep(60)
+
+
+def is_killed(check):
+    check.tell("first", 1, True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_wrong(check):
+    check.tell("first", "wrong", False)
+
+
+def is_right(check):
+    check.tell("first", "right", True)
+    check.tell.facts["device"] = {"device": "NVIDIA X1", "torch": "2", "triton": "3", "kernels": "k"}
+
+
+@pytest.mark.parametrize(
+    ("job", "seconds", "state", "passes"),
+    [
+        (fails, 60, "failed: ValueError: this part is unwell", False),
+        (is_late, 0.5, "out of time after 0 s", False),
+        (is_killed, 60, "ended with exit code -9", False),
+        (is_wrong, 60, DONE, False),
+        (is_right, 60, DONE, True),
+    ],
+)
+def test_what_a_part_told_counts_however_it_ends(tmp_path, job, seconds, state, passes):
+    part = Part("one", job, seconds, decides=True)
+    told = run_part(part, tmp_path, True, seconds)
+    assert (told.state, part.passed(told)) == (state, passes)
+    assert told.rows[0][0] == "first"
+    assert Told.read(tmp_path / "one.json").state == state
+    if job is fails:
+        assert "in fails" in (tmp_path / "one.log").read_text()
+    if job is is_late:  # what it has started is gone too
+        status = Path(f"/proc/{(tmp_path / 'one/pid').read_text()}/stat")
+        assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_kernel_that_is_off_is_told(tmp_path):
+    """By two percent: more than rounding to bf16 gives, less than a loss would show."""
+
+    def gate(u, v, gain_u, gain_v):
+        return EAGER.gate(u * 1.02, v, gain_u, gain_v)
+
+    for form, wrong in ((EAGER, set()), (replace(EAGER, gate=gate), {"gate", "gate, gains"})):
+        told = Told(tmp_path / "kernels.json")
+        check, device = Check(True, tmp_path, told), torch.device("cpu")
+        kernels._one_size(check, form, device, kernels.SMALL[0], Clock(device), None)
+        off = {what for what, _, ok in told.rows if ok is False}
+        assert off == {f"eager {name}, 64 x 96" for name in wrong}
+
+
+def test_a_part_without_time_is_left_out(tmp_path):
+    told = run_part(Part("one", is_right, 60, decides=True), tmp_path, True, -1.0)
+    assert told.state.startswith("left out")
+    assert "left out" in command.table({Part("one", is_right, 60, decides=True): told})
+
+
+def test_only_a_check_whose_deciding_parts_pass_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(checked, "RECORDS", tmp_path / "checked.json")
+    checked.RECORDS.write_text("[]")
+    right, slow = Part("right", is_right, 60, decides=True), Part("slow", is_wrong, 60, decides=False)
+    wrong = Part("wrong", is_wrong, 60, decides=True)
+    found = {part: run_part(part, tmp_path, True, 60) for part in (right, slow, wrong)}
+    without = {part: found[part] for part in (right, slow)}
+
+    def verdict(parts, found, counts=True):
+        return command.verdict(parts, found, tmp_path, counts)
+
+    assert verdict([right, slow, wrong], found).endswith("did not pass or did not run: wrong")
+    assert verdict([right, slow, wrong], without).endswith("did not pass or did not run: wrong")
+    assert "nothing is recorded" in verdict([right, slow], without, counts=False)
+    assert json.loads(checked.RECORDS.read_text()) == []
+    assert "recorded in" in verdict([right, slow], without)
+    (entry,) = json.loads(checked.RECORDS.read_text())
+    assert entry.pop("date")
+    assert entry == found[right].facts["device"]
+
+
+def test_wheels_are_all_that_the_check_needs_beside_torch():
+    pinned = dict(wheels._pins())
+    known = {wheels._plain(name) for name in (*wheels.PACKAGES, *wheels.BUILT)}
+    assert known <= pinned.keys()
+    for package in known:
+        for requirement in requires(package) or []:
+            if "extra ==" not in requirement:
+                name = wheels._plain(re.match(r"[\w.-]+", requirement).group())
+                assert name in known | {"torch", "colorama"}, f"{package} needs {requirement}"  # the last on Windows
+
+
+def test_what_is_lacking_or_older_is_installed(tmp_path):
+    for name in ("numpy-0.1", "numpy-99.0", "none_such-1.0"):
+        (tmp_path / f"{name}-py3-none-any.whl").touch()
+    asked = ["-m", "benchmarks.gpu_check.wheels", "install", tmp_path, tmp_path / "site", "--dry-run"]
+    done = run_python(asked, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "lacking here: none_such, numpy\n")
+    assert not (tmp_path / "site").exists()
+    (tmp_path / "numpy-99.0-py3-none-any.whl").unlink()
+    (tmp_path / "none_such-1.0-py3-none-any.whl").unlink()
+    assert run_python(asked, cwd=ROOT).stdout == "lacking here: nothing\n"
