@@ -128,7 +128,8 @@ class Engine:
         self.kernels = select(train.kernels, device, kernel_rows(stage.model, stage.layout.tp).values())
         if train.deterministic and device.type != "cpu":
             torch.use_deterministic_algorithms(True)  # what has no deterministic form raises from now on
-            torch.utils.deterministic.fill_uninitialized_memory = False  # nothing is read before it is written
+            # Nothing is read before it is written.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         with device:  # weights are made where they are computed with, and take no memory elsewhere before
             self.module = self._module()
         own = own_parameters(self.module, self.placement, self.mesh.rank)
