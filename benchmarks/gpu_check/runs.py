@@ -24,7 +24,6 @@ from megabus.testing.ranks import free_port
 
 PER_STAGE = 6  # steps
 STOPPED = 8  # the step after which the run is stopped: between its two growths
-LIMIT = 1e-2  # nats that losses of a resumed run may be off, where the GPU does not give the same bits twice
 
 SMALL: dict[str, Any] = {
     "model": {"vocab_size": 67, "d_model": 24, "n_layers": 2, "n_heads": 2, "head_dim": 12, "d_ff": 32},
@@ -41,7 +40,7 @@ SIZES: dict[str, Any] = {
 def resume(check: Check) -> None:
     """The stopped and resumed run against one that was left alone."""
     sizes = SMALL if check.small else SIZES
-    whole, parted = (_config(check, sizes, name) for name in ("whole", "parted"))
+    whole, parted = (_config(check, sizes, name, check.on_gpu) for name in ("whole", "parted"))
     with _training(whole) as process:
         process.join()
     _good(process, whole)
@@ -68,9 +67,7 @@ def resume(check: Check) -> None:
     off = max((abs(again[step] - loss) for step, loss in losses.items() if step in again), default=float("nan"))
     same = again == losses
     text = "every loss has the bits of the run that was left alone" if same else f"losses are up to {off:.1e} off"
-    check.tell(
-        "resumed", text, resumed == 1 and again.keys() == losses.keys() and off <= LIMIT and (same or check.on_gpu)
-    )
+    check.tell("resumed", text, resumed == 1 and same)
 
 
 def stall(check: Check) -> None:
@@ -94,12 +91,12 @@ def stall(check: Check) -> None:
     check.tell("peak memory", ", ".join(f"{peak / 2**20:,.0f} MiB by stage {stage}" for stage, peak in peaks))
 
 
-def _config(check: Check, sizes: dict[str, Any], name: str) -> dict[str, Any]:
-    """A run that grows after every `PER_STAGE` steps."""
+def _config(check: Check, sizes: dict[str, Any], name: str, deterministic: bool = False) -> dict[str, Any]:
+    """A run that grows after every `PER_STAGE` steps. deterministic: as a GPU has to be told to be."""
     tokens = check.folder / "tokens"
     if not tokens.with_suffix(".bin").exists():
         write_tokens(tokens, sizes["model"]["vocab_size"], 1 << (16 if check.small else 20))
-    train = dict(sizes["train"])
+    train = sizes["train"] | {"deterministic": deterministic}
     batch = train["seq_len"] * train["global_batch_size"]
     if check.on_gpu:
         import torch
