@@ -111,7 +111,17 @@ def resolve_stages(
                 "choose lengths that divide it, so that data order does not depend on them",
             )
     _check_validation(config, stages, longest)
+    if not saved:
+        _check_export(stages[-1])
     return [_transferred(stage, config.optimizer) for stage in stages]
+
+
+def _check_export(last: Stage) -> None:
+    """What `stock_class` cannot know of one stage: another may come."""
+    if last.model.export_as is not None and last.model.n_layers == 0:
+        problem = f"is no model that transformers knows, and model.export_as is {last.model.export_as}"
+        remedy = "grow it to a layer or more, or leave model.export_as out"
+        raise UserError(f"{stage_section(last.index, 'model')}.n_layers", 0, problem, remedy)
 
 
 def _check_validation(config: RunConfig, stages: list[Stage], longest: int) -> None:

@@ -22,9 +22,11 @@ from megabus.data.tokenizer.fast import Fast, special_name
 from megabus.data.tokenizer.files import CONFIG, MODEL, TREE
 from megabus.data.tokenizer.odd_text import Difference, differences, odd_lines
 from megabus.data.tokenizer.sentence_piece import (
+    BPE,
     CONTROL,
     NORMAL,
     SPACE,
+    UNIGRAM,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -102,8 +104,8 @@ def _tell(found: list[Difference], n_lines: int, who: str, original: str, remedy
 
 def _tree(codec: SentencePiece, special: set[str | None]) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece model."""
-    proto, kinds = codec.proto, {1: _unigram, 2: _bpe}
-    if proto.trainer_spec.model_type not in kinds:
+    proto, kinds = codec.proto, {UNIGRAM: _unigram, BPE: _bpe}
+    if not codec.has_tree:
         problem, remedy = "is neither unigram nor bpe", "train one of these, or export with --like"
         raise UserError("tokenizer", "SentencePiece model", problem, remedy)
     raw, late = _symbols(proto)
@@ -117,7 +119,7 @@ def _tree(codec: SentencePiece, special: set[str | None]) -> dict[str, Any]:
         return piece.score
 
     pieces = [(piece.piece, score(piece)) for piece in proto.pieces]
-    unigram = proto.trainer_spec.model_type == 1
+    unigram = proto.trainer_spec.model_type == UNIGRAM
     cuts = [_spelled_bytes()] if unigram else [_kept_whole(late)] if late else []
     model = kinds[proto.trainer_spec.model_type](pieces, codec.unk, proto.trainer_spec.byte_fallback)
     return {

@@ -95,4 +95,10 @@ def _tokenizer(config: RunConfig) -> Tokenizer | None:
     if tokenizer.vocab_size > config.model.vocab_size:  # less is a vocabulary that was padded
         problem = f"has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}"
         raise UserError("data.tokenizer", path, problem, "set model.vocab_size to that or more")
+    if tokenizer.kind == "sentencepiece":
+        from megabus.data.tokenizer.sentence_piece import SentencePiece  # a library that others do without
+
+        if isinstance(tokenizer.codec, SentencePiece) and not tokenizer.codec.has_tree:
+            problem = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
+            raise UserError("data.tokenizer", path, problem, "leave it out, and the export is without a tokenizer")
     return tokenizer

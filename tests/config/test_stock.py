@@ -50,6 +50,10 @@ def stages(growth=None, optimizer=None, **model):
             "growth.stages.0.d_model = 50: is not divisible by n_heads = 4, as transformers' llama asks",
         ),
         (
+            {"export_as": "llama", "n_layers": 0},
+            "model.n_layers = 0: is no model that transformers knows, and model.export_as is llama; grow it to a layer",
+        ),
+        (
             {"tie_embeddings": True, "optimizer": {"transfer": {"d_model": 18}}},
             "optimizer.transfer = {d_model: 18, n_layers: null, steps: null}: has one rate for an embedding",
         ),

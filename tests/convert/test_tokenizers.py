@@ -9,14 +9,17 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from support.small_runs import run_config, write_corpus
 from support.sources import MemorySource, model_config
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
+from megabus.config import resolve_stages
 from megabus.convert import hf_tokenizer
 from megabus.convert.convert import convert, open_source
 from megabus.convert.hf_tokenizer import write_tokenizer
 from megabus.convert.source import OpenFiles
+from megabus.data.sources import open_sources
 from megabus.data.tokenizer import Tokenizer, read_tokenizer_files, tiktoken, train_tokenizer
 from megabus.data.tokenizer.byte_bpe import byte_letters, byte_pieces
 from megabus.data.tokenizer.odd_text import BASES, differences, odd_lines
@@ -175,6 +178,25 @@ def test_sentence_piece_gives_the_same_ids_of_odd_text(tmp_path, name, capsys):
     for base in BASES:
         ids = ours.encode(base)
         assert theirs.decode(ids) == ours.decode(ids)
+
+
+def test_a_tokenizer_that_no_export_can_say_is_refused_before_training(tmp_path):
+    """Leaving it out of the run is what the refusal says to do: then the weights go out without one."""
+    corpus = write_corpus(tmp_path)
+    path = trained(tmp_path, "char", vocab_size=200, byte_fallback=False)
+    with pytest.raises(UserError, match="is neither unigram nor bpe; train one of these"):
+        write_tokenizer(path, tmp_path / "out")
+
+    def opened(tokenizer):
+        changes = {"model__vocab_size": PADDED, "data__tokenizer": str(tokenizer) if tokenizer else None}
+        config = run_config(corpus, tmp_path / "run", [{}] * 3, **changes)
+        return open_sources(config, resolve_stages(config, 1)).tokenizer
+
+    with pytest.raises(UserError, match=r"data.tokenizer = .*own.model: is a SentencePiece model of words or char"):
+        opened(path)
+    assert opened(None) is None
+    (tmp_path / "bpe").mkdir()
+    assert opened(sentence_piece(tmp_path / "bpe")).vocab_size == N
 
 
 def test_other_ids_are_shown_with_what_to_do(tmp_path, monkeypatch, capsys):

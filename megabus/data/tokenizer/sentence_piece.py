@@ -24,6 +24,7 @@ from megabus.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # types of SentencePiece's pieces
 SPACE = "▁"  # how pieces write it
+UNIGRAM, BPE = 1, 2  # types of its models, of which a tokenizer.json can say what they do; others are word and char
 
 
 class SentencePiece:
@@ -49,6 +50,11 @@ class SentencePiece:
         proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         proto.ParseFromString(self._processor.serialized_model_proto())
         return proto
+
+    @property
+    def has_tree(self) -> bool:
+        """Whether a tokenizer.json can be made of it."""
+        return self.proto.trainer_spec.model_type in (UNIGRAM, BPE)
 
     @property
     def symbols(self) -> list[str]:
