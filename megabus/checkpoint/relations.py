@@ -283,7 +283,7 @@ def _check_watched(monitor: KappaState, state: SavedState) -> None:
     trigger = _section(growth.get("trigger", {}), "config.growth.trigger")
     kappas = [trigger.get("kappa"), *(section.get("kappa") for section in sections[1:])]
     said = [kappa for kappa in kappas if kappa is not None]
-    if trigger.get("kappa") is not None:
+    if trigger.get("kappa") is not None and trigger.get("rule") != "marginal":  # which asks for none
         _agree("monitor.span.kappa", span.kappa, "that of this stage in config", said[-1])
     if span.last and number < len(growth["stages"]):
         raise ValueError(f"monitor.span.last: True, and config grows on from stage {number}")
