@@ -8,13 +8,14 @@ is installed. config.json and the tokenizer are made of what the GGUF says of it
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zipimport
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,11 @@ def download(folder: Path) -> tuple[Path, Path]:
 
 def contents_of(file: Path, gguf_wheel: Path) -> tuple[dict[str, Any], Iterable[tuple[str, np.ndarray]]]:
     """A GGUF file's metadata, and its tensors by name, in fp32, one at a time."""
-    sys.path.insert(0, str(gguf_wheel))  # it is pure Python, and Python imports from a zip
-    gguf = importlib.import_module("gguf")
+    spec = zipimport.zipimporter(str(gguf_wheel)).find_spec("gguf")  # it is pure Python
+    assert spec is not None, "pip has fetched it by its hash"
+    assert spec.loader is not None
+    gguf = sys.modules["gguf"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gguf)
     reader = gguf.GGUFReader(file)
     says = {name: field.contents() for name, field in reader.fields.items()}
     return says, ((one.name, gguf.quants.dequantize(one.data, one.tensor_type)) for one in reader.tensors)

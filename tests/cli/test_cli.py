@@ -147,7 +147,7 @@ def test_only_the_rank_that_writes_needs_the_extras(tmp_path, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     monkeypatch.setattr("megabus.command.PATIENCE", 0)
 
-    def reached() -> None:
+    def reached(deterministic: bool) -> None:
         raise UserError("environment", "-", "was prepared", "-")
 
     monkeypatch.setattr("megabus.cli.train.prepare_environment", reached)

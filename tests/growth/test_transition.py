@@ -216,7 +216,7 @@ def _straight_job(config):
 @pytest.mark.parametrize(("moments", "same"), [("grow", True), ("reset", False)])
 def test_rebuilding_in_place_continues_bitwise(moments, same, monkeypatch):
     """With moments carried over, an engine rebuilt in the same layout trains on as if nothing had happened."""
-    monkeypatch.setattr("megabus.config.stages._check_changes", lambda *_: None)  # a run is refused such a stage
+    monkeypatch.setattr("megabus.config.stages._changes_nothing", lambda *_: False)  # a run is refused such a stage
     layouts = [Layout(2, 1, 2), Layout(2, 1, 2)]
     config = growth_config([{}], layouts, moments=moments)
     (ranks,) = grow_on_ranks(config, layouts, before=2, after=2)
