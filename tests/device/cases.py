@@ -215,7 +215,7 @@ CASES = [  # of the suite
     Case((2, 2, 1), 3, "bf16", sequence_parallel=True, grows_to=(2, 1, 2)),
     Case((1, 1, 2), 1, "bf16", zero_stage=2, deterministic=True),
 ]
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 3), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
 MORE = [
     Case(layout, rank, precision, grows_to=layout[::-1], rest=rank == 0)
     for layout in LAYOUTS
