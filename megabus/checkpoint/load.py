@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megabus.checkpoint.contents import listed_tokenizer, opened
-from megabus.checkpoint.manifest import check_files, read_manifest
+from megabus.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
 from megabus.data.tokenizer import FILES, Tokenizer, open_tokenizer, read_tokenizer_files
@@ -21,9 +22,14 @@ from megabus.parallel.placement import Piece, Placement
 def checkpoint_at(path: str | Path) -> Path:
     """The checkpoint that `path` is, or the newest of the run that it is."""
     path = Path(path)
+    if not os.path.lexists(path):
+        raise UserError("checkpoint", path, "does not exist", "check the path")
     if step_of(path) is not None:
         return path
     folders = complete(checkpoints_of(path)) or complete(path)
+    if not folders and (path / MANIFEST).is_file():
+        remedy = "give it back its name, step- and the eight digits of the step that its state.json says"
+        raise UserError("checkpoint", path, "is one, and is not called so", remedy)
     if not folders:
         remedy = "give a run's directory or one of its checkpoints (megabus convert makes them of other forms)"
         raise UserError("checkpoint", path, "holds none", remedy)

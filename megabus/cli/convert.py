@@ -59,6 +59,9 @@ def main(argv: Sequence[str]) -> int:
         if getattr(args, option) is not None and args.to not in forms:
             name = "--" + option.replace("_", "-")
             raise UserError(name, getattr(args, option), f"says nothing to --to {args.to}", "leave it out")
+    for option in ("tp", "pp", "dp"):
+        if (degree := getattr(args, option)) is not None and degree < 1:
+            raise UserError(f"--{option}", degree, "is no number of ranks", "give 1 or more")
     dtype, limit = args.dtype or "float32", 5.0 if args.max_shard_gb is None else args.max_shard_gb
     if not 0 < limit < math.inf:
         raise UserError("--max-shard-gb", limit, "is no size", "give a positive number")

@@ -24,6 +24,8 @@ from megabus.data.preprocess import preprocess
 from megabus.data.tokenizer import MODEL_TYPES, NORMALIZATIONS
 from megabus.errors import UserError
 
+MOST_IDS = 1 << 22  # of a tokenizer that is trained; libraries make room for all of them at once
+
 
 def main(argv: Sequence[str]) -> int:
     args = parse_arguments(argv)
@@ -93,6 +95,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--tokenizer-sample-mb", args.tokenizer_sample_mb, "not positive", "give MB of text")
     if args.output.endswith(os.sep) or Path(args.output).is_dir():
         raise UserError("--output", args.output, "is a directory", "name the files in it: DIRECTORY/NAME")
+    if args.tokenizer == "":
+        raise UserError("--tokenizer", "''", "names none", "name one, or give --train-tokenizer")
+    if args.train_tokenizer is not None and not 0 < args.train_tokenizer <= MOST_IDS:
+        problem = f"is no number of pieces from 1 to {MOST_IDS}"
+        raise UserError("--train-tokenizer", args.train_tokenizer, problem, "give some thousand")
     if args.workers < 1:
         raise UserError("--workers", args.workers, "not positive", "give the number of processes")
     return args

@@ -94,7 +94,12 @@ def _tokenizer(config: RunConfig) -> Tokenizer | None:
         tokenizer = Tokenizer(path)
     if tokenizer.vocab_size > config.model.vocab_size:  # less is a vocabulary that was padded
         problem = f"has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}"
-        raise UserError("data.tokenizer", path, problem, "set model.vocab_size to that or more")
+        raise UserError(
+            "data.tokenizer",
+            path,
+            problem,
+            "set model.vocab_size to that or more if it made the data, else give the one that did",
+        )
     if tokenizer.kind == "sentencepiece":
         from megabus.data.tokenizer.sentence_piece import SentencePiece  # a library that others do without
 

@@ -131,9 +131,19 @@ def test_the_newest_of_a_run_is_loaded(tmp_path):
 def test_where_there_is_none(tmp_path, path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "partial/checkpoints/step-00000001.partial").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds none; give a run's directory or one of its checkpoints"):
+    told = "does not exist" if path == "nowhere" else "holds none; give a run's directory or one of its checkpoints"
+    with pytest.raises(UserError, match=told):
         megabus.load(tmp_path / path)
     assert run_ranks(2, find_checkpoint, tmp_path / path / "checkpoints", True) == [None, None]
+
+
+def test_one_under_another_name_is_told_its_own(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"mine: is one, and is not called so; give it back its name, step-"):
+        megabus.load(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"step-00000003: does not exist"):
+        megabus.load(tmp_path / "step-00000003")
 
 
 # ---- what training was

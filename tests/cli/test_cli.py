@@ -296,3 +296,18 @@ def test_hanging_up(monkeypatch):
         assert launched(monkeypatch, ignoring) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["preprocess", "README.md", "--tokenizer", "", "--output", "x"], "--tokenizer = '': names none"),
+        (["preprocess", "README.md", "--train-tokenizer", "99999999999", "--output", "x"], "--train-tokenizer = 999"),
+        (["preprocess", "README.md", "--train-tokenizer", "0", "--output", "x"], "--train-tokenizer = 0: is no number"),
+        (["convert", "run", "x", "--to", "checkpoint", "--tp", "0"], "--tp = 0: is no number of ranks"),
+        (["convert", "run", "x", "--to", "checkpoint", "--dp", "-1"], "--dp = -1: is no number of ranks"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_before_anything_is_read(capsys, words, told):
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {told}")
