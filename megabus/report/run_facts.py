@@ -81,10 +81,11 @@ def _config(folder: Path) -> dict[str, str]:
         return {}
     try:
         text = read_regular(path, links=True).decode("utf-8")
+        said = yaml_value(text)  # first: of what is nested too deeply to be read, finding tokens would take a minute
         # A run writes none, and a few lines of them name a part more often than anyone could read.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("it holds an alias of YAML, which no run writes")
-        return dict(_flat("", yaml_value(text)))
+        return dict(_flat("", said))
     except (OSError, NotPlainError, ValueError, yaml.YAMLError) as error:
         raise UserError("config", path, f"cannot be read ({error})", "mend or remove it") from error
 
