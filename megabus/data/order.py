@@ -93,7 +93,10 @@ class Blend:
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self.counts = _largest_remainder(weights, BLEND_PERIOD)
         dealt = [k for k, count in enumerate(self.counts) for _ in range(count)]
-        self._corpus = [dealt[permute(slot, BLEND_PERIOD, seed, 0)] for slot in range(BLEND_PERIOD)]
+        if len(self.counts) == 1:  # no shuffle changes that, and it would take longer than all else of a start's data
+            self._corpus = dealt
+        else:
+            self._corpus = [dealt[permute(slot, BLEND_PERIOD, seed, 0)] for slot in range(BLEND_PERIOD)]
         seen = [0] * len(self.counts)
         self._rank = []  # how many earlier slots of the period went to the same corpus
         for k in self._corpus:

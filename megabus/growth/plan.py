@@ -89,7 +89,9 @@ def united(start: np.ndarray, stop: np.ndarray) -> list[tuple[int, int]]:
     order = np.argsort(start, kind="stable")
     start, reach = start[order], np.maximum.accumulate(stop[order])
     cuts = start[1:] > reach[:-1]
-    return list(zip(start[np.r_[True, cuts]].tolist(), reach[np.r_[cuts, True]].tolist(), strict=True))
+    first, last = np.ones((2, len(start)), bool)
+    first[1:] = last[:-1] = cuts
+    return list(zip(start[first].tolist(), reach[last].tolist(), strict=True))
 
 
 def runs(rows: np.ndarray) -> list[tuple[int, int]]:

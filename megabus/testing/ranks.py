@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib
 import io
 import itertools
 import os
@@ -28,6 +29,16 @@ from megabus.engine.startup import import_deepspeed, prepare_environment, start_
 
 PORTS = range(20_000, 32_768)  # Linux gives out those from 32768 on by itself, for any connection
 WORKERS = 32  # of pytest, with a range each; the first range is for all that is none
+IN_EVERY_RANK = (  # else imported by each of them, once its engine is made or has taken a step
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.utils.pin_memory",
+    "encodings.idna",
+    "megabus.engine.hardware",
+    "numpy.ctypeslib",
+    "numpy.ma",
+    "torch.profiler._cupti_monitor",
+)
 _ports = itertools.count(os.getpid())  # several programs of one range begin at different places
 _taken: deque[socket.socket] = deque(maxlen=64)  # holds the names of the last ports, see `free_port`
 
@@ -43,6 +54,8 @@ def preload() -> None:
     import megabus.checkpoint.shards
     import megabus.engine.engine  # noqa: F401
 
+    for name in IN_EVERY_RANK:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # what is imported lives for ever: the ranks' collections, of which there are many, pass it over

@@ -16,6 +16,7 @@ from dataclasses import replace
 from importlib.metadata import requires
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from support.forked import run_python
@@ -86,6 +87,13 @@ def is_late(check):
     time.sleep(60)
 
 
+def goes_on(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def is_killed(check):
     check.tell("first", 1, True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -119,11 +127,10 @@ def test_what_a_part_told_counts_however_it_ends(tmp_path, job, seconds, state, 
     if job is fails:
         assert "in fails" in (tmp_path / "one.log").read_text()
     if job is is_late:  # what it has started is gone too
-        status = Path(f"/proc/{(tmp_path / 'one/pid').read_text()}/stat")
-        until = time.monotonic() + 30  # that it has been told to end does not mean that it has been given a core to
-        while status.exists() and status.read_text().split()[2] != "Z":
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        deadline = time.monotonic() + 20
+        while goes_on(int((tmp_path / "one/pid").read_text())):  # once killed, on a busy machine for a little longer
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_a_kernel_that_is_off_is_told(tmp_path):

@@ -30,7 +30,8 @@ def losses(config):
 def test_deepspeeds_is_torchs_to_rounding(corpus, tmp_path):
     found = {}
     for name in ("torch", "deepspeed"):
-        config = run_config(corpus, tmp_path / name, LAYOUTS, optimizer__implementation=name, log={"every": 1})
+        asked = {"optimizer__implementation": name, "train__micro_batch_size": 4, "log": {"every": 1}}
+        config = run_config(corpus, tmp_path / name, LAYOUTS, **asked)
         if name == "deepspeed":  # of torch's, test_resume.py shows that it changes no bit
             start(config, 2, stop_after(12))  # after the first growth
         ranks = start(config, 2)

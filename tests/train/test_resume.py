@@ -28,7 +28,6 @@ STAGES = [
     {"n_layers": 5, "seq_len": 32, "lr": 3e-3},
 ]
 BUDGET = {"growth__max_tokens": 512, "train__max_tokens": 2048, "eval__every": 3, "eval__tokens": 128}
-LARGE = {"train__micro_batch_size": 4}
 # Layouts of the stages; other changes; the interrupted run's checkpoint section, and after which steps it stops.
 CASES = {
     "tp dp pp": ([{"tp": 2}, {"dp": 2}, {"pp": 2}], {"growth__moments": "grow"}, {"every": 3}, (2, 4, 6, 9)),
@@ -48,27 +47,25 @@ CASES = {
     ),
     "gpt carry": (
         [{"pp": 2}, {"tp": 2}, {"pp": 2}],
-        LARGE | {"model__kind": "gpt", "growth__moments": "carry", "optimizer__weight_decay": 0.1},
+        {"model__kind": "gpt", "growth__moments": "carry", "optimizer__weight_decay": 0.1},
         {"every": 5},
         (2, 6, 8),
     ),
     "gpt bf16 reset": (
         [{"tp": 2}, {"pp": 2}, {"dp": 2}],
-        LARGE
-        | {"model__kind": "gpt", "train__precision": "bf16", "growth__moments": "reset", "growth__write": "clone"},
+        {"model__kind": "gpt", "train__precision": "bf16", "growth__moments": "reset", "growth__write": "clone"},
         {"asynchronous": False},
         (3, 4, 8),
     ),
     "fresh layers on none": (
         [{"tp": 2}, {"dp": 2}, {"pp": 2}],
-        LARGE | {"model__n_layers": 0, "growth__depth": "fresh"},
+        {"model__n_layers": 0, "growth__depth": "fresh"},
         {"every": 4},
         (4, 9),
     ),
     "four": (
         [{"tp": 2, "pp": 2}, {"pp": 2}, {"tp": 2}],
-        LARGE
-        | {
+        {
             "growth__moments": "grow",
             "growth__rewarm": {"share": 0.2, "tokens": 320},
             "optimizer__schedule": "log",
@@ -83,6 +80,11 @@ CASES = {
 GROWTHS, LAST = [4, 8], 12
 
 
+def halved(layout):
+    """A step of 8 samples takes two micro batches."""
+    return {"micro_batch_size": 4 // layout.get("dp", 1)}
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
@@ -92,8 +94,11 @@ def corpus(tmp_path_factory):
 def config_of(corpus):
     def make(case, run_dir, **changes):
         layouts, options, *_ = CASES[case]
-        stages = [stage | {"layout": layout} for stage, layout in zip(STAGES, layouts[1:], strict=True)]
-        changes = BUDGET | options | {"growth__stages": stages} | changes
+        stages = [
+            stage | halved(layout) | {"layout": layout} for stage, layout in zip(STAGES, layouts[1:], strict=True)
+        ]
+        micro = {"train__micro_batch_size": halved(layouts[0])["micro_batch_size"]}
+        changes = BUDGET | micro | options | {"growth__stages": stages} | changes
         return run_config(corpus, run_dir, layouts, **changes)
 
     return make

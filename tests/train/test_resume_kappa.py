@@ -43,6 +43,7 @@ def configured(corpus, run_dir, case):
         growth__stages=stages,
         growth__trigger=trigger,
         train__max_tokens=1664,
+        train__micro_batch_size=8,
         optimizer__schedule="constant",
         eval__every=1,
         eval__tokens=128,

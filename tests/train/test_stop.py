@@ -37,7 +37,8 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def config(corpus, tmp_path):
     def make(layout, **changes):
-        return run_config(corpus, tmp_path / "run", [layout, {}, {}], train__max_tokens=128 * 6, **changes)
+        changes = {"train__max_tokens": 128 * 6, "train__micro_batch_size": 4} | changes
+        return run_config(corpus, tmp_path / "run", [layout, {}, {}], **changes)
 
     return make
 

@@ -24,7 +24,8 @@ def corpus(tmp_path_factory):
 
 
 def config_of(corpus, run_dir, tuned=TUNED, **changes):
-    options = {"optimizer__transfer": tuned, "growth__trigger": NO_KAPPA, "growth__depth": "append"} | changes
+    options = {"optimizer__transfer": tuned, "growth__trigger": NO_KAPPA, "growth__depth": "append"}
+    options |= {"train__micro_batch_size": 4} | changes
     return run_config(corpus, run_dir, LAYOUTS, **options)
 
 
