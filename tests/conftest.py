@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -61,9 +62,9 @@ def deepspeed_adam(pytestconfig: pytest.Config) -> None:
     folder = pytestconfig.cache.mkdir(f"deepspeed-adam-python{platform.python_version()}-torch{torch.__version__}")
     builder = CPUAdamBuilder()
     (folder / "torch").mkdir(exist_ok=True)
-    (folder / "torch/extension.h").write_text(TENSORS_ALONE)
+    _written(folder / "torch/extension.h", TENSORS_ALONE)
     sources = [builder.deepspeed_src_path(path) for path in builder.sources()]
-    (folder / "whole.cpp").write_text("".join(f'#include "{path}"\n' for path in sources))
+    _written(folder / "whole.cpp", "".join(f'#include "{path}"\n' for path in sources))
     flags = ["-O1" if flag.startswith("-O") else flag for flag in builder.cxx_args() if flag != "-g"]
     headers = [str(folder), *builder.include_paths()]
     with pytest.MonkeyPatch.context() as patch:
@@ -72,6 +73,12 @@ def deepspeed_adam(pytestconfig: pytest.Config) -> None:
         patch.setattr(CPUAdamBuilder, "include_paths", lambda self: list(headers))
         patch.setattr(CPUAdamBuilder, "cxx_args", lambda self: list(flags))
         DeepSpeedCPUAdam([torch.zeros(1)])
+
+
+def _written(path: Path, text: str) -> None:
+    """Not anew where it is there: another worker has built of it, and ninja goes by its time."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def pytest_collection_finish() -> None:
