@@ -119,10 +119,13 @@ def read_tree(files: TokenizerFiles) -> Fast:
 
 
 def special_name(files: TokenizerFiles, key: str) -> str | None:
-    """The special token that tokenizer_config.json or special_tokens_map.json names under `key`."""
+    """The special token that tokenizer_config.json or special_tokens_map.json names under `key`. Raises `UserError` for
+    what is no token: transformers would read none of the files."""
     for file in (CONFIG, MAP):
-        value = files.tree(file).get(key)
-        value = value.get("content") if isinstance(value, dict) else value
+        said = files.tree(file).get(key)
+        value = said.get("content") if isinstance(said, dict) else said
         if isinstance(value, str):
             return value
+        if said is not None:
+            raise files.fault(f"{file} beside it says {key} = {shown(said)}, which is no token", "restore it")
     return None
