@@ -79,23 +79,33 @@ def _compare(ours: Tokenizer, exported: Tokenizer) -> None:
 
 
 def compare_as_read(out: Path) -> None:
-    """Warns where transformers' AutoTokenizer gives other ids than the export's own tokenizer.json: it cuts text as the
-    class does that tokenizer_config.json or the model's kind names, whatever tokenizer.json says (tokenization_auto.py),
-    and where it gives none at all, or is not there to be asked."""
+    """Warns where transformers' AutoTokenizer gives other ids than the export's own tokenizer.json, or none.
+
+    It cuts text as the class does that tokenizer_config.json or the model's kind names (tokenization_auto.py), whatever
+    tokenizer.json says.
+    """
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, logging
     except ImportError:
         warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer: it is not installed")
         return
     try:
         exported = Tokenizer(out)
-        lines = odd_lines(exported.codec.symbols)
+    except UserError as error:  # of a directory that --like names
+        warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer: {error}")
+        return
+    lines = odd_lines(exported.codec.symbols)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it knows no type of model that is ours, and need not
+    try:
         theirs = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
         found = differences(lines, exported, lambda texts: theirs(texts, add_special_tokens=False)["input_ids"])
     except Exception as error:  # transformers raises whatever the files that others wrote lead it to
         why = f"{type(error).__name__}: {shown(str(error))}"
         warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer, which fails ({why})")
         return
+    finally:
+        logging.set_verbosity(verbosity)
     kind = type(theirs).__name__
     remedy = f"It follows its class {kind}: read the tokenizer with PreTrainedTokenizerFast.from_pretrained"
     _tell(found, len(lines), "transformers' AutoTokenizer", f"the export's {TREE}", remedy)
