@@ -34,12 +34,13 @@ def local_copy(path: str | os.PathLike[str], files: Sequence[str], key: str = "m
     name = os.fspath(path)
     try:
         from huggingface_hub import snapshot_download  # slow to import
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the library it asks by
     except ImportError as error:
         problem = "is nothing on this machine, and for names of the hub huggingface_hub is needed"
         raise UserError(key, name, problem, "install it, or give a path") from error
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:  # of which the library's own errors are
+    except (OSError, ValueError, HTTPError) as error:  # of the first two the library's own errors are
         problem = f"is nothing on this machine, and the hub does not give it ({' '.join(str(error).split())[:200]})"
         remedy = f"give a path, or fetch it elsewhere (hf download {name}) and give what that makes"
         raise UserError(key, name, problem, remedy) from error

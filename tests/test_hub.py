@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 
 import pytest
+from huggingface_hub.errors import HTTPError
 
 import megabus
 from megabus.convert.convert import model_at
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
 from megabus.hub import local_copy, of_hub
+
+HTTP = sys.modules[HTTPError.__module__.partition(".")[0]]  # the library that the hub is asked by, whichever it is
+ERRORS = {"it": OSError, "late": HTTP.ReadTimeout, "off": HTTP.ConnectError, "cut": HTTP.RemoteProtocolError}
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def asked(tmp_path, monkeypatch):
     def snapshot(name, allow_patterns):
         found.append((name, allow_patterns))
         if name.startswith("gone/"):
-            raise OSError("no such\nthing")
+            raise ERRORS[name.partition("/")[2]]("no such\nthing")
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
@@ -51,10 +55,11 @@ def test_a_path_is_no_name(tmp_path, asked):
 
 def test_what_the_hub_does_not_give_is_told(asked, monkeypatch):
     told = "is nothing on this machine, and the hub does not give it (no such thing); give a path, or fetch"
-    for call, key in ((megabus.load, "model"), (Tokenizer, "tokenizer")):
-        with pytest.raises(UserError) as caught:
-            call("gone/it")
-        assert str(caught.value).startswith(f"{key} = gone/it: {told} it elsewhere (hf download gone/it)")
+    for name in ERRORS:
+        for call, key in ((megabus.load, "model"), (Tokenizer, "tokenizer")):
+            with pytest.raises(UserError) as caught:
+                call(f"gone/{name}")
+            assert str(caught.value).startswith(f"{key} = gone/{name}: {told} it elsewhere (hf download gone/{name})")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="huggingface_hub is needed; install it"):
         model_at("owner/model")

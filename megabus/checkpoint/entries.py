@@ -93,7 +93,9 @@ def _ranges(header: bytes, tensors: Kinds) -> list[_Range]:
         tree = json.loads(header)
         found = [(*tree[key]["data_offsets"], key, kind, numel) for key, (kind, numel) in tensors.items()]
         ranges = sorted(_Range(start, stop, key, kind) for start, stop, key, kind, _ in found)
-        fits = all(start % ENTRY == 0 and stop - start == ENTRY * numel for start, stop, _, _, numel in found)
+        # A float would do as a number here, and as no place in a buffer.
+        fits = all(type(place) is int and place >= 0 for part in ranges for place in part[:2])
+        fits = fits and all(start % ENTRY == 0 and stop - start == ENTRY * numel for start, stop, _, _, numel in found)
     except (ValueError, LookupError, TypeError, RecursionError):
         return []
     return ranges if fits else []

@@ -38,24 +38,52 @@ class _Loose(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
-class _Stage(_Loose):
+class _Batches(_Loose):
     seq_len: Length | None = None
     global_batch_size: Length | None = None
 
 
-class _Growth(_Loose):
+class _Caps(_Loose):
+    max_tokens: float | None = None
+    max_flops: float | None = None
+
+
+class _Stage(_Batches, _Caps):
+    kappa: float | None = None
+
+
+class _Trigger(_Loose):
+    rule: str | None = None
+    kappa: float | None = None
+
+
+class _Growth(_Caps):
     stages: list[_Stage]
+    trigger: _Trigger = _Trigger()
 
 
-class _Train(_Stage):
+class _Train(_Batches):
     seq_len: Length
 
 
+class _Files(_Loose):
+    train: str | list[Any] = ""
+    valid: str = ""
+    document_mask: bool = False
+
+
+class _Eval(_Loose):
+    tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
+
+
 class _Config(_Loose):
-    """What `SavedState.config` must hold."""
+    """What `SavedState.config` must hold. What came later than the version that wrote it has its default, and is not in
+    `model_fields_set`."""
 
     train: _Train
     growth: _Growth
+    data: _Files = _Files()
+    eval: _Eval = _Eval()
 
 
 class _Source(_Loose):
@@ -111,8 +139,8 @@ def check_relations(path: Path, state: SavedState) -> None:
     if config is None or data is None:
         raise ValueError(f"{'config' if config is None else 'data'}: is empty, and monitor is not")
     _check_config(config, state)
-    _check_watched(monitor, state)
-    _check_data(data, state)
+    _check_watched(monitor, state, config.growth)
+    _check_data(data, state, config)
     longest = max([config.train.seq_len, *(stage.seq_len or 0 for stage in config.growth.stages)])
     for key, source in (("train", data.train), ("valid", data.valid)):
         _agree(f"data.{key}.chunk_len", source.chunk_len, "the longest sequence in config", longest)
@@ -271,36 +299,33 @@ def _check_monitor(monitor: KappaState, state: SavedState) -> None:
         _at_most("monitor.curve: the last FLOPs", point.flops, "progress.flops", now.flops)
 
 
-def _check_watched(monitor: KappaState, state: SavedState) -> None:
+def _check_watched(monitor: KappaState, state: SavedState, growth: _Growth) -> None:
     """κ and the caps that the monitor holds are those that the configuration gives this stage. Keys that came later
     than the configuration are not there."""
-    growth, number, span = state.config["growth"], state.stage, monitor.span
-    sections = [growth, *growth["stages"][:number]]
+    number, span, trigger = state.stage, monitor.span, growth.trigger
+    before = growth.stages[:number]
+    said: _Caps = [growth, *before][number]
     key = f"config.growth.stages.{number - 1}" if number else "config.growth"
     for name in ("max_tokens", "max_flops"):
-        if name in sections[number]:
-            _agree(f"monitor.span.{name}", getattr(span, name), f"{key}.{name}", sections[number][name])
-    trigger = _section(growth.get("trigger", {}), "config.growth.trigger")
-    kappas = [trigger.get("kappa"), *(section.get("kappa") for section in sections[1:])]
-    said = [kappa for kappa in kappas if kappa is not None]
-    if trigger.get("kappa") is not None and trigger.get("rule") != "marginal":  # which asks for none
-        _agree("monitor.span.kappa", span.kappa, "that of this stage in config", said[-1])
-    if span.last and number < len(growth["stages"]):
+        if name in said.model_fields_set:
+            _agree(f"monitor.span.{name}", getattr(span, name), f"{key}.{name}", getattr(said, name))
+    kappas = [kappa for kappa in (trigger.kappa, *(stage.kappa for stage in before)) if kappa is not None]
+    if trigger.kappa is not None and trigger.rule != "marginal":  # which asks for none
+        _agree("monitor.span.kappa", span.kappa, "that of this stage in config", kappas[-1])
+    if span.last and number < len(growth.stages):
         raise ValueError(f"monitor.span.last: True, and config grows on from stage {number}")
 
 
-def _check_data(data: _Data, state: SavedState) -> None:
+def _check_data(data: _Data, state: SavedState, config: _Config) -> None:
     """The files that were read are as many as the configuration names, and validated is no less than it asks for."""
-    said = _section(state.config.get("data", {}), "config.data")
-    named = said.get("train")
-    for place, files in (("train", len(named) if isinstance(named, list) else 1), ("valid", 1)):
+    said, asked = config.data, config.eval.tokens
+    for place, files in (("train", len(said.train) if isinstance(said.train, list) else 1), ("valid", 1)):
         source = getattr(data, place)
-        if place in said:
+        if place in said.model_fields_set:
             for name in ("tokens", "blend"):
                 _agree(f"data.{place}.{name}", len(getattr(source, name)), f"the files in config.data.{place}", files)
-    if "document_mask" in said:
-        _agree("data.document_mask", state.data.get("document_mask", False), "config's", said["document_mask"])
-    asked = _section(state.config.get("eval", {}), "config.eval").get("tokens")
+    if "document_mask" in said.model_fields_set:
+        _agree("data.document_mask", state.data.get("document_mask", False), "config's", said.document_mask)
     if asked is not None and data.valid_tokens < (least := align_up(asked, data.valid.chunk_len)):
         raise ValueError(
             f"data.valid_tokens: {data.valid_tokens} is less than what config.eval.tokens asks for, {least}"

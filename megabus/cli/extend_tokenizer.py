@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line]
     except UnicodeDecodeError as error:
         raise UserError("--add-file", path, f"is not UTF-8 ({error})", "convert it") from error
     except OSError as error:

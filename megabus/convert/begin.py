@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +19,15 @@ from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, described
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles
 from megabus.convert.vocabulary import LargerVocabulary
 from megabus.data.tokenizer import Tokenizer, open_tokenizer, spellings
+from megabus.data.tokenizer.odd_text import differences, odd_lines
+from megabus.data.tokenizer.spelling import KEPT
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.hub import local_copy, of_hub
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Placement
+from megabus.plain_file import shown
 
 NO_SPELLER = "begin from weights that lie with their tokenizer, or leave out extend_vocabulary"
 BEAT = 1.0  # seconds between two signs of a download that goes on
@@ -40,9 +44,12 @@ def origin_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found | FolderSo
     """A checkpoint, the newest of a run, or weights in another form (shard files, a Hugging Face directory or a name on
     the hub), to begin from with its weights alone. Collective."""
     folder = _fetched(path, heartbeat)
-    if not in_other_form(folder):
+    if not rank_0_tells(lambda: in_other_form(folder)):
         return weights_of(folder, heartbeat)
     with agreement():
+        if not in_other_form(folder):
+            problem = f"is not on the host of rank {dist.get_rank()}"
+            raise UserError("init_from", folder, problem, "share it between hosts, or fetch it on each")
         return open_source(folder, OpenFiles(), weights_only=True)
 
 
@@ -85,10 +92,24 @@ def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int
         spelled = spellings(own, tokenizer)
     except UserError as error:
         raise UserError("data.tokenizer", error.value, error.problem, error.remedy) from error
+    _check_old_text(own, tokenizer, spelled)
     if not spelled and vocab_size == source.state.model.vocab_size:
         problem = f"and {tokenizer.name} has no piece that the tokenizer of {source.folder} lacks"
         raise UserError("extend_vocabulary", True, problem, "leave it out")
     return LargerVocabulary(source, vocab_size, spelled, own.vocab_size, tokenizer.path)
+
+
+def _check_old_text(own: Tokenizer, tokenizer: Tokenizer, new: Mapping[int, Sequence[int]]) -> None:
+    """Pieces may be the same and text still be cut into others: by merges in another order, or once it is normalised in
+    another way. Raise `UserError` for a text that has no new piece and is spelled otherwise."""
+    some = range(0, own.vocab_size, -(-own.vocab_size // 2000))
+    texts = odd_lines(own.codec.symbols) + [own.decode([number]) for number in some]
+    found = differences(texts, own, tokenizer.encode_batch)
+    others = [one for one in found if not new.keys() & {*one.others}]
+    if others:
+        text, was, now = min(others, key=lambda one: len(one.text))
+        problem = f"spells {shown(text)} as {now}, and the tokenizer of the weights as {was}"
+        raise UserError("data.tokenizer", tokenizer.name, problem, f"extend that one: {KEPT}")
 
 
 def begin(origin: Found | FolderSource, engine: Engine, heartbeat: Heartbeat = idle) -> None:

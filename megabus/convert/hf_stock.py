@@ -17,14 +17,12 @@ from megabus.plain_file import shown
 @dataclass(frozen=True)
 class Family:
     """One of transformers' classes. missing: what it takes for keys that config.json lacks; says: what an export says
-    beside what all do, lest the class take something else for it; cuts_text: AutoTokenizer cuts text as the class's
-    makers do, whatever tokenizer.json says (tokenization_auto.py, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS)."""
+    beside what all do, lest the class take something else for it."""
 
     architecture: str
     missing: dict[str, Any] = field(default_factory=dict)
     says: dict[str, Any] = field(default_factory=dict)
     theta: float = 10000.0
-    cuts_text: bool = False
 
 
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
@@ -40,7 +38,6 @@ FAMILIES: dict[StockClass, Family] = {
         "Qwen2ForCausalLM",
         {"num_key_value_heads": 32, "max_position_embeddings": 32768},
         _NO_WINDOW,
-        cuts_text=True,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",

@@ -78,18 +78,36 @@ def _compare(ours: Tokenizer, exported: Tokenizer) -> None:
     _tell(differences(lines, ours, exported.encode_batch), len(lines), f"the export's {TREE}", ours.name, remedy)
 
 
-def compare_as_read(out: Path, name: str) -> None:
-    """Of an export whose class has AutoTokenizer cut text in its own way: warns where that gives other ids than the
-    export's own tokenizer.json. name: that of the class."""
-    exported = Tokenizer(out)
+def compare_as_read(out: Path) -> None:
+    """Warns where transformers' AutoTokenizer gives other ids than the export's own tokenizer.json, or none.
+
+    It cuts text as the class does that tokenizer_config.json or the model's kind names (tokenization_auto.py), whatever
+    tokenizer.json says.
+    """
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, logging
     except ImportError:
-        warn(f"transformers cuts text for {name} in its own way, and is not installed: its ids are not compared")
+        warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer: it is not installed")
         return
-    theirs, lines = AutoTokenizer.from_pretrained(out), odd_lines(exported.codec.symbols)
-    found = differences(lines, exported, lambda texts: theirs(texts, add_special_tokens=False)["input_ids"])
-    remedy = f"It cuts text for {name} in its own way: read the tokenizer with PreTrainedTokenizerFast.from_pretrained"
+    try:
+        exported = Tokenizer(out)
+    except UserError as error:  # of a directory that --like names
+        warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer: {error}")
+        return
+    lines = odd_lines(exported.codec.symbols)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it knows no type of model that is ours, and need not
+    try:
+        theirs = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+        found = differences(lines, exported, lambda texts: theirs(texts, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # transformers raises whatever the files that others wrote lead it to
+        why = f"{type(error).__name__}: {shown(str(error))}"
+        warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer, which fails ({why})")
+        return
+    finally:
+        logging.set_verbosity(verbosity)
+    kind = type(theirs).__name__
+    remedy = f"It follows its class {kind}: read the tokenizer with PreTrainedTokenizerFast.from_pretrained"
     _tell(found, len(lines), "transformers' AutoTokenizer", f"the export's {TREE}", remedy)
 
 

@@ -26,10 +26,9 @@ from megabus.checkpoint.entries import odd_entry
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
-from megabus.config.stock import stock_class
 from megabus.convert.hf_accounts import check_accounts
 from megabus.convert.hf_rest import copy_rest, inside, read_json, rest_of, tokenizer_of
-from megabus.convert.hf_stock import FAMILIES, stock_config, stock_model
+from megabus.convert.hf_stock import stock_config, stock_model
 from megabus.convert.hf_tokenizer import compare_as_read, write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
 from megabus.convert.tensor_file import DTYPES, TensorFileWriter
@@ -92,12 +91,12 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
     if len(groups) > 1:
         _dump(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _dump(out / CONFIG, config | {"dtype": dtype})
-    if (out / TREE).exists() and model.kind == "gpt" and FAMILIES[stock_class(model)].cuts_text:
-        compare_as_read(out, stock_class(model))
     if model.kind == "ngpt":
         for file in NGPT_FILES:
             with resources.as_file(resources.files("megabus.convert") / "hf_files" / file) as path:
                 shutil.copyfile(path, out / file)
+    if (out / TREE).exists():
+        compare_as_read(out)
 
 
 def _groups(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megabus.config import RunConfig, Stage
 from megabus.data.batches import TokenSource, check_one_tokenizer
 from megabus.data.order import align_up
-from megabus.data.tokenizer import Tokenizer
+from megabus.data.tokenizer import Tokenizer, check_carried
 from megabus.errors import UserError
 
 VALID_SEED = 0  # of the order in which validation chunks are taken: no run's seed changes it
@@ -92,18 +92,5 @@ def _tokenizer(config: RunConfig) -> Tokenizer | None:
         return None
     with _named("data.tokenizer"):
         tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size > config.model.vocab_size:  # less is a vocabulary that was padded
-        problem = f"has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}"
-        raise UserError(
-            "data.tokenizer",
-            path,
-            problem,
-            "set model.vocab_size to that or more if it made the data, else give the one that did",
-        )
-    if tokenizer.kind == "sentencepiece":
-        from megabus.data.tokenizer.sentence_piece import SentencePiece  # a library that others do without
-
-        if isinstance(tokenizer.codec, SentencePiece) and not tokenizer.codec.has_tree:
-            problem = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
-            raise UserError("data.tokenizer", path, problem, "leave it out, and the export is without a tokenizer")
+    check_carried(tokenizer, config.model.vocab_size, "data.tokenizer", path)
     return tokenizer

@@ -15,7 +15,7 @@ from megabus.config.section import in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
-from megabus.data.tokenizer import read_tokenizer_files
+from megabus.data.tokenizer import Tokenizer, check_carried, read_tokenizer_files
 from megabus.errors import UserError
 from megabus.train.horizon import horizon_factor, planned_steps
 
@@ -148,6 +148,19 @@ def check_tokenizer(origin: Found | FolderSource, sources: Sources) -> None:
     if (path := tokenizer_of(origin)) is not None:
         known |= read_tokenizer_files(path).known_as
     sources.check_tokenizer(known, f"the weights of {origin.folder}")
+
+
+def check_taken_over(origin: Found | FolderSource, config: RunConfig, stage: Stage) -> None:
+    """Raise `UserError` where the tokenizer that lies with the weights would go into the run's checkpoints and could
+    not be used there: without `data.tokenizer` nothing has looked at it yet."""
+    path = tokenizer_of(origin)
+    if config.data.tokenizer is not None or path is None:
+        return
+    try:
+        check_carried(Tokenizer(path), stage.model.vocab_size, "init_from", path)
+    except UserError as error:
+        remedy = "begin from a copy of the weights without it, or name another as data.tokenizer"
+        raise UserError("init_from", path, f"holds a tokenizer that {error.problem}", remedy) from error
 
 
 def check_begins(origin: Origin, stage: Stage, extend: bool = False) -> None:

@@ -35,7 +35,14 @@ from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
 from megabus.train.horizon import at_horizon
 from megabus.train.metrics import Metrics, describe
-from megabus.train.resume import check_begins, check_continues, check_tokenizer, data_order, tokenizer_of
+from megabus.train.resume import (
+    check_begins,
+    check_continues,
+    check_taken_over,
+    check_tokenizer,
+    data_order,
+    tokenizer_of,
+)
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
 from megabus.train.stop import StopRequests
@@ -119,6 +126,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
                 origin = larger
             else:
                 check_tokenizer(origin, sources)
+                check_taken_over(origin, config, stages[0])
     requests.check_start()
     changes: list[str] = []
     with agreement():

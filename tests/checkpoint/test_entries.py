@@ -58,6 +58,8 @@ HEADERS = {
     "no tensors": b"{}",
     "no offsets": json.dumps({key: {} for key in KINDS}).encode(),
     "no numbers": json.dumps({key: {"data_offsets": "ab"} for key in KINDS}).encode(),
+    "broken numbers": json.dumps({key: {"data_offsets": [0.0, 4.0 * n]} for key, (_, n) in KINDS.items()}).encode(),
+    "below zero": json.dumps({key: {"data_offsets": [-4 * n, 0]} for key, (_, n) in KINDS.items()}).encode(),
     "between entries": json.dumps({key: {"data_offsets": [1, 1 + 4 * n]} for key, (_, n) in KINDS.items()}).encode(),
     "too long": json.dumps({key: {"data_offsets": [0, 4 * n + 4]} for key, (_, n) in KINDS.items()}).encode(),
 }

@@ -118,23 +118,73 @@ def test_a_tokenizer_that_cannot_be_read_stays_behind_and_is_told(tmp_path):
         assert found.without_tokenizer.startswith("is a tekken file of mistral-common, which is not read; give")
 
 
-def test_ids_that_transformers_makes_in_its_own_way_are_told(tmp_path, capsys):
-    """AutoTokenizer cuts a Qwen2's text by its class's pattern, and not by tokenizer.json's."""
+def exported_config(folder, **settings):
+    """A stock directory's tokenizer that keeps each digit alone, with these settings beside it, in and out again."""
+    backend = tokenizers.Tokenizer.from_file(str(train_tokenizer(TEXT, N, folder / "own")))
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    spelled = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, spelled])
+    (folder / "in").mkdir()
+    backend.save(str(folder / "in/tokenizer.json"))
+    (folder / "in/tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"} | settings))
+    return folder / "in"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "name", "told"),
+    [
+        ("gpt", {"qkv_bias": True}, "PreTrainedTokenizerFast", "Qwen2Tokenizer"),  # the model's kind alone decides
+        ("gpt", {}, "GPT2Tokenizer", "GPT2Tokenizer"),
+        ("gpt", {}, "Qwen2Tokenizer", "Qwen2Tokenizer"),
+        ("ngpt", {}, "GPT2Tokenizer", "GPT2Tokenizer"),
+        ("ngpt", {}, "PreTrainedTokenizerFast", None),
+        ("gpt", {}, "PreTrainedTokenizerFast", None),
+    ],
+)
+def test_ids_that_transformers_makes_by_its_class_are_told(tmp_path, capsys, kind, changes, name, told):
+    """AutoTokenizer cuts text as a class does that the model or tokenizer_config.json names, not as tokenizer.json."""
+    source = MemorySource(model_config(kind, vocab_size=PADDED, **changes))
+    source.tokenizer = exported_config(tmp_path, tokenizer_class=name)
+    convert(source, tmp_path / "out", "hf")
+    said, lines = capsys.readouterr().err, odd_lines(["<|endoftext|>"])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    found = differences(lines, Tokenizer(source.tokenizer), lambda t: theirs(t, add_special_tokens=False)["input_ids"])
+    assert bool(found) == bool(told)
+    if told is None:
+        assert said == ""
+        return
+    who = "transformers' AutoTokenizer gives other ids than the export's tokenizer.json"
+    assert said.startswith(f"warning: {who} for {len(found)} of {len(lines)} odd texts, such as ")
+    assert said.count("\n") == 1
+    assert f". It follows its class {told}: read the tokenizer with PreTrainedTokenizerFast." in said
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert theirs(lines, add_special_tokens=False)["input_ids"] == Tokenizer(source.tokenizer).encode_batch(lines)
+
+
+def test_a_qwen2_whose_text_is_cut_as_its_class_cuts_it_goes_out_silently(tmp_path, capsys):
     source = MemorySource(model_config("gpt", vocab_size=PADDED, qkv_bias=True))
     source.tokenizer = train_tokenizer(TEXT, N, tmp_path / "own")
-    convert(source, tmp_path / "out", "hf")
-    told = capsys.readouterr().err
-    assert told.startswith("warning: transformers' AutoTokenizer gives other ids than the export's tokenizer.json for ")
-    assert told.count("\n") == 1
-    assert told.endswith("read the tokenizer with PreTrainedTokenizerFast.from_pretrained\n")
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
-    lines = odd_lines()
-    assert theirs(lines, add_special_tokens=False)["input_ids"] == Tokenizer(source.tokenizer).encode_batch(lines)
     backend = tokenizers.Tokenizer.from_file(str(source.tokenizer))
     backend.normalizer, backend.pre_tokenizer = tokenizers.normalizers.NFC(), byte_pieces(PRETOKENIZE_REGEX)
     backend.save(str(source.tokenizer))
-    convert(source, tmp_path / "its own", "hf")
+    convert(source, tmp_path / "out", "hf")
     assert capsys.readouterr().err == ""
+
+
+def test_an_export_whose_tokenizer_transformers_cannot_read_is_written_and_told(tmp_path, capsys):
+    source = MemorySource(model_config("gpt", vocab_size=PADDED))
+    source.tokenizer = exported_config(tmp_path, extra_special_tokens=3)
+    convert(source, tmp_path / "out", "hf")
+    said = capsys.readouterr().err
+    assert said.startswith("warning: the ids of tokenizer.json are not compared with those of transformers' AutoTokeni")
+    assert said.count("\n") == 1
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_a_special_token_that_is_no_text_is_refused_where_it_is_read(tmp_path):
+    folder = exported_config(tmp_path, eos_token=5)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json beside it says eos_token = 5, which is no token; "):
+        Tokenizer(folder)
 
 
 # ---- SentencePiece as a tokenizer.json --------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from support import checkpoints as ck
 from support.small_models import model_of
 from support.sources import MemorySource, model_config
@@ -199,4 +202,25 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
     assert "has no piece that the tokenizer of" in problem("hf", Tokenizer(old), 266)
     other = Tokenizer(train_tokenizer(["another text of other words, " * 9], 268, tmp_path / "other"))
     assert re.search(r"data.tokenizer = .*other.json: .* of .*hf (has the id|is no piece)", problem("hf", other))
+    tree = json.loads((new / "tokenizer.json").read_text())
+    merges = {"model": tree["model"] | {"merges": []}}
+    for number, change in enumerate(({"normalizer": {"type": "Lowercase"}}, merges)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(tree | change))
+        told = problem("hf", Tokenizer(tmp_path / f"{number}.json"))
+        assert re.search(r"\d.json: spells '.{1,9}' as \[.*\], and the tokenizer of the weights as \[.*\]; ", told)
     assert extended(read_description(tmp_path / "hf"), Tokenizer(old), 271).spelled == {}  # a padded vocabulary
+
+
+def begin_where_rank_1_has_nothing(folders):
+    os.chdir(folders[dist.get_rank()])
+    with pytest.raises(UserError) as caught:
+        origin_of("hf")
+    return str(caught.value)
+
+
+def test_weights_that_one_host_lacks_are_told_by_all(tmp_path):
+    """A relative path that is another directory on each rank, as hosts that share none have it."""
+    convert(MemorySource(model_config("ngpt")), tmp_path / "hf", "hf")
+    (tmp_path / "other").mkdir()
+    told = run_ranks(2, begin_where_rank_1_has_nothing, [tmp_path, tmp_path / "other"])
+    assert told == ["init_from = hf: is not on the host of rank 1; share it between hosts, or fetch it on each"] * 2

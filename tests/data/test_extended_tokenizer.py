@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
+import json
 
 import pytest
+import sentencepiece
 import tokenizers
 from support.command import run_command
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from megabus.convert.hf_tokenizer import write_tokenizer
 from megabus.data.tokenizer import Tokenizer, spellings, train_tokenizer
 from megabus.data.tokenizer.extend import extend_tokenizer
 from megabus.data.tokenizer.odd_text import odd_lines
@@ -79,7 +83,7 @@ def test_text_is_spelled_as_it_is_normalised(tmp_path):
     """Where two characters become one, none has been left out."""
     codec = words(["<unk>", "▁", "a", "é"], tmp_path / "old").codec
     codec.backend.normalizer = normalizers.NFC()
-    assert codec.spelled(Written("ae\u0301", is_text=True)) == [1, 2, 3]
+    assert codec.spelled(Written("ae\u0301", is_text=True)) == [2, 3]
     assert codec.spelled(Written("ab", is_text=True)) is None
 
 
@@ -91,9 +95,75 @@ def test_what_cannot_be_spelled_is_refused(tmp_path, options):
     told = rf"new: has the piece é \(4\), which {old.name} cannot spell; leave that piece out"
     with pytest.raises(UserError, match=told):
         spellings(old, new)
-    with pytest.raises(UserError, match=r"has the piece aé \(4\), which .* cannot spell"):
+    with pytest.raises(UserError, match=r"--add = aé: cannot be spelled by .*; leave it out"):
         extend_tokenizer(old.name, ["aé"], [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def with_prefix(folder):
+    """A SentencePiece model that puts a space before a text, as Llama's does, and its tokenizer.json."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 3), model_writer=model, model_type="bpe", vocab_size=330, minloglevel=2,
+        byte_fallback=True, character_coverage=1.0, num_threads=1,
+    )  # fmt: skip
+    for name in ("sp", "tree"):
+        (folder / name).mkdir()
+    (folder / "sp/tokenizer.model").write_bytes(model.getvalue())
+    write_tokenizer(folder / "sp/tokenizer.model", folder / "tree")
+    (folder / "tree/tokenizer.model").unlink()
+    return [folder / "sp", folder / "tree", words(["<unk>", *"▁<|user>\nthoxq"], folder / "metaspace").path]
+
+
+def test_added_tokens_are_spelled_as_they_stand_within_a_text(tmp_path):
+    """Where a tokenizer puts a space before each text, that is no part of one that stands elsewhere."""
+    for place, folder in enumerate(with_prefix(tmp_path)):
+        old = Tokenizer(folder)
+        assert old.encode("h") != old.codec.spelled(Written("h", is_text=True))
+        wanted = [old.codec.id_of(letter) for letter in "qx"]
+        assert None not in wanted
+        spelled = extend_tokenizer(folder, ["qx", " qx"], [], tmp_path / f"new{place}")
+        assert [*spelled.values()] == [wanted, [old.codec.id_of("▁"), *wanted]]
+        if place < 2:
+            known = old.id_of("▁the")
+            with pytest.raises(UserError, match=rf"--add =  ?the: is a piece of .* already \({known}\)"):
+                extend_tokenizer(folder, [" the"], [], tmp_path / "out")
+    with pytest.raises(UserError, match="--add = q▁x: is given twice"):
+        extend_tokenizer(tmp_path / "sp", ["q x", "q▁x"], [], tmp_path / "out")
+
+
+def test_pieces_for_bytes_are_spelled_as_what_they_are(tmp_path):
+    letters = ["<unk>", "▁", "a", "\n", *"<0x>A"]
+    old = words(letters, tmp_path / "old")
+    new = words([*letters, "<0x0A>", "<0x20>", "<0x61>"], tmp_path / "new", byte_fallback=True)
+    assert spellings(old, new) == {9: [3], 10: [1], 11: [2]}
+    new = words([*letters, "<0x8A>"], tmp_path / "half", byte_fallback=True)
+    with pytest.raises(UserError, match=r"has the piece <0x8A> \(9\), which .* cannot spell"):
+        spellings(old, new)
+    plain = words([*letters, "<0x0A>"], tmp_path / "plain")  # one that reads such a piece as its letters
+    assert spellings(old, plain) == {9: [4, 5, 6, 5, 8, 7]}
+    proto = Tokenizer(train_tokenizer([TEXT], 300, tmp_path / "t", "bpe")).codec
+    assert proto.written(proto.id_of("<0x0A>")) == Written("\n", is_text=True)
+    assert proto.written(proto.id_of("<0xC3>")) == Written("", is_text=True)
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_lie_beside_a_model_are_not_passed_over(tmp_path, file):
+    """Their ids would go to other tokens. Those that the model has itself may be listed."""
+    path = train_tokenizer([TEXT], 300, tmp_path / "tokenizer", "bpe")
+
+    def beside(tokens):
+        listed = {str(number): {"content": token} for token, number in tokens.items()}
+        tree = tokens if file == "added_tokens.json" else {"added_tokens_decoder": listed}
+        (tmp_path / file).write_text(json.dumps(tree))
+
+    beside({"<unk>": 0, "</s>": 1})
+    assert Tokenizer(path).vocab_size == 300
+    for tokens, told in (({"<|im_start|>": 300}, "'<|im_start|>'.* as '?300"), ({"</s>": 7}, "'</s>'.* as '?7")):
+        beside(tokens)
+        for name in (path, tmp_path):
+            with pytest.raises(UserError, match=f"tokenizer = .*: has not {told.replace('|', '[|]')}"):
+                extend_tokenizer(name, ["<|user|>"], [], tmp_path / "out")
 
 
 def test_moved_and_lost_pieces_are_named(tmp_path):
@@ -119,7 +189,7 @@ def test_a_rank_file_becomes_a_tokenizer_json(tmp_path, monkeypatch):
 
 
 def test_the_command_shows_what_it_adds_and_refuses_what_is_there(tmp_path, old):
-    (tmp_path / "words.txt").write_text("日本\n Straße\n", encoding="utf-8")
+    (tmp_path / "words.txt").write_text("\ufeff日本\n Str\u2028aße\n", encoding="utf-8")
     out = tmp_path / "new"
     code, told, errors = run_command(
         "extend-tokenizer", old, out, "--add", "the fox", "--add-file", tmp_path / "words.txt"
@@ -139,11 +209,12 @@ def test_the_command_shows_what_it_adds_and_refuses_what_is_there(tmp_path, old)
     assert "--add = (missing): there is nothing to add" in refused(other)
     assert f"out = {out}: exists" in refused(out, "--add", "more")
     assert "--add = x y: is given twice" in refused(other, "--add", "x y", "x y")
+    assert "is no UTF-8; give it" in refused(other, "--add", "\udcff")
     assert "is a piece of" in refused(other, "--add", "a")
     assert "--add-file = " in refused(other, "--add-file", tmp_path / "none")
     if old.suffix == ".model":
         assert "--special = <|x|>: would never be found in text" in refused(other, "--special", "<|x|>")
     else:
-        assert "--special = x y: is to be added as another" in refused(other, "--add", "x y", "--special", "x y")
+        assert "--special = x y: is given twice" in refused(other, "--add", "x y", "--special", "x y")
     assert not other.exists()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -89,7 +89,8 @@ def edit(tree, edits):
             case "set":
                 node[key] = value
             case "near" if isinstance(node[key], int | float):
-                node[key] = [node[key] + 1, node[key] - 1, node[key] * 2, -node[key], str(node[key])][to % 5]
+                number = node[key]
+                node[key] = [number + 1, number - 1, number * 2, -number, str(number), float(number)][to % 6]
             case "delete":
                 del node[key]
             case "add" if isinstance(node, dict):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import time
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -25,7 +27,7 @@ from megabus.data.sources import open_sources
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
-from megabus.train.resume import check_begins, check_tokenizer
+from megabus.train.resume import check_begins, check_taken_over, check_tokenizer
 
 MODEL = {"d_model": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "d_ff": 62}
 LAYOUTS = [{"tp": 2}, {"pp": 2}]
@@ -160,6 +162,38 @@ def test_data_of_another_tokenizer_is_refused(corpus, qwen, tmp_path):
         assert told.startswith(whose)
         assert told in refusal(config_of(tmp_path, tmp_path / "run", origin), 2)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_no_export_could_carry_is_refused_before_training(corpus, qwen, tmp_path):
+    """It lies with the weights and no key names it: it would go into every checkpoint."""
+    folder = shutil.copytree(qwen[1], tmp_path / "hf")
+    (folder / "tokenizer.json").unlink()
+    config = config_of(corpus, tmp_path / "run", folder)
+    stage = resolve_stages(config, 2)[0]
+
+    def problem():
+        with pytest.raises(UserError) as caught:
+            check_taken_over(read_description(folder), config, stage)
+        return str(caught.value)
+
+    remedy = "begin from a copy of the weights without it, or name another as data.tokenizer"
+    train_tokenizer(["the cat sees the dog " * 50], VOCAB + 200, folder / "tokenizer", "bpe")
+    more = (
+        f"init_from = {folder}: holds a tokenizer that has {VOCAB + 200} pieces, model.vocab_size is {VOCAB}; {remedy}"
+    )
+    assert problem() == more
+    words = io.BytesIO()
+    texts = iter(["the cat sees the dog"] * 9)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=words, model_type="word", vocab_size=8, minloglevel=2, num_threads=1
+    )
+    (folder / "tokenizer.model").write_bytes(words.getvalue())
+    assert problem().startswith(f"init_from = {folder}: holds a tokenizer that is a SentencePiece model of words")
+    assert problem() == refusal(config, 2)
+    assert not (tmp_path / "run").exists()
+    named = config_of(corpus, tmp_path / "run", folder, data__tokenizer=str(qwen[1]))
+    check_taken_over(read_description(folder), named, stage)
+    check_taken_over(read_description(qwen[1]), config, stage)
 
 
 def test_weights_are_no_run(corpus, qwen):

@@ -13,13 +13,12 @@ from tokenizers import AddedToken
 
 from megabus.data.tokenizer.face import Tokenizer
 from megabus.data.tokenizer.fast import Fast
-from megabus.data.tokenizer.files import BESIDE, CONFIG, MODEL, TREE
+from megabus.data.tokenizer.files import ADDED, BESIDE, CONFIG, MODEL, TREE
 from megabus.data.tokenizer.sentence_piece import SPACE, USER_DEFINED, SentencePiece
-from megabus.data.tokenizer.spelling import spellings
+from megabus.data.tokenizer.spelling import Written, is_utf8, spellings
 from megabus.durable import partial_name, sync
 from megabus.errors import UserError
-
-ADDED = "added_tokens.json"  # what slow tokenizers of transformers add: those of the tokenizer as it was
+from megabus.plain_file import shown
 
 
 def extend_tokenizer(
@@ -33,12 +32,11 @@ def extend_tokenizer(
     tokenizer.json is extended, and the other form left out. Raises `UserError`, and leaves nothing half-written.
     """
     old = Tokenizer(name)
-    _check_new(old, "--add", texts)
-    _check_new(old, "--special", special)
+    seen: set[str] = set()
+    _check_new(old, "--add", texts, seen)
+    _check_new(old, "--special", special, seen)
     if not (texts or special):
         raise UserError("--add", "(missing)", "there is nothing to add", "give tokens, or --special ones")
-    if both := {*texts} & {*special}:
-        raise UserError("--special", min(both), "is to be added as another token too", "give it once")
     if out.exists():
         raise UserError("out", out, "exists", "choose another, or remove it")
     contents = {file: raw for file, raw in old.files.contents.items() if file in BESIDE and file != ADDED}
@@ -50,7 +48,10 @@ def extend_tokenizer(
             for file, raw in contents.items():
                 (partial / file).write_bytes(raw)
                 sync(partial / file)
-            spelled = spellings(old, Tokenizer(partial))
+            try:
+                spelled = spellings(old, Tokenizer(partial))
+            except UserError as error:  # which would name a directory that is no more
+                raise UserError("tokenizer", old.name, f"as it is extended {error.problem}", error.remedy) from error
             partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -59,16 +60,30 @@ def extend_tokenizer(
     return spelled
 
 
-def _check_new(tokenizer: Tokenizer, option: str, texts: Sequence[str]) -> None:
-    for place, text in enumerate(texts):
+def _check_new(tokenizer: Tokenizer, option: str, texts: Sequence[str], seen: set[str]) -> None:
+    """seen: what is to be added, to which these come."""
+    codec = tokenizer.codec
+    for text in texts:
         if not text:
             raise UserError(option, "''", "is no text", "leave it out")
-        if text in texts[:place]:
+        if not is_utf8(text):
+            raise UserError(option, shown(text), "is no UTF-8", "give it in such a terminal, or in a file")
+        piece = _as_piece(text) if isinstance(codec, SentencePiece) else text
+        if piece in seen:
             raise UserError(option, text, "is given twice", "give it once")
-        number, ids = tokenizer.codec.id_of(text), tokenizer.encode(text)
-        if number is not None or len(ids) == 1:
-            known = ids[0] if number is None else number
+        seen.add(piece)
+        number, ids = codec.id_of(piece), codec.spelled(Written(text, is_text=True))
+        if number is not None or (ids and len(ids) == 1):
+            known = ids[0] if number is None and ids else number
             raise UserError(option, text, f"is a piece of {tokenizer.name} already ({known})", "leave it out")
+        if not ids:
+            problem, remedy = f"cannot be spelled by {tokenizer.name}", "leave it out: its row would be made of nothing"
+            raise UserError(option, text, problem, remedy)
+
+
+def _as_piece(text: str) -> str:
+    """How SentencePiece writes it."""
+    return text.replace(" ", SPACE)
 
 
 def _extended(tokenizer: Tokenizer, texts: Sequence[str], special: Sequence[str]) -> dict[str, bytes]:
@@ -93,7 +108,7 @@ def _extended(tokenizer: Tokenizer, texts: Sequence[str], special: Sequence[str]
 
 def _with_pieces(proto: Any, texts: Sequence[str]) -> bytes:
     for text in texts:
-        proto.pieces.add(piece=text.replace(" ", SPACE), score=0.0, type=USER_DEFINED)
+        proto.pieces.add(piece=_as_piece(text), score=0.0, type=USER_DEFINED)
     proto.trainer_spec.vocab_size = len(proto.pieces)
     raw: bytes = proto.SerializeToString()
     return raw

@@ -6,15 +6,17 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
-from megabus.data.tokenizer.files import TokenizerFiles, read_tokenizer_files
-from megabus.data.tokenizer.spelling import Written
+from megabus.data.tokenizer.files import TREE, TokenizerFiles, read_tokenizer_files
+from megabus.data.tokenizer.spelling import Written, is_utf8
 from megabus.errors import UserError
+from megabus.plain_file import shown
 
 
 class Codec(Protocol):
     """What a library makes of the files. n_ids: one more than the largest id; prefix, suffix: the ids that its own
     post-processor puts around a text; encode gives the text's own ids, without these.
-    symbols: what text must spell to be a special token, or one that its makers defined."""
+    symbols: what text must spell to be a special token, or one that its makers defined; has_tree: whether an export can
+    say it in a tokenizer.json."""
 
     n_ids: int
     bos: int | None
@@ -24,6 +26,9 @@ class Codec(Protocol):
 
     @property
     def symbols(self) -> list[str]: ...
+
+    @property
+    def has_tree(self) -> bool: ...
 
     def encode(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -38,7 +43,8 @@ class Codec(Protocol):
     def written(self, number: int) -> Written: ...
 
     def spelled(self, token: Written) -> list[int] | None:
-        """A token of another vocabulary that writes its tokens alike, in this one's; None where that cannot be."""
+        """A token of another vocabulary that writes its tokens alike, in this one's; None where that cannot be. As it
+        stands within a text: without what is put before one that begins, or taken from its ends."""
         ...
 
 
@@ -53,9 +59,20 @@ class Tokenizer:
         self.files = read_tokenizer_files(name)
         self.name, self.path, self.kind = self.files.name, self.files.path, self.files.kind
         self.codec = codec_of(self.files)
+        if self.kind != "tokenizers":
+            self._check_added()
         self.vocab_size = self.codec.n_ids
         self.bos, self.eos = self.codec.bos, self.codec.eos
         self.prefix, self.suffix = self.codec.prefix, self.codec.suffix
+
+    def _check_added(self) -> None:
+        """Without them their ids would be given to other tokens."""
+        for token, number in self.files.added:
+            known = self.codec.id_of(token) if isinstance(token, str) and is_utf8(token) else None
+            if known is None or str(known) != str(number):
+                problem = f"has not {shown(token)}, which the files beside it add as {shown(number)}"
+                remedy = "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+                raise self.files.fault(problem, f"make a {TREE} of all in transformers: {remedy}")
 
     @property
     def sha256(self) -> str:
@@ -122,3 +139,14 @@ def open_tokenizer(name: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
         problem = f"has {tokenizer.vocab_size} pieces, the model {vocab_size}"
         raise UserError("tokenizer", tokenizer.name, problem, "give the one that made its data")
     return tokenizer
+
+
+def check_carried(tokenizer: Tokenizer, vocab_size: int, key: str, path: str | os.PathLike[str]) -> None:
+    """Raise `UserError` under `key` for a tokenizer that cannot go with a model of that vocabulary: no checkpoint of it
+    would be read, or no export written."""
+    if tokenizer.vocab_size > vocab_size:  # less is a vocabulary that was padded
+        problem = f"has {tokenizer.vocab_size} pieces, model.vocab_size is {vocab_size}"
+        raise UserError(key, path, problem, "set model.vocab_size to that or more")
+    if not tokenizer.codec.has_tree:
+        problem = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
+        raise UserError(key, path, problem, "leave it out, and the export is without a tokenizer")

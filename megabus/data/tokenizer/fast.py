@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cached_property
 from typing import Any
 
 import tokenizers
 
 from megabus.data.tokenizer.files import CONFIG, MAP, TREE, TokenizerFiles
-from megabus.data.tokenizer.spelling import Written
+from megabus.data.tokenizer.spelling import Written, of_byte
 from megabus.plain_file import shown
 
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+AT_ENDS = re.compile(r"^\^|\\[AzZ]|\$$")  # of a regular expression that matches where a text begins or ends alone
 # Where no file names the special tokens, as beside a bare tokenizer.json.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -47,6 +50,10 @@ class Fast:
     def symbols(self) -> list[str]:
         return self._symbols
 
+    @property
+    def has_tree(self) -> bool:
+        return True
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -60,11 +67,14 @@ class Fast:
         return self.backend.id_to_token(number) or ""
 
     def written(self, number: int) -> Written:
-        return Written(self.token_of(number), number in self._added)
+        token = self.token_of(number)
+        if self._model.get("byte_fallback") and BYTE_PIECE.fullmatch(token) and number not in self._added:
+            return of_byte(int(token[3:-1], 16))
+        return Written(token, number in self._added)
 
     def spelled(self, token: Written) -> list[int] | None:
         if token.is_text:
-            ids = self.backend.encode(token.text, add_special_tokens=False).ids
+            ids = self._within_text.encode(token.text, add_special_tokens=False).ids
             whole = all(self._leaves_nothing(cut) for cut in self._cut(token.text))
         elif not self._writes_pieces_as_text:
             return None
@@ -75,7 +85,7 @@ class Fast:
 
     def _cut(self, text: str) -> list[str]:
         """What the model is given of a text, one after the other."""
-        normalizer, pre_tokenizer = self.backend.normalizer, self.backend.pre_tokenizer
+        normalizer, pre_tokenizer = self._within_text.normalizer, self._within_text.pre_tokenizer
         text = text if normalizer is None else normalizer.normalize_str(text)
         return [text] if pre_tokenizer is None else [cut for cut, _ in pre_tokenizer.pre_tokenize_str(text)]
 
@@ -85,6 +95,13 @@ class Fast:
             return True
         parts = self.backend.model.tokenize(cut)
         return bool(parts) and parts[-1].offsets[1] == len(cut.encode())
+
+    @cached_property
+    def _within_text(self) -> Any:
+        """The same tokenizer, of text that stands within another."""
+        tree = json.loads(self.backend.to_str())
+        tree |= {key: _without_ends(tree[key]) for key in ("normalizer", "pre_tokenizer")}
+        return tokenizers.Tokenizer.from_str(json.dumps(tree))
 
     @cached_property
     def _model(self) -> dict[str, Any]:
@@ -104,6 +121,21 @@ class Fast:
         return self._model.get("unk_id") if token is None else self.id_of(token)
 
 
+def _without_ends(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A step of tokenizer.json without what it does where a text begins and ends."""
+    if step is None or step["type"] in ("Prepend", "Strip"):
+        return None
+    pattern = step.get("pattern")
+    if step["type"] == "Replace" and isinstance(pattern, dict) and AT_ENDS.search(pattern.get("Regex", "")):
+        return None
+    never = {"prepend_scheme": "never", "add_prefix_space": False}
+    step = step | {key: value for key, value in never.items() if key in step}
+    for key in ("normalizers", "pretokenizers"):
+        if key in step:
+            step[key] = [part for part in map(_without_ends, step[key]) if part is not None]
+    return step
+
+
 def read_tree(files: TokenizerFiles) -> Fast:
     """The tokenizer of a tokenizer.json; what lies beside it names its special tokens. Raises `UserError`."""
     names = special_name(files, "bos_token"), special_name(files, "eos_token")
@@ -119,10 +151,13 @@ def read_tree(files: TokenizerFiles) -> Fast:
 
 
 def special_name(files: TokenizerFiles, key: str) -> str | None:
-    """The special token that tokenizer_config.json or special_tokens_map.json names under `key`."""
+    """The special token that tokenizer_config.json or special_tokens_map.json names under `key`. Raises `UserError` for
+    what is no token: transformers would read none of the files."""
     for file in (CONFIG, MAP):
-        value = files.tree(file).get(key)
-        value = value.get("content") if isinstance(value, dict) else value
+        said = files.tree(file).get(key)
+        value = said.get("content") if isinstance(said, dict) else said
         if isinstance(value, str):
             return value
+        if said is not None:
+            raise files.fault(f"{file} beside it says {key} = {shown(said)}, which is no token", "restore it")
     return None

@@ -22,7 +22,8 @@ from megabus.plain_file import NotPlainError, inside, parse_bulk_json, parse_jso
 TREE, MODEL = "tokenizer.json", "tokenizer.model"
 # What transformers takes from beside a tokenizer.json: names of special tokens, and the chat's template.
 CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
-BESIDE = (CONFIG, MAP, "added_tokens.json", "chat_template.jinja")
+ADDED = "added_tokens.json"  # what slow tokenizers of transformers add to a tokenizer.model
+BESIDE = (CONFIG, MAP, ADDED, "chat_template.jinja")
 FILES = (TREE, MODEL, *BESIDE)
 KINDS = "a Hugging Face tokenizer.json, a SentencePiece model or a tiktoken rank file"
 REMEDY = f"give {KINDS}, or a directory of one"
@@ -85,6 +86,14 @@ class TokenizerFiles:
         if not isinstance(tree, dict):
             raise self.fault(f"{where}holds no keys")
         return tree
+
+    @property
+    def added(self) -> list[tuple[Any, Any]]:
+        """(token, id) of all that transformers adds to a tokenizer.model, as the files beside it say."""
+        listed = self.tree(CONFIG).get("added_tokens_decoder")
+        there = listed.items() if isinstance(listed, dict) else ()
+        named = [(one.get("content") if isinstance(one, dict) else one, number) for number, one in there]
+        return [*self.tree(ADDED).items(), *named]
 
     def write(self, folder: Path) -> list[Path]:
         """All of them into a directory, under their names."""

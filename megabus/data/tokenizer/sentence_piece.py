@@ -18,11 +18,11 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megabus.data.tokenizer.files import REMEDY, TokenizerFiles
-from megabus.data.tokenizer.spelling import Written
+from megabus.data.tokenizer.spelling import Written, of_byte
 from megabus.durable import partial_name
 from megabus.errors import UserError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # types of SentencePiece's pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of SentencePiece's pieces
 SPACE = "▁"  # how pieces write it
 UNIGRAM, BPE = 1, 2  # types of its models, of which a tokenizer.json can say what they do; others are word and char
 
@@ -75,16 +75,25 @@ class SentencePiece:
 
     def written(self, number: int) -> Written:
         token = self.token_of(number)
+        if self._types[number] == BYTE:  # <0x0A>
+            return of_byte(int(token[3:-1], 16))
         is_text = self._types[number] in (CONTROL, USER_DEFINED)
         return Written(token.replace(SPACE, " ") if is_text else token, is_text)
 
     def spelled(self, token: Written) -> list[int] | None:
-        ids: list[int] = (self._processor if token.is_text else self._of_pieces).encode(token.text)
+        ids: list[int] = (self._within_text if token.is_text else self._of_pieces).encode(token.text)
         return None if self.unk in ids else ids
 
     @cached_property
     def _types(self) -> list[int]:
         return [piece.type for piece in self.proto.pieces]
+
+    @cached_property
+    def _within_text(self) -> Any:
+        """The same model, of text that stands within another: no space is put before it, and none is taken."""
+        proto = self.proto
+        proto.normalizer_spec.add_dummy_prefix = proto.normalizer_spec.remove_extra_whitespaces = False
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
     @cached_property
     def _of_pieces(self) -> Any:

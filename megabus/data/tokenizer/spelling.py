@@ -20,6 +20,16 @@ class Written(NamedTuple):
     is_text: bool
 
 
+def of_byte(byte: int) -> Written:
+    """A piece that stands for one byte: the text that it is, or none where it is a part of a letter only."""
+    return Written(chr(byte) if byte < 128 else "", is_text=True)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether it can be written as such: half a surrogate pair, as an argument that is no UTF-8 has them, cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def spellings(old: Tokenizer, new: Tokenizer) -> dict[int, list[int]]:
     """Each id that is a piece of `new` and none of `old` -> the ids that `old` spells that piece with, one or more.
 
