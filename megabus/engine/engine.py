@@ -34,6 +34,7 @@ from megabus.engine.fragments import (
     write_fragments,
 )
 from megabus.engine.gains import gain_percentiles
+from megabus.engine.hardware import compute_deterministically
 from megabus.engine.rates import set_rates
 from megabus.engine.tied import Pipeline, tied_rows
 from megabus.engine.turns import AngleCap
@@ -127,9 +128,7 @@ class Engine:
         device = torch.device(get_accelerator().device_name())
         self.kernels = select(train.kernels, device, kernel_rows(stage.model, stage.layout.tp).values())
         if train.deterministic and device.type != "cpu":
-            torch.use_deterministic_algorithms(True)  # what has no deterministic form raises from now on
-            # Nothing is read before it is written.
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            compute_deterministically(device)
         with device:  # weights are made where they are computed with, and take no memory elsewhere before
             self.module = self._module()
         own = own_parameters(self.module, self.placement, self.mesh.rank)

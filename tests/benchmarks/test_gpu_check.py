@@ -18,14 +18,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from support.forked import run_python
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import kernels, wheels
+from benchmarks.gpu_check import kernels, runs, wheels
 from benchmarks.gpu_check.part import DONE, Check, Part, Told, run_part
 from benchmarks.kernels import Clock
 from megabus.kernels import checked
 from megabus.kernels.form import EAGER
+from megabus.train import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 NEED_A_GPU = {
@@ -138,6 +140,21 @@ def test_a_kernel_that_is_off_is_told(tmp_path):
         kernels._one_size(check, form, device, kernels.SMALL[0], Clock(device), None)
         off = {what for what, _, ok in told.rows if ok is False}
         assert off == {f"eager {name}, 64 x 96" for name in wrong}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_run_has_its_settings_before_it_touches_the_device(tmp_path, monkeypatch, deterministic):
+    """cuBLAS reads its own when it is first used, and a deterministic run would then end at its first product."""
+    check = Check(True, tmp_path, Told(tmp_path / "resume.json"))
+    config = runs._config(check, runs.SMALL, "whole", deterministic)
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(config))
+    environ, found = {}, []
+    monkeypatch.setattr("megabus.engine.startup.os.environ", environ)
+    monkeypatch.setattr(runs, "start_distributed", lambda: found.append("CUBLAS_WORKSPACE_CONFIG" in environ))
+    monkeypatch.setattr(loop, "train", lambda config: found.append(config.train.deterministic))
+    monkeypatch.setattr(runs, "stop_distributed", lambda: None)
+    runs._train(str(tmp_path / "whole.yaml"))
+    assert found == [deterministic, deterministic]
 
 
 def test_a_part_without_time_is_left_out(tmp_path):

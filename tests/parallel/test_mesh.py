@@ -32,8 +32,8 @@ def test_threads_that_poll_leave_the_cores_to_ranks():
 
 
 def sums_after_a_pipeline() -> tuple[float, float, float]:
-    """The world grows from a pipeline of four, whose ends share a group, to two pipelines of two; then the sums of ranks
-    over a pipeline's ends, over its two ranks and over data parallelism."""
+    """The world goes from a pipeline of four, whose ends share a group, to two pipelines of two: sums of ranks over the
+    ends, over a pipeline of two, and over data parallelism."""
     groups = [Mesh(Layout(dp=1, pp=4, tp=1)).ends_group()]
     mesh = Mesh(Layout(dp=2, pp=2, tp=1))
     groups += [mesh.ends_group(), mesh.dp_group]
