@@ -157,6 +157,19 @@ def test_a_run_has_its_settings_before_it_touches_the_device(tmp_path, monkeypat
     assert found == [deterministic, deterministic]
 
 
+def test_only_what_a_part_has_left_goes_before_it_runs_again(tmp_path):
+    out = tmp_path / "out"
+    for name in ("one", "other", "mine"):
+        (out / name).mkdir(parents=True)
+        for ending in (".json", ".new", ".log", ".txt"):
+            (out / name / f"of{ending}").touch()
+            (out / f"{name}{ending}").touch()
+    kept = {path for path in out.rglob("*") if not path.is_relative_to(out / "one") and path.stem != "one"}
+    for _ in range(2):  # the second time nothing of it is there
+        command.clear(out, Part("one", is_right, 60, decides=True))
+        assert set(out.rglob("*")) == kept | {out / "one.txt"}
+
+
 def test_a_part_without_time_is_left_out(tmp_path):
     told = run_part(Part("one", is_right, 60, decides=True), tmp_path, True, -1.0)
     assert told.state.startswith("left out")
