@@ -24,6 +24,7 @@ from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.adam import make_adam
 from megabus.engine.boost import Boost
 from megabus.engine.ds_config import deepspeed_config
+from megabus.engine.forms import agreed_form
 from megabus.engine.fragments import (
     flat_partitions,
     initial_fragments,
@@ -126,7 +127,8 @@ class Engine:
         self.mesh = Mesh(stage.layout, train.sequence_parallel)
         self.placement = Placement(stage.model, stage.layout)
         device = torch.device(get_accelerator().device_name())
-        self.kernels = select(train.kernels, device, kernel_rows(stage.model, stage.layout.tp).values())
+        rows = kernel_rows(stage.model, stage.layout.tp).values()
+        self.kernels = select(agreed_form(train.kernels, device, rows), device, rows)
         if train.deterministic and device.type != "cpu":
             compute_deterministically(device)
         with device:  # weights are made where they are computed with, and take no memory elsewhere before
