@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ import yaml
 from support.forked import run_python
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import kernels, runs, wheels
+from benchmarks.gpu_check import kernels, runs, speed, wheels
 from benchmarks.gpu_check.part import DONE, Check, Part, Told, run_part
 from benchmarks.kernels import Clock
 from megabus.kernels import checked
@@ -168,6 +169,18 @@ def test_only_what_a_part_has_left_goes_before_it_runs_again(tmp_path):
     for _ in range(2):  # the second time nothing of it is there
         command.clear(out, Part("one", is_right, 60, decides=True))
         assert set(out.rglob("*")) == kept | {out / "one.txt"}
+
+
+def test_kinds_are_compared_in_the_same_micro_batches(tmp_path, monkeypatch):
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=48 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    check = Check(False, tmp_path, Told(tmp_path / "step_times.json"))
+    arms = [speed._arm(check, "0.5b", kind, "eager") for kind in speed.KINDS]
+    assert [arm.stage.model.kind for arm in arms] == ["ngpt", "gpt"]
+    ngpt, gpt = ((arm.train.recompute, arm.stage.micro_batch_size, arm.stage.global_batch_size) for arm in arms)
+    assert ngpt == gpt
+    monkeypatch.setattr(speed, "_timed", lambda arm: (arm.stage.tokens_per_step * 2.0, None))
+    assert speed._one_arm(check, "0.5b", "gpt", "eager") == 2.0
 
 
 def test_a_part_without_time_is_left_out(tmp_path):
