@@ -69,17 +69,27 @@ def main() -> int:
 
         os.environ["DS_ACCELERATOR"] = "cpu"
         preload()  # the parts are forked from here
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    chosen = [part for part in all_parts if part.name in names]
+    for part in chosen:
+        clear(args.out, part)
     found: dict[Part, Told] = {}
     until = time.monotonic() + args.seconds
-    for part in (part for part in all_parts if part.name in names):
+    for part in chosen:
         begun = time.monotonic()
         found[part] = run_part(part, args.out, args.small, min(part.seconds, until - begun))
         print(f"{part.name}: {found[part].state}, {time.monotonic() - begun:.0f} s", flush=True)
     print("\n" + table(found))
     print("\n" + verdict(all_parts, found, args.out, gpu and not args.small))
     return int(any(not part.passed(told) for part, told in found.items()))
+
+
+def clear(out: Path, part: Part) -> None:
+    """Remove what a part has left there when it ran before; all else in the folder stays."""
+    for ending in (".json", ".new", ".log"):
+        (out / f"{part.name}{ending}").unlink(missing_ok=True)
+    if (out / part.name).is_dir():
+        shutil.rmtree(out / part.name)
 
 
 def table(found: dict[Part, Told]) -> str:

@@ -18,7 +18,7 @@ import yaml
 from benchmarks.gpu_check.part import Check
 from benchmarks.growth_stall import LARGE, write_tokens
 from megabus.config import load_config
-from megabus.engine.startup import on_gpu, start_distributed, stop_distributed
+from megabus.engine.startup import on_gpu, prepare_environment, start_distributed, stop_distributed
 from megabus.kernels.choice import why_not
 from megabus.testing.ranks import free_port
 
@@ -138,10 +138,12 @@ def _training(config: dict[str, Any]) -> Iterator[Any]:
 def _train(path: str) -> None:
     """As `megabus train` does, but for the pictures at its end."""
     os.environ["MASTER_PORT"] = str(free_port())
+    config = load_config(path)
+    prepare_environment(config.train.deterministic)
     start_distributed()
     from megabus.train.loop import train
 
-    train(load_config(path))
+    train(config)
     stop_distributed()
 
 

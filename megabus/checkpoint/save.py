@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
 from megabus.checkpoint.host_memory import HostMemory
@@ -81,17 +82,29 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._save: Save | None = None
         self._memory = HostMemory()  # one save goes on at a time
+        self._prepared = False
 
-    def prepare(self) -> None:
-        """Import what writing takes, a second of processor time. Call it after the first step, which need not wait,
-        and before the first save, whose thread should not import while training runs."""
+    def prepare(self, read: Callable[[], Fragments]) -> None:
+        """Import what writing takes, a second of processor time, and have memory for what `read` returns. Call it after
+        each step, of which the first need not wait, and so before the first save, whose thread should not import while
+        training runs. Collective."""
         import megabus.checkpoint.shards  # noqa: F401
+
+        if not self._prepared:
+            self._prepared = True
+            self._reserve(read())
+
+    def _reserve(self, live: Fragments) -> None:
+        if get_accelerator().device_name() != "cpu":
+            with agreement():
+                self._memory.reserve(live)
 
     def start(self, state: SavedState, placement: Placement, live: Fragments) -> None:
         """Begin a save; call `wait` first. Without `asynchronous` it has ended on return."""
         assert self._save is None
         begun = time.perf_counter()
         save = self._save = Save(state.progress.step)
+        self._reserve(live)  # a growth asks for more
         snapshot = Snapshot.take(state, placement, live, self._memory)
         self._thread = threading.Thread(target=self._run, args=(snapshot, save), name="checkpoint", daemon=True)
         self._thread.start()

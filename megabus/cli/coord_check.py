@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("WORLD_SIZE", os.environ["WORLD_SIZE"], "is of many ranks", "start it without a launcher")
     config = _alone(load_config(args.config, args.overrides))
     stages = resolve_stages(config, 1)
-    prepare_environment()
+    prepare_environment(config.train.deterministic)
     start_distributed()
     from megabus.data.sources import open_sources
     from megabus.testing.coord_check import coordinates

@@ -24,6 +24,7 @@ from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.adam import make_adam
 from megabus.engine.boost import Boost
 from megabus.engine.ds_config import deepspeed_config
+from megabus.engine.forms import agreed_form
 from megabus.engine.fragments import (
     flat_partitions,
     initial_fragments,
@@ -34,6 +35,7 @@ from megabus.engine.fragments import (
     write_fragments,
 )
 from megabus.engine.gains import gain_percentiles
+from megabus.engine.hardware import compute_deterministically
 from megabus.engine.rates import set_rates
 from megabus.engine.tied import Pipeline, tied_rows
 from megabus.engine.turns import AngleCap
@@ -125,11 +127,10 @@ class Engine:
         self.mesh = Mesh(stage.layout, train.sequence_parallel)
         self.placement = Placement(stage.model, stage.layout)
         device = torch.device(get_accelerator().device_name())
-        self.kernels = select(train.kernels, device, kernel_rows(stage.model, stage.layout.tp).values())
+        rows = kernel_rows(stage.model, stage.layout.tp).values()
+        self.kernels = select(agreed_form(train.kernels, device, rows), device, rows)
         if train.deterministic and device.type != "cpu":
-            torch.use_deterministic_algorithms(True)  # what has no deterministic form raises from now on
-            # Nothing is read before it is written.
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            compute_deterministically(device)
         with device:  # weights are made where they are computed with, and take no memory elsewhere before
             self.module = self._module()
         own = own_parameters(self.module, self.placement, self.mesh.rank)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from deepspeed import comm as ds_comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
@@ -39,13 +43,33 @@ def reuse_process_groups(timeout: timedelta) -> None:
             # NCCL's p2p may be going on, for whoever waits for it waits on the device: a communicator made beside it
             # could wait for a rank that waits for this one.
             get_accelerator().synchronize()
-            _groups[members] = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+            with _named_by(members) as name:
+                group = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
+            if group.group_name != name:
+                raise RuntimeError(f"torch {torch.__version__} names the group of ranks {members} {group.group_name!r}")
+            _groups[members] = group
             leave_cores_to_ranks()
         return _groups[members]
 
     new_group.reused = True  # type: ignore[attr-defined]
     ds_comm.new_group = new_group
     leave_cores_to_ranks()
+
+
+@contextlib.contextmanager
+def _named_by(members: tuple[int, ...]) -> Iterator[str]:
+    """Groups that torch makes in the block are named by their members.
+
+    Members meet under a group's name. Torch puts into it how many groups the rank has made before, which differs: the
+    ends of a pipeline share one more than the ranks between them do. Such ranks would wait for each other for ever.
+    """
+    name = hashlib.sha1("_".join(map(str, members)).encode(), usedforsecurity=False).hexdigest()
+    torch_names = c10d._process_group_name
+    c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
+    try:
+        yield name
+    finally:
+        c10d._process_group_name = torch_names
 
 
 def leave_cores_to_ranks() -> None:

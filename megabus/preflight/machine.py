@@ -39,6 +39,8 @@ class Machine:
     need: int
     stage: int  # the stage that needs it
     on_gpu: bool
+    main_free: int = 0  # bytes of the machine's memory, where ranks compute on GPUs
+    snapshot: int = 0  # and bytes that the rank copies there for a checkpoint, in the largest of its stages
 
 
 def read_machine(config: RunConfig, stages: Sequence[Stage], rank: int, host: str) -> Machine:
@@ -46,9 +48,10 @@ def read_machine(config: RunConfig, stages: Sequence[Stage], rank: int, host: st
     need, stage = max((least_bytes(config, stage, rank), stage.index) for stage in stages)
     if get_accelerator().device_name() == "cuda":
         device, count, free = torch.cuda.get_device_name(), torch.cuda.device_count(), torch.cuda.mem_get_info()[0]
-    else:
-        device, count, free = processor(), len(os.sched_getaffinity(0)), free_memory()
-    return Machine(host, device, count, free, need, stage, get_accelerator().device_name() == "cuda")
+        copied = max(snapshot_bytes(config, stage, rank) for stage in stages)
+        return Machine(host, device, count, free, need, stage, True, free_memory(), copied)
+    cores = len(os.sched_getaffinity(0))
+    return Machine(host, processor(), cores, free_memory(), need, stage, False)
 
 
 def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
@@ -59,6 +62,13 @@ def least_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
     at = coordinate(stage.layout, rank)
     held = states_at(config.train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
     return held.states + max(held.gradients, held.masters)  # sums of the gradients of what is owned, at least
+
+
+def snapshot_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
+    """Bytes of the masters and moments that a rank copies aside when it saves."""
+    at = coordinate(stage.layout, rank)
+    held = states_at(config.train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
+    return held.masters + held.moments
 
 
 def expected_bytes(config: RunConfig, stages: Sequence[Stage]) -> list[int]:
@@ -123,7 +133,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def machine_rows(ranks: Sequence[Machine], expected: Sequence[int]) -> list[Finding]:
     """expected: of every rank, its `expected_bytes`."""
-    return [_devices_row(ranks), _memory_row(ranks, expected)]
+    return [_devices_row(ranks), _memory_row(ranks, expected), *_snapshot_rows(ranks)]
 
 
 def _devices_row(ranks: Sequence[Machine]) -> Finding:
@@ -160,6 +170,26 @@ def _memory_row(ranks: Sequence[Machine], expected: Sequence[int]) -> Finding:
             text = f"{what} take {size_text(need)} at least, {rest}; {size_text(free)} are free"
             tightest, row = about / free, warned("memory", text) if about > free else Finding("memory", text)
     return row
+
+
+def _snapshot_rows(ranks: Sequence[Machine]) -> list[Finding]:
+    """Of the machine with GPUs whose main memory the snapshots of its ranks fill most; none without GPUs. What takes it
+    now may be gone by then, so it is a warning at most."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for rank, machine in enumerate(ranks):
+        if machine.on_gpu:
+            places[machine.host].append(rank)
+    if not places:
+        return []
+
+    def filled(members: list[int]) -> tuple[int, int]:
+        return sum(ranks[rank].snapshot for rank in members), min(ranks[rank].main_free for rank in members)
+
+    tightest = max(places.values(), key=lambda members: filled(members)[0] / max(1, filled(members)[1]))
+    need, free = filled(tightest)
+    text = f"snapshots of {ranks_text(tightest)} ({ranks[tightest[0]].host}) take {size_text(need)} of main memory, of "
+    text += f"which {size_text(free)} are free"
+    return [warned("main memory", text) if need > free else Finding("main memory", text)]
 
 
 def slow_ranks(speeds: Sequence[float], devices: Sequence[str]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -107,9 +107,14 @@ def _alone(model: Decoder, inputs_BT: Tensor, rows: list[list[int]] | None) -> T
     return torch.cat([logits[number] for number in range(len(parts))]).view(*inputs_BT.shape, -1)
 
 
-def plain_trace(training: Training, packed: bool = False, steps: int = STEPS) -> Trace:
+def plain_trace(
+    training: Training,
+    packed: bool = False,
+    steps: int = STEPS,
+    batch: Callable[[Stage, int], tuple[Tensor, Tensor]] = batch_of,
+) -> Trace:
     """The same training in plain PyTorch, without megabus's engine and without DeepSpeed. packed: of
-    documents that are kept apart."""
+    documents that are kept apart. batch: of each step."""
     stage, optim = training.stage, training.optimizer
     model = build_model(stage.model, training.train.seed)
     groups = [{"params": [p], "lr": optim.lr * _rate(p, training)} for p in model.parameters()]
@@ -117,7 +122,7 @@ def plain_trace(training: Training, packed: bool = False, steps: int = STEPS) ->
     unit = [p for p in model.parameters() if spec_of(p).unit]
     trace = Trace(torch.empty(0), {}, [], [], {})
     for step in range(steps):
-        inputs, targets = batch_of(stage, step)
+        inputs, targets = batch(stage, step)
         logits = _alone(model, inputs, lengths_of(stage, step) if packed else None)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         adam.zero_grad()

@@ -66,7 +66,7 @@ def _train(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Out
         requests.begun = True
         while run.share < 1 and not run.stopping:
             train_step(run)
-            run.saver.prepare()
+            run.saver.prepare(run.engine.read)
             run.save_is_due |= run.progress.step % config.checkpoint.every == 0
             if run.progress.step % config.eval.every == 0 or stage_is_spent(run) or run.share >= 1:
                 loss = validate(run)

@@ -45,6 +45,7 @@ from megabus.train.resume import (
 )
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
+from megabus.train.settled import settle_kernels
 from megabus.train.stop import StopRequests
 from megabus.train.watchdog import Watchdog, watched
 
@@ -133,6 +134,8 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         if found is not None:
             check_tokenizer(found, sources)
             changes = check_continues(found, config, stages, data_order(corpora.sources))
+    config, other_form = settle_kernels(config, stages, found)
+    changes += other_form
     lock.keep()
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None

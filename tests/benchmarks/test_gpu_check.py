@@ -15,18 +15,21 @@ import time
 from dataclasses import replace
 from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+import yaml
 from support.forked import run_python
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import kernels, wheels
+from benchmarks.gpu_check import kernels, runs, speed, wheels
 from benchmarks.gpu_check.part import DONE, Check, Part, Told, run_part
 from benchmarks.kernels import Clock
 from megabus.kernels import checked
 from megabus.kernels.form import EAGER
+from megabus.train import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 NEED_A_GPU = {
@@ -145,6 +148,46 @@ def test_a_kernel_that_is_off_is_told(tmp_path):
         kernels._one_size(check, form, device, kernels.SMALL[0], Clock(device), None)
         off = {what for what, _, ok in told.rows if ok is False}
         assert off == {f"eager {name}, 64 x 96" for name in wrong}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_run_has_its_settings_before_it_touches_the_device(tmp_path, monkeypatch, deterministic):
+    """cuBLAS reads its own when it is first used, and a deterministic run would then end at its first product."""
+    check = Check(True, tmp_path, Told(tmp_path / "resume.json"))
+    config = runs._config(check, runs.SMALL, "whole", deterministic)
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(config))
+    environ, found = {}, []
+    monkeypatch.setattr("megabus.engine.startup.os.environ", environ)
+    monkeypatch.setattr(runs, "start_distributed", lambda: found.append("CUBLAS_WORKSPACE_CONFIG" in environ))
+    monkeypatch.setattr(loop, "train", lambda config: found.append(config.train.deterministic))
+    monkeypatch.setattr(runs, "stop_distributed", lambda: None)
+    runs._train(str(tmp_path / "whole.yaml"))
+    assert found == [deterministic, deterministic]
+
+
+def test_only_what_a_part_has_left_goes_before_it_runs_again(tmp_path):
+    out = tmp_path / "out"
+    for name in ("one", "other", "mine"):
+        (out / name).mkdir(parents=True)
+        for ending in (".json", ".new", ".log", ".txt"):
+            (out / name / f"of{ending}").touch()
+            (out / f"{name}{ending}").touch()
+    kept = {path for path in out.rglob("*") if not path.is_relative_to(out / "one") and path.stem != "one"}
+    for _ in range(2):  # the second time nothing of it is there
+        command.clear(out, Part("one", is_right, 60, decides=True))
+        assert set(out.rglob("*")) == kept | {out / "one.txt"}
+
+
+def test_kinds_are_compared_in_the_same_micro_batches(tmp_path, monkeypatch):
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=48 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    check = Check(False, tmp_path, Told(tmp_path / "step_times.json"))
+    arms = [speed._arm(check, "0.5b", kind, "eager") for kind in speed.KINDS]
+    assert [arm.stage.model.kind for arm in arms] == ["ngpt", "gpt"]
+    ngpt, gpt = ((arm.train.recompute, arm.stage.micro_batch_size, arm.stage.global_batch_size) for arm in arms)
+    assert ngpt == gpt
+    monkeypatch.setattr(speed, "_timed", lambda arm: (arm.stage.tokens_per_step * 2.0, None))
+    assert speed._one_arm(check, "0.5b", "gpt", "eager") == 2.0
 
 
 def test_a_part_without_time_is_left_out(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megabus.engine import hardware
-from megabus.engine.hardware import check_no_gpu_is_missed, nvidia_gpus
+from megabus.engine.hardware import check_no_gpu_is_missed, compute_deterministically, nvidia_gpus
 from megabus.engine.startup import prepare_environment, start_distributed
 from megabus.errors import UserError
 
@@ -91,3 +91,19 @@ def test_settings_that_stand_before_torch_is_imported(monkeypatch):
     prepare_environment(deterministic=True)
     assert "PYTORCH_ALLOC_CONF" not in environ  # the user's own, under the older name
     assert environ["NCCL_ALGO"] == "Tree"
+
+
+@pytest.mark.parametrize(("value", "good"), [(None, False), (":0:0", False), (":16:8", True), (":4096:8", True)])
+def test_a_deterministic_engine_asks_for_what_cublas_must_have_read(monkeypatch, value, good):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
+    if good:
+        compute_deterministically(torch.device("cuda"))
+    else:
+        with pytest.raises(UserError, match=f"^CUBLAS_WORKSPACE_CONFIG = {value or 'unset'}: .* set it to :4096:8 in "):
+            compute_deterministically(torch.device("cuda"))
+    assert asked == [True] * good

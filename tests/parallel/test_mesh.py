@@ -7,8 +7,12 @@ import platform
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from deepspeed import comm as ds_comm
 
+from megabus.config import Layout
+from megabus.parallel.mesh import Mesh
 from megabus.testing.ranks import run_ranks
 
 
@@ -25,3 +29,22 @@ def priorities() -> tuple[int, set[int]]:
 def test_threads_that_poll_leave_the_cores_to_ranks():
     for rank, polling in run_ranks(2, priorities):
         assert min(polling) > rank
+
+
+def sums_after_a_pipeline() -> tuple[float, float, float]:
+    """The world goes from a pipeline of four, whose ends share a group, to two pipelines of two: sums of ranks over the
+    ends, over a pipeline of two, and over data parallelism."""
+    groups = [Mesh(Layout(dp=1, pp=4, tp=1)).ends_group()]
+    mesh = Mesh(Layout(dp=2, pp=2, tp=1))
+    groups += [mesh.ends_group(), mesh.dp_group]
+    ranks = [torch.tensor(float(dist.get_rank())) for _ in groups]
+    for rank, group in zip(ranks, groups, strict=True):
+        if dist.get_rank(group) >= 0:  # the ranks between the ends are in no group of theirs
+            dist.all_reduce(rank, group=group)
+    first, second, third = map(float, ranks)
+    return first, second, third
+
+
+def test_ranks_that_have_made_fewer_groups_meet_the_others():
+    found = run_ranks(4, sums_after_a_pipeline, timeout=60)
+    assert found == [(3, 2, 1), (1, 4, 1), (2, 2, 5), (3, 4, 5)]

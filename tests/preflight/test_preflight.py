@@ -325,14 +325,22 @@ def test_late_answers_are_slow_only_beyond_the_slack():
     assert not slow_links(best_of(links, made([(2, 3), (0, 1), (0, 3), (1, 2)])), 1e-4)
 
 
+def test_snapshots_share_the_main_memory_of_a_machine_with_gpus():
+    on_gpus = [machine_of(host, on_gpu=True, snapshot=size) for host, size in (("a", 50), ("a", 50), ("b", 90))]
+    *_, fits = machine_rows(on_gpus, [60] * 3)
+    assert (fits.state, "ranks 0-1 (a) take 100 B" in fits.text) == ("ok", True), fits.text
+    *_, short = machine_rows([*on_gpus[:2], replace(on_gpus[2], snapshot=101)], [60] * 3)
+    assert (short.state, "rank 2 (b) take 101 B" in short.text) == ("warning", True), short.text
+
+
 def test_slow_ranks_are_compared_with_their_own_kind():
     assert slow_ranks([10.0, 9.0, 4.0, 11.0], ["x"] * 4) == [2]
     assert slow_ranks([10.0, 9.0, 6.0, 11.0], ["x"] * 4) == []
     assert slow_ranks([10.0, 9.0, 4.0, 3.9], ["x", "x", "y", "y"]) == []
 
 
-def machine_of(host, device="x", free=100, need=60, on_gpu=False):
-    return Machine(host, device, 8, free, need, 0, on_gpu)
+def machine_of(host, device="x", free=100, need=60, on_gpu=False, main_free=100, snapshot=50):
+    return Machine(host, device, 8, free, need, 0, on_gpu, main_free, snapshot)
 
 
 def test_ranks_share_a_machine_s_memory_but_no_gpu_s():
@@ -347,17 +355,18 @@ def test_ranks_share_a_machine_s_memory_but_no_gpu_s():
         for same in (False, True)
     }
     assert states.pop((False, True)) == ["ok", "refused"]
-    assert set(map(tuple, states.values())) == {("ok", "ok")}
-    _, tight = machine_rows([machine_of("a", on_gpu=True), machine_of("b", on_gpu=True, free=59)], [60, 60])
+    assert states.pop((False, False)) == ["ok", "ok"]
+    assert set(map(tuple, states.values())) == {("ok", "ok", "ok")}  # the last of main memory
+    _, tight, _ = machine_rows([machine_of("a", on_gpu=True), machine_of("b", on_gpu=True, free=59)], [60, 60])
     assert "on rank 1 (b) take 60 B at least, and 59 B are free" in tight.text
 
 
 def test_memory_that_is_only_estimated_to_be_short_is_a_warning():
     both = [machine_of("a", on_gpu=True), machine_of("b", on_gpu=True)]
-    _, enough = machine_rows(both, [80, 100])
+    _, enough, _ = machine_rows(both, [80, 100])
     assert enough.state == "ok"
     assert "on rank 1 (b) take 60 B at least, some 100 B with activations and buffers; 100 B are free" in enough.text
-    _, short = machine_rows(both, [101, 100])
+    _, short, _ = machine_rows(both, [101, 100])
     assert short.state == "warning"
     assert "on rank 0 (a)" in short.text
 
