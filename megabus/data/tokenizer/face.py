@@ -146,7 +146,9 @@ def check_carried(tokenizer: Tokenizer, vocab_size: int, key: str, path: str | o
     would be read, or no export written."""
     if tokenizer.vocab_size > vocab_size:  # less is a vocabulary that was padded
         problem = f"has {tokenizer.vocab_size} pieces, model.vocab_size is {vocab_size}"
-        raise UserError(key, path, problem, "set model.vocab_size to that or more if it made the data, else give its own")
+        raise UserError(
+            key, path, problem, "set model.vocab_size to that or more if it made the data; else give its own"
+        )
     if not tokenizer.codec.has_tree:
         problem = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
         raise UserError(key, path, problem, "leave it out, and the export is without a tokenizer")
