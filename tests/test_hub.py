@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -34,11 +35,19 @@ def asked(tmp_path, monkeypatch):
 
 
 def test_a_name_is_fetched_and_nothing_that_runs(tmp_path, asked):
-    assert model_at("owner/model-1.5B") == tmp_path
-    ((name, patterns),) = asked
-    assert name == "owner/model-1.5B"
-    assert {"config.json", "*.safetensors", "tokenizer.json", "tokenizer.model"} <= {*patterns}
-    assert not any(pattern.endswith((".bin", ".py")) for pattern in patterns)
+    for index, weights in (
+        (None, {"model.safetensors"}),
+        ({"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "*", "d": 3}, {"m-1.safetensors", "m-2.safetensors"}),
+    ):
+        asked.clear()
+        if index is not None:
+            (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        assert model_at("owner/model-1.5B") == tmp_path
+        (first, before), (second, patterns) = asked
+        assert first == second == "owner/model-1.5B"
+        assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"} <= {*before}
+        assert {*patterns} - {*before} == weights | {"model.safetensors"}  # and no consolidated.safetensors beside them
+        assert not any(pattern.endswith((".bin", ".py")) or "*" in pattern for pattern in patterns)
 
 
 def test_a_path_is_no_name(tmp_path, asked):

@@ -14,25 +14,27 @@ from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout, ModelConfig
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.convert.hf_rest import TOKENIZER_FILES
-from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, write_hugging_face
+from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, named_files, write_hugging_face
 from megabus.convert.hugging_face import INDEX as HF_INDEX
 from megabus.convert.shard_files import INDEX, ShardFileSource, write_shard_files
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles, Source
 from megabus.convert.tensor_file import DTYPES
 from megabus.durable import partial_name, sync
 from megabus.errors import UserError
-from megabus.hub import local_copy
+from megabus.hub import local_copy, of_hub
 from megabus.model.decoder import param_specs
 from megabus.model.params import axis_sizes
 from megabus.parallel.placement import Placement
 
 Form = Literal["checkpoint", "shards", "hf"]
-OF_HUB = (CONFIG, "*.safetensors", HF_INDEX, *TOKENIZER_FILES)  # what is fetched of a model: no code, no pickles
+OF_HUB = (CONFIG, HF_INDEX, *TOKENIZER_FILES)  # what is fetched of a model before its weights: no code, no pickles
 
 
 def model_at(path: str | Path) -> Path:
-    """The path itself, or the directory of a model of the hub, fetched if this machine has it not yet."""
-    return local_copy(path, OF_HUB)
+    """The path itself, or the directory of a model of the hub, fetched if this machine has it not yet. Of its weights
+    come the files that its index names: some have the same weights in another form beside them."""
+    folder = local_copy(path, OF_HUB)
+    return local_copy(path, [*OF_HUB, *named_files(folder)]) if of_hub(path) else folder
 
 
 def in_other_form(path: Path) -> bool:

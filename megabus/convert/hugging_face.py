@@ -43,6 +43,8 @@ from megabus.plain_file import shown
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights, as safetensors names them
+SINGLE = "model.safetensors"
+FILE = re.compile(r"[\w.-]+\.safetensors")  # a file of weights that an index may name
 NGPT_FILES = ("configuration_ngpt.py", "modeling_ngpt.py")
 
 
@@ -75,7 +77,7 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
     groups = _groups(shapes, DTYPES[dtype][1].itemsize, max_shard_bytes)
     weight_map, total = {}, 0
     for number, names in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
         with TensorFileWriter(out / file, {hf_name(specs[n], model): shapes[n] for n in names}, dtype) as writer:
             total += writer.nbytes
             for name in names:
@@ -240,7 +242,7 @@ def untied_specs(model: ModelConfig) -> dict[str, ParamSpec]:
 
 def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
     """The file of each tensor: a plain name, in this directory."""
-    single = folder / "model.safetensors"
+    single = folder / SINGLE
     if os.path.lexists(single):
         return dict.fromkeys(files[inside(single)].keys(), single.name)
     if any(folder.glob("pytorch_model*.bin")):
@@ -250,26 +252,35 @@ def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
     if not isinstance(found, dict):
         raise UserError("weights", folder / INDEX, "has no weight_map", "restore it from another copy")
     for key, file in found.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if not isinstance(file, str) or not FILE.fullmatch(file):
             problem = f"puts {shown(key)} into {shown(file)}, which is no safetensors file beside it"
             raise UserError("weights", folder / INDEX, problem, "restore it from another copy")
         files[inside(folder / file)]  # there, and whole
     return found
 
 
+def named_files(folder: Path) -> list[str]:
+    """Those that a directory's index names, and the one that weights without an index lie in: patterns of the hub."""
+    found = read_json(folder / INDEX).get("weight_map") if os.path.lexists(folder / INDEX) else None
+    named = found.values() if isinstance(found, dict) else ()
+    return [SINGLE, *sorted({file for file in named if isinstance(file, str) and FILE.fullmatch(file)})]
+
+
 def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) -> ModelConfig:
     """The model that a config.json describes. Raises `UserError` for what megabus does not compute, and for sizes that
     the `tensors` of the files, of `stored` bytes together, cannot have: nothing is made by them before."""
+    exported = "megabus" in config
+    section = ["megabus"] if exported else []  # that is being read
     try:
-        exported = "megabus" in config
         model = ModelConfig.model_validate(config["megabus"]) if exported else stock_model(config)
+        section = []
         _check_fits(model, folder, tensors, stored)
         if exported:
             check_accounts(folder, config, model, _config(_without_a_run(model)))
         return model
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, (*section, *first["loc"])))
         said = f"{where} = {shown(first['input'])}: {first['msg']}"
         problem = f"lacks {where}" if first["type"] == "missing" else f"has {said}"
         raise UserError("config.json", folder, problem, "restore it from another copy") from error

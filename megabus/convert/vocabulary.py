@@ -27,7 +27,8 @@ class LargerVocabulary:
     with gives, whatever h is, the mean of its pieces' logits: the mean of their rows or, where a row is a unit vector
     and has a gain, that direction and that length of the mean of gain times row. Then by Jensen's inequality new pieces
     are each at most as likely as the pieces they were spelled with are on average, and the loss on old text rises by
-    log(1 + sum of exp(new logits) / sum of exp(old logits)) and by nothing else.
+    log(1 + sum of exp(new logits) / sum of exp(old logits)), where old logits are those of the rows that are kept: a
+    padded row that a piece takes over leaves the sum, and the loss falls by what it took there.
 
     (Hewitt 2021, "Initializing new word embeddings for pretrained language models", for means of all rows.) Sums are in
     fp64 and in an order of their own: the bits are the same whoever reads which interval.

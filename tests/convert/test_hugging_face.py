@@ -200,6 +200,9 @@ def test_an_edited_export_is_not_read_as_if_it_were_not(tmp_path, kind):
         edited = {key: value for key, value in (good | change).items() if value is not ...}
         with pytest.raises(UserError, match=f"^config.json = {path}: has {re.escape(told)}.*; set it back"):
             model_of(edited, path, *PLENTY)
+    for section, told in (([1], "megabus = [1]: "), (good["megabus"] | {"d_ff": "x"}, "megabus.d_ff = 'x': ")):
+        with pytest.raises(UserError, match=rf"config.json = .*: has {re.escape(told)}"):
+            model_of(good | {"megabus": section}, path, *PLENTY)
     ours = good | {"megabus": good["megabus"] | {"rope_theta": 500.0}}  # it may be that section that was changed
     with pytest.raises(UserError, match="rope"):
         model_of(ours, path, *PLENTY)

@@ -177,15 +177,13 @@ def test_a_tokenizer_that_no_export_could_carry_is_refused_before_training(corpu
         return str(caught.value)
 
     remedy = "begin from a copy of the weights without it, or name another as data.tokenizer"
-    train_tokenizer(["the cat sees the dog " * 50], VOCAB + 200, folder / "tokenizer", "bpe")
-    more = (
-        f"init_from = {folder}: holds a tokenizer that has {VOCAB + 200} pieces, model.vocab_size is {VOCAB}; {remedy}"
-    )
-    assert problem() == more
+    train_tokenizer(["the cat sees the dog " * 50], 270, folder / "tokenizer", "bpe")
+    more = f"holds a tokenizer that has 270 pieces, model.vocab_size is {VOCAB}; {remedy}"
+    assert problem() == f"init_from = {folder}: {more}"
     words = io.BytesIO()
     texts = iter(["the cat sees the dog"] * 9)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts, model_writer=words, model_type="word", vocab_size=8, minloglevel=2, num_threads=1
+        sentence_iterator=texts, model_writer=words, model_type="word", vocab_size=7, minloglevel=2, num_threads=1
     )
     (folder / "tokenizer.model").write_bytes(words.getvalue())
     assert problem().startswith(f"init_from = {folder}: holds a tokenizer that is a SentencePiece model of words")
