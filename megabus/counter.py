@@ -60,6 +60,12 @@ def row_sum(x: Tensor) -> Tensor:
     return x
 
 
+def divisor(value: float, x: Tensor) -> Tensor:
+    """A number to divide x by, where x lies and in its dtype, (). Of any other PyTorch's CUDA kernel takes the
+    reciprocal and multiplies by that (ATen/native/cuda/BinaryDivTrueKernel.cu), which rounds twice."""
+    return x.new_full((), value)
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """x / |x| over the last axis."""
     return x / row_sum(x * x).sqrt()

@@ -81,7 +81,14 @@ def main() -> int:
         print(f"{part.name}: {found[part].state}, {time.monotonic() - begun:.0f} s", flush=True)
     print("\n" + table(found))
     print("\n" + verdict(all_parts, found, args.out, gpu and not args.small))
-    return int(any(not part.passed(told) for part, told in found.items()))
+    late = [part.name for part, told in found.items() if part.is_only_late(told)]
+    if late:
+        print(f"not measured to the end, for lack of time: {', '.join(late)}")
+    return int(bool(_bad(found)))
+
+
+def _bad(found: dict[Part, Told]) -> list[str]:
+    return [part.name for part, told in found.items() if not part.passed(told) and not part.is_only_late(told)]
 
 
 def clear(out: Path, part: Part) -> None:
@@ -99,16 +106,14 @@ def table(found: dict[Part, Told]) -> str:
     for part, told in found.items():
         rows += [[part.name, what, text, marks[ok]] for what, text, ok in told.rows]
         if told.state != DONE:
-            rows.append(
-                [part.name, "the part itself", told.state, "" if told.state.startswith("left out") else "NOT DONE"]
-            )
+            rows.append([part.name, "the part itself", told.state, "" if part.is_only_late(told) else "NOT DONE"])
     return aligned(["part", "what", "found", ""], [[cell or "–" for cell in row] for row in rows], {0, 1, 2, 3})
 
 
 def verdict(all_parts: list[Part], found: dict[Part, Told], out: Path, counts: bool) -> str:
     """Whether it has passed; where it counts, that is recorded."""
-    bad = [part.name for part in found if not part.passed(found[part])]
     if not counts:
+        bad = _bad(found)
         return f"{'not passed: ' + ', '.join(bad) if bad else 'passed'}; nothing is recorded of tiny sizes"
     missing = [part.name for part in all_parts if part.decides and not (part in found and part.passed(found[part]))]
     if missing:
@@ -116,8 +121,12 @@ def verdict(all_parts: list[Part], found: dict[Part, Told], out: Path, counts: b
     from megabus.kernels.checked import RECORDS, record
 
     device = next(told.facts["device"] for told in found.values() if "device" in told.facts)
-    record(device, f"{datetime.date.today()}", RECORDS)
     (out / "record.json").write_text(json.dumps(device, indent=1) + "\n")
+    try:
+        record(device, f"{datetime.date.today()}", RECORDS)
+    except OSError as error:
+        entry = f"add what {out / 'record.json'} says, with today's date"
+        return f"passed, and {RECORDS} cannot be written ({error.strerror}): {entry}, to that file in your checkout"
     return (
         f"recorded in {RECORDS}, for you to commit: train.kernels = auto takes Triton's kernels on {device['device']}"
     )

@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.gpu_check.part import Check
 from benchmarks.growth_stall import LARGE, write_tokens
-from megabus.config import load_config
+from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import on_gpu, prepare_environment, start_distributed, stop_distributed
 from megabus.kernels.choice import why_not
 from megabus.testing.ranks import free_port
@@ -89,6 +89,33 @@ def stall(check: Check) -> None:
     check.tell("bytes", f"{growth['bytes_sent']:,} sent, {growth['bytes_kept']:,} kept on the rank")
     peaks = [(row["stage"], row["max_bytes"]) for row in _rows(config, "memory")]
     check.tell("peak memory", ", ".join(f"{peak / 2**20:,.0f} MiB by stage {stage}" for stage, peak in peaks))
+    check.tell("peak memory of the growth alone", _growth_peak(config))
+
+
+def _growth_peak(config: dict[str, Any]) -> str:
+    """Of the same growth, of an engine that has trained: a run's counters go on from its start."""
+    start_distributed()
+    import torch
+
+    from benchmarks.gpu_check.speed import batches_of
+    from megabus.engine.engine import Engine
+    from megabus.growth.transition import grow_engine
+
+    run = load_config(Path(config["run_dir"]).with_suffix(".yaml"))
+    stages = resolve_stages(run, 1)
+    engine = Engine(run.train, run.optimizer, stages[0])
+    engine.write_initial(0)
+    engine.train_step(batches_of(engine), 1e-3)
+    on_cuda = engine.device.type == "cuda"
+    before = 0
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    grow_engine(engine, run, stages[1]).engine.close()
+    if not on_cuda:
+        return "needs a GPU, whose memory is counted"
+    peak = torch.cuda.max_memory_allocated()
+    return f"{peak / 2**20:,.0f} MiB, {peak / before:.2f} times what was there before it"
 
 
 def _config(check: Check, sizes: dict[str, Any], name: str, deterministic: bool = False) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def software(check: Check) -> None:
         "--format=csv,noheader",
     ]
     if shutil.which(smi[0]):
-        tell("nvidia-smi", subprocess.run(smi, capture_output=True, text=True, timeout=20, check=False).stdout.strip())
+        tell("nvidia-smi", _answer(smi))
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     tell(
         "GPU",
@@ -60,6 +60,16 @@ def software(check: Check) -> None:
     if problem is None:
         check.tell.facts["device"] = this_device(device)
     _speeds(check, device, 8192, 1 << 30)
+
+
+def _answer(command: list[str], seconds: float = 20) -> str:
+    """What a command prints, or why it does not: a driver that hangs is worth knowing of, and no reason to stop."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except (subprocess.TimeoutExpired, OSError) as error:
+        return f"does not answer: {error}"
+    said = done.stdout.strip()
+    return said if done.returncode == 0 else f"ends with {done.returncode}: {said or done.stderr.strip()}"
 
 
 def _speeds(check: Check, device: torch.device, size: int, copied: int) -> None:

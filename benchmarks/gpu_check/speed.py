@@ -81,7 +81,7 @@ def profile(check: Check) -> None:
     arm = _arm(check, "tiny" if check.small else SIZES[0], "ngpt", "triton" if _runs_triton(check) else "eager")
     engine = Engine(arm.train, arm.optimizer, arm.stage)
     engine.write_initial(0)
-    batches = _batches(engine)
+    batches = batches_of(engine)
     for _ in range(2):
         engine.train_step(batches, 1e-3)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if check.on_gpu else [])]
@@ -98,11 +98,17 @@ def profile(check: Check) -> None:
     check.tell(where, f"{sum(e.count for e in on_device):,} in {total / 1e3:.1f} ms")
     for event in sorted(on_device, key=spent, reverse=True)[:TOP]:
         share = spent(event) / total
-        check.tell(event.key[:70], f"{event.count} x, {spent(event) / 1e3:.2f} ms, {share:.1%}")
+        check.tell(short(event.key), f"{event.count} x, {spent(event) / 1e3:.2f} ms, {share:.1%}")
     waits = [e for e in events if any(part in e.key for part in WAITS)]
     for event in sorted(waits, key=lambda e: -e.count):
         check.tell(f"wait: {event.key}", f"{event.count} x, {event.cpu_time_total / 1e3:.2f} ms of the host")
     engine.close()
+
+
+def short(kernel: str, most: int = 100) -> str:
+    """A kernel's name without its middle: names of templates begin alike, and what differs stands at their end."""
+    half = (most - 3) // 2
+    return kernel if len(kernel) <= most else f"{kernel[:half]}...{kernel[-half:]}"
 
 
 def _runs_triton(check: Check) -> bool:
@@ -139,7 +145,7 @@ def _shipped(size: str, kind: str, kernels: Choice, card: str, memory: int) -> t
     return config, settings(config, stage, stage.layout, like(card, memory, 1))
 
 
-def _batches(engine: Any) -> list[Any]:
+def batches_of(engine: Any) -> list[Any]:
     stage = engine.stage
     sizes = (stage.grad_accum, stage.micro_batch_size, stage.seq_len + 1)
     tokens = torch.randint(stage.model.vocab_size, sizes, generator=torch.Generator().manual_seed(0)).to(engine.device)
@@ -155,7 +161,7 @@ def _timed(arm: Arm) -> tuple[float, int | None]:
     engine = Engine(arm.train, arm.optimizer, arm.stage)
     try:
         engine.write_initial(0)
-        batches, took = _batches(engine), []
+        batches, took = batches_of(engine), []
         for _ in range(2 + STEPS):
             begun = time.perf_counter()
             engine.train_step(batches, 1e-3)  # returns once the device is done: it tells the loss

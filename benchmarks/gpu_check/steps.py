@@ -19,7 +19,7 @@ from megabus.testing.parity import batch_of, plain_trace, rank_batches, worst
 from megabus.testing.training import Training, make_training
 
 STEPS = 10
-# The largest difference of a loss from fp32 on the CPU, of what the loss falls by: rounding, which Adam's steps magnify.
+# The largest difference of a loss from fp32 on the CPU, of what it falls by: rounding, which Adam's steps magnify.
 # On a CPU it is 3e-7 in fp32 and 2e-4 in bf16, and 7e-4 and 3e-2 under the learning rates of the controls.
 LIMITS = {"fp32": 1e-4, "bf16": 1e-2}
 CONTROLS = {"fp32": 0.999, "bf16": 0.95}  # of the learning rate: too little of it must be noticed

@@ -67,7 +67,8 @@ class TrainConfig(Section):
     )
     deterministic: bool = Field(
         False,
-        description="on GPUs: the same bits from the same start, as on CPUs, by slower attention, sums and scatters",
+        description="on GPUs: the same bits from the same start on the same machines and GPUs, as on CPUs, by slower "
+        "attention, sums and scatters",
     )
     recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
     sequence_parallel: bool = Field(

@@ -86,7 +86,7 @@ def _weight(param: ParamGrowth, old_BD: Tensor, low: int) -> Tensor:
     if param.multiplier != 1:
         w_BD *= param.multiplier
     if param.cosine != 1:
-        w_BD /= param.cosine
+        w_BD /= counter.divisor(param.cosine, w_BD)
     if param.divisor is not None:
         w_BD /= _rows_of(param.divisor, low, w_BD)[:, None]
     if param.sphere and param.gate != 1:
@@ -103,7 +103,7 @@ def _shared_on_sphere(raw_BD: Tensor, share: float, unit: float) -> Tensor:
     """
     alpha_BD = raw_BD * unit
     shared_BD = share * alpha_BD / (1 - (1 - share) * alpha_BD)
-    return torch.where(alpha_BD < 1, shared_BD, alpha_BD) / unit
+    return torch.where(alpha_BD < 1, shared_BD, alpha_BD) / counter.divisor(unit, alpha_BD)
 
 
 def _moment(param: ParamGrowth, kind: Kind, old_BD: Tensor, low: int) -> Tensor:
@@ -181,7 +181,7 @@ def _tilt_write(w_BD: Tensor, parents_B: Tensor, copy_B: Tensor, copies: int, ke
     t_BD = torch.zeros_like(w_BD)
     for number in range(copies - 1):  # not einsum: its summation order may depend on shapes
         t_BD = t_BD + vertex_BN[:, number, None] * basis_BND[:, number]
-    return w_BD / copies + length_B1 * ((1 - copies**-2) ** 0.5 * t_BD)
+    return w_BD / counter.divisor(copies, w_BD) + length_B1 * ((1 - copies**-2) ** 0.5 * t_BD)
 
 
 def _directions(key: int, parents_B: Tensor, away_B1D: Tensor, count: int) -> Tensor:

@@ -74,7 +74,7 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
 def _of_device(config: RunConfig, stages: list[Stage]) -> list[str]:
     """What the devices of this run make of it: lines to warn of."""
     if get_accelerator().device_name() != "cpu":
-        check_deterministic(config, stages)
+        check_deterministic(config)
         return list(slow_heads(config, stages))
     if config.train.deterministic:
         same = UserError("train.deterministic", "true", "has no effect on CPUs, which are so anyway", "leave it out")

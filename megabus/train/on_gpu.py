@@ -8,23 +8,16 @@ from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
 
 ALIGNED = 16  # bytes that a row of a product begins at a multiple of, where tensor cores read it in one piece
-LARGEST_FLASH = 256  # entries of a head
 
 
-def check_deterministic(config: RunConfig, stages: list[Stage]) -> None:
-    """Raises `UserError` where `train.deterministic` asks for what has no deterministic form on GPUs."""
-    train = config.train
-    if not train.deterministic:
-        return
-    attention = "PyTorch's attention with deterministic gradients that never holds the scores"
-    if train.precision != "bf16":
-        problem = f"{attention} computes in 16 bits, and train.precision is {train.precision}"
-        raise UserError("train.deterministic", "true", problem, "set train.precision to bf16")
-    head_dim = max(stage.model.head_dim for stage in stages)
-    if head_dim > LARGEST_FLASH:
-        problem = f"{attention} has heads of {LARGEST_FLASH} entries at most, and model.head_dim is {head_dim}"
-        raise UserError("train.deterministic", "true", problem, "use smaller heads, and more of them")
-    if train.kernels == "compiled":
+def check_deterministic(config: RunConfig) -> None:
+    """Raises `UserError` where `train.deterministic` asks for what has no deterministic form on GPUs.
+
+    Attention has one in every precision: FlashAttention's gradients in bf16, and in fp32, or of heads too long for it,
+    those of PyTorch's memory-efficient attention, which under `torch.use_deterministic_algorithms` is not split along
+    the keys (ATen/native/transformers/cuda/attention_backward.cu). Neither holds the scores.
+    """
+    if config.train.deterministic and config.train.kernels == "compiled":
         problem = "torch.compile cuts sums by the sizes that it sees first, which a resumed run sees in another order"
         raise UserError("train.deterministic", "true", problem, "set train.kernels to auto, eager or triton")
 

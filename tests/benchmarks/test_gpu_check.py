@@ -24,7 +24,7 @@ import yaml
 from support.forked import run_python
 
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import kernels, runs, speed, wheels
+from benchmarks.gpu_check import attention, kernels, runs, software, speed, wheels
 from benchmarks.gpu_check.part import DONE, Check, Part, Told, run_part
 from benchmarks.kernels import Clock
 from megabus.kernels import checked
@@ -41,6 +41,7 @@ NEED_A_GPU = {
     "step_times": 1,
     "profile": 1,
     "attention": 2,
+    "stall": 1,
 }
 
 
@@ -165,6 +166,57 @@ def test_a_run_has_its_settings_before_it_touches_the_device(tmp_path, monkeypat
     assert found == [deterministic, deterministic]
 
 
+@pytest.mark.parametrize("decides", [True, False])
+@pytest.mark.parametrize(
+    ("state", "ok", "bad"),
+    [
+        ("out of time after 45 s", None, False),
+        ("left out: x", True, False),
+        ("failed: x", True, True),
+        (DONE, False, True),
+    ],
+)
+def test_a_measurement_may_be_late_and_a_decision_may_not(tmp_path, decides, state, ok, bad):
+    part = Part("one", is_right, 60, decides)
+    found = {part: Told(tmp_path / "one.json", state, [("what", "text", ok)])}
+    assert command._bad(found) == ["one"] * (bad or decides)
+    assert ("NOT DONE" in command.table(found)) == (state != DONE and (bad or decides))
+    wrong = Told(tmp_path / "one.json", state, [("what", "text", False)])
+    assert command._bad({part: wrong}) == ["one"]
+
+
+def test_an_attention_that_breaks_is_no_refusal(tmp_path, monkeypatch):
+    check = Check(True, tmp_path, Told(tmp_path / "attention.json"))
+    for text, refuses in (
+        ("No available kernel. Aborting execution.", True),
+        ("CUDA error: misaligned address", False),
+    ):
+
+        def fail(*_, text=text):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(attention, "_error", fail)
+        if refuses:
+            attention.attention(check)
+            assert [row[1] for row in check.tell.rows if "need" not in row[1]] == [f"does not run: {text}"] * 2
+        else:
+            with pytest.raises(RuntimeError, match="misaligned"):
+                attention.attention(check)
+
+
+def test_a_command_that_hangs_is_told():
+    assert software._answer(["echo", "H200"]) == "H200"
+    assert "timed out" in software._answer(["sleep", "60"], 0.1)
+    assert software._answer(["false"]).startswith("ends with 1")
+
+
+def test_names_of_kernels_differ_where_the_kernels_do():
+    names = ["void at::native::" + "elementwise" * 20 + end for end in ("<float>", "<double>")]
+    assert len({speed.short(name) for name in names}) == 2
+    assert all(len(speed.short(name)) <= 100 for name in names)
+    assert speed.short("gemm") == "gemm"
+
+
 def test_only_what_a_part_has_left_goes_before_it_runs_again(tmp_path):
     out = tmp_path / "out"
     for name in ("one", "other", "mine"):
@@ -215,6 +267,10 @@ def test_only_a_check_whose_deciding_parts_pass_is_recorded(tmp_path, monkeypatc
     (entry,) = json.loads(checked.RECORDS.read_text())
     assert entry.pop("date")
     assert entry == found[right].facts["device"]
+    monkeypatch.setattr(checked, "RECORDS", tmp_path / "none" / "checked.json")
+    (tmp_path / "none").write_text("")  # as where the package lies in a folder that is not ours
+    assert "cannot be written" in verdict([right, slow], without)
+    assert json.loads((tmp_path / "record.json").read_text()) == entry
 
 
 def test_wheels_are_all_that_the_check_needs_beside_torch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from support.growing import CHANNELS, FRACTION, READS, WIDTH, how, row_matrices, same
 from support.small_models import GQA, KINDS, PART_IDS, PARTS, config, lively_state, loss_of, model_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import megabus
 from megabus import counter
@@ -105,6 +107,30 @@ def test_bits_do_not_depend_on_threads_or_blocks(monkeypatch):
     monkeypatch.setattr(rows_module, "_weight", lambda *args: blocks.append(1) or real(*args))
     assert torch.equal(grow(8 * row_bytes(param) - 1), grown)
     assert len(blocks) == 27
+
+
+class Divisions(TorchDispatchMode):
+    """Divisions by numbers that are no powers of two. A CUDA kernel would multiply by their reciprocals."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_) and not isinstance(args[1], torch.Tensor):
+            self.by += [args[1]] * (math.frexp(args[1])[0] != 0.5)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("manner", [{}, {"read": "tilt"}, {"depth": "taper"}, {"depth": "split"}], ids=str)
+def test_nothing_is_divided_by_a_number_that_lies_on_no_device(manner):
+    for kind in KINDS:
+        job = growth_job(kind=kind, **manner)
+        with Divisions() as divisions:
+            megabus.grow_state(lively_state(job.old), job.old, job.new, job.seed, job.how)
+            assert divisions.by == []
+            torch.ones(3) / 3  # control
+            assert divisions.by == [3]
 
 
 # ---- directions
