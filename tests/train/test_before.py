@@ -114,6 +114,6 @@ def test_what_a_gpu_cannot_hold_is_refused_with_layouts_that_fit(tmp_path, monke
     assert " of a GPU in TP1/PP1/DP1 by the estimate, and a Tesla T4 has " in message
     fit = message.partition("these would fit: ")[2].split("; ")
     assert len(fit) == 3
-    assert "TP1/PP1/DP1 with micro_batch_size 4, recompute false" in fit[0]
+    assert "TP1/PP1/DP1 with micro_batch_size 2, recompute false" in fit[0]
     gpu.total_memory = 10_000
     assert "on this machine at least, which has 9.8 KiB; " in told(config)  # not even the states
