@@ -130,8 +130,7 @@ def _arm(check: Check, size: str, kind: str, kernels: Choice) -> Arm:
     # Recomputed, and small, is what takes least.
     setting = min((found, *filter(None, others)), key=lambda one: (not one.recompute, one.stage.micro_batch_size))
     train, micro = config.train.model_copy(update={"recompute": setting.recompute}), setting.stage.micro_batch_size
-    batch = MICRO_BATCHES * micro
-    stage = replace(found.stage, micro_batch_size=micro, global_batch_size=batch)
+    stage = replace(found.stage, micro_batch_size=micro, global_batch_size=MICRO_BATCHES * micro)
     return Arm(train, config.optimizer, stage)
 
 
