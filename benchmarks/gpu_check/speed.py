@@ -129,8 +129,8 @@ def _arm(check: Check, size: str, kind: str, kernels: Choice) -> Arm:
     others = (_shipped(size, other, kernels, card.name, card.total_memory)[1] for other in KINDS if other != kind)
     # Recomputed, and small, is what takes least.
     setting = min((found, *filter(None, others)), key=lambda one: (not one.recompute, one.stage.micro_batch_size))
-    train, rows = config.train.model_copy(update={"recompute": setting.recompute}), setting.stage.micro_batch_size
-    stage = replace(found.stage, micro_batch_size=rows, global_batch_size=MICRO_BATCHES * rows)
+    train, micro = config.train.model_copy(update={"recompute": setting.recompute}), setting.stage.micro_batch_size
+    stage = replace(found.stage, micro_batch_size=micro, global_batch_size=MICRO_BATCHES * micro)
     return Arm(train, config.optimizer, stage)
 
 

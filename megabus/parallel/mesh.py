@@ -47,6 +47,7 @@ def reuse_process_groups(timeout: timedelta) -> None:
                 group = dist.new_group(list(members), timeout=timeout, use_local_synchronization=True)
             if group.group_name != name:
                 raise RuntimeError(f"torch {torch.__version__} names the group of ranks {members} {group.group_name!r}")
+            _connect(group)
             _groups[members] = group
             leave_cores_to_ranks()
         return _groups[members]
@@ -54,6 +55,14 @@ def reuse_process_groups(timeout: timedelta) -> None:
     new_group.reused = True  # type: ignore[attr-defined]
     ds_comm.new_group = new_group
     leave_cores_to_ranks()
+
+
+def _connect(group: dist.ProcessGroup) -> None:
+    """NCCL makes a group's communicator when it is first used: it is used here, where nothing else is under way and all
+    members come, in the order in which all ranks are asked for groups."""
+    if dist.get_backend(group) == "nccl":
+        dist.all_reduce(torch.zeros(1, device=get_accelerator().current_device_name()), group=group)
+        get_accelerator().synchronize()
 
 
 @contextlib.contextmanager

@@ -30,6 +30,8 @@ from megabus.train.on_gpu import check_deterministic, slow_heads
 from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_begins, check_stage
 
+UNSURE = 1.1  # times a GPU's memory that the estimate of what a rank takes may reach: no GPU has confirmed it yet
+
 
 class Notes(NamedTuple):
     """Lines to tell before training."""
@@ -58,7 +60,7 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     said = [*outlook(stages, config.growth.trigger), *_why_eager(config, stages)]
     warned = _of_device(config, stages)
-    _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
+    warned += _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
         found = None if config.resume == "never" else _newest(config)
         if found is not None:
@@ -106,14 +108,15 @@ def _newest(config: RunConfig) -> Found | None:
     return None
 
 
-def _check_memory(config: RunConfig, stages: list[Stage]) -> None:
+def _check_memory(config: RunConfig, stages: list[Stage]) -> list[str]:
     """What this machine's ranks take of a stage at least, masters, moments and weights, must fit into all of its
-    memory. On GPUs the estimate of all that a rank takes must fit into one."""
+    memory. On GPUs the estimate of all that a rank takes must fit into one, or nearly: a line for what may not."""
     local, gpu = local_ranks(), None
     if get_accelerator().device_name() == "cuda":
         gpu = torch.cuda.get_device_properties(0)
     there = psutil.virtual_memory().total if gpu is None else gpu.total_memory * local
     itemsize = 2 if config.train.precision == "bf16" else 4
+    warned: list[str] = []
     if gpu is not None and config.train.kernels == "auto":
         form, _ = automatic(torch.device("cuda"), _rows(stages))
         config = config.model_copy(update={"train": config.train.model_copy(update={"kernels": form})})
@@ -125,14 +128,15 @@ def _check_memory(config: RunConfig, stages: list[Stage]) -> None:
             remedy = "use more ranks, a higher tp or pp, or a smaller model; megabus estimate says what fits"
             raise UserError(stage_section(stage.index), f"stage {stage.index}", problem, remedy)
         if gpu is not None:
-            _check_estimate(config, stage, like(gpu.name, gpu.total_memory, local))
+            warned += _check_estimate(config, stage, like(gpu.name, gpu.total_memory, local))
+    return warned
 
 
-def _check_estimate(config: RunConfig, stage: Stage, gpu: Device) -> None:
-    """Of a stage's fullest rank. What drivers and libraries take comes on top, so what does not fit never runs."""
+def _check_estimate(config: RunConfig, stage: Stage, gpu: Device) -> list[str]:
+    """Of a stage's fullest rank. An estimate may be off, so what is a little too much for it is a warning."""
     need = max(memory.total for memory in pipeline_memory(config, stage))
     if need <= gpu.memory:
-        return
+        return []
     problem = f"takes some {size_text(need)} of a GPU in {stage.layout} by the estimate, and a {gpu.name} has "
     problem += size_text(gpu.memory)
     fit = that_fit(config, stage, gpu, 3)
@@ -140,4 +144,7 @@ def _check_estimate(config: RunConfig, stage: Stage, gpu: Device) -> None:
         remedy = f"these would fit: {'; '.join(map(str, fit))} (recompute is of all stages)"
     else:
         remedy = "use many more ranks, or a smaller model"
-    raise UserError(stage_section(stage.index), f"stage {stage.index}", problem, remedy)
+    error = UserError(stage_section(stage.index), f"stage {stage.index}", problem, remedy)
+    if need > UNSURE * gpu.memory:
+        raise error
+    return [str(error)]

@@ -1,8 +1,8 @@
 """All that may wait for the device: by what a run does, (how, place): how often at most.
 
-What a step waits for stands at its end, once all is queued, and is needed there: whether the norm is finite, by which
-clipping and skipping go; loss and norm themselves. DeepSpeed reads the norm again where megabus cannot keep it from
-that; the device has nothing to do by then.
+What a step waits for stands after its last backward pass: whether the norm is finite, by which clipping and skipping
+go, before Adam is queued; loss and norm themselves, once all is. DeepSpeed reads the norm again where megabus cannot
+keep it from that; the device has nothing to do by then.
 """
 
 from __future__ import annotations

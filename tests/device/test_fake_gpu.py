@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 from deepspeed.runtime.pipe.schedule import TrainSchedule
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
+from megabus.testing.simulate import in_child
 from tests.device.allowed import ALLOWED
 from tests.device.cases import CASES, MICRO_BATCHES, Case, look_at
 from tests.device.one_stream import program
@@ -106,6 +108,33 @@ def test_what_was_mended_would_be_seen():
     assert step.quadratic == MICRO_BATCHES
     assert seen.events[0] < seen.events[1]
     assert seen.resets
+
+
+def _index(write):
+    from tests.support import fake_gpu
+
+    fake_gpu.make_gpu()
+    with fake_gpu.on_fake_gpu() as watch:
+        values = torch.zeros(5, 3, device="gpu")
+        for device in ("gpu", "cpu"):
+            at = torch.zeros(2, dtype=torch.int64, device=device)
+            watch.reset()
+            if write:
+                values[at] = 1.0
+            else:
+                values[:, at]
+            yield device, [how for how, _ in watch.waits.elements()]
+        with pytest.raises(DynamicOutputShapeException):
+            values.nonzero()
+
+
+def _indexed(write):
+    return list(_index(write))
+
+
+def test_indices_of_the_cpu_would_be_seen():
+    for found in in_child(_indexed, [(False,), (True,)]):
+        assert found == [("gpu", []), ("cpu", ["copy of indices"])]
 
 
 def _misplace():

@@ -122,7 +122,7 @@ class Divisions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("manner", [{}, {"read": "tilt"}, {"depth": "taper"}, {"depth": "split"}], ids=str)
+@pytest.mark.parametrize("manner", [{"after": {"d_ff": 186}}, {"read": "tilt"}, {"depth": "taper"}], ids=str)
 def test_nothing_is_divided_by_a_number_that_lies_on_no_device(manner):
     for kind in KINDS:
         job = growth_job(kind=kind, **manner)

@@ -45,6 +45,23 @@ def sums_after_a_pipeline() -> tuple[float, float, float]:
     return first, second, third
 
 
+def uses_of_new_groups(backend: str) -> int:
+    """Groups that are used when they are made, of a world that calls itself by that backend."""
+    used = []
+    all_reduce, dist.get_backend = dist.all_reduce, lambda *_: backend
+    dist.all_reduce = lambda tensor, group: used.append(group) or all_reduce(tensor, group=group)
+    for _ in range(2):
+        mesh = Mesh(Layout(dp=1, pp=2, tp=1))
+    assert backend != "nccl" or mesh.grid.get_pipe_parallel_group() in used
+    assert len(set(used)) == len(used)
+    return len(used)
+
+
+def test_nccl_makes_communicators_with_their_groups():
+    assert run_ranks(2, uses_of_new_groups, "nccl", timeout=60) == [2, 2]  # the rank alone, and the pipeline
+    assert run_ranks(2, uses_of_new_groups, "gloo", timeout=60) == [0, 0]
+
+
 def test_ranks_that_have_made_fewer_groups_meet_the_others():
     found = run_ranks(4, sums_after_a_pipeline, timeout=60)
     assert found == [(3, 2, 1), (1, 4, 1), (2, 2, 5), (3, 4, 5)]

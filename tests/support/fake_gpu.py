@@ -1,8 +1,9 @@
 """A GPU of shapes: a device that is not the CPU, whose tensors have no entries. No GPU, no CUDA, no compiler.
 
 PyTorch's spare device type (PrivateUse1) under the name `gpu`, with a guard that does nothing, so that autograd takes
-it; FakeTensorMode, which runs operations on shapes and refuses tensors of several devices; and `Watch`, which sees
-every operation. What it cannot see: values, Triton, NCCL, which attention kernels PyTorch takes.
+it; FakeTensorMode, which runs operations on shapes, and refuses tensors of several devices and operations whose shapes
+depend on values (nonzero, masks), which would wait; and `Watch`, which sees every operation. What it cannot see:
+values, Triton, NCCL, which attention kernels PyTorch takes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 READ = 0.5  # what any entry reads as
-DATA_DEPENDENT = ("nonzero", "unique", "_unique2", "bincount", "masked_select")  # their shapes, or their checks, wait
+INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")  # which copy indices of the CPU, and wait
 VIEWS = "view _unsafe_view t transpose expand slice select unsqueeze squeeze permute detach alias as_strided split \
 split_with_sizes chunk narrow _reshape_alias unbind unfold diagonal reshape"
 NOTHING = (
@@ -115,16 +116,16 @@ class Watch(TorchDispatchMode):
         outputs = [x for x in tree_iter(out) if isinstance(x, Tensor)]
         devices = {x.device.type for x in (*inputs, *outputs)}
         if name in ("_to_copy", "copy_") and devices == {"cpu", "gpu"}:
-            self._copy(name, args, kwargs, inputs, outputs)
-        elif name in DATA_DEPENDENT and "gpu" in devices:
-            self.wait(name)
+            self._copy(args, kwargs, inputs, outputs)
+        elif name in INDEXED and "gpu" in devices and any(i is not None and i.device.type == "cpu" for i in args[1]):
+            self.wait("copy of indices")
         if "gpu" in devices and name not in NO_KERNEL and func.namespace != "c10d":
             self.kernels[name] += 1
             on_gpu = [x for x in (*inputs, *outputs) if x.device.type == "gpu"]
             self.bytes += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in on_gpu)
         return out
 
-    def _copy(self, name: str, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _copy(self, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         asynchronous = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
         to_gpu = outputs[0].device.type == "gpu"
         host = inputs[-1] if to_gpu else outputs[0]

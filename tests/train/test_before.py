@@ -102,12 +102,18 @@ def test_what_a_gpu_cannot_hold_is_refused_with_layouts_that_fit(tmp_path, monke
     (eager,), _ = noted(config)
     assert eager.startswith("train.kernels: auto computes in eager form: ")
     assert noted(config.model_copy(update={"train": config.train.model_copy(update={"kernels": "eager"})}))[0] == []
+    assert len(noted(config)[1]) == 1  # of the vocabulary
     gpu.total_memory = need - 1
+    _, warned = noted(config)[1]
+    assert warned.startswith("model = stage 0: takes some ")
+    gpu.total_memory = -(-need * 10 // 11) + 1  # 110 %
+    assert len(noted(config)[1]) == 2
+    gpu.total_memory = need * 10 // 11 - 1
     message = told(config)
     assert message.startswith("model = stage 0: takes some ")
     assert " of a GPU in TP1/PP1/DP1 by the estimate, and a Tesla T4 has " in message
     fit = message.partition("these would fit: ")[2].split("; ")
     assert len(fit) == 3
-    assert "TP1/PP1/DP1 with micro_batch_size 4, recompute false" in fit[0]
+    assert "TP1/PP1/DP1 with micro_batch_size 2, recompute false" in fit[0]
     gpu.total_memory = 10_000
     assert "on this machine at least, which has 9.8 KiB; " in told(config)  # not even the states
