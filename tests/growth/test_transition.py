@@ -335,7 +335,8 @@ def test_twenty_growths_leak_nothing(layouts):
         assert rank[-1]["memory"] - rank[0]["memory"] < 8 * 2**20
 
 
-def test_negative_control_groups_leak_when_not_reused():
+def test_negative_control_groups_are_made_again_when_they_are_forgotten():
+    """Torch takes no second one of the same members' name: what leaked without reuse ends at once."""
     layouts = [Layout(1, 2, 1), Layout(1, 1, 2)]
-    for rank in run_ranks(2, _twenty_growths, growth_config([{}], layouts), "new groups", timeout=300):
-        assert rank[-1]["groups"] > rank[0]["groups"] + 16
+    with pytest.raises(RuntimeError, match="group name has already been created"):
+        run_ranks(2, _twenty_growths, growth_config([{}], layouts), "new groups")
