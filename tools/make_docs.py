@@ -229,11 +229,11 @@ def machine() -> str:
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", help="names of pages; all when left out")
+    parser.add_argument("pages", nargs="*", help="pages, such as docs/rates.md or rates; all when left out")
     parser.add_argument("--check", action="store_true", help="write nothing, run the cheap commands, exit 1 if stale")
     args = parser.parse_args()
-    chosen = [page for page in PAGES if not args.pages or Path(page).stem in args.pages]
-    if unknown := [name for name in args.pages if name not in {Path(page).stem for page in PAGES}]:
+    chosen = [page for page in PAGES if not args.pages or {page, Path(page).stem} & {*args.pages}]
+    if unknown := {*args.pages} - {*PAGES} - {Path(page).stem for page in PAGES}:
         raise UserError("pages", ", ".join(unknown), "has no transcripts", f"choose from {', '.join(PAGES)}")
     if shutil.which("megabus", path=str(Path(sys.executable).parent)) is None:
         raise UserError("megabus", sys.executable, "is not installed there", "pip install -e . (make does it)")
