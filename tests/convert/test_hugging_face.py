@@ -268,6 +268,9 @@ def test_what_lies_beside_the_weights(tmp_path):
         other = MemorySource(model_config("gpt", vocab_size=66))
         with pytest.raises(UserError, match=r"--like = .* has vocab_size 67, the model 66"):
             convert(other, tmp_path / "no", "hf", like=tmp_path / "llama")
+        llama(tmp_path, bos_token_id=3, eos_token_id=[4, 50256])
+        with pytest.raises(UserError, match=r"--like = .* has eos_token_id = 50256, and the model ids below 67"):
+            convert(back, tmp_path / "no", "hf", like=tmp_path / "llama")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert {key: getattr(config, key) for key in ids} == ids
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"

@@ -103,6 +103,9 @@ def test_a_tokenizer_goes_with_the_weights_everywhere(tmp_path, make, capsys):
             (tmp_path / "out/tokenizer.model").unlink()
         with pytest.raises(UserError, match="has another tokenizer than the one that was saved with the weights"):
             convert(run, tmp_path / "no", "hf", like=tmp_path / "out")
+        (tmp_path / "out/tokenizer.json").unlink()
+        with pytest.raises(UserError, match="has no tokenizer, and one was saved with the weights; leave --like out"):
+            convert(run, tmp_path / "no", "hf", like=tmp_path / "out")
     if make is hugging_face:
         assert config["pad_token_id"] == theirs.pad_token_id == first.id_of("<pad>")
         assert theirs.apply_chat_template([{"content": "x"}], tokenize=False) == "<bos>x"
