@@ -88,24 +88,22 @@ def without_code(config: dict[str, Any]) -> str:
 def copy_rest(like: Path, out: Path, vocab_size: int, own: Path | None) -> dict[str, Any]:
     """Copy `like`'s tokenizer files to `out`; its keys of config.json that go with them. own: the tokenizer that was
     saved with the weights, if one was: `like`'s must be the same. Nothing is copied where anything is refused."""
-    config = read_json(like / "config.json")
+    config, origin = read_json(like / "config.json"), "give the directory that the model came from"
     if config.get("vocab_size") != vocab_size:
-        problem = f"has vocab_size {config.get('vocab_size')}, the model {vocab_size}"
-        raise UserError("--like", like, problem, "give the directory that the model came from")
+        raise UserError("--like", like, f"has vocab_size {config.get('vocab_size')}, the model {vocab_size}", origin)
     for key in (key for key in KEYS if key.endswith("_token_id")):
         said = config.get(key)
         ids = said if isinstance(said, list) else [said]
         if beyond := [one for one in ids if isinstance(one, int) and one >= vocab_size]:
-            problem = f"has {key} = {beyond[0]}, and the model ids below {vocab_size}"
-            raise UserError("--like", like, problem, "give the directory that the model came from")
+            raise UserError("--like", like, f"has {key} = {beyond[0]}, and the model ids below {vocab_size}", origin)
     there = _there(like, TOKENIZER_FILES)
-    if own is not None and not {TREE, MODEL} & {*there}:
-        problem = "has no tokenizer, and one was saved with the weights"
-        raise UserError("--like", like, problem, "leave --like out, and that one is written")
-    both = [read_tokenizer_files(one).known_as for one in (own, like)] if own and {TREE, MODEL} & {*there} else []
-    if both and not both[0] & both[1]:
-        problem = "has another tokenizer than the one that was saved with the weights"
-        raise UserError("--like", like, problem, "give the directory that the model came from")
+    if own is not None:
+        if not {TREE, MODEL} & {*there}:
+            problem = "has no tokenizer, and one was saved with the weights"
+            raise UserError("--like", like, problem, "leave --like out, and that one is written")
+        if not read_tokenizer_files(own).known_as & read_tokenizer_files(like).known_as:
+            problem = "has another tokenizer than the one that was saved with the weights"
+            raise UserError("--like", like, problem, origin)
     for name in there:
         (out / name).write_bytes(_read(like / name))
     if CONFIG in there:

@@ -87,12 +87,12 @@ def compare_as_read(out: Path) -> None:
     try:
         from transformers import AutoTokenizer, logging
     except ImportError:
-        warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer: it is not installed")
+        _not_compared(": it is not installed")
         return
     try:
         exported = Tokenizer(out)
     except UserError as error:  # of a directory that --like names
-        warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer: {error}")
+        _not_compared(f": {error}")
         return
     lines = odd_lines(exported.codec.symbols)
     verbosity = logging.get_verbosity()
@@ -101,14 +101,17 @@ def compare_as_read(out: Path) -> None:
         theirs = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
         found = differences(lines, exported, lambda texts: theirs(texts, add_special_tokens=False)["input_ids"])
     except Exception as error:  # transformers raises whatever the files that others wrote lead it to
-        why = f"{type(error).__name__}: {shown(str(error))}"
-        warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer, which fails ({why})")
+        _not_compared(f", which fails ({type(error).__name__}: {shown(str(error))})")
         return
     finally:
         logging.set_verbosity(verbosity)
     kind = type(theirs).__name__
     remedy = f"It follows its class {kind}: read the tokenizer with PreTrainedTokenizerFast.from_pretrained"
     _tell(found, len(lines), "transformers' AutoTokenizer", f"the export's {TREE}", remedy)
+
+
+def _not_compared(why: str) -> None:
+    warn(f"the ids of {TREE} are not compared with those of transformers' AutoTokenizer{why}")
 
 
 def _tell(found: list[Difference], n_lines: int, who: str, original: str, remedy: str) -> None:

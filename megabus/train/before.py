@@ -21,14 +21,14 @@ from megabus.estimate.devices import Device, like
 from megabus.estimate.layouts import pipeline_memory, that_fit
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.outlook import outlook
-from megabus.kernels.choice import automatic
+from megabus.kernels.choice import Choice, automatic
 from megabus.model.cost import count_parameters
-from megabus.model.layers import kernel_rows
 from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
 from megabus.train.on_gpu import check_deterministic, slow_heads
 from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_begins, check_stage
+from megabus.train.settled import rows_of
 
 UNSURE = 1.1  # times a GPU's memory that the estimate of what a rank takes may reach: no GPU has confirmed it yet
 
@@ -58,9 +58,11 @@ def check_before(config: RunConfig, stages: list[Stage]) -> Notes:
 
 def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
-    said = [*outlook(stages, config.growth.trigger), *_why_eager(config, stages)]
+    form, why_eager = _kernels(config, stages)
+    said = [*outlook(stages, config.growth.trigger), *why_eager]
     warned = _of_device(config, stages)
-    warned += _check_memory(config, stages)  # before a preflight, which looks more closely and takes longer for it
+    computed = config.model_copy(update={"train": config.train.model_copy(update={"kernels": form})})
+    warned += _check_memory(computed, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
         found = None if config.resume == "never" else _newest(config)
         if found is not None:
@@ -84,17 +86,13 @@ def _of_device(config: RunConfig, stages: list[Stage]) -> list[str]:
     return []
 
 
-def _why_eager(config: RunConfig, stages: list[Stage]) -> list[str]:
-    """Why `train.kernels: auto` does not take Triton's kernels on a GPU, in a stage at least."""
-    device = torch.device(get_accelerator().device_name())
+def _kernels(config: RunConfig, stages: list[Stage]) -> tuple[Choice, list[str]]:
+    """The form that this rank would compute with, and a line where `train.kernels: auto` does not take Triton's on a
+    GPU, in a stage at least."""
     if config.train.kernels != "auto":
-        return []
-    _, problem = automatic(device, _rows(stages))
-    return [] if problem is None else [f"train.kernels: auto computes in eager form: {problem}"]
-
-
-def _rows(stages: list[Stage]) -> list[tuple[int, ...]]:
-    return [axes for stage in stages for axes in kernel_rows(stage.model, stage.layout.tp).values()]
+        return config.train.kernels, []
+    form, problem = automatic(torch.device(get_accelerator().device_name()), rows_of(stages))
+    return form, [] if problem is None else [f"train.kernels: auto computes in eager form: {problem}"]
 
 
 def _newest(config: RunConfig) -> Found | None:
@@ -117,9 +115,6 @@ def _check_memory(config: RunConfig, stages: list[Stage]) -> list[str]:
     there = psutil.virtual_memory().total if gpu is None else gpu.total_memory * local
     itemsize = 2 if config.train.precision == "bf16" else 4
     warned: list[str] = []
-    if gpu is not None and config.train.kernels == "auto":
-        form, _ = automatic(torch.device("cuda"), _rows(stages))
-        config = config.model_copy(update={"train": config.train.model_copy(update={"kernels": form})})
     for stage in stages:
         layout = stage.layout
         need = count_parameters(stage.model) * (12 / layout.world + itemsize / (layout.tp * layout.pp)) * local

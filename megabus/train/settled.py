@@ -20,8 +20,7 @@ def settle_kernels(config: RunConfig, stages: list[Stage], found: Found | None) 
     A deterministic run keeps to the form that it has; raises `UserError` where `auto` would now take a lesser one.
     """
     train, device = config.train, torch.device(get_accelerator().device_name())
-    rows = [axes for stage in stages for axes in kernel_rows(stage.model, stage.layout.tp).values()]
-    form = agreed_form(train.kernels, device, rows)
+    form = agreed_form(train.kernels, device, rows_of(stages))
     told: list[str] = []
     was = None if found is None else _form(found.state.config["train"].get("kernels", "auto"))
     if found is not None and was is not None and was != _form(form):
@@ -36,6 +35,11 @@ def settle_kernels(config: RunConfig, stages: list[Stage], found: Found | None) 
         else:
             told = [f"train.kernels: {was} -> {_form(form)}, which rounds otherwise"]
     return config.model_copy(update={"train": train.model_copy(update={"kernels": form})}), told
+
+
+def rows_of(stages: list[Stage]) -> list[tuple[int, ...]]:
+    """The rows that kernels get in any of them, see `kernel_rows`."""
+    return [axes for stage in stages for axes in kernel_rows(stage.model, stage.layout.tp).values()]
 
 
 def _form(kernels: Choice) -> Choice:
