@@ -157,10 +157,10 @@ def _packed(drawn_panels: dict[str, dict[str, str]]) -> str:
 
 
 def _beside(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str], bool]]:
-    """(key, value of each run, whether they differ) in the order in which the keys come up."""
+    """(key, value of each run, whether they differ) in the order in which the keys come up, of what any run has."""
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [table.get(key, "–") for table in tables]) for key in keys]
-    return [(key, values, len(set(values)) > 1) for key, values in rows]
+    return [(key, values, len(set(values)) > 1) for key, values in rows if set(values) != {"–"}]
 
 
 def _fault_mark(run: RunFacts, fault: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from support.report_runs import eval_rows, growth_row, rows, start_row, step_row
 from megabus.errors import UserError
 from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
 from megabus.report.page import gather, names_of, render
+from megabus.report.pictures import limits
 from megabus.report.plots import stage_table, summary_table
 from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
 
@@ -257,7 +258,19 @@ def test_final_figures(tmp_path):
     assert figures["validation loss, last"] == f"{3.1 + 4 / 11:.4f}" == figures["validation loss, best"]
     assert figures["peak memory of a rank"] == "512 MiB"
     assert figures["largest error of a unit row"] == "5.0e-07"
-    assert figures["MFU, mean"] == "–"
+    assert figures["MFU, mean"] == "–"  # which the page leaves out
+    assert "MFU, mean" not in page_of(tmp_path / "run").text
+
+
+def test_what_kappa_predicts_is_not_flattened_by_what_was_before():
+    """A loss that falls from 9 to 3.2 before the first prediction: the axis ends not far above what came with it."""
+    loss = [9.0, 6.0, 4.0, 3.2, 3.1, 3.0]
+    said = [None, None, None, 3.15, 3.05, 2.9]
+    target = next(panel for panel in PANELS if panel.key == "target")
+    low, high = limits(target, [[{"y": loss}, {"y": said}, None]])
+    assert 2.7 < low < 2.9
+    assert 3.2 < high < 3.6
+    assert limits(target, [[{"y": loss}, None, None]])[1] > 8  # nothing is predicted: all that was measured
 
 
 # ---- what is none ------------------------------------------------------------------------------------------
@@ -360,14 +373,18 @@ def test_wrong_command_lines(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def browse(page: Path, view: str = "") -> tuple[str, str]:
+def browse(page: Path, view: str = "", width: int = 390) -> tuple[str, str]:
     """The document after its scripts have run, and what they complained of."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium is installed")
     quiet = ["quic", "background-networking", "component-update", "sync", "gpu"]
     options = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in quiet)]
-    options += [f"--user-data-dir={page.parent / 'profile'}", "--window-size=390,900", "--virtual-time-budget=5000"]
+    options += [
+        f"--user-data-dir={page.parent / 'profile'}",
+        f"--window-size={width},900",
+        "--virtual-time-budget=5000",
+    ]
     command = [browser, *options, "--enable-logging=stderr", "--dump-dom", f"{page.as_uri()}{view}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
@@ -395,6 +412,12 @@ def test_a_browser_draws_it(written, view, shown, label):
     pressed = [a for tag, a in drawn_ones.tags if tag == "button" and a.get("aria-pressed") == "true"]
     assert [a["data-x"] for a in pressed if "data-x" in a] == [shown.split()[0]]
     assert [a["data-toggle"] for a in pressed if "data-toggle" in a] == (["0"] if "hide" in view else ["0", "1"])
+
+
+@pytest.mark.parametrize(("width", "box"), [(390, "370 225"), (1280, "1000 320")])
+def test_the_loss_is_drawn_for_the_window(written, width, box):
+    dom, _ = browse(written / "report.html", width=width)
+    assert f'viewBox="0 0 {box}"' in dom.partition('data-panel="loss"')[2].partition("</figure>")[0]
 
 
 def test_a_browser_tells_values(written, tmp_path):

@@ -5,7 +5,8 @@
   const AXES = ["tokens", "flops", "time"];
   const NEAR = 5; // to a growth or a fault, that it is told
   const state = { x: "tokens", log: false, hidden: new Set() };
-  let drawings = null; // by panel and view
+  const narrow = matchMedia("(max-width: 700px)");
+  let drawings = null; // by panel and view; of the loss also one for narrow windows
 
   async function unpack(text) {
     const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -25,8 +26,8 @@
   function show() {
     const view = `${state.x}${state.log ? " log" : ""}`;
     document.querySelectorAll("figure.panel").forEach((figure) => {
-      const box = figure.querySelector(".chart");
-      box.innerHTML = drawings[figure.dataset.panel][view];
+      const box = figure.querySelector(".chart"), key = figure.dataset.panel;
+      box.innerHTML = (narrow.matches && drawings[`${key} narrow`] || drawings[key])[view];
       box.querySelectorAll("[data-run]").forEach((g) => { if (state.hidden.has(+g.dataset.run)) g.style.display = "none"; });
       pointer(figure, box.querySelector("svg"));
     });
@@ -126,6 +127,7 @@
   unpack(data.drawings).then((found) => {
     drawings = found;
     addEventListener("hashchange", read);
+    narrow.addEventListener("change", show);
     read();
   });
 })();
