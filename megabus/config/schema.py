@@ -272,6 +272,16 @@ class EvalConfig(Section):
     tokens: Count = Field(65536, description="validation tokens each time, always the same ones")
 
 
+class SamplesConfig(Section):
+    """Texts that the model writes while it trains, by its own weights under the running layout. Training is the same
+    bit for bit with and without."""
+
+    every: Count = Field(description="steps between them; once more at the end of the run")
+    prompts: list[str] = Field(min_length=1, description="texts to go on from; an empty one begins a document")
+    max_tokens: Count = Field(40, description="tokens that are added to each; together they fit train.seq_len")
+    temperature: NonNegative = Field(0.8, description="of the draws, whose seed is the run's; 0: the likeliest token")
+
+
 class LogConfig(Section):
     """What is told of the run, beside RUN_DIR/metrics.jsonl, which is always written."""
 
@@ -282,6 +292,7 @@ class LogConfig(Section):
     wandb_mode: Literal["offline", "online"] = Field("offline", description="offline writes to disk, to sync later")
     tensorboard: bool = Field(False, description="write metrics for TensorBoard too (needs tensorboard)")
     peak_tflops: Positive | None = Field(None, description="of one device, in TFLOP/s, for MFU; known for common GPUs")
+    samples: SamplesConfig | None = None
 
 
 def _named(value: Any) -> Any:

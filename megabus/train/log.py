@@ -39,6 +39,10 @@ class Log(Callback):
                 say("the run has reached its budget already: raise train.max_* to go on")
             for change in row["changes"]:
                 say(f"changed since it was saved: {change}")
+        elif row["event"] == "sample":
+            for sample in row["samples"]:
+                lines = _printable(sample["prompt"] + sample["text"]).split("\n")
+                say(f"step {row['step']:>5} | sample: " + "\n           | ".join(lines))
         super().on_row(run, row)
 
     def on_step(self, run: Run, row: Row) -> None:
@@ -66,6 +70,11 @@ class Log(Callback):
             f"{describe(run.stage)} | loss {row['loss_before']:.6f} -> {row['loss_after']:.6f} | "
             f"{row['stall_s']:.1f} s, {row['bytes_sent'] / 2**20:.1f} MiB sent"
         )
+
+
+def _printable(text: str) -> str:
+    """What a terminal would obey is escaped, but for new lines."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
 def seconds_left(pace: Pace) -> float | None:

@@ -81,9 +81,10 @@ class Metrics(Callback):
         clean = _clean(row)
         self.file.write(json.dumps({"event": event, **clean}))
         numbers = dict(_numbers(event, clean))
+        texts = [sample["prompt"] + sample["text"] for sample in row.get("samples", ())]
         if self.wandb is not None:
             with self._losing():
-                self.wandb.log(numbers | {STEP: row["step"]})
+                self.wandb.log(numbers | self._table(event, texts) | {STEP: row["step"]})
         if self.tensorboard is not None:
             with self._losing():
                 if event == "resume" and row.get("reason") == NOT_FINITE:
@@ -91,6 +92,15 @@ class Metrics(Callback):
                     self.tensorboard = self._tensorboard(row["step"])
                 for key, value in numbers.items():
                     self.tensorboard.add_scalar(key, value, row["step"])
+                for number, text in enumerate(texts):
+                    self.tensorboard.add_text(f"{event}/{number}", text, row["step"])
+
+    def _table(self, event: str, texts: list[str]) -> dict[str, Any]:
+        if not texts:
+            return {}
+        import wandb
+
+        return {f"{event}/texts": wandb.Table(columns=["text"], data=[[text] for text in texts])}
 
     @contextmanager
     def _losing(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
 from megabus.data.order import align_up
+from megabus.data.sources import Sources
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, warn
 from megabus.growth.transition import stage_engine
@@ -45,6 +46,7 @@ from megabus.train.resume import (
     tokenizer_of,
 )
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
+from megabus.train.samples import Samples
 from megabus.train.schedule import spent_share
 from megabus.train.settled import settle_kernels
 from megabus.train.stop import StopRequests
@@ -164,7 +166,7 @@ def start(
     engine = _engine(config, stages, found.state.stage if found else 0)
     watchdog.heartbeat()
     machine = environment(engine.device)
-    callbacks = users if metrics is None else [metrics, Log(), *users]
+    callbacks = [*([] if metrics is None else [metrics, Log()]), *_looking(config, sources), *users]
     run = Run(config, stages, corpora, engine, monitor, metrics, callbacks, saver, requests, watchdog)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
@@ -183,6 +185,12 @@ def start(
             prune(root, keep.keep_last, keep.keep_every)
     watchdog.heartbeat()
     return run
+
+
+def _looking(config: RunConfig, sources: Sources) -> list[Callback]:
+    """What looks at the model while it trains, on all ranks."""
+    samples, tokenizer = config.log.samples, sources.tokenizer
+    return [] if samples is None or tokenizer is None else [Samples(samples, tokenizer, config.train.seed)]
 
 
 def _tell_unit_error(engine: Engine) -> None:
