@@ -265,11 +265,30 @@ class DataConfig(Section):
         return [(corpus.path, corpus.weight) for corpus in self.train]
 
 
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+
+class ExtraConfig(Section):
+    """What else is measured of the model while it trains: before and after each growth, and at the end of the run."""
+
+    every: Count | None = Field(None, description="steps between further measurements")
+    data: dict[Name, Pathname] = Field(
+        {}, description="name: prefix of a .bin/.idx pair; its loss and bits per byte, on as many tokens as eval.tokens"
+    )
+    tasks: list[str] = Field(
+        [], description="of lm-evaluation-harness (needs lm_eval), on the weights written aside, by another process"
+    )
+    task_path: Pathname | None = Field(None, description="directory of task files, beside the harness's own")
+    metadata: dict[str, Any] = Field({}, description="what those are told, as lm_eval's --metadata does")
+    limit: Count | None = Field(None, description="documents of a task at most")
+
+
 class EvalConfig(Section):
     """When the validation loss is measured, and on how much."""
 
     every: Count = Field(50, description="steps between validations")
     tokens: Count = Field(65536, description="validation tokens each time, always the same ones")
+    extra: ExtraConfig = ExtraConfig()
 
 
 class SamplesConfig(Section):

@@ -48,6 +48,9 @@ class Callback:
     def on_eval(self, run: Run, row: Row) -> None:
         """After a validation."""
 
+    def before_growth(self, run: Run) -> None:
+        """When it is decided to grow: the engine is still the one that has trained."""
+
     def on_growth(self, run: Run, row: Row) -> None:
         """After a growth: the engine is the grown one."""
 
@@ -71,6 +74,10 @@ class Guarded(Callback):
         name, kind = HANDLERS.get(row["event"], "on_row"), type(self.callback)
         if kind.on_row is not Callback.on_row or getattr(kind, name) is not getattr(Callback, name):
             self._call(run, name, lambda: self.callback.on_row(run, row))
+
+    def before_growth(self, run: Run) -> None:
+        if type(self.callback).before_growth is not Callback.before_growth:
+            self._call(run, "before_growth", lambda: self.callback.before_growth(run))
 
     def on_end(self, run: Run) -> None:
         self._call(run, "on_end", lambda: self.callback.on_end(run))

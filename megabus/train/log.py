@@ -43,6 +43,14 @@ class Log(Callback):
             for sample in row["samples"]:
                 lines = _printable(sample["prompt"] + sample["text"]).split("\n")
                 say(f"step {row['step']:>5} | sample: " + "\n           | ".join(lines))
+        elif row["event"] == "evaluation":
+            for name, loss in row["loss"].items():
+                bits = row["bits_per_byte"][name]
+                told = f"loss {loss:.4f}" + (f", {bits:.4f} bits/byte" if bits else "")
+                say(f"step {row['step']:>5} | {name} ({row['when']}): {told}")
+        elif row["event"] == "tasks":
+            told = ", ".join(f"{name} {value:.4f}" for name, value in row.get("scores", {}).items())
+            say(f"step {row['step']:>5} | tasks ({row['when']}): {told or 'failed, ' + row['error']}")
         super().on_row(run, row)
 
     def on_step(self, run: Run, row: Row) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megabus.checkpoint.store import folder_of
 from megabus.config import RunConfig
 from megabus.data.order import align_up
+from megabus.data.sources import bits_per_byte
 from megabus.engine.engine import StepResult
 from megabus.errors import say
 from megabus.growth.transition import grow_engine
@@ -176,8 +177,11 @@ def validate(run: Run) -> float:
 
 
 def _validation_loss(run: Run, seq_len: int) -> float:
+    begun = time.perf_counter()
     _watch(run, f"the validation after step {run.progress.step}")
-    return run.corpora.validation_loss(run.engine, seq_len)
+    loss = run.corpora.validation_loss(run.engine, seq_len)
+    run.validation_s = time.perf_counter() - begun
+    return loss
 
 
 def stage_is_spent(run: Run) -> bool:
@@ -190,7 +194,8 @@ def stage_is_spent(run: Run) -> bool:
 def observe(run: Run, loss: float) -> GrowthSignal:
     """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision."""
     signal, now = None, run.progress
-    row: dict[str, Any] = {"loss": loss, "bits_per_byte": run.corpora.sources.bits_per_byte(loss)}
+    row: dict[str, Any] = {"loss": loss, "bits_per_byte": bits_per_byte(run.corpora.sources.valid, loss)}
+    row["seconds"] = run.validation_s
     if dist.get_rank() == 0:
         only_cap = decays(run.config.optimizer, run.share)
         decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=only_cap)
@@ -218,6 +223,8 @@ def _gauge(run: Run) -> None:
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     """Grow into the next stage, and measure on the same tokens what it did to the loss (`before`)."""
     old, new, now = run.stage, run.stages[signal.stage], run.progress
+    for callback in run.callbacks:
+        callback.before_growth(run)
     run.watchdog.heartbeat(f"the growth after step {now.step}")
     begun = time.perf_counter()
     grown = grow_engine(run.engine, run.config, new)

@@ -33,6 +33,7 @@ FREE_KEYS = (
     "kernels",
     "buffer_mb",
     "deterministic",
+    "extra",  # of eval: what else is measured
 )
 
 MULTIPLES = ("alpha_init", "s_z_init")  # that gains are stored in: a gain acts as raw * multiplier

@@ -34,6 +34,7 @@ from megabus.train.before import check_before
 from megabus.train.callbacks import Callback, Row, guarded
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
+from megabus.train.evaluations import Evaluations
 from megabus.train.horizon import at_horizon
 from megabus.train.log import Log
 from megabus.train.metrics import Metrics
@@ -75,6 +76,7 @@ class Run:
     stopping: bool = False
     warned_unwritten: bool = False  # that the metrics cannot be written, until they can
     view: KappaView | None = None
+    validation_s: float = 0.0  # that the last validation took
 
     @property
     def is_rank_0(self) -> bool:
@@ -189,8 +191,12 @@ def start(
 
 def _looking(config: RunConfig, sources: Sources) -> list[Callback]:
     """What looks at the model while it trains, on all ranks."""
-    samples, tokenizer = config.log.samples, sources.tokenizer
-    return [] if samples is None or tokenizer is None else [Samples(samples, tokenizer, config.train.seed)]
+    looking: list[Callback] = []
+    if config.log.samples is not None and sources.tokenizer is not None:
+        looking.append(Samples(config.log.samples, sources.tokenizer, config.train.seed))
+    if config.eval.extra.data or config.eval.extra.tasks:
+        looking.append(Evaluations(config))
+    return looking
 
 
 def _tell_unit_error(engine: Engine) -> None:
