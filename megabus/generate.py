@@ -40,10 +40,7 @@ def generate(
     draw = torch.Generator().manual_seed(seed)
 
     def choose(logits_V: Tensor) -> int:
-        logits_V = logits_V[:n_ids]
-        if temperature == 0:
-            return int(logits_V.argmax())
-        return _sample((logits_V - logits_V.max()) / temperature, top_k, top_p, draw)
+        return chosen(logits_V[:n_ids].double().cpu(), draw, temperature, top_k, top_p)
 
     return _tokens(model, prompt, max_tokens, choose, stop)
 
@@ -55,14 +52,20 @@ def _tokens(
     device, cache = next(model.parameters()).device, KVCache()
     new = torch.tensor([list(prompt)], device=device)
     for _ in range(max_tokens):
-        token = choose(model(new, cache)[0, -1].double().cpu())
+        token = choose(model(new, cache)[0, -1])
         if token == stop:
             return
         yield token
         new = torch.tensor([[token]], device=device)
 
 
-def _sample(logits_V: Tensor, top_k: int | None, top_p: float, draw: torch.Generator) -> int:
+def chosen(
+    logits_V: Tensor, draw: torch.Generator, temperature: float, top_k: int | None = None, top_p: float = 1.0
+) -> int:
+    """The next token by its logits, fp64 on the CPU; see `generate` for the rest."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    logits_V = (logits_V - logits_V.max()) / temperature
     values, tokens = logits_V.sort(descending=True, stable=True)
     if top_k is not None:
         values, tokens = values[:top_k], tokens[:top_k]

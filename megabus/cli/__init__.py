@@ -32,6 +32,7 @@ GROUPS = {
     "Use a model": {
         "generate": "sample text",
         "convert": "to other layouts, to and from shard files and Hugging Face",
+        "evaluate": "loss on token files, and tasks of lm-evaluation-harness",
         "evaluate-nli": "natural language inference, zero-shot or fine-tuned, beside baselines",
     },
     "Test megabus itself": {

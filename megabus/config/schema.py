@@ -265,11 +265,40 @@ class DataConfig(Section):
         return [(corpus.path, corpus.weight) for corpus in self.train]
 
 
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+
+class ExtraConfig(Section):
+    """What else is measured of the model while it trains: before and after each growth, and at the end of the run."""
+
+    every: Count | None = Field(None, description="steps between further measurements")
+    data: dict[Name, Pathname] = Field(
+        {}, description="name: prefix of a .bin/.idx pair; its loss and bits per byte, on as many tokens as eval.tokens"
+    )
+    tasks: list[str] = Field(
+        [], description="of lm-evaluation-harness (needs lm_eval), on the weights written aside, by another process"
+    )
+    task_path: Pathname | None = Field(None, description="directory of task files, beside the harness's own")
+    metadata: dict[str, Any] = Field({}, description="what those are told, as lm_eval's --metadata does")
+    limit: Count | None = Field(None, description="documents of a task at most")
+
+
 class EvalConfig(Section):
     """When the validation loss is measured, and on how much."""
 
     every: Count = Field(50, description="steps between validations")
     tokens: Count = Field(65536, description="validation tokens each time, always the same ones")
+    extra: ExtraConfig = ExtraConfig()
+
+
+class SamplesConfig(Section):
+    """Texts that the model writes while it trains, by its own weights under the running layout. Training is the same
+    bit for bit with and without."""
+
+    every: Count = Field(description="steps between them; once more at the end of the run")
+    prompts: list[str] = Field(min_length=1, description="texts to go on from; an empty one begins a document")
+    max_tokens: Count = Field(40, description="tokens that are added to each; together they fit train.seq_len")
+    temperature: NonNegative = Field(0.8, description="of the draws, whose seed is the run's; 0: the likeliest token")
 
 
 class LogConfig(Section):
@@ -282,6 +311,29 @@ class LogConfig(Section):
     wandb_mode: Literal["offline", "online"] = Field("offline", description="offline writes to disk, to sync later")
     tensorboard: bool = Field(False, description="write metrics for TensorBoard too (needs tensorboard)")
     peak_tflops: Positive | None = Field(None, description="of one device, in TFLOP/s, for MFU; known for common GPUs")
+    samples: SamplesConfig | None = None
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class CallbackConfig(Section):
+    """A class of yours that is told of steps, validations, growths and saves (docs/callbacks.md)."""
+
+    name: Pathname = Field(description="path/to/file.py:Class, or module:Class; a subclass of megabus.Callback")
+    arguments: dict[str, Any] = Field({}, description="what it is made with, by name")
+    on_error: Literal["stop", "drop"] = Field(
+        "stop", description="what an exception in it does: end the run with a checkpoint, or go on without it"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _has_two_parts(cls, value: str) -> str:
+        place, _, attribute = value.rpartition(":")
+        if not place or not attribute.isidentifier():
+            raise ValueError("names no class; write path/to/file.py:Class, or module:Class")
+        return value
 
 
 class CheckpointConfig(Section):
@@ -349,6 +401,9 @@ class RunConfig(Section):
     data: DataConfig
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    callbacks: list[Annotated[CallbackConfig, BeforeValidator(_named)]] = Field(
+        [], description="what else is told of the run; a name alone stands for a class without arguments"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
     preflight: PreflightConfig = PreflightConfig()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from megabus.config.after_growth import AFTER_GROWTH
 from megabus.config.checks import (
     check_extension,
+    check_extra,
     check_only_ngpt,
     check_optimizer,
     check_settle,
@@ -224,6 +225,7 @@ def _check_run(config: RunConfig) -> None:
                 f"growth.{name}", in_line(after.model_dump()), problem, f"leave growth.{name} out, or add a stage"
             )
     check_extension(config)
+    check_extra(config)
     check_settle(config)
     check_trigger(config)
 

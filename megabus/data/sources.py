@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megabus.config import RunConfig, Stage
 from megabus.data.batches import TokenSource, check_one_tokenizer
@@ -19,21 +19,24 @@ VALID_SEED = 0  # of the order in which validation chunks are taken: no run's se
 @dataclass(frozen=True)
 class Sources:
     """The training blend, the validation corpus, how many tokens of it every validation takes, whether documents are
-    kept apart in both, and the tokenizer."""
+    kept apart in both, the tokenizer, and by name what else is measured."""
 
     train: TokenSource
     valid: TokenSource
     valid_tokens: int
     document_mask: bool = False
     tokenizer: Tokenizer | None = None
+    extra: Mapping[str, TokenSource] = field(default_factory=dict)
 
-    def bits_per_byte(self, loss: float) -> float | None:
-        """A validation loss in nats per token as bits per byte of text: loss / ln 2, times the tokens of the validation
-        corpus over the bytes of its text in UTF-8. So runs with other tokenizers can be compared. None where the
-        token files do not say of how many bytes they were made.
-        """
-        n_bytes = self.valid.n_bytes
-        return None if n_bytes is None else loss / math.log(2) * self.valid.n_tokens / n_bytes
+    def named(self) -> list[tuple[str, TokenSource]]:
+        """All of them, by their keys in the configuration."""
+        extra = [(f"eval.extra.data.{name}", source) for name, source in self.extra.items()]
+        return [("data.train", self.train), ("data.valid", self.valid), *extra]
+
+    def extra_tokens(self, name: str) -> int:
+        """How many are measured: as many as of validation, in whole longest sequences, or all where it has fewer."""
+        source = self.extra[name]
+        return min(self.valid_tokens, source.orders[0].n_chunks * source.chunk_len)
 
     def check_tokenizer(self, known: Set[str], whose: str) -> None:
         """Raise `UserError` where hashes that `whose` tokenizer is known by are none of the data's own tokenizer.
@@ -48,6 +51,13 @@ class Sources:
             raise UserError("data", name, problem, "give data that was made with that one, or begin without weights")
 
 
+def bits_per_byte(source: TokenSource, loss: float) -> float | None:
+    """A loss in nats per token as bits per byte of text: loss / ln 2, times the corpus's tokens over the bytes of its
+    text in UTF-8. So runs with other tokenizers can be compared. None where the token files do not say of how many
+    bytes they were made."""
+    return None if source.n_bytes is None else loss / math.log(2) * source.n_tokens / source.n_bytes
+
+
 def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
     """Raises `UserError` for missing, truncated or too short files, for another vocabulary or tokenizer, and where
     documents are to be kept apart for files that know of none."""
@@ -56,8 +66,14 @@ def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
         train = _source(config, config.data.train_corpora, longest, config.train.seed)
     with _named("data.valid"):
         valid = _source(config, [(config.data.valid, 1.0)], longest, VALID_SEED)
+    extra = {}
+    for name, prefix in config.eval.extra.data.items():
+        with _named(f"eval.extra.data.{name}"):
+            extra[name] = _source(config, [(prefix, 1.0)], longest, VALID_SEED)
     tokenizer = _tokenizer(config)
     made_with = train.tokenizers | valid.tokenizers
+    for source in extra.values():
+        made_with |= source.tokenizers
     if tokenizer is not None and not tokenizer.files.known_as & made_with.keys():
         made_with[tokenizer.sha256] = tokenizer.name
     check_one_tokenizer(made_with)
@@ -66,7 +82,7 @@ def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
     if valid_tokens > readable:
         problem = f"in sequences of {longest} that is {valid_tokens}, and {config.data.valid} has {readable} in such"
         raise UserError("eval.tokens", config.eval.tokens, problem, f"set it to {readable} or less, or add text")
-    return Sources(train, valid, valid_tokens, config.data.document_mask, tokenizer)
+    return Sources(train, valid, valid_tokens, config.data.document_mask, tokenizer, extra)
 
 
 def _source(config: RunConfig, corpora: list[tuple[str, float]], longest: int, seed: int) -> TokenSource:

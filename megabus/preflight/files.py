@@ -56,7 +56,7 @@ def fingerprints(sources: Sources) -> list[Print]:
     Raises `UserError` for a token outside the vocabulary in what was read of it.
     """
     prints: list[Print] = []
-    for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
+    for key, source in sources.named():
         for corpus in source.corpora:
             for path in (corpus.idx_path, corpus.bin_path):
                 digest, blocks = read_spans(path)
@@ -69,7 +69,7 @@ def fingerprints(sources: Sources) -> list[Print]:
 def check_sums(sources: Sources, heartbeat: Callable[[], None]) -> None:
     """Raises `UserError` for a small file whose SHA-256 is not the one that megabus preprocess wrote beside it."""
     left = SUMMED_IN_ALL
-    for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
+    for key, source in sources.named():
         for prefix, corpus in zip(source.prefixes, source.corpora, strict=True):
             path, expected = corpus.bin_path, (read_meta(prefix) or {}).get("bin_sha256")
             if expected is None or path.stat().st_size > min(SUMMED, left):

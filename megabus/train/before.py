@@ -19,6 +19,7 @@ from megabus.engine.startup import local_ranks
 from megabus.errors import UserError, warn
 from megabus.estimate.devices import Device, like
 from megabus.estimate.layouts import pipeline_memory, that_fit
+from megabus.evaluation import check_tasks
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.outlook import outlook
 from megabus.kernels.choice import Choice, automatic
@@ -28,6 +29,7 @@ from megabus.preflight.findings import size_text
 from megabus.train.on_gpu import check_deterministic, slow_heads
 from megabus.train.overtaken import check_growths
 from megabus.train.resume import check_begins, check_stage
+from megabus.train.samples import check_prompts
 from megabus.train.settled import rows_of
 
 UNSURE = 1.1  # times a GPU's memory that the estimate of what a rank takes may reach: no GPU has confirmed it yet
@@ -57,6 +59,9 @@ def check_before(config: RunConfig, stages: list[Stage]) -> Notes:
 
 
 def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
+    check_prompts(config, stages)
+    if config.eval.extra.tasks:
+        check_tasks("eval.extra.tasks", config.eval.extra.tasks, config.eval.extra.task_path)
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     form, why_eager = _kernels(config, stages)
     said = [*outlook(stages, config.growth.trigger), *why_eager]

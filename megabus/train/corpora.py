@@ -27,17 +27,23 @@ class Corpora:
         return self._batches(engine, self.sources.train, position, engine.stage.seq_len, rows)
 
     def validation_loss(self, engine: Engine, seq_len: int) -> float:
-        """Mean loss in nats of the validation tokens cut in sequences of `seq_len`, the same on every rank. Collective.
+        """Mean loss in nats of the validation tokens cut in sequences of `seq_len`, the same on every rank.
+        Collective."""
+        return self._loss(engine, self.sources.valid, self.sources.valid_tokens, seq_len)
 
-        They fill whole micro batches of all ranks in no layout in particular: what is missing is padded with targets
-        that count nothing, in a mean over as many tokens as there are with them.
-        """
-        stage, n_rows = engine.stage, self.sources.valid_tokens // seq_len
+    def extra_loss(self, engine: Engine, name: str, seq_len: int) -> float:
+        """The same of one of `eval.extra.data`."""
+        return self._loss(engine, self.sources.extra[name], self.sources.extra_tokens(name), seq_len)
+
+    def _loss(self, engine: Engine, source: TokenSource, n_tokens: int, seq_len: int) -> float:
+        """Tokens fill whole micro batches of all ranks in no layout in particular: what is missing is padded with
+        targets that count nothing, in a mean over as many tokens as there are with them."""
+        stage, n_rows = engine.stage, n_tokens // seq_len
         at_once = stage.micro_batch_size * stage.layout.dp
         steps = -(-n_rows // at_once)
         rows = [engine.micro_rows(micro_step) for micro_step in range(steps)]
         there = [range(part.start, max(part.start, min(part.stop, n_rows))) for part in rows]
-        batches = self._batches(engine, self.sources.valid, 0, seq_len, there)
+        batches = self._batches(engine, source, 0, seq_len, there)
         padded = [_padded(batch, stage.micro_batch_size) for batch in batches]
         return engine.evaluate(padded, steps, seq_len) * (steps * at_once / n_rows)
 

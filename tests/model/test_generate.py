@@ -16,7 +16,7 @@ from megabus.checkpoint.load import checkpoint_at
 from megabus.convert.convert import convert
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
-from megabus.generate import _sample, generate
+from megabus.generate import chosen, generate
 from megabus.model.layers import KVCache
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_samples_have_the_models_shares():
     shares, draw = logits.softmax(0), torch.Generator().manual_seed(0)
 
     def counts(**options):
-        drawn = torch.tensor([_sample(logits, options.get("k"), options.get("p", 1.0), draw) for _ in range(4000)])
+        drawn = torch.tensor([chosen(logits, draw, 1.0, options.get("k"), options.get("p", 1.0)) for _ in range(4000)])
         return drawn.bincount(minlength=5) / 4000
 
     assert (counts() - shares).abs().max() < 0.03

@@ -29,6 +29,7 @@ TIMES = (
     "mfu",
     "stall_s",
     "write_s",
+    "seconds",
     "environment",
 )  # all that a run cannot repeat
 

@@ -1,0 +1,115 @@
+"""Measure a model: its loss on token files, and tasks of lm-evaluation-harness.
+
+megabus evaluate runs/demo --data data/code-valid poems=data/poems
+megabus evaluate runs/demo --tasks lambada_openai --limit 200
+megabus evaluate runs/demo --tasks megabus_next_line --task-path configs/eval/lines --metadata '{"text": "book.txt"}'
+
+In this process, on the CPU or one GPU. Documents are kept apart where the run did so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megabus.command import Parser
+from megabus.durable import partial_name
+from megabus.errors import UserError
+from megabus.table import aligned
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = Parser(prog="megabus evaluate", description=__doc__)
+    parser.add_argument("model", help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub")
+    parser.add_argument("--data", nargs="+", default=[], metavar="[NAME=]PREFIX", help="of .bin/.idx pairs")
+    parser.add_argument("--tokens", type=int, default=65536, help="of each, from its beginning (%(default)s)")
+    parser.add_argument(
+        "--seq-len", type=int, help="tokens of a sequence; the longest of the model's run when left out"
+    )
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-evaluation-harness")
+    parser.add_argument("--task-path", help="directory of task files, beside the harness's own")
+    parser.add_argument("--metadata", default="{}", metavar="JSON", help="what tasks are told, as lm_eval's option")
+    parser.add_argument("--limit", type=int, help="documents of a task at most")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    args = parser.parse_args(argv)
+    if not args.data and not args.tasks:
+        raise UserError("--data, --tasks", "(missing)", "there is nothing to measure", "give one of them")
+    metadata = _metadata(args.metadata)
+    prefixes = dict(_named(word) for word in args.data)
+    if len(prefixes) < len(args.data):
+        raise UserError("--data", " ".join(args.data), "names one twice", "give each a NAME= of its own")
+
+    from megabus.evaluation import check_tasks, task_scores
+
+    manager = check_tasks("--tasks", args.tasks, args.task_path, metadata) if args.tasks else None
+    found: dict[str, Any] = {"data": _losses(args, prefixes) if prefixes else {}, "tasks": {}}
+    if args.tasks:
+        found["tasks"] = task_scores(args.model, args.tasks, manager, args.limit, args.device)
+    rows = [[name, *(_figure(value) for value in of.values())] for name, of in found["data"].items()]
+    if rows:
+        print(aligned(["data", "loss", "bits/byte", "tokens"], rows, left={0}))
+    if found["tasks"]:
+        rows = [[name, f"{value:.4f}"] for name, value in found["tasks"].items()]
+        print(aligned(["task", "score"], rows, left={0}))
+    if args.json is not None:
+        _write(args.json, json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: another program may wait for it."""
+    partial = partial_name(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError("--json", path, f"cannot be written ({error.strerror})", "choose a writable place") from error
+
+
+def _named(word: str) -> tuple[str, str]:
+    name, equals, prefix = word.partition("=")
+    return (name, prefix) if equals else (Path(word).name, word)
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError("--metadata", text, f"is no JSON ({error})", "give an object") from error
+    if not isinstance(value, dict):
+        raise UserError("--metadata", text, "is no JSON object", "give names and values")
+    return value
+
+
+def _losses(args: Any, prefixes: dict[str, str]) -> dict[str, dict[str, float | int | None]]:
+    import torch
+
+    import megabus
+    from megabus.convert.load import state_of
+    from megabus.data.batches import TokenSource
+    from megabus.data.sources import VALID_SEED, bits_per_byte
+    from megabus.evaluation import token_file_loss
+
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise UserError("--device", args.device, "is not there", "use cpu")
+    folder, saved = state_of(args.model)
+    longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
+    if longest < 1:
+        raise UserError("--seq-len", longest, "is no length", "give 1 or more")
+    if args.tokens < longest:
+        raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({longest}) or more")
+    model = megabus.load(folder).to(args.device)
+    found = {}
+    for name, prefix in prefixes.items():
+        source = TokenSource([(prefix, 1.0)], longest, VALID_SEED, model.config.vocab_size)
+        n_tokens = min(args.tokens // longest, source.orders[0].n_chunks) * longest
+        loss = token_file_loss(model, source, n_tokens, longest, bool(saved.data.get("document_mask")))
+        found[name] = {"loss": loss, "bits_per_byte": bits_per_byte(source, loss), "tokens": n_tokens}
+    return found
+
+
+def _figure(value: float | int | None) -> str:
+    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"

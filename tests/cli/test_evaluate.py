@@ -1,0 +1,76 @@
+"""`megabus evaluate`: token files and tasks of a trained model, in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lm_eval.tasks import TaskManager
+from support.forked import run_python
+from support.nli_data import rows_of, write_run
+from support.small_runs import write_tokens
+
+import megabus
+from megabus.cli.evaluate import main
+from megabus.convert.load import tokenizer_of_model
+from megabus.data.batches import TokenSource
+from megabus.data.sources import VALID_SEED
+from megabus.errors import UserError
+
+LINES = Path(__file__).parents[2] / "configs/eval/lines"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "--data, --tasks = (missing): there is nothing to measure; give one of them"),
+        (["--data", "a/x", "b/x"], "--data = a/x b/x: names one twice; give each a NAME= of its own"),
+        (["--tasks", "t", "--metadata", "[1]"], "--metadata = [1]: is no JSON object; give names and values"),
+        (["--tasks", "t", "--metadata", "{"], "--metadata = {: is no JSON (Expecting"),
+    ],
+)
+def test_wrong_options_are_told(words, told):
+    with pytest.raises(UserError) as caught:
+        main(["run", *words])
+    assert str(caught.value).startswith(told)
+
+
+def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
+    run = write_run(tmp_path)
+    write_tokens(tmp_path / "other", [(number * number) % 101 for number in range(130)])
+    lines = [f"{row['sentence1']} {row['sentence2']}\n" for row in rows_of(60)]
+    (tmp_path / "book.txt").write_text("".join(lines))
+    told = {"text": str(tmp_path / "book.txt"), "questions": 9}
+    words = ["--data", f"sevens={tmp_path / 'other'}", "--seq-len", "16", "--json", tmp_path / "found.json"]
+    words += ["--tasks", "megabus_next_line", "--task-path", LINES, "--metadata", json.dumps(told), "--limit", "7"]
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+    done = run_python(["-m", "megabus", "evaluate", run, *words], env=os.environ | quiet, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, model = json.loads((tmp_path / "found.json").read_text()), megabus.load(run)
+
+    source = TokenSource([(str(tmp_path / "other"), 1.0)], 16, VALID_SEED, 340)
+    inputs, targets = source.batch(0, 16, range(8))
+    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
+    assert found["data"] == {"sevens": {"loss": pytest.approx(loss, abs=1e-5), "bits_per_byte": None, "tokens": 128}}
+    assert f"sevens  {loss:.4f}" in done.stdout
+
+    known = TaskManager(include_path=str(LINES), include_defaults=False, metadata=told)
+    (task,) = known.load("megabus_next_line")["tasks"].values()
+    tokenizer, right = tokenizer_of_model(run, None, 340), []
+    for doc in list(task.test_docs())[:7]:
+        before = len(tokenizer.encode(doc["before"]))
+        scores = [said(model, tokenizer.encode(f"{doc['before']}\n{choice}"), before) for choice in doc["choices"]]
+        right.append(scores.index(max(scores)) == doc["label"])
+    assert found["tasks"]["megabus_next_line/acc"] == pytest.approx(sum(right) / 7)
+    assert set(found["tasks"]) == {"megabus_next_line/acc", "megabus_next_line/acc_norm"}
+
+
+@torch.no_grad()
+def said(model, ids, before):
+    """Log-likelihood of what comes after so many tokens."""
+    logits = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+    return sum(float(logits[at - 1, ids[at]]) for at in range(before, len(ids)))

@@ -1,0 +1,150 @@
+"""Evaluations while a run trains: further token files on the engine, tasks by another process, both for nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from support.small_runs import VOCAB, refusal, rows_of, run_config, start, untimed, write_corpus, write_tokens
+from support.small_tokenizer import make_tokenizer
+
+import megabus
+from megabus import evaluation
+from megabus.config import resolve_stages
+from megabus.data.batches import TokenSource
+from megabus.data.indexed import meta_path
+from megabus.data.sources import VALID_SEED
+from megabus.errors import UserError
+from megabus.evaluation import token_file_loss
+from megabus.train.task_runs import TaskRuns
+
+LAYOUTS = [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}]
+LINES = Path(__file__).parents[2] / "configs/eval/lines"
+SCORES = """
+import json, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+(file,) = folder.glob("checkpoints/step-*/state.json")
+assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and "RANK" not in os.environ
+width = json.loads(file.read_text())["model"]["d_model"]
+if width == 36 and sys.argv[2] == "fails":
+    sys.exit("this task fails")
+(folder / "scores.json").write_text(json.dumps({"data": {}, "tasks": {"told/d_model": width}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = write_corpus(tmp_path_factory.mktemp("corpus"))
+    make_tokenizer(folder)
+    write_tokens(folder / "other", [(number * number) % VOCAB for number in range(100)])
+    meta = {"vocab_size": VOCAB, "n_tokens": 100, "n_bytes": 250}
+    meta_path(folder / "other").write_text(json.dumps(meta))
+    return folder
+
+
+def configured(corpus, run_dir, extra, **changes):
+    keys = {"data__tokenizer": str(corpus / "t.model"), "model__vocab_size": 301, "train__max_tokens": 2400}
+    return run_config(corpus, run_dir, LAYOUTS, eval__extra=extra, **keys | changes)
+
+
+def stub(how):
+    """In place of lm-evaluation-harness, which takes seconds to import."""
+
+    def change():
+        TaskRuns.command = lambda self, folder: [sys.executable, "-c", SCORES, str(folder), how]
+
+    return change
+
+
+@pytest.mark.parametrize("how", ["works", "fails"])
+def test_before_and_after_each_growth_and_at_the_end(corpus, tmp_path, capfd, how):
+    extra = {"every": 7, "data": {"other": str(corpus / "other")}, "tasks": ["megabus_next_line"]}
+    config = configured(corpus, tmp_path / "run", extra | {"task_path": str(LINES)})
+    ranks = start(config, 2, stub(how))
+    captured, last = capfd.readouterr(), ranks[0].numbers[-1]
+    moments = [(7, "step"), (8, "before growth"), (8, "after growth"), (14, "step"), (16, "before growth")]
+    moments += [(16, "after growth"), (last, "end")]
+    for event in ("evaluation", "tasks"):
+        assert [(row["step"], row["when"]) for row in rows_of(config, event)] == moments
+    losses = rows_of(config, "evaluation")
+    for at in (1, 4):  # exact growths
+        assert abs(losses[at]["loss"]["other"] - losses[at + 1]["loss"]["other"]) <= 1e-6
+    for row in losses:
+        expected = row["loss"]["other"] / math.log(2) * 100 / 250
+        assert row["bits_per_byte"]["other"] == pytest.approx(expected, rel=1e-12)
+    source = TokenSource([(str(corpus / "other"), 1.0)], 32, VALID_SEED, 301)
+    alone = token_file_loss(megabus.load(config.run_dir), source, 96, 32, False)
+    assert abs(losses[-1]["loss"]["other"] - alone) <= 1e-5
+
+    tasks = rows_of(config, "tasks")
+    told = [row.get("scores", {}).get("told/d_model", row.get("error")) for row in tasks]
+    small = 36 if how == "works" else "exit code 1: this task fails"
+    assert told == [small, small, 52, 52, 52, 52, 52]
+    assert [row["stage"] for row in tasks] == [0, 0, 1, 1, 1, 2, 2]
+    assert ("failed, exit code 1: this task fails" in captured.out) == (how == "fails")
+    assert not list((tmp_path / "run/evaluations").iterdir())
+    if how == "works":  # it leaves training alone
+        plain = configured(corpus, tmp_path / "plain", {})
+        assert [rank.steps for rank in ranks] == [rank.steps for rank in start(plain, 2)]
+        assert untimed(rows_of(plain, "eval")) == untimed(rows_of(config, "eval"))
+
+
+def test_a_start_evaluates_what_the_one_before_has_left(corpus, tmp_path):
+    """But for what comes after the step that it goes on from."""
+    config = configured(corpus, tmp_path / "run", {"tasks": ["megabus_next_line"], "task_path": str(LINES)})
+    first = TaskRuns(config)
+    for step in (4, 8, 12):
+        folder = tmp_path / f"run/evaluations/step-{step:08d}-step"
+        (folder / "checkpoints/step-00000001").mkdir(parents=True)
+        (folder / "checkpoints/step-00000001/state.json").write_text('{"model": {"d_model": 52}}')
+        first.add(folder, {"step": step, "when": "step"})
+    shutil.copytree(folder, tmp_path / "run/evaluations/half-written")
+    (tmp_path / "run/evaluations/half-written/about.json").unlink()
+    second = TaskRuns(config)
+    second.command = lambda folder: [sys.executable, "-c", SCORES, str(folder), "works"]
+    second.restart(8)
+    assert [folder.name[:13] for folder in second.waiting] == ["step-00000004", "step-00000008"]
+    assert len(list((tmp_path / "run/evaluations").iterdir())) == 2
+    rows = [*second.ended(), *second.ended(60.0), *second.ended(60.0)]
+    assert [(row["step"], row["scores"]) for row in rows] == [(4, {"told/d_model": 52}), (8, {"told/d_model": 52})]
+    assert not second.waiting
+
+
+def test_what_cannot_be_measured_is_refused_at_the_start(corpus, tmp_path):
+    def keys(**extra):
+        return configured(corpus, tmp_path / "run", extra, layout={}, growth={})
+
+    folder, missing = str(tmp_path / "nowhere"), str(corpus / "none")
+    told = f"eval.extra.task_path = {folder}: is no directory; name one"
+    assert refusal(keys(tasks=["megabus_next_line"], task_path=folder), 1) == told
+    assert refusal(keys(data={"other": missing}), 1).startswith(f"eval.extra.data.other = {missing}")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"^eval\.extra\.limit = 3: is of tasks, and there are none; "):
+        resolve_stages(keys(limit=3), 1)
+    with pytest.raises(UserError, match=r"^eval\.extra\.every = 3: measures nothing; "):
+        resolve_stages(keys(every=3), 1)
+    with pytest.raises(UserError, match=r"^data\.tokenizer = \(missing\): eval\.extra\.tasks needs it; "):
+        resolve_stages(configured(corpus, "r", {"tasks": ["a"]}, data__tokenizer=None, layout={}, growth={}), 1)
+    with pytest.raises(UserError, match=r"^eval\.extra\.data = a/b: "):
+        keys(data={"a/b": missing})
+
+
+def test_a_task_is_looked_for_among_files_first(monkeypatch):
+    """The harness's own are many: reading their names takes seconds, which the test does without."""
+    asked, true = [], evaluation._manager
+
+    def manager(task_path, metadata, include_defaults):
+        asked.append(include_defaults)
+        return true(task_path, metadata, False)
+
+    monkeypatch.setattr(evaluation, "_manager", manager)
+    evaluation.check_tasks("--tasks", ["megabus_next_line"], LINES)
+    assert asked == [False]
+    told = r"^eval\.extra\.tasks = megabus_nextline: is no task of .*; did you mean megabus_next_line\?$"
+    with pytest.raises(UserError, match=told):
+        evaluation.check_tasks("eval.extra.tasks", ["megabus_next_line", "megabus_nextline"], LINES)
+    assert asked == [False, False, True]

@@ -1,0 +1,68 @@
+"""Samples while a run trains: what one plain process writes of the same weights, in every layout, and for nothing."""
+
+from __future__ import annotations
+
+import pytest
+from support.small_runs import refusal, rows_of, run_config, start, write_corpus
+from support.small_tokenizer import make_tokenizer
+
+import megabus
+from megabus.data.tokenizer import Tokenizer
+from megabus.errors import UserError
+from megabus.generate import generate
+from megabus.splitmix import mix64
+
+PROMPTS = ["the quick brown", "", "jam"]
+LAYOUTS = [{"tp": 2, "pp": 2}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    return write_corpus(folder), make_tokenizer(folder)
+
+
+def configured(data, run_dir, samples, layouts=LAYOUTS, **changes):
+    corpus, tokenizer = data
+    keys = {"data__tokenizer": str(tokenizer), "model__vocab_size": 301, "train__max_tokens": 2400}
+    return run_config(corpus, run_dir, layouts, log={"samples": samples}, **keys | changes)
+
+
+def test_they_are_those_of_one_process_and_leave_training_alone(data, tmp_path, capfd):
+    """Tensor, sequence, pipeline and data parallel ranks, through two growths; the training's bits do not change."""
+    samples = {"every": 5, "prompts": PROMPTS, "max_tokens": 6}
+    parallel = {"train__sequence_parallel": True}
+    config = configured(data, tmp_path / "run", samples, **parallel)
+    ranks = start(config, 4)
+    out = capfd.readouterr().out
+    plain = start(configured(data, tmp_path / "plain", None, **parallel), 4)
+    assert [rank.steps for rank in ranks] == [rank.steps for rank in plain]
+    assert not rows_of(configured(data, tmp_path / "plain", None), "sample")
+    rows, last = rows_of(config, "sample"), ranks[0].numbers[-1]
+    assert [row["step"] for row in rows] == [*range(5, last, 5), last]
+    assert {row["stage"] for row in rows} == {0, 1, 2}
+
+    model, tokenizer = megabus.load(config.run_dir), Tokenizer(data[1])
+    for number, (prompt, sample) in enumerate(zip(PROMPTS, rows[-1]["samples"], strict=True)):
+        ids = tokenizer.encode(prompt) or [tokenizer.eod]
+        options = {"temperature": 0.8, "stop": tokenizer.eos, "n_ids": tokenizer.vocab_size}
+        seed = mix64(mix64(mix64(config.train.seed) ^ last) ^ number) >> 1
+        told = list(generate(model, ids, 6, seed=seed, **options))
+        assert sample["prompt"] == prompt
+        assert tokenizer.decode(ids) + sample["text"] == tokenizer.decode(ids + told)
+        assert told != list(generate(model, ids, 6, seed=seed + 1, **options))  # control: draws do depend on the seed
+    (shown,) = {text["prompt"] + text["text"] for text in rows[-1]["samples"][:1]}
+    assert f"step {last:>5} | sample: {shown}" in out
+
+
+def test_what_does_not_fit_is_refused_at_the_start(data, tmp_path):
+    samples = {"every": 5, "prompts": ["jam", "the quick brown fox jumps over the lazy dog"], "max_tokens": 14}
+    config = configured(data, tmp_path / "run", samples, [{}] * 3)
+    n = len(Tokenizer(data[1]).encode(samples["prompts"][1]))
+    told = f"{samples['prompts'][1][:40]}…: is {n} tokens, and with log.samples.max_tokens = 14 exceeds seq_len = 16; "
+    assert refusal(config, 1).startswith(f"log.samples.prompts.1 = {told}")
+    assert not (tmp_path / "run").exists()
+    told = "data.tokenizer = (missing): log.samples needs it; name what made the data"
+    assert refusal(configured(data, tmp_path / "run", samples, [{}] * 3, data__tokenizer=None), 1) == told
+    with pytest.raises(UserError, match=r"log\.samples\.prompts = \[\]"):
+        configured(data, tmp_path / "run", samples | {"prompts": []})
