@@ -151,6 +151,7 @@ def test_torchruns_page_ends_with_what_a_rank_has_told(monkeypatch, tmp_path):
         ErrorHandler().dump_error_file(str(file), code) if file.exists() else None  # as torchrun does before
         return str(ChildFailedError("megabus", {int(rank): failure})).rstrip().splitlines()[-2].strip()
 
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert last_of_page("0", bad) == "traceback : error: key = 3: is odd; give 4"
     assert "error: " not in last_of_page("1", bad)
     monkeypatch.setenv("LOCAL_RANK", "0")
