@@ -126,7 +126,9 @@ def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
 
     try:
         return run(telling, advice) if _rank() == "0" else main()
-    except UserError:
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK") == "0":  # of another machine, where torchrun has a page of its own
+            _tell_torchrun(f"error: {error}")
         # A launcher ends all ranks when one has ended: were this the first, rank 0 could not tell why.
         time.sleep(PATIENCE)
         return 2

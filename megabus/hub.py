@@ -29,6 +29,8 @@ def of_hub(path: str | os.PathLike[str], key: str = "model") -> bool:
 def local_copy(path: str | os.PathLike[str], files: Sequence[str], key: str = "model") -> Path:
     """The path itself, or the directory of what has that name on the hub, of which `files` (patterns) are fetched if
     this machine has them not yet. Raises `UserError` under `key` where the hub does not give it."""
+    if not os.fspath(path):
+        raise UserError(key, "''", "names nothing", "give a path, or a name of the hub")
     if not of_hub(path, key):
         return Path(path)
     name = os.fspath(path)

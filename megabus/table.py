@@ -31,6 +31,14 @@ def si(number: float | None) -> str:
     return f"{number:.3g}"
 
 
+def in_bytes(number: float) -> str:
+    """12.3 MB, 1.3 GB: three digits and a unit of powers of 1000."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= 0.9995 * scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.3g} B"
+
+
 def clock(seconds: float) -> str:
     """`4:05`, `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)

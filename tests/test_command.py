@@ -137,7 +137,8 @@ def test_a_wrong_command_line_of_a_rank(tool):
 
 
 def test_torchruns_page_ends_with_what_a_rank_has_told(monkeypatch, tmp_path):
-    """The page as torchrun makes it; the error of rank 0 alone, whose peers wait and are ended."""
+    """The page as torchrun makes it; the error of rank 0, whose peers wait and are ended, and of each other machine's
+    first."""
     monkeypatch.setattr(command, "PATIENCE", 0)
     bad = raising(UserError("key", 3, "is odd", "give 4"))
 
@@ -150,8 +151,13 @@ def test_torchruns_page_ends_with_what_a_rank_has_told(monkeypatch, tmp_path):
         ErrorHandler().dump_error_file(str(file), code) if file.exists() else None  # as torchrun does before
         return str(ChildFailedError("megabus", {int(rank): failure})).rstrip().splitlines()[-2].strip()
 
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert last_of_page("0", bad) == "traceback : error: key = 3: is odd; give 4"
     assert "error: " not in last_of_page("1", bad)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert last_of_page("8", bad) == "traceback : error: key = 3: is odd; give 4"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "error: " not in last_of_page("9", bad)
     assert last_of_page("0", raising(MemoryError())).startswith("traceback : error: out of memory: ")
     assert last_of_page("4", raising(MemoryError())).startswith("traceback : rank 4: out of memory: ")
     assert last_of_page("2", raising(ValueError("odd"))) == "ValueError: odd"

@@ -21,11 +21,15 @@ from megabus.parallel.placement import Piece, Placement
 
 def checkpoint_at(path: str | Path) -> Path:
     """The checkpoint that `path` is, or the newest of the run that it is."""
+    if not os.fspath(path):  # which would be the working directory
+        raise UserError("checkpoint", "''", "names nothing", "give a run or one of its checkpoints")
     path = Path(path)
     if not os.path.lexists(path):
         raise UserError("checkpoint", path, "does not exist", "check the path")
     if step_of(path) is not None:
         return path
+    if not path.is_dir():
+        raise UserError("checkpoint", path, "is no directory", "give a run or one of its checkpoints")
     folders = complete(checkpoints_of(path)) or complete(path)
     if not folders and (path / MANIFEST).is_file():
         remedy = "give it back its name, step- and the eight digits of the step that its state.json says"

@@ -21,6 +21,7 @@ import yaml
 from megabus.command import Parser
 from megabus.convert.dtypes import CODES
 from megabus.errors import UserError
+from megabus.table import in_bytes
 
 if TYPE_CHECKING:  # it imports torch, as all that converts does: only where it is needed
     from megabus.parallel.fragments import Kind
@@ -46,6 +47,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=tuple(CODES), help="of hf (float32)")
     parser.add_argument("--max-shard-gb", type=float, help="largest file of hf (5)")
     parser.add_argument("--like", type=Path, metavar="DIR", help="hf: take tokenizer and special tokens from this one")
+    parser.add_argument(
+        "--without-tokenizer", action="store_true", help="leave the tokenizer behind, also one that cannot be read"
+    )
     parser.add_argument("--weights-only", action="store_true", help="leave Adam's moments behind")
     parser.add_argument("--untie", action="store_true", help="give a tied head rows of its own (weights alone)")
     parser.add_argument("--unit-rows", action="store_true", help="ngpt: divide rows by their lengths (weights alone)")
@@ -78,6 +82,11 @@ def main(argv: Sequence[str]) -> int:
         folder = model_at(args.source)
         source: Source
         given = source = open_source(folder, files, weights_only=args.weights_only)
+        if args.without_tokenizer:
+            source.tokenizer = None
+        elif isinstance(given, HuggingFaceSource) and given.without_tokenizer:
+            remedy = "or leave it behind: --without-tokenizer"
+            raise UserError("tokenizer", args.source, given.without_tokenizer, remedy)
         if args.untie:
             source = Untied(source)
         if args.unit_rows:
@@ -92,15 +101,13 @@ def main(argv: Sequence[str]) -> int:
             like=args.like,
         )
         seconds = time.perf_counter() - begun
-        print(f"{args.out}: {nbytes / 1e9:.3f} GB in {seconds:.3g} s, {nbytes / 1e9 / seconds:.2f} GB/s")
+        print(f"{args.out}: {in_bytes(nbytes)} in {seconds:.3g} s, {in_bytes(nbytes / seconds)}/s")
         if args.to == "checkpoint":
             model = source.state.model.model_dump(exclude_none=True, exclude_defaults=True)
             print(f"its section of a run's file:\n{yaml.safe_dump({'model': model}, sort_keys=False)}", end="")
         if isinstance(given, HuggingFaceSource):
             if given.left:
                 print(f"left behind: {', '.join(given.left)}; --to hf --like {args.source} takes them up again")
-            if given.without_tokenizer:
-                print(f"without its tokenizer, which {given.without_tokenizer}")
             error, name = unit_error(source)
             if error > UNIT_ERROR:
                 print(f"rows are no unit vectors, by up to {error:.2g} in {name}: --unit-rows divides by their lengths")
@@ -108,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
             begun = time.perf_counter()
             kinds: tuple[Kind, ...] | None = ("weight",) if args.to == "hf" else None
             total = verify(source, open_source(args.out, files), dtype, kinds)
-            print(f"verified: {total / 1e9:.3f} GB equal bit for bit, {time.perf_counter() - begun:.1f} s")
+            print(f"verified: {in_bytes(total)} equal bit for bit, {time.perf_counter() - begun:.1f} s")
             if isinstance(given, HuggingFaceSource) and given.state.model.kind == "gpt":
                 print(verify_logits(folder, args.out))
     return 0

@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     from megabus.data.tokenizer import Tokenizer
     from megabus.data.tokenizer.extend import extend_tokenizer
 
-    texts = [*args.add, *(_lines(args.add_file) if args.add_file is not None else [])]
-    spelled = extend_tokenizer(args.tokenizer, texts, args.special, args.out)
+    listed = _lines(args.add_file) if args.add_file is not None else []
+    spelled = extend_tokenizer(args.tokenizer, args.add, args.special, args.out, listed)
     old, new = Tokenizer(args.tokenizer), Tokenizer(args.out)
     rows = [[str(number), new.shown([number]), old.shown(ids)] for number, ids in spelled.items()]
     print(aligned(["id", "token", "spelled before"], rows[:SHOWN], left={1, 2}))
@@ -46,8 +46,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line]
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line]
     except UnicodeDecodeError as error:
         raise UserError("--add-file", path, f"is not UTF-8 ({error})", "convert it") from error
     except OSError as error:
         raise UserError("--add-file", path, f"cannot be read ({error.strerror})", "check the path") from error
+    if not lines:
+        raise UserError("--add-file", path, "holds no token", "write one in each line, or leave it out")
+    return lines

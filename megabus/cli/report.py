@@ -25,5 +25,5 @@ def main(argv: Sequence[str]) -> int:
     need("report", "command", "report")
     from megabus.report.page import write_report
 
-    print(write_report(args.run_dirs, args.out or args.run_dirs[0]))
+    print(write_report(args.run_dirs, args.run_dirs[0] if args.out is None else args.out))
     return 0

@@ -79,7 +79,9 @@ def read_description(path: str | Path) -> Found | FolderSource | Described:
     return look(checkpoint_at(folder))
 
 
-def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int) -> LargerVocabulary:
+def extended(
+    origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int, heartbeat: Heartbeat = idle
+) -> LargerVocabulary:
     """The origin with a vocabulary for a tokenizer that has more pieces than its own. In one process. Raises
     `UserError` where the origin has no tokenizer, or this one gives its pieces other ids (see `spellings`)."""
     source: FolderSource = CheckpointSource(origin, OpenFiles()) if isinstance(origin, Found) else origin
@@ -96,7 +98,7 @@ def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int
     if not spelled and vocab_size == source.state.model.vocab_size:
         problem = f"and {tokenizer.name} has no piece that the tokenizer of {source.folder} lacks"
         raise UserError("extend_vocabulary", True, problem, "leave it out")
-    return LargerVocabulary(source, vocab_size, spelled, own.vocab_size, tokenizer.path)
+    return LargerVocabulary(source, vocab_size, spelled, own.vocab_size, tokenizer.path, heartbeat)
 
 
 def _check_old_text(own: Tokenizer, tokenizer: Tokenizer, new: Mapping[int, Sequence[int]]) -> None:
@@ -118,9 +120,12 @@ def begin(origin: Found | FolderSource, engine: Engine, heartbeat: Heartbeat = i
         restore(origin, engine, heartbeat)
         return
     fragments: Fragments = {}
+    placement = engine.placement
+    # Matrices first: gains of new rows are made of what their heads' are, which then is known.
+    owned = sorted(placement.owned(engine.mesh.rank), key=lambda piece: not placement.specs[piece.name].is_matrix)
     with agreement():
-        for piece in engine.placement.owned(engine.mesh.rank):
+        for piece in owned:
             fragments[piece] = {"weight": origin.read("weight", piece.name, piece.start, piece.stop)}
             heartbeat()
-    re_express(fragments, Placement(origin.state.model, origin.state.layout), engine.placement)
+    re_express(fragments, Placement(origin.state.model, origin.state.layout), placement)
     engine.write(fragments)

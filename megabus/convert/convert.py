@@ -46,7 +46,8 @@ def in_other_form(path: Path) -> bool:
 def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> FolderSource:
     """What `path` is, is seen from what lies in it."""
     if not path.is_dir():
-        raise UserError("source", path, "is no directory", "give a run, a checkpoint, shard files or a HF directory")
+        problem = "is no directory" if os.path.lexists(path) else "does not exist"
+        raise UserError("source", path, problem, "give a run, a checkpoint, shard files or a HF directory")
     source: FolderSource
     if os.path.lexists(path / INDEX):
         source = ShardFileSource(path, files)

@@ -27,7 +27,7 @@ from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
 from megabus.convert.hf_accounts import check_accounts
-from megabus.convert.hf_rest import copy_rest, inside, read_json, rest_of, tokenizer_of
+from megabus.convert.hf_rest import check_ids, copy_rest, extends, inside, read_json, rest_of, tokenizer_of
 from megabus.convert.hf_stock import stock_config, stock_model
 from megabus.convert.hf_tokenizer import compare_as_read, write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
@@ -62,14 +62,17 @@ def transposed(spec: ParamSpec, model: ModelConfig) -> bool:
 def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: int, like: Path | None = None) -> None:
     """Fill the empty directory `out`; files of weights stay below max_shard_bytes unless one tensor is larger.
 
-    like: a Hugging Face directory whose tokenizer, special tokens and longest context are taken over.
+    like: a Hugging Face directory whose tokenizer, special tokens and longest context are taken over. Where the
+    tokenizer of the weights is that one with more pieces, it goes out itself.
     """
     model, specs = source.state.model, param_specs(source.state.model)
     config = _config(source.state)
-    if like is not None:
-        config |= copy_rest(like, out, model.vocab_size, source.tokenizer)
-    elif source.tokenizer is not None:
-        config |= write_tokenizer(source.tokenizer, out)
+    own = source.tokenizer
+    extended = like is not None and own is not None and extends(own, like)
+    taken = {} if like is None else copy_rest(like, out, model.vocab_size, own, extended)
+    if own is not None and (like is None or extended):
+        config |= write_tokenizer(own, out)
+    config |= taken
     shapes: dict[str, tuple[int, ...]] = {}
     for name, spec in specs.items():
         shape = global_shape(spec, model)
@@ -269,6 +272,10 @@ def named_files(folder: Path) -> list[str]:
 def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) -> ModelConfig:
     """The model that a config.json describes. Raises `UserError` for what megabus does not compute, and for sizes that
     the `tensors` of the files, of `stored` bytes together, cannot have: nothing is made by them before."""
+    if config.get("quantization_config"):
+        how = shown(config["quantization_config"])
+        remedy = "give weights that are not quantised, such as model.dequantize() of transformers saves"
+        raise UserError("config.json quantization_config", how, "is not supported", remedy)
     exported = "megabus" in config
     section = ["megabus"] if exported else []  # that is being read
     try:
@@ -277,6 +284,7 @@ def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) ->
         _check_fits(model, folder, tensors, stored)
         if exported:
             check_accounts(folder, config, model, _config(_without_a_run(model)))
+        check_ids(config, model.vocab_size, "config.json", folder, "set it to one of the tokenizer's, or to null")
         return model
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

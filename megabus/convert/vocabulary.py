@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf, prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megabus import counter
+from megabus.checkpoint.manifest import Heartbeat, idle
 from megabus.checkpoint.state import without_run
-from megabus.convert.source import FolderSource, blocks
+from megabus.convert.source import BLOCK, FolderSource, blocks
 from megabus.model.decoder import param_specs
 from megabus.model.params import ParamSpec, global_shape
 from megabus.parallel.fragments import Kind
+
+JOINED = 1 << 15  # entries between two rows that are read at once with them: sooner than by another read
 
 
 class LargerVocabulary:
@@ -35,9 +38,15 @@ class LargerVocabulary:
     """
 
     def __init__(
-        self, source: FolderSource, vocab_size: int, spelled: Mapping[int, Sequence[int]], n_ids: int, tokenizer: Path
+        self,
+        source: FolderSource,
+        vocab_size: int,
+        spelled: Mapping[int, Sequence[int]],
+        n_ids: int,
+        tokenizer: Path,
+        heartbeat: Heartbeat = idle,
     ) -> None:
-        self.inner, self.folder = source, source.folder
+        self.inner, self.folder, self.heartbeat = source, source.folder, heartbeat
         self.tokenizer: Path | None = tokenizer
         self.spelled, self.n_ids, self.n_old = spelled, n_ids, source.state.model.vocab_size
         larger = source.state.model.model_copy(update={"vocab_size": vocab_size})
@@ -47,7 +56,11 @@ class LargerVocabulary:
         self.gain = next((spec for spec in of_rows if not spec.is_matrix), None)
         self.head = next((spec for spec in of_rows if spec.is_matrix and not spec.lookup), None)
         assert self.gain is None or (self.head is not None and self.head.unit), "a gain takes the length of a unit row"
+        self._is_new = torch.arange(vocab_size) >= self.n_old
+        self._is_new[[*spelled]] = True
         self._of_all: dict[str, Tensor] = {}
+        # Of the means that the head's new rows are made of, once they are: its gain is made of the same.
+        self._lengths = torch.full((vocab_size,), torch.nan, dtype=torch.float64)
 
     @property
     def made(self) -> str:
@@ -62,31 +75,70 @@ class LargerVocabulary:
         width = prod(global_shape(spec, self.state.model)[1:])
         first, last = start // width, -(-stop // width)
         rows = torch.empty(last - first, width)
-        row = first
-        while row < last:
-            kept = row
-            while kept < min(last, self.n_old) and kept not in self.spelled:
-                kept += 1
-            if kept > row:
-                rows[row - first : kept - first] = self._old(spec, row, kept)
-            elif not spec.is_matrix:
-                rows[row - first] = length(self._mean(spec, row))
-            else:
-                mean = self._mean(spec, row)
-                rows[row - first] = mean / length(mean).clamp_min(1e-300) if spec.unit else mean
-            row = max(kept, row + 1)
+        new = self._is_new[first:last]
+        for kept in _runs((~new).nonzero()[:, 0].tolist()):
+            rows[kept.start : kept.stop] = self._old(spec, first + kept.start, first + kept.stop)
+        for places in self._chunks(new.nonzero()[:, 0].tolist(), first):
+            rows[places] = self._new(spec, [first + place for place in places]).float()
+            self.heartbeat()
         return rows.reshape(-1)[start - first * width : stop - first * width]
 
-    def _mean(self, spec: ParamSpec, row: int) -> Tensor:
-        """What a new row is made of, (d_model,) fp64; a gain is made of what its head's row is."""
-        matrix = self.head if self.head is not None and not spec.is_matrix else spec
-        ids = self.spelled.get(row)
-        if ids is not None:
-            return sum_of_rows(torch.cat([self._vectors(matrix, one, one + 1) for one in ids])) / len(ids)
+    def _chunks(self, places: Sequence[int], first: int) -> Iterator[list[int]]:
+        """New rows, by their places behind the row `first`, so many that about BLOCK entries make them."""
+        limit, chunk, taken = BLOCK // self.state.model.d_model, list[int](), 0
+        for place in places:
+            chunk.append(place)
+            taken += len(self.spelled.get(first + place, (0,)))
+            if taken >= limit:
+                yield chunk
+                chunk, taken = [], 0
+        if chunk:
+            yield chunk
+
+    def _new(self, spec: ParamSpec, rows: Sequence[int]) -> Tensor:
+        """Those rows, all new, of a parameter: (len(rows), its width) fp64."""
+        if spec.is_matrix:
+            means = self._means(spec, rows)
+            if not spec.unit:
+                return means
+            lengths = length(means)
+            if spec is self.head:
+                self._lengths[rows] = lengths[:, 0]
+            return means / lengths.clamp_min(1e-300)
+        if lacking := [row for row in rows if self._lengths[row].isnan()]:
+            assert self.head is not None
+            self._lengths[lacking] = length(self._means(self.head, lacking))[:, 0]
+        return self._lengths[rows][:, None]
+
+    def _means(self, matrix: ParamSpec, rows: Sequence[int]) -> Tensor:
+        """What new rows are made of, (len(rows), d_model) fp64. Those that as many pieces spell are added up together,
+        in the order in which one would be by itself."""
+        alike: dict[int, list[int]] = {}  # number of pieces -> places in `rows`; 0: spelled by none
+        for place, row in enumerate(rows):
+            alike.setdefault(len(self.spelled.get(row, ())), []).append(place)
+        ids = sorted({one for row in rows for one in self.spelled.get(row, ())})
+        place_of = {one: place for place, one in enumerate(ids)}
+        vectors = torch.empty(len(ids), self.state.model.d_model, dtype=torch.float64)
+        for run in _runs(ids, JOINED // self.state.model.d_model, BLOCK // self.state.model.d_model):
+            there = slice(place_of[run.start], place_of[run.stop - 1] + 1)
+            read = self._vectors(matrix, run.start, run.stop)
+            vectors[there] = read[[one - run.start for one in ids[there]]]
+        means = torch.empty(len(rows), self.state.model.d_model, dtype=torch.float64)
+        for n, places in alike.items():
+            if n:
+                spelled = torch.tensor([[place_of[one] for one in self.spelled[rows[place]]] for place in places])
+                means[places] = counter.row_sum(vectors[spelled].transpose(1, 2))[..., 0] / n
+            else:
+                means[places] = self._mean_of_all(matrix)
+        return means
+
+    def _mean_of_all(self, matrix: ParamSpec) -> Tensor:
+        """Of the rows of all old ids, (d_model,) fp64."""
         if matrix.name not in self._of_all:  # it takes the whole matrix
-            width = self.state.model.d_model
-            parts = ((start // width, stop // width) for start, stop in blocks(0, self.n_ids * width, width))
-            sums = [sum_of_rows(self._vectors(matrix, *part)) for part in parts]
+            width, sums = self.state.model.d_model, []
+            for start, stop in blocks(0, self.n_ids * width, width):
+                sums.append(sum_of_rows(self._vectors(matrix, start // width, stop // width)))
+                self.heartbeat()
             self._of_all[matrix.name] = sum_of_rows(torch.stack(sums)) / self.n_ids
         return self._of_all[matrix.name]
 
@@ -102,8 +154,21 @@ class LargerVocabulary:
 
 
 def sum_of_rows(rows: Tensor) -> Tensor:
+    """(n, d) -> (d,)."""
     return counter.row_sum(rows.T)[:, 0]
 
 
-def length(vector: Tensor) -> Tensor:
-    return counter.row_sum(vector * vector)[0].sqrt()
+def length(vectors: Tensor) -> Tensor:
+    """(n, d) -> (n, 1)."""
+    return counter.row_sum(vectors * vectors).sqrt()
+
+
+def _runs(numbers: Sequence[int], gap: int = 1, longest: float = inf) -> Iterator[range]:
+    """Ascending numbers as ranges that begin and end with one of them; more than `gap` apart they are not joined, nor
+    to ranges of more than `longest`."""
+    begun = 0
+    for place, number in enumerate(numbers):
+        following = numbers[place + 1] if place + 1 < len(numbers) else None
+        if following is None or following - number > gap or following - numbers[begun] >= longest:
+            yield range(numbers[begun], number + 1)
+            begun = place + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ PARQUET_ROWS = 256  # read at once: a row may hold a book
 
 # What other columns hold is nothing to us: an integer may have any number of digits.
 _JSON = json.JSONDecoder(parse_int=float, strict=False)
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)  # and strings, which may hold some
+DEEPEST = 100
 _TYPES = {type(None): "null", bool: "a truth value", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -151,14 +154,29 @@ def json_documents(stream: Iterable[bytes], path: object, text_key: str) -> Iter
 
 
 def json_value(text: str, path: object, where: str, remedy: str) -> Any:
-    """What JSON says. Raises UserError for what is none, or nests too deep; `where` begins it: "line 1 is"."""
+    """What JSON says. Raises UserError for what is none; `where` begins it: "line 1 is"."""
     try:
-        return _JSON.decode(text)
-    except RecursionError as error:  # the parser reads all columns or none
-        problem = f"{where} nested too deeply to be read, in the text or in what lies beside it"
-        raise UserError("input", path, problem, "drop such columns") from error
+        try:
+            return _JSON.decode(text)
+        except RecursionError:  # the parser reads all columns or none, and texts lie higher
+            return _JSON.decode(_without_depths(text))
     except ValueError as error:
         raise UserError("input", path, f"{where} not JSON ({error})", remedy) from error
+
+
+def _without_depths(text: str) -> str:
+    """JSON with null for whatever lies deeper than DEEPEST, which is told by its brackets alone."""
+    kept, depth, begun = [], 0, 0
+    for match in _BRACKETS.finditer(text):
+        if match[0] in ("[", "{"):
+            if depth == DEEPEST:
+                kept.append(text[begun : match.start()] + "null")
+            depth += 1
+        elif match[0] in ("]", "}"):
+            depth -= 1
+            if depth == DEEPEST:
+                begun = match.end()
+    return "".join(kept) + (text[begun:] if depth <= DEEPEST else "")
 
 
 def text_of(row: dict[str, Any], text_key: str, key: str, name: object, where: str) -> str:
@@ -170,11 +188,20 @@ def text_of(row: dict[str, Any], text_key: str, key: str, name: object, where: s
     for step in [text_key] if text_key in row else text_key.split("."):
         if not isinstance(value, dict) or step not in value:
             problem = f"{where} has no text under '{text_key}', its keys are {', '.join(row)}"
-            raise UserError(key, name, problem, "set --text-key")
+            inner = (f"{outer}.{one}" for outer, found in row.items() if isinstance(found, dict) for one in found)
+            raise UserError(key, name, problem, set_text_key(inner, text_key))
         value = value[step]
     if not isinstance(value, str):
         raise no_text(key, name, f"{where} has {_type_of(value)} under '{text_key}'")
     return value
+
+
+def set_text_key(inner: Iterable[str], text_key: str) -> str:
+    """The remedy. inner: what there is a level below, of which the one that is called as what was asked for is named;
+    else the first."""
+    found = [*inner]
+    named = next((path for path in found if path.rpartition(".")[2] == text_key), found[0] if found else None)
+    return "set --text-key" if named is None else f"set --text-key; what lies in another is named so: {named}"
 
 
 def no_text(key: str, name: object, problem: str) -> UserError:
@@ -242,7 +269,9 @@ def _text_column(schema: Any, path: object, text_key: str) -> list[str]:
     for step in steps:
         if not pyarrow.types.is_struct(kind) or kind.get_field_index(step) < 0:
             problem = f"has no text under '{text_key}', its columns are {', '.join(schema.names)}"
-            raise UserError("input", path, problem, "set --text-key")
+            structs = (outer for outer in schema if pyarrow.types.is_struct(outer.type))
+            inner = (f"{outer.name}.{one.name}" for outer in structs for one in outer.type.fields)
+            raise UserError("input", path, problem, set_text_key(inner, text_key))
         kind = kind.field(step).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type

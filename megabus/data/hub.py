@@ -27,6 +27,8 @@ from megabus.errors import UserError
 # first, and fail where another type follows.
 READ_HERE = {"json": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
 
+RETRYING = "datasets.utils.file_utils"  # whose logger tells it
+
 
 def scripts_of(name: str) -> list[Path]:
     """The files of code in a data set that is a local folder: they are passed over, none is run."""
@@ -103,5 +105,11 @@ def _library() -> Any:
         raise UserError(
             key, os.environ.get(key), f"is no place for a cache ({error})", "name a writable folder"
         ) from error
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised anyway
+    only_retries(datasets)
     return datasets
+
+
+def only_retries(datasets: Any) -> None:
+    """Let the library log no more than that a connection failed and is tried again: all else it raises too."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.logging.get_logger(RETRYING).setLevel(datasets.logging.WARNING)

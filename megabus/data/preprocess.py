@@ -138,8 +138,8 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
             "bin_sha256": writer.sha256,
         }
         meta_path(f"{prefix}{suffix}").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    before = f" after {tokenizer.shown(prefix_ids)}" if prefix_ids else ""
-    after = f" before {tokenizer.shown(suffix_ids)}" if suffix_ids else ""
+    before = f" preceded by {tokenizer.shown(prefix_ids)}" if prefix_ids else ""
+    after = f" followed by {tokenizer.shown(suffix_ids)}" if suffix_ids else ""
     around = f", each{' and'.join(filter(None, (before, after)))}" if before or after else ""
     return sum(writer.n_documents for writer in writers), around, progress.n_tokens, rate
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 
 from megabus.config.read import described
+from megabus.data.hub import only_retries
 from megabus.data.order import permute
 from megabus.errors import UserError
 
@@ -96,7 +97,7 @@ class Hub:
     def __init__(self, name: str) -> None:
         import datasets  # seconds to import, and local files do without
 
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised below anyway
+        only_retries(datasets)
         datasets.disable_progress_bars()
         self.name, (path, self.reported, self.watched) = name, HUB.get(name.lower(), (name, ("test",), "validation"))
         saved = (Path(path) / "dataset_dict.json").is_file()

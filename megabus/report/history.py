@@ -31,8 +31,10 @@ def read_rows(run_dir: str | Path) -> list[MetricsRow]:
     """All rows of a run in the order they were written. Raises `UserError` where there is no file of them, or a line is
     no JSON object with an event and a step. A last line without its newline is still being written and is left out."""
     path = Path(run_dir) / "metrics.jsonl"
-    if not os.path.lexists(path):
-        raise UserError("run_dir", run_dir, "holds no metrics.jsonl", "name the directory of a megabus run")
+    if not os.path.lexists(path) or not os.fspath(run_dir):  # without a name it would be the working directory
+        there, named = os.path.lexists(run_dir), os.fspath(run_dir) or "''"
+        problem = "does not exist" if not there else "holds no metrics.jsonl" if path.parent.is_dir() else "is a file"
+        raise UserError("run_dir", named, problem, "name the directory of a megabus run")
     try:
         check_regular(path, links=True)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]

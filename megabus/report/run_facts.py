@@ -54,7 +54,7 @@ class RunFacts:
 def read_run(run_dir: str | Path, name: str) -> RunFacts:
     """Read a run directory. Raises `UserError` for what is none, or holds what no run writes."""
     folder = Path(run_dir)
-    written = read_rows(folder)
+    written = read_rows(run_dir)
     path = folder / "metrics.jsonl"
     rows = what_counts(written)
     if not curve_rows(rows):

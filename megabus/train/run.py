@@ -138,11 +138,12 @@ def start(
 
         origin = origin_of(config.init_from, watchdog.heartbeat)
         check_begins(origin, stages[0], config.extend_vocabulary)
-        if why := unread_tokenizer(origin):
-            rank_0_says(f"init_from: data is not compared with the tokenizer of {origin.folder}, which {why}", warn)
         with agreement():
+            if why := unread_tokenizer(origin):
+                remedy = "or leave it behind: begin from what megabus convert --to checkpoint --without-tokenizer makes"
+                raise UserError("init_from", origin.folder, f"its tokenizer {why}", remedy)
             if config.extend_vocabulary and sources.tokenizer is not None:
-                larger = extended(origin, sources.tokenizer, stages[0].model.vocab_size)
+                larger = extended(origin, sources.tokenizer, stages[0].model.vocab_size, watchdog.heartbeat)
                 rank_0_says(f"init_from: {larger.made}")
                 origin = larger
             else:

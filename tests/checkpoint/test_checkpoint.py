@@ -134,6 +134,10 @@ def test_where_there_is_none(tmp_path, path):
     told = "does not exist" if path == "nowhere" else "holds none; give a run's directory or one of its checkpoints"
     with pytest.raises(UserError, match=told):
         megabus.load(tmp_path / path)
+    (tmp_path / "file").touch()
+    for other, told in (("", "= '': names nothing"), (tmp_path / "file", "file: is no directory; give a run or one")):
+        with pytest.raises(UserError, match=told):
+            megabus.load(other)
     assert run_ranks(2, find_checkpoint, tmp_path / path / "checkpoints", True) == [None, None]
 
 

@@ -85,6 +85,37 @@ def test_a_family_is_trained_and_grown_on_four_ranks(tmp_path, name):
 def test_what_is_not_computed_is_refused_by_name(tmp_path):
     for name, change, told in (
         ("mistral", {"sliding_window": 32}, "sliding_window = 32: is shorter than max_position_embeddings = 64, and"),
+        ("mistral", {"layer_types": ["sliding_attention"] * 4}, "layer_types = 'sliding_attention': is not supported"),
+        ("llama", {"layer_types": ["chunked_attention"] * 4}, "layer_types = 'chunked_attention': is not supported"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout = 0.1: is not supported; set it to 0: logits stay"),
+        (
+            "llama",
+            {"attn_logit_softcapping": 50.0},
+            r"softcapping = 50.0: is nothing that .* LlamaForCausalLM computes",
+        ),
+        ("qwen2", {"residual_multiplier": 0.22}, r"residual_multiplier = 0.22: is nothing that .* computes; set it to"),
+        (
+            "llama",
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "is not what a llama is: LlamaForCausalLM alone",
+        ),
+        (
+            "llama",
+            {"architectures": ["LlamaForCausalLM", "Other"]},
+            r"architectures = \['LlamaForCausalLM', 'Other'\]: is",
+        ),
+        ("llama", {"architectures": ["MistralForCausalLM"]}, "is not what a llama is"),
+        ("qwen3", {"architectures": []}, r"architectures = \[\]: is not what a qwen3 is: Qwen3ForCausalLM alone"),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config = {'quant_method': 'fp8'}: is not",
+        ),
+        ("llama", {"eos_token_id": 67}, "has eos_token_id = 67, and the model ids below 67; set it to one of the"),
+        ("llama", {"eos_token_id": [2, 99]}, "has eos_token_id = 99, and"),
+        ("llama", {"bos_token_id": -1}, "has bos_token_id = -1, and"),
+        ("llama", {"bos_token_id": "1"}, "has bos_token_id = '1', and"),
+        ("smollm3", {"pad_token_id": 128004}, "has pad_token_id = 128004, and"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True: is not supported; only False is"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 4}, "layer_types = 'sliding_attention': is not supported"),
         ("smollm3", {"no_rope_layers": [0, 1, 1, 1]}, r"no_rope_layers = \[0, 1, 1, 1\]: are no layers at equal"),
@@ -107,7 +138,29 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path):
     ):
         stock(name, tmp_path / name)
         good = json.loads((tmp_path / name / "config.json").read_text())
-        model_of(good, tmp_path, *PLENTY)
+        wanted = model_of(good, tmp_path, *PLENTY)
+        with pytest.raises(UserError, match=told):
+            model_of(good | change, tmp_path, *PLENTY)
+        said_and_nothing = {
+            "attention_dropout": 0,
+            "attn_logit_softcapping": None,
+            "logit_scale": 1.0,
+            "num_experts": 0,
+            "quantization_config": None,
+            "pad_token_id": -1,
+            "eos_token_id": [0, 66],
+            "bos_token_id": None,
+        }
+        assert model_of(good | said_and_nothing, tmp_path, *PLENTY) == wanted
+
+
+def test_an_export_of_ours_is_refused_for_the_same(tmp_path):
+    convert(MemorySource(model_config("ngpt")), tmp_path / "hf", "hf")
+    good = json.loads((tmp_path / "hf/config.json").read_text())
+    for change, told in (
+        ({"eos_token_id": 67}, "eos_token_id = 67"),
+        ({"quantization_config": {"bits": 4}}, "not quant"),
+    ):
         with pytest.raises(UserError, match=told):
             model_of(good | change, tmp_path, *PLENTY)
 

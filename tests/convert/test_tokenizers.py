@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from support.command import run_command
 from support.small_runs import run_config, write_corpus
 from support.sources import MemorySource, model_config
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -22,6 +23,7 @@ from megabus.convert.source import OpenFiles
 from megabus.data.sources import open_sources
 from megabus.data.tokenizer import Tokenizer, read_tokenizer_files, tiktoken, train_tokenizer
 from megabus.data.tokenizer.byte_bpe import byte_letters, byte_pieces
+from megabus.data.tokenizer.extend import extend_tokenizer
 from megabus.data.tokenizer.odd_text import BASES, differences, odd_lines
 from megabus.errors import UserError
 
@@ -111,14 +113,64 @@ def test_a_tokenizer_goes_with_the_weights_everywhere(tmp_path, make, capsys):
         assert theirs.apply_chat_template([{"content": "x"}], tokenize=False) == "<bos>x"
 
 
-def test_a_tokenizer_that_cannot_be_read_stays_behind_and_is_told(tmp_path):
-    source = MemorySource(model_config("gpt"))
+def test_a_tokenizer_that_cannot_be_read_is_refused_or_left_behind(tmp_path):
+    source = MemorySource(model_config("gpt", vocab_size=PADDED))
     convert(source, tmp_path / "hf", "hf")
     (tmp_path / "hf/tokenizer.json").write_text('{"config": {}, "vocab": []}')
     with OpenFiles() as files:
         found = open_source(tmp_path / "hf", files)
         assert found.tokenizer is None
         assert found.without_tokenizer.startswith("is a tekken file of mistral-common, which is not read; give")
+    words = ["convert", tmp_path / "hf", tmp_path / "run", "--to", "checkpoint"]
+    code, _, told = run_command(*words)
+    assert (code, told.count("\n")) == (2, 1)
+    assert told.startswith(
+        f"error: tokenizer = {tmp_path / 'hf'}: is a tekken file of mistral-common, which is not read"
+    )
+    assert told.endswith("; or leave it behind: --without-tokenizer\n")
+    assert not (tmp_path / "run").exists()
+    assert run_command(*words, "--without-tokenizer").returncode == 0
+    train_tokenizer(TEXT, N, tmp_path / "hf/tokenizer", "bpe")  # control: one that can be read comes along
+    (tmp_path / "hf/tokenizer.json").unlink()
+    for name, option in (("with", []), ("without", ["--without-tokenizer"])):
+        assert run_command(*words[:2], tmp_path / name, *words[3:], *option).returncode == 0
+        assert (saved_tokenizer(checkpoint_at(tmp_path / name)) is None) == (name == "without")
+
+
+def test_an_extended_tokenizer_goes_out_beside_what_the_original_has(tmp_path, capsys):
+    """--like names the model as it was before its vocabulary grew; also where a padded row took the new piece."""
+    source = MemorySource(model_config("gpt", vocab_size=PADDED))
+    source.tokenizer = hugging_face(tmp_path)
+    extend_tokenizer(source.tokenizer, [" Straße"], ["<|user|>"], tmp_path / "new")
+    convert(source, tmp_path / "like", "hf")
+    config = json.loads((tmp_path / "like/config.json").read_text())
+    own = {"eos_token_id": [config["eos_token_id"], 7], "max_position_embeddings": 777}
+    (tmp_path / "like/config.json").write_text(json.dumps(config | own))
+    (tmp_path / "like/generation_config.json").write_text('{"top_k": 3}')
+    for size in (PADDED, PADDED + 2):
+        larger = MemorySource(model_config("gpt", vocab_size=size))
+        larger.tokenizer = tmp_path / "new"
+        convert(larger, tmp_path / f"{size}", "hf", like=tmp_path / "like")
+        said = json.loads((tmp_path / f"{size}/config.json").read_text())
+        assert {key: said[key] for key in own} == own
+        assert (said["vocab_size"], said["bos_token_id"]) == (size, config["bos_token_id"])
+        assert (tmp_path / f"{size}/generation_config.json").read_text() == '{"top_k": 3}'
+        assert Tokenizer(tmp_path / f"{size}").sha256 == Tokenizer(tmp_path / "new").sha256
+        theirs, lines = (
+            transformers.AutoTokenizer.from_pretrained(tmp_path / f"{size}"),
+            [*odd_lines(), " Straße<|user|>"],
+        )
+        assert theirs(lines, add_special_tokens=False)["input_ids"] == Tokenizer(tmp_path / "new").encode_batch(lines)
+    assert capsys.readouterr().err == ""
+    larger.tokenizer = train_tokenizer(TEXT, N, tmp_path / "other", "byte-bpe")
+    with pytest.raises(
+        UserError, match=r"the model 706; give .*, or leave --like out, and the tokenizer of the weights"
+    ):
+        convert(larger, tmp_path / "no", "hf", like=tmp_path / "like")
+    larger.tokenizer = tmp_path / "new"
+    (tmp_path / "like/generation_config.json").write_text('{"eos_token_id": 5000}')
+    with pytest.raises(UserError, match=r"generation_config.json: has eos_token_id = 5000, and the model ids below"):
+        convert(larger, tmp_path / "no", "hf", like=tmp_path / "like")
 
 
 def exported_config(folder, **settings):

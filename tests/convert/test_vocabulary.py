@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,8 @@ from support import checkpoints as ck
 from support.small_models import model_of
 from support.sources import MemorySource, model_config
 
+from megabus import counter
+from megabus.convert import vocabulary
 from megabus.convert.begin import begin, extended, origin_of, read_description
 from megabus.convert.convert import convert
 from megabus.convert.source import whole
@@ -120,6 +123,42 @@ def test_any_interval_has_the_bits_of_the_whole(kind, changes):
             cuts = sorted({0, len(flat), *np.random.default_rng(1).integers(0, len(flat), 9).tolist()})
             parts = [source.read("weight", name, *cut) for cut in pairwise(cuts)]
             assert torch.cat(parts).equal(flat)
+
+
+def one_by_one(source, name):
+    """The new rows of a parameter, each by itself from the old ones that it is made of; fp32 by number."""
+    spec, inner = source.specs[name], source.inner.weights()
+    matrix = inner[name if spec.is_matrix else source.head.name].double()  # a gain is made of what its head is
+    if source.gain is not None and not spec.lookup:
+        matrix = matrix * inner[source.gain.name].double()[:, None]
+    rows = {}
+    for row in CHANGED:
+        ids = SPELLED.get(row, range(N_IDS))
+        mean = counter.row_sum(matrix[[*ids]].T)[:, 0] / len(ids)
+        length = counter.row_sum(mean * mean)[0].sqrt()
+        rows[row] = (length if not spec.is_matrix else mean / length if spec.unit else mean).float()
+    return rows
+
+
+@pytest.mark.parametrize("together", [1, 3, 1000])  # of new pieces' rows, and of old ones that are read at once
+@pytest.mark.parametrize(("kind", "changes"), MODELS, ids=IDS)
+def test_rows_made_together_have_the_bits_of_each_by_itself(monkeypatch, kind, changes, together):
+    """The gain alone too, as a rank has it that holds nothing of the head. The control: a piece that
+    counts once and not twice."""
+    inner, _ = larger(kind, changes)
+    monkeypatch.setattr(vocabulary, "BLOCK", together * inner.state.model.d_model)
+    monkeypatch.setattr(vocabulary, "JOINED", together * inner.state.model.d_model)
+    beats = []
+    for order in (1, -1):
+        source = larger(kind, changes)[1]
+        source.heartbeat = partial(beats.append, 1)
+        for name in [name for name, spec in source.specs.items() if spec.rows == "vocab"][::order]:
+            rows = whole(source, name)
+            assert all(rows[row].equal(values) for row, values in one_by_one(source, name).items())
+    assert len(beats) >= (12 if together == 1 else 2)
+    rows = whole(source, name)
+    monkeypatch.setitem(SPELLED, 65, [5, 9, 63])
+    assert not rows[65].equal(one_by_one(source, name)[65])
 
 
 # ---- of weights with a tokenizer, into engines

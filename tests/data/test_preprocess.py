@@ -148,11 +148,11 @@ def llama_like(tmp_path_factory):
 
 
 MARKS = [
-    ((), [260], [261], ", each after <s> (260) and before </s> (261)"),
-    (("--no-append-eod",), [260], [], ", each after <s> (260)"),
-    (("--bos", "none"), [], [261], ", each before </s> (261)"),
+    ((), [260], [261], ", each preceded by <s> (260) and followed by </s> (261)"),
+    (("--no-append-eod",), [260], [], ", each preceded by <s> (260)"),
+    (("--bos", "none"), [], [261], ", each followed by </s> (261)"),
     (("--bos", "none", "--eos", "none"), [], [], ""),
-    (("--bos", "</s>", "--eos", "0"), [261], [0], ", each after </s> (261) and before <|endoftext|> (0)"),
+    (("--bos", "</s>", "--eos", "0"), [261], [0], ", each preceded by </s> (261) and followed by <|endoftext|> (0)"),
 ]
 
 

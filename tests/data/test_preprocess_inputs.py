@@ -3,19 +3,23 @@
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from support.command import run_command
 
 from megabus.data.documents import Meter, file_documents
+from megabus.data.hub import only_retries
 from megabus.data.indexed import IndexedTokens
 from megabus.data.inputs import expand_inputs
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
 
+HTTP = sys.modules[HTTPError.__module__.partition(".")[0]]  # the library that the hub is asked by, whichever it is
 LATER = 10 << 20  # bytes after which `datasets` has settled what a column holds
 
 
@@ -180,7 +184,7 @@ def test_a_link_to_a_folder_is_followed_where_it_is_named(model):
 def test_a_folder_of_nothing_that_is_read_says_what_it_holds(model):
     write("in/a.csv", "a")
     assert "no readable file is there (passed over: 1 of other endings (.csv 1))" in refused(model, "in")
-    assert "input = : no readable file is there" in refused(model, "")
+    assert "input = '': names nothing" in refused(model, "")
     assert "input = in/a.csv: unknown kind of file" in refused(model, "in/a.csv")
 
 
@@ -228,6 +232,21 @@ def test_other_columns_may_hold_anything(model, case, where):
     assert read(model, *(["--dataset", "in"] if where == "dataset" else ["in"])) == (["first", "last"], "")
 
 
+@pytest.mark.parametrize("deep", ["[" * 20_000 + "]" * 20_000, '{"a": [' * 3000 + '"]}"' + "]}" * 3000])
+def test_other_columns_may_nest_as_deep_as_they_like(model, deep):
+    """Further than Python's parser goes; with strings that hold brackets and quotes, before and after the text."""
+    odd = json.dumps({"text": 'b]}"[{\\', "n": ["]", 1, {"x": '"['}]})
+    write("in/train.jsonl", f'{{"n": {deep}, "text": "a"}}', odd.replace("1,", f"{deep}, [{deep}, {deep}],"))
+    write(
+        "in/train.jsonl",
+        Path("in/train.jsonl").read_text().rstrip(),
+        f'{{"doc": {{"text": "c", "n": {deep}}}, "text": "c"}}',
+    )
+    for where in (["in"], ["--dataset", "in"]):
+        assert read(model, *where) == (["a", 'b]}"[{\\', "c"], "")
+        Path("out").rename(f"out of {len(where)}")
+
+
 def test_fifty_thousand_nulls_then_a_text(model):
     write("in.jsonl", *[{"meta": None, "text": "a"}] * 50_000, {"meta": "b", "text": "c"})
     assert preprocess(model, "in.jsonl").stdout.startswith("50001 documents, ")
@@ -257,6 +276,7 @@ def test_text_inside_of_other_columns(model):
         assert read(model, name, "--text-key", "a.b")[0] == ["x", "y"]
         Path("out").rename(f"out of {name}")
         assert "no text under 'doc.body', its" in refused(model, name, "--text-key", "doc.body")
+        assert refused(model, name).endswith("; set --text-key; what lies in another is named so: doc.text\n")
 
 
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "binary", "large_binary", "dictionary"])
@@ -290,10 +310,12 @@ WRONG = {
     "no object": (["a"], "line 1 holds a list, not an object"),
     "only text": ("a", "line 1 is not JSON"),
     "half": ('{"text": "a', "line 1 is not JSON"),
-    "nested": ('{"text": ' + "[" * 100_000, "line 1 is nested too deeply"),
-    "nested beside the text": (
-        '{"text": "x", "n": ' + "[" * 20_000 + "]" * 20_000 + "}",
-        "line 1 is nested too deeply to be read, in the text or in what lies beside it; drop such columns",
+    "brackets": ('{"text": ' + "[" * 100_000, "line 1 is not JSON"),
+    "brackets of another kind": ('{"text": "a", "n": ' + "[" * 2000 + "]" * 1999 + "}", "line 1 is not JSON"),
+    "nested": ('{"text": ' + "[" * 20_000 + "]" * 20_000 + "}", "line 1 has a list under 'text', where text should be"),
+    "inside of another": (
+        {"doc": {"id": 1, "text": "a"}},
+        "line 1 has no text under 'text', its keys are doc; set --text-key; what lies in another is named so: doc.text",
     ),
     "latin": (b'{"text": "\xfc"}'.decode("latin-1"), "line 1 is not UTF-8 (invalid start byte: b'{"),
 }
@@ -399,7 +421,7 @@ def test_an_array_in_a_dataset(model, rows, mark):
     for text, problem in {
         whole[:-1]: "is not JSON (",
         whole + b"]": "is not JSON (",
-        b"[" * 100_000: "is nested too deeply to be read",
+        b"[" * 100_000: "is not JSON (",
         b'["a",\n"\xfc"]': "line 2 is not UTF-8 (",
     }.items():
         Path("in/train.json").write_bytes(text)
@@ -448,6 +470,55 @@ def test_a_bad_cache_is_blamed_on_what_names_it(model, monkeypatch, key):
     monkeypatch.setenv(key, "in/train.jsonl")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("in/train.jsonl/datasets"))  # read when imported
     assert refused(model, "--dataset", "in").startswith(f"error: {key} = in/train.jsonl: is no place for a cache (")
+
+
+@pytest.mark.parametrize("status", [None, 504])
+def test_a_connection_that_is_tried_again_is_told(monkeypatch, capfd, status):
+    """By the library itself, of which all else is silent."""
+    import datasets
+    import datasets.utils.file_utils as there
+
+    only_retries(datasets)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL", 0)
+    lost = HTTP.ConnectError("gone")
+    if status:
+        request = HTTP.Request("GET", "http://x")
+        lost = HfHubHTTPError("busy", response=HTTP.Response(status, request=request))
+    answers = [lost, lost, b"text"]
+
+    class File:
+        def read(self):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    file = File()
+    there._add_retries_to_file_obj_read_method(file)
+    assert file.read() == b"text"
+    datasets.logging.get_logger("datasets.builder").error("what is raised too")
+    told = capfd.readouterr().err
+    assert told.count("Got disconnected from remote data host. Retrying in 0sec") == 2
+    assert "what is raised too" not in told
+
+
+def test_what_is_called_json_is_read_as_jsonl_or_from_its_folder(model):
+    Path("in").mkdir()
+    Path("in/a.json").write_text(json.dumps([{"text": "a"}]))
+    for name in ("in/a.json", "in", "in/*"):
+        assert "; call it .jsonl if each line is an object, or give its folder as --dataset, which" in refused(
+            model, name
+        )
+    assert read(model, "--dataset", "in") == (["a"], "")
+
+
+def test_what_is_not_there_is_told_so(model):
+    Path("in").mkdir()
+    assert "input = nowhere: does not exist; check the path" in refused(model, "nowhere")
+    assert "input = '': names nothing; " in refused(model, "")
+    for name in ("in", "*.txt"):
+        assert f"input = {name}: no readable file is there; check the path or quote the glob" in refused(model, name)
 
 
 def test_inputs_need_no_cache(model, monkeypatch):

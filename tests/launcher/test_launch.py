@@ -253,6 +253,20 @@ def test_a_loss_that_is_not_finite_ends_all_processes(config: Path) -> None:
     assert "is not finite at step" in the_error(ranks)
 
 
+def test_what_torchrun_prints_ends_with_the_error(config: Path) -> None:
+    """The real one: a line of rank 0, which the last of torchrun's own page says again; the other rank says nothing."""
+    command = [sys.executable, *STARTERS["torchrun"], free_port(), str(LAUNCHER), "--config", str(config)]
+    ended = subprocess.run(
+        [*command, "model.d_modle=3"], capture_output=True, text=True, timeout=180, env=environment()
+    )
+    assert ended.returncode != 0
+    (line,) = re.findall(r"^error: .*", ended.stderr, re.MULTILINE)
+    assert "d_modle" in line
+    *_, last, ruler = ended.stderr.rstrip().splitlines()
+    assert (last.strip(), {*ruler}) == (f"traceback : {line}", {"="})
+    assert ended.stdout == ""
+
+
 # ---- runs that end well ------------------------------------------------------------------------------------
 
 

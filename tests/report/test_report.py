@@ -361,6 +361,9 @@ def test_columns_of_words_are_columns(written):
 def test_wrong_command_lines(tmp_path):
     for args, told in (
         ([tmp_path], f"error: run_dir = {tmp_path}: holds no metrics.jsonl"),
+        ([tmp_path / "a"], f"error: run_dir = {tmp_path}/a: does not exist; name the directory of a megabus run"),
+        ([__file__], f"error: run_dir = {__file__}: is a file; name the directory of a megabus run"),
+        ([""], "error: run_dir = '': does not exist; name the directory of a megabus run"),
         (
             [tmp_path / "a", tmp_path / "b"],
             f"error: RUN_DIR = {tmp_path}/a {tmp_path}/b: are several runs; name a folder",

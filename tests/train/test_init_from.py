@@ -218,13 +218,18 @@ def test_of_a_model_of_the_hub_the_description_alone_is_looked_at(corpus, qwen, 
         check_begins(said, resolve_stages(narrower, 2)[0])
 
 
-def test_a_tokenizer_that_cannot_be_read_is_told(qwen, tmp_path):
+def test_a_tokenizer_that_cannot_be_read_is_refused(corpus, qwen, tmp_path):
     folder = shutil.copytree(qwen[1], tmp_path / "hf")
     assert unread_tokenizer(read_description(folder)) == ""
     (folder / "tokenizer.json").write_text("{}")
     assert unread_tokenizer(read_description(folder)).startswith(
         "is JSON, and no tokenizer.json: it has no model; give its"
     )
+    config = config_of(corpus, tmp_path / "run", folder)
+    told = refusal(config, 2)
+    assert f"init_from = {folder}: its tokenizer is JSON, and no tokenizer.json: it has no model; give its" in told
+    assert "or leave it behind: begin from what megabus convert --to checkpoint --without-tokenizer makes" in told
+    assert not (tmp_path / "run").exists()
     (folder / "tokenizer.json").unlink()
     assert unread_tokenizer(read_description(folder)) == unread_tokenizer(read_description(qwen[2])) == ""
 

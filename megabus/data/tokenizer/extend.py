@@ -22,19 +22,22 @@ from megabus.plain_file import shown
 
 
 def extend_tokenizer(
-    name: str | os.PathLike[str], texts: Sequence[str], special: Sequence[str], out: Path
+    name: str | os.PathLike[str], texts: Sequence[str], special: Sequence[str], out: Path, listed: Sequence[str] = ()
 ) -> dict[int, list[int]]:
     """Write the directory `out`: the tokenizer with tokens for `texts` and, of a tokenizer.json, for `special`, which
     are left out when ids become text. Each new id -> the old ids that spell it.
 
     They are matched in raw text before all else, the longest first: nothing is learnt, and no merge is added. A rank
     file, which cannot hold them, becomes a tokenizer.json; of a directory that holds a tokenizer in two forms the
-    tokenizer.json is extended, and the other form left out. Raises `UserError`, and leaves nothing half-written.
+    tokenizer.json is extended, and the other form left out. listed: texts too, which came in a file. Raises
+    `UserError`, and leaves nothing half-written.
     """
     old = Tokenizer(name)
     seen: set[str] = set()
     _check_new(old, "--add", texts, seen)
+    _check_new(old, "--add-file", listed, seen)
     _check_new(old, "--special", special, seen)
+    texts = [*texts, *listed]
     if not (texts or special):
         raise UserError("--add", "(missing)", "there is nothing to add", "give tokens, or --special ones")
     if out.exists():
