@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import growth_stall, kernels, others, preprocessing, training
+from benchmarks import growth_stall, kernels, others, preprocessing, scale, training
 from benchmarks.comparisons import Comparison, markdown
 from megabus.command import Parser, run
 
@@ -34,6 +34,7 @@ CPU: dict[str, Suite] = {
     "layouts": training.layouts,
     "growth": growth_stall.growths,
     "others": others.others,
+    "scale": scale.scale,
     "preprocess": preprocessing.preprocessing,  # last: `datasets` starts threads, and the others' ranks are forked
 }
 GPU: dict[str, Suite] = {

@@ -20,6 +20,8 @@ from megabus.engine.startup import import_deepspeed, prepare_environment
 from megabus.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megabus.testing.simulate import Cost
 
 MIB = 2**20
@@ -95,6 +97,7 @@ def _cost(cost: Cost) -> str:
 def _check_all(config: RunConfig, stages: Sequence[Stage]) -> int:
     """Every rank's schedule of every growth, by itself and against the others'. Returns the exit code."""
     from megabus.growth.plan import plan_between, schedule_of
+    from megabus.testing.plan_bytes import least
     from megabus.testing.plan_check import faults, loads
 
     sound = True
@@ -109,5 +112,17 @@ def _check_all(config: RunConfig, stages: Sequence[Stage]) -> int:
                 f"  {what}: {load.mean / MIB:,.1f} MiB a rank, most {load.most / MIB:,.1f}; "
                 f"within a role most is {load.spread:.3f} of the mean"
             )
+        bound = least(plan, plan.growth.sent_kinds)
+        print(
+            f"  the fewest that ZeRO's cuts allow the busiest rank: taken in {bound.taken.max() / MIB:,.1f} MiB, "
+            f"given out {bound.given.max() / MIB:,.1f}\n"
+            f"  of them received {_most(bound.taken - bound.kept)}, sent {_most(bound.given - bound.kept)}, "
+            f"and if ranks forwarded what they get, {bound.forwarding / MIB:,.1f} or more"
+        )
         sound &= not found
     return 0 if sound else 1
+
+
+def _most(bytes_by_rank: np.ndarray) -> str:
+    mean, most = bytes_by_rank.mean(), bytes_by_rank.max()
+    return f"{mean / MIB:,.1f} MiB a rank, most {most / MIB:,.1f} ({most / mean if mean else 1:.3f})"
