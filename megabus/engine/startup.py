@@ -72,6 +72,7 @@ def import_deepspeed() -> None:
 
     logger.setLevel(logging.ERROR)
     _leave_peaks_alone()
+    _send_no_weights()
     if not gpu:
         # On CPUs DeepSpeed would compile a shared-memory op here: a minute with g++, a crash without.
         # The attribute deepspeed.comm.torch is torch itself, so the module is found by its full name.
@@ -87,6 +88,14 @@ def _leave_peaks_alone() -> None:
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
     stage_1_and_2.empty_cache = lambda: get_accelerator().empty_cache()
+
+
+def _send_no_weights() -> None:
+    """Keep DeepSpeed from sending the model of a group's first rank to the others, a message a parameter, whenever an
+    engine is made: weights are zeros until all ranks have written their masters, and are then made of these."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    DeepSpeedEngine._broadcast_model = lambda self: None
 
 
 @contextmanager
