@@ -11,20 +11,22 @@ import torch.distributed as dist
 
 from megabus.checkpoint.store import folder_of
 from megabus.config import RunConfig
-from megabus.data.order import align_up
+from megabus.config.phases import KEYS
+from megabus.config.section import in_line
 from megabus.engine.engine import StepResult
 from megabus.errors import say
 from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached, never_met
 from megabus.kappa.why import why
+from megabus.model.budget import spent_share
 from megabus.model.peak import peak_flops
 from megabus.parallel.agree import on_any_rank
 from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line
-from megabus.train.run import Run, roll_back, sizes, started, watch_stage
+from megabus.train.run import Run, roll_back, run_span, sizes, started, watch_stage
 from megabus.train.saving import close, collect, finish, save, warn_unwritten
-from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor, spent_share
+from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor
 from megabus.train.stop import StoppedError, StopRequests, listening
 from megabus.train.watchdog import Watchdog, watched
 
@@ -68,12 +70,14 @@ def _train(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Out
             train_step(run)
             run.saver.prepare(run.engine.read)
             run.save_is_due |= run.progress.step % config.checkpoint.every == 0
+            loss = None
             if run.progress.step % config.eval.every == 0 or stage_is_spent(run) or run.share >= 1:
                 loss = validate(run)
                 signal = observe(run, loss)
                 if signal.grow:
                     grow(run, signal, loss)
                     run.save_is_due = True
+            turn(run, loss)
             if agree_on_step_end(run):
                 roll_back(run)
             elif run.save_is_due:
@@ -229,16 +233,38 @@ def _gauge(run: Run) -> None:
         run.metrics.write("memory", run.totals | memory)
 
 
+def turn(run: Run, loss: float | None) -> None:
+    """Go into the phase that the next step is of, if it is another one. loss: of this step's validation.
+
+    The curve that κ goes by begins anew: under other samples the loss follows another law.
+    """
+    old, new = run.stage, run.stages[run.stage.index].at(run.share)
+    if new == old or run.share >= 1:
+        return
+    run.engine.rebatch(new)
+    run.place()
+    run.mark()
+    run.pace.clear()
+    if run.metrics is not None:
+        samples = {key: getattr(new, key) for key in KEYS}
+        run.metrics.write("phase", run.totals | {"share": run.share, "position": run.progress.position} | samples)
+        say(f"step {run.progress.step:>5} | PHASE at {run.share:.0%}: {in_line(samples)}")
+    run.monitor.begin_anew()
+    run.monitor.retarget(run_span(run))
+    known = loss if new.seq_len == old.seq_len else None
+    observe(run, validate(run) if known is None else known, told=known is not None)
+
+
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     """Grow into the next stage, and measure on the same tokens what it did to the loss (`before`)."""
-    old, new, now = run.stage, run.stages[signal.stage], run.progress
+    old, new, now = run.stage, run.stages[signal.stage].at(run.share), run.progress
     run.watchdog.heartbeat(f"the growth after step {now.step}")
     begun = time.perf_counter()
     grown = grow_engine(run.engine, run.config, new)
     stall = time.perf_counter() - begun
     run.engine = grown.engine
     after = _validation_loss(run, old.seq_len)
-    now.position = align_up(now.position, new.seq_len)
+    run.place()
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
     run.mark()
     now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})

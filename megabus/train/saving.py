@@ -91,6 +91,7 @@ def close(run: Run) -> None:
     """End what is open, with nothing saved."""
     if run.metrics is not None:
         run.metrics.close()
+    run.corpora.close()
     run.engine.close()
 
 
