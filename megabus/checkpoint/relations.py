@@ -16,7 +16,7 @@ from megabus.checkpoint.manifest import validated
 from megabus.config import RunConfig
 from megabus.config.pair import sizes_of
 from megabus.config.stages import check_cut
-from megabus.data.order import align_up
+from megabus.data.order import BLEND_PERIOD, align_up
 from megabus.kappa.monitor import SAVED, KappaState, Reason, check_saved
 from megabus.model.cost import count_parameters
 from megabus.parallel.fragments import KINDS
@@ -64,6 +64,7 @@ class _Growth(_Caps):
 
 class _Train(_Batches):
     seq_len: Length
+    phases: list[_Batches] = []
 
 
 class _Files(_Loose):
@@ -141,7 +142,9 @@ def check_relations(path: Path, state: SavedState) -> None:
     _check_config(config, state)
     _check_watched(monitor, state, config.growth)
     _check_data(data, state, config)
-    longest = max([config.train.seq_len, *(stage.seq_len or 0 for stage in config.growth.stages)])
+    _check_deals(data, state)
+    changes = [*config.growth.stages, *config.train.phases]
+    longest = max([config.train.seq_len, *(change.seq_len or 0 for change in changes)])
     for key, source in (("train", data.train), ("valid", data.valid)):
         _agree(f"data.{key}.chunk_len", source.chunk_len, "the longest sequence in config", longest)
     if not data.valid_tokens or data.valid_tokens % longest:
@@ -236,16 +239,13 @@ def _check_account(state: SavedState) -> None:
 def _check_config(config: _Config, state: SavedState) -> None:
     """The stage that the configuration describes is the one that was saved."""
     now, before = state.progress, config.growth.stages[: state.stage]
-    lengths = [config.train.seq_len, *(stage.seq_len for stage in before if stage.seq_len)]
-    batches = [
-        config.train.global_batch_size,
-        *(stage.global_batch_size for stage in before if stage.global_batch_size),
-    ]
-    if now.position % lengths[-1]:
-        raise ValueError(f"progress.position: {now.position} is no multiple of the stage's seq_len, {lengths[-1]}")
-    if now.since is not None and batches[-1] is not None:
-        wanted = batches[-1] * lengths[-1]
-        _agree("progress.since.step_tokens", now.since.step_tokens, "the stage's batch in config", wanted)
+    possible = _batches_of(config, before)  # as many as the stage has phases: how far each lasts, its budget says
+    if all(now.position % length for length, _ in possible):
+        lengths = " or ".join(map(str, sorted({length for length, _ in possible})))
+        raise ValueError(f"progress.position: {now.position} is no multiple of the stage's seq_len, {lengths}")
+    wanted = [batch * length for length, batch in possible if batch is not None]
+    if now.since is not None and wanted and now.since.step_tokens not in wanted:
+        _agree("progress.since.step_tokens", now.since.step_tokens, "the stage's batch in config", wanted[0])
     _check_types(state.config)
     said = dict(_section(state.config.get("model"), "config.model"))
     for stage in state.config["growth"]["stages"][: state.stage]:
@@ -254,6 +254,31 @@ def _check_config(config: _Config, state: SavedState) -> None:
     for key, value in state.model.model_dump(mode="json").items():
         if key in said and key not in transferred:  # those that came later are not there
             _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", less(value, said[key]))
+
+
+def _batches_of(config: _Config, growths: list[_Stage]) -> list[tuple[int, int | None]]:
+    """(seq_len, global_batch_size) of each phase of a stage that comes after `growths`."""
+    length, batch = config.train.seq_len, config.train.global_batch_size
+    for growth in growths:
+        length, batch = growth.seq_len or length, growth.global_batch_size or batch
+    found = [(length, batch)]
+    for phase in config.train.phases:
+        found.append((phase.seq_len or found[-1][0], phase.global_batch_size or found[-1][1]))
+    return found
+
+
+def _check_deals(data: _Data, state: SavedState) -> None:
+    """Each deal begins in what was read so far, with slots for all corpora."""
+    deals, train = state.progress.deals, data.train
+    for number, deal in enumerate(deals):
+        key = f"progress.deals.{number}"
+        _agree(f"{key}.counts", len(deal.counts), "the corpora in data.train.blend", len(train.blend))
+        if min(deal.counts) < 0 or sum(deal.counts) != BLEND_PERIOD:
+            raise ValueError(f"{key}.counts: {shown(deal.counts)} are no slots that add up to {BLEND_PERIOD}")
+        before = deals[number - 1].start if number else -1
+        if deal.start <= before or (number == 0 and deal.start):
+            raise ValueError(f"{key}.start: {deal.start} is out of order")
+        _at_most(f"{key}.start, in tokens", deal.start * train.chunk_len, "progress.position", state.progress.position)
 
 
 def less(section: Any, said: Any) -> Any:

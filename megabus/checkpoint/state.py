@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandle
 from megabus.checkpoint.manifest import FORMAT, STATE, STRICT, DamagedError, check_format, reading, validated
 from megabus.checkpoint.relations import Whole, check_relations, less
 from megabus.config import Layout, ModelConfig
+from megabus.data.order import Deal
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
 from megabus.plain_file import parse_json, read_regular
@@ -69,6 +70,7 @@ class Progress:
     nonfinite_in_a_row: Whole = 0
     rollbacks: Whole = 0
     since: Mark | None = None  # None: no run
+    deals: tuple[Deal, ...] = ()  # how the corpora were dealt out so far; none: by the weights in config, from 0 on
 
     def mark(self, optimizer_step: int, step_tokens: int, step_flops: float) -> None:
         """From now on each step adds so much."""
@@ -107,8 +109,9 @@ class SavedState:
         """Tokens of the longest sequence in any stage of the run: what the model can be asked to read."""
         if not self.config:
             return LONGEST
-        stages = self.config["growth"]["stages"]
-        return max(self.config["train"]["seq_len"], *(stage.get("seq_len") or 0 for stage in stages), 0)
+        train = self.config["train"]
+        changes = [*self.config["growth"]["stages"], *train.get("phases", [])]
+        return max(train["seq_len"], *(change.get("seq_len") or 0 for change in changes), 0)
 
 
 def weights_alone(state: SavedState) -> SavedState:

@@ -94,7 +94,7 @@ def _refuse_what_fits_nowhere(config: RunConfig, estimates: Sequence[StageEstima
             problem = f"fits no layout of {one.stage.layout.world} ranks of {room}, with micro batches of {tried}"
             recompute = "" if config.train.recompute else "train.recompute: true, "
             remedy = f"try {recompute}more ranks (--world), a device with more memory, or a smaller model"
-            raise UserError(stage_section(one.stage.index), f"stage {one.stage.index}", problem, remedy)
+            raise UserError(stage_section(one.stage.index), f"stage {one.name}", problem, remedy)
 
 
 def _changed(base: Device, args: argparse.Namespace) -> Device:

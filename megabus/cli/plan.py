@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
     # They count parameters, for which torch is imported: not before the arguments are right.
     from megabus.kappa import proposal
     from megabus.kappa.planner import Size, spend
+    from megabus.model.budget import mean_length
     from megabus.model.cost import count_parameters
 
     happened = _happened(args.compare) if args.compare else []
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"law: L(N, D) = {law.E:.4g} + {law.A:.4g} / N^{law.alpha:.3g} + {law.B:.4g} / D^{law.beta:.3g}")
     try:
         plan = proposal.plan_of(
-            stages, tokens, law, args.max_stages or MAX_STAGES, proposing, reach_final=not args.free
+            config.train, stages, tokens, law, args.max_stages or MAX_STAGES, proposing, reach_final=not args.free
         )
     except ValueError as error:
         remedy = "give the run fewer tokens, or a law of other runs"
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"a guess reaches {guess:.2f}: this law is not of such sizes and budgets; {remedy}")
     spent = None if proposing else proposal.flops_by_caps(config.train, stages)
     if spent is not None:
-        loss, saving = spend([Size(stage.model, stage.seq_len, law) for stage in stages], spent)
+        loss, saving = spend([Size(stage.model, mean_length(config.train, stage), law) for stage in stages], spent)
         ends = "" if spent[-1] > 0 else "; the budget ends before the final size trains"
         print(f"by the caps of the file: loss {loss:.4f}, {sum(spent):.3g} FLOPs, S = {saving:.2f}{ends}")
     if plan.stages[-1].model != last.model:

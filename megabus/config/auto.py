@@ -42,6 +42,15 @@ def written_out(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _mean_step(train: TrainConfig) -> float:
+    """Tokens of a step, over all of the steps."""
+    share, batch, length, mean = 0.0, train.global_batch_size, train.seq_len, 0.0
+    for phase in train.phases:
+        mean, share = mean + (phase.share - share) * batch * length, phase.share
+        batch, length = phase.global_batch_size or batch, phase.seq_len or length
+    return mean + (1 - share) * batch * length
+
+
 def _caps(train: TrainConfig, sizes: list[int]) -> list[dict[str, float]]:
     """The caps of all stages but the last, one for each budget of the run. In budgets of tokens, a token is taken to
     cost as much as there are layers."""
@@ -50,7 +59,7 @@ def _caps(train: TrainConfig, sizes: list[int]) -> list[dict[str, float]]:
         return []
     flops = [after - before for before, after in pairwise((0.0, *ENDS[len(ENDS) - n :], 1.0))]
     tokens = [share / layers for share, layers in zip(flops, sizes, strict=True)]
-    steps = train.max_steps * train.global_batch_size * train.seq_len if train.max_steps else math.inf
+    steps = train.max_steps * _mean_step(train) if train.max_steps else math.inf
     total = min(train.max_tokens or math.inf, steps)
     caps: list[dict[str, float]] = []
     for share, part in zip(flops[:n], tokens[:n], strict=True):

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
 from megabus.config.model import ModelConfig as ModelConfig
 from megabus.config.paths import Pathname
+from megabus.config.phases import PhaseConfig
 from megabus.config.section import (
     STAGES,
     Angle,
@@ -76,6 +77,7 @@ class TrainConfig(Section):
         description="cut activations between tensor-parallel regions along the sequence: less memory for layout.tp",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of initial weights, data order and growth")
+    phases: list[PhaseConfig] = Field(default_factory=list, max_length=STAGES)
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -147,6 +149,7 @@ class StageConfig(Section):
     seq_len: Length | None = Field(None, description="tokens of a sequence; a divisor of the run's longest")
     micro_batch_size: Batch | None = Field(None, description="sequences that a rank computes at once")
     global_batch_size: Batch | None = Field(None, description="sequences of a step over all ranks")
+    weights: list[NonNegative] | None = Field(None, description="of the corpora of data.train, in their order; 0: none")
     lr: Positive | None = Field(None, description="highest learning rate; the schedule goes on")
     kappa: Share | None = Field(None, description="share to reach before the next growth; not in the last stage")
     max_tokens: Count | None = Field(None, description="cap of this stage, in tokens of its own; not in the last stage")
@@ -233,10 +236,17 @@ class GrowthConfig(Section):
 
 
 class Corpus(Section):
-    """One of the token files that are blended. Their weights need not sum to 1."""
+    """One of the corpora that are blended. Their weights need not sum to 1."""
 
-    path: Pathname = Field(description="prefix of a .bin/.idx pair")
-    weight: Positive = Field(1.0, description="its part of the samples, beside the others' weights")
+    path: Pathname | list[Pathname] = Field(
+        description="prefix of a .bin/.idx pair, also at a URL, or a pattern of prefixes (web-*); several, or a list, "
+        "are read as one corpus"
+    )
+    weight: NonNegative = Field(1.0, description="its part of the samples, beside the others' weights; 0: none yet")
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
 
 
 def _corpora(value: Any) -> Any:
@@ -244,12 +254,16 @@ def _corpora(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """Token files made by megabus preprocess. `train` is one prefix or a weighted blend."""
+    """Token files made by megabus preprocess. `train` is one prefix or a weighted blend. Prefixes may be URLs that
+    fsspec knows (s3://, https://)."""
 
     train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(
         min_length=1, description="a prefix, or a list of corpora"
     )
-    valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
+    valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on, or a pattern of prefixes")
+    cache: Pathname | None = Field(
+        None, description="directory that files of URLs are copied to; $XDG_CACHE_HOME/megabus, or that of ~/.cache"
+    )
     tokenizer: Pathname | None = Field(
         None,
         description="what made the data: a file, directory or hub name; is saved. That of init_from is when left out",
@@ -261,8 +275,9 @@ class DataConfig(Section):
     )
 
     @property
-    def train_corpora(self) -> list[tuple[str, float]]:
-        return [(corpus.path, corpus.weight) for corpus in self.train]
+    def train_corpora(self) -> list[tuple[list[str], float]]:
+        """(prefixes, weight) of each."""
+        return [(corpus.paths, corpus.weight) for corpus in self.train]
 
 
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]

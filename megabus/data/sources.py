@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megabus.config import RunConfig, Stage
+from megabus.config.phases import said_weights
+from megabus.config.stages import longest_sequence
 from megabus.data.batches import TokenSource, check_one_tokenizer
-from megabus.data.order import align_up
+from megabus.data.corpus import open_corpus
+from megabus.data.order import align_up, slots
+from megabus.data.remote import is_url
 from megabus.data.tokenizer import Tokenizer, check_carried
 from megabus.errors import UserError
 
@@ -58,18 +63,42 @@ def bits_per_byte(source: TokenSource, loss: float) -> float | None:
     return None if source.n_bytes is None else loss / math.log(2) * source.n_tokens / source.n_bytes
 
 
-def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
-    """Raises `UserError` for missing, truncated or too short files, for another vocabulary or tokenizer, and where
-    documents are to be kept apart for files that know of none."""
-    longest = max(stage.seq_len for stage in stages)
+def fetch(config: RunConfig) -> None:
+    """Copy what lies at URLs to this machine, where it is not there yet; `open_sources` then reads it there. Raises
+    `UserError` as that does."""
+    for key, paths in _corpora_of(config):
+        with _named(key):
+            open_corpus([path for path in paths if is_url(path)], _cache_of(config))
+
+
+def has_urls(config: RunConfig) -> bool:
+    return any(is_url(path) for _, paths in _corpora_of(config) for path in paths)
+
+
+def _corpora_of(config: RunConfig) -> list[tuple[str, list[str]]]:
+    train = [("data.train", paths) for paths, _ in config.data.train_corpora]
+    extra = [(f"eval.extra.data.{name}", [prefix]) for name, prefix in config.eval.extra.data.items()]
+    return [*train, ("data.valid", [config.data.valid]), *extra]
+
+
+def open_sources(config: RunConfig, stages: list[Stage], heartbeat: Callable[[], object] = int) -> Sources:
+    """Raises `UserError` for missing, truncated or too short files, for another vocabulary or tokenizer, for weights
+    that no blend can have, and where documents are to be kept apart for files that know of none.
+
+    heartbeat: called while files of URLs are fetched.
+    """
+    longest = longest_sequence(stages)
     with _named("data.train"):
-        train = _source(config, config.data.train_corpora, longest, config.train.seed)
+        train = _source(config, config.data.train_corpora, longest, config.train.seed, heartbeat)
+    for key, weights in said_weights(config):
+        with _named(key):
+            slots(weights)
     with _named("data.valid"):
-        valid = _source(config, [(config.data.valid, 1.0)], longest, VALID_SEED)
+        valid = _source(config, [(config.data.valid, 1.0)], longest, VALID_SEED, heartbeat)
     extra = {}
     for name, prefix in config.eval.extra.data.items():
         with _named(f"eval.extra.data.{name}"):
-            extra[name] = _source(config, [(prefix, 1.0)], longest, VALID_SEED)
+            extra[name] = _source(config, [(prefix, 1.0)], longest, VALID_SEED, heartbeat)
     tokenizer = _tokenizer(config)
     made_with = train.tokenizers | valid.tokenizers
     for source in extra.values():
@@ -85,11 +114,21 @@ def open_sources(config: RunConfig, stages: list[Stage]) -> Sources:
     return Sources(train, valid, valid_tokens, config.data.document_mask, tokenizer, extra)
 
 
-def _source(config: RunConfig, corpora: list[tuple[str, float]], longest: int, seed: int) -> TokenSource:
-    source = TokenSource(corpora, longest, seed, config.model.vocab_size)
+def _source(
+    config: RunConfig,
+    corpora: Sequence[tuple[str | Sequence[str], float]],
+    longest: int,
+    seed: int,
+    heartbeat: Callable[[], object],
+) -> TokenSource:
+    source = TokenSource(corpora, longest, seed, config.model.vocab_size, _cache_of(config), heartbeat)
     if config.data.document_mask:
         source.check_documents()
     return source
+
+
+def _cache_of(config: RunConfig) -> Path | None:
+    return None if config.data.cache is None else Path(config.data.cache)
 
 
 @contextmanager

@@ -229,6 +229,18 @@ class Engine:
             loss = self._mean(losses)
         return _read(loss, self.deepspeed.get_global_grad_norm())
 
+    def rebatch(self, stage: Stage) -> None:
+        """From here on steps take the samples of `stage`, which is the present one but for them."""
+        micro = self.stage.micro_batch_size
+        self.stage = stage
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.deepspeed.set_train_micro_batch_size(stage.micro_batch_size)
+            self.deepspeed.set_train_batch_size(stage.global_batch_size)
+        # DeepSpeed ends a step where this count is a multiple of what is accumulated, which is another number now.
+        self.deepspeed.micro_steps = 0
+        if isinstance(self.module, Pipeline) and micro != stage.micro_batch_size:
+            self.deepspeed.reset_activation_shape()
+
     def _meet_ends(self) -> None:
         """The rows of a tied head that this rank borrows or lends are the owner's again."""
         if isinstance(self.module, Pipeline) and self.module.tied is not None:

@@ -86,11 +86,13 @@ def _divisors(n: int) -> list[int]:
 def _restaged(config: RunConfig, stage: Stage, layout: Layout, micro: int) -> Stage:
     """The stage in another layout, through the checks of a run that consists of it. Raises `UserError`."""
     batch = {"seq_len": stage.seq_len, "micro_batch_size": micro, "global_batch_size": stage.global_batch_size}
+    corpora = [corpus.model_copy(update={"weight": 1.0}) for corpus in config.data.train]  # no phase weighs them
     alone = config.model_copy(
         update={
             "model": stage.model,
             "layout": config.layout.model_copy(update={"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}),
-            "train": config.train.model_copy(update=batch),
+            "train": config.train.model_copy(update=batch | {"phases": []}),
+            "data": config.data.model_copy(update={"train": corpora}),
             "optimizer": config.optimizer.model_copy(update={"transfer": None}),  # the stage's model has followed it
             "growth": config.growth.model_copy(
                 update={"stages": [], **dict.fromkeys(("max_tokens", "max_flops", *AFTER_GROWTH))}

@@ -165,6 +165,11 @@ class KappaMonitor:
         past = [] if self._state is None else [*self._state.past, *([] if found is None else [found[1]])]
         self._state = KappaState(span, past=past)
 
+    def begin_anew(self) -> None:
+        """Forget the stage's losses: those that come follow another law."""
+        self.state.curve.clear()
+        self.state.met = 0
+
     def retarget(self, span: StageSpan) -> None:
         """Watch the present stage with what a resumed run was given: κ, caps, what is ahead. Where it began stays."""
         state = self.state
@@ -272,7 +277,8 @@ class KappaMonitor:
             return None
         points = [p for p in self.state.curve if p.flops > span.flops]
         tokens, losses = np.array([p.tokens - span.tokens for p in points]), np.array([p.loss for p in points])
-        flops_per_token = (points[-1].flops - span.flops) / float(tokens[-1])
+        flops_per_token = span.flops_per_token(self.state.curve)
+        assert flops_per_token is not None, "there is a fit"
         return fit, path_of(fit, span.n_params, tokens, losses, flops_per_token), flops_per_token
 
     def _returns(self, tokens: int, flops: float) -> Returns | None:

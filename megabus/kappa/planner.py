@@ -36,7 +36,7 @@ class Size:
     """A model under a law. Losses in nats per token."""
 
     model: ModelConfig
-    seq_len: int
+    seq_len: float  # a mean, where it changes
     law: ScalingLaw
 
     @cached_property
@@ -217,7 +217,7 @@ def _equal_price(small: Size, large: Size, lowest: float) -> float:
 
 def plan_growth(
     final: ModelConfig,
-    seq_len: int,
+    seq_len: float,
     tokens: float,
     law: ScalingLaw,
     max_stages: int,

@@ -25,7 +25,7 @@ def count_parameters(model: ModelConfig) -> int:
 
 
 @lru_cache(maxsize=64)
-def flops_per_token(model: ModelConfig, seq_len: int) -> float:
+def flops_per_token(model: ModelConfig, seq_len: float) -> float:
     """Training FLOPs of a token, forward and backward, nothing recomputed.
 
     6 for every matrix entry that multiplies (the head does, the embedding only looks up; Kaplan et al. 2020), and

@@ -28,7 +28,15 @@ from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.hosts import host_names, this_host
 from megabus.parallel.reach import host_of, network_speed
 from megabus.parallel.topology import ranks_text
-from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints, readable
+from megabus.preflight.files import (
+    Print,
+    check_sums,
+    data_row,
+    disk_row,
+    fetch_together,
+    fingerprints,
+    readable,
+)
 from megabus.preflight.findings import Finding, refused, render
 from megabus.preflight.identity import identity_rows, read_identity
 from megabus.preflight.links import (
@@ -126,6 +134,7 @@ def _checked(
         stages = resolve_stages(config, dist.get_world_size(), begun_with=partial(growths_begun_with, config))
     judgement = judge(stages)
     reserved = _fault(reserve)
+    fetch_together(config, group, heartbeat)
     with agreement(group):
         sources, local = _look(config, stages, host, full, heartbeat)
     heartbeat()
@@ -153,7 +162,7 @@ def _look(
 
     def data() -> None:
         with readable():
-            opened.append(open_sources(config, stages))
+            opened.append(open_sources(config, stages, heartbeat))
 
     def tokens() -> None:
         if reads and opened:

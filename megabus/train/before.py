@@ -14,7 +14,7 @@ from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig, Stage
 from megabus.config.effects import unheeded
-from megabus.config.stages import stage_section
+from megabus.config.stages import by_batches, stage_section
 from megabus.engine.startup import local_ranks
 from megabus.errors import UserError, warn
 from megabus.estimate.devices import Device, like
@@ -120,7 +120,7 @@ def _check_memory(config: RunConfig, stages: list[Stage]) -> list[str]:
     there = psutil.virtual_memory().total if gpu is None else gpu.total_memory * local
     itemsize = 2 if config.train.precision == "bf16" else 4
     warned: list[str] = []
-    for stage in stages:
+    for _, stage in by_batches(stages):
         layout = stage.layout
         need = count_parameters(stage.model) * (12 / layout.world + itemsize / (layout.tp * layout.pp)) * local
         if need > there:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from megabus.checkpoint.store import folder_of
 from megabus.config import Stage
+from megabus.config.phases import KEYS
+from megabus.config.section import in_line
 from megabus.errors import say
 from megabus.kappa.monitor import KappaView, bar
 from megabus.table import clock
@@ -24,10 +26,10 @@ class Log(Callback):
 
     def __init__(self) -> None:
         self.pace: Pace = deque(maxlen=20)
-        self._told: tuple[int, float] | None = None  # step and validation loss of a growth's own line
+        self._told: tuple[int, float] | None = None  # step and validation loss of the last line that had one
 
     def on_row(self, run: Run, row: Row) -> None:
-        if row["event"] in ("growth", "resume"):  # what came before says nothing of what comes
+        if row["event"] in ("growth", "resume", "phase"):  # what came before says nothing of what comes
             self.pace.clear()
         if row["event"] == "start":
             first = f"{describe(run.stage)}, {row['sizes']['n_params']:,} parameters"
@@ -39,6 +41,8 @@ class Log(Callback):
                 say("the run has reached its budget already: raise train.max_* to go on")
             for change in row["changes"]:
                 say(f"changed since it was saved: {change}")
+        elif row["event"] == "phase":
+            say(f"step {row['step']:>5} | PHASE at {row['share']:.0%}: {in_line({key: row[key] for key in KEYS})}")
         elif row["event"] == "sample":
             for sample in row["samples"]:
                 lines = _printable(sample["prompt"] + sample["text"]).split("\n")
@@ -63,6 +67,7 @@ class Log(Callback):
 
     def on_eval(self, run: Run, row: Row) -> None:
         if (row["step"], row["loss"]) != self._told:
+            self._told = row["step"], row["loss"]
             bits = row["bits_per_byte"]
             say(
                 f"step {row['step']:>5} | validation loss {row['loss']:.4f}"

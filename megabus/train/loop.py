@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megabus.checkpoint.store import folder_of
 from megabus.config import RunConfig
-from megabus.data.order import align_up
+from megabus.config.phases import KEYS
 from megabus.data.sources import bits_per_byte
 from megabus.engine.engine import StepResult
 from megabus.errors import say
@@ -21,13 +21,14 @@ from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached, never_met
 from megabus.kappa.why import why
+from megabus.model.budget import spent_share
 from megabus.model.peak import peak_flops
 from megabus.parallel.agree import on_any_rank
 from megabus.train.callbacks import Callback
 from megabus.train.environment import peak_memory
-from megabus.train.run import Run, roll_back, sizes, started, watch_stage
+from megabus.train.run import Run, roll_back, run_span, sizes, started, watch_stage
 from megabus.train.saving import close, collect, finish, save, warn_unwritten
-from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor, spent_share
+from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor
 from megabus.train.stop import StoppedError, StopRequests, listening
 from megabus.train.watchdog import Watchdog, watched
 
@@ -74,12 +75,14 @@ def _train(config: RunConfig, callbacks: Sequence[Callback], requests: StopReque
             train_step(run)
             run.saver.prepare(run.engine.read)
             run.save_is_due |= run.progress.step % config.checkpoint.every == 0
+            loss = None
             if run.progress.step % config.eval.every == 0 or stage_is_spent(run) or run.share >= 1:
                 loss = validate(run)
                 signal = observe(run, loss)
                 if signal.grow:
                     grow(run, signal, loss)
                     run.save_is_due = True
+            turn(run, loss)
             if agree_on_step_end(run):
                 roll_back(run)
             elif run.save_is_due:
@@ -220,9 +223,28 @@ def _gauge(run: Run) -> None:
     run.tell("memory", peak_memory(run.engine.device))
 
 
+def turn(run: Run, loss: float | None) -> None:
+    """Go into the phase that the next step is of, if it is another one. loss: of this step's validation.
+
+    The curve that κ goes by begins anew: under other samples the loss follows another law.
+    """
+    old, new = run.stage, run.stages[run.stage.index].at(run.share)
+    if new == old or run.share >= 1:
+        return
+    run.engine.rebatch(new)
+    run.place()
+    run.mark()
+    samples = {key: getattr(new, key) for key in KEYS}
+    run.tell("phase", {"share": run.share, "position": run.progress.position} | samples)
+    run.monitor.begin_anew()
+    run.monitor.retarget(run_span(run))
+    known = loss if new.seq_len == old.seq_len else None
+    observe(run, validate(run) if known is None else known)
+
+
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     """Grow into the next stage, and measure on the same tokens what it did to the loss (`before`)."""
-    old, new, now = run.stage, run.stages[signal.stage], run.progress
+    old, new, now = run.stage, run.stages[signal.stage].at(run.share), run.progress
     for callback in run.callbacks:
         callback.before_growth(run)
     run.watchdog.heartbeat(f"the growth after step {now.step}")
@@ -231,7 +253,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     stall = time.perf_counter() - begun
     run.engine = grown.engine
     after = _validation_loss(run, old.seq_len)
-    now.position = align_up(now.position, new.seq_len)
+    run.place()
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
     run.mark()
     now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})

@@ -54,12 +54,13 @@ def data_order(sources: Sources) -> dict[str, Any]:
     """What the place of every token in training and validation depends on, and what it sees, as JSON has it."""
 
     def facts(source: TokenSource) -> dict[str, Any]:
+        files = [[file.n_tokens for file in corpus.files] for corpus in source.corpora]
         return {
             "tokens": [corpus.n_tokens for corpus in source.corpora],
-            "blend": list(source.blend.counts),
+            "blend": list(source.counts),
             "chunk_len": source.chunk_len,
             "tokenizers": sorted(source.tokenizers),
-        }
+        } | ({"files": files} if any(len(each) > 1 for each in files) else {})
 
     apart = {"document_mask": True} if sources.document_mask else {}
     return {"train": facts(sources.train), "valid": facts(sources.valid), "valid_tokens": sources.valid_tokens} | apart

@@ -17,7 +17,8 @@ from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
-from megabus.data.order import align_up
+from megabus.data.batches import TokenSource
+from megabus.data.order import Deal, align_up, slots
 from megabus.data.sources import Sources
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, warn
@@ -25,6 +26,7 @@ from megabus.growth.transition import stage_engine
 from megabus.kappa.marginal import Ahead
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
+from megabus.model.budget import spent_share
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.params import UNIT_ERROR
 from megabus.parallel.agree import agreement, rank_0_says
@@ -48,7 +50,6 @@ from megabus.train.resume import (
 )
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.samples import Samples
-from megabus.train.schedule import spent_share
 from megabus.train.settled import settle_kernels
 from megabus.train.stop import StopRequests
 from megabus.train.watchdog import Watchdog, watched
@@ -108,6 +109,19 @@ class Run:
         """Of one optimizer step in this stage."""
         return self.stage.tokens_per_step * flops_per_token(self.stage.model, self.stage.seq_len)
 
+    def place(self) -> None:
+        """Let the next step begin where samples of the stage's length may, dealt out by the stage's weights.
+
+        These hold from the beginning of a chunk on: what is left of one that was begun waits for the next epoch.
+        """
+        now, source = self.progress, self.corpora.sources.train
+        now.position, counts = align_up(now.position, self.stage.seq_len), slots(self.stage.weights)
+        if not now.deals or counts != now.deals[-1].counts:
+            start = align_up(now.position, source.chunk_len) // source.chunk_len if now.deals else 0
+            now.deals = (*(deal for deal in now.deals if deal.start < start), Deal(start, counts))
+            now.position = max(now.position, start * source.chunk_len)
+        self.corpora.deal(now.deals)
+
     def mark(self) -> None:
         """From here on steps are of this stage."""
         self.progress.mark(self.engine.optimizer_step, self.stage.tokens_per_step, self.step_flops)
@@ -166,7 +180,7 @@ def start(
     notes.tell()
     monitor = KappaMonitor(config.growth.trigger)
     saver = Saver(root, keep.keep_last, keep.keep_every, keep.asynchronous, tokenizer, watchdog.heartbeat)
-    engine = _engine(config, stages, found.state.stage if found else 0)
+    engine = _engine(config, stages, found)
     watchdog.heartbeat()
     machine = environment(engine.device)
     callbacks = [*([] if metrics is None else [metrics, Log()]), *_looking(config, sources), *users]
@@ -179,6 +193,7 @@ def start(
             _tell_unit_error(engine)
         else:
             engine.write_initial(config.train.seed)
+        run.place()
         run.mark()
         watch_stage(run)
         layout = str(run.stage.layout)
@@ -231,8 +246,17 @@ def _reserve(config: RunConfig, lock: RunLock) -> None:
     check_shared(Path(config.run_dir))
 
 
-def _engine(config: RunConfig, stages: list[Stage], index: int) -> Engine:
-    return stage_engine(config, stages[index], stages[index - 1] if index else None)
+def _engine(config: RunConfig, stages: list[Stage], found: Found | None) -> Engine:
+    """Of the stage, and of the phase of it, that a run begins with or goes on in."""
+    index, now = (0, Progress()) if found is None else (found.state.stage, found.state.progress)
+    share = spent_share(config.train, now.step, now.tokens, now.flops)
+    return stage_engine(config, stages[index].at(share), stages[index - 1] if index else None)
+
+
+def _dealt(found: Found, source: TokenSource) -> tuple[Deal, ...]:
+    """How a run has dealt out its corpora up to a checkpoint; nothing where it had another number of them."""
+    now, blend = found.state.progress, tuple(found.state.data["train"]["blend"])
+    return (now.deals or (Deal(0, blend),)) if len(blend) == len(source.corpora) else ()
 
 
 @contextmanager
@@ -256,8 +280,8 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     why: what is written down of it: `reason`, `changes` (see `check_continues`), and with a start `environment`.
     """
     restore(found, run.engine, run.watchdog.heartbeat)
-    now = run.progress = replace(found.state.progress)
-    now.position = align_up(now.position, run.stage.seq_len)
+    now = run.progress = replace(found.state.progress, deals=_dealt(found, run.corpora.sources.train))
+    run.place()
     assert now.since is not None, "weights without a run are refused before"
     if (now.position, run.stage.tokens_per_step, run.step_flops) != (
         found.state.progress.position,
@@ -267,7 +291,7 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
         run.mark()
     run.saved_step = now.step
     run.monitor.load_state_dict(found.state.monitor)
-    run.monitor.retarget(_span(run))
+    run.monitor.retarget(run_span(run))
     run.view = run.monitor.view(now.tokens, now.flops)
     layouts = {"layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
     run.tell("resume", layouts | why)
@@ -284,24 +308,25 @@ def roll_back(run: Run) -> None:
     if found is None:
         raise UserError("train.loss", "nan", f"{problem}, and there is no checkpoint to return to", remedy)
     run.engine.close()
-    run.engine = _engine(run.config, run.stages, found.state.stage)
+    run.engine = _engine(run.config, run.stages, found)
     run.watchdog.heartbeat()
     go_on_from(run, found, {"reason": NOT_FINITE, "changes": [], "from_step": failed.step})
-    run.progress.position = align_up(failed.position, run.stage.seq_len)
+    run.progress.position, run.progress.deals = failed.position, failed.deals
+    run.place()
     run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
     run.mark()
 
 
 def watch_stage(run: Run) -> None:
     """Point the monitor at the stage that the run is in now."""
-    run.monitor.start_stage(_span(run))
+    run.monitor.start_stage(run_span(run))
 
 
-def _span(run: Run) -> StageSpan:
+def run_span(run: Run) -> StageSpan:
     span, now = span_of(run.stage, run.progress.tokens, run.progress.flops), run.progress
     if not run.can_grow:
         return replace(span, last=True)
-    following, train = run.stages[run.stage.index + 1], run.config.train
+    following, train = run.stages[run.stage.index + 1].at(run.share), run.config.train
     ends = [float(train.max_tokens)] if train.max_tokens else []
     if train.max_steps:
         ends.append(now.tokens + (train.max_steps - now.step) * following.tokens_per_step)

@@ -95,6 +95,7 @@ def close(run: Run) -> None:
     """End what is open, with nothing saved."""
     for callback in reversed(run.callbacks):  # what they still tell goes into the metrics
         callback.on_end(run)
+    run.corpora.close()
     run.engine.close()
 
 

@@ -42,7 +42,7 @@ def test_a_file_becomes_typed(base: Path) -> None:
     assert config.optimizer.lr == 0.01  # YAML alone reads 1e-2 as a string
     assert config.growth.max_tokens == 2000
     assert isinstance(config.growth.max_tokens, int)
-    assert config.data.train_corpora == [("a", 1.0)]
+    assert config.data.train_corpora == [(["a"], 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_unknown_keys(base: Path, override: str, key: str, meant: str | None) ->
         ("growth.trigger.constant=[1, x]", "growth.trigger.constant.1", "x"),
         ("growth.trigger.reference=[[1e6, 3], [-2, 3]]", "growth.trigger.reference.1.0", "-2"),
         ("data.train=7", "data.train", "7"),
-        ("data.train=[{path: a, weight: 0}]", "data.train.0.weight", "0"),
+        ("data.train=[{path: a, weight: -1}]", "data.train.0.weight", "-1"),
         ("run_dir=7", "run_dir", "7"),
     ],
 )

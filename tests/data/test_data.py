@@ -238,10 +238,16 @@ def test_blend_spreads_its_corpora():
     assert first != [other.locate(i)[0] for i in range(BLEND_PERIOD)]
 
 
-@pytest.mark.parametrize("weights", [[1, 0], [1, -1], [1, float("nan")], [1, 1e-6]])
+@pytest.mark.parametrize("weights", [[1, -1], [1, float("nan")], [1, 1e-6]])
 def test_blend_refuses_weights(weights):
     with pytest.raises(UserError, match="data weight 1"):
         Blend(weights, seed=0)
+
+
+def test_a_weight_of_0_gives_nothing_and_not_all_may_be_0():
+    assert {Blend([0, 1, 0], seed=3).locate(number)[0] for number in range(BLEND_PERIOD)} == {1}
+    with pytest.raises(UserError, match="sum to nothing"):
+        Blend([0, 0], seed=0)
 
 
 def test_only_the_ratio_of_weights_counts():

@@ -223,15 +223,17 @@ def consumed(ranks: list[Told], batch: int) -> dict[int, list[bytes]]:
 # ---- what may happen to it ---------------------------------------------------------------------------------
 
 
-def after_step(step: int, act: Callable, rank: int | None = None) -> Change:
-    """`act(run)` on that rank (None: on all) when a step was computed, before anything else is done about it."""
+def after_step(step: int, act: Callable, rank: int | None = None, times: int | None = None) -> Change:
+    """`act(run)` on that rank (None: on all) when a step was computed, before anything else is done about it; so many
+    times (None: always)."""
 
     def change():
-        train_step = loop.train_step
+        train_step, acted = loop.train_step, []
 
         def acting(run):
             train_step(run)
-            if run.progress.step == step and rank in (None, dist.get_rank()):
+            if run.progress.step == step and rank in (None, dist.get_rank()) and len(acted) != times:
+                acted.append(step)
                 act(run)
 
         loop.train_step = acting
