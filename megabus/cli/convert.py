@@ -21,6 +21,7 @@ import yaml
 from megabus.command import Parser
 from megabus.convert.dtypes import CODES
 from megabus.errors import UserError
+from megabus.extras import need
 
 if TYPE_CHECKING:  # it imports torch, as all that converts does: only where it is needed
     from megabus.parallel.fragments import Kind
@@ -78,6 +79,9 @@ def main(argv: Sequence[str]) -> int:
         folder = model_at(args.source)
         source: Source
         given = source = open_source(folder, files, weights_only=args.weights_only)
+        logits = args.verify and isinstance(given, HuggingFaceSource) and given.state.model.kind == "gpt"
+        if logits:
+            need("hf", "--verify", True, "or leave it out")
         if args.untie:
             source = Untied(source)
         if args.unit_rows:
@@ -109,6 +113,6 @@ def main(argv: Sequence[str]) -> int:
             kinds: tuple[Kind, ...] | None = ("weight",) if args.to == "hf" else None
             total = verify(source, open_source(args.out, files), dtype, kinds)
             print(f"verified: {total / 1e9:.3f} GB equal bit for bit, {time.perf_counter() - begun:.1f} s")
-            if isinstance(given, HuggingFaceSource) and given.state.model.kind == "gpt":
+            if logits:
                 print(verify_logits(folder, args.out))
     return 0
