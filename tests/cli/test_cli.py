@@ -65,6 +65,15 @@ def test_help_shows_examples(name, capsys):
     assert re.search(rf"^ *megabus {name}( |$)", text, re.MULTILINE)
 
 
+def test_help_of_a_command_is_its_own(capsys):
+    told = []
+    for words in (["train", "--help"], ["help", "train"], ["help", "train", "--config"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] == told[2] != overview()
+
+
 @pytest.mark.parametrize("words", [["--help"], ["trian"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_is_quick(words):
     """Neither torch nor what takes long beside it is imported; for the overview nothing but the standard library is."""
