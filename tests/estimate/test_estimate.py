@@ -14,6 +14,7 @@ from support.command import run_command
 from support.plans import needed_entries, owned_entries, traffic
 from support.trainings import run_of
 
+from benchmarks.memory_of_ranks import measure, memory_training
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
 from megabus.config.stages import Stage
 from megabus.engine import adam, ds_config, turns
@@ -31,7 +32,6 @@ from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.peak import chip_of
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
-from megabus.testing.memory import measure, memory_training
 from megabus.testing.ranks import run_ranks
 
 torch.set_num_threads(1)
