@@ -95,19 +95,19 @@ class LayerSource:
     copy: int
     copies: int
 
-    def gate(self, depth: Depth, branch: int, ratio: float = TAPER_RATIO) -> float:
+    def gate(self, depth: Depth, branch: int) -> float:
         """Share of the original's that the gate of the first or second branch gets. The shares of a layer and its
         copies sum to 1 under `split` and `taper`.
 
         taper: attention acts before the MLP and is to do so still, so it stays with the first copies and the MLP with
-        the last, by a geometric series of this `ratio`.
+        the last, by a geometric series of `TAPER_RATIO`.
         """
         if depth in SILENT:
             return 1.0 if self.copy == 0 else 0.0
         if depth == "split":
             return 1.0 / self.copies
         if depth == "taper":
-            powers = ratio ** np.arange(self.copies)
+            powers = TAPER_RATIO ** np.arange(self.copies)
             return float((powers if branch == 1 else powers[::-1])[self.copy] / powers.sum())
         return 1.0
 

@@ -17,7 +17,6 @@ from megabus.config import RunConfig, Stage
 from megabus.config.schema import GrowthConfig, ModelConfig
 from megabus.growth.maps import (
     SHARED,
-    TAPER_RATIO,
     AxisMap,
     LayerSource,
     axis_maps,
@@ -101,7 +100,6 @@ class Growth:
     new: ModelConfig
     how: GrowthConfig
     seed: int
-    taper_ratio: float = TAPER_RATIO
 
     def param(self, name: str) -> ParamGrowth:
         """How a parameter of the new model, which has a source, grows. Worked out when first asked for, and kept."""
@@ -182,7 +180,7 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
     how, axes = growth.how, axis_maps(growth.old, growth.new)
     old, rows, channels = param_specs(growth.old)[spec.in_layer(layer.parent)], axes[spec.rows], _ONE_CHANNEL
     a = channel_scale(axes["embed"], how.channels)
-    scale, gate = np.ones(1), layer.gate(how.depth, spec.branch, growth.taper_ratio) if spec.gate else 1.0
+    scale, gate = np.ones(1), layer.gate(how.depth, spec.branch) if spec.gate else 1.0
     if spec.is_matrix:
         channels, scale = axes["embed"], a
     # On the embed axis nothing is new, for there is no original to prefer: E spreads each channel over its copies.
@@ -234,7 +232,7 @@ def _share(
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
     shared = growth.how.depth in SHARED and spec.branch and not spec.gate
-    behind = layer.gate(growth.how.depth, spec.branch, growth.taper_ratio) if shared else 1.0
+    behind = layer.gate(growth.how.depth, spec.branch) if shared else 1.0
     if growth.how.moments == "carry":
         return behind * (~added)
     return behind * _row_share(growth, spec, kind, rows)

@@ -216,7 +216,7 @@ def observe(run: Run, loss: float, told: bool = False) -> GrowthSignal:
         if run.config.log.why and decision.view is not None:
             say(f"step {now.step:>5} | {why(decision, decision.view, run.config.growth.trigger, only_cap)}")
         growing = decision.grow and run.can_grow and run.share < 1
-        signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing, now.step)
+        signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing)
     _gauge(run)
     return broadcast_decision(signal, device=run.engine.device)
 
