@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megabus.config.fractions import fraction_of
-from megabus.config.schema import ModelConfig, ScalingLaw
+from megabus.config.schema import ModelConfig, OptimizerConfig, ScalingLaw
 from megabus.model.cost import count_parameters, flops_per_token
 
 STEPS = 60  # of a bisection: more than fp64 resolves
-LAST_SHARE = 0.2  # of a plan's FLOPs, that the final size gets at least: wsd's decay_share when nothing else is given
+# Of a plan's FLOPs, that the final size gets at least: the share that wsd's decay takes when nothing else is given.
+LAST_SHARE: float = OptimizerConfig.model_fields["decay_share"].default
 
 
 @dataclass(frozen=True)
