@@ -1,7 +1,8 @@
 """What a growth makes of every parameter, worked out once: `Growth.param` answers all that is asked about one of them.
 
 `ParamGrowth` joins the maps (`maps.py`), the manner of growing and the parameter's declaration. No other code acts on
-`growth.write`, `read`, `channels`, `depth` or `moments`.
+`growth.write`, `read` or `moments`. What `channels` and `depth` do to axes and layers is worked out in `maps.py`, and
+which models a depth fits is checked in `config/pair.py`; both read the table in `config/depth.py`.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 
 from megabus import counter
 from megabus.config import RunConfig, Stage
+from megabus.config.depth import DEPTHS
 from megabus.config.schema import GrowthConfig, ModelConfig
 from megabus.growth.maps import (
-    SHARED,
     AxisMap,
     LayerSource,
     axis_maps,
@@ -201,7 +202,7 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
         cosine=growth.cosine if spec.compensates_read_tilt else 1.0,
         divisor=rows.copies.astype(np.float64) if how.write == "clone" and _divided(spec) else None,
         gate=gate,
-        sphere=spec.multiplier if spec.gate and growth.unit and how.depth == "taper" else 0.0,
+        sphere=spec.multiplier if spec.gate and growth.unit and DEPTHS[how.depth].gates == "tapered" else 0.0,
         moments={kind: _moment(growth, spec, old, kind, a, shares[kind]) for kind in MOMENTS},
         live={"weight": np.full(len(rows), gate != 0)} | {kind: share != 0 for kind, share in shares.items()},
         mixing={"weight": (rows.copies > 1) & write_tilt, "exp_avg": none, "exp_avg_sq": none},
@@ -231,7 +232,7 @@ def _share(
     """
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
-    shared = growth.how.depth in SHARED and spec.branch and not spec.gate
+    shared = DEPTHS[growth.how.depth].shares_gates and spec.branch and not spec.gate
     behind = layer.gate(growth.how.depth, spec.branch) if shared else 1.0
     if growth.how.moments == "carry":
         return behind * (~added)
