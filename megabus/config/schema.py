@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -171,6 +172,16 @@ class ScalingLaw(Section):
     def loss(self, n_params: int, tokens: float) -> float:
         """The loss in nats per token after `tokens` > 0 tokens; infinity is allowed."""
         return self.floor(n_params) + self.B * tokens**-self.beta
+
+    def tokens(self, n_params: int, loss: float) -> float:
+        """Tokens to reach a loss in nats per token from scratch; infinity for one that it never reaches."""
+        above = loss - self.floor(n_params)
+        power = math.log(self.B / above) / self.beta if above > 0 else math.inf
+        return math.exp(power) if power < 709 else math.inf  # where fp64 ends: a small beta, next to the floor
+
+    def fall(self, n_params: int, loss: float) -> float:
+        """-dL / dlog D at a loss: the nats that it falls by for a relative rise of the tokens."""
+        return self.beta * (loss - self.floor(n_params))
 
 
 class KappaConfig(Section):

@@ -58,21 +58,15 @@ class Size:
 
     def tokens(self, loss: float) -> float:
         """Tokens to reach a loss from scratch; infinity for one that it never reaches."""
-        above = loss - self.floor
-        if above <= 0:
-            return math.inf
-        try:
-            return (self.law.B / above) ** (1 / self.law.beta)
-        except OverflowError:  # a small beta, next to the floor
-            return math.inf
+        return self.law.tokens(self.n_params, loss)
 
     def flops(self, loss: float) -> float:
         return self.flops_per_token * self.tokens(loss)
 
     def price(self, loss: float) -> float:
         """FLOPs per nat at a loss: F |dD/dL|; infinity where it does not get."""
-        above = loss - self.floor
-        return self.flops(loss) / (self.law.beta * above) if above > 0 else math.inf
+        fall = self.law.fall(self.n_params, loss)
+        return self.flops(loss) / fall if fall > 0 else math.inf
 
 
 @dataclass(frozen=True)
