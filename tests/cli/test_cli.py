@@ -15,6 +15,7 @@ import pytest
 import yaml
 from support.command import run_command
 from support.launching import ROOT, environment
+from support.tiny_config import tiny_config
 
 from megabus import extras
 from megabus.cli import COMMANDS, GROUPS, main, overview, ranks, train
@@ -24,13 +25,7 @@ from megabus.estimate.devices import DEVICES
 from megabus.extras import EXTRAS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONFIG = {
-    "run_dir": "run",
-    "data": {"train": "nowhere", "valid": "nowhere"},
-    "model": {"vocab_size": 67, "d_model": 32, "n_layers": 2, "n_heads": 4, "head_dim": 8, "d_ff": 64},
-    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 2},
-    "optimizer": {"lr": 1e-3},
-}
+CONFIG = tiny_config(run_dir="run", data={"train": "nowhere", "valid": "nowhere"})
 
 
 @pytest.mark.parametrize(
