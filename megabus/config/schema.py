@@ -242,6 +242,10 @@ class GrowthConfig(Section):
     trigger: KappaConfig = KappaConfig()
     stages: list[StageConfig] = Field(default_factory=list, max_length=STAGES)
 
+    @property
+    def buffer_bytes(self) -> int:
+        return self.buffer_mb * 2**20
+
 
 class Corpus(Section):
     """One of the token files that are blended. Their weights need not sum to 1."""
