@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import re
+import select
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -80,7 +82,8 @@ class RankParser(Parser):
 def run(main: Callable[[], int], advice: str = MORE) -> int:
     """The exit code of `main`, with bad input told in one line. What the terminal cannot show is shown as "?".
 
-    advice: what to do where memory is short.
+    advice: what to do where memory is short. What the reader of stdout no longer wants, such as `head`, is lost in
+    silence.
     """
     show_anything(sys.stdout)
     try:
@@ -91,11 +94,28 @@ def run(main: Callable[[], int], advice: str = MORE) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if not memory_is_short(error):
             raise
         note(f"error: {_no_memory(error, advice)}")
         return 1
+    finally:
+        if _reader_is_gone():  # Python writes what it still holds when it ends, and would tell that it cannot
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+    except (OSError, TypeError, ValueError):  # there is none, it is closed, or it is no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def tell_outcome(word: str) -> None:

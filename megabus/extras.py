@@ -11,6 +11,7 @@ EXTRAS = {
     "report": {"matplotlib": "matplotlib", "jinja2": "jinja2"},
     "wandb": {"wandb": "wandb"},
     "tensorboard": {"tensorboard": "tensorboard"},
+    "hf": {"transformers": "transformers"},
     "eval": {"lm_eval": "lm_eval", "sklearn": "scikit-learn"},
 }
 

@@ -34,12 +34,9 @@ def local_copy(path: str | os.PathLike[str], files: Sequence[str], key: str = "m
     if not of_hub(path, key):
         return Path(path)
     name = os.fspath(path)
-    try:
-        from huggingface_hub import snapshot_download  # slow to import
-        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the library it asks by
-    except ImportError as error:
-        problem = "is nothing on this machine, and for names of the hub huggingface_hub is needed"
-        raise UserError(key, name, problem, "install it, or give a path") from error
+    from huggingface_hub import snapshot_download  # slow to import
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the library it asks by
+
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError, HTTPError) as error:  # of the first two the library's own errors are

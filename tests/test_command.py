@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import subprocess
 import sys
 
@@ -201,6 +202,23 @@ def test_true_processes_under_the_c_locale():
         [sys.executable, "-m", "megabus", "estimate", "--help"], capture_output=True, env=env, cwd=ROOT
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(("unbuffered", "code"), [("", 0), ("1", 141)])
+def test_a_reader_that_has_gone(unbuffered, code):
+    """As `head -5` goes: no traceback, and nothing from Python when it ends."""
+    read, write = os.pipe()
+    os.close(read)
+    env = environment(PYTHONUNBUFFERED=unbuffered)
+    command = [sys.executable, "-m", "megabus", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env, cwd=ROOT, timeout=30)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_another_pipe_that_has_broken_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError):
+        run(raising(BrokenPipeError()))
 
 
 def test_the_home_of_an_option(monkeypatch):

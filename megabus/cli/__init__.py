@@ -81,6 +81,8 @@ def _advice(words: Sequence[str]) -> str:
 
 def _call(words: Sequence[str]) -> Callable[[], int]:
     def call() -> int:
+        if words[:1] == ["help"] and len(words) > 1:
+            return _call([words[1], "--help", *words[2:]])()
         if not words or words[0] in ("-h", "--help", "help"):
             print(overview())
             return 0 if words else 2

@@ -21,6 +21,7 @@ import yaml
 from megabus.command import Parser
 from megabus.convert.dtypes import CODES
 from megabus.errors import UserError
+from megabus.extras import need
 from megabus.table import in_bytes
 
 if TYPE_CHECKING:  # it imports torch, as all that converts does: only where it is needed
@@ -87,6 +88,9 @@ def main(argv: Sequence[str]) -> int:
         elif isinstance(given, HuggingFaceSource) and given.without_tokenizer:
             remedy = "or leave it behind: --without-tokenizer"
             raise UserError("tokenizer", args.source, given.without_tokenizer, remedy)
+        logits = args.verify and isinstance(given, HuggingFaceSource) and given.state.model.kind == "gpt"
+        if logits:
+            need("hf", "--verify", True, "or leave it out")
         if args.untie:
             source = Untied(source)
         if args.unit_rows:
@@ -116,6 +120,6 @@ def main(argv: Sequence[str]) -> int:
             kinds: tuple[Kind, ...] | None = ("weight",) if args.to == "hf" else None
             total = verify(source, open_source(args.out, files), dtype, kinds)
             print(f"verified: {in_bytes(total)} equal bit for bit, {time.perf_counter() - begun:.1f} s")
-            if isinstance(given, HuggingFaceSource) and given.state.model.kind == "gpt":
+            if logits:
                 print(verify_logits(folder, args.out))
     return 0

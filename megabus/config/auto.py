@@ -14,8 +14,6 @@ from megabus.config.schema import RunConfig, TrainConfig
 
 AUTO = "auto"
 ENDS = (0.10, 0.25, 0.40)  # of the run's FLOPs: where the last three doublings come
-HOW = {"write": "tilt", "read": "tilt", "channels": "even", "depth": "stack", "moments": "grow"}
-TRIGGER = {"kappa": 1.0, "predictor": "fit"}  # the caps alone were measured
 
 
 def depths(n_layers: int, pp: int = 1) -> list[int]:
@@ -35,7 +33,8 @@ def written_out(config: RunConfig) -> dict[str, Any]:
     final, sizes = config.model, depths(config.model.n_layers, config.layout.pp)
     caps = _caps(config.train, sizes)
     stages = [{"n_layers": layers} | cap for layers, cap in zip(sizes[1:], [*caps[1:], {}], strict=False)]
-    growth: dict[str, Any] = {**HOW, "trigger": dict(TRIGGER), "stages": stages}
+    # What was measured, beside the defaults: the pile of layers again, and growths by the caps alone.
+    growth: dict[str, Any] = {"depth": "stack", "trigger": {"kappa": 1.0}, "stages": stages}
     return {
         "model": final.model_dump(exclude_unset=True) | {"n_layers": sizes[0]},
         "growth": growth | (caps[0] if caps else {}),

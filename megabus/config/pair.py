@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megabus.config.depth import DEPTHS
 from megabus.config.schema import Depth, ModelConfig
 from megabus.errors import UserError
 
@@ -18,7 +19,6 @@ KEPT = (
     "tie_embeddings",
     "norm_eps",
 )
-ON_TOP = ("append", "stack", "fresh")  # manners of depth that leave every old layer its number
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int]:
@@ -37,10 +37,10 @@ def check_pair(old: ModelConfig, new: ModelConfig, depth: Depth, key: str) -> No
         before, after = (m.kv_heads if name == "n_kv_heads" else getattr(m, name) for m in (old, new))
         if after < before:
             raise UserError(key + name, after, f"shrinks from {before}", "stages only grow: give at least that")
-    if old.n_layers == 0 < new.n_layers and depth != "fresh":
+    if old.n_layers == 0 < new.n_layers and DEPTHS[depth].copies:
         problem = f"cannot come from growth.depth = {depth}: there is no layer to copy"
         raise UserError(key + "n_layers", new.n_layers, problem, "set growth.depth to fresh")
-    if old.nope_interval is not None and new.n_layers > old.n_layers and depth not in ON_TOP:
+    if old.nope_interval is not None and new.n_layers > old.n_layers and not DEPTHS[depth].on_top:
         problem = f"moves layers under growth.depth = {depth}, and every {old.nope_interval}th is without positions"
         raise UserError(key + "n_layers", new.n_layers, problem, "set growth.depth to append or fresh")
     divides(key + "n_heads", new.n_heads, "n_kv_heads", new.kv_heads)

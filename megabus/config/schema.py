@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -175,6 +176,16 @@ class ScalingLaw(Section):
         """The loss in nats per token after `tokens` > 0 tokens; infinity is allowed."""
         return self.floor(n_params) + self.B * tokens**-self.beta
 
+    def tokens(self, n_params: int, loss: float) -> float:
+        """Tokens to reach a loss in nats per token from scratch; infinity for one that it never reaches."""
+        above = loss - self.floor(n_params)
+        power = math.log(self.B / above) / self.beta if above > 0 else math.inf
+        return math.exp(power) if power < 709 else math.inf  # where fp64 ends: a small beta, next to the floor
+
+    def fall(self, n_params: int, loss: float) -> float:
+        """-dL / dlog D at a loss: the nats that it falls by for a relative rise of the tokens."""
+        return self.beta * (loss - self.floor(n_params))
+
 
 class KappaConfig(Section):
     """When to grow: when a size has achieved a fraction kappa of its predicted loss improvement, or when the next size
@@ -233,6 +244,10 @@ class GrowthConfig(Section):
     max_flops: Positive | None = Field(None, description="cap of the first stage, in FLOPs")
     trigger: KappaConfig = KappaConfig()
     stages: list[StageConfig] = Field(default_factory=list, max_length=STAGES)
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.buffer_mb * 2**20
 
 
 class Corpus(Section):

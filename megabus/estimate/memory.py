@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megabus.config import RunConfig, Stage
+from megabus.config.precision import FP32_BYTES, itemsize
 from megabus.config.schema import TrainConfig
 from megabus.engine import ds_config
 from megabus.estimate.activations import Footprint, Shape, footprint, layer_bytes
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import coordinate, layers_at, rank_of
 
-FP32 = 4
 # DeepSpeed adds up the fp32 sums of bf16 training in one buffer for all groups, unless the first is larger than this.
 WHOLE_REDUCTION = 500_000_000
 
@@ -88,16 +88,16 @@ def states_at(
     owned = sum(group.partition for group in placement.groups(pp, tp))
     left = _left_in_pipeline(stage, pp) * shape_of(train, stage, tp).boundary
     borrowed = _borrowed(stage, placement, pp, tp)
-    left += FP32 * borrowed  # the sum of their gradients is there all the time
+    left += FP32_BYTES * borrowed  # the sum of their gradients is there all the time
     return RankMemory(
-        weights=_itemsize(train) * (owned * stage.layout.dp + borrowed),
-        masters=FP32 * owned,
-        moments=2 * FP32 * owned,
-        gradients=sums.gradients + FP32 * borrowed,
+        weights=itemsize(train.precision) * (owned * stage.layout.dp + borrowed),
+        masters=FP32_BYTES * owned,
+        moments=2 * FP32_BYTES * owned,
+        gradients=sums.gradients + FP32_BYTES * borrowed,
         buckets=sums.buckets,
         activations=0,
         reduction=sums.reduction + left,
-        update=sums.update + left + held * FP32 * owned,
+        update=sums.update + left + held * FP32_BYTES * owned,
     )
 
 
@@ -129,9 +129,9 @@ class _Sums:
 def _sums(train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int) -> _Sums:
     layout, several = stage.layout, stage.grad_accum > 1
     groups = placement.groups(pp, tp)
-    entries, owned = sum(g.entries for g in groups), FP32 * sum(g.partition for g in groups)
+    entries, owned = sum(g.entries for g in groups), FP32_BYTES * sum(g.partition for g in groups)
     room = ds_config.BUCKET_ENTRIES
-    buckets = room * _itemsize(train) * (2 if train.overlap_comm else 1)
+    buckets = room * itemsize(train.precision) * (2 if train.overlap_comm else 1)
     if train.precision == "bf16" and train.zero_stage == 1:
         # BF16_Optimizer: whole fp32 sums, never given back; both groups in one message, copied to be sent.
         whole = owned * layout.dp
@@ -139,9 +139,9 @@ def _sums(train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: i
         return _Sums(gradients=whole, buckets=0, reduction=whole + copied, update=whole)
     rank = rank_of(layout, pp, dp, tp)
     pieces = placement.owned(rank)
-    norm = 2 * FP32 * max(map(len, pieces), default=0)  # of one parameter, in fp64
-    touched = FP32 * sum(len(placement.shard(piece.name, rank)) for piece in pieces)
-    last = FP32 * (entries % room if entries > room else entries)  # in the last bucket
+    norm = 2 * FP32_BYTES * max(map(len, pieces), default=0)  # of one parameter, in fp64
+    touched = FP32_BYTES * sum(len(placement.shard(piece.name, rank)) for piece in pieces)
+    last = FP32_BYTES * (entries % room if entries > room else entries)  # in the last bucket
     if train.precision == "bf16":
         # ZeRO-2 with fp32 sums of the partition: a bucket of bf16, which is summed over ranks in fp32.
         reduction = owned + buckets + last + last // layout.dp
@@ -155,13 +155,9 @@ def _sums(train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: i
         return _Sums(gradients, buckets, reduction, update, late, late_buckets=True)
     # ZeRO-1: all gradients. When a bucket comes back what is owned of it moves on, beside what is not sent yet.
     # Pipelines take a second bucket for that.
-    whole = FP32 * entries
-    reduction = max(whole, touched + FP32 * max(0, entries - room)) + buckets * (2 if layout.pp > 1 else 1)
+    whole = FP32_BYTES * entries
+    reduction = max(whole, touched + FP32_BYTES * max(0, entries - room)) + buckets * (2 if layout.pp > 1 else 1)
     return _Sums(whole, buckets, reduction, update, late=0 if several else whole, late_buckets=not several)
-
-
-def _itemsize(train: TrainConfig) -> int:
-    return 2 if train.precision == "bf16" else FP32
 
 
 def shape_of(train: TrainConfig, stage: Stage, tp: int) -> Shape:

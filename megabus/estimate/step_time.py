@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megabus.config import RunConfig, Stage
+from megabus.config.precision import FP32_BYTES, itemsize
 from megabus.config.stages import Layout
 from megabus.estimate.devices import Device, Interconnect
 from megabus.model.cost import flops_per_token
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import layers_at, rank_of
-
-FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,14 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
     """Of one optimizer step of a stage."""
     layout, model, train = stage.layout, stage.model, config.train
     precision, micro = train.precision, stage.grad_accum
-    itemsize = 2 if precision == "bf16" else FP32
+    entry = itemsize(precision)
     tokens = stage.micro_batch_size * stage.seq_len
     tensor, pipe, data = links(layout, device)
     per_token = flops_per_token(model, stage.seq_len)
     head = 6.0 * model.vocab_size * model.d_model
     block = (per_token - head) / max(1, model.n_layers)
     speed = device.peak(precision) * device.efficiency * layout.tp
-    h_bytes = tokens * model.d_model * itemsize
+    h_bytes = tokens * model.d_model * entry
     slowest = (0.0, 0.0)
     for pp in range(layout.pp):
         begin, end = layers_at(model.n_layers, layout.pp, pp)
@@ -92,13 +91,13 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
     entries = max(sum(g.entries for g in groups[:2]), sum(g.entries for g in groups[-2:]))
     # DeepSpeed sums whole gradients on every rank: ZeRO-1 once a step, ZeRO-2 after every micro batch. In fp32 always.
     reductions = 1 if train.zero_stage == 1 else micro
-    reduced = reductions * ring(data, layout.dp, FP32 * entries, 2)
-    gathered = ring(data, layout.dp, itemsize * entries, 1)
+    reduced = reductions * ring(data, layout.dp, FP32_BYTES * entries, 2)
+    gathered = ring(data, layout.dp, entry * entries, 1)
     # The two ends of a pipeline sum the gradients of a tied matrix, and one sends it to the other.
     tied = model.vocab_size * model.d_model / layout.tp if model.tie_embeddings and layout.pp > 1 else 0.0
-    met = ring(pipe, 2, FP32 * tied, 2) + pipe.seconds(itemsize * tied) if tied else 0.0
+    met = ring(pipe, 2, FP32_BYTES * tied, 2) + pipe.seconds(entry * tied) if tied else 0.0
     # Reads of gradient, master and two moments, and writes of the last three, and of the weight.
-    update = entries / layout.dp * (7 * FP32 + itemsize) / device.memory_bandwidth
+    update = entries / layout.dp * (7 * FP32_BYTES + entry) / device.memory_bandwidth
     return StepTime(
         compute=micro * compute,
         tensor=micro * sent,

@@ -1,7 +1,8 @@
 """What a growth makes of every parameter, worked out once: `Growth.param` answers all that is asked about one of them.
 
 `ParamGrowth` joins the maps (`maps.py`), the manner of growing and the parameter's declaration. No other code acts on
-`growth.write`, `read`, `channels`, `depth` or `moments`.
+`growth.write`, `read` or `moments`. What `channels` and `depth` do to axes and layers is worked out in `maps.py`, and
+which models a depth fits is checked in `config/pair.py`; both read the table in `config/depth.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import numpy as np
 
 from megabus import counter
 from megabus.config import RunConfig, Stage
+from megabus.config.depth import DEPTHS
 from megabus.config.schema import GrowthConfig, ModelConfig
 from megabus.growth.maps import (
-    SHARED,
-    TAPER_RATIO,
     AxisMap,
     LayerSource,
     axis_maps,
@@ -101,7 +101,6 @@ class Growth:
     new: ModelConfig
     how: GrowthConfig
     seed: int
-    taper_ratio: float = TAPER_RATIO
 
     def param(self, name: str) -> ParamGrowth:
         """How a parameter of the new model, which has a source, grows. Worked out when first asked for, and kept."""
@@ -182,7 +181,7 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
     how, axes = growth.how, axis_maps(growth.old, growth.new)
     old, rows, channels = param_specs(growth.old)[spec.in_layer(layer.parent)], axes[spec.rows], _ONE_CHANNEL
     a = channel_scale(axes["embed"], how.channels)
-    scale, gate = np.ones(1), layer.gate(how.depth, spec.branch, growth.taper_ratio) if spec.gate else 1.0
+    scale, gate = np.ones(1), layer.gate(how.depth, spec.branch) if spec.gate else 1.0
     if spec.is_matrix:
         channels, scale = axes["embed"], a
     # On the embed axis nothing is new, for there is no original to prefer: E spreads each channel over its copies.
@@ -203,7 +202,7 @@ def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth
         cosine=growth.cosine if spec.compensates_read_tilt else 1.0,
         divisor=rows.copies.astype(np.float64) if how.write == "clone" and _divided(spec) else None,
         gate=gate,
-        sphere=spec.multiplier if spec.gate and growth.unit and how.depth == "taper" else 0.0,
+        sphere=spec.multiplier if spec.gate and growth.unit and DEPTHS[how.depth].gates == "tapered" else 0.0,
         moments={kind: _moment(growth, spec, old, kind, a, shares[kind]) for kind in MOMENTS},
         live={"weight": np.full(len(rows), gate != 0)} | {kind: share != 0 for kind, share in shares.items()},
         mixing={"weight": (rows.copies > 1) & write_tilt, "exp_avg": none, "exp_avg_sq": none},
@@ -233,8 +232,8 @@ def _share(
     """
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
-    shared = growth.how.depth in SHARED and spec.branch and not spec.gate
-    behind = layer.gate(growth.how.depth, spec.branch, growth.taper_ratio) if shared else 1.0
+    shared = DEPTHS[growth.how.depth].shares_gates and spec.branch and not spec.gate
+    behind = layer.gate(growth.how.depth, spec.branch) if shared else 1.0
     if growth.how.moments == "carry":
         return behind * (~added)
     return behind * _row_share(growth, spec, kind, rows)

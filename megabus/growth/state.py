@@ -44,12 +44,8 @@ def grow_state(
         if name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "(missing)"
             raise UserError(f"state[{name!r}]", found, f"the old config wants {shape}", "pass the matching config")
-    return grown_by(Growth(old_config, new_config, growth, seed), state, kind)
-
-
-def grown_by(growth: Growth, state: Mapping[str, Tensor], kind: Kind = "weight") -> dict[str, Tensor]:
-    """As `grow_state`, of tensors that are known to be those of the old model."""
-    return {name: _whole(growth, name, kind, state) for name in param_specs(growth.new)}
+    whole = Growth(old_config, new_config, growth, seed)
+    return {name: _whole(whole, name, kind, state) for name in param_specs(new_config)}
 
 
 def _whole(growth: Growth, name: str, kind: Kind, state: Mapping[str, Tensor]) -> Tensor:

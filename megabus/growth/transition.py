@@ -42,7 +42,7 @@ def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> GrownEngine:
     optimizer_step = engine.optimizer_step if len(kinds) > 1 else 0
     owned = {piece: {kind: tensors[kind] for kind in kinds} for piece, tensors in engine.read().items()}
     engine.close()  # before the new shard is there: from now on only what is sent is left of the old one
-    fragments, traffic = redistribute(plan, owned, kinds, engine.mesh.rank, config.growth.buffer_mb * 2**20)
+    fragments, traffic = redistribute(plan, owned, kinds, engine.mesh.rank, config.growth.buffer_bytes)
     del owned
     grown = stage_engine(config, stage, before)
     grown.write(fragments, optimizer_step)

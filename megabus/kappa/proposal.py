@@ -99,5 +99,5 @@ def as_yaml(plan: GrowthPlan) -> str:
     tree: dict[str, object] = {"model": final.model_dump(exclude_unset=True) | first}
     tree["train"] = {"max_flops": float(f"{plan.flops:.4g}"), "max_tokens": None, "max_steps": None}
     if grown:
-        tree["growth"] = {"moments": "grow", "max_tokens": caps[0], "stages": grown}
+        tree["growth"] = {"max_tokens": caps[0], "stages": grown}
     return yaml.safe_dump(tree, sort_keys=False)

@@ -45,9 +45,9 @@ def picture(out_png: str | Path, figsize: tuple[float, float], dpi: int = 150, *
             raise UserError("picture", out_png, f"cannot be written ({error})", "name a writable .png") from error
 
 
-def dress(axes: Axes, axis: Any = "both", width: float = 0.8) -> None:
+def dress(axes: Axes, axis: Any = "both") -> None:
     """A grid behind what is drawn, and no frame above and on the right."""
-    axes.grid(axis=axis, color=GRID, linewidth=width)
+    axes.grid(axis=axis, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 

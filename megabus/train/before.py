@@ -14,6 +14,7 @@ from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig, Stage
 from megabus.config.effects import unheeded
+from megabus.config.precision import itemsize
 from megabus.config.stages import by_batches, stage_section
 from megabus.engine.startup import local_ranks
 from megabus.errors import UserError, warn
@@ -118,11 +119,11 @@ def _check_memory(config: RunConfig, stages: list[Stage]) -> list[str]:
     if get_accelerator().device_name() == "cuda":
         gpu = torch.cuda.get_device_properties(0)
     there = psutil.virtual_memory().total if gpu is None else gpu.total_memory * local
-    itemsize = 2 if config.train.precision == "bf16" else 4
+    entry = itemsize(config.train.precision)
     warned: list[str] = []
     for _, stage in by_batches(stages):
         layout = stage.layout
-        need = count_parameters(stage.model) * (12 / layout.world + itemsize / (layout.tp * layout.pp)) * local
+        need = count_parameters(stage.model) * (12 / layout.world + entry / (layout.tp * layout.pp)) * local
         if need > there:
             problem = f"takes {size_text(need)} on this machine at least, which has {size_text(there)}"
             remedy = "use more ranks, a higher tp or pp, or a smaller model; megabus estimate says what fits"

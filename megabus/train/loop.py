@@ -211,7 +211,7 @@ def observe(run: Run, loss: float) -> GrowthSignal:
             if run.config.log.why:
                 row["why"] = why(decision, decision.view, trigger, only_cap)
         growing = decision.grow and run.can_grow and run.share < 1
-        signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing, now.step)
+        signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing)
     run.tell("eval", row)
     _gauge(run)
     return broadcast_decision(signal, device=run.engine.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megabus.config import RunConfig, Stage
+from megabus.config.precision import itemsize
 from megabus.errors import UserError
 
 ALIGNED = 16  # bytes that a row of a product begins at a multiple of, where tensor cores read it in one piece
@@ -25,7 +26,7 @@ def check_deterministic(config: RunConfig) -> None:
 def slow_heads(config: RunConfig, stages: list[Stage]) -> Iterator[str]:
     """A line for the vocabulary whose logits are computed by slow products: one row of them after the other begins at
     an address that tensor cores cannot read at once."""
-    entries = ALIGNED // (2 if config.train.precision == "bf16" else 4)
+    entries = ALIGNED // itemsize(config.train.precision)
     for stage in stages:
         vocab, tp = stage.model.vocab_size, stage.layout.tp
         if any((rank + 1) * vocab // tp % entries for rank in range(tp)):

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from support.command import run_command
 from support.launching import ROOT, environment
+from support.tiny_config import tiny_config
 
 from megabus import extras
 from megabus.cli import COMMANDS, GROUPS, main, overview, ranks, train
@@ -24,13 +25,7 @@ from megabus.estimate.devices import DEVICES
 from megabus.extras import EXTRAS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONFIG = {
-    "run_dir": "run",
-    "data": {"train": "nowhere", "valid": "nowhere"},
-    "model": {"vocab_size": 67, "d_model": 32, "n_layers": 2, "n_heads": 4, "head_dim": 8, "d_ff": 64},
-    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 2},
-    "optimizer": {"lr": 1e-3},
-}
+CONFIG = tiny_config(run_dir="run", data={"train": "nowhere", "valid": "nowhere"})
 
 
 @pytest.mark.parametrize(
@@ -63,6 +58,15 @@ def test_help_shows_examples(name, capsys):
     assert ended.value.code == 0
     assert text.startswith(f"usage: megabus {name} ")
     assert re.search(rf"^ *megabus {name}( |$)", text, re.MULTILINE)
+
+
+def test_help_of_a_command_is_its_own(capsys):
+    told = []
+    for words in (["train", "--help"], ["help", "train"], ["help", "train", "--config"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] == told[2] != overview()
 
 
 @pytest.mark.parametrize("words", [["--help"], ["trian"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)

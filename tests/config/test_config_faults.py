@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from support.tiny_config import tiny_config
 
 from megabus.config import load_config
 from megabus.errors import UserError
-
-BASE = {
-    "run_dir": "runs/test",
-    "model": {"vocab_size": 67, "d_model": 36, "n_layers": 3, "n_heads": 4, "head_dim": 6, "d_ff": 62},
-    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": 10},
-    "optimizer": {"lr": 1e-2},
-    "data": {"train": "a", "valid": "b"},
-}
 
 
 @pytest.fixture
 def base(tmp_path):
     path = tmp_path / "base.yaml"
-    path.write_text(yaml.safe_dump(BASE))
+    path.write_text(yaml.safe_dump(tiny_config()))
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from support.small_runs import write_corpus
 from support.sources import MemorySource, model_config
 
 import megabus
+from megabus import extras
 from megabus.cli import convert as convert_command
 from megabus.convert import verify_logits
 from megabus.convert.begin import read_description
@@ -217,8 +217,14 @@ def test_verify_compares_logits(tmp_path, monkeypatch):
     with OpenFiles() as files:
         convert(open_source(tmp_path / "hf", files), tmp_path / "run", "checkpoint")
     assert "of the largest" in verify_logits.verify_logits(tmp_path / "hf", tmp_path / "run")
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "transformers is not installed" in verify_logits.verify_logits(tmp_path / "hf", tmp_path / "run")
+    find = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "transformers" else find(name))
+    words = ["--to", "checkpoint", "--verify"]
+    told = r"--verify = True: needs transformers: pip install megabus\[hf\]; or leave it out"
+    with pytest.raises(UserError, match=told):
+        convert_command.main([str(tmp_path / "hf"), str(tmp_path / "no"), *words])
+    assert not (tmp_path / "no").exists()
+    convert_command.main([str(tmp_path / "run"), str(tmp_path / "again"), *words])  # has no logits to compare
     monkeypatch.undo()
     spoilt = megabus.load(tmp_path / "run")
     spoilt.get_parameter("layers.0.attn.q").data *= 1.1

@@ -14,7 +14,9 @@ from support.command import run_command
 from support.plans import needed_entries, owned_entries, traffic
 from support.trainings import run_of
 
+from benchmarks.memory_of_ranks import measure, memory_training
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
+from megabus.config.precision import FP32_BYTES
 from megabus.config.stages import Stage
 from megabus.engine import adam, ds_config, turns
 from megabus.estimate import activations
@@ -26,12 +28,11 @@ from megabus.estimate.layouts import candidates, fullest, rank_layouts, settings
 from megabus.estimate.memory import held_copies, memory_at, rank_memory, states_at
 from megabus.estimate.step_time import links, ring, step_time
 from megabus.growth.param_growth import Growth
-from megabus.growth.plan import ELEMENT_BYTES, Plan
+from megabus.growth.plan import Plan
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.peak import chip_of
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
-from megabus.testing.memory import measure, memory_training
 from megabus.testing.ranks import run_ranks
 
 torch.set_num_threads(1)
@@ -183,7 +184,7 @@ def test_traffic_of_each_rank_is_the_plan_s(layouts, depth):
     received = [sum(got) for _, got in exchanged]
     for rank in range(world):
         owned = owned_entries(plan.old, rank)
-        assert received[rank] == sum(len(needed_entries(plan, rank, k) - owned) for k in KINDS) * ELEMENT_BYTES
+        assert received[rank] == sum(len(needed_entries(plan, rank, k) - owned) for k in KINDS) * FP32_BYTES
     assert sum(sum(sent) for sent, _ in exchanged) == sum(received) == traffic(plan, KINDS)[0] > 0
     still = replace(plan, new=Placement(plan.new.model, plan.old.layout))
     assert received != [traffic(still, KINDS, [rank])[0] for rank in range(world)]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support.tiny_config import tiny_config
 
 from megabus.config import parse_config, resolve_stages
 from megabus.config.schema import KappaConfig, ScalingLaw
@@ -427,20 +428,12 @@ def test_stages_that_kappa_hardly_ends_are_told():
     def told(trigger, flops=None, **growth):
         stages = [{"d_model": 64, **growth.pop("second", {})}, {"d_model": 96}]
         config = parse_config(
-            {
-                "run_dir": "unused",
-                "model": {"vocab_size": 67, "d_model": 48, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-                "train": {
-                    "seq_len": 16,
-                    "micro_batch_size": 2,
-                    "global_batch_size": 8,
-                    "max_tokens": 4000,
-                    "max_flops": flops,
-                },
-                "optimizer": {"lr": 0.01},
-                "data": {"train": "unused", "valid": "unused"},
-                "growth": {**growth, "trigger": trigger, "stages": stages},
-            }
+            tiny_config(
+                train__max_steps=None,
+                train__max_tokens=4000,
+                train__max_flops=flops,
+                growth={**growth, "trigger": trigger, "stages": stages},
+            )
         )
         return outlook(resolve_stages(config, 1), config.growth.trigger)
 
@@ -467,16 +460,16 @@ def test_stages_that_kappa_hardly_ends_are_told():
 
 
 TOLD = [
-    GrowthSignal(False, None, 0, 5),
-    GrowthSignal(True, "kappa", 3, 2**40),
-    GrowthSignal(True, "cap", 1, 9),
+    GrowthSignal(False, None, 5),
+    GrowthSignal(True, "kappa", 2**40),
+    GrowthSignal(True, "cap", 1),
 ]
 
 
 def _rank(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     heard = [broadcast_decision(signal if rank == 0 else None) for signal in TOLD]
-    heard.append(broadcast_decision(GrowthSignal(True, "cap", rank + 7, rank)))  # the others' are ignored
+    heard.append(broadcast_decision(GrowthSignal(True, "cap", rank + 7)))  # the others' are ignored
     if rank == 0:
         with pytest.raises(ValueError, match="must pass"):
             broadcast_decision(None)
@@ -495,4 +488,4 @@ def test_broadcast_over_three_ranks():
             for process in ranks.processes:
                 process.kill()
         heard = {Path(folder, f"{rank}.txt").read_text() for rank in range(3)}
-    assert heard == {repr([*TOLD, GrowthSignal(True, "cap", 7, 0)])}
+    assert heard == {repr([*TOLD, GrowthSignal(True, "cap", 7)])}

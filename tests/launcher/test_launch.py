@@ -30,6 +30,7 @@ from support.launching import (
     the_error,
     tree,
 )
+from support.tiny_config import tiny_config
 
 import megabus
 from megabus.config import load_config
@@ -37,13 +38,12 @@ from megabus.data.indexed import IndexedTokens, IndexedWriter, meta_path
 from megabus.errors import UserError
 
 VOCAB = 67
-CONFIG = {
-    "model": {"vocab_size": VOCAB, "d_model": 36, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": 6},
-    "optimizer": {"lr": 1e-2},
-    "eval": {"every": 2, "tokens": 256},
-    "log": {"every": 1, "unit_norm_every": 1},
-}
+CONFIG = tiny_config(
+    model__n_layers=2,
+    train__max_steps=6,
+    eval={"every": 2, "tokens": 256},
+    log={"every": 1, "unit_norm_every": 1},
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,18 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.tiny_config import tiny_config
 
 from megabus.cli import main
 from megabus.config import load_config
 from megabus.slurm.render import fill
 
 ROOT = Path(__file__).parents[2]
-CONFIG = {
-    "model": {"vocab_size": 67, "d_model": 36, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 24, "max_steps": 6},
-    "optimizer": {"lr": 1e-2},
-    "data": {"train": "text", "valid": "text"},
-}
+CONFIG = tiny_config(run_dir="runs/x", data={"train": "text", "valid": "text"}, train__global_batch_size=24)
 ODD = 'it\'s a "run" \\o/ $1 `id` #1; 50% *?é'
 CPU = ["--gpus-per-node", "0", "--ranks-per-node", "2"]
 
@@ -30,7 +26,7 @@ CPU = ["--gpus-per-node", "0", "--ranks-per-node", "2"]
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(yaml.safe_dump(CONFIG | {"run_dir": "runs/x"}))
+    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
 
 
 def in_yaml(text):

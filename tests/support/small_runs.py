@@ -21,6 +21,7 @@ from megabus.data.indexed import IndexedTokens, IndexedWriter
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
+from support.tiny_config import changed
 
 VOCAB = 67
 TIMES = (
@@ -81,13 +82,7 @@ def run_config(corpus, run_dir, layouts, **changes):
         "log": {"unit_norm_every": 1},
         "preflight": {"enabled": False},  # half a second of every start
     }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        if name:
-            tree[section] = tree.get(section, {}) | {name: value}
-        else:
-            tree[section] = value
-    return parse_config(tree)
+    return parse_config(changed(tree, changes))
 
 
 def rows_of(config, event):
