@@ -16,8 +16,9 @@ import numpy as np
 from benchmarks.arms import Timing
 from benchmarks.comparisons import Comparison, compare
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
+from megabus.config.precision import FP32_BYTES
 from megabus.engine.startup import import_deepspeed, prepare_environment
-from megabus.growth.plan import ELEMENT_BYTES, Plan, plan_between, schedule_of
+from megabus.growth.plan import Plan, plan_between, schedule_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE, LARGEST = (ROOT / "configs/ngpt_70b.yaml", 1024), (ROOT / "benchmarks/ngpt_405b.yaml", 16_384)
@@ -65,7 +66,7 @@ def bytes_of_growths(config: RunConfig, world: int) -> list[Comparison]:
 def _planned(config: RunConfig, plan: Plan, rank: int, way: str) -> int:
     transfers = [each for wave in schedule_of(config, plan, rank) for _, _, each in wave.transfers]
     entries = sum(len(each.piece) for each in transfers if rank == (each.dst if way == "taken in" else each.src))
-    return entries * ELEMENT_BYTES
+    return entries * FP32_BYTES
 
 
 def _groups(config: RunConfig, stage: Stage, few: int, many: int) -> list[Comparison]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megabus.growth.plan import ELEMENT_BYTES, Plan, RowRange
+from megabus.config.precision import FP32_BYTES
+from megabus.growth.plan import Plan, RowRange
 from megabus.parallel.fragments import Kind
 from megabus.parallel.topology import coordinate
 
@@ -76,7 +77,7 @@ def least(plan: Plan, kinds: Sequence[Kind]) -> Least:
                     given[rank] += found.within(found.wanted, np.array([[piece.start, piece.stop]]))
     sent = given - kept
     least_sent = _level(sent + forwarded, sent.sum())
-    return Least(taken * ELEMENT_BYTES, given * ELEMENT_BYTES, kept * ELEMENT_BYTES, least_sent * ELEMENT_BYTES)
+    return Least(taken * FP32_BYTES, given * FP32_BYTES, kept * FP32_BYTES, least_sent * FP32_BYTES)
 
 
 def _spans(plan: Plan, rank: int, kinds: Sequence[Kind]) -> dict[tuple[str, Kind], np.ndarray]:
