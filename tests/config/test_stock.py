@@ -74,7 +74,7 @@ def test_what_goes_together_goes():
 
 
 def test_the_class_is_the_first_that_computes_the_model():
-    base = ModelConfig.model_validate(BASE["model"] | {"kind": "gpt"})
+    base = ModelConfig.model_validate(tiny_config()["model"] | {"kind": "gpt"})
     for change, name in (
         ({}, "llama"),
         ({"d_model": 37}, "mistral"),
