@@ -245,14 +245,20 @@ def turn(run: Run, loss: float | None) -> None:
     run.place()
     run.mark()
     run.pace.clear()
-    if run.metrics is not None:
-        samples = {key: getattr(new, key) for key in KEYS}
-        run.metrics.write("phase", run.totals | {"share": run.share, "position": run.progress.position} | samples)
-        say(f"step {run.progress.step:>5} | PHASE at {run.share:.0%}: {in_line(samples)}")
+    _tell_phase(run)
     run.monitor.begin_anew()
     run.monitor.retarget(run_span(run))
     known = loss if new.seq_len == old.seq_len else None
     observe(run, validate(run) if known is None else known, told=known is not None)
+
+
+def _tell_phase(run: Run) -> None:
+    """From here on steps take other samples."""
+    if run.metrics is not None:
+        samples = {key: getattr(run.stage, key) for key in KEYS}
+        run.metrics.write("phase", run.totals | {"share": run.share, "position": run.progress.position} | samples)
+        told = in_line(samples | {"weights": list(run.stage.weights)})
+        say(f"step {run.progress.step:>5} | PHASE at {run.share:.0%}: {told}")
 
 
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
@@ -292,6 +298,8 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
             f"step {now.step:>5} | GROWTH ({signal.reason}) {describe(old)} -> {describe(new)} | loss {before:.6f} -> "
             f"{after:.6f} | {stall:.1f} s, {grown.sent / 2**20:.1f} MiB sent"
         )
+    if old.at(run.share) != old or old.weights != new.weights:  # a phase that begins with the growth
+        _tell_phase(run)
     watch_stage(run)
     # The grown size's first loss is the start of its own kappa; it does not grow at once.
     same = new.seq_len == old.seq_len
