@@ -86,7 +86,8 @@ class Stage:
         return self.global_batch_size * self.seq_len
 
 
-# Token ids that a rank reads for a step, or for a validation, all at once: 4 GiB of int64, inputs and targets.
+# Token ids that a rank reads for a step, or for a validation, all at once: 4 GiB of int64, inputs and targets; the next
+# step's are read ahead.
 MOST_TOKENS = 2**28
 
 

@@ -42,7 +42,8 @@ class Log(Callback):
             for change in row["changes"]:
                 say(f"changed since it was saved: {change}")
         elif row["event"] == "phase":
-            say(f"step {row['step']:>5} | PHASE at {row['share']:.0%}: {in_line({key: row[key] for key in KEYS})}")
+            samples = in_line({key: row[key] for key in (*KEYS, "weights")})
+            say(f"step {row['step']:>5} | PHASE at {row['share']:.0%}: {samples}")
         elif row["event"] == "sample":
             for sample in row["samples"]:
                 lines = _printable(sample["prompt"] + sample["text"]).split("\n")

@@ -234,12 +234,17 @@ def turn(run: Run, loss: float | None) -> None:
     run.engine.rebatch(new)
     run.place()
     run.mark()
-    samples = {key: getattr(new, key) for key in KEYS}
-    run.tell("phase", {"share": run.share, "position": run.progress.position} | samples)
+    _tell_phase(run)
     run.monitor.begin_anew()
     run.monitor.retarget(run_span(run))
     known = loss if new.seq_len == old.seq_len else None
     observe(run, validate(run) if known is None else known)
+
+
+def _tell_phase(run: Run) -> None:
+    """From here on steps take other samples."""
+    samples = {key: getattr(run.stage, key) for key in KEYS} | {"weights": list(run.stage.weights)}
+    run.tell("phase", {"share": run.share, "position": run.progress.position} | samples)
 
 
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
@@ -277,5 +282,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
             "bytes_kept": grown.kept,
         },
     )
+    if old.at(run.share) != old or old.weights != new.weights:  # a phase that begins with the growth
+        _tell_phase(run)
     # The grown size's first loss is the start of its own kappa; it does not grow at once.
     observe(run, after if new.seq_len == old.seq_len else validate(run))

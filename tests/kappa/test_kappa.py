@@ -489,3 +489,37 @@ def test_broadcast_over_three_ranks():
                 process.kill()
         heard = {Path(folder, f"{rank}.txt").read_text() for rank in range(3)}
     assert heard == {repr([*TOLD, GrowthSignal(True, "cap", 7)])}
+
+
+# ---- a curve that begins anew ------------------------------------------------------------------------------
+
+
+def test_a_curve_that_begins_anew_is_all_that_counts():
+    """As if the stage had begun there, but for its caps and where it began."""
+    seen, fresh = monitor(0.8, 2.0, caps=(20_000, None)), monitor(0.8, 2.0)
+    for loss in (4.0, 3.9, 3.8, 3.0):
+        seen.observe(1000, 6e6, loss)
+    seen.begin_anew()
+    for number, loss in enumerate((3.0, 2.9, 2.6, 2.5, 2.3, 2.2, 2.1), 1):
+        at = 10_000 + 1000 * number, 6e7 + 6e6 * number
+        ours, theirs = seen.observe(*at, loss), fresh.observe(*at, loss)
+        assert (ours.grow, ours.view.start, ours.view.progress, ours.view.evals) == (
+            theirs.grow,
+            theirs.view.start,
+            theirs.view.progress,
+            theirs.view.evals,
+        )
+    assert ours.grow
+    assert ours.view.stage_tokens == 17_000
+    assert seen.check_cap(20_000, 0.0).reason == "cap"
+
+
+def test_a_cap_is_converted_by_what_a_token_costs_now():
+    """1000 tokens of 6000 FLOPs, then tokens of 9000: of a cap of 1e8 FLOPs 94 MFLOP are left, at the new price."""
+    capped = StageSpan(0, 10, 0.8, max_flops=1e8)
+    before = [CurvePoint(0, 0.0, 4.0), CurvePoint(1000, 6e6, 3.9)]
+    anew = [CurvePoint(1000, 6e6, 3.9), CurvePoint(3000, 2.4e7, 3.8)]
+    assert capped.budget(before) == pytest.approx((1e8 / 6000, 1e8))
+    assert capped.budget(anew) == pytest.approx((1000 + 9.4e7 / 9000, 1e8))
+    in_tokens = StageSpan(0, 10, 0.8, max_tokens=10_000)
+    assert in_tokens.budget(anew) == pytest.approx((10_000, 6e6 + 9000 * 9000))
