@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
 from megabus.config.model import ModelConfig as ModelConfig
@@ -29,6 +29,7 @@ from megabus.config.section import (
     Width,
 )
 
+Averaged = Annotated[float, Field(gt=0.0, lt=1.0)]  # a running mean's decay
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
 
 
@@ -38,6 +39,16 @@ class LayoutConfig(Section):
     tp: Degree = Field(1, description="tensor parallelism: ranks that share every layer's matrices")
     pp: Degree = Field(1, description="pipeline parallelism: groups of layers, each on ranks of its own")
     dp: Degree | None = Field(None, description="data parallelism: copies; what is left of the ranks when left out")
+
+
+def _decays(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _distinct(decays: list[float]) -> list[float]:
+    if len(set(decays)) < len(decays):
+        raise ValueError("names a decay twice; give each once")
+    return decays
 
 
 class TrainConfig(Section):
@@ -69,6 +80,11 @@ class TrainConfig(Section):
         False,
         description="on GPUs: the same bits from the same start on the same machines and GPUs, as on CPUs, by slower "
         "attention, sums and scatters",
+    )
+    ema: Annotated[list[Averaged], BeforeValidator(_decays), AfterValidator(_distinct), Field(max_length=8)] = Field(
+        default_factory=list,
+        description="decays a step of running means of the weights: one, or a list; each takes 4 bytes a parameter "
+        "and an evaluation of its own",
     )
     recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
     sequence_parallel: bool = Field(
@@ -294,12 +310,31 @@ class CheckpointConfig(Section):
     on_error: Literal["continue", "stop"] = Field("continue", description="what a full disk does to the run")
 
 
+class SpikesConfig(Section):
+    """A loss or gradient norm far above those of the last steps: such a step is skipped, as one that is not finite."""
+
+    deviations: Positive = Field(
+        8.0,
+        description="times the spread (1.4826 MAD, which of normally distributed steps is a standard deviation) above "
+        "the median of the window",
+    )
+    window: Annotated[Count, Field(ge=8, le=2**16)] = Field(
+        128, description="updates of this stage that median and spread are of; half of them must be there"
+    )
+    lasting: Literal["roll_back", "accept"] = Field(
+        "roll_back",
+        description="more in a row than faults.max_skips: return to the last checkpoint, past their data, or take them "
+        "for a new level, and begin the window anew",
+    )
+
+
 class FaultsConfig(Section):
     """What a run does about its accidents."""
 
     max_skips: Annotated[int, Field(ge=0)] = Field(
         3, description="steps in a row with a non-finite loss or gradient that are skipped; more roll back"
     )
+    spikes: SpikesConfig | None = None
     max_rollbacks: Annotated[int, Field(ge=0)] = Field(
         2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
     )

@@ -107,17 +107,17 @@ def _newest(config: RunConfig) -> Found | None:
 
 
 def _check_memory(config: RunConfig, stages: list[Stage]) -> list[str]:
-    """What this machine's ranks take of a stage at least, masters, moments and weights, must fit into all of its
+    """What this machine's ranks take of a stage at least, weights, masters, moments and means, must fit into all of its
     memory. On GPUs the estimate of all that a rank takes must fit into one, or nearly: a line for what may not."""
     local, gpu = local_ranks(), None
     if get_accelerator().device_name() == "cuda":
         gpu = torch.cuda.get_device_properties(0)
     there = psutil.virtual_memory().total if gpu is None else gpu.total_memory * local
-    itemsize = 2 if config.train.precision == "bf16" else 4
+    itemsize, owned = 2 if config.train.precision == "bf16" else 4, 12 + 4 * len(config.train.ema)
     warned: list[str] = []
     for stage in stages:
         layout = stage.layout
-        need = count_parameters(stage.model) * (12 / layout.world + itemsize / (layout.tp * layout.pp)) * local
+        need = count_parameters(stage.model) * (owned / layout.world + itemsize / (layout.tp * layout.pp)) * local
         if need > there:
             problem = f"takes {size_text(need)} on this machine at least, which has {size_text(there)}"
             remedy = "use more ranks, a higher tp or pp, or a smaller model; megabus estimate says what fits"

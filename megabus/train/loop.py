@@ -19,7 +19,9 @@ from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached, never_met
 from megabus.kappa.why import why
 from megabus.model.peak import peak_flops
-from megabus.parallel.agree import on_any_rank
+from megabus.parallel.agree import on_any_rank, rank_0_says
+from megabus.parallel.fragments import decay_of
+from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, roll_back, sizes, started, watch_stage
@@ -96,14 +98,16 @@ def train_step(run: Run) -> None:
         lr *= rewarm_factor(config.growth.rewarm, since)
     if run.engine.angle_cap is not None:
         run.engine.angle_cap.bound = angle_bound(config.optimizer.max_angle, config.growth.settle, since)
+    run.engine.refuses = run.spikes.asked
     result = run.engine.train_step(run.corpora.train_batches(run.engine, now.position), lr)
     now.step += 1
     now.tokens += stage.tokens_per_step
     now.position += stage.tokens_per_step
     now.flops += cost
-    skipped = not result.is_finite  # on all ranks or on none: a decision to save or to return hangs on it
+    skipped = not result.updates  # on all ranks or on none: a decision to save or to return hangs on it
     now.nonfinite_in_a_row = now.nonfinite_in_a_row + 1 if skipped else 0
     now.nonfinite += skipped
+    now.spikes += result.refused
     unit_error = None
     if now.step % config.log.unit_norm_every == 0:
         unit_error = run.engine.unit_error()
@@ -112,8 +116,19 @@ def train_step(run: Run) -> None:
         if not skipped:
             _log_step(run, result, lr, unit_error, elapsed, cost)
         else:
-            run.metrics.write("skip", run.totals | {"loss": result.loss, "grad_norm": result.grad_norm})
-            say(f"step {now.step:>5} | loss {result.loss} |g| {result.grad_norm}: no update")
+            _tell_skip(run, result)
+    run.spikes.see(result)
+
+
+def _tell_skip(run: Run, result: StepResult) -> None:
+    assert run.metrics is not None
+    row = {"loss": result.loss, "grad_norm": result.grad_norm, "reason": SPIKE if result.refused else NOT_FINITE}
+    why = ""
+    if result.refused and (most := run.spikes.limits) is not None:
+        row |= {"loss_limit": most.loss, "grad_norm_limit": most.grad_norm}
+        why = f", a spike: by the last updates at most {most.loss:.4f} and {most.grad_norm:.3g}"
+    run.metrics.write("skip", run.totals | row)
+    say(f"step {run.progress.step:>5} | loss {result.loss} |g| {result.grad_norm}: no update{why}")
 
 
 def _watch(run: Run, doing: str) -> None:
@@ -127,6 +142,9 @@ def agree_on_step_end(run: Run) -> bool:
     run.watchdog.heartbeat(f"the end of step {run.progress.step}")
     metrics = run.metrics
     unsound = run.progress.nonfinite_in_a_row > run.config.faults.max_skips
+    if unsound and run.spikes.accept():
+        run.progress.nonfinite_in_a_row, unsound = 0, False
+        rank_0_says(f"step {run.progress.step:>5} | so many spikes in a row are a new level: it is taken for the scale")
     stop, ended, unwritten = on_any_rank(
         [
             run.requests.poll(),
@@ -191,6 +209,16 @@ def _validation_loss(run: Run, seq_len: int) -> float:
     return run.corpora.validation_loss(run.engine, seq_len)
 
 
+def _averaged_losses(run: Run) -> dict[str, float]:
+    """The same of each running mean of the weights, by its decay, once it is one of any update. Collective."""
+    losses = {}
+    for kind, updates in run.engine.averages.updates.items():
+        if updates and (decay := decay_of(kind)) is not None:
+            with run.engine.computing_with(kind):
+                losses[decay] = validate(run)
+    return losses
+
+
 def stage_is_spent(run: Run) -> bool:
     """Whether the stage's cap is reached: known to all ranks without a word, so that they validate together."""
     now, stage = run.progress, run.stage
@@ -200,7 +228,7 @@ def stage_is_spent(run: Run) -> bool:
 
 def observe(run: Run, loss: float, told: bool = False) -> GrowthSignal:
     """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision. told: the log has it."""
-    signal, now = None, run.progress
+    signal, now, averaged = None, run.progress, _averaged_losses(run)
     if run.metrics is not None:
         only_cap = decays(run.config.optimizer, run.share)
         decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=only_cap)
@@ -210,9 +238,13 @@ def observe(run: Run, loss: float, told: bool = False) -> GrowthSignal:
         if decision.view is not None and (warning := never_met(decision.view, loss, predictor)):
             say(warning)
         bits = run.corpora.sources.bits_per_byte(loss)
-        run.metrics.write("eval", run.totals | {"loss": loss, "bits_per_byte": bits} | extra)
+        means = {"ema": averaged} if averaged else {}
+        run.metrics.write("eval", run.totals | {"loss": loss, "bits_per_byte": bits} | means | extra)
         if not told:
             say(f"step {now.step:>5} | validation loss {loss:.4f}" + (f", {bits:.4f} bits/byte" if bits else ""))
+        if averaged:
+            texts = (f"{mean:.4f} with decay {decay}" for decay, mean in averaged.items())
+            say(f"step {now.step:>5} | validation loss of running means: {', '.join(texts)}")
         if run.config.log.why and decision.view is not None:
             say(f"step {now.step:>5} | {why(decision, decision.view, run.config.growth.trigger, only_cap)}")
         growing = decision.grow and run.can_grow and run.share < 1
@@ -240,6 +272,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     after = _validation_loss(run, old.seq_len)
     now.position = align_up(now.position, new.seq_len)
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
+    run.spikes.begin()  # what a growth makes of the loss is no spike
     run.mark()
     now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})
     run.pace.clear()

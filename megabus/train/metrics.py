@@ -14,7 +14,7 @@ from typing import Any
 from megabus.config import RunConfig, Stage
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaView, bar
-from megabus.report.history import NOT_FINITE
+from megabus.report.history import RETURNS
 from megabus.table import clock
 
 STEP = "trainer/step"  # wandb's x axis
@@ -78,7 +78,7 @@ class Metrics:
                 self.wandb.log(numbers | {STEP: row["step"]})
         if self.tensorboard is not None:
             with self._losing():
-                if event == "resume" and row.get("reason") == NOT_FINITE:
+                if event == "resume" and row.get("reason") in RETURNS:
                     self.tensorboard.close()
                     self.tensorboard = self._tensorboard(row["step"])
                 for key, value in numbers.items():

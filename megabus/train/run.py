@@ -29,7 +29,7 @@ from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.params import UNIT_ERROR
 from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
-from megabus.report.history import NOT_FINITE
+from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.before import check_before
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
@@ -46,6 +46,7 @@ from megabus.train.resume import (
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.schedule import spent_share
 from megabus.train.settled import settle_kernels
+from megabus.train.spikes import Spikes
 from megabus.train.stop import StopRequests
 from megabus.train.watchdog import Watchdog, watched
 
@@ -65,6 +66,7 @@ class Run:
     saver: Saver
     requests: StopRequests
     watchdog: Watchdog
+    spikes: Spikes
     progress: Progress = field(default_factory=Progress)
     saved_step: int | None = None  # of the newest checkpoint that is written, or being written
     save_is_due: bool = False
@@ -148,7 +150,8 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     engine = _engine(config, stages, found.state.stage if found else 0)
     watchdog.heartbeat()
     machine = environment(engine.device)
-    run = Run(config, stages, corpora, engine, monitor, metrics, saver, requests, watchdog)
+    spikes = Spikes(config.faults.spikes, engine.device)
+    run = Run(config, stages, corpora, engine, monitor, metrics, saver, requests, watchdog, spikes)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
     else:
@@ -234,6 +237,7 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
         now.since.step_flops,
     ):
         run.mark()
+    run.spikes.begin(found.state.recent)
     run.saved_step = now.step
     run.pace.clear()
     run.monitor.load_state_dict(found.state.monitor)
@@ -252,19 +256,24 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
 def roll_back(run: Run) -> None:
     """Return to the newest checkpoint, and pass over the data up to here. Collective."""
     failed, limit = run.progress, run.config.faults.max_rollbacks
-    problem = f"is not finite at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
+    spike = run.spikes.stands_out
+    what, value = ("is a spike", "a number") if spike else ("is not finite", "nan")
+    problem = f"{what} at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
     remedy = "lower optimizer.lr or look at the data of those steps"
+    if spike:
+        remedy += ", or set faults.spikes.lasting to accept"
     if failed.rollbacks >= limit:
-        raise UserError("train.loss", "nan", f"{problem}, after {limit} return(s) to a checkpoint", remedy)
+        raise UserError("train.loss", value, f"{problem}, after {limit} return(s) to a checkpoint", remedy)
     found = find_checkpoint(run.saver.root, run.config.resume == "strict", run.watchdog.heartbeat)
     if found is None:
-        raise UserError("train.loss", "nan", f"{problem}, and there is no checkpoint to return to", remedy)
+        raise UserError("train.loss", value, f"{problem}, and there is no checkpoint to return to", remedy)
     run.engine.close()
     run.engine = _engine(run.config, run.stages, found.state.stage)
     run.watchdog.heartbeat()
-    go_on_from(run, found, {"reason": NOT_FINITE, "changes": [], "from_step": failed.step})
+    go_on_from(run, found, {"reason": SPIKE if spike else NOT_FINITE, "changes": [], "from_step": failed.step})
     run.progress.position = align_up(failed.position, run.stage.seq_len)
-    run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
+    run.progress.nonfinite, run.progress.spikes = failed.nonfinite, failed.spikes
+    run.progress.rollbacks = failed.rollbacks + 1
     run.mark()
 
 
