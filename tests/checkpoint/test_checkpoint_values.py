@@ -252,7 +252,10 @@ def test_a_model_that_the_files_do_not_hold_is_refused(tmp_path):
                 megabus.load(folder)
 
 
-@pytest.mark.parametrize("key", ["format", *(item.name for item in fields(SavedState))])
+LATER = ("recent", "averaged")  # keys of the state that came later: one that lacks them is whole
+
+
+@pytest.mark.parametrize("key", ["format", *(item.name for item in fields(SavedState) if item.name not in LATER)])
 def test_a_key_that_the_state_lacks_is_named(folder, key):
     tree = json.loads((folder / STATE).read_text())
     del tree[key]
