@@ -300,6 +300,28 @@ class LogConfig(Section):
     peak_tflops: Positive | None = Field(None, description="of one device, in TFLOP/s, for MFU; known for common GPUs")
 
 
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class CallbackConfig(Section):
+    """A class of yours that is told of steps, validations, growths and saves (docs/callbacks.md)."""
+
+    name: Pathname = Field(description="path/to/file.py:Class, or module:Class; a subclass of megabus.Callback")
+    arguments: dict[str, Any] = Field({}, description="what it is made with, by name")
+    on_error: Literal["stop", "drop"] = Field(
+        "stop", description="what an exception in it does: end the run with a checkpoint, or go on without it"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _has_two_parts(cls, value: str) -> str:
+        place, _, attribute = value.rpartition(":")
+        if not place or not attribute.isidentifier():
+            raise ValueError("names no class; write path/to/file.py:Class, or module:Class")
+        return value
+
+
 class CheckpointConfig(Section):
     """Sharded checkpoints under RUN_DIR/checkpoints; the last state of a run is always saved."""
 
@@ -384,6 +406,9 @@ class RunConfig(Section):
     data: DataConfig
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    callbacks: list[Annotated[CallbackConfig, BeforeValidator(_named)]] = Field(
+        [], description="what else is told of the run; a name alone stands for a class without arguments"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
     preflight: PreflightConfig = PreflightConfig()

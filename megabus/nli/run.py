@@ -27,7 +27,7 @@ from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
 from megabus.scoring.harness import Scores
 from megabus.scoring.likelihood import SequenceLoss, train_step
 from megabus.train.environment import environment
-from megabus.train.metrics import describe
+from megabus.train.log import describe
 from megabus.train.schedule import learning_rate
 from megabus.train.watchdog import watched
 

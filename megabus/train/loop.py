@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -22,8 +24,8 @@ from megabus.model.peak import peak_flops
 from megabus.parallel.agree import on_any_rank, rank_0_says
 from megabus.parallel.fragments import decay_of
 from megabus.report.history import NOT_FINITE, SPIKE
+from megabus.train.callbacks import Callback
 from megabus.train.environment import peak_memory
-from megabus.train.metrics import describe, step_line
 from megabus.train.run import Run, roll_back, sizes, started, watch_stage
 from megabus.train.saving import close, collect, finish, save, warn_unwritten
 from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor, spent_share
@@ -40,20 +42,23 @@ class Outcome:
     stopped: bool
 
 
-def train(config: RunConfig) -> Outcome:
-    """Train to the end of the budget, from the run's newest checkpoint if there is one. Collective."""
+def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Outcome:
+    """Train to the end of the budget, from the run's newest checkpoint if there is one. Collective.
+
+    callbacks: this rank's, beside those that the configuration names; as many of the same kind on every rank.
+    """
     run_dir, rank = Path(config.run_dir), dist.get_rank()
     with listening(run_dir, rank == 0) as requests, watched(config.faults.hang_timeout, rank) as watchdog:
         try:
-            return _train(config, requests, watchdog)
+            return _train(config, callbacks, requests, watchdog)
         except StoppedError:
             if rank == 0:
                 requests.obeyed()
             return Outcome(None, stopped=True)
 
 
-def _train(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Outcome:
-    with started(config, requests, watchdog) as run:
+def _train(config: RunConfig, callbacks: Sequence[Callback], requests: StopRequests, watchdog: Watchdog) -> Outcome:
+    with started(config, callbacks, requests, watchdog) as run:
         early = requests.of_any(run.engine.device)
         if run.progress.step == 0 and not early:
             observe(run, validate(run))
@@ -111,24 +116,17 @@ def train_step(run: Run) -> None:
     unit_error = None
     if now.step % config.log.unit_norm_every == 0:
         unit_error = run.engine.unit_error()
-    if run.metrics is not None:
-        elapsed = time.perf_counter() - begun
-        if not skipped:
-            _log_step(run, result, lr, unit_error, elapsed, cost)
-        else:
-            _tell_skip(run, result)
+    elapsed = time.perf_counter() - begun
+    row = _step_row(run, result, lr, unit_error, elapsed, cost)
+    run.tell("skip" if skipped else "step", row | (_why_skipped(run, result) if skipped else {}))
     run.spikes.see(result)
 
 
-def _tell_skip(run: Run, result: StepResult) -> None:
-    assert run.metrics is not None
-    row = {"loss": result.loss, "grad_norm": result.grad_norm, "reason": SPIKE if result.refused else NOT_FINITE}
-    why = ""
-    if result.refused and (most := run.spikes.limits) is not None:
-        row |= {"loss_limit": most.loss, "grad_norm_limit": most.grad_norm}
-        why = f", a spike: by the last updates at most {most.loss:.4f} and {most.grad_norm:.3g}"
-    run.metrics.write("skip", run.totals | row)
-    say(f"step {run.progress.step:>5} | loss {result.loss} |g| {result.grad_norm}: no update{why}")
+def _why_skipped(run: Run, result: StepResult) -> dict[str, Any]:
+    if not result.refused:
+        return {"reason": NOT_FINITE}
+    most = run.spikes.limits
+    return {"reason": SPIKE} | ({"loss_limit": most.loss, "grad_norm_limit": most.grad_norm} if most else {})
 
 
 def _watch(run: Run, doing: str) -> None:
@@ -165,12 +163,13 @@ def agree_on_step_end(run: Run) -> bool:
     return unsound
 
 
-def _log_step(run: Run, result: StepResult, lr: float, unit_error: float | None, elapsed: float, cost: float) -> None:
-    assert run.metrics is not None
-    world, step = run.stage.layout.world, run.progress.step
+def _step_row(
+    run: Run, result: StepResult, lr: float, unit_error: float | None, elapsed: float, cost: float
+) -> dict[str, Any]:
+    world = run.stage.layout.world
     tokens_per_s = run.stage.tokens_per_step / elapsed
     peak = peak_flops(run.config.log.peak_tflops, run.config.train.precision)
-    row = run.totals | {
+    row = {
         "loss": result.loss,
         "lr": lr,
         "grad_norm": result.grad_norm,
@@ -184,19 +183,7 @@ def _log_step(run: Run, result: StepResult, lr: float, unit_error: float | None,
         row["boost"] = run.engine.boost.factor
     if run.engine.angle_cap is not None and isfinite(run.engine.angle_cap.bound):
         row["max_angle"] = run.engine.angle_cap.bound
-    run.metrics.write("step", row)
-    run.pace.append((time.monotonic(), run.share))
-    if step % run.config.log.every == 0 or run.share >= 1:
-        say(step_line(row, run.stage, run.view if run.can_grow else None, _seconds_left(run)))
-
-
-def _seconds_left(run: Run) -> float | None:
-    """None before there are two steps to go by, since the start or the last growth; a second at least while there is a
-    step to go, since none left would read as the end."""
-    (first, low), (last, high) = run.pace[0], run.pace[-1]
-    if high >= 1:
-        return 0.0
-    return max(1.0, (1 - high) * (last - first) / (high - low)) if high > low else None
+    return row
 
 
 def validate(run: Run) -> float:
@@ -226,39 +213,34 @@ def stage_is_spent(run: Run) -> bool:
     return run.can_grow and cap_is_reached(*used, stage.max_tokens, stage.max_flops)
 
 
-def observe(run: Run, loss: float, told: bool = False) -> GrowthSignal:
-    """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision. told: the log has it."""
-    signal, now, averaged = None, run.progress, _averaged_losses(run)
-    if run.metrics is not None:
+def observe(run: Run, loss: float) -> GrowthSignal:
+    """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision."""
+    signal, now = None, run.progress
+    row: dict[str, Any] = {"loss": loss, "bits_per_byte": run.corpora.sources.bits_per_byte(loss)}
+    if means := _averaged_losses(run):
+        row["ema"] = means
+    if dist.get_rank() == 0:
         only_cap = decays(run.config.optimizer, run.share)
         decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=only_cap)
         run.view = decision.view
-        extra = decision.view.as_dict() if decision.view is not None else {}
-        predictor = run.config.growth.trigger.predictor
-        if decision.view is not None and (warning := never_met(decision.view, loss, predictor)):
-            say(warning)
-        bits = run.corpora.sources.bits_per_byte(loss)
-        means = {"ema": averaged} if averaged else {}
-        run.metrics.write("eval", run.totals | {"loss": loss, "bits_per_byte": bits} | means | extra)
-        if not told:
-            say(f"step {now.step:>5} | validation loss {loss:.4f}" + (f", {bits:.4f} bits/byte" if bits else ""))
-        if averaged:
-            texts = (f"{mean:.4f} with decay {decay}" for decay, mean in averaged.items())
-            say(f"step {now.step:>5} | validation loss of running means: {', '.join(texts)}")
-        if run.config.log.why and decision.view is not None:
-            say(f"step {now.step:>5} | {why(decision, decision.view, run.config.growth.trigger, only_cap)}")
+        trigger = run.config.growth.trigger
+        if decision.view is not None:
+            row |= decision.view.as_dict()
+            if warning := never_met(decision.view, loss, trigger.predictor):
+                say(warning)
+            if run.config.log.why:
+                row["why"] = why(decision, decision.view, trigger, only_cap)
         growing = decision.grow and run.can_grow and run.share < 1
         signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing, now.step)
+    run.tell("eval", row)
     _gauge(run)
     return broadcast_decision(signal, device=run.engine.device)
 
 
 def _gauge(run: Run) -> None:
     """What is too dear for every step, beside a validation: how the gains lie, and what memory the ranks take."""
-    gains, memory = run.engine.gain_percentiles(), peak_memory(run.engine.device)
-    if run.metrics is not None:
-        run.metrics.write("gains", run.totals | gains)
-        run.metrics.write("memory", run.totals | memory)
+    run.tell("gains", run.engine.gain_percentiles())
+    run.tell("memory", peak_memory(run.engine.device))
 
 
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
@@ -275,11 +257,11 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     run.spikes.begin()  # what a growth makes of the loss is no spike
     run.mark()
     now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})
-    run.pace.clear()
     run.watchdog.heartbeat()
-    unit_error = run.engine.unit_error()
-    if run.metrics is not None:
-        row = run.totals | {
+    watch_stage(run)
+    run.tell(
+        "growth",
+        {
             "from_stage": old.index,
             "to_stage": new.index,
             "old": sizes(old),
@@ -289,17 +271,11 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
             "reason": signal.reason,
             "loss_before": before,
             "loss_after": after,
-            "unit_error": unit_error,
+            "unit_error": run.engine.unit_error(),
             "stall_s": stall,
             "bytes_sent": grown.sent,
             "bytes_kept": grown.kept,
-        }
-        run.metrics.write("growth", row)
-        say(
-            f"step {now.step:>5} | GROWTH ({signal.reason}) {describe(old)} -> {describe(new)} | loss {before:.6f} -> "
-            f"{after:.6f} | {stall:.1f} s, {grown.sent / 2**20:.1f} MiB sent"
-        )
-    watch_stage(run)
+        },
+    )
     # The grown size's first loss is the start of its own kappa; it does not grow at once.
-    same = new.seq_len == old.seq_len
-    observe(run, after if same else validate(run), told=same)
+    observe(run, after if new.seq_len == old.seq_len else validate(run))

@@ -1,4 +1,4 @@
-"""Where progress goes: a line for people, `metrics.jsonl` for programs, wandb and TensorBoard if asked for."""
+"""Where a run's rows go: `metrics.jsonl`, and wandb and TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megabus.config import RunConfig, Stage
+from megabus.config import RunConfig
 from megabus.errors import UserError
-from megabus.kappa.monitor import KappaView, bar
 from megabus.report.history import RETURNS
-from megabus.table import clock
+from megabus.train.callbacks import Callback, Row
+
+if TYPE_CHECKING:
+    from megabus.train.run import Run
 
 STEP = "trainer/step"  # wandb's x axis
 FILE, TENSORBOARD, WANDB, WANDB_ID = SINKS = ("metrics.jsonl", "tensorboard", "wandb", "wandb-id")  # in a run_dir
 
 
-class Metrics:
+class Metrics(Callback):
     """Rank 0's sinks. Every row is a flat-ish JSON object with `event` and the run's totals.
 
     `resumed_at`: the step that a resumed run goes on from; its rows follow those that are there. None begins anew.
@@ -69,7 +71,13 @@ class Metrics:
         purge = None if resumed_at is None else resumed_at + 1  # what came after is told anew
         return SummaryWriter(self.run_dir / TENSORBOARD, purge_step=purge)
 
-    def write(self, event: str, row: dict[str, Any]) -> None:
+    def on_row(self, run: Run, row: Row) -> None:
+        self.write(row["event"], row)
+
+    def on_end(self, run: Run) -> None:
+        self.close()
+
+    def write(self, event: str, row: Row) -> None:
         clean = _clean(row)
         self.file.write(json.dumps({"event": event, **clean}))
         numbers = dict(_numbers(event, clean))
@@ -152,26 +160,3 @@ class RowFile:
 def _whole_lines(path: Path) -> int:
     """Bytes up to the end of the last whole line: a killed run may have left a piece of one."""
     return path.read_bytes().rfind(b"\n") + 1
-
-
-def describe(stage: Stage) -> str:
-    model = stage.model
-    return f"d{model.d_model} L{model.n_layers} H{model.n_heads} ff{model.d_ff} {stage.layout}"
-
-
-def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: float | None) -> str:
-    """eta_s: seconds left, if that is known."""
-    parts = [
-        f"step {row['step']:>5}",
-        describe(stage),
-        f"loss {row['loss']:.4f}",
-        f"lr {row['lr']:.2e}",
-        f"|g| {row['grad_norm']:.2f}",
-        f"{row['tokens_per_s']:,.0f} tok/s ({row['tokens_per_s_per_gpu']:,.0f}/rank)",
-    ]
-    if row["mfu"] is not None:
-        parts.append(f"MFU {row['mfu']:.1%}")
-    if view is not None and view.progress is not None:
-        parts.append(bar(view.progress, view.kappa))
-    parts.append(f"{row['share']:.0%} done" + ("" if eta_s is None else f", {clock(eta_s)} left"))
-    return " | ".join(parts)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # a start need not have it
     from megabus.convert.source import FolderSource
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
-FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "preflight", "data")
+FREE = ("run_dir", "resume", "layout", "log", "callbacks", "checkpoint", "preflight", "data")
 FREE_KEYS = (
     "layout",
     "micro_batch_size",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +19,7 @@ from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
 from megabus.data.order import align_up
 from megabus.engine.engine import Engine
-from megabus.errors import UserError, say, warn
+from megabus.errors import UserError, warn
 from megabus.growth.transition import stage_engine
 from megabus.kappa.marginal import Ahead
 from megabus.kappa.monitor import KappaMonitor, KappaView
@@ -31,10 +30,12 @@ from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
 from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.before import check_before
+from megabus.train.callbacks import Callback, Row, guarded
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
 from megabus.train.horizon import at_horizon
-from megabus.train.metrics import Metrics, describe
+from megabus.train.log import Log
+from megabus.train.metrics import Metrics
 from megabus.train.resume import (
     check_begins,
     check_continues,
@@ -62,7 +63,8 @@ class Run:
     corpora: Corpora
     engine: Engine
     monitor: KappaMonitor  # every rank has one; rank 0's alone is fed and asked
-    metrics: Metrics | None  # on rank 0
+    metrics: Metrics | None  # on rank 0, the first of the callbacks
+    callbacks: Sequence[Callback]
     saver: Saver
     requests: StopRequests
     watchdog: Watchdog
@@ -73,7 +75,17 @@ class Run:
     stopping: bool = False
     warned_unwritten: bool = False  # that the metrics cannot be written, until they can
     view: KappaView | None = None
-    pace: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))  # (clock, share)
+
+    @property
+    def is_rank_0(self) -> bool:
+        return self.metrics is not None
+
+    def tell(self, event: str, row: Row) -> None:
+        """Tell all callbacks what has happened: `row` with the run's totals, a save's with those of the step that was
+        saved. Every rank does."""
+        totals = {} if event == "save" else self.totals
+        for callback in self.callbacks:
+            callback.on_row(self, {"event": event} | totals | row)
 
     @property
     def stage(self) -> Stage:
@@ -103,9 +115,13 @@ class Run:
         return self.stage.index + 1 < len(self.stages)
 
 
-def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: RunLock) -> Run:
+def start(
+    config: RunConfig, passed: Sequence[Callback], requests: StopRequests, watchdog: Watchdog, lock: RunLock
+) -> Run:
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage. Raises
     `StoppedError` if asked to before anything is left in the run's directory."""
+    with agreement():
+        users = guarded(config, passed)
     full = config.preflight.enabled
     judge, reserve = partial(check_before, config), partial(_reserve, config, lock)
     stages, sources, notes = preflight(config, judge, reserve, watchdog.heartbeat, full)
@@ -151,7 +167,8 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
     watchdog.heartbeat()
     machine = environment(engine.device)
     spikes = Spikes(config.faults.spikes, engine.device)
-    run = Run(config, stages, corpora, engine, monitor, metrics, saver, requests, watchdog, spikes)
+    callbacks = users if metrics is None else [metrics, Log(), *users]
+    run = Run(config, stages, corpora, engine, monitor, metrics, callbacks, saver, requests, watchdog, spikes)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
     else:
@@ -162,11 +179,8 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
             engine.write_initial(config.train.seed)
         run.mark()
         watch_stage(run)
-        if run.metrics is not None:
-            row = {"sizes": sizes(run.stage), "layout": str(run.stage.layout), "environment": machine}
-            run.metrics.write("start", run.totals | row)
-            parameters = f"{count_parameters(run.stage.model):,} parameters"
-            say(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}")
+        layout = str(run.stage.layout)
+        run.tell("start", {"sizes": sizes(run.stage), "layout": layout, "environment": machine})
     with agreement():
         if dist.get_rank() == 0:  # of a run that was killed before it could
             prune(root, keep.keep_last, keep.keep_every)
@@ -183,6 +197,8 @@ def _tell_unit_error(engine: Engine) -> None:
 
 def check_only(config: RunConfig) -> None:
     """The preflight of a run that is not started: nothing is left behind. Collective."""
+    with agreement():
+        guarded(config, ())
     lock = RunLock(Path(config.run_dir))
     try:
         with watched(config.faults.hang_timeout, dist.get_rank()) as watchdog:
@@ -208,11 +224,11 @@ def _engine(config: RunConfig, stages: list[Stage], index: int) -> Engine:
 
 
 @contextmanager
-def started(config: RunConfig, requests: StopRequests, watchdog: Watchdog) -> Iterator[Run]:
+def started(config: RunConfig, passed: Sequence[Callback], requests: StopRequests, watchdog: Watchdog) -> Iterator[Run]:
     """A run from `start` until the block ends. After an error a save that is going on may still become a checkpoint."""
     lock = RunLock(Path(config.run_dir))
     try:
-        run = start(config, requests, watchdog, lock)
+        run = start(config, passed, requests, watchdog, lock)
         try:
             yield run
         except UserError:
@@ -239,18 +255,11 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
         run.mark()
     run.spikes.begin(found.state.recent)
     run.saved_step = now.step
-    run.pace.clear()
     run.monitor.load_state_dict(found.state.monitor)
     run.monitor.retarget(_span(run))
     run.view = run.monitor.view(now.tokens, now.flops)
-    if run.metrics is not None:
-        layouts = {"layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
-        run.metrics.write("resume", run.totals | layouts | why)
-        say(f"resuming at step {now.step}: {describe(run.stage)}, from {found.folder} ({found.state.layout})")
-        if run.share >= 1:
-            say("the run has reached its budget already: raise train.max_* to go on")
-        for change in why["changes"]:
-            say(f"changed since it was saved: {change}")
+    layouts = {"layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
+    run.tell("resume", layouts | why)
 
 
 def roll_back(run: Run) -> None:

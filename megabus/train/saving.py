@@ -13,6 +13,7 @@ from megabus.checkpoint.store import folder_of
 from megabus.errors import UserError, warn
 from megabus.parallel.agree import agreement
 from megabus.parallel.fragments import KINDS
+from megabus.train.callbacks import Guarded
 from megabus.train.resume import data_order
 from megabus.train.run import Run
 
@@ -42,9 +43,8 @@ def collect(run: Run) -> Save | None:
     if ended is None:
         return None
     run.watchdog.heartbeat()
-    if run.metrics is not None:
-        row = {"step": ended.step, "stall_s": ended.stall_s, "write_s": ended.write_s, "bytes": ended.bytes}
-        run.metrics.write("save", row | {"error": None if ended.error is None else str(ended.error)})
+    row = {"step": ended.step, "stall_s": ended.stall_s, "write_s": ended.write_s, "bytes": ended.bytes}
+    run.tell("save", row | {"error": None if ended.error is None else str(ended.error)})
     if ended.error is None:
         run.progress.rollbacks = 0  # there is a checkpoint beyond the trouble
     else:
@@ -71,7 +71,8 @@ def warn_unwritten(run: Run) -> None:
 
 
 def finish(run: Run) -> Path:
-    """Save the last state, wait for it, and close everything; the newest checkpoint. Collective."""
+    """Save the last state, wait for it, and close everything; the newest checkpoint. Raises what a callback has ended
+    the run with. Collective."""
     collect(run)
     # A run that is stopped amid non-finite steps leaves it to the next start to come here again.
     amid = run.progress.nonfinite_in_a_row > 0 and run.share < 1 and run.saved_step is not None
@@ -83,14 +84,17 @@ def finish(run: Run) -> Path:
         raise last.error
     if dist.get_rank() == 0:
         run.requests.obeyed()
+    for callback in run.callbacks:
+        if isinstance(callback, Guarded) and callback.failure is not None:
+            raise callback.failure
     assert run.saved_step is not None
     return folder_of(run.saver.root, run.saved_step)
 
 
 def close(run: Run) -> None:
     """End what is open, with nothing saved."""
-    if run.metrics is not None:
-        run.metrics.close()
+    for callback in reversed(run.callbacks):  # what they still tell goes into the metrics
+        callback.on_end(run)
     run.engine.close()
 
 

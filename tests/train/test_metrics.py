@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +17,9 @@ from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.schema import KappaConfig
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
-from megabus.train.loop import _seconds_left
-from megabus.train.metrics import Metrics, clock, describe, step_line
+from megabus.table import clock
+from megabus.train.log import describe, seconds_left, step_line
+from megabus.train.metrics import Metrics
 from megabus.train.run_dir import open_metrics
 
 TREE: dict[str, Any] = {
@@ -150,7 +152,7 @@ def test_a_step_line_without_a_pace_says_no_time(stage: Stage) -> None:
 
 def test_time_is_told_from_the_second_step_of_a_start_or_a_growth_on() -> None:
     def left(*pace: tuple[float, float]) -> float | None:
-        return _seconds_left(SimpleNamespace(pace=pace))  # type: ignore[arg-type]
+        return seconds_left(deque(pace))
 
     assert left((0.0, 0.25)) is None
     assert left((0.0, 0.25), (10.0, 0.25)) is None  # a budget that has just been raised
@@ -287,7 +289,6 @@ def with_wandb(tmp_path: Path, body: str) -> Path:
 import json, sys
 from pathlib import Path
 from megabus.config import parse_config
-from megabus.train.loop import _seconds_left
 from megabus.train.metrics import Metrics
 config, STEP, MEMORY = parse_config(json.loads(sys.argv[1])), *map(json.loads, sys.argv[2:])
 GAINS = dict(step=31, s_qk=dict(p0=0.5, p100=1.5))

@@ -1,0 +1,161 @@
+"""A user's own callback: told of everything through growths and resumes, and what becomes of a run that it fails in."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support.small_runs import attempt, checkpoints, refusal, rows_of, run_config, start, stop_after, write_corpus
+
+import megabus
+from megabus.errors import UserError
+from megabus.testing.ranks import run_ranks
+
+PAGE = Path(__file__).parents[2] / "docs/callbacks.md"
+RAISES = """
+import torch.distributed as dist
+from megabus import Callback
+
+class Raises(Callback):
+    def __init__(self, where, rank):
+        self.where, self.rank = where, rank
+
+    def on_row(self, run, row):
+        super().on_row(run, row)
+        if row["event"] == self.where and row["step"] == 9 and dist.get_rank() == self.rank:
+            raise KeyError("no such thing")
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def of_the_page(tmp_path):
+    """The callback that the documents show, as it stands there."""
+    (code,) = re.findall(r"```python title=\"watch.py\"\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "watch.py").write_text(code)
+    assert len(code.strip().splitlines()) == 10
+    return f"{tmp_path / 'watch.py'}:Watch"
+
+
+def test_it_is_told_of_all_through_growths_and_a_resume(corpus, tmp_path, of_the_page, capfd):
+    """On two ranks that are laid out anew; and the run's bits are those of a run without it."""
+    layouts = [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}]
+    changes = {"checkpoint__every": 6, "train__max_tokens": 2400}
+    plain = start(run_config(corpus, tmp_path / "plain", layouts, **changes), 2)
+    named = [{"name": of_the_page, "arguments": {"path": str(tmp_path / "seen.txt")}}]
+    config = run_config(corpus, tmp_path / "run", layouts, callbacks=named, **changes)
+    first = start(config, 2, stop_after(11))
+    second = start(config, 2)
+    whole = [a.steps + b.steps for a, b in zip(first, second, strict=True)]
+    assert whole == [rank.steps for rank in plain]
+    grown = [f"grown at step {row['step']}: loss {row['loss_after']:.4f}" for row in rows_of(config, "growth")]
+    assert len(grown) == 2
+    assert (tmp_path / "seen.txt").read_text().splitlines() == grown
+
+
+@pytest.mark.parametrize(("where", "rank"), [("step", 1), ("growth", 0), ("save", 1)])
+def test_a_run_ends_with_a_checkpoint_where_one_raises_on_one_rank(corpus, tmp_path, capfd, where, rank):
+    (tmp_path / "raises.py").write_text(RAISES)
+    named = {"name": f"{tmp_path / 'raises.py'}:Raises", "arguments": {"where": where, "rank": rank}}
+    cap = {"growth__max_tokens": 9 * 128, "checkpoint__every": 9, "train__max_tokens": 128 * 12}
+    config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=[named], **cap)
+    ranks = attempt(config, 2)
+    method = f"on_{where}" if where != "step" else "on_step"
+    problem = f"raised KeyError: 'no such thing' in {method} after step "
+    for told in ranks:
+        assert told.error.startswith(f"callbacks.0 = Raises: {problem}")
+        assert told.error.endswith(f"on rank {rank}; the run is saved up to there: mend it and start again, or set "
+                                   "on_error: drop")
+        assert told.numbers[-1] < 12
+    assert checkpoints(config)[-1] == f"step-{ranks[0].numbers[-1]:08d}"
+    err = capfd.readouterr().err
+    assert err.count("Traceback") == 1  # the rank's own
+    assert 'raise KeyError("no such thing")' in err
+
+    dropping = config.model_copy(update={"callbacks": [config.callbacks[0].model_copy(update={"on_error": "drop"})]})
+    dropping = dropping.model_copy(update={"run_dir": str(tmp_path / "dropping")})
+    whole = start(dropping, 2)
+    assert whole[0].numbers[-1] > ranks[0].numbers[-1]
+    assert capfd.readouterr().err.count("it is told nothing any more") == 1
+
+
+def test_it_is_refused_before_anything_is_made(corpus, tmp_path):
+    """In one line each, on every rank."""
+    file = tmp_path / "mine.py"
+    file.write_text("from megabus import Callback\nclass Good(Callback):\n    pass\nclass Other:\n    pass\n")
+    (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
+    cases = [
+        (f"{file}:Missing", {}, "callbacks.0 = ", f"{file} has no Missing; name a class of it"),
+        (f"{file}:Other", {}, "callbacks.0 = ", "is no megabus.Callback; derive its class from that"),
+        (f"{file}:Good", {"every": 3}, "callbacks.0.arguments = ", "are not taken (TypeError: "),
+        (f"{tmp_path}/none.py:Good", {}, "callbacks.0 = ", "cannot be imported (FileNotFoundError: "),
+        ("no_such_module:Good", {}, "callbacks.0 = ", "No module named 'no_such_module'"),
+        (f"{tmp_path}/broken.py:Good", {}, "callbacks.0 = ", "broken.py:1); mend the name"),
+    ]
+    configs = []
+    for name, arguments, *_ in cases:
+        named = [{"name": name, "arguments": arguments}]
+        configs.append(run_config(corpus, tmp_path / "run", [{}] * 3, callbacks=named))
+    (lines,) = run_ranks(1, _refused, configs)
+    for line, (*_, begins, holds) in zip(lines, cases, strict=True):
+        assert line.startswith(begins), line
+        assert holds in line
+        assert "\n" not in line
+    assert not (tmp_path / "run").exists()
+    for name in ("mine.py", "mine:", ":Good", "mine.py:not a name"):
+        with pytest.raises(UserError, match=r"callbacks\.0\.name = .*: names no class; write path"):
+            run_config(corpus, tmp_path / "run", [{}] * 3, callbacks=[name])
+
+
+def _refused(configs):
+    import megabus.train.loop as loop
+
+    lines = []
+    for config in configs:
+        with pytest.raises(UserError) as caught:
+            loop.train(config)
+        lines.append(str(caught.value))
+    return lines
+
+
+class Own(megabus.Callback):
+    """Writes rows of its own, and hears of them as all do."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_row(self, run, row):
+        self.heard.append((row["event"], row["step"]))
+        super().on_row(run, row)
+
+    def on_step(self, run, row):
+        if row["step"] == 2:
+            run.tell("mine", {"twice": 2 * row["step"]})
+
+    def on_end(self, run):
+        run.tell("end", {})
+
+
+def test_python_is_given_the_same(corpus, tmp_path):
+    config = run_config(corpus, tmp_path / "run", [{}] * 3, train__max_tokens=128 * 3)
+    ((heard, folder),) = run_ranks(1, _from_python, config)
+    assert folder == str(tmp_path / "run/checkpoints/step-00000003")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert heard == [(row["event"], row["step"]) for row in rows]
+    (own,) = rows_of(config, "mine")
+    assert (own["twice"], own["tokens"]) == (4, 256)
+    assert heard[-1] == ("end", 3)
+
+
+def _from_python(config):
+    own = Own()
+    outcome = megabus.train(config.model_dump(), callbacks=[own])
+    with pytest.raises(UserError, match="is no megabus.Callback"):
+        megabus.train(config, callbacks=[object()])
+    return own.heard, str(outcome.checkpoint)
