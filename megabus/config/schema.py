@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
+from megabus.config.faults import FaultsConfig, ProfileConfig
 from megabus.config.model import ModelConfig as ModelConfig
 from megabus.config.paths import Pathname
 from megabus.config.section import (
@@ -25,7 +26,6 @@ from megabus.config.section import (
     Positive,
     Section,
     Share,
-    Wait,
     Width,
 )
 
@@ -298,6 +298,7 @@ class LogConfig(Section):
     wandb_mode: Literal["offline", "online"] = Field("offline", description="offline writes to disk, to sync later")
     tensorboard: bool = Field(False, description="write metrics for TensorBoard too (needs tensorboard)")
     peak_tflops: Positive | None = Field(None, description="of one device, in TFLOP/s, for MFU; known for common GPUs")
+    profile: ProfileConfig | None = None
 
 
 def _named(value: Any) -> Any:
@@ -330,44 +331,6 @@ class CheckpointConfig(Section):
     keep_every: Count | None = Field(None, description="keep for good those at multiples of this many steps")
     asynchronous: bool = Field(True, description="write while training goes on (costs a copy in host memory)")
     on_error: Literal["continue", "stop"] = Field("continue", description="what a full disk does to the run")
-
-
-class SpikesConfig(Section):
-    """A loss or gradient norm far above those of the last steps: such a step is skipped, as one that is not finite."""
-
-    deviations: Positive = Field(
-        8.0,
-        description="times the spread (1.4826 MAD, which of normally distributed steps is a standard deviation) above "
-        "the median of the window",
-    )
-    window: Annotated[Count, Field(ge=8, le=2**16)] = Field(
-        128, description="updates of this stage that median and spread are of; half of them must be there"
-    )
-    lasting: Literal["roll_back", "accept"] = Field(
-        "roll_back",
-        description="more in a row than faults.max_skips: return to the last checkpoint, past their data, or take them "
-        "for a new level, and begin the window anew",
-    )
-
-
-class FaultsConfig(Section):
-    """What a run does about its accidents."""
-
-    max_skips: Annotated[int, Field(ge=0)] = Field(
-        3, description="steps in a row with a non-finite loss or gradient that are skipped; more roll back"
-    )
-    spikes: SpikesConfig | None = None
-    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
-        2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
-    )
-    hang_timeout: Wait = Field(
-        600.0,
-        description="seconds without progress in which a rank ends, its stacks shown some seconds before; also how "
-        "long they wait for each other at the start",
-    )
-    stop_exit_code: Annotated[int, Field(ge=0, le=255)] = Field(
-        0, description="of a run that saved because of a signal or the stop file; a scheduler's requeue code"
-    )
 
 
 class PreflightConfig(Section):

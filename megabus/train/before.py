@@ -27,6 +27,7 @@ from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
 from megabus.train.on_gpu import check_deterministic, slow_heads
 from megabus.train.overtaken import check_growths
+from megabus.train.profile import check_profile
 from megabus.train.resume import check_begins, check_stage
 from megabus.train.settled import rows_of
 
@@ -60,6 +61,7 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     form, why_eager = _kernels(config, stages)
     said = [*outlook(stages, config.growth.trigger), *why_eager]
+    check_profile(config, stages)
     warned = _of_device(config, stages)
     computed = config.model_copy(update={"train": config.train.model_copy(update={"kernels": form})})
     warned += _check_memory(computed, stages)  # before a preflight, which looks more closely and takes longer for it

@@ -39,6 +39,11 @@ class Log(Callback):
                 say("the run has reached its budget already: raise train.max_* to go on")
             for change in row["changes"]:
                 say(f"changed since it was saved: {change}")
+        elif row["event"] == "profile":
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
+            say(
+                f"step {row['step']:>5} | profile of steps {row['first']} to {row['last']} in {row['folder']}: {shares}"
+            )
         super().on_row(run, row)
 
     def on_step(self, run: Run, row: Row) -> None:

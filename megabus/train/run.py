@@ -36,6 +36,7 @@ from megabus.train.environment import environment
 from megabus.train.horizon import at_horizon
 from megabus.train.log import Log
 from megabus.train.metrics import Metrics
+from megabus.train.profile import Profile
 from megabus.train.resume import (
     check_begins,
     check_continues,
@@ -168,6 +169,8 @@ def start(
     machine = environment(engine.device)
     spikes = Spikes(config.faults.spikes, engine.device)
     callbacks = users if metrics is None else [metrics, Log(), *users]
+    if config.log.profile is not None:
+        callbacks = [*callbacks, Profile(config.log.profile, config.run_dir)]
     run = Run(config, stages, corpora, engine, monitor, metrics, callbacks, saver, requests, watchdog, spikes)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})

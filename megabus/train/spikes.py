@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megabus.config.schema import SpikesConfig
+from megabus.config.faults import SpikesConfig
 from megabus.engine.engine import StepResult
 from megabus.upload import upload
 

@@ -21,8 +21,12 @@ from megabus.convert.source import OpenFiles
 from megabus.convert.verify import verify
 from megabus.data.sources import open_sources
 from megabus.engine.averages import share
+from megabus.estimate.growth import growth_bytes
+from megabus.estimate.memory import states_at
+from megabus.growth.plan import plan_between
 from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape
+from megabus.preflight.files import checkpoint_bytes
 from megabus.train import loop
 
 STEP = 16 * 8  # tokens
@@ -167,6 +171,21 @@ def test_a_mean_that_is_not_there_is_named(tmp_path, whole):
     assert "(0.9, 0.5)" in done.stderr
     alone = converted(tmp_path, config.run_dir, "--to", "checkpoint", "--weights-only")
     assert state_of(alone)[1].averaged == {}
+
+
+def test_what_is_estimated_counts_means(corpus, tmp_path):
+    """Of each 4 bytes a parameter, wherever masters are counted."""
+    with_two, without = (configured(corpus, tmp_path / "run", {"dp": 2}, ema=ema) for ema in (DECAYS, []))
+    told = []
+    for config in (with_two, without):
+        old, new = resolve_stages(config, 2)
+        plan = plan_between(config, old, new)
+        states = states_at(config.train, old, plan.old, 0, 0)
+        told.append((states.masters, states.moments, growth_bytes(config, plan, new), checkpoint_bytes(config, [old])))
+    (masters, moments, growth, saved), (same, less, without_growth, less_saved) = told
+    assert (masters, moments - less) == (same, 2 * masters)
+    assert growth >= without_growth + 2 * (masters + states_at(with_two.train, new, plan.new, 0, 0).masters)
+    assert saved / less_saved == 20 / 12
 
 
 # ---- more ranks --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.small_runs import digest, read_state_of, rows_of, run_config, start, stop_after, untimed, write_corpus
 
-from megabus.config.schema import SpikesConfig
+from megabus.config.faults import SpikesConfig
 from megabus.engine.engine import StepResult
 from megabus.model.decoder import Decoder
 from megabus.report.history import read_rows, skipped_spikes
