@@ -34,7 +34,7 @@ from megabus.checkpoint.store import step_of
 from megabus.data.tokenizer.files import BESIDE, FILES, MODEL, TREE
 from megabus.errors import UserError
 from megabus.model.cost import totals
-from megabus.parallel.fragments import KINDS, Kind
+from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
 from megabus.plain_file import LARGEST, shown
@@ -81,7 +81,8 @@ def check_entry(found: Found, entry: Entry, heartbeat: Heartbeat = idle) -> None
     if shard is None:
         check_file(found.folder, entry, heartbeat)
         return
-    rank, kind = shard
+    rank, number = shard
+    kind = found.state.kinds[number]
     pieces = written_by(found.placement, rank, found.placement.owned(rank))
     tensors = {tensor_key(kind, piece.name): (kind, len(piece)) for piece in pieces}
     check_size(found.folder, entry)
@@ -185,10 +186,10 @@ def _tokenizer_in(folder: Path, names: Set[str]) -> Path | None:
     return next((folder / name for name in (TREE, MODEL) if name in names), None)
 
 
-def _shard_of(entry: Entry) -> tuple[int, Kind] | None:
-    """The rank and the kind that a shard's name says; None for another file."""
+def _shard_of(entry: Entry) -> tuple[int, int] | None:
+    """The rank and the number of the kind, from 0, that a shard's name says; None for another file."""
     match = _SHARD.fullmatch(entry.name)
-    return None if match is None else (int(match[1]) - 1, KINDS[int(match[2]) - 1])
+    return None if match is None else (int(match[1]) - 1, int(match[2]) - 1)
 
 
 def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) -> None:

@@ -49,7 +49,7 @@ def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     whole = Placement(model, Layout(1, 1, 1))
     flat = {Piece(name, 0, whole.numel(name)): torch.empty(whole.numel(name)) for name in whole.specs}
     into: Fragments = {piece: {"weight": values} for piece, values in flat.items()}
-    read_shards(folder, found.entries, found.placement, into, alone=True)
+    read_shards(found, into, alone=True)
     return model, {
         piece.name: values.view(global_shape(whole.specs[piece.name], model)) for piece, values in flat.items()
     }

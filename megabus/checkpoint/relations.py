@@ -5,6 +5,7 @@ All is told as ValueError or `UserError`, the key first. Nothing is made by a si
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from megabus.config.stages import check_cut
 from megabus.data.order import BLEND_PERIOD, align_up
 from megabus.kappa.monitor import SAVED, KappaState, Reason, check_saved
 from megabus.model.cost import count_parameters
-from megabus.parallel.fragments import KINDS
+from megabus.parallel.fragments import KINDS, decay_of, ema_kind
 from megabus.plain_file import shown
 
 if TYPE_CHECKING:
@@ -158,7 +159,10 @@ def _check_whole(state: SavedState) -> None:
         if not 0 < value < 2**31:
             raise ValueError(f"layout.{key}: {value} is no number of ranks")
     check_cut(state.model, layout)
-    _agree("kinds", state.kinds, "those of optimizer_step", KINDS if state.optimizer_step else KINDS[:1])
+    kinds = (*(KINDS if state.optimizer_step else KINDS[:1]), *state.averaged)
+    _agree("kinds", state.kinds, "those of optimizer_step and averaged", kinds)
+    for kind, updates in state.averaged.items():
+        _check_mean(kind, updates, now.step)
     _agree("progress.growths", len(now.growths), "stage", state.stage)
     _at_most("optimizer_step", state.optimizer_step, "progress.step", now.step)
     _at_most("progress.tokens", now.tokens, "progress.position", now.position)
@@ -167,8 +171,19 @@ def _check_whole(state: SavedState) -> None:
     _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.nonfinite", now.nonfinite)
     _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.step", now.step)
     _at_most("progress.rollbacks", now.rollbacks, "progress.nonfinite", now.nonfinite)
+    _at_most("progress.spikes", now.spikes, "progress.nonfinite", now.nonfinite)
     if now.rollbacks and now.position == now.tokens:
         raise ValueError(f"progress.rollbacks: {now.rollbacks} returns have passed over no data")
+
+
+def _check_mean(kind: str, updates: int, step: int) -> None:
+    try:
+        decay = float(decay_of(kind) or "nan")
+    except ValueError:
+        decay = math.nan
+    if not 0 < decay < 1 or kind != ema_kind(decay):
+        raise ValueError(f"averaged: {shown(kind)} is the kind of no running mean")
+    _at_most(f"averaged.{kind}", updates, "progress.step", step)
 
 
 def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
@@ -203,6 +218,8 @@ def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
     else:
         _agree("progress.stage_tokens", now.stage_tokens, "0, where nothing has grown", 0)
         _agree("progress.stage_flops", now.stage_flops, "0, where nothing has grown", 0)
+    steps = now.step - (rows[-1].step if rows else 0)
+    _at_most("recent: its updates", len(state.recent), "the stage's steps", steps)
 
 
 def _agree_sizes(key: str, sizes: dict[str, int], other: str, wanted: dict[str, int]) -> None:

@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megabus.checkpoint.contents import shard_name, tensor_key, written_by
+from megabus.checkpoint.contents import Found, shard_name, tensor_key, written_by
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle
 from megabus.errors import UserError
-from megabus.parallel.fragments import KINDS, Fragments, Kind
+from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.placement import Placement
 
 
@@ -70,17 +70,17 @@ def write_shards(
     return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
 
 
-def read_shards(folder: Path, entries: list[Entry], saved: Placement, into: Fragments, alone: bool = False) -> None:
-    """Fill `into` from a checkpoint that was saved under the placement `saved`. Collective, unless `alone`.
+def read_shards(found: Found, into: Fragments, alone: bool = False) -> None:
+    """Fill `into` from a checkpoint, whatever layout it was saved under. Collective, unless `alone`.
 
     Raises `UserError` where a file is not what the manifest and the placement say.
     """
     chunks = {
-        tensor_key(kind, piece.name): _Chunk(values, piece.start, saved.numel(piece.name))
+        tensor_key(kind, piece.name): _Chunk(values, piece.start, found.placement.numel(piece.name))
         for piece, tensors in into.items()
         for kind, values in tensors.items()
     }
-    reader = _Reader(folder, entries, saved, list(chunks))
+    reader = _Reader(found, list(chunks))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # which `alone` says
@@ -88,11 +88,11 @@ def read_shards(folder: Path, entries: list[Entry], saved: Placement, into: Frag
     except CheckpointException as error:
         _, (cause, _) = next(iter(error.failures.items()))
         problem = f"cannot be read ({cause})"
-        raise UserError("checkpoint", folder, problem, "restore it from another copy") from error
+        raise UserError("checkpoint", found.folder, problem, "restore it from another copy") from error
 
 
 def files_by_rank(entries: Iterable[Entry]) -> dict[int, list[str]]:
-    """The files of tensors that each rank wrote: one a kind, in the order of `KINDS`, which is that of their names."""
+    """The files of tensors that each rank wrote: one a kind, in the state's order, which is that of names."""
     files: dict[int, list[str]] = {}
     for entry in sorted(entries, key=lambda entry: entry.name):
         if entry.name.endswith(".safetensors"):
@@ -102,7 +102,7 @@ def files_by_rank(entries: Iterable[Entry]) -> dict[int, list[str]]:
 
 def _parts(key: str) -> tuple[Kind, str]:
     kind, _, name = key.partition("/")
-    return cast(Kind, kind), name
+    return kind, name
 
 
 class _File(NamedTuple):
@@ -143,10 +143,10 @@ class _Writer(HuggingFaceStorageWriter):
 class _Reader(HuggingFaceStorageReader):
     """Knows from the placement which file holds which chunk."""
 
-    def __init__(self, folder: Path, entries: list[Entry], saved: Placement, keys: list[str]) -> None:
-        super().__init__(str(folder))
-        self.folder, self.saved, self.keys = folder, saved, keys
-        self.files = files_by_rank(entries)
+    def __init__(self, found: Found, keys: list[str]) -> None:
+        super().__init__(str(found.folder))
+        self.folder, self.saved, self.keys = found.folder, found.placement, keys
+        self.files, self.kinds = files_by_rank(found.entries), found.state.kinds
 
     def read_metadata(self) -> Metadata:
         tensors: dict[str, Any] = {}
@@ -156,7 +156,7 @@ class _Reader(HuggingFaceStorageReader):
             total, chunks = torch.Size((self.saved.numel(name),)), []
             for rank, piece in self.saved.owners(name, 0, self.saved.numel(name), tp=0):
                 start, length = torch.Size((piece.start,)), torch.Size((len(piece),))
-                file = self.folder / self.files[rank][KINDS.index(kind)]
+                file = self.folder / self.files[rank][self.kinds.index(kind)]
                 chunks.append(ChunkStorageMetadata(start, length))
                 storage[MetadataIndex(key, start)] = _File(str(file))
             tensors[key] = TensorStorageMetadata(TensorProperties(torch.float32), total, chunks)

@@ -71,6 +71,7 @@ class Progress:
     rollbacks: Whole = 0
     since: Mark | None = None  # None: no run
     deals: tuple[Deal, ...] = ()  # how the corpora were dealt out so far; none: by the weights in config, from 0 on
+    spikes: Whole = 0  # of `nonfinite` those whose loss and gradients were numbers
 
     def mark(self, optimizer_step: int, step_tokens: int, step_flops: float) -> None:
         """From now on each step adds so much."""
@@ -91,7 +92,9 @@ def _as_written(value: Any, read: ValidatorFunctionWrapHandler) -> ModelConfig:
 @dataclass
 class SavedState:
     """kinds: the tensors that each parameter has; optimizer_step: Adam's count; monitor: κ's state; config: the whole
-    configuration as plain values; data: what the data order depends on. The last three are empty where no run was."""
+    configuration as plain values; data: what the data order depends on. The last three are empty where no run was.
+    recent: losses and gradient norms of the stage's last updates, by which a spike is told; empty where none is looked
+    for. averaged: of how many updates each running mean of the weights is, by its kind."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -104,6 +107,8 @@ class SavedState:
     monitor: dict[str, Any]
     config: dict[str, Any]
     data: dict[str, Any]
+    recent: list[tuple[Amount, Amount]] = field(default_factory=list)
+    averaged: dict[str, Whole] = field(default_factory=dict)
 
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence in any stage of the run: what the model can be asked to read."""
@@ -115,11 +120,11 @@ class SavedState:
 
 
 def weights_alone(state: SavedState) -> SavedState:
-    """The same with weights and no moments: Adam counts anew from here on."""
+    """The same with weights, no moments and no running means: Adam counts anew from here on."""
     progress, since = replace(state.progress), state.progress.since
     if since is not None:
         progress.mark(0, since.step_tokens, since.step_flops)
-    return replace(state, kinds=("weight",), optimizer_step=0, progress=progress)
+    return replace(state, kinds=("weight",), optimizer_step=0, progress=progress, averaged={})
 
 
 def without_run(state: SavedState, model: ModelConfig) -> SavedState:

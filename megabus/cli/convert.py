@@ -2,6 +2,7 @@
 
 megabus convert runs/demo out/ --to shards --tp 2 --pp 2
 megabus convert runs/demo out/ --to hf --dtype bfloat16
+megabus convert runs/demo out/ --to hf --ema 0.999
 megabus convert path/to/llama out/ --to checkpoint
 
 SOURCE is a run, one of its checkpoints, a directory of shard files, a Hugging Face directory or its name on the hub;
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--without-tokenizer", action="store_true", help="leave the tokenizer behind, also one that cannot be read"
     )
-    parser.add_argument("--weights-only", action="store_true", help="leave Adam's moments behind")
+    parser.add_argument("--weights-only", action="store_true", help="leave Adam's moments and running means behind")
+    parser.add_argument("--ema", type=float, metavar="DECAY", help="take a running mean of the weights (weights alone)")
     parser.add_argument("--untie", action="store_true", help="give a tied head rows of its own (weights alone)")
     parser.add_argument("--unit-rows", action="store_true", help="ngpt: divide rows by their lengths (weights alone)")
     parser.add_argument(
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     dtype, limit = args.dtype or "float32", 5.0 if args.max_shard_gb is None else args.max_shard_gb
     if not 0 < limit < math.inf:
         raise UserError("--max-shard-gb", limit, "is no size", "give a positive number")
-    from megabus.convert.changed import RowsMadeUnit, Untied, unit_error
+    from megabus.convert.changed import RowsMadeUnit, Untied, averaged, unit_error
     from megabus.convert.convert import convert, model_at, open_source
     from megabus.convert.hugging_face import HuggingFaceSource
     from megabus.convert.source import OpenFiles, Source
@@ -82,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     with OpenFiles() as files:
         folder = model_at(args.source)
         source: Source
-        given = source = open_source(folder, files, weights_only=args.weights_only)
+        given = source = open_source(folder, files, weights_only=args.weights_only and args.ema is None)
         if args.without_tokenizer:
             source.tokenizer = None
         elif isinstance(given, HuggingFaceSource) and given.without_tokenizer:
@@ -91,6 +93,8 @@ def main(argv: Sequence[str]) -> int:
         logits = args.verify and isinstance(given, HuggingFaceSource) and given.state.model.kind == "gpt"
         if logits:
             need("hf", "--verify", True, "or leave it out")
+        if args.ema is not None:
+            source = averaged(given, args.ema)
         if args.untie:
             source = Untied(source)
         if args.unit_rows:

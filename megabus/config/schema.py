@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
+from megabus.config.faults import FaultsConfig, ProfileConfig
 from megabus.config.model import ModelConfig as ModelConfig
 from megabus.config.paths import Pathname
 from megabus.config.phases import PhaseConfig
@@ -27,10 +28,10 @@ from megabus.config.section import (
     Positive,
     Section,
     Share,
-    Wait,
     Width,
 )
 
+Averaged = Annotated[float, Field(gt=0.0, lt=1.0)]  # a running mean's decay
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
 
 
@@ -40,6 +41,16 @@ class LayoutConfig(Section):
     tp: Degree = Field(1, description="tensor parallelism: ranks that share every layer's matrices")
     pp: Degree = Field(1, description="pipeline parallelism: groups of layers, each on ranks of its own")
     dp: Degree | None = Field(None, description="data parallelism: copies; what is left of the ranks when left out")
+
+
+def _decays(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _distinct(decays: list[float]) -> list[float]:
+    if len(set(decays)) < len(decays):
+        raise ValueError("names a decay twice; give each once")
+    return decays
 
 
 class TrainConfig(Section):
@@ -71,6 +82,11 @@ class TrainConfig(Section):
         False,
         description="on GPUs: the same bits from the same start on the same machines and GPUs, as on CPUs, by slower "
         "attention, sums and scatters",
+    )
+    ema: Annotated[list[Averaged], BeforeValidator(_decays), AfterValidator(_distinct), Field(max_length=8)] = Field(
+        default_factory=list,
+        description="decays a step of running means of the weights: one, or a list; each takes 4 bytes a parameter "
+        "and an evaluation of its own",
     )
     recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
     sequence_parallel: bool = Field(
@@ -342,6 +358,7 @@ class LogConfig(Section):
     tensorboard: bool = Field(False, description="write metrics for TensorBoard too (needs tensorboard)")
     peak_tflops: Positive | None = Field(None, description="of one device, in TFLOP/s, for MFU; known for common GPUs")
     samples: SamplesConfig | None = None
+    profile: ProfileConfig | None = None
 
 
 def _named(value: Any) -> Any:
@@ -374,25 +391,6 @@ class CheckpointConfig(Section):
     keep_every: Count | None = Field(None, description="keep for good those at multiples of this many steps")
     asynchronous: bool = Field(True, description="write while training goes on (costs a copy in host memory)")
     on_error: Literal["continue", "stop"] = Field("continue", description="what a full disk does to the run")
-
-
-class FaultsConfig(Section):
-    """What a run does about its accidents."""
-
-    max_skips: Annotated[int, Field(ge=0)] = Field(
-        3, description="steps in a row with a non-finite loss or gradient that are skipped; more roll back"
-    )
-    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
-        2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
-    )
-    hang_timeout: Wait = Field(
-        600.0,
-        description="seconds without progress in which a rank ends, its stacks shown some seconds before; also how "
-        "long they wait for each other at the start",
-    )
-    stop_exit_code: Annotated[int, Field(ge=0, le=255)] = Field(
-        0, description="of a run that saved because of a signal or the stop file; a scheduler's requeue code"
-    )
 
 
 class PreflightConfig(Section):

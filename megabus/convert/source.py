@@ -20,7 +20,7 @@ from megabus.checkpoint.shards import files_by_rank
 from megabus.checkpoint.state import SavedState
 from megabus.errors import UserError
 from megabus.model.params import global_shape
-from megabus.parallel.fragments import KINDS, Kind
+from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Placement
 from megabus.plain_file import NotPlainError, check_regular
 
@@ -90,7 +90,7 @@ class CheckpointSource:
 
     def __init__(self, found: Found, files: OpenFiles) -> None:
         self.folder, self.files, self.state, self.placement = found.folder, files, found.state, found.placement
-        self.names = files_by_rank(found.entries)
+        self.names, self.kinds = files_by_rank(found.entries), found.state.kinds
         for name in (name for names in self.names.values() for name in names):
             self.files[self.folder / name]  # open from here on: a run that goes on may remove it
         self.tokenizer = listed_tokenizer(self.folder, found.entries)
@@ -99,7 +99,7 @@ class CheckpointSource:
         values = torch.empty(stop - start)
         for rank, part in self.placement.owners(name, start, stop, tp=0):
             chunk = self.placement.share(name, rank)
-            file = self.files[self.folder / self.names[rank][KINDS.index(kind)]]
+            file = self.files[self.folder / self.names[rank][self.kinds.index(kind)]]
             there = file.get_slice(tensor_key(kind, name))[part.start - chunk.start : part.stop - chunk.start]
             values[part.start - start : part.stop - start] = there
         return values

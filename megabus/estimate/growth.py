@@ -66,11 +66,11 @@ def estimate_growth(config: RunConfig, old: Stage, new: Stage, device: Device, r
 def growth_bytes(config: RunConfig, plan: Plan, new: Stage) -> int:
     """The most that a rank holds on its device between two engines: what it had and what it gets with the buffer, or
     what it got and the new engine, whose weights lie there twice while they are made flat."""
-    kinds = len(plan.growth.sent_kinds)
+    kinds, means = len(plan.growth.sent_kinds), len(plan.growth.means)
     worst = 0
     for pp in range(new.layout.pp):
         at = states_at(config.train, new, plan.new, pp, new.layout.tp - 1)
-        rebuilt = at.weights * 2 + at.masters + at.gradients + (at.moments if kinds > 1 else 0)
+        rebuilt = at.weights * 2 + at.masters + at.gradients + (at.moments if kinds > 1 + means else means * at.masters)
         worst = max(worst, kinds * at.masters + rebuilt, kinds * at.masters + config.growth.buffer_bytes)
     old_pp, old_tp = plan.old.layout.pp, plan.old.layout.tp
     had = FP32_BYTES * max(sum(g.partition for g in plan.old.groups(pp, old_tp - 1)) for pp in range(old_pp))

@@ -25,6 +25,7 @@ WHOLE_REDUCTION = 500_000_000
 class RankMemory:
     """Bytes. Weights, masters and moments are always there; of what else there is, the worst of three moments counts.
 
+    moments: both of Adam's, and running means of the weights.
     gradients: sums of gradients while micro batches run; buckets: what they are sent from, then; activations: the most
     that forward and backward hold beside these, in-flight micro batches and what pipelines keep of h included.
     reduction: all that is there beside the states while gradients are summed over ranks; update: while Adam steps.
@@ -92,7 +93,7 @@ def states_at(
     return RankMemory(
         weights=itemsize(train.precision) * (owned * stage.layout.dp + borrowed),
         masters=FP32_BYTES * owned,
-        moments=2 * FP32_BYTES * owned,
+        moments=(2 + len(train.ema)) * FP32_BYTES * owned,
         gradients=sums.gradients + FP32_BYTES * borrowed,
         buckets=sums.buckets,
         activations=0,

@@ -96,8 +96,9 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
     # The two ends of a pipeline sum the gradients of a tied matrix, and one sends it to the other.
     tied = model.vocab_size * model.d_model / layout.tp if model.tie_embeddings and layout.pp > 1 else 0.0
     met = ring(pipe, 2, FP32_BYTES * tied, 2) + pipe.seconds(entry * tied) if tied else 0.0
-    # Reads of gradient, master and two moments, and writes of the last three, and of the weight.
-    update = entries / layout.dp * (7 * FP32_BYTES + entry) / device.memory_bandwidth
+    # Reads of gradient, master and two moments, and writes of the last three, and of the weight. A running mean is read
+    # and written, and the master read again.
+    update = entries / layout.dp * ((7 + 3 * len(train.ema)) * FP32_BYTES + entry) / device.memory_bandwidth
     return StepTime(
         compute=micro * compute,
         tensor=micro * sent,

@@ -22,7 +22,7 @@ import numpy as np
 from megabus.config import RunConfig, Stage
 from megabus.config.precision import FP32_BYTES
 from megabus.growth.param_growth import Growth, growth_between
-from megabus.parallel.fragments import Kind
+from megabus.parallel.fragments import Kind, sort_of
 from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
 
@@ -211,8 +211,8 @@ class Plan:
         for piece in pieces:
             param, width = self.growth.param(piece.name), self.new.width(piece.name)
             grown = self.child_rows(rows, piece)
-            grown = grown[param.live[kind][grown]]
-            whole = param.mixing[kind][grown]
+            grown = grown[param.live[sort_of(kind)][grown]]
+            whole = param.mixing[sort_of(kind)][grown]
             first = np.where(whole, 0, np.maximum(piece.start - grown * width, 0))
             last = np.where(whole, width, np.minimum(piece.stop - grown * width, width)) - 1
             begin = param.rows.parent[grown] * old_width

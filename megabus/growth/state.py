@@ -16,7 +16,7 @@ from megabus.growth.param_growth import Growth
 from megabus.growth.rows import drawn_rows, grow_rows
 from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape
-from megabus.parallel.fragments import Kind
+from megabus.parallel.fragments import MOMENTS, Kind
 
 
 def grow_state(
@@ -30,7 +30,8 @@ def grow_state(
     """Grow full tensors under canonical names from `old_config`'s model to `new_config`'s.
 
     state: name -> tensor of the global shape. growth: the manner (default: that of an empty `growth:` section).
-    kind: `weight`, or the Adam moment that the tensors are. Returns tensors of the state's dtype and device.
+    kind: `weight`, or the Adam moment or running mean of weights that the tensors are. Returns tensors of the state's
+    dtype and device.
     Raises `UserError` if a size shrinks, a tensor is missing or of another shape.
     """
     old_config, new_config = _validated(old_config, "old_config."), _validated(new_config, "new_config.")
@@ -55,7 +56,7 @@ def _whole(growth: Growth, name: str, kind: Kind, state: Mapping[str, Tensor]) -
         blocks = grow_rows(param, kind, 0, len(param.rows), state[param.source].__getitem__)
         return torch.cat([block for _, block in blocks])
     like, shape = next(iter(state.values())), global_shape(param_specs(growth.new)[name], growth.new)
-    if kind != "weight":
+    if kind in MOMENTS:
         return like.new_zeros(shape)
     blocks = drawn_rows(growth.new, name, growth.seed, 0, shape[0], like.device)
     return torch.cat([block for _, block in blocks]).to(like.dtype)

@@ -27,7 +27,7 @@ WHOLE = 16 * 2**20  # bytes up to which a file is read whole; of a larger one BL
 BLOCKS, BLOCK = 64, 64 * 2**10
 # Bytes up to which a file's SHA-256 is compared with the one that its maker wrote down; and those of all files.
 SUMMED, SUMMED_IN_ALL = 256 * 2**20, 2**30
-BYTES = 12  # of a parameter in a checkpoint: its fp32 master and two moments
+BYTES = 12  # of a parameter in a checkpoint: its fp32 master and two moments; 4 more for each running mean
 
 Print = tuple[str, str]  # (path, digest of its size and of what was read of it)
 
@@ -138,14 +138,14 @@ def data_row(ranks: Sequence[Sequence[Print]], n_tokens: int) -> Finding:
     )
 
 
-def checkpoint_bytes(stages: Sequence[Stage]) -> int:
+def checkpoint_bytes(config: RunConfig, stages: Sequence[Stage]) -> int:
     """Of one checkpoint of the largest stage."""
-    return BYTES * max(count_parameters(stage.model) for stage in stages)
+    return (BYTES + 4 * len(config.train.ema)) * max(count_parameters(stage.model) for stage in stages)
 
 
 def disk_row(config: RunConfig, stages: Sequence[Stage]) -> Finding:
     """keep_last checkpoints are kept while one more is written. What an earlier start left makes way for them."""
-    keep, one = config.checkpoint.keep_last, checkpoint_bytes(stages)
+    keep, one = config.checkpoint.keep_last, checkpoint_bytes(config, stages)
     disk = os.statvfs(config.run_dir)
     free = disk.f_bavail * disk.f_frsize
     older = complete(checkpoints_of(config.run_dir))[:keep]

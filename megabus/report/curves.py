@@ -139,6 +139,24 @@ PANELS = (
 )
 
 
+def mean_panels(runs: Sequence[Sequence[MetricsRow]]) -> list[Panel]:
+    """A panel of the losses of running means of the weights, with a line for every decay that any run has logged."""
+    logged = (row.get("ema") for rows in runs for row in rows if row["event"] == "eval")
+    decays = dict.fromkeys(decay for means in logged if isinstance(means, dict) for decay in means)
+    if not decays:
+        return []
+    lines = [Line("eval", f"ema|{decay}", f"mean with decay {decay}") for decay in decays]
+    return [
+        Panel(
+            "ema",
+            "Loss of running means of the weights (EMA)",
+            "nats per token",
+            (Line("eval", "loss", "the weights themselves", "dashed"), *lines),
+            about="Validation on the same tokens as the loss.",
+        )
+    ]
+
+
 def gain_panels(runs: Sequence[Sequence[MetricsRow]]) -> list[Panel]:
     """A panel for every kind of gain that any of the runs has logged, in their order."""
     gains = (row for rows in runs for row in rows if row["event"] == "gains")

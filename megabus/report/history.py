@@ -22,7 +22,8 @@ from megabus.plain_file import DEEPEST, NotPlainError, check_regular, deeper_tha
 MetricsRow = dict[str, Any]
 XAxis = Literal["flops", "tokens", "time"]
 
-NOT_FINITE = "not finite"  # the reason of a `resume` row that is a return to a checkpoint
+NOT_FINITE, SPIKE = "not finite", "spike"  # the reasons of a `skip` row, and of a `resume` row that is a return
+RETURNS = (NOT_FINITE, SPIKE)
 _CURVES = ("start", "step", "eval", "growth")
 _CHUNK = 4096  # lines that are parsed at once, so that their keys are the same objects: half the memory
 
@@ -85,6 +86,12 @@ def what_counts(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
         else:
             counted.append(row)
     return counted
+
+
+def skipped_spikes(rows: Sequence[MetricsRow]) -> int:
+    """Steps that a run has skipped as finite spikes, those that were taken back with a checkpoint included. rows: all
+    of the file."""
+    return sum(row["event"] == "skip" and row.get("reason") == SPIKE for row in rows)
 
 
 def layouts_that_ran(rows: Sequence[MetricsRow]) -> dict[int, list[str]]:

@@ -15,7 +15,7 @@ import markupsafe
 
 import megabus
 from megabus.errors import UserError
-from megabus.report.curves import PANELS, Curve, Panel, drawn, gain_panels
+from megabus.report.curves import PANELS, Curve, Panel, drawn, gain_panels, mean_panels
 from megabus.report.figure import COLOURS
 from megabus.report.pictures import RunCurves, drawings, plot_curves
 from megabus.report.plots import plot_loss, stage_table
@@ -46,7 +46,8 @@ class Report:
 def gather(run_dirs: Sequence[str | Path]) -> Report:
     """Read the runs. Raises `UserError` for what is none, or holds what no run writes."""
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
-    panels = [*PANELS, *gain_panels([run.rows for run in runs])]
+    rows = [run.rows for run in runs]
+    panels = [*PANELS, *mean_panels(rows), *gain_panels(rows)]
     return Report(runs, panels, [_curves(run, panels) for run in runs])
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megabus.errors import UserError
 from megabus.report.figure import COLOURS, dress, picture
-from megabus.report.history import MetricsRow, XAxis, layouts_that_ran, places, read_metrics, read_rows
+from megabus.report.history import MetricsRow, XAxis, layouts_that_ran, places, read_metrics, read_rows, skipped_spikes
 from megabus.table import aligned, si
 
 if TYPE_CHECKING:
@@ -291,9 +291,12 @@ def stage_table(rows: Sequence[MetricsRow], layouts: dict[int, list[str]]) -> li
 
 
 def summary_table(run_dir: str | Path) -> str:
-    """`stage_table` of a run in aligned columns."""
-    header, *lines = stage_table(read_metrics(run_dir), layouts_that_ran(read_rows(run_dir)))
-    return aligned(header, lines, left={1, 3, 7, 8, 9})
+    """`stage_table` of a run in aligned columns, and how many spikes it skipped, if any."""
+    rows = read_rows(run_dir)
+    header, *lines = stage_table(read_metrics(run_dir), layouts_that_ran(rows))
+    spikes = skipped_spikes(rows)
+    told = f"\nsteps skipped as spikes: {spikes}" if spikes else ""
+    return aligned(header, lines, left={1, 3, 7, 8, 9}) + told
 
 
 def short_sizes(sizes: dict[str, Any]) -> str:

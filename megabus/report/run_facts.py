@@ -15,7 +15,16 @@ from megabus.config.read import yaml_value
 from megabus.errors import UserError
 from megabus.plain_file import NotPlainError, read_regular
 from megabus.report.curves import Tracks
-from megabus.report.history import NOT_FINITE, MetricsRow, curve_rows, layouts_that_ran, read_rows, what_counts
+from megabus.report.history import (
+    RETURNS,
+    SPIKE,
+    MetricsRow,
+    curve_rows,
+    layouts_that_ran,
+    read_rows,
+    skipped_spikes,
+    what_counts,
+)
 from megabus.report.plots import growth_text, short_sizes, stage_table, why
 from megabus.table import clock, si
 
@@ -153,6 +162,7 @@ def final_figures(run: RunFacts) -> dict[str, str]:
         "sent by growths": _bytes(sum(row.get("bytes_sent") or 0 for row in run.growths)),
         "largest error of a unit row": _figure(_reduce(np.nanmax, unit), "{:.1e}"),
         "peak memory of a rank": _bytes(_reduce(np.nanmax, memory)),
+        "spikes skipped": str(skipped_spikes(run.written)),
         "faults": str(sum(fault["is_fault"] for fault in faults(run))),
     }
 
@@ -228,12 +238,13 @@ def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
             given = (
                 f"loss {_figure(row.get('loss'), '{:.4f}')}, gradient norm {_figure(row.get('grad_norm'), '{:.3g}')}"
             )
-            yield {"row": row, "what": "skipped step", "details": f"no update: {given}"}
+            what = "skipped spike" if row.get("reason") == SPIKE else "skipped step"
+            yield {"row": row, "what": what, "details": f"no update: {given}"}
         elif row["event"] == "save" and row.get("error") is not None:
             yield {"row": row, "what": "failed save", "details": str(row["error"])}
         elif row["event"] == "resume":
             back = f"to step {row['step']:,}, from step {last:,}"
-            if row.get("reason") == NOT_FINITE:
+            if row.get("reason") in RETURNS:
                 yield {"row": row, "what": "rollback", "details": f"{back}, past the data that failed"}
             else:
                 lost = f" ({last - row['step']:,} steps not saved)" if last > row["step"] else ""

@@ -29,6 +29,7 @@ from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
 from megabus.train.on_gpu import check_deterministic, slow_heads
 from megabus.train.overtaken import check_growths
+from megabus.train.profile import check_profile
 from megabus.train.resume import check_begins, check_stage
 from megabus.train.samples import check_prompts
 from megabus.train.settled import rows_of
@@ -66,6 +67,7 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     form, why_eager = _kernels(config, stages)
     said = [*outlook(stages, config.growth.trigger), *why_eager]
+    check_profile(config, stages)
     warned = _of_device(config, stages)
     computed = config.model_copy(update={"train": config.train.model_copy(update={"kernels": form})})
     warned += _check_memory(computed, stages)  # before a preflight, which looks more closely and takes longer for it
@@ -113,17 +115,17 @@ def _newest(config: RunConfig) -> Found | None:
 
 
 def _check_memory(config: RunConfig, stages: list[Stage]) -> list[str]:
-    """What this machine's ranks take of a stage at least, masters, moments and weights, must fit into all of its
+    """What this machine's ranks take of a stage at least, weights, masters, moments and means, must fit into all of its
     memory. On GPUs the estimate of all that a rank takes must fit into one, or nearly: a line for what may not."""
     local, gpu = local_ranks(), None
     if get_accelerator().device_name() == "cuda":
         gpu = torch.cuda.get_device_properties(0)
     there = psutil.virtual_memory().total if gpu is None else gpu.total_memory * local
-    entry = itemsize(config.train.precision)
+    entry, owned = itemsize(config.train.precision), 12 + 4 * len(config.train.ema)
     warned: list[str] = []
     for _, stage in by_batches(stages):
         layout = stage.layout
-        need = count_parameters(stage.model) * (12 / layout.world + entry / (layout.tp * layout.pp)) * local
+        need = count_parameters(stage.model) * (owned / layout.world + entry / (layout.tp * layout.pp)) * local
         if need > there:
             problem = f"takes {size_text(need)} on this machine at least, which has {size_text(there)}"
             remedy = "use more ranks, a higher tp or pp, or a smaller model; megabus estimate says what fits"

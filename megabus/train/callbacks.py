@@ -43,7 +43,8 @@ class Callback:
             getattr(self, name)(run, row)
 
     def on_step(self, run: Run, row: Row) -> None:
-        """After an optimizer step. Where it made no update, loss or grad_norm not being finite, the event is "skip"."""
+        """After an optimizer step. Where it made no update, because loss or grad_norm are not finite or a spike, the
+        event is "skip"."""
 
     def on_eval(self, run: Run, row: Row) -> None:
         """After a validation."""

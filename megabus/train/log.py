@@ -42,7 +42,7 @@ class Log(Callback):
             for change in row["changes"]:
                 say(f"changed since it was saved: {change}")
         elif row["event"] == "phase":
-            samples = in_line({key: row[key] for key in (*KEYS, "weights")})
+            samples = in_line({key: row[key] for key in KEYS})
             say(f"step {row['step']:>5} | PHASE at {row['share']:.0%}: {samples}")
         elif row["event"] == "sample":
             for sample in row["samples"]:
@@ -56,11 +56,20 @@ class Log(Callback):
         elif row["event"] == "tasks":
             told = ", ".join(f"{name} {value:.4f}" for name, value in row.get("scores", {}).items())
             say(f"step {row['step']:>5} | tasks ({row['when']}): {told or 'failed, ' + row['error']}")
+        elif row["event"] == "profile":
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
+            say(
+                f"step {row['step']:>5} | profile of steps {row['first']} to {row['last']} in {row['folder']}: {shares}"
+            )
         super().on_row(run, row)
 
     def on_step(self, run: Run, row: Row) -> None:
         if row["event"] == "skip":
-            say(f"step {row['step']:>5} | loss {row['loss']} |g| {row['grad_norm']}: no update")
+            why = ""
+            if "loss_limit" in row:
+                most = f"{row['loss_limit']:.4f} and {row['grad_norm_limit']:.3g}"
+                why = f", a spike: by the last updates at most {most}"
+            say(f"step {row['step']:>5} | loss {row['loss']} |g| {row['grad_norm']}: no update{why}")
             return
         self.pace.append((time.monotonic(), run.share))
         if row["step"] % run.config.log.every == 0 or run.share >= 1:
@@ -74,6 +83,9 @@ class Log(Callback):
                 f"step {row['step']:>5} | validation loss {row['loss']:.4f}"
                 + (f", {bits:.4f} bits/byte" if bits else "")
             )
+        if "ema" in row:
+            means = ", ".join(f"{loss:.4f} with decay {decay}" for decay, loss in row["ema"].items())
+            say(f"step {row['step']:>5} | validation loss of running means: {means}")
         if "why" in row:
             say(f"step {row['step']:>5} | {row['why']}")
 

@@ -23,7 +23,9 @@ from megabus.kappa.monitor import cap_is_reached, never_met
 from megabus.kappa.why import why
 from megabus.model.budget import spent_share
 from megabus.model.peak import peak_flops
-from megabus.parallel.agree import on_any_rank
+from megabus.parallel.agree import on_any_rank, rank_0_says
+from megabus.parallel.fragments import decay_of
+from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.callbacks import Callback
 from megabus.train.environment import peak_memory
 from megabus.train.run import Run, roll_back, run_span, sizes, started, watch_stage
@@ -105,19 +107,30 @@ def train_step(run: Run) -> None:
         lr *= rewarm_factor(config.growth.rewarm, since)
     if run.engine.angle_cap is not None:
         run.engine.angle_cap.bound = angle_bound(config.optimizer.max_angle, config.growth.settle, since)
+    run.engine.refuses = run.spikes.asked
     result = run.engine.train_step(run.corpora.train_batches(run.engine, now.position), lr)
     now.step += 1
     now.tokens += stage.tokens_per_step
     now.position += stage.tokens_per_step
     now.flops += cost
-    skipped = not result.is_finite  # on all ranks or on none: a decision to save or to return hangs on it
+    skipped = not result.updates  # on all ranks or on none: a decision to save or to return hangs on it
     now.nonfinite_in_a_row = now.nonfinite_in_a_row + 1 if skipped else 0
     now.nonfinite += skipped
+    now.spikes += result.refused
     unit_error = None
     if now.step % config.log.unit_norm_every == 0:
         unit_error = run.engine.unit_error()
     elapsed = time.perf_counter() - begun
-    run.tell("skip" if skipped else "step", _step_row(run, result, lr, unit_error, elapsed, cost))
+    row = _step_row(run, result, lr, unit_error, elapsed, cost)
+    run.tell("skip" if skipped else "step", row | (_why_skipped(run, result) if skipped else {}))
+    run.spikes.see(result)
+
+
+def _why_skipped(run: Run, result: StepResult) -> dict[str, Any]:
+    if not result.refused:
+        return {"reason": NOT_FINITE}
+    most = run.spikes.limits
+    return {"reason": SPIKE} | ({"loss_limit": most.loss, "grad_norm_limit": most.grad_norm} if most else {})
 
 
 def _watch(run: Run, doing: str) -> None:
@@ -131,6 +144,9 @@ def agree_on_step_end(run: Run) -> bool:
     run.watchdog.heartbeat(f"the end of step {run.progress.step}")
     metrics = run.metrics
     unsound = run.progress.nonfinite_in_a_row > run.config.faults.max_skips
+    if unsound and run.spikes.accept():
+        run.progress.nonfinite_in_a_row, unsound = 0, False
+        rank_0_says(f"step {run.progress.step:>5} | so many spikes in a row are a new level: it is taken for the scale")
     stop, ended, unwritten = on_any_rank(
         [
             run.requests.poll(),
@@ -187,6 +203,16 @@ def _validation_loss(run: Run, seq_len: int) -> float:
     return loss
 
 
+def _averaged_losses(run: Run) -> dict[str, float]:
+    """The same of each running mean of the weights, by its decay, once it is one of any update. Collective."""
+    losses = {}
+    for kind, updates in run.engine.averages.updates.items():
+        if updates and (decay := decay_of(kind)) is not None:
+            with run.engine.computing_with(kind):
+                losses[decay] = validate(run)
+    return losses
+
+
 def stage_is_spent(run: Run) -> bool:
     """Whether the stage's cap is reached: known to all ranks without a word, so that they validate together."""
     now, stage = run.progress, run.stage
@@ -199,6 +225,8 @@ def observe(run: Run, loss: float) -> GrowthSignal:
     signal, now = None, run.progress
     row: dict[str, Any] = {"loss": loss, "bits_per_byte": bits_per_byte(run.corpora.sources.valid, loss)}
     row["seconds"] = run.validation_s
+    if means := _averaged_losses(run):
+        row["ema"] = means
     if dist.get_rank() == 0:
         only_cap = decays(run.config.optimizer, run.share)
         decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=only_cap)
@@ -260,6 +288,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     after = _validation_loss(run, old.seq_len)
     run.place()
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
+    run.spikes.begin()  # what a growth makes of the loss is no spike
     run.mark()
     now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})
     run.watchdog.heartbeat()

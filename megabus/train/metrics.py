@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from megabus.config import RunConfig
 from megabus.errors import UserError
-from megabus.report.history import NOT_FINITE
+from megabus.report.history import RETURNS
 from megabus.train.callbacks import Callback, Row
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Metrics(Callback):
                 self.wandb.log(numbers | self._table(event, texts) | {STEP: row["step"]})
         if self.tensorboard is not None:
             with self._losing():
-                if event == "resume" and row.get("reason") == NOT_FINITE:
+                if event == "resume" and row.get("reason") in RETURNS:
                     self.tensorboard.close()
                     self.tensorboard = self._tensorboard(row["step"])
                 for key, value in numbers.items():

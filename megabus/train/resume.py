@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # a start need not have it
     from megabus.convert.source import FolderSource
 
 # What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
-FREE = ("run_dir", "resume", "layout", "log", "callbacks", "checkpoint", "faults", "preflight", "data")
+FREE = ("run_dir", "resume", "layout", "log", "callbacks", "checkpoint", "preflight", "data")
 FREE_KEYS = (
     "layout",
     "micro_batch_size",
@@ -34,6 +34,10 @@ FREE_KEYS = (
     "buffer_mb",
     "deterministic",
     "extra",  # of eval: what else is measured
+    "max_skips",
+    "max_rollbacks",
+    "hang_timeout",
+    "stop_exit_code",
 )
 
 MULTIPLES = ("alpha_init", "s_z_init")  # that gains are stored in: a gain acts as raw * multiplier

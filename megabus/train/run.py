@@ -31,7 +31,7 @@ from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.params import UNIT_ERROR
 from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
-from megabus.report.history import NOT_FINITE
+from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.before import check_before
 from megabus.train.callbacks import Callback, Row, guarded
 from megabus.train.corpora import Corpora
@@ -40,6 +40,7 @@ from megabus.train.evaluations import Evaluations
 from megabus.train.horizon import at_horizon
 from megabus.train.log import Log
 from megabus.train.metrics import Metrics
+from megabus.train.profile import Profile
 from megabus.train.resume import (
     check_begins,
     check_continues,
@@ -51,6 +52,7 @@ from megabus.train.resume import (
 from megabus.train.run_dir import RunLock, check_shared, open_metrics
 from megabus.train.samples import Samples
 from megabus.train.settled import settle_kernels
+from megabus.train.spikes import Spikes
 from megabus.train.stop import StopRequests
 from megabus.train.watchdog import Watchdog, watched
 
@@ -71,6 +73,7 @@ class Run:
     saver: Saver
     requests: StopRequests
     watchdog: Watchdog
+    spikes: Spikes
     progress: Progress = field(default_factory=Progress)
     saved_step: int | None = None  # of the newest checkpoint that is written, or being written
     save_is_due: bool = False
@@ -183,8 +186,9 @@ def start(
     engine = _engine(config, stages, found)
     watchdog.heartbeat()
     machine = environment(engine.device)
+    spikes = Spikes(config.faults.spikes, engine.device)
     callbacks = [*([] if metrics is None else [metrics, Log()]), *_looking(config, sources), *users]
-    run = Run(config, stages, corpora, engine, monitor, metrics, callbacks, saver, requests, watchdog)
+    run = Run(config, stages, corpora, engine, monitor, metrics, callbacks, saver, requests, watchdog, spikes)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
     else:
@@ -212,6 +216,8 @@ def _looking(config: RunConfig, sources: Sources) -> list[Callback]:
         looking.append(Samples(config.log.samples, sources.tokenizer, config.train.seed))
     if config.eval.extra.data or config.eval.extra.tasks:
         looking.append(Evaluations(config))
+    if config.log.profile is not None:
+        looking.append(Profile(config.log.profile, config.run_dir))
     return looking
 
 
@@ -289,6 +295,7 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
         now.since.step_flops,
     ):
         run.mark()
+    run.spikes.begin(found.state.recent)
     run.saved_step = now.step
     run.monitor.load_state_dict(found.state.monitor)
     run.monitor.retarget(run_span(run))
@@ -300,20 +307,25 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
 def roll_back(run: Run) -> None:
     """Return to the newest checkpoint, and pass over the data up to here. Collective."""
     failed, limit = run.progress, run.config.faults.max_rollbacks
-    problem = f"is not finite at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
+    spike = run.spikes.stands_out
+    what, value = ("is a spike", "a number") if spike else ("is not finite", "nan")
+    problem = f"{what} at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
     remedy = "lower optimizer.lr or look at the data of those steps"
+    if spike:
+        remedy += ", or set faults.spikes.lasting to accept"
     if failed.rollbacks >= limit:
-        raise UserError("train.loss", "nan", f"{problem}, after {limit} return(s) to a checkpoint", remedy)
+        raise UserError("train.loss", value, f"{problem}, after {limit} return(s) to a checkpoint", remedy)
     found = find_checkpoint(run.saver.root, run.config.resume == "strict", run.watchdog.heartbeat)
     if found is None:
-        raise UserError("train.loss", "nan", f"{problem}, and there is no checkpoint to return to", remedy)
+        raise UserError("train.loss", value, f"{problem}, and there is no checkpoint to return to", remedy)
     run.engine.close()
     run.engine = _engine(run.config, run.stages, found)
     run.watchdog.heartbeat()
-    go_on_from(run, found, {"reason": NOT_FINITE, "changes": [], "from_step": failed.step})
+    go_on_from(run, found, {"reason": SPIKE if spike else NOT_FINITE, "changes": [], "from_step": failed.step})
     run.progress.position, run.progress.deals = failed.position, failed.deals
     run.place()
-    run.progress.nonfinite, run.progress.rollbacks = failed.nonfinite, failed.rollbacks + 1
+    run.progress.nonfinite, run.progress.spikes = failed.nonfinite, failed.spikes
+    run.progress.rollbacks = failed.rollbacks + 1
     run.mark()
 
 

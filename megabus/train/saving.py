@@ -107,8 +107,10 @@ def _state(run: Run) -> SavedState:
         model=run.stage.model,
         layout=run.stage.layout,
         optimizer_step=optimizer_step,
-        kinds=KINDS if optimizer_step else ("weight",),
+        kinds=(*(KINDS if optimizer_step else KINDS[:1]), *run.engine.averages.kinds),
         monitor=run.monitor.state_dict(),
         config=run.config.model_dump(mode="json"),
         data=data_order(run.corpora.sources),
+        recent=list(run.spikes.recent),
+        averaged=dict(run.engine.averages.updates),
     )

@@ -67,6 +67,9 @@ WRONG_VALUES = {
     "progress.nonfinite": [-1, None, *(Told(n, "(optimizer_step: 7 is not its finite steps, ") for n in (0, 2))],
     "progress.nonfinite_in_a_row": [2, -1],
     "progress.rollbacks": [-1, "0", 2, 1],
+    "progress.spikes": [-1, None, Told(2, "(progress.spikes: 2 exceeds progress.nonfinite, 1")],
+    "recent": ["x", None, [[1.0]], [[1.0, -1.0]], [[1.0, math.nan]], Told([[1.0, 2.0]] * 6, "(recent: its updates: 6")],
+    "averaged": ["x", None, [], {"ema-0.9": -1}, *(Told({kind: 1}, "(kinds: ") for kind in ("ema-0.9", "weight"))],
     "progress.since": ["none", [], {}, None],
     "progress.since.step": [-1, 9, None, Told(2, "(progress.since.optimizer_step: 3 exceeds progress.since.step, 2")],
     "progress.since.tokens": [-1, 257, Told(95, "(progress.stage_tokens: 96 exceeds progress.since.tokens, 95")],
@@ -249,7 +252,10 @@ def test_a_model_that_the_files_do_not_hold_is_refused(tmp_path):
                 megabus.load(folder)
 
 
-@pytest.mark.parametrize("key", ["format", *(item.name for item in fields(SavedState))])
+LATER = ("recent", "averaged")  # keys of the state that came later: one that lacks them is whole
+
+
+@pytest.mark.parametrize("key", ["format", *(item.name for item in fields(SavedState) if item.name not in LATER)])
 def test_a_key_that_the_state_lacks_is_named(folder, key):
     tree = json.loads((folder / STATE).read_text())
     del tree[key]
