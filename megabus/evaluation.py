@@ -69,8 +69,8 @@ def task_scores(
     model: str | Path, tasks: Sequence[str], manager: Any, limit: int | None = None, device: str = "cpu"
 ) -> dict[str, float]:
     """`task/metric` -> value, of the model as lm-evaluation-harness computes it: exported for transformers into a
-    directory that is gone afterwards. model: weights in any form. manager: as `check_tasks` gives it. limit: documents
-    of a task."""
+    directory that is gone afterwards. model: weights in any form. manager: that of `check_tasks`. limit: documents of a
+    task."""
     from lm_eval import simple_evaluate  # slow to import
 
     from megabus.convert.convert import convert, model_at, open_source

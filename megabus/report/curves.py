@@ -14,7 +14,16 @@ from megabus.report.history import MetricsRow, XAxis, places
 
 POINTS = 400  # of a curve
 SMOOTH = 100  # what is smoothed is averaged over a hundredth of the rows before and after
-TIMED = ("start", "step", "eval", "growth", "gains", "memory")  # rows that have a place on every axis
+TIMED = (
+    "start",
+    "step",
+    "eval",
+    "growth",
+    "gains",
+    "memory",
+    "evaluation",
+    "tasks",
+)  # rows that have a place on every axis
 
 Keep = Literal["mean", "max", "last"]  # of the rows that become one point
 Shape = Literal["line", "thin", "dashed", "band", "range"]

@@ -17,6 +17,7 @@ import megabus
 from megabus.errors import UserError
 from megabus.report.curves import PANELS, Curve, Panel, drawn, gain_panels, mean_panels
 from megabus.report.figure import COLOURS
+from megabus.report.looks import evaluation_table, extra_panels, sample_table, time_table
 from megabus.report.pictures import RunCurves, drawings, plot_curves
 from megabus.report.plots import plot_loss, stage_table
 from megabus.report.run_facts import (
@@ -47,7 +48,7 @@ def gather(run_dirs: Sequence[str | Path]) -> Report:
     """Read the runs. Raises `UserError` for what is none, or holds what no run writes."""
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
     rows = [run.rows for run in runs]
-    panels = [*PANELS, *mean_panels(rows), *gain_panels(rows)]
+    panels = [*PANELS, *mean_panels(rows), *extra_panels(rows), *gain_panels(rows)]
     return Report(runs, panels, [_curves(run, panels) for run in runs])
 
 
@@ -145,6 +146,9 @@ def render(report: Report) -> str:
         stages=[stage_table(run.curve_rows, run.layouts) for run in runs],
         words=GROWTH_WORDS,
         growths=[shortened(growth_table(run)) for run in runs],
+        times=_beside([time_table(run) for run in runs]),
+        samples=[shortened(sample_table(run)) for run in runs],
+        evaluations=[evaluation_table(run) for run in runs],
         faults=[shortened(faults(run)) for run in runs],
         config=_beside([run.config for run in runs]),
         environment=_beside([run.environment for run in runs]),

@@ -80,7 +80,7 @@ class Evaluations(Callback):
             return
         run.watchdog.heartbeat()
         if run.is_rank_0:
-            row = run.totals | {"when": when, "stall_s": time.perf_counter() - begun}
+            row = run.totals | {"when": when, "write_s": time.perf_counter() - begun}
             self.tasks.add(folder, row)
         self._tell_ended(run, 0.0)
 

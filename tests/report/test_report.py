@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from support.command import Done, run_command
 from support.html_page import Page
-from support.report_runs import eval_rows, growth_row, rows, start_row, step_row, totals, write_run
+from support.report_runs import eval_rows, growth_row, looks, rows, start_row, step_row, totals, write_run
 
 from megabus.errors import UserError
 from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
+from megabus.report.looks import evaluation_table, sample_table, time_table
 from megabus.report.page import gather, names_of, render
 from megabus.report.pictures import limits
 from megabus.report.plots import stage_table, summary_table
 from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
+from megabus.table import clock
 
 ROOT = Path(__file__).parents[2]
 NASTY = "</script><script>alert(1)</script><b onclick=alert(2)>\"'&{{ 7919 * 7907 }}"
@@ -142,8 +144,16 @@ def test_names():
 def test_nothing_from_a_file_becomes_markup(tmp_path):
     told = [start_row() | {"layout": NASTY}, step_row(1), growth_row(1, 0) | {"reason": NASTY, "old_layout": NASTY}]
     told += [{"event": "save", "step": 1, "error": NASTY}, *eval_rows(1)]
+    told += [row | {"samples": [{"prompt": NASTY, "text": NASTY}]} for row in list(looks(1, 0, "end"))[:1]]
+    told += [{"event": "tasks", **totals(1), "when": "end", "scores": {NASTY: 1.0}}]
     told[0]["environment"] = {"hosts": [NASTY], NASTY: NASTY}
-    told[-2][NASTY] = {"p0": 0.0, "p5": 0.1, "p50": 1, "p95": 2, "p100": 3}  # a kind of gain
+    next(row for row in told if row["event"] == "gains")[NASTY] = {
+        "p0": 0.0,
+        "p5": 0.1,
+        "p50": 1,
+        "p95": 2,
+        "p100": 3,
+    }  # a kind of gain
     folder = write_run(tmp_path / "run <b>&\"' ", told, {NASTY: NASTY})
     page = page_of(folder)
     plain = page_of(write_run(tmp_path / "plain", [start_row(), *told[1:2], growth_row(1, 0), *eval_rows(1)]))
@@ -273,6 +283,41 @@ def test_what_kappa_predicts_is_not_flattened_by_what_was_before():
     assert limits(target, [[{"y": loss}, None, None]])[1] > 8  # nothing is predicted: all that was measured
 
 
+def looked_at():
+    told = list(rows(100, growths=(30,)))
+    at = next(number for number, row in enumerate(told) if row["event"] == "growth")
+    before, after = [*looks(10, 0, "step"), *looks(30, 0, "before growth")], looks(30, 1, "after growth")
+    return [*told[:at], *before, told[at], *after, *told[at + 1 :], *looks(100, 1, "end")]
+
+
+def test_samples_and_evaluations_lie_along_the_curve(tmp_path):
+    folder = write_run(tmp_path / "run", looked_at())
+    page, run = page_of(folder), read_run(folder, "run")
+    header, measures = evaluation_table(run)
+    assert header == ["measure", "step 30, before growth", "step 30, after growth", "step 100, end"]
+    assert measures == [
+        ["code: nats per token", "2.7000", "2.7000", "2.0000"],
+        ["code: bits per byte", "1.3500", "1.3500", "1.0000"],
+        ["lines/acc", "0.2800", "0.2800", "0.3500"],
+    ]
+    assert "code: nats per token 2.7000 2.7000 2.0000" in page.words
+    assert [row["step"] for row in sample_table(run)] == [10, 30, 30, 100]
+    assert "100 204800 KING: After 100 steps." in page.words
+    data = json.loads(page.data)
+    curves, places = data["runs"][0]["curves"], data["runs"][0]["places"]
+    assert curves["extra:code"] == [{"y": [2.9, 2.7, 2.7, 2.0]}]
+    assert curves["task:lines/acc"] == [{"y": [0.26, 0.28, 0.28, 0.35]}]
+    assert places["evaluation"]["tokens"] == [20480, 61440, 61440, 204800]
+    times = time_table(run)
+    assert list(times) == ["steps", "growths", "samples", "evaluations of token files", "weights written for tasks"]
+    assert times["samples"].startswith("0:08 (")
+    steps = sum(2048 / step_row(step)["tokens_per_s"] for step in range(1, 101))
+    assert times["steps"] == f"{clock(steps)} ({steps / (steps + 0.5 + 8 + 6 + 2):.1%})"
+    assert "samples 0:08 (" in page.words
+    assert "Samples and evaluations" not in page_of(write_run(tmp_path / "plain", rows(30))).words
+    assert list(time_table(read_run(tmp_path / "plain", "plain"))) == ["steps"]
+
+
 # ---- what is none ------------------------------------------------------------------------------------------
 
 BAD = {
@@ -298,6 +343,10 @@ BAD = {
         "metrics: d_model = many: of the growth row of step 1 is no size",
     ),
     "bytes in words": (json.dumps(growth_row(1, 0) | {"bytes_sent": "many"}) + "\n", "metrics: bytes_sent = many: of"),
+    "samples in words": (
+        json.dumps(step_row(1)) + "\n" + json.dumps({"event": "sample", **totals(1), "samples": "text"}) + "\n",
+        "metrics: samples = text: of the sample row of step 1 is no list of texts",
+    ),
     "no text": ("\udcff\n", "cannot be read"),
 }
 
