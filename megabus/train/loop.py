@@ -18,11 +18,12 @@ from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached, never_met
 from megabus.kappa.why import why
+from megabus.model.cost import counted_sizes
 from megabus.model.peak import peak_flops
 from megabus.parallel.agree import on_any_rank
 from megabus.train.environment import peak_memory
 from megabus.train.metrics import describe, step_line
-from megabus.train.run import Run, roll_back, sizes, started, watch_stage
+from megabus.train.run import Run, roll_back, started, watch_stage
 from megabus.train.saving import close, collect, finish, save, warn_unwritten
 from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor, spent_share
 from megabus.train.stop import StoppedError, StopRequests, listening
@@ -232,6 +233,7 @@ def _gauge(run: Run) -> None:
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     """Grow into the next stage, and measure on the same tokens what it did to the loss (`before`)."""
     old, new, now = run.stage, run.stages[signal.stage], run.progress
+    was, grown_to = counted_sizes(old.model), counted_sizes(new.model)
     run.watchdog.heartbeat(f"the growth after step {now.step}")
     begun = time.perf_counter()
     grown = grow_engine(run.engine, run.config, new)
@@ -241,7 +243,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     now.position = align_up(now.position, new.seq_len)
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
     run.mark()
-    now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})
+    now.growths.append(run.totals | {"reason": signal.reason, "old": was, "new": grown_to})
     run.pace.clear()
     run.watchdog.heartbeat()
     unit_error = run.engine.unit_error()
@@ -249,8 +251,8 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
         row = run.totals | {
             "from_stage": old.index,
             "to_stage": new.index,
-            "old": sizes(old),
-            "new": sizes(new),
+            "old": was,
+            "new": grown_to,
             "old_layout": str(old.layout),
             "new_layout": str(new.layout),
             "reason": signal.reason,

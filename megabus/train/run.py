@@ -25,7 +25,7 @@ from megabus.growth.transition import stage_engine
 from megabus.kappa.marginal import Ahead
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
-from megabus.model.cost import count_parameters, flops_per_token
+from megabus.model.cost import count_parameters, counted_sizes, flops_per_token
 from megabus.model.params import UNIT_ERROR
 from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
@@ -160,7 +160,7 @@ def start(config: RunConfig, requests: StopRequests, watchdog: Watchdog, lock: R
         run.mark()
         watch_stage(run)
         if run.metrics is not None:
-            row = {"sizes": sizes(run.stage), "layout": str(run.stage.layout), "environment": machine}
+            row = {"sizes": counted_sizes(run.stage.model), "layout": str(run.stage.layout), "environment": machine}
             run.metrics.write("start", run.totals | row)
             parameters = f"{count_parameters(run.stage.model):,} parameters"
             say(f"{len(stages)} stage(s), first: {describe(run.stage)}, {parameters}")
@@ -290,15 +290,3 @@ def span_of(stage: Stage, tokens: int, flops: float) -> StageSpan:
     """What a monitor must know of a stage that begins at these run totals."""
     n_params = count_parameters(stage.model)
     return StageSpan(stage.index, n_params, stage.kappa, tokens, flops, stage.max_tokens, stage.max_flops)
-
-
-def sizes(stage: Stage) -> dict[str, int]:
-    model = stage.model
-    return {
-        "d_model": model.d_model,
-        "n_layers": model.n_layers,
-        "n_heads": model.n_heads,
-        "n_kv_heads": model.kv_heads,
-        "d_ff": model.d_ff,
-        "n_params": count_parameters(model),
-    }
