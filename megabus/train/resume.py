@@ -10,6 +10,7 @@ from megabus.checkpoint.contents import Found, listed_tokenizer
 from megabus.checkpoint.state import SavedState
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.effects import without_effect
+from megabus.config.free import FREE, FREE_KEYS
 from megabus.config.model import INITIAL
 from megabus.config.schema import StageConfig
 from megabus.config.section import in_line
@@ -23,18 +24,6 @@ from megabus.train.horizon import horizon_factor, planned_steps
 if TYPE_CHECKING:  # a start need not have it
     from megabus.convert.source import FolderSource
 
-# What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
-FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "preflight", "data")
-FREE_KEYS = (
-    "layout",
-    "micro_batch_size",
-    "recompute",
-    "overlap_comm",
-    "sequence_parallel",
-    "kernels",
-    "buffer_mb",
-    "deterministic",
-)
 GO_BACK = "set it back, or choose another run_dir"
 
 

@@ -1,0 +1,15 @@
+"""What a run may change when it resumes under `resume: strict`: where and how it computes, and last bits at most."""
+
+from __future__ import annotations
+
+FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "preflight", "data")  # sections of the file
+FREE_KEYS = (  # wherever they stand
+    "layout",
+    "micro_batch_size",
+    "recompute",
+    "overlap_comm",
+    "sequence_parallel",
+    "kernels",
+    "buffer_mb",
+    "deterministic",
+)
