@@ -9,17 +9,18 @@ import math
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megabus.checkpoint.manifest import validated
 from megabus.config import RunConfig
-from megabus.config.pair import sizes_of
+from megabus.config.model import INITIAL_VALUES
+from megabus.config.reasons import REASONS
 from megabus.config.stages import check_cut
 from megabus.data.order import BLEND_PERIOD, align_up
-from megabus.kappa.monitor import SAVED, KappaState, Reason, check_saved
-from megabus.model.cost import count_parameters
+from megabus.kappa.monitor import SAVED, KappaState, check_saved
+from megabus.model.cost import count_parameters, counted_sizes
 from megabus.parallel.fragments import KINDS, decay_of, ema_kind
 from megabus.plain_file import shown
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from megabus.checkpoint.state import SavedState
 
 ROUNDING = 1e-9  # of FLOPs that were added up step by step
-TRANSFERRED = ("alpha_init", "s_z_init", "init_std", "embed_init_std", "head_init_std")  # by optimizer.transfer
 
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Length = Annotated[int, Field(ge=1, lt=2**31)]
@@ -192,8 +192,8 @@ def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
     for number, row in enumerate(rows):
         key = f"progress.growths.{number}"
         _agree(f"{key}.stage", row.stage, "the number of growths so far", number + 1)
-        if row.reason not in get_args(Reason):
-            raise ValueError(f"{key}.reason: {shown(row.reason)} is none of {', '.join(get_args(Reason))}")
+        if row.reason not in REASONS:
+            raise ValueError(f"{key}.reason: {shown(row.reason)} is none of {', '.join(REASONS)}")
         for name in row.old.keys() & row.new.keys():
             _at_most(f"{key}.old.{name}", row.old[name], f"{key}.new.{name}", row.new[name])
         for name, value, limit in (
@@ -212,9 +212,7 @@ def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
         last, key = rows[-1], f"progress.growths.{len(rows) - 1}"
         _agree(f"{key}.tokens", last.tokens, "progress.stage_tokens", now.stage_tokens)
         _agree(f"{key}.flops", last.flops, "progress.stage_flops", now.stage_flops)
-        model = state.model
-        sizes = sizes_of(model) | {"n_kv_heads": model.kv_heads, "n_params": count_parameters(model)}
-        _agree_sizes(f"{key}.new", last.new, "the model's", sizes)
+        _agree_sizes(f"{key}.new", last.new, "the model's", counted_sizes(state.model))
     else:
         _agree("progress.stage_tokens", now.stage_tokens, "0, where nothing has grown", 0)
         _agree("progress.stage_flops", now.stage_flops, "0, where nothing has grown", 0)
@@ -267,7 +265,7 @@ def _check_config(config: _Config, state: SavedState) -> None:
     said = dict(_section(state.config.get("model"), "config.model"))
     for stage in state.config["growth"]["stages"][: state.stage]:
         said |= {key: value for key, value in _section(stage, "config.growth.stages").items() if value is not None}
-    transferred = TRANSFERRED if _section(state.config.get("optimizer"), "config.optimizer").get("transfer") else ()
+    transferred = INITIAL_VALUES if _section(state.config.get("optimizer"), "config.optimizer").get("transfer") else ()
     for key, value in state.model.model_dump(mode="json").items():
         if key in said and key not in transferred:  # those that came later are not there
             _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", less(value, said[key]))

@@ -26,6 +26,11 @@ def sizes_of(model: ModelConfig) -> dict[str, int]:
     return {name: size for name in SIZES if (size := getattr(model, name)) is not None}
 
 
+def whole_sizes(model: ModelConfig) -> dict[str, int]:
+    """The same with `n_kv_heads` in any case."""
+    return {name: model.kv_heads if name == "n_kv_heads" else getattr(model, name) for name in SIZES}
+
+
 def check_pair(old: ModelConfig, new: ModelConfig, depth: Depth, key: str) -> None:
     """Raise `UserError` unless `old` can grow into `new`. depth: `growth.depth`; key: what the names of `new`'s keys
     begin with."""
@@ -33,10 +38,11 @@ def check_pair(old: ModelConfig, new: ModelConfig, depth: Depth, key: str) -> No
         if getattr(old, name) != getattr(new, name):
             problem = f"changes from {getattr(old, name)}, and growth keeps it"
             raise UserError(key + name, getattr(new, name), problem, "keep the old value")
+    before, after = whole_sizes(old), whole_sizes(new)
     for name in SIZES:
-        before, after = (m.kv_heads if name == "n_kv_heads" else getattr(m, name) for m in (old, new))
-        if after < before:
-            raise UserError(key + name, after, f"shrinks from {before}", "stages only grow: give at least that")
+        if after[name] < before[name]:
+            problem = f"shrinks from {before[name]}"
+            raise UserError(key + name, after[name], problem, "stages only grow: give at least that")
     if old.n_layers == 0 < new.n_layers and DEPTHS[depth].copies:
         problem = f"cannot come from growth.depth = {depth}: there is no layer to copy"
         raise UserError(key + "n_layers", new.n_layers, problem, "set growth.depth to fresh")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 
-from megabus.kappa.monitor import Reason
+from megabus.config.reasons import Reason
 from megabus.upload import upload
 
-_REASONS: tuple[Reason | None, ...] = (None, "kappa", "cap", "marginal")
+_REASONS: tuple[Reason | None, ...] = (None, *get_args(Reason))
 
 
 @dataclass(frozen=True)

@@ -29,17 +29,16 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
+from megabus.config.reasons import Reason
 from megabus.config.schema import KappaConfig
 from megabus.kappa.curve_fit import CurveFit
 from megabus.kappa.marginal import Returns, StagePath, path_of, returns
 from megabus.kappa.predictors import CurvePoint, Fit, StageSpan, make_predictor
-
-Reason = Literal["kappa", "cap", "marginal"]
 
 FLAT = 0.01
 _SLOPE_POINTS = 5

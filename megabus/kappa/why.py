@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megabus.config.reasons import REASONS
 from megabus.config.schema import KappaConfig
 from megabus.kappa.monitor import Decision, KappaView
 
@@ -13,10 +14,8 @@ def why(decision: Decision, view: KappaView, trigger: KappaConfig, only_cap: boo
 
     only_cap: the learning rate decays, so κ may not grow the model now.
     """
-    if decision.grow:
-        return {"cap": "the stage's cap is reached", "kappa": "κ is met", "marginal": "the next size gives more"}[
-            str(decision.reason)
-        ]
+    if decision.reason is not None:
+        return REASONS[decision.reason].met
     if only_cap:
         return "κ decides nothing while the learning rate decays"
     if view.evals < trigger.min_evals:

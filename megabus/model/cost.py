@@ -6,6 +6,7 @@ from functools import lru_cache
 from math import prod
 
 from megabus.config import ModelConfig
+from megabus.config.pair import whole_sizes
 from megabus.model.decoder import param_specs
 from megabus.model.params import ParamSpec, global_shape
 
@@ -22,6 +23,11 @@ def totals(model: ModelConfig) -> tuple[int, int]:
 def count_parameters(model: ModelConfig) -> int:
     """Entries of all parameters, embedding and head included."""
     return totals(model)[1]
+
+
+def counted_sizes(model: ModelConfig) -> dict[str, int]:
+    """What growth changes of a model, and its parameters, as rows of metrics and checkpoints tell a growth."""
+    return whole_sizes(model) | {"n_params": count_parameters(model)}
 
 
 @lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megabus.config.reasons import REASONS
 from megabus.errors import UserError
 from megabus.report.figure import COLOURS, dress, picture
 from megabus.report.history import MetricsRow, XAxis, layouts_that_ran, places, read_metrics, read_rows, skipped_spikes
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHORT = {"d_model": "d", "n_layers": "L", "n_heads": "H", "n_kv_heads": "KV", "d_ff": "ff"}
-_REASON = {"kappa": "κ", "cap": "cap", "marginal": "return"}
 X_LABEL = {"flops": "training compute (FLOPs)", "tokens": "tokens", "time": "training time (hours)"}
 _HEIGHT = 4.6  # of the axes, in inches
 MOST_FLAGS = 40  # labels of growths that a picture has room for
@@ -131,7 +131,7 @@ def growth_text(row: MetricsRow) -> str:
 
 def why(growth: MetricsRow) -> str:
     reason: str = growth["reason"]
-    return _REASON.get(reason, reason)
+    return REASONS[reason].flag if reason in REASONS else reason
 
 
 def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bool) -> None:

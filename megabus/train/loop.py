@@ -22,13 +22,14 @@ from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
 from megabus.kappa.monitor import cap_is_reached, never_met
 from megabus.kappa.why import why
 from megabus.model.budget import spent_share
+from megabus.model.cost import counted_sizes
 from megabus.model.peak import peak_flops
 from megabus.parallel.agree import on_any_rank, rank_0_says
 from megabus.parallel.fragments import decay_of
 from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.callbacks import Callback
 from megabus.train.environment import peak_memory
-from megabus.train.run import Run, roll_back, run_span, sizes, started, watch_stage
+from megabus.train.run import Run, roll_back, run_span, started, watch_stage
 from megabus.train.saving import close, collect, finish, save, warn_unwritten
 from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor
 from megabus.train.stop import StoppedError, StopRequests, listening
@@ -278,6 +279,7 @@ def _tell_phase(run: Run) -> None:
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     """Grow into the next stage, and measure on the same tokens what it did to the loss (`before`)."""
     old, new, now = run.stage, run.stages[signal.stage].at(run.share), run.progress
+    was, grown_to = counted_sizes(old.model), counted_sizes(new.model)
     for callback in run.callbacks:
         callback.before_growth(run)
     run.watchdog.heartbeat(f"the growth after step {now.step}")
@@ -290,7 +292,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
     run.spikes.begin()  # what a growth makes of the loss is no spike
     run.mark()
-    now.growths.append(run.totals | {"reason": signal.reason, "old": sizes(old), "new": sizes(new)})
+    now.growths.append(run.totals | {"reason": signal.reason, "old": was, "new": grown_to})
     run.watchdog.heartbeat()
     watch_stage(run)
     run.tell(
@@ -298,8 +300,8 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
         {
             "from_stage": old.index,
             "to_stage": new.index,
-            "old": sizes(old),
-            "new": sizes(new),
+            "old": was,
+            "new": grown_to,
             "old_layout": str(old.layout),
             "new_layout": str(new.layout),
             "reason": signal.reason,

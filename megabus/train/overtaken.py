@@ -33,9 +33,8 @@ def check_growths(config: RunConfig, stages: list[Stage]) -> list[str]:
         if stage.max_tokens is None and stage.max_flops is None:
             if at < 1 and silent:
                 needed, begins = config.growth.trigger.min_evals, _begins(config)
-                who = {"kappa": "kappa", "marginal": "rule marginal"}[config.growth.trigger.rule]
-                problem = f"nothing ends this stage: {who} has {needed} evaluations at {at:.0%} of the budget, and "
-                problem += f"decides nothing while the rate falls, from {begins:.0%} on"
+                problem = f"nothing ends this stage: rule {config.growth.trigger.rule} has {needed} evaluations at "
+                problem += f"{at:.0%} of the budget, and decides nothing while the rate falls, from {begins:.0%} on"
                 raise UserError(*_key(stage), problem, "give it a cap, or lower optimizer.decay_share or eval.every")
             soonest, latest = by_kappa, None
             continue

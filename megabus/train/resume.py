@@ -10,6 +10,8 @@ from megabus.checkpoint.contents import Found, listed_tokenizer
 from megabus.checkpoint.state import SavedState
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.effects import without_effect
+from megabus.config.free import FREE, FREE_KEYS
+from megabus.config.model import INITIAL
 from megabus.config.schema import StageConfig
 from megabus.config.section import in_line
 from megabus.config.stages import stage_section
@@ -22,25 +24,6 @@ from megabus.train.horizon import horizon_factor, planned_steps
 if TYPE_CHECKING:  # a start need not have it
     from megabus.convert.source import FolderSource
 
-# What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
-FREE = ("run_dir", "resume", "layout", "log", "callbacks", "checkpoint", "preflight", "data")
-FREE_KEYS = (
-    "layout",
-    "micro_batch_size",
-    "recompute",
-    "overlap_comm",
-    "sequence_parallel",
-    "kernels",
-    "buffer_mb",
-    "deterministic",
-    "extra",  # of eval: what else is measured
-    "max_skips",
-    "max_rollbacks",
-    "hang_timeout",
-    "stop_exit_code",
-)
-
-MULTIPLES = ("alpha_init", "s_z_init")  # that gains are stored in: a gain acts as raw * multiplier
 GO_BACK = "set it back, or choose another run_dir"
 
 
@@ -201,7 +184,7 @@ def _check_same(
 def _check_follows(found: Found, config: RunConfig, stage: Stage) -> None:
     """What follows from optimizer.transfer has the values of no key of the file: name those that it follows from."""
     saved, tuned = found.state, config.optimizer.model_dump(mode="json")["transfer"]
-    for key in MULTIPLES:
+    for key in INITIAL["ngpt"]:
         if getattr(saved.model, key) != getattr(stage.model, key):
             before = saved.config["optimizer"].get("transfer")
             if before != tuned:
@@ -214,13 +197,13 @@ def _check_follows(found: Found, config: RunConfig, stage: Stage) -> None:
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
     """All that a model's raw weights stand for."""
-    free = {"init_std", "embed_init_std", "head_init_std", "export_as"}
+    free = {*INITIAL["gpt"], "export_as"}
     return model.model_dump(exclude=free) | {"n_kv_heads": model.kv_heads}
 
 
 def _function(model: ModelConfig) -> dict[str, Any]:
     """All that its function depends on, given its vocabulary and what its gains act as."""
-    return {key: value for key, value in _shape(model).items() if key not in (*MULTIPLES, "vocab_size")}
+    return {key: value for key, value in _shape(model).items() if key not in (*INITIAL["ngpt"], "vocab_size")}
 
 
 def _changes(was: Any, is_now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -27,7 +27,7 @@ from megabus.kappa.marginal import Ahead
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
 from megabus.model.budget import spent_share
-from megabus.model.cost import count_parameters, flops_per_token
+from megabus.model.cost import count_parameters, counted_sizes, flops_per_token
 from megabus.model.params import UNIT_ERROR
 from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
@@ -200,8 +200,8 @@ def start(
         run.place()
         run.mark()
         watch_stage(run)
-        layout = str(run.stage.layout)
-        run.tell("start", {"sizes": sizes(run.stage), "layout": layout, "environment": machine})
+        layout, sizes = str(run.stage.layout), counted_sizes(run.stage.model)
+        run.tell("start", {"sizes": sizes, "layout": layout, "environment": machine})
     with agreement():
         if dist.get_rank() == 0:  # of a run that was killed before it could
             prune(root, keep.keep_last, keep.keep_every)
@@ -351,15 +351,3 @@ def span_of(stage: Stage, tokens: int, flops: float) -> StageSpan:
     """What a monitor must know of a stage that begins at these run totals."""
     n_params = count_parameters(stage.model)
     return StageSpan(stage.index, n_params, stage.kappa, tokens, flops, stage.max_tokens, stage.max_flops)
-
-
-def sizes(stage: Stage) -> dict[str, int]:
-    model = stage.model
-    return {
-        "d_model": model.d_model,
-        "n_layers": model.n_layers,
-        "n_heads": model.n_heads,
-        "n_kv_heads": model.kv_heads,
-        "d_ff": model.d_ff,
-        "n_params": count_parameters(model),
-    }
