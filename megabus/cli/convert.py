@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from megabus.checkpoint.dtypes import CODES
 from megabus.command import Parser
-from megabus.convert.dtypes import CODES
 from megabus.errors import UserError
 
 if TYPE_CHECKING:  # it imports torch, as all that converts does: only where it is needed
@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     if not 0 < limit < math.inf:
         raise UserError("--max-shard-gb", limit, "is no size", "give a positive number")
     from megabus.convert.changed import RowsMadeUnit, Untied, unit_error
+    from megabus.convert.checks import Checks
     from megabus.convert.convert import convert, model_at, open_source
     from megabus.convert.hugging_face import HuggingFaceSource
     from megabus.convert.source import OpenFiles, Source
@@ -74,10 +75,10 @@ def main(argv: Sequence[str]) -> int:
     from megabus.model.params import UNIT_ERROR
 
     begun = time.perf_counter()
-    with OpenFiles() as files:
+    with OpenFiles() as files, Checks() as checks:
         folder = model_at(args.source)
         source: Source
-        given = source = open_source(folder, files, weights_only=args.weights_only)
+        given = source = open_source(folder, files, args.weights_only, checks)
         if args.untie:
             source = Untied(source)
         if args.unit_rows:
@@ -90,6 +91,7 @@ def main(argv: Sequence[str]) -> int:
             dtype=dtype,
             max_shard_bytes=int(limit * 1e9),
             like=args.like,
+            checks=checks,
         )
         seconds = time.perf_counter() - begun
         print(f"{args.out}: {nbytes / 1e9:.3f} GB in {seconds:.3g} s, {nbytes / 1e9 / seconds:.2f} GB/s")
