@@ -64,7 +64,7 @@ class Random:
     tokenizer: Path | None = None
 
     def __init__(self, model: ModelConfig) -> None:
-        self.state = SavedState(Progress(step=1), 0, model, Layout(1, 1, 1), 1, ("weight",), {}, {}, {})
+        self.state = SavedState(Progress(), 0, model, Layout(1, 1, 1), 0, ("weight",), {}, {}, {})
         self.block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor:

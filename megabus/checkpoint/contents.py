@@ -121,6 +121,11 @@ def opened(folder: Path) -> Found:
     return found
 
 
+def large(entry: Entry) -> bool:
+    """Whether an entry is a shard's, so that to check it takes a while."""
+    return _shard_of(entry) is not None
+
+
 def check_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise `DamagedError` unless a safetensors file holds just these tensors, in fp32."""
     try:

@@ -65,11 +65,12 @@ class Entry:
 _Entries: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])
 
 
-def settle(path: Path, rank: int, heartbeat: Heartbeat = idle) -> Entry:
-    """Make a written file durable, and measure it. heartbeat: called whenever some of it is done."""
+def settle(path: Path, rank: int, heartbeat: Heartbeat = idle, sha256: str | None = None) -> Entry:
+    """Make a written file durable, and measure it. heartbeat: called whenever some of it is done. sha256: the file's,
+    where that was taken while it was written; else it is read again."""
     sync(path)
     heartbeat()
-    return Entry(path.name, path.stat().st_size, _sha256(path, heartbeat), rank)
+    return Entry(path.name, path.stat().st_size, sha256 or _sha256(path, heartbeat), rank)
 
 
 def write_manifest(folder: Path, entries: Iterable[Entry]) -> Path:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from safetensors import SafetensorError
 
 from megabus.checkpoint.host_memory import HostMemory
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
@@ -157,9 +156,9 @@ class Saver:
             with self._together(step):
                 what = (snapshot.placement, snapshot.fragments, snapshot.state.kinds)
                 files = write_shards(partial, *what, self.group, self.heartbeat)
-                if rank == 0:
-                    files += self._write_rest(partial, snapshot.state)
-                mine = [settle(path, rank, self.heartbeat) for path in files]
+                rest = self._write_rest(partial, snapshot.state) if rank == 0 else []
+                mine = [settle(path, rank, self.heartbeat, sha256) for path, sha256 in files.items()]
+                mine += [settle(path, rank, self.heartbeat) for path in rest]
             entries: list[list[Entry]] = [[] for _ in range(dist.get_world_size())]
             dist.gather_object(mine, entries if rank == 0 else None, group=self.group)
             written = [entry for part in entries for entry in part]
@@ -181,7 +180,7 @@ class Saver:
         with agreement(self.group):
             try:
                 yield
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 raise UserError("checkpoint", folder_of(self.root, step), f"{problem} ({error})", remedy) from error
 
     def _write_rest(self, partial: Path, state: SavedState) -> list[Path]:

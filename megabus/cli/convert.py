@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from megabus.checkpoint.dtypes import CODES
 from megabus.command import Parser
-from megabus.convert.dtypes import CODES
 from megabus.errors import UserError
 from megabus.extras import need
 from megabus.table import in_bytes
@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     if not 0 < limit < math.inf:
         raise UserError("--max-shard-gb", limit, "is no size", "give a positive number")
     from megabus.convert.changed import RowsMadeUnit, Untied, averaged, unit_error
+    from megabus.convert.checks import Checks
     from megabus.convert.convert import convert, model_at, open_source
     from megabus.convert.hugging_face import HuggingFaceSource
     from megabus.convert.source import OpenFiles, Source
@@ -81,10 +82,10 @@ def main(argv: Sequence[str]) -> int:
     from megabus.model.params import UNIT_ERROR
 
     begun = time.perf_counter()
-    with OpenFiles() as files:
+    with OpenFiles() as files, Checks() as checks:
         folder = model_at(args.source)
         source: Source
-        given = source = open_source(folder, files, weights_only=args.weights_only and args.ema is None)
+        given = source = open_source(folder, files, args.weights_only and args.ema is None, checks)
         if args.without_tokenizer:
             source.tokenizer = None
         elif isinstance(given, HuggingFaceSource) and given.without_tokenizer:
@@ -107,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
             dtype=dtype,
             max_shard_bytes=int(limit * 1e9),
             like=args.like,
+            checks=checks,
         )
         seconds = time.perf_counter() - begun
         print(f"{args.out}: {in_bytes(nbytes)} in {seconds:.3g} s, {in_bytes(nbytes / seconds)}/s")

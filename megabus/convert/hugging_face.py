@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megabus.checkpoint.entries import odd_entry
 from megabus.checkpoint.state import Progress, SavedState
+from megabus.checkpoint.tensor_file import DTYPES, TensorFileWriter
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
 from megabus.convert.hf_accounts import check_accounts
@@ -31,7 +32,6 @@ from megabus.convert.hf_rest import check_ids, copy_rest, extends, inside, read_
 from megabus.convert.hf_stock import stock_config, stock_model
 from megabus.convert.hf_tokenizer import compare_as_read, write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
-from megabus.convert.tensor_file import DTYPES, TensorFileWriter
 from megabus.data.tokenizer.files import TREE
 from megabus.errors import UserError
 from megabus.model.cost import totals
@@ -81,7 +81,8 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
     weight_map, total = {}, 0
     for number, names in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
-        with TensorFileWriter(out / file, {hf_name(specs[n], model): shapes[n] for n in names}, dtype) as writer:
+        tensors = {hf_name(specs[n], model): shapes[n] for n in names}
+        with TensorFileWriter(out / file, tensors, dtype, hashed=False) as writer:
             total += writer.nbytes
             for name in names:
                 key = hf_name(specs[name], model)
