@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import growth_stall, kernels, others, preprocessing, scale, training
+from benchmarks import growth_stall, kernels, others, preprocessing, scale, telling, training
 from benchmarks.comparisons import Comparison, markdown
 from megabus.command import Parser, run
 
@@ -33,6 +33,7 @@ CPU: dict[str, Suite] = {
     "documents": training.documents,
     "layouts": training.layouts,
     "growth": growth_stall.growths,
+    "telling": telling.telling,
     "others": others.others,
     "scale": scale.scale,
     "preprocess": preprocessing.preprocessing,  # last: `datasets` starts threads, and the others' ranks are forked

@@ -31,7 +31,8 @@ def _numbers_of(row: MetricsRow, event: str, key: str) -> dict[str, float]:
 
 
 def evaluation_table(run: RunFacts) -> tuple[list[str], list[list[str]]]:
-    """(header, a row for each measure): what was measured before and after each growth, side by side, and last."""
+    """(header, a row for each measure): what was measured before and after each growth, side by side, and at the
+    end."""
     moments: dict[tuple[int, str], dict[str, str]] = {}
     for row in run.rows:
         when = row.get("when")
