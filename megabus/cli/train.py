@@ -1,9 +1,9 @@
 """Train a model, growing it on the way: in this process, or in several, one a device.
 
-megabus train --config run.yaml layout.dp=1 layout.tp=1 layout.pp=1
-megabus train --nproc-per-node 4 --config run.yaml optimizer.lr=2e-3
-torchrun --nnodes 2 --nproc-per-node 8 ... -m megabus train --config run.yaml
-deepspeed --module --no_local_rank megabus train --config run.yaml
+  megabus train --config run.yaml layout.dp=1 layout.tp=1 layout.pp=1
+  megabus train --nproc-per-node 4 --config run.yaml optimizer.lr=2e-3
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m megabus train --config run.yaml
+  deepspeed --module --no_local_rank megabus train --config run.yaml
 
 With --preflight-only nothing is trained: it shows what the preflight finds (docs/preflight.md), and leaves nothing.
 """
