@@ -22,7 +22,7 @@ from megabus.command import RankParser, tell_outcome
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import importing, prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError, warn
-from megabus.extras import need
+from megabus.extras import SINKS, need, need_sink
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,9 +38,9 @@ def main(argv: Sequence[str]) -> int:
     resolve_stages(config, world, begun_with=partial(growths_begun_with, config))
     # Of rank 0 alone, which writes them: the other machines need neither.
     writes = args.nproc_per_node is not None or os.environ.get("RANK", "0") == "0"
-    for extra, wanted in (("wandb", config.log.wandb), ("tensorboard", config.log.tensorboard)):
-        if wanted and writes:
-            need(extra, f"log.{extra}", "true", f"or set log.{extra}=false")
+    for name in SINKS:
+        if writes and getattr(config.log, name):
+            need_sink(name)
     if args.nproc_per_node is not None:
         return start_ranks(args.nproc_per_node, "train", argv)
     prepare_environment(config.train.deterministic)
