@@ -63,7 +63,7 @@ site: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
 
 parity: $(VENV)/.installed
-	$(BIN)/megabus parity $(if $(GPU),--gpu)
+	$(BIN)/megabus parity $(if $(GPU),--device cuda)
 
 chaos: $(VENV)/.installed
 	$(BIN)/megabus chaos $(if $(KILLS),--kills $(KILLS))
@@ -93,7 +93,7 @@ gpu-check-wheels:
 data/demo/shakespeare-train.bin: | $(VENV)/.installed
 	$(BIN)/python tools/demo_text.py
 	$(BIN)/megabus preprocess data/demo/shakespeare.txt --train-tokenizer 1024 --model-type bpe \
-	    --valid-fraction 0.05 --output data/demo/shakespeare
+	    --valid-fraction 0.05 --out data/demo/shakespeare
 
 # A CPU build of torch where there is no GPU and one can be had; the default build works everywhere.
 $(VENV)/.installed: requirements.txt pyproject.toml

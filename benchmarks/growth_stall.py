@@ -22,6 +22,7 @@ import yaml
 
 from benchmarks.arms import Timing
 from benchmarks.comparisons import Comparison, compare
+from benchmarks.live_rows import live_rows
 from megabus.engine.startup import on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ def _round(folder: Path, case: dict[str, Any], world: int) -> tuple[float, float
     batch = case["train"]["seq_len"] * case["train"]["global_batch_size"]
     live = _config(folder, "live", case, 2 * case["steps"])
     live["growth"] = {"moments": "grow", "max_tokens": case["steps"] * batch, "stages": [case["grown"]]}
-    rows = [json.loads(line) for line in _train(folder, live, world)]
+    rows = list(_train(folder, live, world))
     growth = next(i for i, row in enumerate(rows) if row["event"] == "growth")
     before = [_seconds(row, batch) for row in rows[:growth] if row["event"] == "step"][case["steps"] // 2 :]
     after = [_seconds(row, batch) for row in rows[growth:] if row["event"] == "step"]
@@ -84,7 +85,7 @@ def _round(folder: Path, case: dict[str, Any], world: int) -> tuple[float, float
 def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
     """Seconds to save, grow on the disk, start the ranks again and load."""
     small = _config(folder, "small", case, case["steps"])
-    saves = [row for row in map(json.loads, _train(folder, small, world)) if row["event"] == "save"]
+    saves = [row for row in _train(folder, small, world) if row["event"] == "save"]
     seconds = saves[-1]["stall_s"]  # at the end of a run, until it is written
     sizes = {key: value for key, value in case["grown"].items() if key != "layout"}
     begun = time.perf_counter()
@@ -96,8 +97,8 @@ def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
     large = _config(folder, "large", case, 2) | {"layout": case["grown"]["layout"], "init_from": str(folder / "grown")}
     large["model"] = case["model"] | sizes
     begun, loaded = time.perf_counter(), 0.0
-    for line in _train(folder, large, world):  # to its end, lest it disturb what is measured next
-        if json.loads(line)["event"] == "start":  # the ranks are there, with their weights
+    for row in _train(folder, large, world):  # to its end, lest it disturb what is measured next
+        if row["event"] == "start":  # the ranks are there, with their weights
             loaded = time.perf_counter() - begun
     return seconds + loaded
 
@@ -120,8 +121,8 @@ def _seconds(step: dict[str, Any], tokens: int) -> float:
     return tokens / step["tokens_per_s"]
 
 
-def _train(folder: Path, config: dict[str, Any], world: int) -> Iterator[str]:
-    """The lines of a run's metrics, each as soon as it is there."""
+def _train(folder: Path, config: dict[str, Any], world: int) -> Iterator[dict[str, Any]]:
+    """The rows of a run's metrics, each as soon as it is there."""
     path = folder / (Path(config["run_dir"]).name + ".yaml")
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
@@ -129,14 +130,7 @@ def _train(folder: Path, config: dict[str, Any], world: int) -> Iterator[str]:
     log = path.with_suffix(".log")
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-    metrics, read, ended = Path(config["run_dir"]) / "metrics.jsonl", 0, False
-    while not ended:
-        ended = process.poll() is not None
-        text = metrics.read_text() if metrics.exists() else ""
-        whole = text.rfind("\n") + 1
-        yield from text[read:whole].splitlines()
-        read = max(read, whole)
-        time.sleep(0.005)
+    yield from live_rows(config["run_dir"], lambda: process.poll() is not None, 0.005)
     if process.returncode:
         raise RuntimeError(f"{config['run_dir']} failed:\n{log.read_text()[-2000:]}")
 

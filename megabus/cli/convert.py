@@ -1,9 +1,9 @@
 """Convert weights: to another layout's shards, to and from mp_rank_XX_YYY files, to and from Hugging Face.
 
-megabus convert runs/demo out/ --to shards --tp 2 --pp 2
-megabus convert runs/demo out/ --to hf --dtype bfloat16
-megabus convert runs/demo out/ --to hf --ema 0.999
-megabus convert path/to/llama out/ --to checkpoint
+  megabus convert runs/demo out/ --to shards --tp 2 --pp 2
+  megabus convert runs/demo out/ --to hf --dtype bfloat16
+  megabus convert runs/demo out/ --to hf --ema 0.999
+  megabus convert path/to/llama out/ --to checkpoint
 
 SOURCE is a run, one of its checkpoints, a directory of shard files, a Hugging Face directory or its name on the hub;
 OUT must not exist.
@@ -40,9 +40,11 @@ OPTIONS = {
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus convert", description=__doc__)
-    parser.add_argument("source")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--to", choices=("checkpoint", "shards", "hf"), required=True)
+    parser.add_argument(
+        "source", help="a run, a checkpoint, shard files, a Hugging Face directory or a name of the hub"
+    )
+    parser.add_argument("out", type=Path, help="directory to make")
+    parser.add_argument("--to", choices=("checkpoint", "shards", "hf"), required=True, help="the form to write")
     parser.add_argument("--tp", type=int, help="of checkpoint and shards (1)")
     parser.add_argument("--pp", type=int, help="of checkpoint and shards (1)")
     parser.add_argument("--dp", type=int, help="of a checkpoint (1)")

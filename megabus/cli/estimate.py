@@ -1,10 +1,10 @@
 """Estimate a run on a cluster before there is one: memory, step time, layouts, growths. Computed, with no GPU.
 
-megabus estimate --config run.yaml --world 1024 --gpu h100
-megabus estimate --config run.yaml --world 16 --gpu a100 --nodes-of 4 layout.tp=4
-megabus estimate --config run.yaml --world 1 --gpu rtx4090
-megabus estimate --config run.yaml --world 1 --gpu-memory-gib 16 --gpu-tflops 88 --gpu-gbs 672
-megabus estimate --config run.yaml --world 4 --gpu cpu --json -
+  megabus estimate --config run.yaml --world 1024 --gpu h100
+  megabus estimate --config run.yaml --world 16 --gpu a100 --nodes-of 4 layout.tp=4
+  megabus estimate --config run.yaml --world 1 --gpu rtx4090
+  megabus estimate --config run.yaml --world 1 --gpu-memory-gib 16 --gpu-tflops 88 --gpu-gbs 672
+  megabus estimate --config run.yaml --world 4 --gpu cpu --json -
 
 Times are predicted, not measured: docs/estimate.md says from what.
 """

@@ -1,10 +1,10 @@
 """Add tokens to a tokenizer: special ones, words of another language or of a trade. Its own pieces keep their ids.
 
-megabus extend-tokenizer path/to/llama data/llama-chat --special '<|user|>' '<|assistant|>'
-megabus extend-tokenizer data/mine-tokenizer.json data/mine-plus --add-file words.txt
+  megabus extend-tokenizer path/to/llama data/llama-chat --special '<|user|>' '<|assistant|>'
+  megabus extend-tokenizer data/mine-tokenizer.json data/mine-plus --add-file words.txt
 
 A run goes on from a model with it by init_from, data.tokenizer and extend_vocabulary: true, on token files that
-megabus preprocess --tokenizer OUT makes. Tokens are matched in the text before all else; nothing is learnt from text.
+`megabus preprocess --tokenizer OUT` makes. Tokens are matched in the text before all else; nothing is learnt from text.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The whole model is run in this process, on the CPU, twice for each layer. Documents are kept apart where the run did so.
 
-megabus layers runs/demo
-megabus layers runs/demo/checkpoints/step-00000500 --valid data/demo/shakespeare-valid --tokens 65536
+  megabus layers runs/demo
+  megabus layers runs/demo/checkpoints/step-00000500 --valid data/demo/shakespeare-valid --tokens 65536
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Plan a growth before it is trained: sizes, when to grow, and what that is predicted to save.
 
-megabus plan run.yaml            # when the file's stages should grow; of a single size: stages for it, to paste
-megabus plan run.yaml --propose  # stages for the final size, whatever stages the file has
-megabus plan run.yaml --free     # even if a smaller model is the better choice
-megabus plan run.yaml --fit runs/a runs/b ...           # with a law fitted to finished runs
-megabus plan runs/demo/config.yaml --compare runs/demo  # beside what happened
+megabus plan --config run.yaml            # when its stages should grow; of a single size: stages for it, to paste
+megabus plan --config run.yaml --propose  # stages for the final size, whatever stages the file has
+megabus plan --config run.yaml --free     # even if a smaller model is the better choice
+megabus plan --config run.yaml --fit runs/a runs/b ...           # with a law fitted to finished runs
+megabus plan --config runs/demo/config.yaml --compare runs/demo  # beside what happened
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_STAGES = 3
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus plan", description=__doc__)
-    parser.add_argument("config", type=Path, help="YAML of a run; its last size is the final one")
+    parser.add_argument("--config", type=Path, required=True, help="YAML of a run; its last size is the final one")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, help="ranks of the run; the least that the layouts allow when left out")
     parser.add_argument("--propose", action="store_true", help="propose sizes, whatever stages the file has")

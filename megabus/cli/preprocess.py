@@ -1,13 +1,13 @@
 """Turns text into the token files that the trainer reads.
 
-    megabus preprocess corpus/ --train-tokenizer 32000 --valid-fraction 0.01 --output data/corpus
-    megabus preprocess 'dumps/*.jsonl.gz' --tokenizer path/to/llama --text-key content --output data/dumps
-    megabus preprocess --dataset roneneldan/TinyStories --tokenizer my.model --output data/stories
+  megabus preprocess corpus/ --train-tokenizer 32000 --valid-fraction 0.01 --out data/corpus
+  megabus preprocess 'dumps/*.jsonl.gz' --tokenizer path/to/llama --text-key content --out data/dumps
+  megabus preprocess --dataset roneneldan/TinyStories --tokenizer my.model --out data/stories
 
 Inputs are files, quoted globs or directories of .txt, .jsonl (both also .gz or .zst) and .parquet, or a dataset of
 the Hugging Face hub. Each file is read once; hidden ones and links to folders are read only if they are named.
-Writes OUTPUT.bin, .idx and .meta.json (OUTPUT-train.* and OUTPUT-valid.* with a --valid-fraction) and, when it
-trains one, OUTPUT-tokenizer.json (or .model): all of them, or on any error none. The bytes do not depend on --workers.
+Writes PREFIX.bin, .idx and .meta.json (PREFIX-train.* and PREFIX-valid.* with a --valid-fraction) and, when it
+trains one, PREFIX-tokenizer.json (or .model): all of them, or on any error none. The bytes do not depend on --workers.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer-sample-mb", type=float, default=200.0, help="MB of text to train the tokenizer on (%(default)s)"
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX")
+    parser.add_argument("--out", required=True, metavar="PREFIX", help="of the files to write: DIRECTORY/NAME")
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="of the documents, picked by hash")
     parser.add_argument(
         "--append-eod",
@@ -93,8 +93,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--valid-fraction", args.valid_fraction, "not in [0, 1)", "give a fraction such as 0.05")
     if not args.tokenizer_sample_mb > 0:
         raise UserError("--tokenizer-sample-mb", args.tokenizer_sample_mb, "not positive", "give MB of text")
-    if args.output.endswith(os.sep) or Path(args.output).is_dir():
-        raise UserError("--output", args.output, "is a directory", "name the files in it: DIRECTORY/NAME")
+    if args.out.endswith(os.sep) or Path(args.out).is_dir():
+        raise UserError("--out", args.out, "is a directory", "name the files in it: DIRECTORY/NAME")
     if args.tokenizer == "":
         raise UserError("--tokenizer", "''", "names none", "name one, or give --train-tokenizer")
     if args.train_tokenizer is not None and not 0 < args.train_tokenizer <= MOST_IDS:

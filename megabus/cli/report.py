@@ -15,7 +15,7 @@ from megabus.extras import need
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus report", description=__doc__)
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directory of a run")
     parser.add_argument("--out", help="folder for report.html and its PNGs (default: RUN_DIR, where there is one)")
     args = parser.parse_args(argv)
     if args.out is None and len(args.run_dirs) > 1:

@@ -1,8 +1,8 @@
 """Submit a training run, or a sweep of runs, to slurm. It saves before the time limit, is queued again, and goes on.
 
-megabus submit --nodes 16 --gpus-per-node 8 --time 24:00:00 --config configs/ngpt_1b.yaml [key=value ...]
-megabus submit --gpus-per-node 0 --ranks-per-node 4 --config configs/demo.yaml --dry-run
-megabus submit --gpus-per-node 8 --config configs/gpt_64m.yaml --array optimizer.lr=1e-3,2e-3
+  megabus submit --nodes 16 --gpus-per-node 8 --time 24:00:00 --config configs/ngpt_1b.yaml [key=value ...]
+  megabus submit --gpus-per-node 0 --ranks-per-node 4 --config configs/demo.yaml --dry-run
+  megabus submit --gpus-per-node 8 --config configs/gpt_64m.yaml --array optimizer.lr=1e-3,2e-3
 
 docs/cluster.md says what the job does and what its exit codes mean.
 """
@@ -53,19 +53,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the job script, and submit nothing")
-    parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun")
+    parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun", help="(%(default)s)")
     size = parser.add_argument_group("size")
-    size.add_argument("--nodes", type=_positive, default=1)
+    size.add_argument("--nodes", type=_positive, default=1, help="machines (%(default)s)")
     size.add_argument("--gpus-per-node", type=_count, required=True, help="0 computes on CPUs")
     size.add_argument("--ranks-per-node", type=_positive, help="as many as GPUs when left out")
     size.add_argument("--cpus-per-rank", type=_positive, help="4 beside a GPU and 1 without when left out")
     size.add_argument("--mem", help="memory of each node, as sbatch has it")
     queue = parser.add_argument_group("queue")
-    queue.add_argument("--time", help="as sbatch has it, like the next four")
-    queue.add_argument("--partition")
-    queue.add_argument("--account")
-    queue.add_argument("--qos")
-    queue.add_argument("--constraint")
+    queue.add_argument("--time", help="the limit, as sbatch has it")
+    queue.add_argument("--partition", help="as sbatch has it")
+    queue.add_argument("--account", help="as sbatch has it")
+    queue.add_argument("--qos", help="as sbatch has it")
+    queue.add_argument("--constraint", help="as sbatch has it")
     queue.add_argument("--job-name", help="the name of the file when left out")
     queue.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--exclusive"

@@ -1,9 +1,9 @@
 """Train a model, growing it on the way: in this process, or in several, one a device.
 
-megabus train --config run.yaml layout.dp=1 layout.tp=1 layout.pp=1
-megabus train --nproc-per-node 4 --config run.yaml optimizer.lr=2e-3
-torchrun --nnodes 2 --nproc-per-node 8 ... -m megabus train --config run.yaml
-deepspeed --module --no_local_rank megabus train --config run.yaml
+  megabus train --config run.yaml layout.dp=1 layout.tp=1 layout.pp=1
+  megabus train --nproc-per-node 4 --config run.yaml optimizer.lr=2e-3
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m megabus train --config run.yaml
+  deepspeed --module --no_local_rank megabus train --config run.yaml
 
 With --preflight-only nothing is trained: it shows what the preflight finds (docs/preflight.md), and leaves nothing.
 """
@@ -22,7 +22,7 @@ from megabus.command import RankParser, tell_outcome
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import importing, prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError, warn
-from megabus.extras import need
+from megabus.extras import SINKS, need, need_sink
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,9 +38,9 @@ def main(argv: Sequence[str]) -> int:
     resolve_stages(config, world, begun_with=partial(growths_begun_with, config))
     # Of rank 0 alone, which writes them: the other machines need neither.
     writes = args.nproc_per_node is not None or os.environ.get("RANK", "0") == "0"
-    for extra, wanted in (("wandb", config.log.wandb), ("tensorboard", config.log.tensorboard)):
-        if wanted and writes:
-            need(extra, f"log.{extra}", "true", f"or set log.{extra}=false")
+    for name in SINKS:
+        if writes and getattr(config.log, name):
+            need_sink(name)
     if args.nproc_per_node is not None:
         return start_ranks(args.nproc_per_node, "train", argv)
     prepare_environment(config.train.deterministic)

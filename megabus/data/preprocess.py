@@ -75,7 +75,7 @@ def without_surrogates(text: str) -> str:
 
 def preprocess(args: argparse.Namespace) -> str:
     """Writes all files beside their final place, then moves them there. Returns the closing line."""
-    output = Path(args.output)
+    output = Path(args.out)
     suffixes = ["-train", "-valid"] if args.valid_fraction else [""]
     targets = [path for suffix in suffixes for path in corpus_paths(f"{output}{suffix}")]
     if args.train_tokenizer is not None:
@@ -84,7 +84,7 @@ def preprocess(args: argparse.Namespace) -> str:
         with all_or_none(output, targets) as stage:
             documents, around, tokens, rate = write_corpora(args, stage / output.name, suffixes)
     except OSError as error:
-        raise UserError("output", output, f"cannot be written ({error})", "choose another prefix") from error
+        raise UserError("--out", output, f"cannot be written ({error})", "choose another prefix") from error
     counts = f"{documents} documents{around}, {tokens} tokens, {rate:.0f} tokens/s"
     return f"{counts}: {', '.join(map(str, sorted(targets)))}"
 
@@ -121,7 +121,7 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
                 raise no_documents(args, texts, suffix, sum(writer.n_documents for writer in writers))
     if texts.n_mended:
         warn(f"{texts.n_mended} document(s) held halves of surrogate pairs, which are U+FFFD now")
-    name = args.tokenizer or os.fspath(trained_path(f"{args.output}-tokenizer", args.model_type))
+    name = args.tokenizer or os.fspath(trained_path(f"{args.out}-tokenizer", args.model_type))
     on_hub = args.tokenizer is not None and not Path(name).exists()
     for writer, suffix, n_bytes in zip(writers, suffixes, text_bytes, strict=True):
         meta = {
@@ -171,7 +171,7 @@ def check_both_sides(args: argparse.Namespace, texts: Documents) -> None:
 
 
 def no_documents(args: argparse.Namespace, texts: Documents, suffix: str, n_documents: int) -> UserError:
-    problem = f"gives {n_documents} document(s), of which none goes to {args.output}{suffix}"
+    problem = f"gives {n_documents} document(s), of which none goes to {args.out}{suffix}"
     remedy = "give more files, make documents smaller (--split-documents line) or try another --valid-fraction"
     return UserError("input", texts.name, problem, remedy if suffix else "give more text")
 

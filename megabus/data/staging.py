@@ -29,14 +29,14 @@ def all_or_none(prefix: Path, targets: list[Path]) -> Iterator[Path]:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     for target in targets:
         if target.is_dir():
-            raise UserError("--output", target, "is a folder", "remove it, or choose another prefix")
+            raise UserError("--out", target, "is a folder", "remove it, or choose another prefix")
     stage = prefix.parent / f".{prefix.name}{ENDING}"
     sweep(prefix.parent, stage)
     stage.mkdir(exist_ok=True)
     with (stage / LOCK).open("a") as lock:
         if not _has_locked(lock.fileno(), stage / LOCK, without_locks=True):
             remedy = "wait for it, or choose another prefix"
-            raise UserError("--output", prefix, "another preprocess is writing there", remedy)
+            raise UserError("--out", prefix, "another preprocess is writing there", remedy)
         try:
             (stage / NEW).mkdir()
             yield stage / NEW

@@ -19,6 +19,7 @@ from support.tiny_config import tiny_config
 
 from megabus import extras
 from megabus.cli import COMMANDS, GROUPS, main, overview, ranks, train
+from megabus.command import Parser
 from megabus.convert import tensor_file
 from megabus.errors import UserError
 from megabus.estimate.devices import DEVICES
@@ -30,7 +31,7 @@ CONFIG = tiny_config(run_dir="run", data={"train": "nowhere", "valid": "nowhere"
 
 @pytest.mark.parametrize(
     ("command", "needed"),
-    [("coord-check", "config"), ("plan", "config"), ("estimate", "--config, --world"), ("train", "--config")],
+    [("coord-check", "--config"), ("plan", "--config"), ("estimate", "--config, --world"), ("train", "--config")],
 )
 def test_only_what_is_needed_is_asked_for(command, needed):
     """No overrides, of which there may be none."""
@@ -57,7 +58,22 @@ def test_help_shows_examples(name, capsys):
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert text.startswith(f"usage: megabus {name} ")
-    assert re.search(rf"^ *megabus {name}( |$)", text, re.MULTILINE)
+    assert re.search(rf"^  megabus {name}( |$)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_name_alike_what_is_alike(name, monkeypatch):
+    """A run's file is --config, what is written where nothing is turned into something is --out, and all have help."""
+    shown = []
+    monkeypatch.setattr(Parser, "print_help", lambda parser: shown.append(parser))
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    actions = {word: each for each in shown[0]._actions for word in each.option_strings or [each.dest]}
+    assert all(each.help for each in actions.values())
+    assert "--output" not in actions
+    assert "config" not in actions
+    assert actions["--config"].required if "overrides" in actions else "--config" not in actions
+    assert "--gpu" not in actions or actions["--gpu"].nargs != 0  # a switch elsewhere is --device
 
 
 def test_help_of_a_command_is_its_own(capsys):
@@ -305,9 +321,9 @@ def test_hanging_up(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["preprocess", "README.md", "--tokenizer", "", "--output", "x"], "--tokenizer = '': names none"),
-        (["preprocess", "README.md", "--train-tokenizer", "99999999999", "--output", "x"], "--train-tokenizer = 999"),
-        (["preprocess", "README.md", "--train-tokenizer", "0", "--output", "x"], "--train-tokenizer = 0: is no number"),
+        (["preprocess", "README.md", "--tokenizer", "", "--out", "x"], "--tokenizer = '': names none"),
+        (["preprocess", "README.md", "--train-tokenizer", "99999999999", "--out", "x"], "--train-tokenizer = 999"),
+        (["preprocess", "README.md", "--train-tokenizer", "0", "--out", "x"], "--train-tokenizer = 0: is no number"),
         (["convert", "run", "x", "--to", "checkpoint", "--tp", "0"], "--tp = 0: is no number of ranks"),
         (["convert", "run", "x", "--to", "checkpoint", "--dp", "-1"], "--dp = -1: is no number of ranks"),
     ],

@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 def run(model, *arguments, output="out/c", workers=1):
     tokenizer = ("--tokenizer", model) if model else ("--train-tokenizer", 300, "--model-type", "bpe")
-    return run_command("preprocess", *arguments, *tokenizer, "--output", output, "--workers", workers)
+    return run_command("preprocess", *arguments, *tokenizer, "--out", output, "--workers", workers)
 
 
 def refused(done):
@@ -76,7 +76,7 @@ def test_a_killed_worker_is_named(model, monkeypatch):
 def test_memory_that_cannot_be_shared_is_named(model):
     """A true one, in a mount namespace of its own."""
     script = 'mount -t tmpfs -o ro none /dev/shm && exec "$@"'
-    command = [sys.executable, "-m", "megabus", "preprocess", "new.txt", "--tokenizer", str(model), "--output", "out/c"]
+    command = [sys.executable, "-m", "megabus", "preprocess", "new.txt", "--tokenizer", str(model), "--out", "out/c"]
     enter = ["unshare", "--mount", "sh", "-c", script, "sh"]
     try:
         subprocess.run([*enter, "true"], check=True, capture_output=True)
@@ -130,9 +130,9 @@ def test_numbers_that_are_no_sizes_are_named(model):
 
 
 def test_an_output_that_cannot_be_written_is_named(model):
-    assert "output = old.txt/c: cannot be written" in refused(run(model, "new.txt", output="old.txt/c"))
+    assert "--out = old.txt/c: cannot be written" in refused(run(model, "new.txt", output="old.txt/c"))
     name = "x" * 250
-    assert f"output = out/{name}: cannot be written (" in refused(run(model, "new.txt", output=f"out/{name}"))
+    assert f"--out = out/{name}: cannot be written (" in refused(run(model, "new.txt", output=f"out/{name}"))
 
 
 # ---- whole or none ----------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_a_target_that_is_a_folder_is_named_before_anything_is_read(target):
     Path("out", target).unlink()
     Path("out", target).mkdir()
     before = contents()
-    assert f"--output = out/{target}: is a folder" in refused(run(None, "nothing.txt", *SPLIT))
+    assert f"--out = out/{target}: is a folder" in refused(run(None, "nothing.txt", *SPLIT))
     assert contents() == before
 
 
@@ -164,7 +164,7 @@ def test_all_stay_as_they_were_if_one_cannot_be_moved(monkeypatch, target):
     done = run(None, "new.txt", *SPLIT)
     assert done.returncode == 2
     problem = f"cannot be written ([Errno 21] Is a directory: 'out/{target}')"
-    assert done.stderr.splitlines()[1:] == [f"error: output = out/c: {problem}; choose another prefix"]
+    assert done.stderr.splitlines()[1:] == [f"error: --out = out/c: {problem}; choose another prefix"]
     assert contents() == before | {target: None}
 
 
@@ -273,7 +273,7 @@ def test_a_process_killed_at_any_rename_leaves_the_old_files_or_the_next_finishe
 def test_what_a_killed_preprocess_leaves_is_swept_by_the_next_and_its_workers_end(model):
     Path("long.txt").write_text(SENTENCE * 200_000)
     command = [sys.executable, "-m", "megabus", "preprocess", "long.txt", "--tokenizer", str(model)]
-    command += ["--output", "out/killed", "--workers", "2", "--split-documents", "line"]
+    command += ["--out", "out/killed", "--workers", "2", "--split-documents", "line"]
     started = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         deadline = time.monotonic() + 60

@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def preprocess(model, *arguments):
-    return run_command("preprocess", *arguments, "--tokenizer", model, "--output", "out/c", "--workers", 1)
+    return run_command("preprocess", *arguments, "--tokenizer", model, "--out", "out/c", "--workers", 1)
 
 
 def read(model, *arguments):

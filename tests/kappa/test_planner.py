@@ -248,7 +248,7 @@ def test_too_few_points_are_refused(keep):
 
 
 def tool(*args):
-    return run_command("plan", *args)
+    return run_command("plan", "--config", *args)
 
 
 def write_run(folder, sizes_of_run, tokens, *losses, growth=None, share=None, kind=None):
