@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from math import inf, prod
 from pathlib import Path
@@ -118,11 +119,7 @@ class LargerVocabulary:
             alike.setdefault(len(self.spelled.get(row, ())), []).append(place)
         ids = sorted({one for row in rows for one in self.spelled.get(row, ())})
         place_of = {one: place for place, one in enumerate(ids)}
-        vectors = torch.empty(len(ids), self.state.model.d_model, dtype=torch.float64)
-        for run in _runs(ids, JOINED // self.state.model.d_model, BLOCK // self.state.model.d_model):
-            there = slice(place_of[run.start], place_of[run.stop - 1] + 1)
-            read = self._vectors(matrix, run.start, run.stop)
-            vectors[there] = read[[one - run.start for one in ids[there]]]
+        vectors = self._vectors(matrix, ids)
         means = torch.empty(len(rows), self.state.model.d_model, dtype=torch.float64)
         for n, places in alike.items():
             if n:
@@ -137,16 +134,26 @@ class LargerVocabulary:
         if matrix.name not in self._of_all:  # it takes the whole matrix
             width, sums = self.state.model.d_model, []
             for start, stop in blocks(0, self.n_ids * width, width):
-                sums.append(sum_of_rows(self._vectors(matrix, start // width, stop // width)))
+                sums.append(sum_of_rows(self._vectors(matrix, range(start // width, stop // width))))
                 self.heartbeat()
             self._of_all[matrix.name] = sum_of_rows(torch.stack(sums)) / self.n_ids
         return self._of_all[matrix.name]
 
-    def _vectors(self, matrix: ParamSpec, start: int, stop: int) -> Tensor:
-        """Rows of the inner source by which it computes: those of its head times their gains; (stop - start, d_model)
-        fp64."""
-        rows = self._old(matrix, start, stop).double()
-        return rows if self.gain is None or matrix.lookup else rows * self._old(self.gain, start, stop).double()
+    def _vectors(self, matrix: ParamSpec, ids: Sequence[int]) -> Tensor:
+        """Rows of the inner source, ascending, by which it computes: those of its head times their gains; (len(ids),
+        d_model) fp64."""
+        rows = self._gathered(matrix, ids).double()
+        return rows if self.gain is None or matrix.lookup else rows * self._gathered(self.gain, ids).double()
+
+    def _gathered(self, spec: ParamSpec, ids: Sequence[int]) -> Tensor:
+        """Rows of the inner source, ascending, (len(ids), its width) fp32. What lies between two of them is read too
+        where that is little."""
+        width, parts, place = self.state.model.d_model, [torch.empty(0)], 0
+        for run in _runs(ids, JOINED // width, BLOCK // width):
+            there = ids[place : bisect_left(ids, run.stop)]
+            parts.append(self._old(spec, run.start, run.stop)[[one - run.start for one in there]].reshape(-1))
+            place += len(there)
+        return torch.cat(parts).view(len(ids), prod(global_shape(spec, self.state.model)[1:]))
 
     def _old(self, spec: ParamSpec, start: int, stop: int) -> Tensor:
         width = prod(global_shape(spec, self.state.model)[1:])

@@ -241,7 +241,10 @@ def attempt(
                 process.kill()
             process.join()
     victims = aim.victims if blow is not None and aim is not None else ()
-    ends = [End("hung") if rank in hung else _end(folder, rank, rank in victims) for rank in range(WORLD)]
+    ends = [
+        End("hung") if rank in hung else _end(folder, rank, rank in victims, ranks[rank].exitcode)
+        for rank in range(WORLD)
+    ]
     shutil.rmtree(folder)
     return Attempt(ends, board, blow)
 
@@ -273,11 +276,15 @@ def _blow(board: Board, aim: Aim, seconds: float) -> Blow:
     return Blow(f"{aim.phase.text} ({board.text(aim.victims[0])})", True, step, seconds)
 
 
-def _end(folder: Path, rank: int, killed: bool) -> End:
+def _end(folder: Path, rank: int, killed: bool, code: int | None) -> End:
     path = folder / f"{rank}.json"
     if killed:
         return End("killed")
-    return End(**json.loads(path.read_text())) if path.exists() else End("failed", "ended without a word")
+    return (
+        End(**json.loads(path.read_text()))
+        if path.exists()
+        else End("failed", f"ended without a word, with code {code}")
+    )
 
 
 # ---- in a rank

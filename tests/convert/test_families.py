@@ -136,7 +136,8 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path):
             "= 'gpt_neox': is none that megabus computes; give one of llama, mistral",
         ),
     ):
-        stock(name, tmp_path / name)
+        if not (tmp_path / name).exists():
+            stock(name, tmp_path / name)
         good = json.loads((tmp_path / name / "config.json").read_text())
         wanted = model_of(good, tmp_path, *PLENTY)
         with pytest.raises(UserError, match=told):
