@@ -111,7 +111,6 @@ FORKLESS = (  # nothing is forked in these: after heavy ones
     "test_planner.py",
     "test_plan_properties.py",
     "test_redistribute.py",
-    "test_kappa.py",
 )
 
 
