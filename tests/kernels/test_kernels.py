@@ -18,8 +18,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.later import Later
 from support.small_models import config, lively_state, loss_of, model_of
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from megabus.errors import UserError
 from megabus.kernels import checked, eager
@@ -29,6 +29,7 @@ from megabus.kernels.compiled import _compile
 from megabus.kernels.form import EAGER, FUNCTIONS
 from megabus.model.decoder import Decoder
 
+dynamo = Later("torch._dynamo.testing")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.bfloat16]
 HAS = {"eager": True, "triton": kernel_choice.find_spec("triton") is not None}
@@ -318,7 +319,7 @@ COINCIDE = [(6, 6, 6), (6, 12, 3), (12, 6, 5), (9, 18, 9), (8, 16, 16), (5, 22, 
 @pytest.mark.parametrize("name", [*CASES, "unit_rows_"])
 def test_sizes_that_coincide_are_compiled_once(name):
     """A growth that parts two sizes which were equal must not change the code: a resumed run would compile other."""
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = dynamo.CompileCounterWithBackend("aot_eager")
     function = name.split()[0]
     kernels = replace(EAGER, **{function: _compile(getattr(eager, function), counter)})
     for rows, width, heads in COINCIDE:

@@ -17,7 +17,6 @@ from megabus.convert.source import OpenFiles
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS, Pair
-from megabus.nli.score import Encoder
 from megabus.nli.settings import Settings, Template
 from megabus.testing.ranks import run_ranks
 
@@ -128,6 +127,8 @@ def test_bf16_is_near(run, files):
 
 
 def encoder_of(run, template=None, max_length=500):
+    from megabus.nli.score import Encoder
+
     return Encoder(Tokenizer(checkpoint_at(run) / "tokenizer.model"), template or Template(), max_length)
 
 
