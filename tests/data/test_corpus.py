@@ -87,7 +87,7 @@ def test_a_run_knows_its_files_again(files, tmp_path):
     """By their sizes: other files are other data, be they as large in all."""
     prefixes, whole = files
 
-    def order(train):
+    def order(train, **changes):
         config = run_config(
             tmp_path,
             tmp_path / "run",
@@ -97,6 +97,7 @@ def test_a_run_knows_its_files_again(files, tmp_path):
             eval__tokens=8,
             model__vocab_size=200,
             data={"train": train, "valid": f"{tmp_path}/part-[01]"},
+            **changes,
         )
         return data_order(open_sources(config, resolve_stages(config, 1)))
 
@@ -106,3 +107,8 @@ def test_a_run_knows_its_files_again(files, tmp_path):
     assert many["valid"]["files"] == [[12, 23]]
     assert order([{"path": prefixes[::-1]}])["train"]["files"] == [[42, 1, 23, 12]]
     assert order([{"path": prefixes}]) == many
+    blend, rare = [{"path": prefixes}, {"path": whole}], {"share": 0.5, "weights": [1, 1e-6]}
+    with pytest.raises(
+        UserError, match=r"train\.phases\.0\.weights = 1e-06: less than one in 1024 of the weights' sum"
+    ):
+        order(blend, train__phases=[rare])

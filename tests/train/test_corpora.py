@@ -37,7 +37,7 @@ def opened(tmp_path, monkeypatch):
     """(corpora, their source, where each batch was read)."""
     prefixes = [str(write_tokens(tmp_path / name, np.arange(n) + first)) for name, n, first in
                 (("a", 1601, 0), ("b", 801, 2000))]  # fmt: skip
-    source = TokenSource([(prefix, 1.0) for prefix in prefixes], 16, 3, 2800)
+    source = TokenSource([(prefix, 1.0) for prefix in prefixes], 16, 3, 3000)
     monkeypatch.setattr(room, "raise_together", alone)
     true_batch, read = TokenSource.batch, []
 
