@@ -13,7 +13,7 @@ class SpikesConfig(Section):
     """A loss or gradient norm far above those of the last steps: such a step is skipped, as one that is not finite."""
 
     deviations: Positive = Field(
-        8.0,
+        12.0,
         description="times the spread (1.4826 MAD, which of normally distributed steps is a standard deviation) above "
         "the median of the window",
     )

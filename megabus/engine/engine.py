@@ -245,6 +245,7 @@ class Engine:
                 self._losses.append(micro.detach())
                 self.deepspeed.step()
             loss = self._mean(self._losses)
+            self._losses = []
         result = _read(loss, self.deepspeed.get_global_grad_norm())
         return replace(result, refused=bool(self._gate.refused))
 
