@@ -126,7 +126,7 @@ class Head(nn.Module):
         if tied is None:
             self.weight = declare("vocab", "embed", role="read", unit=unit, init=std, llama="lm_head.weight")
         # In a tuple it is no part of this module: else its parameter would have two names.
-        self.tp, self._tied = declare.tp, (tied,)
+        self.tp, self.kernels, self._tied = declare.tp, declare.kernels, (tied,)
         self.first_row, _ = shard_rows(spec_of(self.rows), declare.model, self.tp.size, self.tp.rank)
 
     @property
@@ -142,7 +142,8 @@ class Head(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """See `head_loss`: it never holds the logits."""
         h_BTD = self.tp.enter(h_BTD)
-        return head_loss(h_BTD, self.rows, gain_V, targets_BT, reduce, self.first_row, self.tp, power)
+        own = (self.first_row, self.tp, power, self.kernels)
+        return head_loss(h_BTD, self.rows, gain_V, targets_BT, reduce, *own)
 
 
 class Attention(nn.Module):
