@@ -132,18 +132,24 @@ class Head:
         """Logits are read for their sums, then read and written."""
         return 3 * self.raw.nbytes
 
-    def run(self, kernels: Kernels, raw: Tensor | None = None) -> Tensor:
-        """The losses; `raw`, or what the head has, becomes gradients."""
-        given = (self.raw if raw is None else raw, self.gain, self.targets)
+    def run(self, kernels: Kernels) -> Tensor:
+        """The losses; logits become gradients."""
+        given = (self.raw, self.gain, self.targets)
         losses: Tensor = kernels.cross_entropy_(*given, lambda x: x, lambda x: x, True)
         return losses
 
+    def first(self, tokens: int, dtype: torch.dtype) -> Head:
+        """Of that many tokens, with logits of their own in fp64 or bf16, and what counts tokens in fp64 or fp32."""
+        part = self.targets.part(slice(tokens))
+        if dtype == torch.float64:
+            part = part._replace(share=part.share.double(), own=part.own.double())
+        return Head(self.raw[:tokens].to(dtype, copy=True), self.gain, part)
+
     def error(self, kernels: Kernels) -> float:
         """As `error`'s, of losses and gradients."""
-        part = Head(self.raw[:256], self.gain, self.targets.part(slice(256)))
-        grad, exact = part.raw.clone(), part.raw.double()
-        losses, wanted = part.run(kernels, grad), part.run(EAGER, exact)
-        off = (grad.double() - exact).abs() / (2**-8 * exact.abs() + 1e-6 * part.targets.share[:, None])
+        part, exact = (self.first(256, dtype) for dtype in (torch.bfloat16, torch.float64))
+        losses, wanted = part.run(kernels), exact.run(EAGER)
+        off = (part.raw - exact.raw).abs() / (2**-8 * exact.raw.abs() + 1e-6 * part.targets.share[:, None])
         return max(float(off.max()), float((losses - wanted).abs().max() / (1e-6 * wanted.abs().max())))
 
 
@@ -233,7 +239,7 @@ def _measure(device: torch.device, sizes: Sequence[Sequence[int]], rounds: int) 
         for form in forms:
             if (off := head.error(form)) > ALLOWED:
                 raise RuntimeError(f"{form.name} cross_entropy_, {head.shape}: {off:.1f} times as far off")
-        head_jobs = {form.name: partial(head.run, form) for form in forms}
+        head_jobs: dict[str, Callable[[], object]] = {form.name: partial(head.run, form) for form in forms}
         found.append(("cross_entropy_", head.shape, head.moved, head_jobs))
         for name, shape, moved, jobs in found:
             timings = timed(clock, jobs, rounds)
