@@ -73,6 +73,7 @@ def import_deepspeed() -> None:
     logger.setLevel(logging.ERROR)
     _leave_peaks_alone()
     _send_no_weights()
+    _add_without_copies()
     if not gpu:
         # On CPUs DeepSpeed would compile a shared-memory op here: a minute with g++, a crash without.
         # The attribute deepspeed.comm.torch is torch itself, so the module is found by its full name.
@@ -96,6 +97,25 @@ def _send_no_weights() -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     DeepSpeedEngine._broadcast_model = lambda self: None
+
+
+def _add_without_copies() -> None:
+    """Let DeepSpeed's optimizer for bf16 add each gradient into its fp32 sum as it is. It would make an fp32 copy of it
+    before: another kernel, and 18 bytes an entry in place of 10, for the same bits."""
+    import torch
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    @torch.no_grad()
+    def add(self: Any, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+        assert not clear_lp_grads, "gradients go into their sums at once (`immediate_grad_update`)"
+        if lp.grad is None:
+            return
+        hp_grad = self.fp32_groups_gradients[group_idx][param_idx]
+        hp_grad.add_(lp.grad.view(hp_grad.shape))
+        lp._hp_grad = hp_grad
+        self.fp32_groups_has_gradients[group_idx][param_idx] = True
+
+    BF16_Optimizer._update_hp_grad = add
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def memory_at(
     """The same of the rank at these coordinates; its data-parallel neighbours have much the same."""
     states = states_at(train, stage, placement, pp, tp, dp, held)
     sums = _sums(train, stage, placement, pp, tp, dp)
-    one = _footprint(train, stage, pp, tp)
+    one = micro_batch_footprint(train, stage, pp, tp)
     begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
     gone = max(0, end - begin - 1) * layer_bytes(shape_of(train, stage, tp))
     early = one.peak - one.later if sums.late_buckets else 0
@@ -178,7 +178,7 @@ def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int) -> int:
     Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last rank besides what its
     other buffer keeps of the micro batch before (counted on ranks, as was `_left_in_pipeline`).
     """
-    layout, one = stage.layout, _footprint(train, stage, pp, tp)
+    layout, one = stage.layout, micro_batch_footprint(train, stage, pp, tp)
     first, last = pp == 0, pp == layout.pp - 1
     alive = in_flight(layout.pp, pp, stage.grad_accum)
     kept = 0
@@ -187,7 +187,8 @@ def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int) -> int:
     return one.peak + (alive - 1) * one.saved + kept * shape_of(train, stage, tp).boundary
 
 
-def _footprint(train: TrainConfig, stage: Stage, pp: int, tp: int) -> Footprint:
+def micro_batch_footprint(train: TrainConfig, stage: Stage, pp: int, tp: int) -> Footprint:
+    """Of one micro batch on a pipeline and tensor-parallel rank."""
     begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
     return footprint(shape_of(train, stage, tp), end - begin, pp == 0, pp == stage.layout.pp - 1)
 

@@ -154,7 +154,7 @@ def _memory(estimates: Sequence[StageEstimate], device: Device) -> str:
 
 
 def _steps(estimates: Sequence[StageEstimate]) -> str:
-    names = ["compute", "tensor", "pipeline", "bubble", "data", "update"]
+    names = ["compute", "between", "tensor", "pipeline", "bubble", "data", "update"]
     rows = []
     for one in estimates:
         parts = [getattr(one.time, name) for name in names]

@@ -27,7 +27,7 @@ from megabus.kernels.choice import Choice, automatic
 from megabus.model.cost import count_parameters
 from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
-from megabus.train.on_gpu import check_deterministic, slow_heads
+from megabus.train.on_gpu import check_deterministic
 from megabus.train.overtaken import check_growths
 from megabus.train.profile import check_profile
 from megabus.train.resume import check_begins, check_stage
@@ -68,7 +68,7 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
     form, why_eager = _kernels(config, stages)
     said = [*outlook(stages, config.growth.trigger), *why_eager]
     check_profile(config, stages)
-    warned = _of_device(config, stages)
+    warned = _of_device(config)
     computed = config.model_copy(update={"train": config.train.model_copy(update={"kernels": form})})
     warned += _check_memory(computed, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
@@ -83,12 +83,11 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
     return Notes(said, [*unheeded(config), *warned, *check_growths(config, stages)])
 
 
-def _of_device(config: RunConfig, stages: list[Stage]) -> list[str]:
+def _of_device(config: RunConfig) -> list[str]:
     """What the devices of this run make of it: lines to warn of."""
     if get_accelerator().device_name() != "cpu":
         check_deterministic(config)
-        return list(slow_heads(config, stages))
-    if config.train.deterministic:
+    elif config.train.deterministic:
         same = UserError("train.deterministic", "true", "has no effect on CPUs, which are so anyway", "leave it out")
         return [str(same)]
     return []

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megabus.config import Layout
 from megabus.engine.engine import Engine
-from megabus.model import ngpt
+from megabus.kernels.adjacent import joined
+from megabus.model import joint, layers, loss, ngpt
 from megabus.model.params import spec_of
 from megabus.parallel.tensor_parallel import ProcessGroupTP
 from megabus.testing import parity
@@ -86,6 +87,25 @@ def test_zero_2_equals_one_process(layout, overlap_comm):
 @pytest.mark.parametrize("layout", [Layout(2, 1, 1), Layout(1, 2, 1)], ids=str)
 def test_recompute_equals_one_process(layout):
     assert parity.difference(trace_of("ngpt", layout, recompute=True), reference("ngpt")).worst <= LIMIT
+
+
+def _joint_products(h, weights, biases=None):
+    """Of matrices that must lie side by side, wherever DeepSpeed has laid them."""
+    assert joined(weights, 0) is not None
+    return joint.joint_products(h, weights, [bias for bias in biases or [] if bias is not None])
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "layout", "train"),
+    [("gpt", "bias, tied", Layout(1, 2, 2), {}), ("ngpt", "", Layout(2, 1, 2), {"zero_stage": 2})],
+    ids=str,
+)
+def test_what_gpus_compute_equals_one_process(kind, parts, layout, train, monkeypatch):
+    """Joint products, and a head whose odd shards of the vocabulary are filled up with zeros."""
+    plain = reference(kind, parts)
+    monkeypatch.setattr(layers, "products", _joint_products)
+    monkeypatch.setattr(loss, "_on_gpu", lambda x: True)
+    assert parity.difference(trace_of(kind, layout, parts, **train), plain).worst <= LIMIT
 
 
 @pytest.mark.parametrize("layout", [Layout(2, 2, 1), Layout(2, 1, 2)], ids=str)
