@@ -215,7 +215,7 @@ def observe(run: Run, loss: float, told: bool = False) -> GrowthSignal:
         if not told:
             say(f"step {now.step:>5} | validation loss {loss:.4f}" + (f", {bits:.4f} bits/byte" if bits else ""))
         if run.config.log.why and decision.view is not None:
-            say(f"step {now.step:>5} | {why(decision, decision.view, run.config.growth.trigger, only_cap)}")
+            say(f"step {now.step:>5} | {why(decision, decision.view, run.config.growth.trigger)}")
         growing = decision.grow and run.can_grow and run.share < 1
         signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing)
     _gauge(run)
