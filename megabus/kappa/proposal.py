@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import yaml
@@ -12,6 +11,7 @@ from megabus.config.pair import sizes_of
 from megabus.config.schema import ScalingLaw, TrainConfig
 from megabus.errors import UserError
 from megabus.kappa.planner import GrowthPlan, Size, plan_growth, plan_stages
+from megabus.model.budget import Spent, cap_tokens
 from megabus.model.cost import count_parameters, flops_per_token
 
 
@@ -29,37 +29,23 @@ def plan_of(
 
 def flops_by_caps(train: TrainConfig, stages: Sequence[Stage]) -> list[float] | None:
     """FLOPs of every stage of the run that the file asks for, if caps alone end its stages; None where one has none."""
-    left = {
-        "tokens": train.max_tokens or math.inf,
-        "steps": train.max_steps or math.inf,
-        "flops": train.max_flops or math.inf,
-    }
-    spent: list[float] = []
+    now, flops = Spent(), list[float]()
     for stage in stages:
-        cost = flops_per_token(stage.model, stage.seq_len)
-        tokens = min(left["tokens"], left["steps"] * stage.tokens_per_step, left["flops"] / cost)
+        tokens, cost = now.left(train, stage), flops_per_token(stage.model, stage.seq_len)
         if stage is not stages[-1]:
-            cap = min(stage.max_tokens or math.inf, (stage.max_flops or math.inf) / cost)
-            if math.isinf(cap):
+            cap = cap_tokens(stage)
+            if cap is None:
                 return None
             tokens = min(tokens, cap)
-        tokens = max(0.0, tokens) if tokens * cost > 1e-9 * sum(spent) else 0.0  # no crumbs of rounding
-        spent.append(tokens * cost)
-        left["tokens"] -= tokens
-        left["steps"] -= tokens / stage.tokens_per_step
-        left["flops"] -= tokens * cost
-    return spent
+        tokens = max(0.0, tokens) if tokens * cost > 1e-9 * now.flops else 0.0  # no crumbs of rounding
+        flops.append(tokens * cost)
+        now = now.after(stage, tokens)
+    return flops
 
 
 def tokens_of(config: RunConfig, last: Stage) -> float:
     """Tokens that the final size from scratch would get of the run's budget."""
-    train, cost = config.train, flops_per_token(last.model, last.seq_len)
-    budgets = [
-        float(train.max_tokens) if train.max_tokens else math.inf,
-        train.max_flops / cost if train.max_flops else math.inf,
-        float(train.max_steps * last.tokens_per_step) if train.max_steps else math.inf,
-    ]
-    return min(budgets)
+    return Spent().left(config.train, last)
 
 
 def matching(
