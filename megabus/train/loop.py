@@ -238,7 +238,7 @@ def observe(run: Run, loss: float) -> GrowthSignal:
             if warning := never_met(decision.view, loss, trigger.predictor):
                 say(warning)
             if run.config.log.why:
-                row["why"] = why(decision, decision.view, trigger, only_cap)
+                row["why"] = why(decision, decision.view, trigger)
         growing = decision.grow and run.can_grow and run.share < 1
         signal = GrowthSignal(growing, decision.reason if growing else None, run.stage.index + growing)
     run.tell("eval", row)

@@ -71,7 +71,7 @@ def test_a_family_comes_in_grows_and_goes_out(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["llama", "smollm3"])
 def test_a_family_is_trained_and_grown_on_four_ranks(tmp_path, name):
-    """A row of the table that `python -m tests.families` prints of all families and two layouts."""
+    """A row of the table that `python tests/families.py` prints of all families and two layouts."""
     theirs, ours = begun(name, tmp_path)
     config = trained(tmp_path, write_corpus(tmp_path), LAYOUTS[1], ours.config)
     assert compared(theirs, ours, [config], tmp_path).is_well

@@ -316,9 +316,10 @@ def test_caps_trigger_whatever_the_loss():
         assert first_growth(decisions) == 3
         assert decisions[3].reason == "cap"
     watch.start_stage(StageSpan(1, 20, 0.8, 3000, 18e6, max_tokens=3000))  # caps count from the stage's start
-    assert not watch.check_cap(5999, 36e6).grow
-    assert watch.check_cap(6000, 36e6).grow
-    assert not monitor().check_cap(10**15, 1e30).grow
+    assert not watch.observe(5999, 36e6, 10.0).grow
+    assert watch.observe(6000, 36e6, 10.0).grow
+    uncapped = monitor()
+    assert not uncapped.observe(10**15, 1e30, 10.0).grow
 
 
 def test_nothing_to_gain_is_said_and_only_the_cap_ends_it():

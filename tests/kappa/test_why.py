@@ -16,7 +16,7 @@ def said(losses, *, only_cap=False, max_tokens=None, **trigger):
     monitor.start_stage(StageSpan(0, 1000, 0.8, max_tokens=max_tokens))
     for i, loss in enumerate(losses):
         decision = monitor.observe(1000 * i, 1e6 * i, loss, only_cap=only_cap)
-    return why(decision, decision.view, settings, only_cap)
+    return why(decision, decision.view, settings)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,8 @@ def said(losses, *, only_cap=False, max_tokens=None, **trigger):
         ([*START, 2.3, 2.3], {}, "κ is met 1 of 2 times in a row (growth.trigger.patience)"),
         ([*START, 2.3, 2.3, 2.3], {}, "κ is met"),
         ([*START, 3.0, 3.0], {"max_tokens": 4000}, "the stage's cap is reached"),
+        ([*START, 2.3, 2.3, float("nan")], {}, "κ waits: the loss is not finite"),
+        ([4.0, 2.3], {"min_evals": 1}, "κ waits: 2 evaluations, too few for a median"),
     ],
 )
 def test_the_condition_that_is_not_met_is_named(losses, options, expected):
