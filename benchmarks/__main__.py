@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import growth_stall, kernels, others, preprocessing, scale, training
+from benchmarks import conversion, generation, growth_stall, kernels, others, preprocessing, saving, scale, training
 from benchmarks.comparisons import Comparison, markdown
 from megabus.command import Parser, run
 
@@ -34,6 +34,9 @@ CPU: dict[str, Suite] = {
     "layouts": training.layouts,
     "growth": growth_stall.growths,
     "others": others.others,
+    "generate": generation.generation,
+    "save": saving.saves,
+    "convert": conversion.conversions,
     "scale": scale.scale,
     "preprocess": preprocessing.preprocessing,  # last: `datasets` starts threads, and the others' ranks are forked
 }
@@ -48,7 +51,11 @@ GPU: dict[str, Suite] = {
     "others": others.others,
 }
 
-MISSING: dict[str, Callable[[], str | None]] = {"others": others.missing, "preprocess": preprocessing.missing}
+MISSING: dict[str, Callable[[], str | None]] = {
+    "others": others.missing,
+    "generate": generation.missing,
+    "preprocess": preprocessing.missing,
+}
 
 
 def machine() -> str:
