@@ -21,7 +21,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import conversion, generation, growth_stall, kernels, others, preprocessing, saving, scale, training
+from benchmarks import (
+    conversion,
+    generation,
+    growth_stall,
+    kernels,
+    others,
+    preprocessing,
+    saving,
+    scale,
+    starting,
+    training,
+)
 from benchmarks.comparisons import Comparison, markdown
 from megabus.command import Parser, run
 
@@ -37,6 +48,7 @@ CPU: dict[str, Suite] = {
     "generate": generation.generation,
     "save": saving.saves,
     "convert": conversion.conversions,
+    "start": starting.starts,
     "scale": scale.scale,
     "preprocess": preprocessing.preprocessing,  # last: `datasets` starts threads, and the others' ranks are forked
 }

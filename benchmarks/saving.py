@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.arms import Timing
 from benchmarks.comparisons import Comparison, compare
@@ -16,6 +16,9 @@ from benchmarks.training import config_of, shape, training_engine
 from megabus.config import Layout
 from megabus.testing.ranks import run_ranks
 from megabus.testing.training import Training
+
+if TYPE_CHECKING:  # it imports DeepSpeed
+    from megabus.checkpoint.save import Save
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE = Layout(1, 1, 1)
@@ -49,13 +52,14 @@ def _measured(config: Training, rounds: int, folder: Path) -> tuple[int, dict[st
     size = 0
     for turn in range(1, rounds + 2):
         found["step"].append(_seconds(step))
-        found["save"].append(_seconds(lambda turn=turn: _save(savers["save"], engine, turn)))
+        _begin(savers["save"], engine, turn)
+        found["save"].append(_written(savers["save"].wait()))
         size, copied = _copied(folder / "save" / f"step-{turn:08d}", folder / "copy")
         found["copy"].append(copied)
         found["stall"].append(_seconds(lambda turn=turn: _begin(savers["background"], engine, turn)))
         while not savers["background"].ended:
             step()
-        savers["background"].wait()
+        _written(savers["background"].wait())
     return size, {what: seconds[1:] for what, seconds in found.items()}
 
 
@@ -68,9 +72,12 @@ def _begin(saver: Any, engine: Any, step: int) -> None:
     saver.start(state, engine.placement, engine.read())
 
 
-def _save(saver: Any, engine: Any, step: int) -> None:
-    _begin(saver, engine, step)
-    saver.wait()
+def _written(save: Save | None) -> float:
+    """Seconds that the writing took."""
+    assert save is not None
+    if save.error is not None:
+        raise save.error
+    return save.write_s
 
 
 def _copied(source: Path, target: Path) -> tuple[int, float]:
