@@ -21,7 +21,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import growth_stall, kernels, others, preprocessing, scale, telling, training
+from benchmarks import (
+    conversion,
+    generation,
+    growth_stall,
+    kernels,
+    others,
+    preprocessing,
+    saving,
+    scale,
+    starting,
+    telling,
+    training,
+)
 from benchmarks.comparisons import Comparison, markdown
 from megabus.command import Parser, run
 
@@ -35,6 +47,10 @@ CPU: dict[str, Suite] = {
     "growth": growth_stall.growths,
     "telling": telling.telling,
     "others": others.others,
+    "generate": generation.generation,
+    "save": saving.saves,
+    "convert": conversion.conversions,
+    "start": starting.starts,
     "scale": scale.scale,
     "preprocess": preprocessing.preprocessing,  # last: `datasets` starts threads, and the others' ranks are forked
 }
@@ -49,7 +65,11 @@ GPU: dict[str, Suite] = {
     "others": others.others,
 }
 
-MISSING: dict[str, Callable[[], str | None]] = {"others": others.missing, "preprocess": preprocessing.missing}
+MISSING: dict[str, Callable[[], str | None]] = {
+    "others": others.missing,
+    "generate": generation.missing,
+    "preprocess": preprocessing.missing,
+}
 
 
 def machine() -> str:

@@ -39,7 +39,7 @@ LARGE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _demo() -> dict[str, Any]:
+def demo_case() -> dict[str, Any]:
     """The demo's first growth."""
     tree = yaml.safe_load(DEMO.read_text())
     train = {key: value for key, value in tree["train"].items() if not key.startswith("max_")}
@@ -51,7 +51,7 @@ def _demo() -> dict[str, Any]:
 def growths(rounds: int, small: bool) -> list[Comparison]:
     """The demo's first growth on 4 ranks, and a larger one on 2 with a new layout; on a GPU each on 1 rank."""
     rows = []
-    cases = [("demo", _demo(), 4), ("35M to 58M", LARGE, 2)]
+    cases = [("demo", demo_case(), 4), ("35M to 58M", LARGE, 2)]
     for name, case, world in cases[:1] if small else cases:
         if on_gpu():
             world = 1
@@ -71,7 +71,7 @@ def _round(folder: Path, case: dict[str, Any], world: int) -> tuple[float, float
     folder.mkdir(parents=True)
     write_tokens(folder / "tokens", case["model"]["vocab_size"])
     batch = case["train"]["seq_len"] * case["train"]["global_batch_size"]
-    live = _config(folder, "live", case, 2 * case["steps"])
+    live = run_config(folder, "live", case, 2 * case["steps"])
     live["growth"] = {"moments": "grow", "max_tokens": case["steps"] * batch, "stages": [case["grown"]]}
     rows = list(_train(folder, live, world))
     growth = next(i for i, row in enumerate(rows) if row["event"] == "growth")
@@ -84,7 +84,7 @@ def _round(folder: Path, case: dict[str, Any], world: int) -> tuple[float, float
 
 def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
     """Seconds to save, grow on the disk, start the ranks again and load."""
-    small = _config(folder, "small", case, case["steps"])
+    small = run_config(folder, "small", case, case["steps"])
     saves = [row for row in _train(folder, small, world) if row["event"] == "save"]
     seconds = saves[-1]["stall_s"]  # at the end of a run, until it is written
     sizes = {key: value for key, value in case["grown"].items() if key != "layout"}
@@ -94,7 +94,10 @@ def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
     threads = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # it may use all cores
     subprocess.run(grow, check=True, cwd=ROOT, env=threads)
     seconds += time.perf_counter() - begun
-    large = _config(folder, "large", case, 2) | {"layout": case["grown"]["layout"], "init_from": str(folder / "grown")}
+    large = run_config(folder, "large", case, 2) | {
+        "layout": case["grown"]["layout"],
+        "init_from": str(folder / "grown"),
+    }
     large["model"] = case["model"] | sizes
     begun, loaded = time.perf_counter(), 0.0
     for row in _train(folder, large, world):  # to its end, lest it disturb what is measured next
@@ -103,7 +106,7 @@ def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
     return seconds + loaded
 
 
-def _config(folder: Path, name: str, case: dict[str, Any], steps: int) -> dict[str, Any]:
+def run_config(folder: Path, name: str, case: dict[str, Any], steps: int) -> dict[str, Any]:
     tokens = str(folder / "tokens")
     return {
         "run_dir": str(folder / name),

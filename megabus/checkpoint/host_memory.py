@@ -1,4 +1,4 @@
-"""Where a snapshot lies: tensors of a GPU are copied into pinned memory, and waited for once."""
+"""Where a snapshot lies: in memory that is kept. A GPU's tensors are copied into pinned memory, and waited for once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class HostMemory:
     """Memory of the CPU for one snapshot at a time; `copies` of the next one may lie where those of the last did.
 
     Pinned memory takes copies from a GPU while others are on their way, and at the full speed of the link; into any
-    other each would be waited for by itself. Pinning takes longer than copying, so what is pinned is kept, in chunks:
-    a larger snapshot needs some more of them, and those that it has no use for are given up first. Where tensors lie
-    on the CPU each copy has memory of its own, which is free again with the snapshot.
+    other each would be waited for by itself. Pinning takes longer than copying, and so does fresh memory where tensors
+    lie on the CPU. So it is kept, in chunks: a larger snapshot needs some more of them, and those that it has no use
+    for are given up first.
     """
 
     def __init__(self) -> None:
@@ -31,10 +31,8 @@ class HostMemory:
     def copies(self, live: Fragments) -> Fragments:
         """Of all tensors, on the CPU and nobody else's."""
         if all(values.device.type == "cpu" for values in _tensors(live)):
-            return {
-                piece: {kind: values.to("cpu", copy=True) for kind, values in kinds.items()}
-                for piece, kinds in live.items()
-            }
+            self._pins = False
+            return self._copied(live)
         copied = self._copied(live)
         get_accelerator().synchronize()
         return copied

@@ -68,6 +68,18 @@ def test_what_is_pinned_is_kept_and_bounded(pinned):
     assert all(size & (size - 1) == 0 for size in (*pinned, CHUNK))
 
 
+def test_copies_of_a_cpus_tensors_lie_where_the_last_ones_did_and_nothing_is_pinned(pinned):
+    memory, first, second = HostMemory(), live(2000, 37), live(2000, 37)
+    copies = memory.copies(first)
+    for state in (first, second):
+        again = memory.copies(state)
+        for piece, kinds in state.items():
+            for kind, values in kinds.items():
+                assert again[piece][kind].equal(values)
+                assert again[piece][kind].data_ptr() == copies[piece][kind].data_ptr() != values.data_ptr()
+    assert not pinned
+
+
 def test_what_cannot_be_pinned_is_pageable_and_told_once(monkeypatch, capsys, pinned):
     def refuse(size):
         raise RuntimeError("CUDA error: out of memory\nand much more")
