@@ -171,11 +171,12 @@ def test_after_a_return_nothing_comes_twice(config_of, tmp_path):
     def fail(run):
         run.progress.nonfinite = run.progress.nonfinite_in_a_row = 4
 
-    config = config_of(tmp_path / "run", checkpoint__every=9)
-    (rank,) = start(config, 1, after_step(14, fail, times=1))
+    short = {"growth__stages": [], "growth__max_tokens": None, "train__max_tokens": 1024}
+    config = config_of(tmp_path / "run", checkpoint__every=5, **short)
+    (rank,) = start(config, 1, after_step(7, fail, times=1))
     numbers = rank.numbers
-    assert numbers[:14] == list(range(1, 15))
-    assert numbers[14] == 10
+    assert numbers[:7] == list(range(1, 8))
+    assert numbers[7] == 6
     assert repeated(read_in(config, rank.steps)) == 0
     deals = read_state_of(config, numbers[-1])["progress"]["deals"]
     assert [deal["counts"] for deal in deals] == [[768, 256], [512, 512], [0, 1024], [512, 512], [0, 1024]]
