@@ -134,7 +134,7 @@ def test_homes_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_first_corpus_is_a_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert load_config(write(tmp_path), ["data.train=~/x"]).data.train_corpora == [("/home/me/x", 1.0)]
+    assert load_config(write(tmp_path), ["data.train=~/x"]).data.train_corpora == [(["/home/me/x"], 1.0)]
 
 
 @pytest.mark.parametrize(
