@@ -191,6 +191,22 @@ def test_moving_average():
     assert moving_average(y, 100).tolist() == [3.5] * 8
 
 
+def test_running_means_have_a_panel(tmp_path):
+    """With a line for every decay that any run has logged; without means there is none."""
+
+    def run(name, *decays):
+        means = {"ema": dict.fromkeys(decays, 3.0)} if decays else {}
+        return write_run(tmp_path / name, (row | means if row["event"] == "eval" else row for row in rows(30)))
+
+    report = gather([run("one", "0.9", "0.99"), run("other", "0.999"), run("none")])
+    (panel,) = (panel for panel in report.panels if panel.key == "ema")
+    assert [line.key for line in panel.lines] == ["loss", "ema|0.9", "ema|0.99", "ema|0.999"]
+    at = report.panels.index(panel)
+    drawn_lines = [[curve is not None for curve in run.drawn.curves[at]] for run in report.curves]
+    assert drawn_lines == [[True, True, True, False], [True, False, False, True], [True, False, False, False]]
+    assert "ema" not in {panel.key for panel in gather([tmp_path / "none"]).panels}
+
+
 def test_faults_are_all_told(tmp_path):
     run = read_run(write_run(tmp_path / "run", rolled_back()), "run")
     assert [(fault["row"]["step"], fault["what"]) for fault in faults(run)] == [
