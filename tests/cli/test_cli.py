@@ -18,9 +18,9 @@ from support.launching import ROOT, environment
 from support.tiny_config import tiny_config
 
 from megabus import extras
+from megabus.checkpoint import tensor_file
 from megabus.cli import COMMANDS, GROUPS, main, overview, ranks, train
 from megabus.command import Parser
-from megabus.convert import tensor_file
 from megabus.errors import UserError
 from megabus.estimate.devices import DEVICES
 from megabus.extras import EXTRAS

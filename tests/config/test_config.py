@@ -401,7 +401,7 @@ def test_no_stages_mean_not_to_grow(base: Path) -> None:
     growth = load_config(base, ["growth.stages=[]"]).growth
     assert (growth.boost, growth.rewarm, growth.settle, growth.write) == (None, None, None, "clone")
     assert load_config(base, ["growth.stages=[]", "growth.boost.factor=2"]).growth.boost is not None  # as it is asked
-    base.write_text(BASE[: BASE.index("  stages:")] + "data: {train: a, valid: b}\n")  # a file that contradicts itself
+    base.write_text(BASE[: BASE.index("  stages:")])  # a file that contradicts itself
     assert "growth.max_tokens = 2000: the last stage ends with the run" in refusal(base)
 
 

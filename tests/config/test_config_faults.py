@@ -133,4 +133,5 @@ def test_what_they_are_when_left_out(base):
         "max_rollbacks": 2,
         "hang_timeout": 600.0,
         "stop_exit_code": 0,
+        "spikes": None,
     }

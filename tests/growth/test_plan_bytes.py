@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.plans import SEEDS, needed_entries, owned_entries, random_pair
 
-from megabus.growth.plan import ELEMENT_BYTES
+from megabus.config.precision import FP32_BYTES
 from megabus.parallel.topology import coordinate
 from megabus.testing.plan_bytes import _level, least
 from megabus.testing.plan_check import loads
@@ -31,7 +31,7 @@ def by_entries(plan):
                 src for src in world if plan.old.specs[name].sharded or coordinate(plan.old.layout, src).tp == tp
             )
             found[1, next(src for src in replica if (name, entry) in owned[src])] += 1
-    return found * ELEMENT_BYTES
+    return found * FP32_BYTES
 
 
 @pytest.mark.parametrize("seed", SEEDS[:5])
@@ -65,7 +65,7 @@ def forwarding_by_entries(plan, sent):
         count = Counter((entry, served(entry[0], rank)) for rank in world for entry in needed[rank])
         for rank in world:
             got = needed[rank] - owned_entries(plan.old, rank)
-            most[rank] += ELEMENT_BYTES * sum(count[entry, served(entry[0], rank)] - 1 for entry in got)
+            most[rank] += FP32_BYTES * sum(count[entry, served(entry[0], rank)] - 1 for entry in got)
     low, high = 0.0, most.max()
     for _ in range(80):
         level = (low + high) / 2

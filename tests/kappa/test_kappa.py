@@ -512,7 +512,7 @@ def test_a_curve_that_begins_anew_is_all_that_counts():
         )
     assert ours.grow
     assert ours.view.stage_tokens == 18_000
-    assert seen.check_cap(20_000, 0.0).reason == "cap"
+    assert seen.observe(20_000, 2e8, 2.1, only_cap=True).reason == "cap"
 
 
 def test_a_cap_is_converted_by_what_a_token_costs_now():
