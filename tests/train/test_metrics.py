@@ -46,6 +46,7 @@ STEP = {
 
 
 GAINS = {"step": 31, "s_qk": {"p0": 0.5, "p50": math.nan, "p100": 1.5}}
+SAMPLE = {"step": 31, "samples": [{"prompt": "KING: ", "text": "what?"}], "seconds": 1.0}
 MEMORY = {"step": 31, "max_bytes": 2**30, "max_rank": 3, "of": "GPU"}
 
 
@@ -188,6 +189,7 @@ def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
     metrics.write("eval", {"step": 31, "loss": 2.5, "reason": "kappa"})
     metrics.write("gains", GAINS)
     metrics.write("memory", MEMORY)
+    metrics.write("sample", SAMPLE)
     metrics.close()
     (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     events = EventAccumulator(str(file)).Reload()
@@ -196,6 +198,8 @@ def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("step/lr")] == [30, 31]
     for name, value in (("gains/s_qk/p0", 0.5), ("gains/s_qk/p100", 1.5), ("memory/max_bytes", 2.0**30)):
         assert [(e.step, e.value) for e in events.Scalars(name)] == [(31, value)]
+    (text,) = events.Tensors("sample/0/text_summary")
+    assert (text.step, text.tensor_proto.string_val) == (31, [b"KING: what?"])
     assert not {"gains/s_qk/p50", "memory/of"} & set(events.Tags()["scalars"])
     assert not {"eval/reason", "step/mfu"} & set(events.Tags()["scalars"])
 
@@ -318,9 +322,11 @@ metrics.write("step", STEP)
 metrics.write("eval", {"step": 30, "loss": 2.5})
 metrics.write("gains", GAINS)
 metrics.write("memory", MEMORY)
+metrics.write("sample", dict(step=31, samples=[dict(prompt="KING: ", text="what?")], seconds=1.0))
 metrics.write("step", STEP | {"step": 31})  # wandb keeps a step back till the next
 assert metrics.wandb.summary["gains/s_qk/p100"] == 1.5, metrics.wandb.summary
 assert metrics.wandb.summary["memory/max_bytes"] == 2**30
+assert metrics.wandb.summary["sample/texts"]["nrows"] == 1
 assert metrics.wandb.settings.mode == "offline"
 assert metrics.wandb.summary["step/loss"] == 3.14159
 assert metrics.wandb.summary["eval/loss"] == 2.5
@@ -329,7 +335,7 @@ assert metrics.wandb.id == (run / "wandb-id").read_text() == metrics._wandb_id()
     run = with_wandb(tmp_path, body)
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     assert file.stat().st_size > 0
-    assert len(told(run)) == 5
+    assert len(told(run)) == 6
 
 
 def test_wandb_hears_of_earlier_steps(tmp_path: Path) -> None:
