@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from megabus.convert.hugging_face import model_of
 from megabus.convert.source import OpenFiles
 from megabus.convert.verify import verify
 from megabus.errors import UserError
+from megabus.model.layers import rope_frequencies
 
 torch.set_num_threads(1)
 PLENTY = (99, 10**9)  # tensors, and bytes of them
@@ -87,6 +89,11 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path):
         ("mistral", {"sliding_window": 32}, "sliding_window = 32: is shorter than max_position_embeddings = 64, and"),
         ("mistral", {"layer_types": ["sliding_attention"] * 4}, "layer_types = 'sliding_attention': is not supported"),
         ("llama", {"layer_types": ["chunked_attention"] * 4}, "layer_types = 'chunked_attention': is not supported"),
+        (
+            "llama",
+            {"rope_parameters": YARN | {"attention_factor": 1.4e154}},
+            r"attention_factor = 1\.4e\+154: Input should be less than",
+        ),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout = 0.1: is not supported; set it to 0: logits stay"),
         (
             "llama",
@@ -153,6 +160,32 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path):
             "bos_token_id": None,
         }
         assert model_of(good | said_and_nothing, tmp_path, *PLENTY) == wanted
+
+
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 4.0, "rope_theta": 1000.0}
+ROPES = [
+    YARN | {"attention_factor": 1.1, "beta_fast": 32.0, "beta_slow": 1.0},
+    YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+    LLAMA3 | {"original_max_position_embeddings": 16},
+    {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=["yarn", "mscale", "llama3", "linear"])
+def test_numbers_of_any_size_are_refused_or_computed_with(tmp_path, rope):
+    """Whatever number config.json says is finite once it is multiplied, squared and put in a logarithm."""
+    stock("llama", tmp_path, num_hidden_layers=1)
+    good = json.loads((tmp_path / "config.json").read_text()) | {"rope_parameters": rope}
+    model_of(good, tmp_path, *PLENTY)
+    for size in (5e-324, 1e-154, 1e-8, 1e8, 1.4e154, 1.7e308):
+        changes = [{"rope_parameters": rope | {key: size}} for key, value in rope.items() if isinstance(value, float)]
+        for change in (*changes, {"rms_norm_eps": size}, {"initializer_range": size}):
+            try:
+                model = model_of(good | change, tmp_path, *PLENTY)
+            except UserError:
+                continue
+            scale = 1.0 if model.rope_scaling is None else model.rope_scaling.length**2
+            assert all(math.isfinite(one) for one in (*rope_frequencies(model), scale, model.norm_eps, model.init_std))
 
 
 def test_an_export_of_ours_is_refused_for_the_same(tmp_path):
