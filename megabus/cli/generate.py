@@ -1,7 +1,9 @@
 """Sample text from a run's newest checkpoint, or from one checkpoint.
 
-megabus generate runs/demo --prompt "KING: " --temperature 0.8 --top-p 0.95
-megabus generate runs/demo/checkpoints/step-00000500 --max-tokens 50 --top-k 40 < prompt.txt
+  megabus generate runs/demo --prompt "KING: " --temperature 0.8 --top-p 0.95
+  megabus generate runs/demo/checkpoints/step-00000500 --max-tokens 50 --top-k 40 < prompt.txt
+
+It runs in one process, on the CPU unless --device says otherwise.
 """
 
 from __future__ import annotations

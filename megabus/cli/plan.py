@@ -1,10 +1,12 @@
 """Plan a growth before it is trained: sizes, when to grow, and what that is predicted to save.
 
-megabus plan --config run.yaml            # when its stages should grow; of a single size: stages for it, to paste
-megabus plan --config run.yaml --propose  # stages for the final size, whatever stages the file has
-megabus plan --config run.yaml --free     # even if a smaller model is the better choice
-megabus plan --config run.yaml --fit runs/a runs/b ...           # with a law fitted to finished runs
-megabus plan --config runs/demo/config.yaml --compare runs/demo  # beside what happened
+  megabus plan --config run.yaml            # when its stages should grow; of a single size: stages for it, to paste
+  megabus plan --config run.yaml --propose  # stages for the final size, whatever stages the file has
+  megabus plan --config run.yaml --free     # even if a smaller model is the better choice
+  megabus plan --config run.yaml --fit runs/a runs/b ...           # with a law fitted to finished runs
+  megabus plan --config runs/demo/config.yaml --compare runs/demo  # beside what happened
+
+Nothing is trained, and nothing is written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Draw the loss curves of runs, and print a table of their stages, from their metrics.jsonl.
 
-megabus plot runs/demo
-megabus plot runs/a runs/b --out loss.png --x tokens --log-x
+  megabus plot runs/demo
+  megabus plot runs/a runs/b --out loss.png --x tokens --log-x
+
+Runs that still go on can be drawn too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Write curves, growths, faults and configurations of runs on one page, for a browser without a network.
 
-megabus report runs/demo
-megabus report runs/a runs/b --out compared
+  megabus report runs/demo
+  megabus report runs/a runs/b --out compared
+
+Runs that still go on can be reported too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Build a run's stages and plan its growths as single ranks of a large world do, on one core and without the others.
 
-megabus simulate --config configs/ngpt_70b.yaml --world 1024              # the first, middle and last rank
-megabus simulate --config configs/ngpt_70b.yaml --world 1024 --rank 7 --rank 900
-megabus simulate --config configs/ngpt_70b.yaml --world 1024 --all-ranks  # do all ranks' plans fit together?
+  megabus simulate --config configs/ngpt_70b.yaml --world 1024              # the first, middle and last rank
+  megabus simulate --config configs/ngpt_70b.yaml --world 1024 --rank 7 --rank 900
+  megabus simulate --config configs/ngpt_70b.yaml --world 1024 --all-ranks  # do all ranks' plans fit together?
+
+Layers have shapes and no weights, so that a small machine is enough.
 """
 
 from __future__ import annotations
