@@ -65,11 +65,11 @@ class Log(Callback):
 
     def on_step(self, run: Run, row: Row) -> None:
         if row["event"] == "skip":
-            why = ""
+            what = "no update"
             if "loss_limit" in row:
                 most = f"{row['loss_limit']:.4f} and {row['grad_norm_limit']:.3g}"
-                why = f", a spike: by the last updates at most {most}"
-            say(f"step {row['step']:>5} | loss {row['loss']} |g| {row['grad_norm']}: no update{why}")
+                what = f"no update, a spike: by the last updates at most {most}"
+            say(f"step {row['step']:>5} | loss {row['loss']} |g| {row['grad_norm']}: {what}")
             return
         self.pace.append((time.monotonic(), run.share))
         if row["step"] % run.config.log.every == 0 or run.share >= 1:

@@ -308,8 +308,10 @@ def roll_back(run: Run) -> None:
     """Return to the newest checkpoint, and pass over the data up to here. Collective."""
     failed, limit = run.progress, run.config.faults.max_rollbacks
     spike = run.spikes.stands_out
-    what, value = ("is a spike", "a number") if spike else ("is not finite", "nan")
-    problem = f"{what} at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
+    value = "a number" if spike else "nan"
+    problem = f"is not finite at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
+    if spike:
+        problem = f"is a spike at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
     remedy = "lower optimizer.lr or look at the data of those steps"
     if spike:
         remedy += ", or set faults.spikes.lasting to accept"
