@@ -1,6 +1,6 @@
 """Measures what docs/performance.md shows.
 
-python -m benchmarks                          # on a CPU, some 20 minutes on 2 quiet cores; `make bench`
+python -m benchmarks                          # on a CPU, some half an hour on 2 quiet cores; `make bench`
 python -m benchmarks --gpu                    # on NVIDIA GPUs
 python -m benchmarks --only layouts,growth
 
