@@ -30,7 +30,7 @@ help:
 	@echo "make fuzz    mutate what checkpoints, token files and Hugging Face directories say, 1,000 times a kind of file"
 	@echo "make real-models  fetch the real SmolLM2-135M-Instruct (93 MB) into data/smollm2, and test that it came in right"
 	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
-	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
+	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); half an hour"
 	@echo "make gpu-check  what one NVIDIA GPU must do right, and how fast it is (at most 9 minutes; docs/first_gpu.md)"
 	@echo "make gpu-check-wheels  collect what a GPU machine without a network lacks for that, in $(WHEELS)"
 	@echo "make docs    run the commands that the documents show, and write what they print into the pages (15 minutes)"

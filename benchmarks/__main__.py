@@ -1,6 +1,6 @@
 """Measures what docs/performance.md shows.
 
-python -m benchmarks                          # on a CPU, some 20 minutes on 2 quiet cores; `make bench`
+python -m benchmarks                          # on a CPU, some half an hour on 2 quiet cores; `make bench`
 python -m benchmarks --gpu                    # on NVIDIA GPUs
 python -m benchmarks --only layouts,growth
 
@@ -89,7 +89,10 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true", help="the suite for NVIDIA GPUs")
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(CPU)}; with --gpu of {', '.join(GPU)}")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="of a comparison (%(default)s); growth at most 2, preprocess 3"
+        "--rounds",
+        type=int,
+        default=5,
+        help="of a comparison (%(default)s); growth at most 2, convert, start and preprocess 3",
     )
     parser.add_argument("--small", action="store_true", help="tiny sizes, no targets: does it run at all?")
     parser.add_argument("--json", type=Path, help="write the rows here too")

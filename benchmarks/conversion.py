@@ -70,7 +70,7 @@ def conversions(rounds: int, small: bool) -> list[Comparison]:
     model = SMALL if small else MODEL
     (ROOT / "runs").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "runs") as folder:
-        return _compared(model, Path(folder), rounds)
+        return _compared(model, Path(folder), min(rounds, 3))
 
 
 def _compared(model: ModelConfig, place: Path, rounds: int) -> list[Comparison]:
