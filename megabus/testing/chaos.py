@@ -35,7 +35,8 @@ from megabus.testing.chaos_ranks import (
 from megabus.testing.chaos_runs import EVAL_EVERY, SAVE_EVERY, run_config, undisturbed_dir
 
 KILLS_A_RUN = 4
-TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "stall_s", "environment")  # of rows: no two runs agree in them
+# of rows: no two runs agree in them
+TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "seconds", "stall_s", "environment")
 AIMS = (
     Phase.STEP,
     Phase.SHARDS,

@@ -26,14 +26,14 @@ def config(kind="ngpt", *changes, **more):
     return ModelConfig(kind=kind, **merged)
 
 
-def lively_state(model_config, larger=5):
+def lively_state(model_config, seed=3, larger=5):
     """Initial matrices with random gains, of both signs for alpha.
 
     The baseline's matrices are `larger`: std 0.02 is nearly linear at this size.
     """
-    draw = torch.Generator().manual_seed(3)
+    draw = torch.Generator().manual_seed(seed)
     state = {}
-    for name, x in megabus.build_model(model_config, seed=3).state_dict().items():
+    for name, x in megabus.build_model(model_config, seed=seed).state_dict().items():
         spec = param_specs(model_config)[name]
         if not spec.is_matrix:
             low = -1.0 if spec.gate else 0.5

@@ -64,6 +64,7 @@ def test_a_run_ends_with_a_checkpoint_where_one_raises_on_one_rank(corpus, tmp_p
     (tmp_path / "raises.py").write_text(RAISES)
     named = {"name": f"{tmp_path / 'raises.py'}:Raises", "arguments": {"where": where, "rank": rank}}
     cap = {"growth__max_tokens": 9 * 128, "checkpoint__every": 9, "train__max_tokens": 128 * 12}
+    cap["checkpoint__asynchronous"] = False  # else a save is told when it is done, perhaps at the end
     config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=[named], **cap)
     ranks = attempt(config, 2)
     method = f"on_{where}" if where != "step" else "on_step"
