@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def trainer(folder: str, who: str) -> Step:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  the log's lines are made, and not shown
     own: list[Callback] = [Nothing()] if who == OWN else []
     hangs = 86_400.0  # arms that wait for their turn make no progress
-    run = start(config, own, StopRequests(run_dir, True), Watchdog(hangs, 0), RunLock(run_dir))
+    requests, watchdog, lock = StopRequests(run_dir, True), Watchdog(hangs, 0), RunLock(run_dir)
+    run = start(config, own, requests, watchdog, lock, ExitStack())  # its process ends with it
     if who == NOBODY:
         run.callbacks = []
 

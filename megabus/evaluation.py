@@ -22,7 +22,11 @@ BATCH = 8  # sequences at a time
 
 @torch.no_grad()
 def token_file_loss(model: Decoder, source: TokenSource, n_tokens: int, seq_len: int, document_mask: bool) -> float:
-    """Mean loss in nats of the first tokens, cut in sequences, on the model's device."""
+    """Mean loss in nats of the first `n_tokens` in the source's order, cut in sequences, on the model's device.
+
+    The order is drawn by the source's seed: of a file with more tokens this is a sample of its chunks, the same each
+    time, but another for another chunk length.
+    """
     device, rows = next(model.parameters()).device, range(n_tokens // seq_len)
     total = 0.0
     for first in range(0, len(rows), BATCH):

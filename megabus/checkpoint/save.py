@@ -19,7 +19,7 @@ from megabus.checkpoint.host_memory import HostMemory
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
 from megabus.checkpoint.state import Progress, SavedState, write_state
 from megabus.checkpoint.store import begin, checkpoints_of, folder_of, partial_of, prune, publish
-from megabus.data.tokenizer import read_tokenizer_files
+from megabus.data.tokenizer import TokenizerFiles, read_tokenizer_files
 from megabus.errors import UserError
 from megabus.parallel.agree import agreement
 from megabus.parallel.fragments import Fragments
@@ -58,10 +58,18 @@ class Save:
     crash: BaseException | None = None
 
 
+def writing_group() -> dist.ProcessGroup:
+    """A gloo group for one writer at a time: its messages never meet those of training or of another writer. Make few,
+    for each has threads and sockets until the process ends. Collective."""
+    return dist.new_group(backend="gloo", timeout=SLOWEST)
+
+
 class Saver:
     """Writes the checkpoints of a run, one at a time. Collective: every rank makes every call.
 
-    Background writing has a gloo group of its own, so its messages never meet training's.
+    tokenizer: what goes into each, given by name or as it was read; rank 0's counts. group: of `writing_group`, for
+    nothing else while a save goes on; left out, the saver makes one. Raises `UserError` on all ranks for a tokenizer
+    that cannot be read.
     """
 
     def __init__(
@@ -70,14 +78,19 @@ class Saver:
         keep_last: int,
         keep_every: int | None,
         asynchronous: bool,
-        tokenizer: str | Path | None,
+        tokenizer: str | Path | TokenizerFiles | None,
         heartbeat: Heartbeat = idle,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
         self.asynchronous, self.heartbeat = asynchronous, heartbeat
-        # Read once: what lies there later may be another.
-        self.tokenizer = read_tokenizer_files(tokenizer) if tokenizer is not None and dist.get_rank() == 0 else None
-        self.group = dist.new_group(backend="gloo", timeout=SLOWEST)
+        self.tokenizer: TokenizerFiles | None = None
+        with agreement():  # else the other ranks would wait for rank 0 in what comes next
+            if isinstance(tokenizer, TokenizerFiles):
+                self.tokenizer = tokenizer
+            elif tokenizer is not None and dist.get_rank() == 0:  # once: what lies there later may be another
+                self.tokenizer = read_tokenizer_files(tokenizer)
+        self.group = writing_group() if group is None else group
         self._thread: threading.Thread | None = None
         self._save: Save | None = None
         self._memory = HostMemory()  # one save goes on at a time
@@ -190,10 +203,18 @@ class Saver:
         return files
 
 
-def save_weights(folder: Path, engine: Engine, steps: int, config: dict[str, Any], tokenizer: Path) -> Path | None:
+def save_weights(
+    folder: Path,
+    engine: Engine,
+    steps: int,
+    config: dict[str, Any],
+    tokenizer: TokenizerFiles,
+    group: dist.ProcessGroup | None = None,
+) -> Path | None:
     """Write an engine's weights, without moments, as a run's only checkpoint, of `steps` steps; `config`: sections that
-    it is told to have been made with. Collective. Raises `UserError` where it cannot be written."""
-    saver = Saver(checkpoints_of(folder), 1, None, False, tokenizer)
+    it is told to have been made with. group: as `Saver`'s; who calls this more than once gives it. Collective. Raises
+    `UserError` on all ranks where it cannot be written."""
+    saver = Saver(checkpoints_of(folder), 1, None, False, tokenizer, group=group)
     model, layout = engine.stage.model, engine.stage.layout
     state = SavedState(Progress(step=steps), 0, model, layout, 0, ("weight",), {}, config, {})
     saver.start(state, engine.placement, engine.read())

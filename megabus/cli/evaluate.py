@@ -4,12 +4,16 @@ megabus evaluate runs/demo --data data/code-valid poems=data/poems
 megabus evaluate runs/demo --tasks lambada_openai --limit 200
 megabus evaluate runs/demo --tasks megabus_next_line --task-path configs/eval/lines --metadata '{"text": "book.txt"}'
 
-In this process, on the CPU or one GPU. Documents are kept apart where the run did so.
+In this process, on the CPU or one GPU. Documents are kept apart where the run did so. Of a file with more than --tokens
+sequences are drawn, the same ones each time; another --seq-len draws others.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,16 @@ from megabus.durable import partial_name
 from megabus.errors import UserError
 from megabus.table import aligned
 
+LOOK_EVERY = 1.0  # seconds, for whether the process that this one is to end with is there
+
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus evaluate", description=__doc__)
     parser.add_argument("model", help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub")
     parser.add_argument("--data", nargs="+", default=[], metavar="[NAME=]PREFIX", help="of .bin/.idx pairs")
-    parser.add_argument("--tokens", type=int, default=65536, help="of each, from its beginning (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=65536, help="of each; of a larger one, a drawn sample (%(default)s)"
+    )
     parser.add_argument(
         "--seq-len", type=int, help="tokens of a sequence; the longest of the model's run when left out"
     )
@@ -34,7 +42,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--limit", type=int, help="documents of a task at most")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--end-with", type=int, metavar="PID", help="end when this parent process has ended")
     args = parser.parse_args(argv)
+    if args.end_with is not None:
+        end_with(args.end_with)
     if not args.data and not args.tasks:
         raise UserError("--data, --tasks", "(missing)", "there is nothing to measure", "give one of them")
     metadata = _metadata(args.metadata)
@@ -57,6 +68,17 @@ def main(argv: Sequence[str]) -> int:
     if args.json is not None:
         _write(args.json, json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent has ended, however that happened: one that is killed cannot end its own."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_EVERY)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _write(path: Path, text: str) -> None:

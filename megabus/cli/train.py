@@ -5,7 +5,8 @@
   torchrun --nnodes 2 --nproc-per-node 8 ... -m megabus train --config run.yaml
   deepspeed --module --no_local_rank megabus train --config run.yaml
 
-With --preflight-only nothing is trained: it shows what the preflight finds (docs/preflight.md), and leaves nothing.
+With --preflight-only nothing is trained: it shows what the preflight finds (docs/preflight.md), and leaves nothing
+but what callbacks of your own write when they are made.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def evaluate(settings: Settings) -> Outcome:
             sections = {"train": train.model_dump(), "optimizer": optimizer.model_dump(), "growth": {"stages": []}}
             steps, saved = curve[-1]["step"], None
             if settings.save is not None:
-                saved = str(save_weights(settings.save, engine, steps, sections, tokenizer.path))
+                saved = str(save_weights(settings.save, engine, steps, sections, tokenizer.files))
                 rank_0_says(f"saved: {saved}")
             tuning = {"steps": steps, "watched": data.watched and data.watched.facts(), "curve": curve, "saved": saved}
         unit_error = engine.unit_error()

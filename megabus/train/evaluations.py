@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from megabus.checkpoint.save import save_weights
+from megabus.checkpoint.save import save_weights, writing_group
 from megabus.config import RunConfig
 from megabus.data.sources import bits_per_byte
 from megabus.errors import UserError, warn
@@ -20,10 +20,12 @@ PATIENCE = 5.0  # seconds between two looks, at the end of a run, whether it was
 
 
 class Evaluations(Callback):
-    """Of `eval.extra`. Training waits for the token files and for the writing of weights, not for tasks."""
+    """Of `eval.extra`. Training waits for the token files and for the writing of weights, not for tasks. Making it is
+    collective."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.tasks = config.eval.extra, TaskRuns(config)
+        self.group = writing_group() if self.config.tasks else None  # one for all snapshots
 
     def on_row(self, run: Run, row: Row) -> None:
         if row["event"] in ("start", "resume") and run.is_rank_0:
@@ -52,8 +54,11 @@ class Evaluations(Callback):
             self._tell_ended(run, PATIENCE)
             if run.requests.of_any(run.engine.device):
                 break
-        if run.is_rank_0:
-            self.tasks.end()
+        self.release()
+
+    def release(self) -> None:
+        """However the run ends: no evaluation outlives it, for the next start begins it anew. Of this rank alone."""
+        self.tasks.end()
 
     def _measure(self, run: Run, when: str, seq_len: int) -> None:
         begun, losses, bits = time.perf_counter(), dict[str, float](), dict[str, float | None]()
@@ -74,9 +79,11 @@ class Evaluations(Callback):
         run.watchdog.heartbeat(f"the writing of weights after step {step}")
         assert run.corpora.sources.tokenizer is not None
         try:
-            save_weights(folder, run.engine, step, sections, run.corpora.sources.tokenizer.path)
+            save_weights(folder, run.engine, step, sections, run.corpora.sources.tokenizer.files, self.group)
         except UserError as error:  # of all ranks
             rank_0_says(f"no tasks after step {step}: {error}", warn)
+            if run.is_rank_0:
+                self.tasks.discard(folder)
             return
         run.watchdog.heartbeat()
         if run.is_rank_0:

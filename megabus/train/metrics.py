@@ -32,6 +32,7 @@ class Metrics(Callback):
     def __init__(self, config: RunConfig, resumed_at: int | None = None) -> None:
         self.run_dir = Path(config.run_dir)
         self._other_error: Exception | None = None  # of wandb or TensorBoard, until `forget_lost`
+        self._is_closed = False
         self.file = RowFile(self.run_dir / FILE, keep=resumed_at is not None)
         self.wandb = self._wandb(config) if config.log.wandb else None
         self.tensorboard = self._tensorboard(resumed_at) if config.log.tensorboard else None
@@ -120,12 +121,22 @@ class Metrics(Callback):
         """Whoever asks has been told of the rows that wandb or TensorBoard lost; those of the file still wait."""
         self._other_error = None
 
-    def close(self) -> None:
+    def release(self) -> None:
+        """However the run ends: what is still open then is of a run that has failed, and wandb is told so."""
+        self.close(exit_code=1)
+
+    def close(self, exit_code: int | None = None) -> None:
+        """Only the first call does anything. exit_code: of wandb's run."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self.file.close()
-        for end in (self.wandb and self.wandb.finish, self.tensorboard and self.tensorboard.close):
-            if end is not None:
-                with self._losing():
-                    end()
+        if self.wandb is not None:
+            with self._losing():
+                self.wandb.finish(exit_code)
+        if self.tensorboard is not None:
+            with self._losing():
+                self.tensorboard.close()
 
 
 def _clean(value: Any) -> Any:

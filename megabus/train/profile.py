@@ -69,6 +69,17 @@ class Profile(Callback):
         if self._looking is not None:
             self._end(run)
 
+    def release(self) -> None:
+        """However the run ends: torch's profiler, of which a process has one, is free again. Of this rank alone."""
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            looking.stop()
+            self._forget_memory()
+
+    def _forget_memory(self) -> None:
+        if self.config.memory:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
     def _at(self, run: Run) -> None:
         """Between two steps."""
         step, first = run.progress.step, self.config.start
@@ -103,8 +114,7 @@ class Profile(Callback):
         except OSError as error:
             warn(f"log.profile: {name}.* cannot be written on rank {dist.get_rank()} ({error}): training goes on")
         finally:
-            if self.config.memory:
-                torch.cuda.memory._record_memory_history(enabled=None)
+            self._forget_memory()
         first = self.config.start
         run.tell(
             "profile", {"first": first, "last": run.progress.step, "folder": str(self.folder)} | _top(averages, own)

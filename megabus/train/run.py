@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -135,10 +135,16 @@ class Run:
 
 
 def start(
-    config: RunConfig, passed: Sequence[Callback], requests: StopRequests, watchdog: Watchdog, lock: RunLock
+    config: RunConfig,
+    passed: Sequence[Callback],
+    requests: StopRequests,
+    watchdog: Watchdog,
+    lock: RunLock,
+    held: ExitStack,
 ) -> Run:
-    """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage. Raises
-    `StoppedError` if asked to before anything is left in the run's directory."""
+    """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage. What must
+    not outlive the run goes into `held`. Raises `StoppedError` if asked to before anything is left in the run's
+    directory."""
     with agreement():
         users = guarded(config, passed)
     full = config.preflight.enabled
@@ -177,6 +183,8 @@ def start(
     lock.keep()
     with agreement():  # only once every rank is content: a refused run leaves nothing behind
         metrics = open_metrics(config, found) if dist.get_rank() == 0 else None
+    if metrics is not None:
+        held.callback(metrics.release)
     keep = config.checkpoint
     weights = found or origin
     tokenizer = config.data.tokenizer or (tokenizer_of(weights) if weights is not None else None)
@@ -187,7 +195,11 @@ def start(
     watchdog.heartbeat()
     machine = environment(engine.device)
     spikes = Spikes(config.faults.spikes, engine.device)
-    callbacks = [*([] if metrics is None else [metrics, Log()]), *_looking(config, sources), *users]
+    looking = _looking(config, sources)
+    for callback in looking:
+        if isinstance(callback, Evaluations | Profile):
+            held.callback(callback.release)
+    callbacks = [*([] if metrics is None else [metrics, Log()]), *looking, *users]
     run = Run(config, stages, corpora, engine, monitor, metrics, callbacks, saver, requests, watchdog, spikes)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
@@ -229,7 +241,10 @@ def _tell_unit_error(engine: Engine) -> None:
 
 
 def check_only(config: RunConfig) -> None:
-    """The preflight of a run that is not started: nothing is left behind. Collective."""
+    """The preflight of a run that is not started: nothing of the trainer's own is left behind. Collective.
+
+    Users' callbacks are made, for only that shows whether they can be; what making one writes stays.
+    """
     with agreement():
         guarded(config, ())
     lock = RunLock(Path(config.run_dir))
@@ -267,17 +282,17 @@ def _dealt(found: Found, source: TokenSource) -> tuple[Deal, ...]:
 
 @contextmanager
 def started(config: RunConfig, passed: Sequence[Callback], requests: StopRequests, watchdog: Watchdog) -> Iterator[Run]:
-    """A run from `start` until the block ends. After an error a save that is going on may still become a checkpoint."""
+    """A run from `start` until the block ends. After an error a save that is going on may still become a checkpoint.
+    However it ends, its process of tasks, its profiler and its run of wandb end with it."""
     lock = RunLock(Path(config.run_dir))
-    try:
-        run = start(config, passed, requests, watchdog, lock)
+    with ExitStack() as held:
+        held.callback(lock.release)  # last: who has the lock next finds nobody here
+        run = start(config, passed, requests, watchdog, lock, held)
         try:
             yield run
         except UserError:
             run.saver.let_end(LAST_SAVE)
             raise
-    finally:
-        lock.release()
 
 
 def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:

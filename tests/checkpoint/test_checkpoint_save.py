@@ -14,6 +14,7 @@ from megabus.checkpoint import shards
 from megabus.checkpoint.manifest import read_manifest
 from megabus.checkpoint.store import complete, folder_of, latest_of, step_of
 from megabus.config import Layout, resolve_stages
+from megabus.errors import UserError
 from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
 
@@ -87,6 +88,8 @@ def test_only_a_synchronous_save_is_waited_for(tmp_path, asynchronous):
 
 
 def save_often(root, config):
+    with pytest.raises(UserError, match="the file does not exist"):  # on each rank, though rank 0 alone reads it
+        ck.make_saver(root, tokenizer=root / "none.model")
     engine, saver = ck.trained(config, steps=0), ck.make_saver(root, keep_last=2, keep_every=3, asynchronous=True)
     for step in range(1, 7):
         saver.wait()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from support.nli_data import rows_of, write_run
 from support.small_runs import write_tokens
 
 import megabus
-from megabus.cli.evaluate import main
+from megabus.cli.evaluate import end_with, main
 from megabus.convert.load import tokenizer_of_model
 from megabus.data.batches import TokenSource
 from megabus.data.sources import VALID_SEED
@@ -67,6 +70,27 @@ def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
         right.append(scores.index(max(scores)) == doc["label"])
     assert found["tasks"]["megabus_next_line/acc"] == pytest.approx(sum(right) / 7)
     assert set(found["tasks"]) == {"megabus_next_line/acc", "megabus_next_line/acc_norm"}
+
+
+def test_it_ends_with_the_process_that_has_started_it():
+    """Which is killed, and so can end nothing."""
+    ours, theirs = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        if os.fork() == 0:
+            end_with(os.getppid())
+            os.write(theirs, b"begun")
+            time.sleep(30)
+            os._exit(0)
+        time.sleep(30)
+        os._exit(0)
+    os.close(theirs)
+    assert os.read(ours, 5) == b"begun"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert select.select([ours], [], [], 15.0)[0]
+    assert os.read(ours, 1) == b""  # nobody holds the other end
+    os.close(ours)
 
 
 @torch.no_grad()

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from support.small_runs import VOCAB, refusal, rows_of, run_config, start, untimed, write_corpus, write_tokens
+import torch
+import torch.distributed as dist
+from support.small_runs import (
+    VOCAB,
+    after_step,
+    refusal,
+    rows_of,
+    run_config,
+    start,
+    untimed,
+    write_corpus,
+    write_tokens,
+)
 from support.small_tokenizer import make_tokenizer
 
 import megabus
+import megabus.train.before as before
+import megabus.train.loop as loop
 from megabus import evaluation
 from megabus.config import resolve_stages
 from megabus.data.batches import TokenSource
@@ -20,6 +35,8 @@ from megabus.data.indexed import meta_path
 from megabus.data.sources import VALID_SEED
 from megabus.errors import UserError
 from megabus.evaluation import token_file_loss
+from megabus.testing.ranks import run_ranks
+from megabus.train.evaluations import Evaluations
 from megabus.train.task_runs import TaskRuns
 
 LAYOUTS = [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}]
@@ -56,11 +73,30 @@ def stub():
     TaskRuns.command = lambda self, folder: [sys.executable, "-c", SCORES, str(folder)]
 
 
+def few_groups():
+    """However many snapshots: none of them is ever freed."""
+    made, new_group = [], dist.new_group
+
+    def counted(*args, **options):
+        made.append(options.get("backend"))
+        return new_group(*args, **options)
+
+    dist.new_group = counted
+    after_step(17, lambda run: check(made.count("gloo") == 2))()  # one of the checkpoints, one of all snapshots
+
+
+def check(what):
+    assert what
+
+
 def test_before_and_after_each_growth_and_at_the_end(corpus, tmp_path, capfd):
     """One evaluation fails, which is told; and all of it leaves training alone."""
     extra = {"every": 7, "data": {"other": str(corpus / "other")}, "tasks": ["megabus_next_line"]}
-    config = configured(corpus, tmp_path / "run", extra | {"task_path": str(LINES)})
-    ranks = start(config, 2, stub)
+    shutil.copy(corpus / "t.model", tmp_path / "t.model")
+    own = {"data__tokenizer": str(tmp_path / "t.model")}
+    config = configured(corpus, tmp_path / "run", extra | {"task_path": str(LINES)}, **own)
+    removed = after_step(5, lambda run: (tmp_path / "t.model").unlink(), rank=0)  # it was read at the start
+    ranks = start(config, 2, stub, few_groups, removed)
     out, last = capfd.readouterr().out, ranks[0].numbers[-1]
     moments = [(7, "step"), (8, "before growth"), (8, "after growth"), (14, "step"), (16, "before growth")]
     moments += [(16, "after growth"), (last, "end")]
@@ -97,9 +133,13 @@ def test_a_start_evaluates_what_the_one_before_has_left(corpus, tmp_path):
         (folder / "checkpoints/step-00000001").mkdir(parents=True)
         (folder / "checkpoints/step-00000001/state.json").write_text('{"model": {"d_model": 52}}')
         first.add(folder, {"step": step, "when": "step"})
-    shutil.copytree(folder, tmp_path / "run/evaluations/half-written")
-    (tmp_path / "run/evaluations/half-written/about.json").unlink()
+    for name, about in (("half-written", None), ("full-disk", ""), ("list", "[]"), ("nameless", '{"step": 1}')):
+        shutil.copytree(folder, tmp_path / "run/evaluations" / name)
+        (tmp_path / "run/evaluations" / name / "about.json").unlink()
+        if about is not None:
+            (tmp_path / "run/evaluations" / name / "about.json").write_text(about)
     second = TaskRuns(config)
+    assert second.command(folder)[-2:] == ["--end-with", str(os.getpid())]
     second.command = lambda folder: [sys.executable, "-c", SCORES, str(folder)]
     second.restart(8)
     assert [folder.name[:13] for folder in second.waiting] == ["step-00000004", "step-00000008"]
@@ -107,6 +147,56 @@ def test_a_start_evaluates_what_the_one_before_has_left(corpus, tmp_path):
     rows = [*second.ended(), *second.ended(60.0), *second.ended(60.0)]
     assert [(row["step"], row["scores"]) for row in rows] == [(4, {"told/d_model": 52}), (8, {"told/d_model": 52})]
     assert not second.waiting
+
+
+def test_a_snapshot_that_is_lost_is_told(corpus, tmp_path, capfd):
+    """Before its row is there, before its evaluation begins, and during it: the run that asks goes on."""
+    tasks = TaskRuns(configured(corpus, tmp_path / "run", {"tasks": ["megabus_next_line"]}))
+    tasks.command = lambda folder: [sys.executable, "-Sc", "pass"]
+    for step in (1, 2, 3):
+        folder = tasks.root / f"step-{step:08d}-step"
+        (folder / "checkpoints").mkdir(parents=True)
+        if step == 1:
+            (folder / "about.json").mkdir()
+        tasks.add(folder, {"step": step, "when": "step"})
+    assert [row["step"] for row in tasks.waiting.values()] == [2, 3]
+    assert not (tasks.root / "step-00000001-step").exists()
+    assert "no tasks after step 1: " in capfd.readouterr().err
+    assert not tasks.ended()  # the first has begun
+    shutil.rmtree(tasks.root)
+    second, third = tasks.ended(60.0)
+    assert (second["step"], third["step"], third["when"]) == (2, 3, "step")
+    assert second["error"].startswith("exit code 0, and what it has left cannot be read (")
+    assert "No such file" in third["error"]
+    assert not tasks.ended()
+
+
+def ended_by_an_error(config):
+    """A rank that fails amid steps: whether its process of tasks, its profiler and its metrics go on."""
+    pids, files = [], []
+
+    def fail(run):
+        (evaluations,) = (callback for callback in run.callbacks if isinstance(callback, Evaluations))
+        pids.append(evaluations.tasks._process.pid)
+        files.append(run.metrics.file._file)
+        check(torch.autograd._profiler_enabled() and not files[0].closed)
+        raise RuntimeError("planted")
+
+    before.check_tasks = lambda *_: None  # imports lm-evaluation-harness
+    TaskRuns.command = lambda self, folder: [sys.executable, "-Sc", "import time; time.sleep(60)"]
+    after_step(3, fail)()
+    with pytest.raises(RuntimeError, match="planted"):
+        loop.train(config)
+    return Path(f"/proc/{pids[0]}").exists(), torch.autograd._profiler_enabled(), not files[0].closed
+
+
+def test_nothing_outlives_a_run_that_fails(corpus, tmp_path):
+    """But the snapshot, for the next start."""
+    keys = {"layout": {}, "growth": {}, "log__profile": {"start": 2, "steps": 9}}
+    extra = {"tasks": ["megabus_next_line"], "task_path": str(LINES), "every": 2}
+    config = configured(corpus, tmp_path / "run", extra, **keys)
+    assert run_ranks(1, ended_by_an_error, config) == [(False, False, False)]
+    assert [folder.name for folder in (tmp_path / "run/evaluations").iterdir()] == ["step-00000002-step"]
 
 
 def test_what_cannot_be_measured_is_refused_at_the_start(corpus, tmp_path):

@@ -107,6 +107,18 @@ def test_what_another_program_raises_ends_no_run(tmp_path: Path) -> None:
     assert losses_of(tmp_path / "tensorboard") == [(STEP["step"], pytest.approx(STEP["loss"]))]
 
 
+def test_wandb_is_told_once_how_a_run_has_ended(tmp_path: Path) -> None:
+    for ended_well, code in ((True, None), (False, 1)):
+        codes: list[int | None] = []
+        metrics = Metrics(run_config(tmp_path))
+        metrics.wandb = SimpleNamespace(finish=codes.append)
+        if ended_well:
+            metrics.close()
+        metrics.release()
+        metrics.release()
+        assert codes == [code]
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_null(tmp_path: Path, loss: float) -> None:
     row = STEP | {"loss": loss}
