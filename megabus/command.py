@@ -32,6 +32,7 @@ NO_MEMORY = (
 )
 MORE = "free some, or use a machine with more"  # of commands that have no better advice
 OUTCOME = "MEGABUS_OUTCOME"  # names a file to leave the outcome in
+DEAF = "stdout: its reader, such as tee, is gone; start the same command again, with stdout to a file"
 LOST = "lost the connection to another rank, which has probably ended: its log says why. Start the same command again"
 
 
@@ -130,7 +131,8 @@ def tell_outcome(word: str) -> None:
 
 
 def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
-    """The same of a rank: rank 0 alone tells bad input, a traceback says whose it is, a peer's loss needs none."""
+    """The same of a rank: rank 0 alone tells bad input, a traceback says whose it is, a peer's loss needs none. That
+    nobody reads stdout any more is told where something raises for it, as `say` does not."""
     show_anything(sys.stdout)
 
     def telling() -> int:
@@ -140,6 +142,9 @@ def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
             _tell_torchrun(f"error: {error}")
             raise
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():  # `run` is silent: a job must not end so
+                note(f"error: {DEAF}")
+                _tell_torchrun(f"error: {DEAF}")
             if memory_is_short(error):  # which `run` tells, and ends with
                 _tell_torchrun(f"error: {_no_memory(error, advice)}")
             raise

@@ -216,6 +216,21 @@ def test_a_reader_that_has_gone(unbuffered, code):
     assert (done.returncode, done.stderr) == (code, b"")
 
 
+@pytest.mark.parametrize(("tell", "code"), [("print", 141), ("say", 75)])
+def test_a_rank_whose_reader_has_gone(tmp_path, tell, code):
+    """A log goes on without one; what is printed beside it ends the rank with a word, which torchrun has too."""
+    read, write = os.pipe()
+    os.close(read)
+    script = "from megabus.command import end_rank; from megabus.errors import say; text = 'x' * 999\n"
+    script += f"end_rank(lambda: [{tell}(text) for _ in range(99)] and 75)"
+    env = environment(RANK="0", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    done = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, env=env, cwd=ROOT)
+    os.close(write)
+    told = f"error: {command.DEAF}" if tell == "print" else ""
+    assert (done.returncode, done.stderr.decode().strip()) == (code, told)
+    assert told in ((tmp_path / "error.json").read_text() if told else "")
+
+
 def test_another_pipe_that_has_broken_keeps_its_traceback():
     with pytest.raises(BrokenPipeError):
         run(raising(BrokenPipeError()))

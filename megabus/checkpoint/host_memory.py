@@ -29,17 +29,18 @@ class HostMemory:
         self._pins = True
 
     def copies(self, live: Fragments) -> Fragments:
-        """Of all tensors, on the CPU and nobody else's."""
-        if all(values.device.type == "cpu" for values in _tensors(live)):
-            self._pins = False
-            return self._copied(live)
+        """Of all tensors, on the CPU and nobody else's. Raises `UserError` as `reserve`, which a rank calls before with
+        the others: after that there is nothing to ask for."""
+        self._pins = self._pins and not _on_cpu(live)
         copied = self._copied(live)
-        get_accelerator().synchronize()
+        if not _on_cpu(live):
+            get_accelerator().synchronize()
         return copied
 
     def reserve(self, live: Fragments) -> None:
         """Memory for copies of tensors like these. Raises `UserError` where there is none. What cannot be pinned is
         pageable from then on, and told."""
+        self._pins = self._pins and not _on_cpu(live)
         self._places([values.nbytes for values in _tensors(live)])
 
     def _copied(self, live: Fragments) -> Fragments:
@@ -95,6 +96,10 @@ def _pinned(size: int) -> Tensor:
 
 def _first_line(error: RuntimeError) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def _on_cpu(live: Fragments) -> bool:
+    return all(values.device.type == "cpu" for values in _tensors(live))
 
 
 def _tensors(live: Fragments) -> list[Tensor]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from megabus.checkpoint.host_memory import HostMemory
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
@@ -107,9 +106,9 @@ class Saver:
             self._reserve(read())
 
     def _reserve(self, live: Fragments) -> None:
-        if get_accelerator().device_name() != "cpu":
-            with agreement():
-                self._memory.reserve(live)
+        """On every rank, or on none: were one to end for want of memory, the others would wait for it."""
+        with agreement():
+            self._memory.reserve(live)
 
     def start(self, state: SavedState, placement: Placement, live: Fragments) -> None:
         """Begin a save; call `wait` first. Without `asynchronous` it has ended on return."""

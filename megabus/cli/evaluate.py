@@ -1,8 +1,8 @@
 """Measure a model: its loss on token files, and tasks of lm-evaluation-harness.
 
-megabus evaluate runs/demo --data data/code-valid poems=data/poems
-megabus evaluate runs/demo --tasks lambada_openai --limit 200
-megabus evaluate runs/demo --tasks megabus_next_line --task-path configs/eval/lines --metadata '{"text": "book.txt"}'
+  megabus evaluate runs/demo --data data/code-valid poems=data/poems
+  megabus evaluate runs/demo --tasks lambada_openai --limit 200
+  megabus evaluate runs/demo --tasks megabus_next_line --task-path configs/eval/lines --metadata '{"text": "book.txt"}'
 
 In this process, on the CPU or one GPU. Documents are kept apart where the run did so. Of a file with more than --tokens
 sequences are drawn, the same ones each time; another --seq-len draws others.

@@ -22,7 +22,7 @@ from megabus.cli.ranks import check_ranks, start_ranks
 from megabus.command import RankParser, tell_outcome
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import importing, prepare_environment, start_distributed, stop_distributed
-from megabus.errors import UserError, warn
+from megabus.errors import UserError, say, warn
 from megabus.extras import SINKS, need, need_sink
 
 
@@ -59,9 +59,9 @@ def main(argv: Sequence[str]) -> int:
     outcome = train(config)
     if os.environ["RANK"] == "0" and outcome.stopped:
         if outcome.checkpoint is None:
-            print("stopped during the start, before anything was trained; the same command starts again")
+            say("stopped during the start, before anything was trained; the same command starts again")
         else:
-            print(f"stopped and saved: {outcome.checkpoint}; the same command goes on from there")
+            say(f"stopped and saved: {outcome.checkpoint}; the same command goes on from there")
         tell_outcome("stopped")
     elif os.environ["RANK"] == "0":
         tell_outcome("finished")
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
             _show(config.run_dir)
         except UserError as error:  # no reason to call a run failed that has trained to its end
             warn(f"no picture or no page: {error}; `megabus report {config.run_dir}` draws them")
-        print(f"checkpoint: {outcome.checkpoint}")
+        say(f"checkpoint: {outcome.checkpoint}")
     stop_distributed()
     return config.faults.stop_exit_code if outcome.stopped else 0
 
@@ -77,9 +77,9 @@ def main(argv: Sequence[str]) -> int:
 def _show(run_dir: str) -> None:
     from megabus.report.plots import plot_loss, summary_table
 
-    print(f"\n{summary_table(run_dir)}\n")
+    say(f"\n{summary_table(run_dir)}\n")
     need("report", "run_dir", run_dir, "the run is complete without it")
     from megabus.report.page import write_page
 
-    print(f"plot:       {plot_loss([run_dir], Path(run_dir) / 'loss.png')}")
-    print(f"report:     {write_page([run_dir], run_dir)}")
+    say(f"plot:       {plot_loss([run_dir], Path(run_dir) / 'loss.png')}")
+    say(f"report:     {write_page([run_dir], run_dir)}")

@@ -7,19 +7,23 @@ shapes, the first of which imports torch's compiler, while all other ranks of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from megabus.config.schema import ModelConfig
 from megabus.estimate.live_bytes import LiveBytes
+from megabus.kernels.adjacent import joined
 from megabus.kernels.form import EAGER, Kernels
 from megabus.model.decoder import Decoder
 from megabus.model.layers import rope_at, rope_frequencies
+from megabus.model.params import spec_of
+from megabus.model.where import as_on_gpu
 from megabus.parallel.tensor_parallel import ProcessGroupTP
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -29,7 +33,8 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class Shape:
-    """One micro batch on one rank. sequence_parallel and tp: see `ProcessGroupTP`; rank: which tensor-parallel one."""
+    """One micro batch on one rank. sequence_parallel and tp: see `ProcessGroupTP`; rank: which tensor-parallel one.
+    kernels: see `FORMS`. on_gpu: whether it computes there, whatever device its shapes are on."""
 
     model: ModelConfig
     tp: int
@@ -39,7 +44,8 @@ class Shape:
     precision: Precision
     recompute: bool
     sequence_parallel: bool
-    fused: bool
+    kernels: str
+    on_gpu: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,8 +129,10 @@ def _trace(shape: Shape, last: bool, blocks: int = 1) -> Footprint:
     model = shape.model.model_copy(update={"n_layers": 1 + blocks if last else 2 + blocks})
     tp, device = _ShapesOnly(shape.tp, shape.rank, shape.sequence_parallel), _device(shape, last)
     with device:
-        decoder = Decoder(model, (1, 1 + blocks), tp, shape.recompute, FUSED if shape.fused else UNFUSED)
+        decoder = Decoder(model, (1, 1 + blocks), tp, shape.recompute, FORMS[shape.kernels])
         decoder.to(shape.dtype)
+        if shape.on_gpu:
+            _lay_side_by_side(list(decoder.parameters()))
         targets = torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64)
         length = shape.seq_len // (shape.tp if tp.sequence_parallel else 1)
         h = torch.zeros(shape.batch, length, model.d_model, dtype=shape.dtype, requires_grad=True)
@@ -145,7 +153,7 @@ def _trace(shape: Shape, last: bool, blocks: int = 1) -> Footprint:
 
     for parameter in decoder.parameters():
         parameter.register_post_accumulate_grad_hook(hand_over)
-    with live:
+    with live, as_on_gpu(shape.on_gpu):
         out = decoder.hidden(h)
         saved = live.now
         if last:
@@ -155,6 +163,15 @@ def _trace(shape: Shape, last: bool, blocks: int = 1) -> Footprint:
         else:
             _Next.apply(out).backward()
     return Footprint(saved, max(before, live.peak), live.peak, live.moved)
+
+
+def _lay_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
+    """As DeepSpeed does, which makes q, k and v one matrix on a GPU, and up and gate."""
+    for matrices in (True, False):
+        own = [parameter for parameter in parameters if spec_of(parameter).is_matrix == matrices]
+        whole = parameters[0].new_empty(sum(map(Tensor.numel, own)))
+        for parameter, part in zip(own, whole.split(list(map(Tensor.numel, own))) if own else (), strict=True):
+            parameter.data = part.view_as(parameter)
 
 
 def _device(shape: Shape, last: bool) -> torch.device:
@@ -247,6 +264,24 @@ def _fused(*inputs: Any) -> Tensor:
     return _Fused.apply(*(x for x in inputs if x is None or isinstance(x, Tensor)))
 
 
+class _Gate(_Fused):
+    """Triton's: where u and v are the halves of one tensor, so are their gradients, and the product before has them as
+    one without a copy."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        u, v, *gains = ctx.saved_tensors
+        both = joined((u, v), -1)
+        halves = (torch.empty_like(u), torch.empty_like(v)) if both is None else torch.empty_like(both).chunk(2, -1)
+        found = (*halves, *(None if gain is None else torch.empty_like(gain) for gain in gains))
+        _move(u, v, *gains, *grads, *found)
+        return found
+
+
+def _gate(*inputs: Tensor | None) -> Tensor:
+    return _Gate.apply(*inputs)
+
+
 def _in_place(*_: Any) -> None:
     pass
 
@@ -265,7 +300,11 @@ FUSED = Kernels(
     rotate=_fused,
     rotate_unit=_fused,
     attention=_flash,
-    gate=_fused,
+    gate=_gate,
     cross_entropy_=_losses_in_place,
     unit_rows_=_in_place,
 )
+# The head's loss is eager in torch.compile's form: what it makes is of the logits' size.
+COMPILED = replace(FUSED, name="compiled", lean=False, gate=_fused, cross_entropy_=EAGER.cross_entropy_)
+# By train.kernels. `auto` is Triton's form on GPUs that it was checked on, and eager takes more on any.
+FORMS = {"auto": UNFUSED, "eager": UNFUSED, "compiled": COMPILED, "triton": FUSED}

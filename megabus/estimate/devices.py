@@ -43,6 +43,10 @@ class Device:
     source: str
     chip: str | None = None
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.chip is not None
+
     def peak(self, precision: str) -> float:
         return self.bf16 if precision == "bf16" else self.fp32
 

@@ -57,27 +57,34 @@ def held_copies(config: RunConfig, stage: Stage) -> int:
     return 2 * (growth.boost is not None and grown) + capped
 
 
-def rank_memory(train: TrainConfig, stage: Stage, rank: int) -> RankMemory:
+def rank_memory(train: TrainConfig, stage: Stage, rank: int, on_gpu: bool = False) -> RankMemory:
     """Of a rank of the world while it trains a stage, without what `held_copies` counts."""
     at = coordinate(stage.layout, rank)
-    return memory_at(train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
+    return memory_at(train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp, on_gpu=on_gpu)
 
 
 def memory_at(
-    train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0, held: int = 0
+    train: TrainConfig,
+    stage: Stage,
+    placement: Placement,
+    pp: int,
+    tp: int,
+    dp: int = 0,
+    held: int = 0,
+    on_gpu: bool = False,
 ) -> RankMemory:
     """The same of the rank at these coordinates; its data-parallel neighbours have much the same."""
     states = states_at(train, stage, placement, pp, tp, dp, held)
     sums = _sums(train, stage, placement, pp, tp, dp)
-    one = micro_batch_footprint(train, stage, pp, tp)
+    one = micro_batch_footprint(train, stage, pp, tp, on_gpu)
     begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
-    gone = max(0, end - begin - 1) * layer_bytes(shape_of(train, stage, tp))
+    gone = max(0, end - begin - 1) * layer_bytes(shape_of(train, stage, tp, on_gpu))
     early = one.peak - one.later if sums.late_buckets else 0
     return replace(
         states,
         gradients=states.gradients - min(sums.late, gone),
         buckets=states.buckets - min(states.buckets, early),
-        activations=activation_bytes(train, stage, pp, tp),
+        activations=activation_bytes(train, stage, pp, tp, on_gpu),
     )
 
 
@@ -161,10 +168,10 @@ def _sums(train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: i
     return _Sums(whole, buckets, reduction, update, late=0 if several else whole, late_buckets=not several)
 
 
-def shape_of(train: TrainConfig, stage: Stage, tp: int) -> Shape:
-    fused = train.kernels in ("compiled", "triton")
+def shape_of(train: TrainConfig, stage: Stage, tp: int, on_gpu: bool = False) -> Shape:
     sizes = (stage.layout.tp, tp, stage.micro_batch_size, stage.seq_len)
-    return Shape(stage.model, *sizes, train.precision, train.recompute, train.sequence_parallel, fused)
+    recompute, cut, kernels = train.recompute, train.sequence_parallel, train.kernels
+    return Shape(stage.model, *sizes, train.precision, recompute, cut, kernels, on_gpu)
 
 
 def in_flight(layout_pp: int, pp: int, grad_accum: int) -> int:
@@ -172,13 +179,13 @@ def in_flight(layout_pp: int, pp: int, grad_accum: int) -> int:
     return min(layout_pp - pp, grad_accum)
 
 
-def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int) -> int:
+def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int, on_gpu: bool = False) -> int:
     """The most that forward and backward hold on a pipeline rank, beside weights, gradients and buckets.
 
     Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last rank besides what its
     other buffer keeps of the micro batch before (counted on ranks, as was `_left_in_pipeline`).
     """
-    layout, one = stage.layout, micro_batch_footprint(train, stage, pp, tp)
+    layout, one = stage.layout, micro_batch_footprint(train, stage, pp, tp, on_gpu)
     first, last = pp == 0, pp == layout.pp - 1
     alive = in_flight(layout.pp, pp, stage.grad_accum)
     kept = 0
@@ -187,10 +194,10 @@ def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int) -> int:
     return one.peak + (alive - 1) * one.saved + kept * shape_of(train, stage, tp).boundary
 
 
-def micro_batch_footprint(train: TrainConfig, stage: Stage, pp: int, tp: int) -> Footprint:
+def micro_batch_footprint(train: TrainConfig, stage: Stage, pp: int, tp: int, on_gpu: bool = False) -> Footprint:
     """Of one micro batch on a pipeline and tensor-parallel rank."""
     begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
-    return footprint(shape_of(train, stage, tp), end - begin, pp == 0, pp == stage.layout.pp - 1)
+    return footprint(shape_of(train, stage, tp, on_gpu), end - begin, pp == 0, pp == stage.layout.pp - 1)
 
 
 def _left_in_pipeline(stage: Stage, pp: int) -> int:

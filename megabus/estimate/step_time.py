@@ -87,7 +87,8 @@ def step_time(config: RunConfig, stage: Stage, placement: Placement, device: Dev
         passes = (end - begin) * (4 / 3 if train.recompute else 1.0)
         products = passes * block + (head if pp == layout.pp - 1 else 0.0)
         seconds = tokens / speed * (products / device.efficiency + passes * attention / device.attention)
-        moved = micro_batch_footprint(train, stage, pp, layout.tp - 1).moved / (REACHED * device.memory_bandwidth)
+        footprint = micro_batch_footprint(train, stage, pp, layout.tp - 1, device.on_gpu)
+        moved = footprint.moved / (REACHED * device.memory_bandwidth)
         # A block sums h over ranks twice forward and twice backward, and twice more where it is recomputed; under
         # sequence parallelism each sum is a scatter and a gather, which is as much. Embedding and head: once more each.
         sums = (end - begin) * (6 if train.recompute else 4) + (pp == 0) + (pp == layout.pp - 1)

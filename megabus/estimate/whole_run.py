@@ -57,7 +57,7 @@ def estimate_run(
                 share=share,
                 params=count_parameters(stage.model),
                 flops_per_token=flops_per_token(stage.model, stage.seq_len),
-                memory=pipeline_memory(config, stage),
+                memory=pipeline_memory(config, stage, device.on_gpu),
                 time=time,
                 mfu=time.mfu(device, config.train.precision, stage.layout.world),
                 ranking=rank_layouts(config, stage, device, top),

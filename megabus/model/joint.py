@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megabus.kernels.adjacent import joined
+from megabus.model.where import on_gpu
 
 
 def products(h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None) -> tuple[Tensor, ...]:
@@ -25,13 +26,14 @@ def products(h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     then views of one tensor, whose rows they cut. Of a model that no engine has laid out each is computed apart.
     """
     biases = biases or [None] * len(weights)
-    if h.device.type in ("cpu", "meta") or joined(weights, 0) is None:
+    if not on_gpu(h) or joined(weights, 0) is None:
         return tuple(F.linear(h, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     return joint_products(h, weights, [bias for bias in biases if bias is not None])
 
 
 def joint_products(h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """`products` of weights that lie side by side, on any device."""
+    """`products` of weights that lie side by side, on any device; biases: of all of them, or none."""
+    assert len(biases) in (0, len(weights)), "one product has a bias for all of its rows or for none"
     return _Joint.apply(h, len(weights), *weights, *biases)
 
 

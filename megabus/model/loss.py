@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from megabus.kernels.eager import Targets
 from megabus.kernels.form import EAGER, Kernels
 from megabus.model.tensor_parallel import TensorParallel
+from megabus.model.where import on_gpu
 
 IGNORED = -100  # a target that is none: padding, or a prompt
 CHUNK = 1 << 26  # logits held at a time: 256 MiB in fp32, and about as much for what follows from them
@@ -77,15 +78,11 @@ def preconditioned(gain_V: Tensor, power: float, tp: TensorParallel) -> Tensor:
     return ratio_V.sign() * ratio_V.abs().pow(power)
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.device.type not in ("cpu", "meta")
-
-
 def _tokens_at_once(h_ND: Tensor, rows: int, lean: bool) -> int:
     """Of a head of `rows` rows; lean: see `Kernels`. On GPUs whole tiles, in chunks of one size: products of a few
     tokens more than these take one tile more, and a few tokens that are left over keep few of its processors busy."""
     step = max(LEAST, (LEAN if lean and h_ND.element_size() == 2 else 1) * CHUNK // rows)
-    if not _on_gpu(h_ND):
+    if not on_gpu(h_ND):
         return step
     step -= step % TILE
     even = -(-len(h_ND) // max(1, -(-len(h_ND) // step)))
@@ -95,7 +92,7 @@ def _tokens_at_once(h_ND: Tensor, rows: int, lean: bool) -> int:
 def _aligned(weight_VD: Tensor) -> Tensor:
     """The head's rows, on GPUs with zeros behind them up to a number that tensor cores take in one piece: an odd shard
     of a vocabulary would have all three products read or write logits entry by entry."""
-    more = -len(weight_VD) % (ALIGNED // weight_VD.element_size()) if _on_gpu(weight_VD) else 0
+    more = -len(weight_VD) % (ALIGNED // weight_VD.element_size()) if on_gpu(weight_VD) else 0
     return F.pad(weight_VD, (0, 0, 0, more)) if more else weight_VD
 
 
@@ -144,7 +141,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_gain = None
         if slope_V is not None and grad_w is not None:
             # logit = gain (h w): both gradients follow from that by gain w, without another pass over the logits.
-            block = max(LEAST, rows // MOST, CHUNK // weight_VD.shape[1] if _on_gpu(h_ND) else 0)
+            block = max(LEAST, rows // MOST, CHUNK // weight_VD.shape[1] if on_gpu(h_ND) else 0)
             blocks = zip(grad_w.split(block), weight_VD.split(block), strict=True)
             grad_gain = torch.cat([(grad * weight).sum(-1) for grad, weight in blocks])
             grad_w.mul_(slope_V[:, None])

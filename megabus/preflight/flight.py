@@ -207,7 +207,7 @@ def _local_rows(
             yield disk_row(config, stages)
     if full:
         machines = [local.machine for local in found if local.machine is not None]
-        yield from machine_rows(machines, expected_bytes(config, stages))
+        yield from machine_rows(machines, expected_bytes(config, stages, machines[0].on_gpu))
 
 
 def _first(check: str, faults: Sequence[UserError | None], looked: Sequence[int] | None = None) -> Finding | None:

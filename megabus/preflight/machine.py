@@ -71,11 +71,11 @@ def snapshot_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
     return held.masters + held.moments
 
 
-def expected_bytes(config: RunConfig, stages: Sequence[Stage]) -> list[int]:
+def expected_bytes(config: RunConfig, stages: Sequence[Stage], on_gpu: bool) -> list[int]:
     """Bytes that each rank is estimated to take, activations and buffers included, in the largest of its stages."""
     most = [0] * stages[0].layout.world
     for _, stage in by_batches(stages):
-        by_pp = [memory.total for memory in pipeline_memory(config, stage)]
+        by_pp = [memory.total for memory in pipeline_memory(config, stage, on_gpu)]
         most = [max(known, by_pp[coordinate(stage.layout, rank).pp]) for rank, known in enumerate(most)]
     return most
 

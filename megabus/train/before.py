@@ -136,7 +136,7 @@ def _check_memory(config: RunConfig, stages: list[Stage]) -> list[str]:
 
 def _check_estimate(config: RunConfig, stage: Stage, gpu: Device) -> list[str]:
     """Of a stage's fullest rank. An estimate may be off, so what is a little too much for it is a warning."""
-    need = max(memory.total for memory in pipeline_memory(config, stage))
+    need = max(memory.total for memory in pipeline_memory(config, stage, gpu.on_gpu))
     if need <= gpu.memory:
         return []
     problem = f"takes some {size_text(need)} of a GPU in {stage.layout} by the estimate, and a {gpu.name} has "

@@ -120,7 +120,7 @@ def test_the_head_with_triton_is_the_head(monkeypatch, power):
     for form in ("eager", "triton"):
         for name, value in ({} if form == "eager" else {"CHUNK": 9 * V, "LEAST": 4, "TILE": 4}).items():
             monkeypatch.setattr(loss_room, name, value)
-            monkeypatch.setattr(loss_room, "_on_gpu", lambda x: True)
+            monkeypatch.setattr(loss_room, "on_gpu", lambda x: True)
         draw.manual_seed(1)
         h, weight = tokens.clone().requires_grad_(), torch.randn(V, 12, generator=draw).requires_grad_()
         gain = (0.5 + torch.rand(V, generator=draw)).requires_grad_()

@@ -34,7 +34,7 @@ def in_chunks(monkeypatch, logits):
 
 
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(loss_room, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(loss_room, "on_gpu", lambda x: True)
 
 
 def plain(h, weight, gain, targets, reduce):

@@ -104,7 +104,7 @@ def test_what_gpus_compute_equals_one_process(kind, parts, layout, train, monkey
     """Joint products, and a head whose odd shards of the vocabulary are filled up with zeros."""
     plain = reference(kind, parts)
     monkeypatch.setattr(layers, "products", _joint_products)
-    monkeypatch.setattr(loss, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(loss, "on_gpu", lambda x: True)
     assert parity.difference(trace_of(kind, layout, parts, **train), plain).worst <= LIMIT
 
 

@@ -93,7 +93,7 @@ def test_what_a_gpu_cannot_hold_is_refused_with_layouts_that_fit(tmp_path, monke
     """By the estimate: the states alone would fit."""
     config = config_of(tmp_path, train__seq_len=512, train__micro_batch_size=8, growth={"stages": []})
     (stage,) = resolve_stages(config, 1)
-    need = max(memory.total for memory in before.pipeline_memory(config, stage))
+    need = max(memory.total for memory in before.pipeline_memory(config, stage, True))
     monkeypatch.setattr(before, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
     monkeypatch.setitem(devices.DEVICES, "h100", replace(devices.DEVICES["h100"], reserve=0))
     gpu = SimpleNamespace(name="Tesla T4", total_memory=need)
