@@ -9,11 +9,27 @@ import pytest
 import torch
 from support.small_runs import attempt, rows_of, run_config, start, write_corpus
 
+from megabus.config import resolve_stages
 from megabus.config.faults import ProfileConfig
+from megabus.errors import UserError
 from megabus.train import profile as room
-from megabus.train.profile import Profile, folder_of_profile
+from megabus.train.profile import Profile, check_profile, folder_of_profile
 
 STEP = 16 * 8  # tokens
+OWN_FILE = """
+from megabus import Callback
+
+class File(Callback):
+    def __init__(self, path):
+        self.file = open(path, "a")
+
+    def on_row(self, run, row):
+        if run.is_rank_0:
+            self.file.write(row["event"] + chr(10))
+
+    def on_end(self, run):
+        self.file.close()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +78,19 @@ def test_what_cannot_be_looked_at_is_refused(corpus, tmp_path):
     assert {rank.error for rank in attempt(memory, 2)} == {
         "log.profile.memory = true: is a snapshot of a GPU's memory, and this run has none; leave it out"
     }
+
+
+def test_the_last_step_is_that_of_the_smallest_batches(corpus, tmp_path):
+    """A phase's count: 640 tokens are 10 steps at most."""
+
+    def check(first):
+        phases = [{"share": 0.5, "global_batch_size": 4}]
+        config = configured(corpus, tmp_path, log={"profile": {"start": first}}, train__phases=phases)
+        check_profile(config, resolve_stages(config, 2))
+
+    check(10)
+    with pytest.raises(UserError, match="which has 10 steps at most"):
+        check(11)
 
 
 class Steps:
