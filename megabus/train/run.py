@@ -33,7 +33,7 @@ from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
 from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.before import check_before
-from megabus.train.callbacks import Callback, Row, guarded
+from megabus.train.callbacks import Callback, Row, checked, guarded
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
 from megabus.train.evaluations import Evaluations
@@ -69,7 +69,7 @@ class Run:
     engine: Engine
     monitor: KappaMonitor  # every rank has one; rank 0's alone is fed and asked
     metrics: Metrics | None  # on rank 0, the first of the callbacks
-    callbacks: Sequence[Callback]
+    callbacks: Sequence[Callback]  # in the order in which they are told; what they end in is the reverse
     saver: Saver
     requests: StopRequests
     watchdog: Watchdog
@@ -80,7 +80,7 @@ class Run:
     stopping: bool = False
     warned_unwritten: bool = False  # that the metrics cannot be written, until they can
     view: KappaView | None = None
-    validation_s: float = 0.0  # that the last validation took
+    held: list[tuple[str, Row]] | None = None  # what a user's callback that is being called has told
 
     @property
     def is_rank_0(self) -> bool:
@@ -88,7 +88,10 @@ class Run:
 
     def tell(self, event: str, row: Row) -> None:
         """Tell all callbacks what has happened: `row` with the run's totals, a save's with those of the step that was
-        saved. Every rank does."""
+        saved. Every rank does. What a user's callback tells is told when the callback has returned on every rank."""
+        if self.held is not None:
+            self.held.append((event, checked(event, row)))
+            return
         totals = {} if event == "save" else self.totals
         for callback in self.callbacks:
             callback.on_row(self, {"event": event} | totals | row)
@@ -187,7 +190,8 @@ def start(
     watchdog.heartbeat()
     machine = environment(engine.device)
     spikes = Spikes(config.faults.spikes, engine.device)
-    callbacks = [*([] if metrics is None else [metrics, Log()]), *_looking(config, sources), *users]
+    # Who tells more of what it is told comes last: so all hear rows in the order that the metrics have.
+    callbacks = [*([] if metrics is None else [metrics, Log()]), *users, *_looking(config, sources)]
     run = Run(config, stages, corpora, engine, monitor, metrics, callbacks, saver, requests, watchdog, spikes)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})

@@ -62,11 +62,14 @@ def test_a_trace_and_a_table_a_rank(corpus, tmp_path):
 
 
 def test_one_that_is_not_over_ends_with_the_run_and_what_cannot_be_written_is_told(corpus, tmp_path):
-    config = configured(corpus, tmp_path / "run", log={"profile": {"start": 5, "steps": 9}})
+    (tmp_path / "file.py").write_text(OWN_FILE)
+    own = {"name": f"{tmp_path / 'file.py'}:File", "arguments": {"path": str(tmp_path / "rows.txt")}}
+    config = configured(corpus, tmp_path / "run", log={"profile": {"start": 5, "steps": 9}}, callbacks=[own])
     Path(config.run_dir).mkdir()
     folder_of_profile(config.run_dir).write_text("no directory")
     start(config, 2)
     assert [(row["first"], row["last"]) for row in rows_of(config, "profile")] == [(5, 5)]
+    assert (tmp_path / "rows.txt").read_text().endswith("save\nprofile\n")  # before the user's own callback has ended
 
 
 def test_what_cannot_be_looked_at_is_refused(corpus, tmp_path):
