@@ -291,15 +291,18 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     """
     restore(found, run.engine, run.watchdog.heartbeat)
     now = run.progress = replace(found.state.progress, deals=_dealt(found, run.corpora.sources.train))
+    dealt = now.deals
     run.place()
     assert now.since is not None, "weights without a run are refused before"
-    if (now.position, run.stage.tokens_per_step, run.step_flops) != (
+    changed = (now.position, run.stage.tokens_per_step, run.step_flops) != (
         found.state.progress.position,
         now.since.step_tokens,
         now.since.step_flops,
-    ):
+    )
+    if changed:
         run.mark()
-    run.spikes.begin(found.state.recent)
+    # Under a configuration with other samples here, the updates before are no measure of those that come.
+    run.spikes.begin(() if changed or now.deals != dealt else found.state.recent)
     run.saved_step = now.step
     run.monitor.load_state_dict(found.state.monitor)
     run.monitor.retarget(run_span(run))
