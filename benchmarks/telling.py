@@ -38,7 +38,7 @@ def trainer(folder: str, who: str) -> Step:
     """A run that is made and stepped as the main loop does it."""
     from megabus.config import parse_config
     from megabus.train.callbacks import Callback
-    from megabus.train.loop import agree_on_step_end, train_step
+    from megabus.train.loop import agree_on_step_end, has_failed, train_step
     from megabus.train.run import start
     from megabus.train.run_dir import RunLock
     from megabus.train.stop import StopRequests
@@ -70,6 +70,6 @@ def trainer(folder: str, who: str) -> Step:
 
     def step() -> None:
         train_step(run)
-        agree_on_step_end(run)
+        agree_on_step_end(run, has_failed(run))
 
     return step

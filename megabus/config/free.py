@@ -12,6 +12,7 @@ FREE_KEYS = (  # wherever they stand
     "kernels",
     "buffer_mb",
     "deterministic",
+    "ema",  # running means of the weights, which training never reads
     "extra",  # of eval: what else is measured
     "max_skips",
     "max_rollbacks",

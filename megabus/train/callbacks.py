@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 HANDLERS = {"step": "on_step", "skip": "on_step", "eval": "on_eval", "growth": "on_growth", "save": "on_save"}
+OWN = {  # events of the trainer's rows
+    *HANDLERS,
+    *("start", "resume", "phase", "gains", "memory", "sample", "evaluation", "tasks", "profile"),
+}
 
 
 class Callback:
@@ -31,8 +37,8 @@ class Callback:
     Every rank has one, and calls it at the same places in the same order, so it may communicate. row: what
     `metrics.jsonl` gets, which is `row["event"]`, the run's totals and the event's own numbers; what rank 0 alone works
     out, such as κ's view of a validation, other ranks lack. run: the live `Run`, to be read; `run.tell(event, row)`,
-    called on all ranks, writes a row of one's own into every sink. on_error: what an exception does, end the run with a
-    checkpoint or go on without the callback.
+    called on all ranks, writes a row of one's own into every sink once the method has returned on every rank. on_error:
+    what an exception does, end the run with a checkpoint or go on without the callback.
     """
 
     on_error: Literal["stop", "drop"] = "stop"
@@ -59,7 +65,8 @@ class Callback:
         """After a checkpoint was written, or could not be (`row["error"]`)."""
 
     def on_end(self, run: Run) -> None:
-        """Before the engine is closed at the end of a run, or where it was asked to stop; not after an error."""
+        """Before the engine is closed at the end of a run, or where it was asked to stop; not after an error. It is
+        told nothing after that."""
 
 
 class Guarded(Callback):
@@ -88,13 +95,22 @@ class Guarded(Callback):
             return
         run.watchdog.heartbeat(f"{self.key}.{name}")
         error: Exception | None = None
+        # Told at once, its rows would call other guarded callbacks: on some ranks alone, where it raises on others.
+        held: list[tuple[str, Row]] = []
+        run.held = held
         try:
             call()
         except Exception as caught:
             error = caught
             note(f"rank {dist.get_rank()}: {self.key}.{name} raised\n{traceback.format_exc()}")
+        finally:
+            run.held = None
         if on_any_rank([error is not None], run.engine.device)[0]:
             self._fail(run, name, error)
+            return
+        self.is_over = name == "on_end"
+        for event, row in held:
+            run.tell(event, row)
 
     def _fail(self, run: Run, name: str, error: Exception | None) -> None:
         told: list[str | None] = [None] * dist.get_world_size()
@@ -106,8 +122,19 @@ class Guarded(Callback):
             rank_0_says(str(UserError(self.key, value, problem, "it is told nothing any more")), warn)
             return
         rank_0_says(f"{self.key}: {value} {problem}: the run ends", warn)
-        remedy = "the run is saved up to there: mend it and start again, or set on_error: drop"
+        remedy = "all that was trained is saved: mend it and start again, or set on_error: drop"
         self.failure, run.stopping = UserError(self.key, value, problem, remedy), True
+
+
+def checked(event: str, row: Row) -> Row:
+    """A copy of a row that a user's callback tells. Raises on every rank what rank 0's sinks alone would: `TypeError`
+    for what JSON has no form for, and `ValueError` for an event that has its own meaning there."""
+    if event in OWN or "event" in row:
+        raise ValueError(
+            f"run.tell: {row.get('event', event)!r} cannot be told: choose a name that the trainer has not"
+        )
+    json.dumps(row)
+    return copy.deepcopy(row)
 
 
 def guarded(config: RunConfig, passed: Sequence[Callback]) -> list[Guarded]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -19,7 +19,7 @@ from megabus.engine.engine import StepResult
 from megabus.errors import say
 from megabus.growth.transition import grow_engine
 from megabus.kappa.broadcast import GrowthSignal, broadcast_decision
-from megabus.kappa.monitor import cap_is_reached, never_met
+from megabus.kappa.monitor import Decision, cap_is_reached, never_met
 from megabus.kappa.why import why
 from megabus.model.budget import spent_share
 from megabus.model.cost import counted_sizes
@@ -30,7 +30,7 @@ from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.callbacks import Callback
 from megabus.train.environment import peak_memory
 from megabus.train.run import Run, roll_back, run_span, started, watch_stage
-from megabus.train.saving import close, collect, finish, save, warn_unwritten
+from megabus.train.saving import close, collect, finish, raise_failure, save, warn_unwritten
 from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor
 from megabus.train.stop import StoppedError, StopRequests, listening
 from megabus.train.watchdog import Watchdog, watched
@@ -68,25 +68,29 @@ def _train(config: RunConfig, callbacks: Sequence[Callback], requests: StopReque
             early = requests.of_any(run.engine.device)
         if early and run.share < 1:  # the next start makes the same of this one's
             close(run)
-            if run.saved_step is None:
-                raise StoppedError
             if run.metrics is not None:
                 requests.obeyed()
+            raise_failure(run)
+            if run.saved_step is None:
+                raise StoppedError
             return Outcome(folder_of(run.saver.root, run.saved_step), stopped=True)
         requests.begun = True
         while run.share < 1 and not run.stopping:
             train_step(run)
             run.saver.prepare(run.engine.read)
             run.save_is_due |= run.progress.step % config.checkpoint.every == 0
-            loss = None
-            if run.progress.step % config.eval.every == 0 or stage_is_spent(run) or run.share >= 1:
-                loss = validate(run)
-                signal = observe(run, loss)
-                if signal.grow:
-                    grow(run, signal, loss)
-                    run.save_is_due = True
-            turn(run, loss)
-            if agree_on_step_end(run):
+            failed = has_failed(run)
+            if not failed:
+                validation = None
+                if run.progress.step % config.eval.every == 0 or stage_is_spent(run) or run.share >= 1:
+                    validation = validate(run)
+                    signal = observe(run, validation)
+                    if signal.grow:
+                        grow(run, signal, validation.loss)
+                        run.save_is_due = True
+                turn(run, validation)
+            agree_on_step_end(run, failed)
+            if failed:
                 roll_back(run)
             elif run.save_is_due:
                 save(run)
@@ -140,14 +144,21 @@ def _watch(run: Run, doing: str) -> None:
     run.engine.heartbeat = run.watchdog.heartbeat
 
 
-def agree_on_step_end(run: Run) -> bool:
-    """At the end of a step, what any rank knows becomes known to all; whether to return to the last checkpoint."""
-    run.watchdog.heartbeat(f"the end of step {run.progress.step}")
-    metrics = run.metrics
+def has_failed(run: Run) -> bool:
+    """Whether too many steps in a row made no update, so that the run returns to the last checkpoint: the same on all
+    ranks. Asked before the model may grow or the samples change, for what comes of either is undone by a return."""
     unsound = run.progress.nonfinite_in_a_row > run.config.faults.max_skips
     if unsound and run.spikes.accept():
         run.progress.nonfinite_in_a_row, unsound = 0, False
         rank_0_says(f"step {run.progress.step:>5} | so many spikes in a row are a new level: it is taken for the scale")
+    return unsound
+
+
+def agree_on_step_end(run: Run, failed: bool) -> None:
+    """At the end of a step, what any rank knows becomes known to all. failed: it returns to the last checkpoint, which
+    must be whole."""
+    run.watchdog.heartbeat(f"the end of step {run.progress.step}")
+    metrics = run.metrics
     stop, ended, unwritten = on_any_rank(
         [
             run.requests.poll(),
@@ -159,13 +170,12 @@ def agree_on_step_end(run: Run) -> bool:
     if stop and metrics is not None:
         say(f"asked to stop by {run.requests.reason or 'a signal to another rank'}: saving")
     run.stopping |= stop
-    if ended or unsound:
+    if ended or failed:
         collect(run)
     if unwritten:
         warn_unwritten(run)
     else:
         run.warned_unwritten = False
-    return unsound
 
 
 def _step_row(
@@ -191,17 +201,19 @@ def _step_row(
     return row
 
 
-def validate(run: Run) -> float:
-    """Loss in nats on the fixed validation tokens, the same on every rank."""
-    return _validation_loss(run, run.stage.seq_len)
+class Validation(NamedTuple):
+    """Loss in nats on the fixed validation tokens, the same on every rank; seconds that it took this one."""
+
+    loss: float
+    seconds: float
 
 
-def _validation_loss(run: Run, seq_len: int) -> float:
+def validate(run: Run, seq_len: int | None = None) -> Validation:
+    """seq_len: of the stage, unless given."""
     begun = time.perf_counter()
     _watch(run, f"the validation after step {run.progress.step}")
-    loss = run.corpora.validation_loss(run.engine, seq_len)
-    run.validation_s = time.perf_counter() - begun
-    return loss
+    loss = run.corpora.validation_loss(run.engine, seq_len or run.stage.seq_len)
+    return Validation(loss, time.perf_counter() - begun)
 
 
 def _averaged_losses(run: Run) -> dict[str, float]:
@@ -210,7 +222,7 @@ def _averaged_losses(run: Run) -> dict[str, float]:
     for kind, updates in run.engine.averages.updates.items():
         if updates and (decay := decay_of(kind)) is not None:
             with run.engine.computing_with(kind):
-                losses[decay] = validate(run)
+                losses[decay] = validate(run).loss
     return losses
 
 
@@ -221,17 +233,16 @@ def stage_is_spent(run: Run) -> bool:
     return run.can_grow and cap_is_reached(*used, stage.max_tokens, stage.max_flops)
 
 
-def observe(run: Run, loss: float) -> GrowthSignal:
+def observe(run: Run, validation: Validation) -> GrowthSignal:
     """Rank 0's monitor sees a validation loss and decides; all ranks learn the one decision."""
-    signal, now = None, run.progress
+    signal, loss, begun = None, validation.loss, time.perf_counter()
     row: dict[str, Any] = {"loss": loss, "bits_per_byte": bits_per_byte(run.corpora.sources.valid, loss)}
-    row["seconds"] = run.validation_s
-    if means := _averaged_losses(run):
+    means = _averaged_losses(run)
+    row["seconds"] = validation.seconds + (time.perf_counter() - begun)  # weights change places for a mean, too
+    if means:
         row["ema"] = means
     if dist.get_rank() == 0:
-        only_cap = decays(run.config.optimizer, run.share)
-        decision = run.monitor.observe(now.tokens, now.flops, loss, only_cap=only_cap)
-        run.view = decision.view
+        decision = _decide(run, loss)
         trigger = run.config.growth.trigger
         if decision.view is not None:
             row |= decision.view.as_dict()
@@ -246,28 +257,40 @@ def observe(run: Run, loss: float) -> GrowthSignal:
     return broadcast_decision(signal, device=run.engine.device)
 
 
+def _decide(run: Run, loss: float) -> Decision:
+    """What rank 0's monitor makes of a validation loss."""
+    only_cap = decays(run.config.optimizer, run.share)
+    decision = run.monitor.observe(run.progress.tokens, run.progress.flops, loss, only_cap=only_cap)
+    run.view = decision.view
+    return decision
+
+
 def _gauge(run: Run) -> None:
     """What is too dear for every step, beside a validation: how the gains lie, and what memory the ranks take."""
     run.tell("gains", run.engine.gain_percentiles())
     run.tell("memory", peak_memory(run.engine.device))
 
 
-def turn(run: Run, loss: float | None) -> None:
-    """Go into the phase that the next step is of, if it is another one. loss: of this step's validation.
+def turn(run: Run, validation: Validation | None) -> None:
+    """Go into the phase that the next step is of, if it is another one. validation: of this step.
 
-    The curve that κ goes by begins anew: under other samples the loss follows another law.
+    The curve that κ goes by begins anew, and so does the scale of updates: under other samples the loss follows
+    another law, and other batches have other gradient norms.
     """
     old, new = run.stage, run.stages[run.stage.index].at(run.share)
     if new == old or run.share >= 1:
         return
     run.engine.rebatch(new)
     run.place()
+    run.spikes.begin()
     run.mark()
     _tell_phase(run)
     run.monitor.begin_anew()
     run.monitor.retarget(run_span(run))
-    known = loss if new.seq_len == old.seq_len else None
-    observe(run, validate(run) if known is None else known)
+    if validation is None or new.seq_len != old.seq_len:
+        observe(run, validate(run))
+    elif dist.get_rank() == 0:  # told already: it is the new curve's first point, too
+        _decide(run, validation.loss)
 
 
 def _tell_phase(run: Run) -> None:
@@ -287,7 +310,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     grown = grow_engine(run.engine, run.config, new)
     stall = time.perf_counter() - begun
     run.engine = grown.engine
-    after = _validation_loss(run, old.seq_len)
+    after = validate(run, old.seq_len)
     run.place()
     now.stage_tokens, now.stage_flops = now.tokens, now.flops
     run.spikes.begin()  # what a growth makes of the loss is no spike
@@ -306,7 +329,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
             "new_layout": str(new.layout),
             "reason": signal.reason,
             "loss_before": before,
-            "loss_after": after,
+            "loss_after": after.loss,
             "unit_error": run.engine.unit_error(),
             "stall_s": stall,
             "bytes_sent": grown.sent,
@@ -316,4 +339,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
     if old.at(run.share) != old or old.weights != new.weights:  # a phase that begins with the growth
         _tell_phase(run)
     # The grown size's first loss is the start of its own kappa; it does not grow at once.
-    observe(run, after if new.seq_len == old.seq_len else validate(run))
+    if new.seq_len != old.seq_len:
+        longer = validate(run)
+        after = Validation(longer.loss, after.seconds + longer.seconds)
+    observe(run, after)

@@ -82,7 +82,7 @@ class Metrics(Callback):
         clean = _clean(row)
         self.file.write(json.dumps({"event": event, **clean}))
         numbers = dict(_numbers(event, clean))
-        texts = [sample["prompt"] + sample["text"] for sample in row.get("samples", ())]
+        texts = [sample["prompt"] + sample["text"] for sample in row["samples"]] if event == "sample" else []
         if self.wandb is not None:
             with self._losing():
                 self.wandb.log(numbers | self._table(event, texts) | {STEP: row["step"]})

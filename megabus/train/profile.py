@@ -39,8 +39,9 @@ def check_profile(config: RunConfig, stages: Sequence[Stage]) -> None:
     if wanted.memory and get_accelerator().device_name() != "cuda":
         problem = "is a snapshot of a GPU's memory, and this run has none"
         raise UserError("log.profile.memory", "true", problem, "leave it out")
-    tokens = min(stage.tokens_per_step for stage in stages)
-    flops = min(stage.tokens_per_step * flops_per_token(stage.model, stage.seq_len) for stage in stages)
+    parts = [part for stage in stages for part in stage.parts]
+    tokens = min(part.tokens_per_step for part in parts)
+    flops = min(part.tokens_per_step * flops_per_token(part.model, part.seq_len) for part in parts)
     budgets = ((train.max_steps, 1), (train.max_tokens, tokens), (train.max_flops, flops))
     most = min(ceil(budget / step) if budget else inf for budget, step in budgets)
     if wanted.start > most:

@@ -32,8 +32,8 @@ from megabus.model.params import UNIT_ERROR
 from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
 from megabus.report.history import NOT_FINITE, SPIKE
-from megabus.train.before import check_before
-from megabus.train.callbacks import Callback, Row, guarded
+from megabus.train.before import Notes, check_before
+from megabus.train.callbacks import Callback, Guarded, Row, checked, guarded
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
 from megabus.train.evaluations import Evaluations
@@ -69,7 +69,7 @@ class Run:
     engine: Engine
     monitor: KappaMonitor  # every rank has one; rank 0's alone is fed and asked
     metrics: Metrics | None  # on rank 0, the first of the callbacks
-    callbacks: Sequence[Callback]
+    callbacks: Sequence[Callback]  # in the order in which they are told; what they end in is the reverse
     saver: Saver
     requests: StopRequests
     watchdog: Watchdog
@@ -80,7 +80,7 @@ class Run:
     stopping: bool = False
     warned_unwritten: bool = False  # that the metrics cannot be written, until they can
     view: KappaView | None = None
-    validation_s: float = 0.0  # that the last validation took
+    held: list[tuple[str, Row]] | None = None  # what a user's callback that is being called has told
 
     @property
     def is_rank_0(self) -> bool:
@@ -88,7 +88,10 @@ class Run:
 
     def tell(self, event: str, row: Row) -> None:
         """Tell all callbacks what has happened: `row` with the run's totals, a save's with those of the step that was
-        saved. Every rank does."""
+        saved. Every rank does. What a user's callback tells is told when the callback has returned on every rank."""
+        if self.held is not None:
+            self.held.append((event, checked(event, row)))
+            return
         totals = {} if event == "save" else self.totals
         for callback in self.callbacks:
             callback.on_row(self, {"event": event} | totals | row)
@@ -145,11 +148,8 @@ def start(
     """Check everything that can be checked; then go on from the newest checkpoint, or build the first stage. What must
     not outlive the run goes into `held`. Raises `StoppedError` if asked to before anything is left in the run's
     directory."""
-    with agreement():
-        users = guarded(config, passed)
-    full = config.preflight.enabled
-    judge, reserve = partial(check_before, config), partial(_reserve, config, lock)
-    stages, sources, notes = preflight(config, judge, reserve, watchdog.heartbeat, full)
+    judge, reserve = partial(_judge, config, passed), partial(_reserve, config, lock)
+    stages, sources, (users, notes) = preflight(config, judge, reserve, watchdog.heartbeat, config.preflight.enabled)
     requests.check_start()
     stages = at_horizon(config, stages)
     corpora, root = Corpora(sources), checkpoints_of(config.run_dir)
@@ -199,7 +199,8 @@ def start(
     for callback in looking:
         if isinstance(callback, Evaluations | Profile):
             held.callback(callback.release)
-    callbacks = [*([] if metrics is None else [metrics, Log()]), *looking, *users]
+    # Who tells more of what it is told comes last: so all hear rows in the order that the metrics have.
+    callbacks = [*([] if metrics is None else [metrics, Log()]), *users, *looking]
     run = Run(config, stages, corpora, engine, monitor, metrics, callbacks, saver, requests, watchdog, spikes)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
@@ -245,16 +246,22 @@ def check_only(config: RunConfig) -> None:
 
     Users' callbacks are made, for only that shows whether they can be; what making one writes stays.
     """
-    with agreement():
-        guarded(config, ())
     lock = RunLock(Path(config.run_dir))
     try:
         with watched(config.faults.hang_timeout, dist.get_rank()) as watchdog:
-            judge, reserve = partial(check_before, config), partial(_reserve, config, lock)
-            *_, notes = preflight(config, judge, reserve, watchdog.heartbeat, full=True, measured=True)
+            judge, reserve = partial(_judge, config, ()), partial(_reserve, config, lock)
+            *_, (_, notes) = preflight(config, judge, reserve, watchdog.heartbeat, full=True, measured=True)
             notes.tell()
     finally:
         lock.release()
+
+
+def _judge(config: RunConfig, passed: Sequence[Callback], stages: list[Stage]) -> tuple[list[Guarded], Notes]:
+    """Users' callbacks, made, and what there is to be told of the run; raises `UserError` on all ranks for what cannot
+    be. Collective."""
+    with agreement():
+        users = guarded(config, passed)
+    return users, check_before(config, stages)
 
 
 def _reserve(config: RunConfig, lock: RunLock) -> None:
@@ -302,15 +309,18 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     """
     restore(found, run.engine, run.watchdog.heartbeat)
     now = run.progress = replace(found.state.progress, deals=_dealt(found, run.corpora.sources.train))
+    dealt = now.deals
     run.place()
     assert now.since is not None, "weights without a run are refused before"
-    if (now.position, run.stage.tokens_per_step, run.step_flops) != (
+    changed = (now.position, run.stage.tokens_per_step, run.step_flops) != (
         found.state.progress.position,
         now.since.step_tokens,
         now.since.step_flops,
-    ):
+    )
+    if changed:
         run.mark()
-    run.spikes.begin(found.state.recent)
+    # Under a configuration with other samples here, the updates before are no measure of those that come.
+    run.spikes.begin(() if changed or now.deals != dealt else found.state.recent)
     run.saved_step = now.step
     run.monitor.load_state_dict(found.state.monitor)
     run.monitor.retarget(run_span(run))

@@ -73,7 +73,8 @@ def check_prompts(config: RunConfig, stages: Sequence[Stage]) -> None:
         return
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer", "(missing)", "log.samples needs it", "name what made the data")
-    tokenizer, room = Tokenizer(config.data.tokenizer), min(stage.seq_len for stage in stages)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    room = min(part.seq_len for stage in stages for part in stage.parts)
     for number, prompt in enumerate(samples.prompts):
         n = len(read_prompt(tokenizer, prompt))
         if n + samples.max_tokens > room:

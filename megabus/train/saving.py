@@ -84,19 +84,24 @@ def finish(run: Run) -> Path:
         raise last.error
     if dist.get_rank() == 0:
         run.requests.obeyed()
-    for callback in run.callbacks:
-        if isinstance(callback, Guarded) and callback.failure is not None:
-            raise callback.failure
+    raise_failure(run)
     assert run.saved_step is not None
     return folder_of(run.saver.root, run.saved_step)
 
 
 def close(run: Run) -> None:
-    """End what is open, with nothing saved."""
-    for callback in reversed(run.callbacks):  # what they still tell goes into the metrics
+    """End what is open, with nothing saved. Whoever still tells something does it before those end that hear of it."""
+    for callback in reversed(run.callbacks):
         callback.on_end(run)
     run.corpora.close()
     run.engine.close()
+
+
+def raise_failure(run: Run) -> None:
+    """Raise what a user's callback has ended the run with, the same on every rank, if one has."""
+    for callback in run.callbacks:
+        if isinstance(callback, Guarded) and callback.failure is not None:
+            raise callback.failure
 
 
 def _state(run: Run) -> SavedState:

@@ -35,8 +35,8 @@ def limits(recent: Sequence[Level], deviations: float) -> Level:
 
 
 class Spikes:
-    """The running scale of a stage's updates, in order, and what stands out of it. A growth and an accepted level begin
-    it anew. Steps without an update leave no trace in it.
+    """The running scale of a stage's updates, in order, and what stands out of it. A growth, a phase with other samples
+    and an accepted level begin it anew. Steps without an update leave no trace in it.
 
     Every rank has one; rank 0's alone is asked and saved, and its answer holds for all. config: None looks for none.
     """

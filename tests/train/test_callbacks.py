@@ -12,6 +12,7 @@ from support.small_runs import attempt, checkpoints, rows_of, run_config, start,
 import megabus
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
+from megabus.train import callbacks
 
 PAGE = Path(__file__).parents[2] / "docs/callbacks.md"
 RAISES = """
@@ -72,7 +73,7 @@ def test_a_run_ends_with_a_checkpoint_where_one_raises_on_one_rank(corpus, tmp_p
     for told in ranks:
         assert told.error.startswith(f"callbacks.0 = Raises: {problem}")
         assert told.error.endswith(
-            f"on rank {rank}; the run is saved up to there: mend it and start again, or set on_error: drop"
+            f"on rank {rank}; all that was trained is saved: mend it and start again, or set on_error: drop"
         )
         assert told.numbers[-1] < 12
     assert checkpoints(config)[-1] == f"step-{ranks[0].numbers[-1]:08d}"
@@ -132,9 +133,10 @@ class Own(megabus.Callback):
     """Writes rows of its own, and hears of them as all do."""
 
     def __init__(self):
-        self.heard = []
+        self.heard, self.is_open = [], True
 
     def on_row(self, run, row):
+        assert self.is_open
         self.heard.append((row["event"], row["step"]))
         super().on_row(run, row)
 
@@ -144,6 +146,7 @@ class Own(megabus.Callback):
 
     def on_end(self, run):
         run.tell("end", {})
+        self.is_open = False
 
 
 def test_python_is_given_the_same(corpus, tmp_path):
@@ -151,10 +154,9 @@ def test_python_is_given_the_same(corpus, tmp_path):
     ((heard, folder),) = run_ranks(1, _from_python, config)
     assert folder == str(tmp_path / "run/checkpoints/step-00000003")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert heard == [(row["event"], row["step"]) for row in rows]
+    assert [*heard, ("end", 3)] == [(row["event"], row["step"]) for row in rows]
     (own,) = rows_of(config, "mine")
     assert (own["twice"], own["tokens"]) == (4, 256)
-    assert heard[-1] == ("end", 3)
 
 
 def _from_python(config):
@@ -163,3 +165,73 @@ def _from_python(config):
     with pytest.raises(UserError, match="is no megabus"):
         megabus.train(config, callbacks=[object()])
     return own.heard, str(outcome.checkpoint)
+
+
+TELLS = """
+import os, signal
+import torch
+import torch.distributed as dist
+from megabus import Callback
+
+class Hears(Callback):
+    def __init__(self):
+        self.rows = []
+
+    def on_row(self, run, row):
+        if row["event"].startswith("told"):
+            self.rows.append((row["event"], row["number"]))
+
+    def on_end(self, run):
+        heard = [None] * dist.get_world_size()
+        dist.all_gather_object(heard, self.rows)
+        run.tell("heard", {"same": all(rows == self.rows for rows in heard), "rows": self.rows})
+
+class Tells(Callback):
+    def __init__(self, how):
+        self.how = how
+
+    def on_step(self, run, row):
+        event, number = "told by " + self.how, row["step"]
+        if number == 2 and self.how == "a tensor":
+            number = torch.ones(1)
+        if number == 2 and self.how == "the trainer's event":
+            event = "eval"
+        run.tell(event, {"number": number, "samples": 5})
+        if number == 2 and self.how == "one rank" and dist.get_rank() == 1:
+            raise KeyError
+
+class Stops(Callback):
+    def on_row(self, run, row):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise KeyError("at the start")
+"""
+
+
+def test_what_cannot_be_told_is_told_on_no_rank(corpus, tmp_path, capfd):
+    """By any rank or by one: all go on alike, without that callback, and others hear the same rows."""
+    (tmp_path / "tells.py").write_text(TELLS)
+    ways = ["a tensor", "the trainer's event", "one rank"]
+    tells = {"name": f"{tmp_path / 'tells.py'}:Tells", "on_error": "drop"}
+    named = [{"name": f"{tmp_path / 'tells.py'}:Hears"}, *(tells | {"arguments": {"how": how}} for how in ways)]
+    config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=named, train__max_tokens=128 * 3)
+    start(config, 2)
+    (heard,) = rows_of(config, "heard")
+    assert heard["same"]
+    assert heard["rows"] == [[f"told by {how}", 1] for how in ways]
+    err = capfd.readouterr().err
+    for told in ("Tensor is not JSON serializable", "'eval' cannot be told", "on rank 1; it is told nothing any more"):
+        assert told in err
+
+
+def test_one_that_raises_is_told_though_the_run_was_asked_to_stop(corpus, tmp_path, capfd):
+    (tmp_path / "tells.py").write_text(TELLS)
+    config = run_config(corpus, tmp_path / "run", [{}] * 3, callbacks=[{"name": f"{tmp_path / 'tells.py'}:Stops"}])
+    (rank,) = attempt(config, 1)
+    assert rank.error.startswith("callbacks.0 = Stops: raised KeyError: 'at the start' in on_row after step 0")
+
+
+def test_the_trainers_own_events_are_known():
+    room = Path(callbacks.__file__).parent
+    told = {event for file in room.glob("*.py") for event in re.findall(r'\.tell\(\s*"(\w+)"', file.read_text())}
+    assert told - callbacks.OWN == set()
+    assert len(told) == len(callbacks.OWN) - 1  # a step is told by one name of two

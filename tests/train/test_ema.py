@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,13 +107,19 @@ def test_the_loss_of_means_is_told_and_stays_through_a_growth(whole):
 
 
 def test_a_resumed_run_has_the_same_means(corpus, tmp_path, whole):
-    """To the bit: digests are of them too."""
+    """To the bit: digests are of them too. The time that their losses take is in the validation's."""
     config, undisturbed = whole
     cut = configured(corpus, tmp_path / "cut")
-    start(cut, 1, stop_after(6))
+    start(cut, 1, stop_after(6), counted_clock)
     (second,) = start(cut, 1)
     assert second.steps == undisturbed.steps[6:]
     assert untimed(rows_of(cut, "eval")) == untimed(rows_of(config, "eval"))
+    assert [row["seconds"] for row in rows_of(cut, "eval")][:3] == [2, 6, 6]
+
+
+def counted_clock():
+    """Each look at the loop's clock comes a second after the one before: four of them are those of two means."""
+    loop.time = SimpleNamespace(perf_counter=count().__next__)
 
 
 def test_decays_may_come_and_go(corpus, tmp_path, whole):

@@ -9,11 +9,27 @@ import pytest
 import torch
 from support.small_runs import attempt, rows_of, run_config, start, write_corpus
 
+from megabus.config import resolve_stages
 from megabus.config.faults import ProfileConfig
+from megabus.errors import UserError
 from megabus.train import profile as room
-from megabus.train.profile import Profile, folder_of_profile
+from megabus.train.profile import Profile, check_profile, folder_of_profile
 
 STEP = 16 * 8  # tokens
+OWN_FILE = """
+from megabus import Callback
+
+class File(Callback):
+    def __init__(self, path):
+        self.file = open(path, "a")
+
+    def on_row(self, run, row):
+        if run.is_rank_0:
+            self.file.write(row["event"] + chr(10))
+
+    def on_end(self, run):
+        self.file.close()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +62,14 @@ def test_a_trace_and_a_table_a_rank(corpus, tmp_path):
 
 
 def test_one_that_is_not_over_ends_with_the_run_and_what_cannot_be_written_is_told(corpus, tmp_path):
-    config = configured(corpus, tmp_path / "run", log={"profile": {"start": 5, "steps": 9}})
+    (tmp_path / "file.py").write_text(OWN_FILE)
+    own = {"name": f"{tmp_path / 'file.py'}:File", "arguments": {"path": str(tmp_path / "rows.txt")}}
+    config = configured(corpus, tmp_path / "run", log={"profile": {"start": 5, "steps": 9}}, callbacks=[own])
     Path(config.run_dir).mkdir()
     folder_of_profile(config.run_dir).write_text("no directory")
     start(config, 2)
     assert [(row["first"], row["last"]) for row in rows_of(config, "profile")] == [(5, 5)]
+    assert (tmp_path / "rows.txt").read_text().endswith("save\nprofile\n")  # before the user's own callback has ended
 
 
 def test_what_cannot_be_looked_at_is_refused(corpus, tmp_path):
@@ -62,6 +81,19 @@ def test_what_cannot_be_looked_at_is_refused(corpus, tmp_path):
     assert {rank.error for rank in attempt(memory, 2)} == {
         "log.profile.memory = true: is a snapshot of a GPU's memory, and this run has none; leave it out"
     }
+
+
+def test_the_last_step_is_that_of_the_smallest_batches(corpus, tmp_path):
+    """A phase's count: 640 tokens are 10 steps at most."""
+
+    def check(first):
+        phases = [{"share": 0.5, "global_batch_size": 4}]
+        config = configured(corpus, tmp_path, log={"profile": {"start": first}}, train__phases=phases)
+        check_profile(config, resolve_stages(config, 2))
+
+    check(10)
+    with pytest.raises(UserError, match="which has 10 steps at most"):
+        check(11)
 
 
 class Steps:

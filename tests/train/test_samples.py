@@ -7,10 +7,12 @@ from support.small_runs import refusal, rows_of, run_config, start, write_corpus
 from support.small_tokenizer import make_tokenizer
 
 import megabus
+from megabus.config import resolve_stages
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
 from megabus.generate import generate
 from megabus.splitmix import mix64
+from megabus.train.samples import check_prompts
 
 PROMPTS = ["the quick brown", "", "jam"]
 LAYOUTS = [{"tp": 2, "pp": 2}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}]
@@ -62,6 +64,10 @@ def test_what_does_not_fit_is_refused_at_the_start(data, tmp_path):
     told = f"{samples['prompts'][1][:40]}…: is {n} tokens, and with log.samples.max_tokens = 14 exceeds seq_len = 16; "
     assert refusal(config, 1).startswith(f"log.samples.prompts.1 = {told}")
     assert not (tmp_path / "run").exists()
+    phases = {"train__phases": [{"share": 0.5, "seq_len": 8}], "growth": {}}
+    config = configured(data, tmp_path / "run", samples | {"prompts": ["jam"], "max_tokens": 8}, [{}] * 3, **phases)
+    with pytest.raises(UserError, match="exceeds seq_len = 8; shorten it"):
+        check_prompts(config, resolve_stages(config, 1))
     told = "data.tokenizer = (missing): log.samples needs it; name what made the data"
     assert refusal(configured(data, tmp_path / "run", samples, [{}] * 3, data__tokenizer=None), 1) == told
     with pytest.raises(UserError, match=r"log\.samples\.prompts = \[\]"):

@@ -53,6 +53,10 @@ def configured(corpus, run_dir, layout=None, steps=9, **changes):
     return run_config(corpus, run_dir, [layout or {}, {}, {}], train__max_tokens=STEP * steps, **changes)
 
 
+def grown_after(steps):
+    return {"growth__stages": [{"d_model": 52, "n_heads": 3, "d_ff": 90}], "growth__max_tokens": steps * STEP}
+
+
 # ---- the scale ---------------------------------------------------------------------------------------------
 
 
@@ -165,9 +169,7 @@ def test_a_resumed_run_has_the_same_scale(corpus, tmp_path, undisturbed):
 
 def test_a_growth_begins_the_scale_anew(corpus, tmp_path):
     """After step 6. Four updates later the next spike is told; the one in between is let through."""
-    stages = [{"d_model": 52, "n_heads": 3, "d_ff": 90}]
-    grown = {"growth__stages": stages, "growth__max_tokens": 6 * STEP}
-    config = configured(corpus, tmp_path / "run", steps=12, **grown)
+    config = configured(corpus, tmp_path / "run", steps=12, **grown_after(6))
     (rank,) = start(config, 1, spiky(8, 12))
     assert [step.stage for step in rank.steps] == [0] * 6 + [1] * 6
     assert [row["step"] for row in rows_of(config, "skip")] == [12]
@@ -188,12 +190,32 @@ def records_bits(folder):
     return change
 
 
+def test_other_samples_begin_the_scale_anew(corpus, tmp_path):
+    """A phase of smaller batches after step 4, or a run that is resumed with them: the rise from there on is no spike.
+    The validation before it is told once, and is the first point of κ's new curve."""
+    smaller = {"train__phases": [{"share": 0.5, "global_batch_size": 4}]}
+    config = configured(corpus, tmp_path / "run", steps=8, **smaller)
+    (rank,) = start(config, 1, spiky(5, 6, 7, 8))
+    assert rank.numbers == list(range(1, 13))
+    assert not rows_of(config, "skip")
+    assert len({step.digest for step in rank.steps}) == 12
+    assert [row["step"] for row in rows_of(config, "eval")] == [0, 4, 8, 12]
+
+    start(configured(corpus, tmp_path / "resumed"), 1, stop_after(4))
+    config = configured(corpus, tmp_path / "resumed", steps=5, train__global_batch_size=4)
+    start(config, 1, spiky(5))
+    assert not rows_of(config, "skip")
+
+
 def test_a_lasting_rise_is_undone(corpus, tmp_path):
+    """The growth that the last of its steps has reached waits until it is come to again."""
     how = {"faults": {"max_skips": 1, "spikes": SPIKES}, "checkpoint": {"every": 5}}
-    config = configured(corpus, tmp_path / "run", steps=8, **how)
+    config = configured(corpus, tmp_path / "run", **how, **grown_after(8))
     (rank,) = start(config, 1, spiky(7, 8), records_bits(tmp_path))
-    assert rank.numbers == [1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8]
-    assert [step.position // STEP for step in rank.steps] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert rank.numbers == [1, 2, 3, 4, 5, 6, 7, 8, 6, 7, 8, 9]
+    assert [step.position // STEP for step in rank.steps] == list(range(12))
+    assert [step.stage for step in rank.steps] == [0] * 11 + [1]
+    assert len(rows_of(config, "growth")) == 1
     assert (tmp_path / "digest").read_text() == rank.steps[4].digest
     assert (tmp_path / "recent").read_text() == "5"
     assert (rank.progress.nonfinite, rank.progress.spikes) == (2, 2)
@@ -203,11 +225,13 @@ def test_a_lasting_rise_is_undone(corpus, tmp_path):
 
 
 def test_a_lasting_rise_is_accepted(corpus, tmp_path):
-    """From step 6 on the loss is what it is now: two steps are skipped, the others are the new scale."""
+    """From step 6 on the loss is what it is now: two steps are skipped, the others are the new scale. The second of
+    them reaches a growth, which it does not keep from being made."""
     how = {"faults": {"max_skips": 1, "spikes": SPIKES | {"lasting": "accept"}}}
-    config = configured(corpus, tmp_path / "run", steps=12, **how)
+    config = configured(corpus, tmp_path / "run", steps=12, **how, **grown_after(7))
     (rank,) = start(config, 1, spiky(*range(6, 13)))
     assert rank.numbers == list(range(1, 13))
     assert [row["step"] for row in rows_of(config, "skip")] == [6, 7]
     assert len(read_state_of(config, 12)["recent"]) == 5
     assert rank.progress.nonfinite_in_a_row == 0
+    assert [step.stage for step in rank.steps] == [0] * 7 + [1] * 5
