@@ -32,7 +32,8 @@ class Source(Protocol):
     tokenizer: Path | None
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of a parameter's row-major flattening, fp32, (stop - start,)."""
+        """Entries [start, stop) of a parameter's row-major flattening, fp32, (stop - start,). Not to be written to: they
+        may be the file itself, mapped."""
 
 
 class FolderSource(Source, Protocol):
