@@ -101,6 +101,7 @@ HEAVY = (  # they import or compile what all later forks of their worker carry: 
     "test_nli_data.py",
     "test_nli_lm_eval.py",
     "test_next_line.py",
+    "test_evaluate.py",
     "test_families.py",
 )
 FORKLESS = (  # nothing is forked in these: after heavy ones

@@ -71,7 +71,7 @@ def re_express(fragments: Fragments, old: Placement, new: Placement) -> None:
         was, now = (placement.specs[piece.name].multiplier for placement in (old, new))
         if was != now:
             assert tensors.keys() == {"weight"}, "moments are of raw weights"
-            tensors["weight"] *= was / now
+            tensors["weight"] = tensors["weight"] * (was / now)  # what was read may be a file, mapped
 
 
 def weights_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found:

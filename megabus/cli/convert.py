@@ -87,10 +87,9 @@ def main(argv: Sequence[str]) -> int:
     with OpenFiles() as files, Checks() as checks:
         folder = model_at(args.source)
         source: Source
-        given = source = open_source(folder, files, args.weights_only and args.ema is None, checks)
-        if args.without_tokenizer:
-            source.tokenizer = None
-        elif isinstance(given, HuggingFaceSource) and given.without_tokenizer:
+        weights_only = args.weights_only and args.ema is None
+        given = source = open_source(folder, files, weights_only, checks, not args.without_tokenizer)
+        if isinstance(given, HuggingFaceSource) and given.without_tokenizer:
             remedy = "or leave it behind: --without-tokenizer"
             raise UserError("tokenizer", args.source, given.without_tokenizer, remedy)
         logits = args.verify and isinstance(given, HuggingFaceSource) and given.state.model.kind == "gpt"

@@ -10,6 +10,7 @@ sequences are drawn, the same ones each time; another --seq-len draws others.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--task-path", help="directory of task files, beside the harness's own")
     parser.add_argument("--metadata", default="{}", metavar="JSON", help="what tasks are told, as lm_eval's option")
     parser.add_argument("--limit", type=int, help="documents of a task at most")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--end-with", type=int, metavar="PID", help="end when this parent process has ended")
     args = parser.parse_args(argv)
@@ -53,6 +54,10 @@ def main(argv: Sequence[str]) -> int:
     if len(prefixes) < len(args.data):
         raise UserError("--data", " ".join(args.data), "names one twice", "give each a NAME= of its own")
 
+    import torch
+
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise UserError("--device", args.device, "is not there", "use cpu")
     from megabus.evaluation import check_tasks, task_scores
 
     manager = check_tasks("--tasks", args.tasks, args.task_path, metadata) if args.tasks else None
@@ -88,6 +93,8 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text)
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # where the disk became full
         raise UserError("--json", path, f"cannot be written ({error.strerror})", "choose a writable place") from error
 
 
@@ -107,16 +114,12 @@ def _metadata(text: str) -> dict[str, Any]:
 
 
 def _losses(args: Any, prefixes: dict[str, str]) -> dict[str, dict[str, float | int | None]]:
-    import torch
-
     import megabus
     from megabus.convert.load import state_of
     from megabus.data.batches import TokenSource
     from megabus.data.sources import VALID_SEED, bits_per_byte
     from megabus.evaluation import token_file_loss
 
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise UserError("--device", args.device, "is not there", "use cpu")
     folder, saved = state_of(args.model)
     longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
     if longest < 1:

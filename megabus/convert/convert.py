@@ -45,30 +45,37 @@ def in_other_form(path: Path) -> bool:
     return any(os.path.lexists(path / name) for name in (INDEX, CONFIG))
 
 
-def open_source(path: Path, files: OpenFiles, weights_only: bool = False, checks: Checks | None = None) -> FolderSource:
+def open_source(
+    path: Path,
+    files: OpenFiles,
+    weights_only: bool = False,
+    checks: Checks | None = None,
+    with_tokenizer: bool = True,
+) -> FolderSource:
     """What `path` is, is seen from what lies in it. checks: they go on to look whether its tensors are those that were
-    written; left out, all has been looked at on return."""
+    written; left out, all has been looked at on return. with_tokenizer: False leaves it behind unread."""
     if not path.is_dir():
         problem = "is no directory" if os.path.lexists(path) else "does not exist"
         raise UserError("source", path, problem, "give a run, a checkpoint, shard files or a HF directory")
     with nullcontext(checks) if checks is not None else Checks() as checking:
-        source = _opened(path, files, checking)
+        source = _opened(path, files, checking, with_tokenizer)
     if weights_only:
         source.state = weights_alone(source.state)
     return source
 
 
-def _opened(path: Path, files: OpenFiles, checks: Checks) -> FolderSource:
+def _opened(path: Path, files: OpenFiles, checks: Checks, with_tokenizer: bool) -> FolderSource:
     if os.path.lexists(path / INDEX):
-        return ShardFileSource(path, files, checks)
+        return ShardFileSource(path, files, checks, with_tokenizer)
     if os.path.lexists(path / CONFIG):
-        return HuggingFaceSource(path, files)
+        return HuggingFaceSource(path, files, with_tokenizer)
     found = look(checkpoint_at(path))
     for entry in found.entries:
         if not large(entry):
             check_entry(found, entry)
-    check_tokenizer(found.folder, found.entries, found.state)
-    source = CheckpointSource(found, files)
+    if with_tokenizer:
+        check_tokenizer(found.folder, found.entries, found.state)
+    source = CheckpointSource(found, files, with_tokenizer)
     for entry in filter(large, found.entries):
         checks.submit(check_entry, found, entry)
     return source

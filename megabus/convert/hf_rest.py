@@ -72,10 +72,10 @@ def tokenizer_of(folder: Path) -> tuple[Path | None, str]:
 
 
 def rest_of(folder: Path, config: dict[str, Any], tokenizer: Path | None) -> list[str]:
-    """Files and keys that only another Hugging Face directory can take up (`copy_rest`). None of a megabus export: its
-    own come from its tokenizer and its run."""
+    """Files and keys that only another Hugging Face directory can take up (`copy_rest`). Of a megabus export the
+    tokenizer at most, where that is left behind: all else comes from it and the run."""
     if "megabus" in config:
-        return []
+        return _there(folder, FILES) if tokenizer is None else []
     files = [name for name in _there(folder, TOKENIZER_FILES) if tokenizer is None or name not in FILES]
     return files + [key for key in KEYS if config.get(key) is not None]
 

@@ -167,9 +167,9 @@ def _ngpt_config(state: SavedState) -> dict[str, Any]:
 
 class HuggingFaceSource:
     """A directory of either kind, ours or a stock class's. left: what of it no other form keeps; without_tokenizer: why
-    its tokenizer is among that."""
+    its tokenizer is among that, unless that was asked for (`with_tokenizer`)."""
 
-    def __init__(self, folder: Path, files: OpenFiles) -> None:
+    def __init__(self, folder: Path, files: OpenFiles, with_tokenizer: bool = True) -> None:
         self.folder, self.files = folder, files
         config = read_json(folder / CONFIG)
         self.weight_map = _weight_map(folder, files)
@@ -177,7 +177,7 @@ class HuggingFaceSource:
         model = model_of(config, folder, len(self.weight_map), stored)
         self.state = _without_a_run(model)
         self.specs = param_specs(model)
-        self.tokenizer, self.without_tokenizer = tokenizer_of(folder)
+        self.tokenizer, self.without_tokenizer = tokenizer_of(folder) if with_tokenizer else (None, "")
         self.left = rest_of(folder, config, self.tokenizer)
         self._check()
 

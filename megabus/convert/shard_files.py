@@ -140,7 +140,7 @@ def _check(folder: Path, entry: Entry, tensors: _Shapes | None) -> None:
 class ShardFileSource:
     """A directory of shard files; only its index says where rows lie."""
 
-    def __init__(self, folder: Path, files: OpenFiles, checks: Checks) -> None:
+    def __init__(self, folder: Path, files: OpenFiles, checks: Checks, with_tokenizer: bool = True) -> None:
         self.folder, self.files = folder, files
         entries = read_manifest(folder)
         for entry in entries:
@@ -153,8 +153,10 @@ class ShardFileSource:
         for entry in entries:
             if _FILE.fullmatch(entry.name):
                 checks.submit(_check, folder, entry, held.get(entry.name))
-        self.tokenizer = listed_tokenizer(folder, entries)
-        check_tokenizer(folder, entries, self.state, AGAIN)
+        self.tokenizer = None
+        if with_tokenizer:
+            self.tokenizer = listed_tokenizer(folder, entries)
+            check_tokenizer(folder, entries, self.state, AGAIN)
 
     def _checked_index(self, names: set[str]) -> tuple[dict[str, _Tensor], dict[str, _Shapes]]:
         """The index, once it is found to say what the state says, and the tensors that its files then hold."""

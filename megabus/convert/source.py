@@ -32,7 +32,8 @@ class Source(Protocol):
     tokenizer: Path | None
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of a parameter's row-major flattening, fp32, (stop - start,)."""
+        """Entries [start, stop) of a parameter's row-major flattening, fp32, (stop - start,). Not to be written to: it
+        may be the file itself, mapped."""
 
 
 class FolderSource(Source, Protocol):
@@ -88,12 +89,12 @@ class OpenFiles:
 class CheckpointSource:
     """A checkpoint, of which nothing that its tensors hold has been checked yet (see `opened`)."""
 
-    def __init__(self, found: Found, files: OpenFiles) -> None:
+    def __init__(self, found: Found, files: OpenFiles, with_tokenizer: bool = True) -> None:
         self.folder, self.files, self.state, self.placement = found.folder, files, found.state, found.placement
         self.names, self.kinds = files_by_rank(found.entries), found.state.kinds
         for name in (name for names in self.names.values() for name in names):
             self.files[self.folder / name]  # open from here on: a run that goes on may remove it
-        self.tokenizer = listed_tokenizer(self.folder, found.entries)
+        self.tokenizer = listed_tokenizer(self.folder, found.entries) if with_tokenizer else None
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
         parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -12,18 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lm_eval.tasks import TaskManager
 from support.forked import run_python
+from support.later import Later
 from support.nli_data import rows_of, write_run
 from support.small_runs import write_tokens
 
 import megabus
+from megabus.cli import evaluate
 from megabus.cli.evaluate import end_with, main
 from megabus.convert.load import tokenizer_of_model
 from megabus.data.batches import TokenSource
 from megabus.data.sources import VALID_SEED
 from megabus.errors import UserError
 
+tasks = Later("lm_eval.tasks")
 LINES = Path(__file__).parents[2] / "configs/eval/lines"
 
 
@@ -34,12 +37,29 @@ LINES = Path(__file__).parents[2] / "configs/eval/lines"
         (["--data", "a/x", "b/x"], "--data = a/x b/x: names one twice; give each a NAME= of its own"),
         (["--tasks", "t", "--metadata", "[1]"], "--metadata = [1]: is no JSON object; give names and values"),
         (["--tasks", "t", "--metadata", "{"], "--metadata = {: is no JSON (Expecting"),
+        (
+            ["--tasks", "t", "--device", "gpu"],
+            "command line = run --tasks t --device gpu: argument --device: ",
+        ),
+        (["--tasks", "t", "--device", "cuda"], "--device = cuda: is not there; use cpu"),
     ],
 )
-def test_wrong_options_are_told(words, told):
+def test_wrong_options_are_told(monkeypatch, words, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError) as caught:
         main(["run", *words])
     assert str(caught.value).startswith(told)
+
+
+def test_a_full_disk_leaves_no_part_of_the_numbers(tmp_path, monkeypatch):
+    def full(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        evaluate._write(tmp_path / "found.json", "{}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
@@ -61,7 +81,7 @@ def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
     assert found["data"] == {"sevens": {"loss": pytest.approx(loss, abs=1e-5), "bits_per_byte": None, "tokens": 128}}
     assert f"sevens  {loss:.4f}" in done.stdout
 
-    known = TaskManager(include_path=str(LINES), include_defaults=False, metadata=told)
+    known = tasks.TaskManager(include_path=str(LINES), include_defaults=False, metadata=told)
     (task,) = known.load("megabus_next_line")["tasks"].values()
     tokenizer, right = tokenizer_of_model(run, None, 340), []
     for doc in list(task.test_docs())[:7]:

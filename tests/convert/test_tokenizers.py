@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from support import checkpoints
 from support.command import run_command
 from support.small_runs import run_config, write_corpus
 from support.sources import MemorySource, model_config
@@ -133,8 +134,27 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_or_left_behind(tmp_path):
     train_tokenizer(TEXT, N, tmp_path / "hf/tokenizer", "bpe")  # control: one that can be read comes along
     (tmp_path / "hf/tokenizer.json").unlink()
     for name, option in (("with", []), ("without", ["--without-tokenizer"])):
-        assert run_command(*words[:2], tmp_path / name, *words[3:], *option).returncode == 0
+        done = run_command(*words[:2], tmp_path / name, *words[3:], *option)
+        assert done.returncode == 0
+        assert ("left behind: tokenizer.model" in done.stdout) == (name == "without")
         assert (saved_tokenizer(checkpoint_at(tmp_path / name)) is None) == (name == "without")
+
+
+def test_damaged_tokenizers_of_all_forms_can_be_left_behind(tmp_path):
+    """Of a checkpoint and of shard files the manifest has the bytes, and no tokenizer is in them."""
+    source = MemorySource(model_config("gpt", vocab_size=PADDED))
+    source.tokenizer = hugging_face(tmp_path)
+    for form in ("checkpoint", "shards"):
+        convert(source, tmp_path / form, form)
+        folder = checkpoint_at(tmp_path / form) if form == "checkpoint" else tmp_path / form
+        (folder / "tokenizer.json").write_text("{}")
+        checkpoints.attest(folder)
+        with OpenFiles() as files:
+            with pytest.raises(UserError, match=r"tokenizer.json: is damaged"):
+                open_source(tmp_path / form, files)
+            found = open_source(tmp_path / form, files, with_tokenizer=False)
+            assert found.tokenizer is None
+            convert(found, tmp_path / f"{form} in", "hf")
 
 
 def test_an_extended_tokenizer_goes_out_beside_what_the_original_has(tmp_path, capsys):

@@ -64,6 +64,12 @@ def test_what_needs_no_gradient_gets_none():
     torch.testing.assert_close(weights[1].grad, h.detach().sum((0, 1)).expand(SIZES[1], D))
 
 
+def test_all_have_a_bias_or_none():
+    h, weights, biases = laid_out()
+    with pytest.raises(AssertionError, match="a bias for all of its rows or for none"):
+        joint_products(h, weights, biases[:1])
+
+
 def test_a_cpu_computes_them_apart():
     """Whose bits are those of single products; and so does anything that no engine has laid out."""
     h, weights, _ = laid_out()
