@@ -26,6 +26,7 @@ class Evaluations(Callback):
     def __init__(self, config: RunConfig) -> None:
         self.config, self.tasks = config.eval.extra, TaskRuns(config)
         self.group = writing_group() if self.config.tasks else None  # one for all snapshots
+        self._grown_from = 0  # length of the sequences that were measured before the growth that goes on
 
     def on_row(self, run: Run, row: Row) -> None:
         if row["event"] in ("start", "resume") and run.is_rank_0:
@@ -37,10 +38,11 @@ class Evaluations(Callback):
             self._measure(run, "step", run.stage.seq_len)
 
     def before_growth(self, run: Run) -> None:
-        self._measure(run, "before growth", run.stage.seq_len)
+        self._grown_from = run.stage.seq_len  # a phase's, perhaps
+        self._measure(run, "before growth", self._grown_from)
 
     def on_growth(self, run: Run, row: Row) -> None:
-        self._measure(run, "after growth", run.stages[row["from_stage"]].seq_len)  # on the same sequences as before
+        self._measure(run, "after growth", self._grown_from)
 
     def on_eval(self, run: Run, row: Row) -> None:
         if run.share >= 1:

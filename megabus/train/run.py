@@ -195,12 +195,8 @@ def start(
     watchdog.heartbeat()
     machine = environment(engine.device)
     spikes = Spikes(config.faults.spikes, engine.device)
-    looking = _looking(config, sources)
-    for callback in looking:
-        if isinstance(callback, Evaluations | Profile):
-            held.callback(callback.release)
     # Who tells more of what it is told comes last: so all hear rows in the order that the metrics have.
-    callbacks = [*([] if metrics is None else [metrics, Log()]), *users, *looking]
+    callbacks = [*([] if metrics is None else [metrics, Log()]), *users, *_looking(config, sources, held)]
     run = Run(config, stages, corpora, engine, monitor, metrics, callbacks, saver, requests, watchdog, spikes)
     if found is not None:
         go_on_from(run, found, {"reason": "start", "changes": changes, "environment": machine})
@@ -222,15 +218,19 @@ def start(
     return run
 
 
-def _looking(config: RunConfig, sources: Sources) -> list[Callback]:
-    """What looks at the model while it trains, on all ranks."""
+def _looking(config: RunConfig, sources: Sources, held: ExitStack) -> list[Callback]:
+    """What looks at the model while it trains, on all ranks; what of it must not outlive the run goes into `held`."""
     looking: list[Callback] = []
     if config.log.samples is not None and sources.tokenizer is not None:
         looking.append(Samples(config.log.samples, sources.tokenizer, config.train.seed))
     if config.eval.extra.data or config.eval.extra.tasks:
-        looking.append(Evaluations(config))
+        evaluations = Evaluations(config)
+        held.callback(evaluations.release)
+        looking.append(evaluations)
     if config.log.profile is not None:
-        looking.append(Profile(config.log.profile, config.run_dir))
+        profile = Profile(config.log.profile, config.run_dir)
+        held.callback(profile.release)
+        looking.append(profile)
     return looking
 
 
