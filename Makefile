@@ -26,7 +26,7 @@ help:
 	@echo "make test    install what tests need, and run them (GPU=1: also those that need an NVIDIA GPU)"
 	@echo "make check   lint, types, and transcripts in the documents that are no longer what their commands print"
 	@echo "make parity  print the table of every layout against one process (2 minutes; GPU=1: ranks on GPUs)"
-	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (KILLS=100; 10 minutes)"
+	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (KILLS=100; 5 minutes)"
 	@echo "make fuzz    mutate what checkpoints, token files and Hugging Face directories say, 1,000 times a kind of file"
 	@echo "make real-models  fetch the real SmolLM2-135M-Instruct (93 MB) into data/smollm2, and test that it came in right"
 	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
