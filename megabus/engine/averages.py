@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
-from megabus.engine.fragments import flat_partitions, inner_optimizer, places
+from megabus.engine.fragments import Place, flat_partitions, inner_optimizer
 from megabus.engine.unit_rows import UnitRows
 from megabus.parallel.fragments import Fragments, Kind, ema_kind
-from megabus.parallel.placement import Placement
 
 
 def share(decay: float, number: int) -> float:
@@ -28,7 +26,7 @@ def share(decay: float, number: int) -> float:
 class Averages:
     """Read-only for training: they follow the masters after every update, and nothing follows them.
 
-    engine: DeepSpeed's, of the module that `rank` has under `placement`. Hooks that change the masters after Adam must
+    engine: DeepSpeed's. own: what this rank owns, and where. Hooks that change the masters after Adam must
     have been registered before. updates: by kind, how many each is a mean of; one of none is the weights as they are.
     unit_rows: of the engine, if its model has such. Without decays nothing is held and nothing is done.
 
@@ -36,17 +34,8 @@ class Averages:
     it is; what computes with it takes its direction, which is nearer to a weight that training could have made.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        module: nn.Module,
-        placement: Placement,
-        rank: int,
-        decays: Sequence[float],
-        unit_rows: UnitRows | None,
-    ) -> None:
-        self._unit_rows = unit_rows
-        self._engine, self._module, self._placement, self._rank = engine, module, placement, rank
+    def __init__(self, engine: Any, own: Sequence[Place], decays: Sequence[float], unit_rows: UnitRows | None) -> None:
+        self._engine, self._own, self._unit_rows = engine, own, unit_rows
         self._flats = flat_partitions(engine)
         self._decays = {ema_kind(decay): decay for decay in decays}
         self.updates = dict.fromkeys(self._decays, 0)
@@ -72,7 +61,7 @@ class Averages:
         """Views of what this rank owns, in canonical order."""
         return {
             place.piece: {kind: means[place.group][place.part] for kind, means in self._means.items()}
-            for place in places(self._module, self._placement, self._rank)
+            for place in self._own
         }
 
     @torch.no_grad()

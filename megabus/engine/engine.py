@@ -168,16 +168,16 @@ class Engine:
             )
         if stage.model.tie_embeddings and isinstance(self.module, Pipeline):
             self.module.tied = tied_rows(self.module, self.mesh, train.precision == "bf16")
+        self.places = list(places(self.module, self.placement, self.mesh.rank))
         if (tuned := optimizer.transfer) is not None:
             rate = partial(relative_rate, model=stage.model, d_model=tuned.d_model)
-            set_rates(self.deepspeed, self.module, self.placement, self.mesh.rank, rate)
+            set_rates(self.deepspeed, self.places, rate)
         # Hooks run in this order: rows that a boost has moved are turned back and made unit afterwards.
-        self.boost = Boost(self.deepspeed, self.module, self.placement, self.mesh.rank)
+        self.boost = Boost(self.deepspeed, self.places)
         vectors, max_angle = self._unit_vectors(), optimizer.max_angle or math.inf
         self.angle_cap = None if vectors is None else AngleCap(self.deepspeed, vectors, self._looked_up(), max_angle)
         self.unit_rows = None if vectors is None else UnitRows(self.deepspeed, vectors, self.kernels.unit_rows_)
-        at = (self.module, self.placement, self.mesh.rank)
-        self.averages = Averages(self.deepspeed, *at, train.ema, self.unit_rows)
+        self.averages = Averages(self.deepspeed, self.places, train.ema, self.unit_rows)
         self._pipe_seq_len = stage.seq_len
         self.refuses: Callable[[StepResult], bool] | None = None
         self._gate, self._losses = Gate(self.deepspeed, self._refused), list[Tensor]()
@@ -224,7 +224,7 @@ class Engine:
 
     def _looked_up(self) -> list[slice]:
         """Where the embedding lies in that partition."""
-        return [x.part for x in places(self.module, self.placement, self.mesh.rank) if x.spec.lookup]
+        return [x.part for x in self.places if x.spec.lookup]
 
     def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
         """One optimizer step over this data-parallel rank's `grad_accum` micro batches, which may be none where it
@@ -310,7 +310,7 @@ class Engine:
 
     def read(self) -> Fragments:
         """This rank's masters, moments and running means: views, valid until the next step."""
-        fragments = read_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank)
+        fragments = read_fragments(self.deepspeed, self.places)
         for piece, means in self.averages.read().items():
             fragments[piece] |= means
         return fragments
@@ -321,7 +321,7 @@ class Engine:
         """Set this rank's masters, and moments where given, which are taken out of `fragments`; collective. averaged:
         the running means that it has, and of how many updates they are; others of the engine's begin with the
         weights."""
-        write_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank, fragments, optimizer_step)
+        write_fragments(self.deepspeed, self.places, fragments, optimizer_step)
         self.averages.write(fragments, averaged)
         self._meet_ends()
 

@@ -82,7 +82,7 @@ def _job(training, fault):
 
     engine = Engine(training.train, training.optimizer, training.stage)
     rate = {"none": lambda spec: 1.0, "swapped": lambda spec: 1 / rate_of(spec)}.get(fault, rate_of)
-    rates.set_rates(engine.deepspeed, engine.module, engine.placement, engine.mesh.rank, rate)
+    rates.set_rates(engine.deepspeed, engine.places, rate)
     engine.write_initial(0)
     seen = []
     for step in range(2):
