@@ -25,6 +25,7 @@ _CLIPPED = ("loss", "bits", "target")  # panels whose first values would flatten
 _FAULT = "#b3261e"
 _SIZE = (370, 225)  # of the page's drawings, in units of their view box
 _WIDE = (1000, 320)  # of the loss, but in a narrow window
+VIEWS: list[tuple[XAxis, bool]] = [(x, log) for log in (False, True) for x in get_args(XAxis)]  # that a page offers
 _THEME = {  # the page's colours, which are others in the dark
     **{colour: f"var(--run{number})" for number, colour in enumerate(COLOURS)},
     INK: "var(--ink)",
@@ -270,7 +271,7 @@ def drawings(panels: Sequence[Panel], runs: Sequence[RunCurves], shown: Sequence
     """SVG elements, by panel and by view: of each axis, linear and logarithmic. shown: which of the panels."""
     import matplotlib as mpl
 
-    views = [view_of(runs, x, log) for log in (False, True) for x in get_args(XAxis)]
+    views = [view_of(runs, x, log) for x, log in VIEWS]
     found: dict[str, dict[str, str]] = {}
     # Text stays text; names of clip paths do not depend on chance.
     with mpl.rc_context(STYLE | {"font.size": 10.5, "svg.fonttype": "none", "svg.hashsalt": "megabus"}):

@@ -17,6 +17,7 @@ from support.html_page import Page
 from support.report_runs import eval_rows, growth_row, looks, rows, start_row, step_row, totals, write_run
 
 from megabus.errors import UserError
+from megabus.report import pictures
 from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
 from megabus.report.looks import evaluation_table, sample_table, time_table
 from megabus.report.page import gather, names_of, render
@@ -27,6 +28,12 @@ from megabus.table import clock
 
 ROOT = Path(__file__).parents[2]
 NASTY = "</script><script>alert(1)</script><b onclick=alert(2)>\"'&{{ 7919 * 7907 }}"
+
+
+@pytest.fixture
+def two_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages offer two of the six: drawing them is most of the time that these tests take."""
+    monkeypatch.setattr(pictures, "VIEWS", [("tokens", False), ("time", True)])
 
 
 def page_of(*folders: Path) -> Page:
@@ -83,6 +90,7 @@ RUNS = {
 }
 
 
+@pytest.mark.usefixtures("two_views")
 @pytest.mark.parametrize("kind", RUNS)
 def test_every_run_is_shown(tmp_path, kind):
     told = list(RUNS[kind]())
@@ -115,6 +123,7 @@ def test_every_run_is_shown(tmp_path, kind):
         assert len(page.data) < 400_000
 
 
+@pytest.mark.usefixtures("two_views")
 def test_runs_beside_each_other(tmp_path):
     one = write_run(tmp_path / "one", rows(60, growths=(20,)))
     two = write_run(tmp_path / "x/two", rows(40), {"model": {"d_model": 64, "kind": "ngpt"}})
@@ -141,6 +150,7 @@ def test_names():
         names_of(["/a/x", "/a/../a/x"])
 
 
+@pytest.mark.usefixtures("two_views")
 def test_nothing_from_a_file_becomes_markup(tmp_path):
     told = [start_row() | {"layout": NASTY}, step_row(1), growth_row(1, 0) | {"reason": NASTY, "old_layout": NASTY}]
     told += [{"event": "save", "step": 1, "error": NASTY}, *eval_rows(1)]
@@ -276,6 +286,7 @@ def test_layouts_of_stages_are_those_that_ran(tmp_path):
     assert stage_table(only.curve_rows, only.layouts)[1][3] == "TP2/PP1/DP2"
 
 
+@pytest.mark.usefixtures("two_views")
 def test_final_figures(tmp_path):
     figures = final_figures(read_run(write_run(tmp_path / "run", rows(100, growths=(30, 60))), "run"))
     assert figures["state"] == "finished"
@@ -306,6 +317,7 @@ def looked_at():
     return [*told[:at], *before, told[at], *after, *told[at + 1 :], *looks(100, 1, "end")]
 
 
+@pytest.mark.usefixtures("two_views")
 def test_samples_and_evaluations_lie_along_the_curve(tmp_path):
     folder = write_run(tmp_path / "run", looked_at())
     page, run = page_of(folder), read_run(folder, "run")
