@@ -36,12 +36,12 @@ FAMILIES: dict[StockClass, Family] = {
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768},
         _NO_WINDOW,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_position_embeddings": 32768},
         {"attention_bias": False} | _NO_WINDOW,
     ),
     "smollm3": Family(
