@@ -134,9 +134,9 @@ def check_tokenizer(origin: Found | FolderSource, sources: Sources) -> None:
     data = origin.state.data.get("train")
     tokenizers = data.get("tokenizers") if isinstance(data, dict) else None
     known = {sha256 for sha256 in tokenizers if isinstance(sha256, str)} if isinstance(tokenizers, list) else set()
-    if (path := tokenizer_of(origin)) is not None:
-        known |= read_tokenizer_files(path).known_as
-    sources.check_tokenizer(known, f"the weights of {origin.folder}")
+    path = tokenizer_of(origin)
+    files = None if path is None else read_tokenizer_files(path)
+    sources.check_tokenizer(known, f"the weights of {origin.folder}", files)
 
 
 def check_taken_over(origin: Found | FolderSource, config: RunConfig, stage: Stage) -> None:

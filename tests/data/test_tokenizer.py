@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import regex
@@ -360,6 +361,25 @@ def test_weights_of_another_tokenizer_are_refused(bare):
     Sources(unknown, unknown, 1).check_tokenizer({"0" * 64}, "theirs")  # as Megatron's own tools leave them
     with pytest.raises(UserError, match=r"data = .*own.json: belongs to another tokenizer"):
         Sources(unknown, unknown, 1, tokenizer=tokenizer).check_tokenizer({"0" * 64}, "theirs")
+
+
+def test_tokenizers_that_share_no_more_than_a_model_are_others(bare, tmp_path):
+    """Directories keep the tokenizer.model that they came with, whatever was added to their tokenizer.json."""
+    model = train_tokenizer(TEXT, N, tmp_path / "tokenizer", "bpe")
+    found = {"model": Tokenizer(model)}
+    for name, token in (("one", "<user>"), ("other", "<pad>")):
+        saved(bare, tmp_path / name, token).save(str(tmp_path / name / "tokenizer.json"))
+        shutil.copy(model, tmp_path / name)
+        found[name] = Tokenizer(tmp_path / name)
+    for name, tokenizer in found.items():
+        for other, files in ((other, one.files) for other, one in found.items()):
+            same = name == other or "model" in (name, other)
+            assert tokenizer.files.is_same(files) == same
+            for made in (_Corpora(), _Corpora(**{tokenizer.sha256: "data/a"})):
+                sources, is_refused = Sources(made, _Corpora(), 1, tokenizer=tokenizer), pytest.raises(UserError)
+                for known in (set(), {files.sha256}):
+                    with nullcontext() if same else is_refused:
+                        sources.check_tokenizer(known, "theirs", files)
 
 
 def test_differences_are_found(bare, folder):

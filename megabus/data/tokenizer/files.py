@@ -74,6 +74,11 @@ class TokenizerFiles:
         beside = [hashlib.sha256(self.contents[MODEL]).hexdigest()] if MODEL in self.contents else []
         return frozenset([self.sha256, *beside])
 
+    def is_same(self, other: TokenizerFiles) -> bool:
+        """Whether one of the two is another form of the other. That both came from one tokenizer.model, to which
+        their makers have added other tokens, makes them no less different."""
+        return self.sha256 in other.known_as or other.sha256 in self.known_as
+
     def tree(self, name: str) -> dict[str, Any]:
         """What a JSON file of these says; nothing where it is not there."""
         if name not in self.contents:
