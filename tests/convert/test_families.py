@@ -190,6 +190,27 @@ def test_what_a_config_leaves_out_is_read_as_transformers_has_it(tmp_path, name)
     assert bool(refused) == (name != "llama")
 
 
+def test_layers_without_positions_are_those_of_transformers(tmp_path):
+    """Whatever of the two keys says it; and where none is, none comes by growing deeper."""
+    tree = {"model_type": "smollm3", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 62}
+    tree |= {"num_hidden_layers": 5, "num_attention_heads": 4}
+    for said in (
+        {},
+        {"no_rope_layer_interval": 2},
+        {"no_rope_layer_interval": 9},
+        {"no_rope_layers": [1, 0] * 3, "no_rope_layer_interval": 4},
+        {"no_rope_layers": [0] * 5},
+        {"no_rope_layers": [1] * 5},
+        {"no_rope_layers": [1] * 5, "no_rope_layer_interval": 6},
+    ):
+        theirs = transformers.AutoConfig.for_model(**tree, **said).no_rope_layers[:5]
+        ours = model_of(tree | said, tmp_path, *PLENTY)
+        layers = megabus.build_model(ours.grown(n_layers=12)).layers.values()
+        turns = [any(layer.attn.frequencies) for layer in layers]
+        assert turns[:5] == [bool(one) for one in theirs], said
+        assert all(turns[5:]) == (said == {"no_rope_layers": [1] * 5}), said
+
+
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 4.0, "rope_theta": 1000.0}
 ROPES = [
     YARN | {"attention_factor": 1.1, "beta_fast": 32.0, "beta_slow": 1.0},
