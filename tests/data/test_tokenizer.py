@@ -139,9 +139,14 @@ def test_what_any_post_processor_writes_is_found(bare, tmp_path):
         Tokenizer(tmp_path / "own.json")
     few = tokenizers.Tokenizer(tokenizers.models.BPE({"x": 0, "y": 1}, []))  # of which no text has an "a"
     few.add_special_tokens(["<s>", "</s>"])
-    few.post_processor = make.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", [("<s>", 2), ("</s>", 3)])
-    few.save(str(tmp_path / "own.json"))
-    assert (Tokenizer(tmp_path / "own.json").prefix, Tokenizer(tmp_path / "own.json").suffix) == ([2], [3])
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "x": 2}))  # whose text may be "<s>"
+    for backend in (few, words):
+        begin, end = (backend.token_to_id(token) for token in ("<s>", "</s>"))
+        special = [("<s>", begin), ("</s>", end)]
+        backend.post_processor = make.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", special)
+        backend.save(str(tmp_path / "own.json"))
+        ours = Tokenizer(tmp_path / "own.json")
+        assert (ours.prefix, ours.suffix) == ([begin], [end])
 
 
 def test_what_was_stored_for_training_leaves_nothing_to_chance(bare, tmp_path):
