@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -31,18 +32,19 @@ class Fast:
         backend.no_padding()
         if getattr(backend.model, "dropout", None):
             backend.model.dropout = None
-        self.n_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        ids = sorted(backend.get_vocab(with_added_tokens=True).values())
+        self.n_ids = ids[-1] + 1 if ids else 0
         self._added = backend.get_added_tokens_decoder()
-        self.prefix, self.suffix = self._around()
+        self.prefix, self.suffix = self._around(ids)
         self._symbols = [token.content for token in self._added.values()]
         named = {token.content for token in self._added.values() if token.special}
         self.bos = self._special(bos, self.prefix, BOS_NAMES, named)
         self.eos = self._special(eos, self.suffix, EOS_NAMES, named)
 
-    def _around(self) -> tuple[list[int], list[int]]:
+    def _around(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """What the post-processor puts before and after a text. Which ids are the text's own is seen by a text that is
         spelled in one place alone, with it and without: the library itself says it only of some post-processors."""
-        for number in range(self.n_ids):
+        for number in ids:
             text = self.token_of(number)
             try:
                 bare = [] if number in self._added else self.backend.encode(text, add_special_tokens=False).ids
