@@ -45,17 +45,30 @@ class Sources:
 
     def check_tokenizer(self, known: Set[str], whose: str, files: TokenizerFiles | None = None) -> None:
         """Raise `UserError` where the data and its tokenizer belong to another one than `whose`: than what is known by
-        hashes alone, as the data of a run is, and those `files`.
-
-        What neither side knows is not compared: token files of Megatron's own tools do not say what made them.
-        """
+        hashes alone, as the data of a run is, and those `files`."""
         made_with = self.valid.tokenizers | self.train.tokenizers
         mine = self.tokenizer.files if self.tokenizer is not None else None
-        (own, as_own), (theirs, as_theirs) = _hashes(made_with.keys(), mine), _hashes(known, files)
-        if own and theirs and not (own & as_theirs or theirs & as_own):  # see `TokenizerFiles.is_same`
-            name = next(iter(made_with.values()), None) or (self.tokenizer and self.tokenizer.name)
-            problem = f"belongs to another tokenizer than {whose}, whose ids mean other pieces"
-            raise UserError("data", name, problem, "give data that was made with that one, or begin without weights")
+        check_same_tokenizer(made_with, mine, known, files, whose, " or begin without weights")
+
+
+def check_same_tokenizer(
+    made_with: Mapping[str, str],
+    own: TokenizerFiles | None,
+    known: Set[str],
+    files: TokenizerFiles | None,
+    whose: str,
+    other: str = "",
+) -> None:
+    """Raise `UserError` where data belongs to another tokenizer than weights: it by the hashes of what it was made with
+    and its `own` tokenizer, they by hashes that are `known` and those `files`. other: than to give other data.
+
+    What neither side knows is not compared: token files of Megatron's own tools do not say what made them.
+    """
+    (ours, as_ours), (theirs, as_theirs) = _hashes(made_with.keys(), own), _hashes(known, files)
+    if ours and theirs and not (ours & as_theirs or theirs & as_ours):  # see `TokenizerFiles.is_same`
+        name = next(iter(made_with.values()), None) or (own and own.name)
+        problem = f"belongs to another tokenizer than {whose}, whose ids mean other pieces"
+        raise UserError("data", name, problem, f"give data that was made with that one{other and ','}{other}")
 
 
 def _hashes(known: Set[str], files: TokenizerFiles | None) -> tuple[Set[str], Set[str]]:
