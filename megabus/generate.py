@@ -23,12 +23,13 @@ def generate(
     seed: int = 0,
     stop: int | None = None,
     n_ids: int | None = None,
+    never: Sequence[int] = (),
 ) -> Iterator[int]:
     """Up to `max_tokens` token ids that follow `prompt`, ending before `stop`.
 
     temperature: 0 takes the likeliest token each time. top_k: sample from the k likeliest. top_p: sample from the
     fewest tokens whose probabilities sum to p (Holtzman et al. 2020). n_ids: from this id on none is taken, as of a
-    vocabulary that was padded. The same arguments give the same tokens.
+    vocabulary that was padded; never: nor are these, as of one with gaps. The same arguments give the same tokens.
     """
     _check(len(prompt) > 0, "prompt", "(empty)", "give at least one token")
     _check(max_tokens >= 1, "max_tokens", max_tokens, "give 1 or more")
@@ -40,7 +41,7 @@ def generate(
     draw = torch.Generator().manual_seed(seed)
 
     def choose(logits_V: Tensor) -> int:
-        return chosen(logits_V[:n_ids].double().cpu(), draw, temperature, top_k, top_p)
+        return chosen(logits_V[:n_ids].double().cpu(), draw, temperature, top_k, top_p, never)
 
     return _tokens(model, prompt, max_tokens, choose, stop)
 
@@ -60,9 +61,16 @@ def _tokens(
 
 
 def chosen(
-    logits_V: Tensor, draw: torch.Generator, temperature: float, top_k: int | None = None, top_p: float = 1.0
+    logits_V: Tensor,
+    draw: torch.Generator,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    never: Sequence[int] = (),
 ) -> int:
     """The next token by its logits, fp64 on the CPU; see `generate` for the rest."""
+    if never:
+        logits_V = logits_V.index_fill(0, torch.tensor(never), -torch.inf)
     if temperature == 0:
         return int(logits_V.argmax())
     logits_V = (logits_V - logits_V.max()) / temperature

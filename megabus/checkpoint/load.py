@@ -76,7 +76,7 @@ def own_or_given(folder: Path, own: Path | None, given: str | None, vocab_size: 
     if name is None:
         raise UserError("tokenizer", folder, "holds none that can be read", "name one: --tokenizer")
     tokenizer = open_tokenizer(name, vocab_size)
-    if own is not None and not read_tokenizer_files(own).known_as & tokenizer.files.known_as:
+    if own is not None and not read_tokenizer_files(own).is_same(tokenizer.files):
         problem = f"is another than the one saved in {folder}"
         raise UserError("tokenizer", given, problem, "leave it out, or give that one")
     return tokenizer

@@ -119,6 +119,13 @@ class SavedState:
         return max(train["seq_len"], *(change.get("seq_len") or 0 for change in changes), 0)
 
 
+def tokenizers_of(state: SavedState) -> set[str]:
+    """Hashes of the tokenizers that a run's training data was made with; none where no run was, or none is known."""
+    data = state.data.get("train")
+    known = data.get("tokenizers") if isinstance(data, dict) else None
+    return {sha256 for sha256 in known if isinstance(sha256, str)} if isinstance(known, list) else set()
+
+
 def weights_alone(state: SavedState) -> SavedState:
     """The same with weights, no moments and no running means: Adam counts anew from here on."""
     progress, since = replace(state.progress), state.progress.since

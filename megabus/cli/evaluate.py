@@ -115,21 +115,20 @@ def _metadata(text: str) -> dict[str, Any]:
 
 def _losses(args: Any, prefixes: dict[str, str]) -> dict[str, dict[str, float | int | None]]:
     import megabus
-    from megabus.convert.load import state_of
-    from megabus.data.batches import TokenSource
-    from megabus.data.sources import VALID_SEED, bits_per_byte
+    from megabus.convert.load import read_data, state_of
+    from megabus.data.sources import bits_per_byte
     from megabus.evaluation import token_file_loss
 
-    folder, saved = state_of(args.model)
+    folder, saved, tokenizer = state_of(args.model)
     longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
     if longest < 1:
         raise UserError("--seq-len", longest, "is no length", "give 1 or more")
     if args.tokens < longest:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({longest}) or more")
+    sources = {name: read_data(prefix, longest, folder, saved, tokenizer) for name, prefix in prefixes.items()}
     model = megabus.load(folder).to(args.device)
     found = {}
-    for name, prefix in prefixes.items():
-        source = TokenSource([(prefix, 1.0)], longest, VALID_SEED, model.config.vocab_size)
+    for name, source in sources.items():
         n_tokens = min(args.tokens // longest, source.orders[0].n_chunks) * longest
         loss = token_file_loss(model, source, n_tokens, longest, bool(saved.data.get("document_mask")))
         found[name] = {"loss": loss, "bits_per_byte": bits_per_byte(source, loss), "tokens": n_tokens}

@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         seed=args.seed,
         stop=tokenizer.eos,
         n_ids=tokenizer.vocab_size,
+        never=tokenizer.gaps,
     )
     print(prompt, end="", flush=True)
     written: list[int] = []

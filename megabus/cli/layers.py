@@ -30,13 +30,11 @@ def main(argv: Sequence[str]) -> int:
     import megabus
     from megabus.ablation import BATCH, ablate
     from megabus.config import parse_config, resolve_stages
-    from megabus.convert.load import state_of
-    from megabus.data.batches import TokenSource
-    from megabus.data.sources import VALID_SEED
+    from megabus.convert.load import read_data, state_of
     from megabus.model.documents import Documents
     from megabus.table import aligned
 
-    folder, saved = state_of(args.checkpoint)
+    folder, saved, tokenizer = state_of(args.checkpoint)
     model = megabus.load(folder)
     longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
     if model.config.n_layers == 0:
@@ -52,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--seq-len", args.seq_len, "is no length", "give 1 or more")
     if args.tokens < args.seq_len:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({args.seq_len}) or more")
-    source = TokenSource([(args.valid, 1.0)], longest, VALID_SEED, model.config.vocab_size)
+    source = read_data(args.valid, longest, folder, saved, tokenizer)
     rows = min(args.tokens, source.n_tokens - 1) // args.seq_len
     documents = []
     if saved.data.get("document_mask"):

@@ -43,8 +43,9 @@ Count = Annotated[PositiveInt, Field(lt=2**63), BeforeValidator(_whole)]
 # wrong file says is refused before anything is built by it. A token file's ids have 31 bits at most.
 Vocabulary = Annotated[PositiveInt, Field(le=2**31), BeforeValidator(_whole)]
 Width = Annotated[PositiveInt, Field(le=2**20), BeforeValidator(_whole)]
-Layers = Annotated[PositiveInt, Field(le=4096), BeforeValidator(_whole)]
-LayersOrNone = Annotated[NonNegativeInt, Field(le=4096), BeforeValidator(_whole)]
+MOST_LAYERS = 4096
+Layers = Annotated[PositiveInt, Field(le=MOST_LAYERS), BeforeValidator(_whole)]
+LayersOrNone = Annotated[NonNegativeInt, Field(le=MOST_LAYERS), BeforeValidator(_whole)]
 Heads = Annotated[PositiveInt, Field(le=2**16), BeforeValidator(_whole)]  # and entries of one
 Hidden = Annotated[PositiveInt, Field(le=2**24), BeforeValidator(_whole)]
 Length = Annotated[PositiveInt, Field(le=2**27), BeforeValidator(_whole)]  # tokens of a sequence

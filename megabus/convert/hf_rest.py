@@ -130,7 +130,7 @@ def copy_rest(like: Path, out: Path, vocab_size: int, own: Path | None, extended
         if not {TREE, MODEL} & {*there}:
             problem = "has no tokenizer, and one was saved with the weights"
             raise UserError("--like", like, problem, "leave --like out, and that one is written")
-        if not read_tokenizer_files(own).known_as & read_tokenizer_files(like).known_as:
+        if not read_tokenizer_files(own).is_same(read_tokenizer_files(like)):
             problem = "has another tokenizer than the one that was saved with the weights"
             raise UserError("--like", like, problem, origin)
     for name in there:

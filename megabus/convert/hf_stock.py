@@ -7,7 +7,7 @@ from typing import Any
 
 from megabus.config import ModelConfig
 from megabus.config.model import StockClass
-from megabus.config.section import NonNegative, Positive
+from megabus.config.section import MOST_LAYERS, NonNegative, Positive
 from megabus.config.stock import STOCK, stock_class
 from megabus.convert.hf_rope import RopeKeys, Size, read_rope, written_rope
 from megabus.errors import UserError
@@ -36,12 +36,12 @@ FAMILIES: dict[StockClass, Family] = {
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768},
         _NO_WINDOW,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_position_embeddings": 32768},
         {"attention_bias": False} | _NO_WINDOW,
     ),
     "smollm3": Family(
@@ -166,12 +166,13 @@ def _check_window(name: StockClass, config: _Stock) -> None:
 
 
 def _nope_interval(config: _Stock) -> int:
-    """Every so many-th layer is without positions; one more than there are layers where none is."""
+    """Every so many-th layer is without positions; more than there can be layers where none is, so that none comes by
+    growth. The interval that stands beside a list says no more than what that leaves open."""
     n = config.num_hidden_layers
     if config.no_rope_layers is None:
         return config.no_rope_layer_interval
     listed = config.no_rope_layers[:n]
-    for interval in range(1, n + 2):
+    for interval in (config.no_rope_layer_interval, *range(1, n + 1), MOST_LAYERS):
         if [bool(x) for x in listed] == [(i + 1) % interval != 0 for i in range(n)]:
             return interval
     problem = "are no layers at equal intervals"

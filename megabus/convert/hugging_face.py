@@ -184,7 +184,7 @@ class HuggingFaceSource:
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
         spec = self.specs[name]
         key = hf_name(spec, self.state.model)
-        tensor = self.files[inside(self.folder / self.weight_map[key])].get_slice(key)
+        tensor = self._tensor(key)
         width = prod(global_shape(spec, self.state.model)[1:])
         first, last = start // width, -(-stop // width)
         rows = tensor[:, first:last].T if transposed(spec, self.state.model) else tensor[first:last]
@@ -193,6 +193,14 @@ class HuggingFaceSource:
             problem = f"holds {odd} in {key}"
             raise UserError("weights", self.folder / self.weight_map[key], problem, "restore it from another copy")
         return values
+
+    def _tensor(self, key: str) -> Any:
+        """A tensor of the files, to be sliced. Raises `UserError` where it is not in the file that the index names."""
+        try:
+            return self.files[inside(self.folder / self.weight_map[key])].get_slice(key)
+        except SafetensorError as error:
+            problem = f"lacks {key} in {self.weight_map[key]}, where {INDEX} puts it"
+            raise UserError("weights", self.folder, problem, "restore both from one copy") from error
 
     def _check(self) -> None:
         model = self.state.model
@@ -209,11 +217,7 @@ class HuggingFaceSource:
             shape = global_shape(spec, self.state.model)
             shape = shape[::-1] if transposed(spec, self.state.model) else shape
             key = hf_name(spec, self.state.model)
-            try:
-                there = self.files[inside(self.folder / self.weight_map[key])].get_slice(key)
-            except SafetensorError as error:
-                problem = f"lacks {key} in {self.weight_map[key]}, where {INDEX} puts it"
-                raise UserError("weights", self.folder, problem, "restore both from one copy") from error
+            there = self._tensor(key)
             found, dtype = tuple(there.get_shape()), there.get_dtype()
             if found != shape:
                 problem = f"{key} has shape {found}, config.json says {shape}"
@@ -229,7 +233,7 @@ class HuggingFaceSource:
         """A tied head may be stored beside the embedding, and then must be its rows."""
         tied = next(spec for spec in self.specs.values() if spec.tied)
         shape, key = global_shape(tied, self.state.model), hf_name(tied, self.state.model)
-        one, other = (self.files[inside(self.folder / self.weight_map[k])].get_slice(k) for k in (key, head))
+        one, other = self._tensor(key), self._tensor(head)
         same = tuple(other.get_shape()) == shape
         for start, stop in blocks(0, prod(shape), shape[1]) if same else ():
             rows = slice(start // shape[1], stop // shape[1])

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
-from megabus.checkpoint.load import checkpoint_at, load_weights, own_or_given, tokenizer_for
-from megabus.checkpoint.state import SavedState, read_state
+from megabus.checkpoint.load import checkpoint_at, load_weights, own_or_given, saved_tokenizer, tokenizer_for
+from megabus.checkpoint.state import SavedState, read_state, tokenizers_of
 from megabus.convert.convert import in_other_form, model_at, open_source
 from megabus.convert.source import OpenFiles, whole
-from megabus.data.tokenizer import Tokenizer
+from megabus.data.batches import TokenSource
+from megabus.data.sources import VALID_SEED, check_same_tokenizer
+from megabus.data.tokenizer import Tokenizer, read_tokenizer_files
 from megabus.model.decoder import Decoder, param_specs
 
 
@@ -34,14 +36,24 @@ def load(path: str | Path) -> Decoder:
     return model.eval()
 
 
-def state_of(path: str | Path) -> tuple[Path, SavedState]:
-    """Where a model lies, in whatever form, and what is said of it beside its weights."""
+def state_of(path: str | Path) -> tuple[Path, SavedState, Path | None]:
+    """Where a model lies, in whatever form, what is said of it beside its weights, and its tokenizer if it has one."""
     path = model_at(path)
     if in_other_form(path):
         with OpenFiles() as files:
-            return path, open_source(path, files).state
+            source = open_source(path, files)
+            return path, source.state, source.tokenizer
     folder = checkpoint_at(path)
-    return folder, read_state(folder)
+    return folder, read_state(folder), saved_tokenizer(folder)
+
+
+def read_data(prefix: str, seq_len: int, folder: Path, state: SavedState, tokenizer: Path | None) -> TokenSource:
+    """Token files to measure a model of `state_of` on, in the order of a validation. Raises `UserError` for what is
+    none, and for files that another tokenizer made than the model's."""
+    source = TokenSource([(prefix, 1.0)], seq_len, VALID_SEED, state.model.vocab_size)
+    files = None if tokenizer is None else read_tokenizer_files(tokenizer)
+    check_same_tokenizer(source.tokenizers, None, tokenizers_of(state), files, f"the weights of {folder}")
+    return source
 
 
 def tokenizer_of_model(path: str | Path, given: str | None, vocab_size: int) -> Tokenizer:

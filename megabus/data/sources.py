@@ -15,7 +15,7 @@ from megabus.data.batches import TokenSource, check_one_tokenizer
 from megabus.data.corpus import open_corpus
 from megabus.data.order import align_up, slots
 from megabus.data.remote import is_url
-from megabus.data.tokenizer import Tokenizer, check_carried
+from megabus.data.tokenizer import Tokenizer, TokenizerFiles, check_carried
 from megabus.errors import UserError
 
 VALID_SEED = 0  # of the order in which validation chunks are taken: no run's seed changes it
@@ -43,17 +43,37 @@ class Sources:
         source = self.extra[name]
         return min(self.valid_tokens, source.orders[0].n_chunks * source.chunk_len)
 
-    def check_tokenizer(self, known: Set[str], whose: str) -> None:
-        """Raise `UserError` where hashes that `whose` tokenizer is known by are none of the data's own tokenizer.
-
-        What neither side knows is not compared: token files of Megatron's own tools do not say what made them.
-        """
+    def check_tokenizer(self, known: Set[str], whose: str, files: TokenizerFiles | None = None) -> None:
+        """Raise `UserError` where the data and its tokenizer belong to another one than `whose`: than what is known by
+        hashes alone, as the data of a run is, and those `files`."""
         made_with = self.valid.tokenizers | self.train.tokenizers
-        own = made_with.keys() | (self.tokenizer.files.known_as if self.tokenizer is not None else set())
-        if known and own and not known & own:
-            name = next(iter(made_with.values()), None) or (self.tokenizer and self.tokenizer.name)
-            problem = f"belongs to another tokenizer than {whose}, whose ids mean other pieces"
-            raise UserError("data", name, problem, "give data that was made with that one, or begin without weights")
+        mine = self.tokenizer.files if self.tokenizer is not None else None
+        check_same_tokenizer(made_with, mine, known, files, whose, " or begin without weights")
+
+
+def check_same_tokenizer(
+    made_with: Mapping[str, str],
+    own: TokenizerFiles | None,
+    known: Set[str],
+    files: TokenizerFiles | None,
+    whose: str,
+    other: str = "",
+) -> None:
+    """Raise `UserError` where data belongs to another tokenizer than weights: it by the hashes of what it was made with
+    and its `own` tokenizer, they by hashes that are `known` and those `files`. other: than to give other data.
+
+    What neither side knows is not compared: token files of Megatron's own tools do not say what made them.
+    """
+    (ours, as_ours), (theirs, as_theirs) = _hashes(made_with.keys(), own), _hashes(known, files)
+    if ours and theirs and not (ours & as_theirs or theirs & as_ours):  # see `TokenizerFiles.is_same`
+        name = next(iter(made_with.values()), None) or (own and own.name)
+        problem = f"belongs to another tokenizer than {whose}, whose ids mean other pieces"
+        raise UserError("data", name, problem, f"give data that was made with that one{other and ','}{other}")
+
+
+def _hashes(known: Set[str], files: TokenizerFiles | None) -> tuple[Set[str], Set[str]]:
+    """Of what is known by hashes alone, and of files: what they are, and that with all they are known as."""
+    return (known, known) if files is None else (known | {files.sha256}, known | files.known_as)
 
 
 def bits_per_byte(source: TokenSource, loss: float) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megabus.checkpoint.contents import Found, listed_tokenizer
-from megabus.checkpoint.state import SavedState
+from megabus.checkpoint.state import SavedState, tokenizers_of
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.effects import without_effect
 from megabus.config.free import FREE, FREE_KEYS
@@ -131,12 +131,9 @@ def tokenizer_of(origin: Found | FolderSource) -> Path | None:
 def check_tokenizer(origin: Found | FolderSource, sources: Sources) -> None:
     """Raise `UserError` where the weights know another tokenizer's ids, by the files saved with them and by what their
     data was made with."""
-    data = origin.state.data.get("train")
-    tokenizers = data.get("tokenizers") if isinstance(data, dict) else None
-    known = {sha256 for sha256 in tokenizers if isinstance(sha256, str)} if isinstance(tokenizers, list) else set()
-    if (path := tokenizer_of(origin)) is not None:
-        known |= read_tokenizer_files(path).known_as
-    sources.check_tokenizer(known, f"the weights of {origin.folder}")
+    path = tokenizer_of(origin)
+    files = None if path is None else read_tokenizer_files(path)
+    sources.check_tokenizer(tokenizers_of(origin.state), f"the weights of {origin.folder}", files)
 
 
 def check_taken_over(origin: Found | FolderSource, config: RunConfig, stage: Stage) -> None:

@@ -46,7 +46,7 @@ class Samples(Callback):
 
         def choose(number: int, logits_V: Tensor) -> int:
             logits_V = logits_V[: self.tokenizer.vocab_size].double().cpu()  # no id beyond, as of a padded vocabulary
-            return chosen(logits_V, draws[number], self.config.temperature)
+            return chosen(logits_V, draws[number], self.config.temperature, never=self.tokenizer.gaps)
 
         written = continuations(run.engine, self.prompts, self.config.max_tokens, choose, self.tokenizer.eos)
         texts = [

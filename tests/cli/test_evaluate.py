@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,13 @@ from support.nli_data import rows_of, write_run
 from support.small_runs import write_tokens
 
 import megabus
-from megabus.cli import evaluate
+from megabus.cli import evaluate, layers
 from megabus.cli.evaluate import end_with, main
+from megabus.convert.convert import convert, open_source
 from megabus.convert.load import tokenizer_of_model
+from megabus.convert.source import OpenFiles
 from megabus.data.batches import TokenSource
+from megabus.data.indexed import meta_path
 from megabus.data.sources import VALID_SEED
 from megabus.errors import UserError
 
@@ -90,6 +94,29 @@ def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
         right.append(scores.index(max(scores)) == doc["label"])
     assert found["tasks"]["megabus_next_line/acc"] == pytest.approx(sum(right) / 7)
     assert set(found["tasks"]) == {"megabus_next_line/acc", "megabus_next_line/acc_norm"}
+
+
+def test_token_files_of_another_tokenizer_are_refused(tmp_path, capsys):
+    """Of a checkpoint and of its export; what does not say what made it is taken."""
+    run = write_run(tmp_path)
+    with OpenFiles() as files:
+        convert(open_source(run, files), tmp_path / "hf", "hf")
+    prefix, sha256 = tmp_path / "other", tokenizer_of_model(run, None, 340).sha256
+    write_tokens(prefix, [(number * number) % 101 for number in range(130)])
+    for model in (run, tmp_path / "hf"):
+        words = [str(model), "--seq-len", "16", "--tokens", "128"]
+        for made_with, is_refused in ((None, False), (sha256, False), ("0" * 64, True)):
+            meta = {"vocab_size": 340, "n_tokens": 130} | ({"tokenizer_sha256": made_with} if made_with else {})
+            meta_path(prefix).write_text(json.dumps(meta))
+            for command, data in ((main, "--data"), (layers.main, "--valid")):
+                call = partial(command, [*words, data, str(prefix)])
+                if not is_refused:
+                    assert call() == 0
+                    continue
+                told = f"^data = {prefix}: belongs to another tokenizer than the weights of .*, whose ids mean other"
+                with pytest.raises(UserError, match=told):
+                    call()
+    assert capsys.readouterr().out.count("whole model") == 4
 
 
 def test_it_ends_with_the_process_that_has_started_it():

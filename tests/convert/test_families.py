@@ -162,6 +162,55 @@ def test_what_is_not_computed_is_refused_by_name(tmp_path):
         assert model_of(good | said_and_nothing, tmp_path, *PLENTY) == wanted
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_config_leaves_out_is_read_as_transformers_has_it(tmp_path, name):
+    """Whatever key is missing, or null, of those that are optional."""
+    tree = {"vocab_size": 67, "hidden_size": 384, "intermediate_size": 62, "num_hidden_layers": 4}
+    tree |= {"num_attention_heads": 32, "model_type": name}
+    tree |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    full = {"num_key_value_heads": 2, "head_dim": 20, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    full |= {"max_position_embeddings": 9000, "sliding_window": 5000, "rope_theta": 500.0}
+    cases = [{}, full, *({k: v for k, v in full.items() if k != key} for key in full)]
+    nulls = [{"sliding_window": None}, {"rope_parameters": None, "rope_scaling": None}, {"layer_types": None}]
+    refused = 0
+    for case in [case | more for case in cases + nulls for more in ({}, {"use_sliding_window": True})]:
+        theirs = transformers.AutoConfig.for_model(**tree, **case)
+        used = name == "mistral" or (name != "llama" and theirs.use_sliding_window)
+        window = theirs.sliding_window if used else None
+        if window is not None and window < theirs.max_position_embeddings:
+            refused += 1
+            with pytest.raises(UserError, match=f"sliding_window = {window}: is shorter than max_position_embeddings"):
+                model_of(tree | case, tmp_path, *PLENTY)
+            continue
+        ours = model_of(tree | case, tmp_path, *PLENTY)
+        head_dim = getattr(theirs, "head_dim", None) or 384 // 32
+        assert (ours.head_dim, ours.kv_heads) == (head_dim, theirs.num_key_value_heads), case
+        assert (ours.tie_embeddings, ours.norm_eps) == (theirs.tie_word_embeddings, 384 * theirs.rms_norm_eps), case
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"], case
+    assert bool(refused) == (name != "llama")
+
+
+def test_layers_without_positions_are_those_of_transformers(tmp_path):
+    """Whatever of the two keys says it; and where none is, none comes by growing deeper."""
+    tree = {"model_type": "smollm3", "vocab_size": 67, "hidden_size": 32, "intermediate_size": 62}
+    tree |= {"num_hidden_layers": 5, "num_attention_heads": 4}
+    for said in (
+        {},
+        {"no_rope_layer_interval": 2},
+        {"no_rope_layer_interval": 9},
+        {"no_rope_layers": [1, 0] * 3, "no_rope_layer_interval": 4},
+        {"no_rope_layers": [0] * 5},
+        {"no_rope_layers": [1] * 5},
+        {"no_rope_layers": [1] * 5, "no_rope_layer_interval": 6},
+    ):
+        theirs = transformers.AutoConfig.for_model(**tree, **said).no_rope_layers[:5]
+        ours = model_of(tree | said, tmp_path, *PLENTY)
+        layers = megabus.build_model(ours.grown(n_layers=12)).layers.values()
+        turns = [any(layer.attn.frequencies) for layer in layers]
+        assert turns[:5] == [bool(one) for one in theirs], said
+        assert all(turns[5:]) == (said == {"no_rope_layers": [1] * 5}), said
+
+
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "factor": 4.0, "rope_theta": 1000.0}
 ROPES = [
     YARN | {"attention_factor": 1.1, "beta_fast": 32.0, "beta_slow": 1.0},
@@ -224,6 +273,11 @@ def test_a_tie_that_the_weights_contradict_is_told_and_a_copy_is_not(tmp_path):
     embed = load_file(tmp_path / index["weight_map"]["model.embed_tokens.weight"])["model.embed_tokens.weight"]
     index["weight_map"]["lm_head.weight"] = path.name
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with (
+        OpenFiles() as files,
+        pytest.raises(UserError, match=r"lacks lm_head.weight in model-.*, where .* puts it"),
+    ):
+        open_source(tmp_path, files)
     for head, told in ((embed, None), (embed + 0.01, "another lm_head.weight"), (embed[:50], "another lm_head.weight")):
         save_file(load_file(path) | {"lm_head.weight": head.clone()}, path, {"format": "pt"})
         with OpenFiles() as files:

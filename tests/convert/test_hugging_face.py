@@ -230,6 +230,7 @@ def test_an_edited_export_without_our_section_is_read_as_transformers_reads_it(t
 
 
 PARTS = [("ngpt", {}), ("gpt", {"rope_scaling": YARN, "qk_norm": True}), ("gpt", {"nope_interval": 2, "d_model": 37})]
+PARTS += [("gpt", {"nope_interval": 7})]  # of which three layers show nothing yet
 
 
 @pytest.mark.parametrize(("kind", "parts"), PARTS)

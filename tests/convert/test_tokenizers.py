@@ -305,6 +305,41 @@ def test_sentence_piece_gives_the_same_ids_of_odd_text(tmp_path, name, capsys):
         assert theirs.decode(ids) == ours.decode(ids)
 
 
+def test_what_a_sentence_piece_models_files_say_of_a_text_goes_along(tmp_path, capsys):
+    """What stands around a text, and which piece ends one, by tokenizer_config.json; which need not say all."""
+    path = trained(tmp_path, user_defined_symbols=["<|im_end|>"])
+    (tmp_path / "in").mkdir()
+    path.rename(tmp_path / "in/tokenizer.model")
+    for number, (settings, prefix, suffix, eos) in enumerate(
+        (
+            ({"chat_template": "x"}, [], [], "</s>"),
+            ({"add_bos_token": True, "add_eos_token": False, "eos_token": None}, ["<s>"], [], "</s>"),
+            (
+                {"add_bos_token": True, "add_eos_token": True, "eos_token": "<|im_end|>"},
+                ["<s>"],
+                ["<|im_end|>"],
+                "<|im_end|>",
+            ),
+        )
+    ):
+        (tmp_path / "in/tokenizer_config.json").write_text(json.dumps(settings))
+        ours, out = Tokenizer(tmp_path / "in"), tmp_path / f"out-{number}"
+        around = [[ours.id_of(token) for token in tokens] for tokens in (prefix, suffix)]
+        assert [ours.prefix, ours.suffix, ours.eos] == [*around, ours.id_of(eos)]
+        origin = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
+        out.mkdir()
+        assert write_tokenizer(tmp_path / "in", out)["eos_token_id"] == ours.eos
+        theirs, exported = transformers.AutoTokenizer.from_pretrained(out), Tokenizer(out)
+        wanted = [*ours.prefix, *ours.encode("the other"), *ours.suffix]
+        assert theirs("the other")["input_ids"] == wanted
+        assert theirs("the other", "the other")["input_ids"] == wanted * 2
+        assert (origin("a")["input_ids"][0] == ours.bos) == bool(prefix)
+        assert (origin("a")["input_ids"][-1] == ours.eos) == bool(suffix)
+        assert (theirs.bos_token, theirs.eos_token) == ("<s>", eos)
+        assert (exported.prefix, exported.suffix, exported.eos) == (ours.prefix, ours.suffix, ours.eos)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_tokenizer_that_no_export_can_say_is_refused_before_training(tmp_path):
     """Leaving it out of the run is what the refusal says to do: then the weights go out without one."""
     corpus = write_corpus(tmp_path)

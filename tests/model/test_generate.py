@@ -66,6 +66,7 @@ def test_no_id_beyond_the_tokenizers_is_taken():
     assert max(generate(decoder, [1], 40, **options)) >= 60
     for other in (options, {"temperature": 0}, {"temperature": 50.0, "top_k": 67}):
         assert max(generate(decoder, [1, 66], 40, n_ids=60, **other)) < 60
+        assert max(generate(decoder, [1, 66], 40, never=[*range(60, 67)], **other)) < 60  # as ids that are no token
     for n_ids in (0, 68):
         with pytest.raises(UserError, match=f"n_ids = {n_ids}: is out of range"):
             generate(decoder, [1], 1, n_ids=n_ids)

@@ -99,7 +99,7 @@ def test_a_stock_model_is_trained_and_grown(corpus, qwen, tmp_path):
     assert "init_from = elsewhere: was" in refusal(strict, 2)
 
 
-def test_an_ngpt_begins_with_what_its_gains_acted_as(corpus, tmp_path):
+def test_an_ngpt_begins_with_what_its_gains_acted_as(corpus, tmp_path, capfd):
     """Whatever multiples they are stored in: here alpha's and s_z's follow another size."""
     small = {"growth": {}, "train__max_tokens": 512}
     first = run_config(corpus, tmp_path / "first", [{}] * 3, **small)
@@ -115,6 +115,14 @@ def test_an_ngpt_begins_with_what_its_gains_acted_as(corpus, tmp_path):
     ended, begun = rows_of(first, "eval")[-1], rows_of(second, "eval")[0]
     assert ended["step"] == 4
     assert begun["loss"] == pytest.approx(ended["loss"], abs=1e-6)
+    capfd.readouterr()
+    for dtype in ("float32", "bfloat16"):  # of which the second has rounded the rows: that is told
+        with OpenFiles() as files:
+            convert(open_source(tmp_path / "first", files), tmp_path / dtype, "hf", dtype=dtype)
+        origin = {"init_from": str(tmp_path / dtype), "train__max_tokens": 128}
+        start(run_config(corpus, tmp_path / f"of {dtype}", [{}] * 3, **small | origin), 1)
+        told = "init_from: rows are not unit vectors, by up to 0.00"
+        assert (told in capfd.readouterr().err) == (dtype == "bfloat16")
 
 
 def test_another_model_is_refused(corpus, qwen, tmp_path):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from support.small_runs import refusal, rows_of, run_config, start, write_corpus
 from support.small_tokenizer import make_tokenizer
 
 import megabus
 from megabus.config import resolve_stages
+from megabus.config.schema import SamplesConfig
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
 from megabus.generate import generate
 from megabus.splitmix import mix64
+from megabus.train import samples
 from megabus.train.samples import check_prompts
 
 PROMPTS = ["the quick brown", "", "jam"]
@@ -55,6 +60,19 @@ def test_they_are_those_of_one_process_and_leave_training_alone(data, tmp_path, 
         assert told != list(generate(model, ids, 6, seed=seed + 1, **options))  # control: draws do depend on the seed
     (shown,) = {text["prompt"] + text["text"] for text in rows[-1]["samples"][:1]}
     assert f"step {last:>5} | sample: {shown}" in out
+
+
+def test_no_id_that_is_no_token_is_drawn(monkeypatch):
+    """Neither one beyond the tokenizer's, whose vocabulary was padded, nor one in a gap of it."""
+    parts = {"vocab_size": 5, "eos": None, "prefix": [], "encode": lambda text: [0], "decode": str}
+    logits, drawn = torch.tensor([0.0, 1.0, 2.0, 50.0, 3.0, 99.0]), []
+    monkeypatch.setattr(samples, "continuations", lambda *given: [[drawn.append(given[3](0, logits)) or 0]])
+    doing = {"watchdog": SimpleNamespace(heartbeat=lambda *_: None), "tell": lambda *_: None, "engine": None}
+    run = SimpleNamespace(progress=SimpleNamespace(step=3), **doing)
+    for gaps in ([], [3]):
+        known = SimpleNamespace(gaps=gaps, **parts)
+        samples.Samples(SamplesConfig(every=1, prompts=["a"], temperature=0), known, 0)._write(run)
+    assert drawn == [3, 4]
 
 
 def test_what_does_not_fit_is_refused_at_the_start(data, tmp_path):

@@ -62,8 +62,8 @@ ENCODINGS = {
 def read_ranks(files: TokenizerFiles) -> Fast:
     """The tokenizer of a rank file. Raises `UserError` for one that is damaged, or is none of those known."""
     ranks: dict[bytes, int] = {}
-    lines = files.raw.splitlines()
-    for number, line in enumerate(lines, 1):
+    lines = [(n, line) for n, line in enumerate(files.raw.splitlines(), 1) if line]  # tiktoken skips empty ones too
+    for number, line in lines:
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -78,11 +78,12 @@ def read_ranks(files: TokenizerFiles) -> Fast:
         known = ", ".join(f"{one.name} ({size})" for size, one in ENCODINGS.items())
         problem = f"is a tiktoken file of {len(ranks)} ranks, and how its program splits text is known of {known} only"
         raise files.fault(problem, f"give the model's {TREE}")
-    return of_ranks(ranks, encoding)
+    return of_ranks(ranks, encoding, files.special("eos_token"))
 
 
-def of_ranks(ranks: dict[bytes, int], encoding: Encoding) -> Fast:
-    """Byte-pair encoding that merges what gives the token of lowest rank first, as tiktoken does.
+def of_ranks(ranks: dict[bytes, int], encoding: Encoding, eos: str | None = None) -> Fast:
+    """Byte-pair encoding that merges what gives the token of lowest rank first, as tiktoken does. eos: another end than
+    the encoding's.
 
     tokenizers wants to be told pairs: those of each token, in the order of ranks, as transformers' conversion has them.
     """
@@ -106,4 +107,4 @@ def of_ranks(ranks: dict[bytes, int], encoding: Encoding) -> Fast:
         bos = encoding.bos
         special = [(bos, encoding.special[bos])]
         backend.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos}:1 $B:1", special)
-    return Fast(backend, encoding.bos, encoding.eos)
+    return Fast(backend, encoding.bos, eos or encoding.eos)
