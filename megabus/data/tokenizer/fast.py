@@ -33,9 +33,9 @@ class Fast:
         own = [place for place, part in enumerate(probe.sequence_ids) if part is not None]
         first, last = (own[0], own[-1] + 1) if own else (len(probe.ids), len(probe.ids))
         self.prefix, self.suffix = probe.ids[:first], probe.ids[last:]
-        self._added = backend.get_added_tokens_decoder()
-        self._symbols = [token.content for token in self._added.values()]
-        named = {token.content for token in self._added.values() if token.special}
+        self.added = backend.get_added_tokens_decoder()
+        self._symbols = [token.content for token in self.added.values()]
+        named = {token.content for token in self.added.values() if token.special}
         self.bos, self.eos = self._special(bos, BOS_NAMES, named), self._special(eos, EOS_NAMES, named)
         if self.bos is None and len(self.prefix) == 1:
             self.bos = self.prefix[0]
@@ -68,9 +68,9 @@ class Fast:
 
     def written(self, number: int) -> Written:
         token = self.token_of(number)
-        if self._model.get("byte_fallback") and BYTE_PIECE.fullmatch(token) and number not in self._added:
-            return of_byte(int(token[3:-1], 16))
-        return Written(token, number in self._added)
+        if number in self.byte_of:
+            return of_byte(self.byte_of[number])
+        return Written(token, number in self.added)
 
     def spelled(self, token: Written) -> list[int] | None:
         if token.is_text:
@@ -81,7 +81,7 @@ class Fast:
         else:  # before it come neither what text is cut into nor what is put before it
             ids = [part.id for part in self.backend.model.tokenize(token.text)]
             whole = self._leaves_nothing(token.text)
-        return ids if whole and self._unknown not in ids else None
+        return ids if whole and self.unknown not in ids else None
 
     def _cut(self, text: str) -> list[str]:
         """What the model is given of a text, one after the other."""
@@ -91,7 +91,7 @@ class Fast:
 
     def _leaves_nothing(self, cut: str) -> bool:
         """A BPE without a piece for what it does not know leaves that out, and says nothing."""
-        if self._model["type"] != "BPE" or self._unknown is not None:
+        if self._model["type"] != "BPE" or self.unknown is not None:
             return True
         parts = self.backend.model.tokenize(cut)
         return bool(parts) and parts[-1].offsets[1] == len(cut.encode())
@@ -108,6 +108,22 @@ class Fast:
         model: dict[str, Any] = json.loads(self.backend.to_str())["model"]
         return model
 
+    @cached_property
+    def byte_of(self) -> dict[int, int]:
+        """Ids that stand for a byte of a character that the vocabulary lacks, and that byte."""
+        vocab = self.backend.get_vocab(with_added_tokens=False) if self._model.get("byte_fallback") else {}
+        pieces = {number: token for token, number in vocab.items() if BYTE_PIECE.fullmatch(token)}
+        return {number: int(token[3:-1], 16) for number, token in pieces.items() if number not in self.added}
+
+    @property
+    def unlearnable(self) -> str | None:
+        """Why no merges can be added to it; None where they can."""
+        if (kind := self._model["type"]) != "BPE":
+            return f"is of the kind {kind}, and only one of byte-pair encoding (BPE) learns new pieces"
+        if not self._writes_pieces_as_text:
+            return "marks the pieces that go on with a word or end one, and such a one learns no new pieces"
+        return "leaves out merges at random (dropout)" if self._model.get("dropout") else None
+
     @property
     def _writes_pieces_as_text(self) -> bool:
         """And does not mark those that go on with a word, or end one."""
@@ -115,7 +131,7 @@ class Fast:
         return self._model["type"] in ("BPE", "Unigram") and not any(marks)
 
     @property
-    def _unknown(self) -> int | None:
+    def unknown(self) -> int | None:
         """The id of what the vocabulary has no piece for."""
         token = self._model.get("unk_token")
         return self._model.get("unk_id") if token is None else self.id_of(token)
