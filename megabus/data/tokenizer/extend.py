@@ -11,6 +11,7 @@ from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
+from tokenizers.models import Unigram
 
 from megabus.data.tokenizer.face import Tokenizer
 from megabus.data.tokenizer.fast import Fast
@@ -125,7 +126,7 @@ def _extended(
         return {MODEL: _with_pieces(codec.proto, texts)}
     assert isinstance(codec, Fast)
     backend = codec.backend
-    if backend.get_vocab_size(with_added_tokens=True) < codec.n_ids:
+    if backend.get_vocab_size(with_added_tokens=True) < codec.n_ids and not isinstance(backend.model, Unigram):
         # The library would number them by how many there are: where ids have gaps, with those of others.
         backend = with_vocab(codec, [*texts, *special])
     # As they stand there: what normalises the text would have to be undone in them.
