@@ -93,7 +93,7 @@ def _with_lesson(args: argparse.Namespace, listed: Sequence[str]) -> tuple[dict[
         seconds = clock(time.monotonic() - started)
         if lesson.is_read:
             return f"{len(lesson.pieces)} of {lesson.n} pieces, {seconds}"
-        return f"{lesson.n_bytes / 1e6:.0f} MB of text, {share:.0%} read, {seconds}"
+        return f"{lesson.n_bytes / 1e6:.0f} MB of text in pieces, {share:.0%} of the files read, {seconds}"
 
     with ticking(progress):
         spelled = extend_tokenizer(args.tokenizer, args.add, args.special, args.out, listed, lesson)

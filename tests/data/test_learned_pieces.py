@@ -21,7 +21,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from megabus.data import preprocess
-from megabus.data.tokenizer import Tokenizer, spellings, train_tokenizer
+from megabus.data.tokenizer import Tokenizer, learn, spellings, train_tokenizer
 from megabus.data.tokenizer.byte_bpe import byte_pieces
 from megabus.data.tokenizer.extend import extend_tokenizer, with_vocab
 from megabus.data.tokenizer.fast import Fast
@@ -239,6 +239,16 @@ def test_pieces_of_few_letters_are_those_of_the_reference_too(seed):
             assert more.encode(text).ids == merged_ids or "abcabc" in text
 
 
+def test_a_long_text_is_encoded_in_parts_and_none_of_it_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(learn, "PART", 9)
+    monkeypatch.setattr(learn, "BATCH", 20)
+    batches = [*learn._batches(["zwölf\nelf\n\nneun\n", "a" * 20, ""])]
+    assert batches == [["zwölf\n", "elf\n\n", "neun\n", "a" * 9], ["a" * 9, "aa", ""]]
+    lesson = Lesson(3, ["\n".join(NEW * 9)], "text")
+    lesson.learn(Tokenizer(byte_level(tmp_path)).codec)
+    assert (len(lesson.pieces), lesson.n_bytes) == (3, len("\n".join(NEW * 9).encode()))
+
+
 def test_the_library_merges_as_the_reference_does_and_old_text_keeps_its_ids(learnt):
     old, new = learnt.old, learnt.new
     kept = 0
@@ -302,7 +312,7 @@ def test_the_command_says_what_it_has_learnt_and_refuses_what_it_cannot(tmp_path
     monkeypatch.setattr(preprocess, "PROGRESS_SECONDS", 1e-4)
     code, told, errors = run_command("extend-tokenizer", old, tmp_path / "new", "--learn", 30, *text)
     assert code == 0
-    assert re.search(r"\d+ MB of text, \d+% read, 0:0\d|\d+ of 30 pieces, 0:0\d", errors)
+    assert re.search(r"\d+ MB of text in pieces, \d+% of the files read, 0:0\d|\d+ of 30 pieces, 0:0\d", errors)
     was, now = Tokenizer(old), Tokenizer(tmp_path / "new")
     documents = [NEW[0].strip() + "\n" + NEW[0].strip(), NEW[1]]
     before, after = (sum(map(len, tokenizer.encode_batch(documents))) for tokenizer in (was, now))
@@ -314,7 +324,7 @@ def test_the_command_says_what_it_has_learnt_and_refuses_what_it_cannot(tmp_path
         code, told, errors = run_command("extend-tokenizer", tokenizer, tmp_path / "no", *words)
         assert (code, told) == (2, "")
         assert not (tmp_path / "no").exists()
-        return [line for line in errors.splitlines() if " pieces, 0:" not in line and " read, 0:" not in line]
+        return [line for line in errors.splitlines() if " pieces, 0:" not in line and " files read, 0:" not in line]
 
     for words, wanted in (
         (["--learn", 9], "--text = (missing): --learn has nothing to learn from; give files of text"),

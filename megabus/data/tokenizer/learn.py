@@ -12,7 +12,8 @@ from megabus.data.tokenizer.fast import Fast
 from megabus.data.tokenizer.words import Words
 from megabus.errors import UserError
 
-BATCH = 1 << 20  # characters that are encoded at once
+BATCH = 1 << 20  # characters that are encoded at once,
+PART = 1 << 16  # and most of them in one text, since each is encoded by one thread
 LEAST = 2  # how often two pieces must stand side by side to become one
 ALONE = -1  # in place of a second piece: a character that is to become one
 
@@ -101,9 +102,30 @@ class _Pairs:
         symbol, fewer, made = len(self.texts), 0, set[Pair]()
         self.texts.append(text)
         for place in self.where.pop(pair):
-            fewer += self._replace(place, _joined(self.words[place], pair, symbol), symbol, made)
+            fewer += self._join(place, pair, symbol, made)
         self._push(made)
         return fewer
+
+    def _join(self, place: int, pair: Pair, symbol: int, made: set[Pair]) -> int:
+        """In one word, from its beginning on. made: takes up the pairs that the symbol is in."""
+        word, weight, counts, (left, right) = self.words[place], self.weights[place], self.counts, pair
+        n_before = len(word)
+        at = _find(word, left, 0)
+        while at is not None:
+            if at + 1 < len(word) and word[at + 1] == right:
+                counts[pair] -= weight
+                now = []
+                if at > 0 and word[at - 1] not in self.characters:
+                    counts[word[at - 1], left] -= weight
+                    now.append((word[at - 1], symbol))
+                if at + 2 < len(word) and word[at + 2] not in self.characters:
+                    counts[right, word[at + 2]] -= weight
+                    now.append((symbol, word[at + 2]))
+                self._count(place, now)
+                made.update(now)
+                word[at : at + 2] = [symbol]
+            at = _find(word, left, at + 1)
+        return (n_before - len(word)) * weight
 
     def admit(self, character: int) -> int:
         """Make it a piece; how many pieces for bytes it takes the place of, less itself."""
@@ -133,47 +155,36 @@ class _Pairs:
             if not there or there[-1] != place:
                 there.append(place)
 
-    def _replace(self, place: int, word: list[int], symbol: int, made: set[Pair]) -> int:
-        """made: takes up the pairs that the symbol is in."""
-        old, weight = self.words[place], self.weights[place]
-        if len(word) == len(old):
-            return 0
-        for pair in self._pairs(old):
-            self.counts[pair] -= weight
-        self.words[place] = word
-        for pair in self._pairs(word):
-            if symbol in pair:
-                self._count(place, [pair])
-                made.add(pair)
-            else:
-                self.counts[pair] += weight
-        return (len(old) - len(word)) * weight
-
     def _push(self, pairs: Iterable[Pair]) -> None:
         for pair in pairs:
             if self.counts[pair] >= LEAST:
                 heapq.heappush(self.heap, (-self.counts[pair], pair))
 
 
-def _joined(word: list[int], pair: Pair, symbol: int) -> list[int]:
-    """The word with the symbol in place of each such pair, from its beginning on."""
-    joined, place, last = [], 0, len(word) - 1
-    while place <= last:
-        if place < last and word[place] == pair[0] and word[place + 1] == pair[1]:
-            joined.append(symbol)
-            place += 2
-        else:
-            joined.append(word[place])
-            place += 1
-    return joined
+def _find(word: list[int], symbol: int, start: int) -> int | None:
+    try:
+        return word.index(symbol, start)
+    except ValueError:
+        return None
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
     batch, n_read = list[str](), 0
     for text in documents:
-        batch.append(text)
-        n_read += len(text)
-        if n_read >= BATCH:
-            yield batch
-            batch, n_read = [], 0
+        for part in _parts(text):
+            batch.append(part)
+            n_read += len(part)
+            if n_read >= BATCH:
+                yield batch
+                batch, n_read = [], 0
     yield batch
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A book in parts, which end with a line where they can."""
+    start = 0
+    while len(text) - start > PART:
+        end = text.rfind("\n", start, start + PART) + 1 or start + PART
+        yield text[start:end]
+        start = end
+    yield text[start:]

@@ -39,6 +39,8 @@ class Words:
         for token, number in self.vocab.items():
             if number not in apart:
                 self.texts[number] = token
+        # By id. The same objects again and again: of large numbers the library makes a new one each time.
+        self._symbols_of_ids = [number if text else NO_PIECE for number, text in enumerate(self.texts)]
         self._is_cut = any(text.startswith(SPACE) for text in self.texts)
         self._number = NUMBER if any(len(text) > 1 and text.isnumeric() for text in self.texts) else ALONE
         self._first = [self._kind(text[:1]) for text in self.texts]
@@ -71,14 +73,19 @@ class Words:
         if word:
             counts[tuple(word)] += 1
 
-    def _symbols(self, ids: Sequence[int], places: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Ids that are pieces and, of the bytes that stand for characters, the characters."""
-        texts, byte_of = self.texts, self._byte_of
+    def _symbols(self, ids: Sequence[int], places: Sequence[int]) -> Iterable[tuple[int, int]]:
+        if self._byte_of:
+            return self._with_characters(ids, places)
+        return zip(map(self._symbols_of_ids.__getitem__, ids), places, strict=True)
+
+    def _with_characters(self, ids: Sequence[int], places: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Of bytes that stand for characters, the characters."""
+        symbols, byte_of = self._symbols_of_ids, self._byte_of
         for (is_byte, place), run in groupby(zip(ids, places, strict=True), lambda one: (one[0] in byte_of, one[1])):
             if is_byte:
                 yield from ((symbol, place) for symbol in self._of_bytes(bytes(byte_of[number] for number, _ in run)))
             else:
-                yield from ((number if texts[number] else NO_PIECE, place) for number, _ in run)
+                yield from ((symbols[number], place) for number, _ in run)
 
     def _of_bytes(self, raw: bytes) -> list[int]:
         """A character of one byte has a piece already: its byte's."""
