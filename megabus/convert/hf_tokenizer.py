@@ -25,13 +25,13 @@ from megabus.data.tokenizer.sentence_piece import (
     BPE,
     CONTROL,
     NORMAL,
-    SPACE,
     UNIGRAM,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
     SentencePiece,
 )
+from megabus.data.tokenizer.spelling import SPACE
 from megabus.errors import UserError, warn
 from megabus.plain_file import shown
 

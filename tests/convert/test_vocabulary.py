@@ -24,6 +24,7 @@ from megabus.convert.source import whole
 from megabus.convert.vocabulary import LargerVocabulary
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.data.tokenizer.extend import extend_tokenizer
+from megabus.data.tokenizer.learn import Lesson
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
 from megabus.model.params import spec_of
@@ -177,10 +178,10 @@ CASES = [  # a model, the layout that it begins in, and where its weights lie
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """The file of one of 265 pieces, and a directory with three more."""
+    """The file of one of 265 pieces, and a directory with three more, of which one is learnt."""
     folder = tmp_path_factory.mktemp("tokenizers")
     old = train_tokenizer([WORDS * 9], 265, folder / "old")
-    extend_tokenizer(old, [" Straße", "jams"], ["<|user|>"], folder / "new")
+    extend_tokenizer(old, [" Straße"], ["<|user|>"], folder / "new", lesson=Lesson(1, ["zzz zzz"], "text"))
     return old, folder / "new"
 
 
@@ -205,7 +206,7 @@ def begin_each(cases):
 
 def test_every_layout_begins_with_the_bits_of_one_process(tmp_path, tokenizers):
     old, new = tokenizers
-    spelled = {265 + n: Tokenizer(old).encode(text) for n, text in enumerate((" Straße", "jams", "<|user|>"))}
+    spelled = {265 + n: Tokenizer(old).encode(text) for n, text in enumerate((" Straße", "<|user|>", "zz"))}
     wanted = {}
     for name, model in zip(IDS, MODELS, strict=True):
         alone = LargerVocabulary(made(tmp_path / name, old, *model), 271, spelled, 265, new)

@@ -34,10 +34,10 @@ class Fast:
             backend.model.dropout = None
         ids = sorted(backend.get_vocab(with_added_tokens=True).values())
         self.n_ids = ids[-1] + 1 if ids else 0
-        self._added = backend.get_added_tokens_decoder()
+        self.added = backend.get_added_tokens_decoder()
         self.prefix, self.suffix = self._around(ids)
-        self._symbols = [token.content for token in self._added.values()]
-        named = {token.content for token in self._added.values() if token.special}
+        self._symbols = [token.content for token in self.added.values()]
+        named = {token.content for token in self.added.values() if token.special}
         self.bos = self._special(bos, self.prefix, BOS_NAMES, named)
         self.eos = self._special(eos, self.suffix, EOS_NAMES, named)
 
@@ -47,7 +47,7 @@ class Fast:
         for number in ids:
             text = self.token_of(number)
             try:
-                bare = [] if number in self._added else self.backend.encode(text, add_special_tokens=False).ids
+                bare = [] if number in self.added else self.backend.encode(text, add_special_tokens=False).ids
                 whole = self.backend.encode(text, add_special_tokens=True).ids if bare else []
             except Exception:  # the library's, of a token that is cut into what the vocabulary lacks
                 continue
@@ -84,9 +84,9 @@ class Fast:
 
     def written(self, number: int) -> Written:
         token = self.token_of(number)
-        if self._model.get("byte_fallback") and BYTE_PIECE.fullmatch(token) and number not in self._added:
-            return of_byte(int(token[3:-1], 16))
-        return Written(token, number in self._added)
+        if number in self.byte_of:
+            return of_byte(self.byte_of[number])
+        return Written(token, number in self.added)
 
     def spelled(self, token: Written) -> list[int] | None:
         if token.is_text:
@@ -97,7 +97,7 @@ class Fast:
         else:  # before it come neither what text is cut into nor what is put before it
             ids = [part.id for part in self.backend.model.tokenize(token.text)]
             whole = self._leaves_nothing(token.text)
-        return ids if whole and self._unknown not in ids else None
+        return ids if whole and self.unknown not in ids else None
 
     def _cut(self, text: str) -> list[str]:
         """What the model is given of a text, one after the other."""
@@ -107,7 +107,7 @@ class Fast:
 
     def _leaves_nothing(self, cut: str) -> bool:
         """A BPE without a piece for what it does not know leaves that out, and says nothing."""
-        if self._model["type"] != "BPE" or self._unknown is not None:
+        if self._model["type"] != "BPE" or self.unknown is not None:
             return True
         parts = self.backend.model.tokenize(cut)
         return bool(parts) and parts[-1].offsets[1] == len(cut.encode())
@@ -124,6 +124,22 @@ class Fast:
         model: dict[str, Any] = json.loads(self.backend.to_str())["model"]
         return model
 
+    @cached_property
+    def byte_of(self) -> dict[int, int]:
+        """Ids that stand for a byte of a character that the vocabulary lacks, and that byte."""
+        vocab = self.backend.get_vocab(with_added_tokens=False) if self._model.get("byte_fallback") else {}
+        pieces = {number: token for token, number in vocab.items() if BYTE_PIECE.fullmatch(token)}
+        return {number: int(token[3:-1], 16) for number, token in pieces.items() if number not in self.added}
+
+    @property
+    def unlearnable(self) -> str | None:
+        """Why no merges can be added to it; None where they can."""
+        if (kind := self._model["type"]) != "BPE":
+            return f"is of the kind {kind}, and only one of byte-pair encoding (BPE) learns new pieces"
+        if not self._writes_pieces_as_text:
+            return "marks the pieces that go on with a word or end one, and such a one learns no new pieces"
+        return "leaves out merges at random (dropout)" if self._model.get("dropout") else None
+
     @property
     def _writes_pieces_as_text(self) -> bool:
         """And does not mark those that go on with a word, or end one."""
@@ -131,7 +147,7 @@ class Fast:
         return self._model["type"] in ("BPE", "Unigram") and not any(marks)
 
     @property
-    def _unknown(self) -> int | None:
+    def unknown(self) -> int | None:
         """The id of what the vocabulary has no piece for."""
         token = self._model.get("unk_token")
         return self._model.get("unk_id") if token is None else self.id_of(token)

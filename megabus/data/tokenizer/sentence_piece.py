@@ -18,12 +18,11 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megabus.data.tokenizer.files import CONFIG, REMEDY, TokenizerFiles
-from megabus.data.tokenizer.spelling import Written, of_byte
+from megabus.data.tokenizer.spelling import SPACE, Written, of_byte
 from megabus.durable import partial_name
 from megabus.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of SentencePiece's pieces
-SPACE = "▁"  # how pieces write it
 UNIGRAM, BPE = 1, 2  # types of its models, of which a tokenizer.json can say what they do; others are word and char
 
 
