@@ -18,10 +18,13 @@ from support.report_runs import eval_rows, growth_row, looks, rows, start_row, s
 
 from megabus.errors import UserError
 from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
+from megabus.report.figure import picture
+from megabus.report.history import read_metrics
 from megabus.report.looks import evaluation_table, sample_table, time_table
-from megabus.report.page import gather, names_of, render
+from megabus.report.page import gather, names_of, render, write_report
+from megabus.report.phases import letters
 from megabus.report.pictures import limits
-from megabus.report.plots import stage_table, summary_table
+from megabus.report.plots import _draw_run, _dress, stage_table, summary_table
 from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
 from megabus.table import clock
 
@@ -139,6 +142,22 @@ def test_names():
     assert names_of(["/a/runs/x", "/b/runs/x"]) == ["a/runs/x", "b/runs/x"]
     with pytest.raises(UserError, match="is given twice"):
         names_of(["/a/x", "/a/../a/x"])
+
+
+def test_names_from_files_are_no_formulas(tmp_path):
+    """Nor hidden; and a text is shown that UTF-8 cannot write."""
+    told = [row | {"reason": "$\\bad{$"} if row["event"] == "growth" else row for row in rows(20, growths=(10,))]
+    at = next(number for number, row in enumerate(told) if row["step"] == 10)
+    samples = [{"prompt": "\ud800", "text": "\x00\x1b[31m"}]
+    told.insert(at, {"event": "sample", **totals(10), "samples": samples, "seconds": 1.0})
+    odd = write_run(tmp_path / "_costs $\\bad{$", told)
+    for runs in ([odd], [odd, write_run(tmp_path / "_$^$", rows(20))]):
+        page = write_report(runs, tmp_path / "out")
+        assert not Page(page.read_text(encoding="utf-8")).problems
+    with picture(tmp_path / "loss.png", (4, 3)) as figure:
+        curve, label = _draw_run(figure.add_subplot(), read_metrics(odd), odd.name, ("k", "k"), "tokens", False)
+        _dress(figure.axes[0], [], {curve: label}, "tokens", False)
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [label]
 
 
 def test_nothing_from_a_file_becomes_markup(tmp_path):
@@ -334,6 +353,50 @@ def test_samples_and_evaluations_lie_along_the_curve(tmp_path):
     assert list(time_table(read_run(tmp_path / "plain", "plain"))) == ["steps"]
 
 
+def phase_row(step, stage, weights, changed=("weights",), **sizes):
+    samples = {"weights": weights, "seq_len": 64, "micro_batch_size": 2, "global_batch_size": 8} | sizes
+    return (
+        {"event": "phase", **totals(step, stage), "share": step / 100, "position": 0} | samples | {"changed": changed}
+    )
+
+
+def test_phases_are_marked_and_listed(tmp_path):
+    """One begins with the growth, one is of a run that was resumed and says not what was before."""
+    told = list(rows(100, growths=(30,)))
+    for step, row in (
+        (60, phase_row(60, 1, [0.0, 1.0], None, seq_len=128)),
+        (30, phase_row(30, 1, [1.0, 2.5])),
+    ):
+        at = max(number for number, other in enumerate(told) if other["step"] == step) + 1
+        told.insert(at, row)
+    page = page_of(write_run(tmp_path / "run", told))
+    marks = [
+        {"tokens": 61440.0, "name": "a", "text": "weights 1:2.5"},
+        {"tokens": 122880.0, "name": "b", "text": "weights 0:1, length 128, micro batch 2, batch 8"},
+    ]
+    phases = json.loads(page.data)["runs"][0]["phases"]
+    assert [{key: phase[key] for key in marks[0]} for phase in phases] == marks
+    assert all(0 < phase["time"] < 1 and phase["flops"] > 0 for phase in phases)
+    assert "a 30 61.4K 30.0% 1:2.5 64 2 8 b 60 123K 60.0% 0:1 128 2 8" in page.words
+    assert "dotted ones are phases" in page.words
+    assert page.text.count("b: weights 0:1, length 128, micro batch 2, batch 8") == 1  # where there is room
+    plain = page_of(write_run(tmp_path / "plain", rows(30)))
+    assert "hases of the data schedule" not in plain.words
+    assert [letters(number) for number in (0, 25, 26, 51, 52, 701, 702)] == ["a", "z", "aa", "az", "ba", "zz", "aaa"]
+
+
+def test_scores_lie_at_the_step_that_they_are_of(tmp_path):
+    """On every axis, whenever they came, and nothing else moves."""
+    told = list(rows(100, growths=(30,)))
+    first, second = ([row for row in looks(step, 0, "step") if row["event"] == "tasks"] for step in (20, 10))
+    run = read_run(write_run(tmp_path / "run", [*told[:-9], *first, *told[-9:], *second]), "run")
+    plain = read_run(write_run(tmp_path / "plain", told), "plain")
+    for x in ("tokens", "flops", "time"):
+        assert run.tracks.at("tasks", x).tolist() == [plain.tracks.place(totals(step), x) for step in (10, 20)]
+        assert run.tracks.at("step", x).tolist() == plain.tracks.at("step", x).tolist()
+    assert run.tracks.column("tasks", "scores|lines/acc").tolist() == [0.26, 0.27]
+
+
 # ---- what is none ------------------------------------------------------------------------------------------
 
 BAD = {
@@ -362,6 +425,10 @@ BAD = {
     "samples in words": (
         json.dumps(step_row(1)) + "\n" + json.dumps({"event": "sample", **totals(1), "samples": "text"}) + "\n",
         "metrics: samples = text: of the sample row of step 1 is no list of texts",
+    ),
+    "weights in words": (
+        json.dumps(step_row(1)) + "\n" + json.dumps(phase_row(1, 0, "many")) + "\n",
+        "metrics: weights = many: of the phase row of step 1 is no number",
     ),
     "no text": ("\udcff\n", "cannot be read"),
 }
