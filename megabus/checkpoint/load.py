@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megabus.checkpoint.contents import listed_tokenizer, opened
 from megabus.checkpoint.manifest import MANIFEST, check_files, read_manifest
+from megabus.checkpoint.state import SavedState
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
 from megabus.data.tokenizer import FILES, Tokenizer, open_tokenizer, read_tokenizer_files
@@ -62,6 +63,15 @@ def saved_tokenizer(folder: Path) -> Path | None:
     if path is not None:
         check_files(folder, [entry for entry in entries if entry.name in FILES])
     return path
+
+
+def known_tokenizers(state: SavedState, tokenizer: Path | None) -> set[str]:
+    """Hashes of the tokenizer of weights: of the files that lie with them, and of what their data was made with. Empty
+    where nothing tells."""
+    data = state.data.get("train")
+    made_with = data.get("tokenizers") if isinstance(data, dict) else None
+    known = {sha256 for sha256 in made_with if isinstance(sha256, str)} if isinstance(made_with, list) else set()
+    return known if tokenizer is None else known | read_tokenizer_files(tokenizer).known_as
 
 
 def tokenizer_for(folder: Path, given: str | None, vocab_size: int) -> Tokenizer:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 
-from megabus.checkpoint.load import checkpoint_at, load_weights, own_or_given, tokenizer_for
+from megabus.checkpoint.load import (
+    checkpoint_at,
+    known_tokenizers,
+    load_weights,
+    own_or_given,
+    saved_tokenizer,
+    tokenizer_for,
+)
 from megabus.checkpoint.state import SavedState, read_state
 from megabus.convert.convert import in_other_form, model_at, open_source
 from megabus.convert.source import OpenFiles, whole
@@ -42,6 +49,17 @@ def state_of(path: str | Path) -> tuple[Path, SavedState]:
             return path, open_source(path, files).state
     folder = checkpoint_at(path)
     return folder, read_state(folder)
+
+
+def tokenizers_of_model(path: str | Path) -> set[str]:
+    """What the tokenizer of a model is known by, in whatever form its weights lie (see `known_tokenizers`)."""
+    path = model_at(path)
+    if not in_other_form(path):
+        folder = checkpoint_at(path)
+        return known_tokenizers(read_state(folder), saved_tokenizer(folder))
+    with OpenFiles() as files:
+        source = open_source(path, files)
+        return known_tokenizers(source.state, source.tokenizer)
 
 
 def tokenizer_of_model(path: str | Path, given: str | None, vocab_size: int) -> Tokenizer:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megabus.checkpoint.contents import Found, listed_tokenizer
+from megabus.checkpoint.load import known_tokenizers
 from megabus.checkpoint.state import SavedState
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.effects import without_effect
@@ -17,7 +18,7 @@ from megabus.config.section import in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
-from megabus.data.tokenizer import Tokenizer, check_carried, read_tokenizer_files
+from megabus.data.tokenizer import Tokenizer, check_carried
 from megabus.errors import UserError
 from megabus.train.horizon import horizon_factor, planned_steps
 
@@ -129,13 +130,8 @@ def tokenizer_of(origin: Found | FolderSource) -> Path | None:
 
 
 def check_tokenizer(origin: Found | FolderSource, sources: Sources) -> None:
-    """Raise `UserError` where the weights know another tokenizer's ids, by the files saved with them and by what their
-    data was made with."""
-    data = origin.state.data.get("train")
-    tokenizers = data.get("tokenizers") if isinstance(data, dict) else None
-    known = {sha256 for sha256 in tokenizers if isinstance(sha256, str)} if isinstance(tokenizers, list) else set()
-    if (path := tokenizer_of(origin)) is not None:
-        known |= read_tokenizer_files(path).known_as
+    """Raise `UserError` where the weights know another tokenizer's ids."""
+    known = known_tokenizers(origin.state, tokenizer_of(origin))
     sources.check_tokenizer(known, f"the weights of {origin.folder}")
 
 
