@@ -47,12 +47,12 @@ def span(values: Sequence[float], log: bool, clipped: bool) -> tuple[float, floa
     """The lowest and the highest value of a vertical axis; None where it can show nothing.
 
     clipped: without the highest hundredth and a half, such as the first steps' losses, where these would take most of
-    the height.
+    the height. Of few values, such as those of validations, all are shown.
     """
     shown = sorted(value for value in values if value > 0 or not log)
     if not shown:
         return None
-    low, high, most = shown[0], shown[-1], shown[int(0.985 * (len(shown) - 1))]
+    low, high, most = shown[0], shown[-1], shown[math.ceil(0.985 * len(shown)) - 1]
     if clipped and high - low > 2 * (most - low):
         high = most
     if log:

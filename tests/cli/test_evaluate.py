@@ -42,6 +42,7 @@ LINES = Path(__file__).parents[2] / "configs/eval/lines"
             ["--tasks", "t", "--device", "gpu"],
             "command line = run --tasks t --device gpu: argument --device: ",
         ),
+        (["--tasks", "t", "--limit", "0"], "--limit = 0: is no number of documents; give 1 or more"),
         (["--tasks", "t", "--device", "cuda"], "--device = cuda: is not there; use cpu"),
     ],
 )

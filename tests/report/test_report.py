@@ -24,7 +24,7 @@ from megabus.report.looks import evaluation_table, sample_table, time_table
 from megabus.report.page import gather, names_of, render, write_report
 from megabus.report.phases import letters
 from megabus.report.pictures import limits
-from megabus.report.plots import _draw_run, _dress, stage_table, summary_table
+from megabus.report.plots import _draw_run, _dress, span, stage_table, summary_table
 from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
 from megabus.table import clock
 
@@ -305,6 +305,16 @@ def test_final_figures(tmp_path):
     assert figures["largest error of a unit row"] == "5.0e-07"
     assert figures["MFU, mean"] == "–"  # which the page leaves out
     assert "MFU, mean" not in page_of(tmp_path / "run").text
+
+
+def test_first_points_are_cut_off_only_of_many():
+    """At most a hundredth and a half of all, and where these take most of the height."""
+    for n, least in ((11, 9.0), (66, 9.0), (67, 2.0), (1000, 2.0)):
+        values = [9.0, *np.linspace(2.0, 1.0, n - 1).tolist()]
+        low, high = span(values, log=False, clipped=True)
+        assert low < 1.0
+        assert least < high < least + 0.5
+    assert span([2.9, *np.linspace(2.0, 1.0, 999).tolist()], log=False, clipped=True)[1] > 2.9
 
 
 def test_what_kappa_predicts_is_not_flattened_by_what_was_before():

@@ -25,6 +25,10 @@ class Raises(Callback):
     def __init__(self, where, rank):
         self.where, self.rank = where, rank
 
+    def before_growth(self, run):
+        if self.where == "before" and dist.get_rank() == self.rank:
+            raise KeyError("no such thing")
+
     def on_row(self, run, row):
         super().on_row(run, row)
         if row["event"] == self.where and row["step"] == 9 and dist.get_rank() == self.rank:
@@ -62,7 +66,7 @@ def test_it_is_told_of_all_through_growths_and_a_resume(corpus, tmp_path, of_the
     assert (tmp_path / "seen.txt").read_text().splitlines() == grown
 
 
-@pytest.mark.parametrize(("where", "rank"), [("step", 1), ("growth", 0), ("save", 1)])
+@pytest.mark.parametrize(("where", "rank"), [("step", 1), ("before", 1), ("growth", 0), ("save", 1)])
 def test_a_run_ends_with_a_checkpoint_where_one_raises_on_one_rank(corpus, tmp_path, capfd, where, rank):
     (tmp_path / "raises.py").write_text(RAISES)
     named = {"name": f"{tmp_path / 'raises.py'}:Raises", "arguments": {"where": where, "rank": rank}}
@@ -70,7 +74,7 @@ def test_a_run_ends_with_a_checkpoint_where_one_raises_on_one_rank(corpus, tmp_p
     cap["checkpoint__asynchronous"] = False  # else a save is told when it is done, perhaps at the end
     config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=[named], **cap)
     ranks = attempt(config, 2)
-    method = f"on_{where}" if where != "step" else "on_step"
+    method = "before_growth" if where == "before" else f"on_{where}"
     problem = f"raised KeyError: 'no such thing' in {method} after step "
     for told in ranks:
         assert told.error.startswith(f"callbacks.0 = Raises: {problem}")
