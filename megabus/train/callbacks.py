@@ -177,7 +177,7 @@ def _made(key: str, entry: CallbackConfig) -> Callback:
     kind = _imported(key, entry.name)
     try:
         callback = kind(**entry.arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"of {entry.name} are not taken ({_said(error)})"
         raise UserError(f"{key}.arguments", entry.arguments, problem, "mend them, or the class") from error
     _check_kind(key, callback, entry.name)
@@ -190,7 +190,7 @@ def _imported(key: str, name: str) -> Any:
     place, _, attribute = name.rpartition(":")
     try:
         module = _module_of(Path(place)) if place.endswith(".py") else import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # of a script that is meant to be run
         remedy = "mend the name (path/to/file.py:Class or module:Class), or the file"
         raise UserError(key, name, f"cannot be imported ({_said(error)})", remedy) from error
     try:
@@ -219,7 +219,7 @@ def _check_kind(key: str, callback: object, name: str) -> None:
         raise UserError(key, name, "is no megabus.Callback", "derive its class from that")
 
 
-def _said(error: Exception) -> str:
+def _said(error: Exception | SystemExit) -> str:
     """One line of what an exception says, and where it was raised."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error}, {Path(where.filename).name}:{where.lineno}"

@@ -101,6 +101,7 @@ def test_it_is_refused_before_anything_is_made(corpus, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from megabus import Callback\nclass Good(Callback):\n    pass\nclass Other:\n    pass\n")
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(7)\n")
     cases = [
         (f"{file}:Missing", {}, "callbacks.0 = ", f"{file} has no Missing; name a class of it"),
         (f"{file}:Other", {}, "callbacks.0 = ", "is no megabus.Callback; derive its class from that"),
@@ -108,6 +109,7 @@ def test_it_is_refused_before_anything_is_made(corpus, tmp_path):
         (f"{tmp_path}/none.py:Good", {}, "callbacks.0 = ", "cannot be imported (FileNotFoundError: "),
         ("no_such_module:Good", {}, "callbacks.0 = ", "No module named 'no_such_module'"),
         (f"{tmp_path}/broken.py:Good", {}, "callbacks.0 = ", "broken.py:1); mend the name"),
+        (f"{tmp_path}/script.py:Good", {}, "callbacks.0 = ", "(SystemExit: 7, script.py:2); mend the name"),
     ]
     configs = []
     for name, arguments, *_ in cases:
