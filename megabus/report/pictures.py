@@ -6,7 +6,6 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -171,25 +170,34 @@ def _apart(axes: Axes, xs: np.ndarray) -> np.ndarray:
 
 
 def _name_marks(axes: Axes, runs: Sequence[RunCurves], view: View, full: bool) -> None:
-    """Texts over growths and phases where there is room, if wanted, then names alone, then nothing."""
+    """Texts over growths and phases where there is room, if wanted, then names alone, then nothing; in a crowd growths
+    come first."""
     width, size = _points(axes), _font_size(axes)
     transform = axes.transData + axes.transAxes.inverted()
+
+    def at_of(mark: dict[str, Any]) -> float:
+        return float(transform.transform((mark[view.x] * view.scale, 0))[0]) * width
+
     labels = sorted(
-        (float(transform.transform((mark[view.x] * view.scale, 0))[0]) * width, number, mark["name"], mark["text"])
+        (at_of(mark), kind, number, mark["name"], mark["text"])
         for number, run in enumerate(runs)
-        for mark in (*run.growths, *run.phases)
+        for kind, marks in enumerate((run.growths, run.phases))
+        for mark in marks
         if mark[view.x] > 0 or not view.log
     )
-    free = -size
-    for (at, number, name, text), (end, *_) in pairwise([*labels, (width, 0, "", "")]):
+    ends = [*(at for at, *_ in labels[1:]), width]
+    taken: list[tuple[float, float]] = []
+    for (at, _, number, name, text), end in sorted(zip(labels, ends, strict=False), key=lambda pair: pair[0][1]):
         whole = f"{name}: {text}"
         shown = whole if full and 0.62 * size * len(whole) < end - at else name
-        if at < free - 2 * size:  # a crowd: a label here would stand too far from its line
+        left, own = at, 0.62 * size * (len(shown) + 1)
+        for begin, stop in sorted(taken):  # beside the label of a mark that is close, of another run perhaps
+            left = stop if begin < left + own and left < stop else left
+        if left > at + 2 * size:  # a crowd: a label here would stand too far from its line
             continue
-        left = max(at, free)  # beside the label of a mark that is close, of another run perhaps
         place: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "xycoords": "axes fraction"}
         axes.annotate(shown, (left / width, 1), fontsize=size, parse_math=False, **_of_run(number), **place)
-        free = left + 0.62 * size * (len(shown) + 1)
+        taken.append((left, left + own))
 
 
 def _points(axes: Axes) -> float:

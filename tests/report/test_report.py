@@ -23,7 +23,7 @@ from megabus.report.history import read_metrics
 from megabus.report.looks import evaluation_table, sample_table, time_table
 from megabus.report.page import gather, names_of, render, write_report
 from megabus.report.phases import letters
-from megabus.report.pictures import limits
+from megabus.report.pictures import draw_panel, limits, view_of
 from megabus.report.plots import _draw_run, _dress, span, stage_table, summary_table
 from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
 from megabus.table import clock
@@ -111,6 +111,7 @@ def test_every_run_is_shown(tmp_path, kind):
         }
         assert "Model FLOPs utilisation (MFU) (the device's peak is not known: set log.peak_tflops)" in page.words
         assert "d48 L2 H4 KV4 ff96 → d52 L2 H4 KV4 ff96" in page.words
+        assert "data schedule" not in page.words
     if kind == "a thousand growths":
         assert f"{1000 - MOST_ROWS} more in metrics.jsonl" in page.words
         assert len(page.data) < 600_000
@@ -151,9 +152,8 @@ def test_names_from_files_are_no_formulas(tmp_path):
     samples = [{"prompt": "\ud800", "text": "\x00\x1b[31m"}]
     told.insert(at, {"event": "sample", **totals(10), "samples": samples, "seconds": 1.0})
     odd = write_run(tmp_path / "_costs $\\bad{$", told)
-    for runs in ([odd], [odd, write_run(tmp_path / "_$^$", rows(20))]):
-        page = write_report(runs, tmp_path / "out")
-        assert not Page(page.read_text(encoding="utf-8")).problems
+    page = write_report([odd, write_run(tmp_path / "_$^$", rows(20))], tmp_path / "out")
+    assert not Page(page.read_text(encoding="utf-8")).problems
     with picture(tmp_path / "loss.png", (4, 3)) as figure:
         curve, label = _draw_run(figure.add_subplot(), read_metrics(odd), odd.name, ("k", "k"), "tokens", False)
         _dress(figure.axes[0], [], {curve: label}, "tokens", False)
@@ -390,9 +390,25 @@ def test_phases_are_marked_and_listed(tmp_path):
     assert "a 30 61.4K 30.0% 1:2.5 64 2 8 b 60 123K 60.0% 0:1 128 2 8" in page.words
     assert "dotted ones are phases" in page.words
     assert page.text.count("b: weights 0:1, length 128, micro batch 2, batch 8") == 1  # where there is room
-    plain = page_of(write_run(tmp_path / "plain", rows(30)))
-    assert "hases of the data schedule" not in plain.words
     assert [letters(number) for number in (0, 25, 26, 51, 52, 701, 702)] == ["a", "z", "aa", "az", "ba", "zz", "aaa"]
+
+
+def test_in_a_crowd_growths_keep_their_labels(tmp_path):
+    """Of phases, and of another run's growth close by."""
+    told = list(rows(1000, growths=(500, 502)))
+    for step in (500, 501, 502):
+        at = max(number for number, row in enumerate(told) if row["step"] == step) + 1
+        told.insert(at, phase_row(step, 1, [1.0, 1.0]))
+    other = write_run(tmp_path / "other", rows(1000, growths=(510,)))
+    report = gather([write_run(tmp_path / "run", told), other])
+    curves, view = [run.drawn.curves[0] for run in report.curves], view_of(report.curves, "tokens")
+    with picture(tmp_path / "loss.png", (14, 4)) as figure:
+        axes = figure.add_subplot()
+        draw_panel(axes, report.panels[0], report.curves, curves, view)
+        shown = [text.get_text() for text in sorted(axes.texts, key=lambda text: text.xy[0])]
+    names = [text.partition(":")[0] for text in shown]
+    assert [name for name in names if name.isdigit()] == ["1", "2", "1"]
+    assert len(names) < 6  # control: it is one
 
 
 def test_scores_lie_at_the_step_that_they_are_of(tmp_path):
