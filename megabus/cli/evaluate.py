@@ -117,13 +117,12 @@ def _metadata(text: str) -> dict[str, Any]:
 
 def _losses(args: Any, prefixes: dict[str, str]) -> dict[str, dict[str, float | int | None]]:
     import megabus
-    from megabus.convert.load import state_of, tokenizers_of_model
+    from megabus.convert.load import with_tokenizers
     from megabus.data.batches import TokenSource
     from megabus.data.sources import VALID_SEED, bits_per_byte
     from megabus.evaluation import token_file_loss
 
-    folder, saved = state_of(args.model)
-    known = tokenizers_of_model(folder)
+    folder, saved, known = with_tokenizers(args.model)
     longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
     if longest < 1:
         raise UserError("--seq-len", longest, "is no length", "give 1 or more")

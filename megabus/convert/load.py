@@ -51,15 +51,16 @@ def state_of(path: str | Path) -> tuple[Path, SavedState]:
     return folder, read_state(folder)
 
 
-def tokenizers_of_model(path: str | Path) -> set[str]:
-    """What the tokenizer of a model is known by, in whatever form its weights lie (see `known_tokenizers`)."""
+def with_tokenizers(path: str | Path) -> tuple[Path, SavedState, set[str]]:
+    """`state_of`, and what the tokenizer of the model is known by (see `known_tokenizers`)."""
     path = model_at(path)
-    if not in_other_form(path):
-        folder = checkpoint_at(path)
-        return known_tokenizers(read_state(folder), saved_tokenizer(folder))
-    with OpenFiles() as files:
-        source = open_source(path, files)
-        return known_tokenizers(source.state, source.tokenizer)
+    if in_other_form(path):
+        with OpenFiles() as files:
+            source = open_source(path, files)
+            return path, source.state, known_tokenizers(source.state, source.tokenizer)
+    folder = checkpoint_at(path)
+    state = read_state(folder)
+    return folder, state, known_tokenizers(state, saved_tokenizer(folder))
 
 
 def tokenizer_of_model(path: str | Path, given: str | None, vocab_size: int) -> Tokenizer:
