@@ -68,9 +68,10 @@ def saved_tokenizer(folder: Path) -> Path | None:
 def known_tokenizers(state: SavedState, tokenizer: Path | None) -> set[str]:
     """Hashes of the tokenizer of weights: of the files that lie with them, and of what their data was made with. Empty
     where nothing tells."""
-    data = state.data.get("train")
-    made_with = data.get("tokenizers") if isinstance(data, dict) else None
-    known = {sha256 for sha256 in made_with if isinstance(sha256, str)} if isinstance(made_with, list) else set()
+    known: set[str] = set()
+    for corpora in (state.data.get("train"), state.data.get("valid")):
+        made_with = corpora.get("tokenizers") if isinstance(corpora, dict) else None
+        known |= {sha256 for sha256 in made_with if isinstance(sha256, str)} if isinstance(made_with, list) else set()
     return known if tokenizer is None else known | read_tokenizer_files(tokenizer).known_as
 
 

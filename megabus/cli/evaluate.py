@@ -117,12 +117,12 @@ def _metadata(text: str) -> dict[str, Any]:
 
 def _losses(args: Any, prefixes: dict[str, str]) -> dict[str, dict[str, float | int | None]]:
     import megabus
-    from megabus.convert.load import with_tokenizers
+    from megabus.convert.load import state_of
     from megabus.data.batches import TokenSource
     from megabus.data.sources import VALID_SEED, bits_per_byte
     from megabus.evaluation import token_file_loss
 
-    folder, saved, known = with_tokenizers(args.model)
+    folder, saved, known = state_of(args.model)
     longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
     if longest < 1:
         raise UserError("--seq-len", longest, "is no length", "give 1 or more")
@@ -132,9 +132,7 @@ def _losses(args: Any, prefixes: dict[str, str]) -> dict[str, dict[str, float | 
     found = {}
     for name, prefix in prefixes.items():
         source = TokenSource([(prefix, 1.0)], longest, VALID_SEED, model.config.vocab_size)
-        if known and source.tokenizers and not known & source.tokenizers.keys():
-            problem = f"belongs to another tokenizer than {folder}, whose ids mean other pieces"
-            raise UserError("--data", prefix, problem, "preprocess the text with that one")
+        source.check_tokenizer(known, folder)
         n_tokens = min(args.tokens // longest, source.orders[0].n_chunks) * longest
         loss = token_file_loss(model, source, n_tokens, longest, bool(saved.data.get("document_mask")))
         found[name] = {"loss": loss, "bits_per_byte": bits_per_byte(source, loss), "tokens": n_tokens}

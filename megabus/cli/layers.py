@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from megabus.model.documents import Documents
     from megabus.table import aligned
 
-    folder, saved = state_of(args.checkpoint)
+    folder, saved, known = state_of(args.checkpoint)
     model = megabus.load(folder)
     longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
     if model.config.n_layers == 0:
@@ -53,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if args.tokens < args.seq_len:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({args.seq_len}) or more")
     source = TokenSource([(args.valid, 1.0)], longest, VALID_SEED, model.config.vocab_size)
+    source.check_tokenizer(known, folder)
     rows = min(args.tokens, source.n_tokens - 1) // args.seq_len
     documents = []
     if saved.data.get("document_mask"):

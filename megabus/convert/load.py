@@ -41,18 +41,9 @@ def load(path: str | Path) -> Decoder:
     return model.eval()
 
 
-def state_of(path: str | Path) -> tuple[Path, SavedState]:
-    """Where a model lies, in whatever form, and what is said of it beside its weights."""
-    path = model_at(path)
-    if in_other_form(path):
-        with OpenFiles() as files:
-            return path, open_source(path, files).state
-    folder = checkpoint_at(path)
-    return folder, read_state(folder)
-
-
-def with_tokenizers(path: str | Path) -> tuple[Path, SavedState, set[str]]:
-    """`state_of`, and what the tokenizer of the model is known by (see `known_tokenizers`)."""
+def state_of(path: str | Path) -> tuple[Path, SavedState, set[str]]:
+    """Where a model lies, in whatever form, what is said of it beside its weights, and what its tokenizer is known by
+    (see `known_tokenizers`)."""
     path = model_at(path)
     if in_other_form(path):
         with OpenFiles() as files:

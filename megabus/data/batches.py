@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,13 @@ class TokenSource:
         for k, start, stop in self._spans(consumed_tokens, seq_len, rows):
             lengths += self.corpora[k].document_lengths(start, stop - 1)
         return lengths
+
+    def check_tokenizer(self, known: Set[str], model: object) -> None:
+        """Raises UserError where none of the hashes that a model's tokenizer is known by is that of what made the
+        corpora. What either side does not know is not compared: Megatron's own tools do not say what they made."""
+        if known and self.tokenizers and not known & self.tokenizers.keys():
+            problem = f"belongs to another tokenizer than {model}, whose ids mean other pieces"
+            raise UserError("data", ", ".join(self.tokenizers.values()), problem, f"{REBUILD} with that one")
 
     def check_documents(self) -> None:
         """Raises UserError for a corpus whose index tells no documents apart, or others than its sidecar counts."""
