@@ -325,15 +325,17 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     )
     if changed:
         run.mark()
-    # Under a configuration with other samples here, the updates before are no measure of those that come.
-    run.spikes.begin(() if changed or now.deals != dealt else found.state.recent)
+    others = changed or now.deals != dealt  # other samples by this configuration: what was before is no measure of them
+    run.spikes.begin(() if others else found.state.recent)
     run.saved_step = now.step
     run.monitor.load_state_dict(found.state.monitor)
+    if others:
+        run.monitor.begin_anew()
     run.monitor.retarget(run_span(run))
     run.view = run.monitor.view(now.tokens, now.flops)
     layouts = {"layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
     run.tell("resume", layouts | why)
-    if changed or now.deals != dealt:
+    if others:
         tell_phase(run, None)
 
 

@@ -215,8 +215,10 @@ def test_a_run_goes_on_with_longer_sequences(config_of, tmp_path):
     short = {"growth__stages": [], "growth__max_tokens": None, "train__max_tokens": 1024}
     start(config_of(tmp_path / "run", train__phases=phases, **short), 1, stop_after(3))
     config = config_of(tmp_path / "run", train__phases=[*phases, {"share": 0.7, "seq_len": 32}], **short)
+    (first,) = start(config, 1, stop_after(4))
+    assert read_state_of(config, 4)["monitor"]["curve"] == []  # what κ knew is of other samples
     (rank,) = start(config, 1)
-    assert {k for spans in read_in(config, rank.steps) for k, *_ in spans} == {1}
+    assert {k for spans in read_in(config, first.steps + rank.steps) for k, *_ in spans} == {1}
     state = read_state(Path(rank.checkpoint))
     assert state.progress.deals == (Deal(0, (0, 1024)),)
     phases = [(row["step"], row["seq_len"], row.get("changed")) for row in rows_of(config, "phase")]
