@@ -11,6 +11,8 @@ from megabus.errors import UserError
 from megabus.model.decoder import Decoder
 from megabus.model.layers import KVCache
 
+NO_TOKEN = -1
+
 
 def generate(
     model: Decoder,
@@ -56,6 +58,9 @@ def _tokens(
         token = choose(model(new, cache)[0, -1])
         if token == stop:
             return
+        if token == NO_TOKEN:
+            problem = "is no number: the model has diverged, or is damaged"
+            raise UserError("logits", "nan", problem, "take an earlier checkpoint, or weights of fp32")
         yield token
         new = torch.tensor([[token]], device=device)
 
@@ -68,7 +73,10 @@ def chosen(
     top_p: float = 1.0,
     never: Sequence[int] = (),
 ) -> int:
-    """The next token by its logits, fp64 on the CPU; see `generate` for the rest."""
+    """The next token by its logits, fp64 on the CPU; NO_TOKEN where one is NaN or infinite, as of a model that has
+    diverged. See `generate` for the rest."""
+    if not logits_V.max().isfinite():
+        return NO_TOKEN
     if never:
         logits_V = logits_V.index_fill(0, torch.tensor(never), -torch.inf)
     if temperature == 0:

@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     if not args.data and not args.tasks:
         raise UserError("--data, --tasks", "(missing)", "there is nothing to measure", "give one of them")
     metadata = _metadata(args.metadata)
+    if args.limit is not None and args.limit < 1:
+        raise UserError("--limit", args.limit, "is no number of documents", "give 1 or more")
     prefixes = dict(_named(word) for word in args.data)
     if len(prefixes) < len(args.data):
         raise UserError("--data", " ".join(args.data), "names one twice", "give each a NAME= of its own")

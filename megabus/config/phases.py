@@ -78,6 +78,18 @@ def check_schedule(config: RunConfig) -> None:
     _check_weights(config)
 
 
+def check_reached(config: RunConfig) -> None:
+    """Raise `UserError` for a phase that no step begins in, where that is known: of a run that is counted in steps."""
+    train = config.train
+    if not train.max_steps or train.max_tokens or train.max_flops:
+        return
+    last = (train.max_steps - 1) / train.max_steps
+    for number, phase in enumerate(train.phases):
+        if phase.share > last:
+            problem = f"begins in no step: the last of {train.max_steps} begins at {last:.6g}"
+            raise UserError(f"train.phases.{number}.share", phase.share, problem, "lower it, or leave the phase out")
+
+
 def _check_weights(config: RunConfig) -> None:
     corpora, own = config.data.train, [corpus.weight for corpus in config.data.train]
     said = list(said_weights(config))

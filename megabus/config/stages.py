@@ -17,7 +17,7 @@ from megabus.config.checks import (
 )
 from megabus.config.effects import check_effects
 from megabus.config.pair import SIZES, check_pair, divides
-from megabus.config.phases import KEYS, Phase, check_schedule, phases_of
+from megabus.config.phases import KEYS, Phase, check_reached, check_schedule, phases_of
 from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
 from megabus.config.section import in_line
 from megabus.config.stock import check_kind
@@ -108,6 +108,7 @@ def resolve_stages(
     _check_run(config)
     if not saved:
         check_effects(config)
+        check_reached(config)
     _check_last(config)
     first = replace(
         _alone(config.model, config.layout, config.train, config.optimizer, world_size),

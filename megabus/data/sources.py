@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,7 +105,8 @@ def _corpora_of(config: RunConfig) -> list[tuple[str, list[str]]]:
 
 def open_sources(config: RunConfig, stages: list[Stage], heartbeat: Callable[[], object] = int) -> Sources:
     """Raises `UserError` for missing, truncated or too short files, for another vocabulary or tokenizer, for weights
-    that no blend can have, and where documents are to be kept apart for files that know of none.
+    that no blend can have, for a pattern of training files that the validation's are of, and where documents are to be
+    kept apart for files that know of none.
 
     heartbeat: called while files of URLs are fetched.
     """
@@ -115,6 +118,7 @@ def open_sources(config: RunConfig, stages: list[Stage], heartbeat: Callable[[],
             slots(weights)
     with _named("data.valid"):
         valid = _source(config, [(config.data.valid, 1.0)], longest, VALID_SEED, heartbeat)
+    _check_held_out(config, train, valid)
     extra = {}
     for name, prefix in config.eval.extra.data.items():
         with _named(f"eval.extra.data.{name}"):
@@ -132,6 +136,16 @@ def open_sources(config: RunConfig, stages: list[Stage], heartbeat: Callable[[],
         problem = f"in sequences of {longest} that is {valid_tokens}, and {config.data.valid} has {readable} in such"
         raise UserError("eval.tokens", config.eval.tokens, problem, f"set it to {readable} or less, or add text")
     return Sources(train, valid, valid_tokens, config.data.document_mask, tokenizer, extra)
+
+
+def _check_held_out(config: RunConfig, train: TokenSource, valid: TokenSource) -> None:
+    """Raise `UserError` where a pattern stands for the validation's files too. Who names one in full may mean it."""
+    held_out = {os.path.realpath(prefix) for prefix in valid.corpora[0].prefixes}
+    for (paths, _), corpus in zip(config.data.train_corpora, train.corpora, strict=True):
+        both = [prefix for prefix in corpus.prefixes if os.path.realpath(prefix) in held_out]
+        if both and any(map(glob.has_magic, {*paths} - {*both})):
+            problem = f"matches {both[0]}, which data.valid measures on"
+            raise UserError("data.train", ", ".join(paths), problem, "narrow the pattern, or name the file to mean it")
 
 
 def _source(

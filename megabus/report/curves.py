@@ -19,6 +19,7 @@ TIMED = (
     "step",
     "eval",
     "growth",
+    "phase",
     "gains",
     "memory",
     "evaluation",
@@ -198,6 +199,7 @@ class Tracks:
             self._numbers(timed, key, required=True)
         for key in ("tokens_per_s", "stall_s"):
             self._numbers(timed, key)
+        timed.sort(key=lambda row: row["step"])  # scores of tasks come when they are there, and lie where they are of
         for row in timed:
             self._rows[row["event"]].append(row)
         event_of = np.array([row["event"] for row in timed], dtype=object)

@@ -12,6 +12,7 @@ from megabus.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#5c6b73")
 INK, FAINT, GRID = "#22282e", "#8b949e", "#e6e9ec"
@@ -43,6 +44,12 @@ def picture(out_png: str | Path, figsize: tuple[float, float], dpi: int = 150, *
             figure.savefig(out_png)
         except (OSError, ValueError) as error:
             raise UserError("picture", out_png, f"cannot be written ({error})", "name a writable .png") from error
+
+
+def as_they_are(texts: Sequence[Text]) -> None:
+    """Names from files: dollar signs in them begin no formula."""
+    for text in texts:
+        text.set_parse_math(False)
 
 
 def dress(axes: Axes, axis: Any = "both") -> None:

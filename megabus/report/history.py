@@ -1,11 +1,12 @@
 """The rows of a run's `metrics.jsonl`, as written, and which of them count.
 
 One JSON object a line, told apart by `event`, each with `step` and all but `save` with the run's totals tokens and
-flops: `step` and `eval` rows add loss (nats per token; step rows tokens_per_s too); `growth` rows from_stage,
-to_stage, the sizes `old` and `new`, old_layout, new_layout, loss_before, loss_after, reason and stall_s; an optional
-`start` row stage, sizes and layout, so that a run that has not grown is known. See `train/loop.py` for the others:
-`gains`, `memory`, `skip`, `save`, `resume`; `train/samples.py` for `sample`; and `train/evaluations.py` for
-`evaluation` and `tasks`, whose rows come when the scores are there and lie at the step that they are of.
+flops: `step` and `eval` rows add loss (nats per token; step rows tokens_per_s too); `growth` rows from_stage, to_stage,
+the sizes `old` and `new`, old_layout, new_layout, loss_before, loss_after, reason and stall_s; an optional `start` row
+stage, sizes and layout, so that a run that has not grown is known. See `train/loop.py` for the others: `gains`,
+`memory`, `skip`, `save`, `resume`, and `phase`, whose samples hold from there on; `train/samples.py` for `sample`; and
+`train/evaluations.py` for `evaluation` and `tasks`, whose rows come when the scores are there and lie at the step that
+they are of.
 """
 
 from __future__ import annotations

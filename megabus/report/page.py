@@ -18,6 +18,7 @@ from megabus.errors import UserError
 from megabus.report.curves import PANELS, Curve, Panel, drawn, gain_panels, mean_panels
 from megabus.report.figure import COLOURS
 from megabus.report.looks import evaluation_table, extra_panels, sample_table, time_table
+from megabus.report.phases import check_phases, phase_marks, phase_table
 from megabus.report.pictures import RunCurves, drawings, plot_curves
 from megabus.report.plots import plot_loss, stage_table
 from megabus.report.run_facts import (
@@ -54,7 +55,8 @@ def gather(run_dirs: Sequence[str | Path]) -> Report:
 
 def _curves(run: RunFacts, panels: Sequence[Panel]) -> RunCurves:
     fault_marks = [_fault_mark(run, fault) for fault in faults(run) if fault["is_fault"]][:_MOST_MARKS]
-    return RunCurves(run.name, drawn(run.tracks, panels), growth_marks(run), fault_marks)
+    check_phases(run)
+    return RunCurves(run.name, drawn(run.tracks, panels), growth_marks(run), phase_marks(run), fault_marks)
 
 
 def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Path:
@@ -77,7 +79,8 @@ def _write(report: Report, out: Path) -> Path:
     html = render(report)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8")
+        # What is half of a pair of UTF-16 in a file's JSON has no bytes in UTF-8.
+        partial.write_text(html, encoding="utf-8", errors="replace")
         partial.replace(page)
     except OSError as error:
         raise UserError("--out", out, f"cannot be written ({error.strerror})", "name a writable folder") from error
@@ -114,6 +117,7 @@ def render(report: Report) -> str:
             {
                 "name": run.name,
                 "growths": run.growths,
+                "phases": run.phases,
                 "faults": run.faults,
                 "places": run.drawn.places,
                 "curves": {panels[i].key: run.drawn.curves[i] for i in shown},
@@ -146,6 +150,7 @@ def render(report: Report) -> str:
         stages=[stage_table(run.curve_rows, run.layouts) for run in runs],
         words=GROWTH_WORDS,
         growths=[shortened(growth_table(run)) for run in runs],
+        phases=[shortened(phase_table(run)) for run in runs],
         times=_beside([time_table(run) for run in runs]),
         samples=[shortened(sample_table(run)) for run in runs],
         evaluations=[evaluation_table(run) for run in runs],

@@ -6,14 +6,13 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from megabus.report.curves import Curve, Drawn, Panel
-from megabus.report.figure import COLOURS, FAINT, GRID, INK, STYLE, picture
+from megabus.report.figure import COLOURS, FAINT, GRID, INK, STYLE, as_they_are, picture
 from megabus.report.history import XAxis
 from megabus.report.plots import dress_curves, short, span
 
@@ -37,11 +36,13 @@ _THEME = {  # the page's colours, which are others in the dark
 
 @dataclass(frozen=True)
 class RunCurves:
-    """A run as it is drawn. growths, faults: a mark each, with its place on every axis and its `text`."""
+    """A run as it is drawn. growths, phases, faults: a mark each, with its place on every axis, its `text`, and, but of
+    faults, the `name` that it has in a table."""
 
     name: str
     drawn: Drawn
     growths: list[dict[str, Any]]
+    phases: list[dict[str, Any]]
     faults: list[dict[str, Any]]
 
 
@@ -83,7 +84,8 @@ def view_of(runs: Sequence[RunCurves], x: XAxis, log: bool = False) -> View:
 def draw_panel(
     axes: Axes, panel: Panel, runs: Sequence[RunCurves], curves: Sequence[list[Curve | None]], view: View
 ) -> None:
-    """Draw the panel's curves (by run, then by line) and the runs' growths and faults, in place of what was there."""
+    """Draw the panel's curves (by run, then by line) and the runs' growths, phases and faults, in place of what
+    was there."""
     from matplotlib.ticker import LogLocator
 
     for artist in [*axes.lines, *axes.collections, *axes.texts]:
@@ -115,7 +117,7 @@ def draw_panel(
                 is_training = len(runs) == 1 and panel.has_two_colours and line.event == "step"
                 colour = COLOURS[1 if is_training else number % len(COLOURS)]
                 _draw_curve(axes, at, values, line.shape, number, colour)
-    _number_growths(axes, runs, view, names=panel.key == "loss")
+    _name_marks(axes, runs, view, full=panel.key == "loss")
 
 
 def _draw_curve(
@@ -147,13 +149,14 @@ def _of_run(number: int) -> dict[str, Any]:
 
 
 def _draw_marks(axes: Axes, run: RunCurves, number: int, view: View) -> None:
-    """Upright lines at growths, triangles on the axis at faults."""
+    """Upright lines at growths and phases, triangles on the axis at faults."""
     across = axes.get_xaxis_transform()
-    grown = _apart(axes, _numbers([mark[view.x] for mark in run.growths], view.log) * view.scale)
-    if len(grown):
-        xs = np.stack([grown, grown, np.full_like(grown, np.nan)], axis=1).ravel()
-        lines: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (3, 3)), "alpha": 0.8}
-        axes.plot(xs, [0.0, 1.0, np.nan] * len(grown), transform=across, **_of_run(number), **lines)
+    for marks, dashes in ((run.growths, (3, 3)), (run.phases, (1, 2))):
+        begun = _apart(axes, _numbers([mark[view.x] for mark in marks], view.log) * view.scale)
+        if len(begun):
+            xs = np.stack([begun, begun, np.full_like(begun, np.nan)], axis=1).ravel()
+            lines: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, dashes), "alpha": 0.8}
+            axes.plot(xs, [0.0, 1.0, np.nan] * len(begun), transform=across, **_of_run(number), **lines)
     failed = _apart(axes, _numbers([mark[view.x] for mark in run.faults], view.log) * view.scale)
     if len(failed):
         shape: dict[str, Any] = {"marker": "^", "linestyle": "", "markersize": 5, "color": _FAULT}
@@ -167,26 +170,35 @@ def _apart(axes: Axes, xs: np.ndarray) -> np.ndarray:
     return xs[np.unique(np.round(at * 72 / float(axes.figure.dpi)), return_index=True)[1]]
 
 
-def _number_growths(axes: Axes, runs: Sequence[RunCurves], view: View, names: bool) -> None:
-    """Names over the growths where there is room, if wanted, then numbers, then nothing."""
+def _name_marks(axes: Axes, runs: Sequence[RunCurves], view: View, full: bool) -> None:
+    """Texts over growths and phases where there is room, if wanted, then names alone, then nothing; in a crowd growths
+    come first."""
     width, size = _points(axes), _font_size(axes)
     transform = axes.transData + axes.transAxes.inverted()
+
+    def at_of(mark: dict[str, Any]) -> float:
+        return float(transform.transform((mark[view.x] * view.scale, 0))[0]) * width
+
     labels = sorted(
-        (float(transform.transform((mark[view.x] * view.scale, 0))[0]) * width, number, str(i), mark["text"])
+        (at_of(mark), kind, number, mark["name"], mark["text"])
         for number, run in enumerate(runs)
-        for i, mark in enumerate(run.growths, 1)
+        for kind, marks in enumerate((run.growths, run.phases))
+        for mark in marks
         if mark[view.x] > 0 or not view.log
     )
-    free = -size
-    for (at, number, digit, text), (end, *_) in pairwise([*labels, (width, 0, "", "")]):
-        full = f"{digit}: {text}"
-        shown = full if names and 0.62 * size * len(full) < end - at else digit
-        if at < free - 2 * size:  # a crowd: a label here would stand too far from its growth
+    ends = [*(at for at, *_ in labels[1:]), width]
+    taken: list[tuple[float, float]] = []
+    for (at, _, number, name, text), end in sorted(zip(labels, ends, strict=False), key=lambda pair: pair[0][1]):
+        whole = f"{name}: {text}"
+        shown = whole if full and 0.62 * size * len(whole) < end - at else name
+        left, own = at, 0.62 * size * (len(shown) + 1)
+        for begin, stop in sorted(taken):  # beside the label of a mark that is close, of another run perhaps
+            left = stop if begin < left + own and left < stop else left
+        if left > at + 2 * size:  # a crowd: a label here would stand too far from its line
             continue
-        left = max(at, free)  # beside the label of a growth that is close, of another run perhaps
         place: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "xycoords": "axes fraction"}
         axes.annotate(shown, (left / width, 1), fontsize=size, parse_math=False, **_of_run(number), **place)
-        free = left + 0.62 * size * (len(shown) + 1)
+        taken.append((left, left + own))
 
 
 def _points(axes: Axes) -> float:
@@ -263,7 +275,9 @@ def plot_curves(panels: Sequence[Panel], runs: Sequence[RunCurves], out_png: Pat
             figure.suptitle("nothing but the loss has been logged")
         elif len(runs) > 1:
             handles = [Line2D([], [], color=COLOURS[n % len(COLOURS)]) for n in range(len(runs))]
-            figure.legend(handles, [run.name for run in runs], loc="outside upper left", ncols=4, frameon=False)
+            names = [run.name for run in runs]
+            legend = figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False)
+            as_they_are(legend.get_texts())
     return out_png
 
 

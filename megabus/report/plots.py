@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megabus.config.reasons import REASONS
 from megabus.errors import UserError
-from megabus.report.figure import COLOURS, dress, picture
+from megabus.report.figure import COLOURS, as_they_are, dress, picture
 from megabus.report.history import MetricsRow, XAxis, layouts_that_ran, places, read_metrics, read_rows, skipped_spikes
 from megabus.table import aligned, si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _SHORT = {"d_model": "d", "n_layers": "L", "n_heads": "H", "n_kv_heads": "KV", "d_ff": "ff"}
 X_LABEL = {"flops": "training compute (FLOPs)", "tokens": "tokens", "time": "training time (hours)"}
@@ -46,12 +47,12 @@ def span(values: Sequence[float], log: bool, clipped: bool) -> tuple[float, floa
     """The lowest and the highest value of a vertical axis; None where it can show nothing.
 
     clipped: without the highest hundredth and a half, such as the first steps' losses, where these would take most of
-    the height.
+    the height. Of few values, such as those of validations, all are shown.
     """
     shown = sorted(value for value in values if value > 0 or not log)
     if not shown:
         return None
-    low, high, most = shown[0], shown[-1], shown[int(0.985 * (len(shown) - 1))]
+    low, high, most = shown[0], shown[-1], shown[math.ceil(0.985 * len(shown)) - 1]
     if clipped and high - low > 2 * (most - low):
         high = most
     if log:
@@ -82,13 +83,14 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
     with picture(out_png, (9.6, _HEIGHT)) as figure:
         axes = figure.add_axes((0.075, 0.1, 0.895, 0.8))
-        labels = []
+        labels, curves = [], {}
         for i, (run_dir, rows) in enumerate(zip(run_dirs, runs, strict=True)):
             colour = COLOURS[i % len(COLOURS)]
             faint = colour if len(runs) > 1 else COLOURS[1]  # of one run the two losses have a colour each
-            _draw_run(axes, rows, Path(run_dir).resolve().name, (colour, faint), x, log_x)
+            curve, name = _draw_run(axes, rows, Path(run_dir).resolve().name, (colour, faint), x, log_x)
+            curves[curve] = name
             labels += [(at, text, colour) for at, text in _growths(rows, x)]
-        _dress(axes, runs, x, log_x)
+        _dress(axes, runs, curves, x, log_x)
         _lay_labels(figure, axes, labels)
     return Path(out_png)
 
@@ -105,14 +107,15 @@ def _series(rows: Sequence[MetricsRow], event: str, x: XAxis) -> tuple[list[floa
 
 def _draw_run(
     axes: Axes, rows: Sequence[MetricsRow], name: str, colours: tuple[str, str], x: XAxis, log_x: bool
-) -> None:
-    """colours: of the validation and of the training loss."""
+) -> tuple[Line2D, str]:
+    """The validation's curve, and what it is called. colours: of the validation and of the training loss."""
     train, valid = (_series([row for row in rows if row["step"] > 0 or not log_x], e, x) for e in ("step", "eval"))
     axes.plot(*train, color=colours[1], alpha=0.3, linewidth=0.8, zorder=2)
     every = max(1, len(valid[0]) // 40)  # a point on each of hundreds of evaluations would be a thick line
     label = f"{name}  {valid[1][-1]:.3f}" if valid[1] else name
     points: dict[str, Any] = {"marker": "o", "markersize": 3.2, "markevery": every}
-    axes.plot(*valid, color=colours[0], linewidth=1.7, zorder=3, label=label, **points)
+    (curve,) = axes.plot(*valid, color=colours[0], linewidth=1.7, zorder=3, **points)
+    return curve, label
 
 
 def _growths(rows: Sequence[MetricsRow], x: XAxis) -> list[tuple[float, str]]:
@@ -134,7 +137,9 @@ def why(growth: MetricsRow) -> str:
     return REASONS[reason].flag if reason in REASONS else reason
 
 
-def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bool) -> None:
+def _dress(
+    axes: Axes, runs: Sequence[Sequence[MetricsRow]], curves: Mapping[Line2D, str], x: XAxis, log_x: bool
+) -> None:
     """Axes, legend, and a view that the first steps' high losses do not flatten."""
     seen = [
         point
@@ -152,7 +157,9 @@ def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bo
         if log_x:
             axes.set_xlim(left=0.9 * min(at for at, loss in seen if loss <= limits[1]))
     axes.set_ylabel("loss (nats per token)", labelpad=6)
-    axes.legend(
+    legend = axes.legend(  # given its labels, for it leaves out those of artists that begin with "_"
+        [*curves],
+        [*curves.values()],
         title="validation loss  (faint: training)",
         loc="upper right",
         frameon=True,
@@ -162,6 +169,7 @@ def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bo
         title_fontsize=8,
         alignment="left",
     )
+    as_they_are(legend.get_texts())
 
 
 def _lay_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
@@ -180,7 +188,7 @@ def _lay_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, s
             axes.axvline(at, zorder=1, color=colour, linewidth=0.6, alpha=0.5)
         labels = []
     for at, text, colour in sorted(labels, reverse=True):
-        flag = axes.text(0, 0, text, fontsize=8.5, transform=axes.transAxes)
+        flag = axes.text(0, 0, text, fontsize=8.5, transform=axes.transAxes, parse_math=False)
         width = flag.get_window_extent().width * pixel
         flag.remove()
         pole = axes.transData.transform((at, 0))[0] * pixel
@@ -207,6 +215,7 @@ def _lay_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, s
             color=colour,
             fontsize=8.5,
             annotation_clip=False,
+            parse_math=False,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )
 

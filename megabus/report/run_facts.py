@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import yaml
@@ -19,6 +19,7 @@ from megabus.report.history import (
     RETURNS,
     SPIKE,
     MetricsRow,
+    XAxis,
     curve_rows,
     layouts_that_ran,
     read_rows,
@@ -218,10 +219,12 @@ def growth_table(run: RunFacts) -> list[dict[str, str]]:
 
 
 def growth_marks(run: RunFacts) -> list[dict[str, Any]]:
-    """Where each growth lies on every axis, and what it is called."""
-    axes = ("tokens", "flops", "time")
-    at = {x: run.tracks.at("growth", x) for x in axes}  # type: ignore[arg-type]
-    return [{x: float(at[x][i]) for x in axes} | {"text": growth_text(row)} for i, row in enumerate(run.growths)]
+    """Where each growth lies on every axis, its number, and what it is called."""
+    at = {x: run.tracks.at("growth", x) for x in get_args(XAxis)}
+    return [
+        {x: float(at[x][i]) for x in at} | {"name": str(i + 1), "text": growth_text(row)}
+        for i, row in enumerate(run.growths)
+    ]
 
 
 def faults(run: RunFacts) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megabus.engine.engine import Engine
+from megabus.generate import NO_TOKEN
 from megabus.model.decoder import Decoder
 from megabus.model.loss import IGNORED
 from megabus.scoring import likelihood
@@ -44,7 +45,8 @@ def continuations(
     choose: Callable[[int, Tensor], int],
     stop: int | None,
 ) -> list[list[int]]:
-    """Up to `max_tokens` token ids that follow each prompt, ending before `stop`; the same on every rank. Collective.
+    """Up to `max_tokens` token ids that follow each prompt, ending before `stop` and where there is no token to choose;
+    the same on every rank. Collective.
 
     choose: from the number of a prompt and its logits (vocab_size,) to a token; asked once a token, always on the same
     rank for the same prompt. Without a cache of keys and values, so that every layout can: each token costs a forward
@@ -59,7 +61,7 @@ def continuations(
         for _ in range(max_tokens):
             tokens = _next_tokens(engine, loss, texts, choose, width)
             for number in sorted(going):
-                if tokens[number] == stop:
+                if tokens[number] in (stop, NO_TOKEN):
                     going.remove(number)
                 else:
                     texts[number].append(tokens[number])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 HANDLERS = {"step": "on_step", "skip": "on_step", "eval": "on_eval", "growth": "on_growth", "save": "on_save"}
+MOST_ANSWERS = 16  # rows that are each told because of the one before
 OWN = {  # events of the trainer's rows
     *HANDLERS,
     *("start", "resume", "phase", "gains", "memory", "sample", "evaluation", "tasks", "profile"),
@@ -94,13 +95,13 @@ class Guarded(Callback):
         if self.is_over:
             return
         run.watchdog.heartbeat(f"{self.key}.{name}")
-        error: Exception | None = None
+        error: Exception | SystemExit | None = None
         # Told at once, its rows would call other guarded callbacks: on some ranks alone, where it raises on others.
         held: list[tuple[str, Row]] = []
         run.held = held
         try:
             call()
-        except Exception as caught:
+        except (Exception, SystemExit) as caught:  # `sys.exit()` in it would leave the other ranks waiting
             error = caught
             note(f"rank {dist.get_rank()}: {self.key}.{name} raised\n{traceback.format_exc()}")
         finally:
@@ -109,10 +110,12 @@ class Guarded(Callback):
             self._fail(run, name, error)
             return
         self.is_over = name == "on_end"
+        run.answers += 1
         for event, row in held:
             run.tell(event, row)
+        run.answers -= 1
 
-    def _fail(self, run: Run, name: str, error: Exception | None) -> None:
+    def _fail(self, run: Run, name: str, error: Exception | SystemExit | None) -> None:
         told: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
         rank, text = next((rank, text) for rank, text in enumerate(told) if text is not None)
@@ -126,9 +129,15 @@ class Guarded(Callback):
         self.failure, run.stopping = UserError(self.key, value, problem, remedy), True
 
 
-def checked(event: str, row: Row) -> Row:
-    """A copy of a row that a user's callback tells. Raises on every rank what rank 0's sinks alone would: `TypeError`
-    for what JSON has no form for, and `ValueError` for an event that has its own meaning there."""
+def checked(event: str, row: Row, answers: int) -> Row:
+    """A copy of a row that a user's callback tells. Raises on every rank what rank 0's sinks alone would, or who reads
+    them: `TypeError` for what JSON has no form for, and `ValueError` for an event that has its own meaning there, and
+    for a step that is none. answers: how many rows each told because of another this one follows; `RecursionError` for
+    too many."""
+    if answers > MOST_ANSWERS:
+        raise RecursionError(f"run.tell: {event!r} is told because it was told: look at row['event'] first")
+    if type(row.get("step", 0)) is not int:
+        raise ValueError(f"run.tell: step = {row['step']!r} is no whole number")
     if event in OWN or "event" in row:
         raise ValueError(
             f"run.tell: {row.get('event', event)!r} cannot be told: choose a name that the trainer has not"
@@ -143,15 +152,32 @@ def guarded(config: RunConfig, passed: Sequence[Callback]) -> list[Guarded]:
     made = {f"callbacks.{n}": _made(f"callbacks.{n}", entry) for n, entry in enumerate(config.callbacks)}
     for n, callback in enumerate(passed):
         _check_kind(f"callbacks[{n}]", callback, type(callback).__name__)
+        if callback.on_error not in ("stop", "drop"):
+            raise UserError(
+                f"callbacks[{n}].on_error", callback.on_error, "is neither stop nor drop", "set one of them"
+            )
         made[f"callbacks[{n}]"] = callback
     return [Guarded(callback, key) for key, callback in made.items()]
+
+
+def check_alike(users: Sequence[Guarded]) -> None:
+    """Raise `UserError` on all ranks unless all have the same: ranks wait for each other where one is told something.
+    Collective."""
+    told: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(told, [type(user.callback).__name__ for user in users])
+    for rank, names in enumerate(told):
+        if names != told[0]:
+            problem = f"are what rank {rank} has, and rank 0 has {', '.join(told[0]) or 'none'}"
+            raise UserError(
+                "callbacks", ", ".join(names) or "none", problem, "give every rank as many of the same kind"
+            )
 
 
 def _made(key: str, entry: CallbackConfig) -> Callback:
     kind = _imported(key, entry.name)
     try:
         callback = kind(**entry.arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"of {entry.name} are not taken ({_said(error)})"
         raise UserError(f"{key}.arguments", entry.arguments, problem, "mend them, or the class") from error
     _check_kind(key, callback, entry.name)
@@ -164,7 +190,7 @@ def _imported(key: str, name: str) -> Any:
     place, _, attribute = name.rpartition(":")
     try:
         module = _module_of(Path(place)) if place.endswith(".py") else import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # of a script that is meant to be run
         remedy = "mend the name (path/to/file.py:Class or module:Class), or the file"
         raise UserError(key, name, f"cannot be imported ({_said(error)})", remedy) from error
     try:
@@ -193,7 +219,7 @@ def _check_kind(key: str, callback: object, name: str) -> None:
         raise UserError(key, name, "is no megabus.Callback", "derive its class from that")
 
 
-def _said(error: Exception) -> str:
+def _said(error: Exception | SystemExit) -> str:
     """One line of what an exception says, and where it was raised."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error}, {Path(where.filename).name}:{where.lineno}"

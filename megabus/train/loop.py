@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from megabus.checkpoint.store import folder_of
 from megabus.config import RunConfig
-from megabus.config.phases import KEYS
 from megabus.data.sources import bits_per_byte
 from megabus.engine.engine import StepResult
 from megabus.errors import say
@@ -29,7 +28,7 @@ from megabus.parallel.fragments import decay_of
 from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.callbacks import Callback
 from megabus.train.environment import peak_memory
-from megabus.train.run import Run, roll_back, run_span, started, watch_stage
+from megabus.train.run import Run, roll_back, run_span, started, tell_phase, watch_stage
 from megabus.train.saving import close, collect, finish, raise_failure, save, warn_unwritten
 from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor
 from megabus.train.stop import StoppedError, StopRequests, listening
@@ -63,7 +62,7 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = ()) -> Outcome:
 def _train(config: RunConfig, callbacks: Sequence[Callback], requests: StopRequests, watchdog: Watchdog) -> Outcome:
     with started(config, callbacks, requests, watchdog) as run:
         early = requests.of_any(run.engine.device)
-        if run.progress.step == 0 and not early:
+        if run.saved_step is None and not early:  # a checkpoint of step 0 knows its loss already
             observe(run, validate(run))
             early = requests.of_any(run.engine.device)
         if early and run.share < 1:  # the next start makes the same of this one's
@@ -284,19 +283,13 @@ def turn(run: Run, validation: Validation | None) -> None:
     run.place()
     run.spikes.begin()
     run.mark()
-    _tell_phase(run)
+    tell_phase(run, old)
     run.monitor.begin_anew()
     run.monitor.retarget(run_span(run))
     if validation is None or new.seq_len != old.seq_len:
         observe(run, validate(run))
     elif dist.get_rank() == 0:  # told already: it is the new curve's first point, too
         _decide(run, validation.loss)
-
-
-def _tell_phase(run: Run) -> None:
-    """From here on steps take other samples."""
-    samples = {key: getattr(run.stage, key) for key in KEYS} | {"weights": list(run.stage.weights)}
-    run.tell("phase", {"share": run.share, "position": run.progress.position} | samples)
 
 
 def grow(run: Run, signal: GrowthSignal, before: float) -> None:
@@ -337,7 +330,7 @@ def grow(run: Run, signal: GrowthSignal, before: float) -> None:
         },
     )
     if old.at(run.share) != old or old.weights != new.weights:  # a phase that begins with the growth
-        _tell_phase(run)
+        tell_phase(run, old)
     # The grown size's first loss is the start of its own kappa; it does not grow at once.
     if new.seq_len != old.seq_len:
         longer = validate(run)

@@ -143,6 +143,8 @@ def _clean(value: Any) -> Any:
     """JSON knows no NaN: a loss that is none is written as null."""
     if isinstance(value, dict):
         return {key: _clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -65,6 +65,10 @@ class Profile(Callback):
     def on_row(self, run: Run, row: Row) -> None:
         if row["event"] in ("start", "resume", "step", "skip"):
             self._at(run)
+        none_yet = row["event"] == "resume" and self._looking is None and not self.folder.exists()
+        if none_yet and row["step"] >= self.config.start and run.is_rank_0:
+            problem = f"no step is looked at, as the run goes on from step {row['step']}"
+            warn(str(UserError("log.profile.start", self.config.start, problem, "raise it")))
 
     def on_end(self, run: Run) -> None:
         if self._looking is not None:

@@ -17,6 +17,7 @@ from megabus.checkpoint.save import Saver
 from megabus.checkpoint.state import Progress
 from megabus.checkpoint.store import checkpoints_of, complete, prune
 from megabus.config import RunConfig, Stage
+from megabus.config.phases import KEYS
 from megabus.data.batches import TokenSource
 from megabus.data.order import Deal, align_up, slots
 from megabus.data.sources import Sources
@@ -33,7 +34,7 @@ from megabus.parallel.agree import agreement, rank_0_says
 from megabus.preflight.flight import preflight
 from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.before import Notes, check_before
-from megabus.train.callbacks import Callback, Guarded, Row, checked, guarded
+from megabus.train.callbacks import Callback, Guarded, Row, check_alike, checked, guarded
 from megabus.train.corpora import Corpora
 from megabus.train.environment import environment
 from megabus.train.evaluations import Evaluations
@@ -81,6 +82,7 @@ class Run:
     warned_unwritten: bool = False  # that the metrics cannot be written, until they can
     view: KappaView | None = None
     held: list[tuple[str, Row]] | None = None  # what a user's callback that is being called has told
+    answers: int = 0  # of rows that such tell because of one another, how many are being told
 
     @property
     def is_rank_0(self) -> bool:
@@ -90,7 +92,7 @@ class Run:
         """Tell all callbacks what has happened: `row` with the run's totals, a save's with those of the step that was
         saved. Every rank does. What a user's callback tells is told when the callback has returned on every rank."""
         if self.held is not None:
-            self.held.append((event, checked(event, row)))
+            self.held.append((event, checked(event, row, self.answers)))
             return
         totals = {} if event == "save" else self.totals
         for callback in self.callbacks:
@@ -261,6 +263,7 @@ def _judge(config: RunConfig, passed: Sequence[Callback], stages: list[Stage]) -
     be. Collective."""
     with agreement():
         users = guarded(config, passed)
+    check_alike(users)
     return users, check_before(config, stages)
 
 
@@ -282,9 +285,12 @@ def _engine(config: RunConfig, stages: list[Stage], found: Found | None) -> Engi
 
 
 def _dealt(found: Found, source: TokenSource) -> tuple[Deal, ...]:
-    """How a run has dealt out its corpora up to a checkpoint; nothing where it had another number of them."""
-    now, blend = found.state.progress, tuple(found.state.data["train"]["blend"])
-    return (now.deals or (Deal(0, blend),)) if len(blend) == len(source.corpora) else ()
+    """How a run has dealt out its corpora up to a checkpoint; nothing where it had another number of them, or chunks of
+    another length, whose numbers say nothing of these."""
+    now, data = found.state.progress, found.state.data["train"]
+    if len(data["blend"]) != len(source.corpora) or data["chunk_len"] != source.chunk_len:
+        return ()
+    return now.deals or (Deal(0, tuple(data["blend"])),)
 
 
 @contextmanager
@@ -319,14 +325,27 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     )
     if changed:
         run.mark()
-    # Under a configuration with other samples here, the updates before are no measure of those that come.
-    run.spikes.begin(() if changed or now.deals != dealt else found.state.recent)
+    others = changed or now.deals != dealt  # other samples by this configuration: what was before is no measure of them
+    run.spikes.begin(() if others else found.state.recent)
     run.saved_step = now.step
     run.monitor.load_state_dict(found.state.monitor)
+    if others:
+        run.monitor.begin_anew()
     run.monitor.retarget(run_span(run))
     run.view = run.monitor.view(now.tokens, now.flops)
     layouts = {"layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
     run.tell("resume", layouts | why)
+    if others:
+        tell_phase(run, None)
+
+
+def tell_phase(run: Run, before: Stage | None) -> None:
+    """From here on steps take other samples. before: the stage as the last step knew it, where that is known."""
+    samples = {key: getattr(run.stage, key) for key in KEYS} | {"weights": list(run.stage.weights)}
+    row: Row = {"share": run.share, "position": run.progress.position} | samples
+    if before is not None:
+        row["changed"] = [key for key in KEYS if getattr(before, key) != getattr(run.stage, key)]
+    run.tell("phase", row)
 
 
 def roll_back(run: Run) -> None:

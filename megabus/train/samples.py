@@ -12,6 +12,7 @@ from torch import Tensor
 from megabus.config import RunConfig, Stage
 from megabus.config.schema import SamplesConfig
 from megabus.data.tokenizer import Tokenizer
+from megabus.data.tokenizer.spelling import is_utf8
 from megabus.errors import UserError
 from megabus.generate import chosen
 from megabus.scoring.continuations import continuations
@@ -76,6 +77,9 @@ def check_prompts(config: RunConfig, stages: Sequence[Stage]) -> None:
     tokenizer = Tokenizer(config.data.tokenizer)
     room = min(part.seq_len for stage in stages for part in stage.parts)
     for number, prompt in enumerate(samples.prompts):
+        if not is_utf8(prompt):
+            problem = "has half a letter, one of a pair of UTF-16, and is no text"
+            raise UserError(f"log.samples.prompts.{number}", ascii(prompt[:40]), problem, "write the letter itself")
         n = len(read_prompt(tokenizer, prompt))
         if n + samples.max_tokens > room:
             shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"

@@ -27,11 +27,12 @@ class Level(NamedTuple):
 
 def limits(recent: Sequence[Level], deviations: float) -> Level:
     """median + deviations * 1.4826 MAD of both; robust: what few of them are does not move it (Rousseeuw & Croux 1993,
-    "Alternatives to the median absolute deviation"). recent: not empty."""
+    "Alternatives to the median absolute deviation"). Nothing stands out of what is zero: that is no scale. recent: not
+    empty."""
     values = np.array(recent)
     median = np.median(values, axis=0)
     spread = np.maximum(NORMAL * np.median(np.abs(values - median), axis=0), LEAST * median)
-    return Level(*(median + deviations * spread).tolist())
+    return Level(*np.where(spread > 0, median + deviations * spread, np.inf).tolist())
 
 
 class Spikes:

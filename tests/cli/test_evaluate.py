@@ -45,6 +45,7 @@ LINES = Path(__file__).parents[2] / "configs/eval/lines"
             ["--tasks", "t", "--device", "gpu"],
             "command line = run --tasks t --device gpu: argument --device: ",
         ),
+        (["--tasks", "t", "--limit", "0"], "--limit = 0: is no number of documents; give 1 or more"),
         (["--tasks", "t", "--device", "cuda"], "--device = cuda: is not there; use cpu"),
     ],
 )
@@ -84,6 +85,11 @@ def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
     loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
     assert found["data"] == {"sevens": {"loss": pytest.approx(loss, abs=1e-5), "bits_per_byte": None, "tokens": 128}}
     assert f"sevens  {loss:.4f}" in done.stdout
+
+    meta = {"vocab_size": 101, "n_tokens": 130, "tokenizer_sha256": "0" * 64}
+    meta_path(tmp_path / "other").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"^data = .*other: belongs to another tokenizer than .*/run/checkpoints/"):
+        main([str(run), "--data", str(tmp_path / "other"), "--seq-len", "16"])
 
     known = tasks.TaskManager(include_path=str(LINES), include_defaults=False, metadata=told)
     (task,) = known.load("megabus_next_line")["tasks"].values()

@@ -127,6 +127,18 @@ def test_what_is_no_schedule_is_refused_in_a_line(phases, growths, told):
     assert "\n" not in str(caught.value)
 
 
+def test_a_phase_that_no_step_begins_in_is_refused():
+    """Of ten steps the last begins at nine tenths; of a budget in tokens that hangs on the steps' sizes."""
+    phases = [{"share": 0.5, "seq_len": 32}, {"share": 0.9, "weights": [1, 1]}]
+    resolve_stages(config_of(phases), 1)
+    phases[1]["share"] = 0.91
+    told = r"^train\.phases\.1\.share = 0\.91: begins in no step: the last of 10 begins at 0\.9; lower it"
+    with pytest.raises(UserError, match=told):
+        resolve_stages(config_of(phases), 1)
+    resolve_stages(config_of(phases), 1, saved=True)
+    resolve_stages(config_of(phases, max_tokens=10**4), 1)
+
+
 def test_every_sequence_is_cut_by_tensor_parallelism():
     layout = {"sequence_parallel": True}
     phases = [{"share": 0.5, "seq_len": 16, "weights": [1, 1]}]

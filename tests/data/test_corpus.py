@@ -86,6 +86,8 @@ def test_what_is_wrong_with_one_file_names_it(files, tmp_path):
 def test_a_run_knows_its_files_again(files, tmp_path):
     """By their sizes: other files are other data, be they as large in all."""
     prefixes, whole = files
+    for number in (0, 1):
+        write(tmp_path / f"held-{number}", DOCUMENTS[number], 0)
 
     def order(train, **changes):
         config = run_config(
@@ -96,7 +98,7 @@ def test_a_run_knows_its_files_again(files, tmp_path):
             train__seq_len=4,
             eval__tokens=8,
             model__vocab_size=200,
-            data={"train": train, "valid": f"{tmp_path}/part-[01]"},
+            data={"train": train, "valid": f"{tmp_path}/held-[01]"},
             **changes,
         )
         return data_order(open_sources(config, resolve_stages(config, 1)))
@@ -112,3 +114,6 @@ def test_a_run_knows_its_files_again(files, tmp_path):
         UserError, match=r"train\.phases\.0\.weights = 1e-06: less than one in 1024 of the weights' sum"
     ):
         order(blend, train__phases=[rare])
+    with pytest.raises(UserError, match=r"^data\.train = .*-\?: matches .*/held-0, which data\.valid measures on; "):
+        order([{"path": f"{tmp_path}/*-?"}])
+    order([{"path": [*prefixes, f"{tmp_path}/held-0"]}])  # named in full

@@ -51,6 +51,22 @@ def test_a_change_of_weights_deals_every_corpus_on():
     assert len(set(naive)) < len(naive)
 
 
+def test_every_epoch_of_a_small_corpus_holds_each_chunk_once():
+    """Through changes of odd weights, which fall within its epochs: it is used up many times."""
+    changes = ((0, (7, 3)), (37, (1, 0)), (90, (2, 11)), (91, (7, 3)), (1100, (0, 1)), (1500, (5, 1)))
+    deals, read = Deals(deals_of(changes), 5), [[], []]
+    orders = [ChunkOrder(n * CHUNK + 1, CHUNK, n) for n in (13, 7)]
+    for number in range(3000):
+        k, own = deals.locate(number)
+        read[k].append(orders[k].sample_span(own * CHUNK, CHUNK)[0] // CHUNK)
+    for chunks, order in zip(read, orders, strict=True):
+        n = order.n_chunks
+        epochs = [chunks[first : first + n] for first in range(0, len(chunks) - n, n)]
+        assert len(epochs) > 80
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > len(epochs) / 2  # each in an order of its own
+
+
 def write(prefix, n_tokens, first=0):
     with IndexedWriter(str(prefix), np.int32) as writer:
         writer.append(np.arange(first, first + n_tokens))

@@ -43,6 +43,15 @@ def test_a_cache_changes_nothing(kind, parts):
     assert cache.length == start == 30
 
 
+def test_a_model_that_has_diverged_is_told():
+    decoder = model()
+    with torch.no_grad():
+        next(decoder.parameters()).fill_(torch.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match=r"^logits = nan: is no number: the model has diverged"):
+            list(generate(decoder, [3, 1], 4, temperature=temperature))
+
+
 def test_greedy_is_the_models_own_choice():
     decoder, ids = model(), [3, 1, 4]
     for token in generate(decoder, ids[:3], 20, temperature=0):

@@ -19,10 +19,13 @@ from support.report_runs import eval_rows, growth_row, looks, rows, start_row, s
 from megabus.errors import UserError
 from megabus.report import pictures
 from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
+from megabus.report.figure import picture
+from megabus.report.history import read_metrics
 from megabus.report.looks import evaluation_table, sample_table, time_table
-from megabus.report.page import gather, names_of, render
-from megabus.report.pictures import limits
-from megabus.report.plots import stage_table, summary_table
+from megabus.report.page import gather, names_of, render, write_report
+from megabus.report.phases import letters
+from megabus.report.pictures import draw_panel, limits, view_of
+from megabus.report.plots import _draw_run, _dress, span, stage_table, summary_table
 from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
 from megabus.table import clock
 
@@ -116,6 +119,7 @@ def test_every_run_is_shown(tmp_path, kind):
         }
         assert "Model FLOPs utilisation (MFU) (the device's peak is not known: set log.peak_tflops)" in page.words
         assert "d48 L2 H4 KV4 ff96 → d52 L2 H4 KV4 ff96" in page.words
+        assert "data schedule" not in page.words
     if kind == "a thousand growths":
         assert f"{1000 - MOST_ROWS} more in metrics.jsonl" in page.words
         assert len(page.data) < 600_000
@@ -148,6 +152,21 @@ def test_names():
     assert names_of(["/a/runs/x", "/b/runs/x"]) == ["a/runs/x", "b/runs/x"]
     with pytest.raises(UserError, match="is given twice"):
         names_of(["/a/x", "/a/../a/x"])
+
+
+def test_names_from_files_are_no_formulas(tmp_path):
+    """Nor hidden; and a text is shown that UTF-8 cannot write."""
+    told = [row | {"reason": "$\\bad{$"} if row["event"] == "growth" else row for row in rows(20, growths=(10,))]
+    at = next(number for number, row in enumerate(told) if row["step"] == 10)
+    samples = [{"prompt": "\ud800", "text": "\x00\x1b[31m"}]
+    told.insert(at, {"event": "sample", **totals(10), "samples": samples, "seconds": 1.0})
+    odd = write_run(tmp_path / "_costs $\\bad{$", told)
+    page = write_report([odd, write_run(tmp_path / "_$^$", rows(20))], tmp_path / "out")
+    assert not Page(page.read_text(encoding="utf-8")).problems
+    with picture(tmp_path / "loss.png", (4, 3)) as figure:
+        curve, label = _draw_run(figure.add_subplot(), read_metrics(odd), odd.name, ("k", "k"), "tokens", False)
+        _dress(figure.axes[0], [], {curve: label}, "tokens", False)
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [label]
 
 
 @pytest.mark.usefixtures("two_views")
@@ -299,6 +318,16 @@ def test_final_figures(tmp_path):
     assert "MFU, mean" not in page_of(tmp_path / "run").text
 
 
+def test_first_points_are_cut_off_only_of_many():
+    """At most a hundredth and a half of all, and where these take most of the height."""
+    for n, least in ((11, 9.0), (66, 9.0), (67, 2.0), (1000, 2.0)):
+        values = [9.0, *np.linspace(2.0, 1.0, n - 1).tolist()]
+        low, high = span(values, log=False, clipped=True)
+        assert low < 1.0
+        assert least < high < least + 0.5
+    assert span([2.9, *np.linspace(2.0, 1.0, 999).tolist()], log=False, clipped=True)[1] > 2.9
+
+
 def test_what_kappa_predicts_is_not_flattened_by_what_was_before():
     """A loss that falls from 9 to 3.2 before the first prediction: the axis ends not far above what came with it."""
     loss = [9.0, 6.0, 4.0, 3.2, 3.1, 3.0]
@@ -346,6 +375,66 @@ def test_samples_and_evaluations_lie_along_the_curve(tmp_path):
     assert list(time_table(read_run(tmp_path / "plain", "plain"))) == ["steps"]
 
 
+def phase_row(step, stage, weights, changed=("weights",), **sizes):
+    samples = {"weights": weights, "seq_len": 64, "micro_batch_size": 2, "global_batch_size": 8} | sizes
+    return (
+        {"event": "phase", **totals(step, stage), "share": step / 100, "position": 0} | samples | {"changed": changed}
+    )
+
+
+def test_phases_are_marked_and_listed(tmp_path):
+    """One begins with the growth, one is of a run that was resumed and says not what was before."""
+    told = list(rows(100, growths=(30,)))
+    for step, row in (
+        (60, phase_row(60, 1, [0.0, 1.0], None, seq_len=128)),
+        (30, phase_row(30, 1, [1.0, 2.5])),
+    ):
+        at = max(number for number, other in enumerate(told) if other["step"] == step) + 1
+        told.insert(at, row)
+    page = page_of(write_run(tmp_path / "run", told))
+    marks = [
+        {"tokens": 61440.0, "name": "a", "text": "weights 1:2.5"},
+        {"tokens": 122880.0, "name": "b", "text": "weights 0:1, length 128, micro batch 2, batch 8"},
+    ]
+    phases = json.loads(page.data)["runs"][0]["phases"]
+    assert [{key: phase[key] for key in marks[0]} for phase in phases] == marks
+    assert all(0 < phase["time"] < 1 and phase["flops"] > 0 for phase in phases)
+    assert "a 30 61.4K 30.0% 1:2.5 64 2 8 b 60 123K 60.0% 0:1 128 2 8" in page.words
+    assert "dotted ones are phases" in page.words
+    assert page.text.count("b: weights 0:1, length 128, micro batch 2, batch 8") == 1  # where there is room
+    assert [letters(number) for number in (0, 25, 26, 51, 52, 701, 702)] == ["a", "z", "aa", "az", "ba", "zz", "aaa"]
+
+
+def test_in_a_crowd_growths_keep_their_labels(tmp_path):
+    """Of phases, and of another run's growth close by."""
+    told = list(rows(1000, growths=(500, 502)))
+    for step in (500, 501, 502):
+        at = max(number for number, row in enumerate(told) if row["step"] == step) + 1
+        told.insert(at, phase_row(step, 1, [1.0, 1.0]))
+    other = write_run(tmp_path / "other", rows(1000, growths=(510,)))
+    report = gather([write_run(tmp_path / "run", told), other])
+    curves, view = [run.drawn.curves[0] for run in report.curves], view_of(report.curves, "tokens")
+    with picture(tmp_path / "loss.png", (14, 4)) as figure:
+        axes = figure.add_subplot()
+        draw_panel(axes, report.panels[0], report.curves, curves, view)
+        shown = [text.get_text() for text in sorted(axes.texts, key=lambda text: text.xy[0])]
+    names = [text.partition(":")[0] for text in shown]
+    assert [name for name in names if name.isdigit()] == ["1", "2", "1"]
+    assert len(names) < 6  # control: it is one
+
+
+def test_scores_lie_at_the_step_that_they_are_of(tmp_path):
+    """On every axis, whenever they came, and nothing else moves."""
+    told = list(rows(100, growths=(30,)))
+    first, second = ([row for row in looks(step, 0, "step") if row["event"] == "tasks"] for step in (20, 10))
+    run = read_run(write_run(tmp_path / "run", [*told[:-9], *first, *told[-9:], *second]), "run")
+    plain = read_run(write_run(tmp_path / "plain", told), "plain")
+    for x in ("tokens", "flops", "time"):
+        assert run.tracks.at("tasks", x).tolist() == [plain.tracks.place(totals(step), x) for step in (10, 20)]
+        assert run.tracks.at("step", x).tolist() == plain.tracks.at("step", x).tolist()
+    assert run.tracks.column("tasks", "scores|lines/acc").tolist() == [0.26, 0.27]
+
+
 # ---- what is none ------------------------------------------------------------------------------------------
 
 BAD = {
@@ -374,6 +463,10 @@ BAD = {
     "samples in words": (
         json.dumps(step_row(1)) + "\n" + json.dumps({"event": "sample", **totals(1), "samples": "text"}) + "\n",
         "metrics: samples = text: of the sample row of step 1 is no list of texts",
+    ),
+    "weights in words": (
+        json.dumps(step_row(1)) + "\n" + json.dumps(phase_row(1, 0, "many")) + "\n",
+        "metrics: weights = many: of the phase row of step 1 is no number",
     ),
     "no text": ("\udcff\n", "cannot be read"),
 }

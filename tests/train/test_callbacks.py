@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from support.small_runs import attempt, checkpoints, rows_of, run_config, start, stop_after, write_corpus
+import torch.distributed as dist
+from support.small_runs import attempt, checkpoints, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 import megabus
+from megabus.config.schema import CallbackConfig
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 from megabus.train import callbacks
@@ -22,6 +24,10 @@ from megabus import Callback
 class Raises(Callback):
     def __init__(self, where, rank):
         self.where, self.rank = where, rank
+
+    def before_growth(self, run):
+        if self.where == "before" and dist.get_rank() == self.rank:
+            raise KeyError("no such thing")
 
     def on_row(self, run, row):
         super().on_row(run, row)
@@ -60,7 +66,7 @@ def test_it_is_told_of_all_through_growths_and_a_resume(corpus, tmp_path, of_the
     assert (tmp_path / "seen.txt").read_text().splitlines() == grown
 
 
-@pytest.mark.parametrize(("where", "rank"), [("step", 1), ("growth", 0), ("save", 1)])
+@pytest.mark.parametrize(("where", "rank"), [("step", 1), ("before", 1), ("growth", 0), ("save", 1)])
 def test_a_run_ends_with_a_checkpoint_where_one_raises_on_one_rank(corpus, tmp_path, capfd, where, rank):
     (tmp_path / "raises.py").write_text(RAISES)
     named = {"name": f"{tmp_path / 'raises.py'}:Raises", "arguments": {"where": where, "rank": rank}}
@@ -68,7 +74,7 @@ def test_a_run_ends_with_a_checkpoint_where_one_raises_on_one_rank(corpus, tmp_p
     cap["checkpoint__asynchronous"] = False  # else a save is told when it is done, perhaps at the end
     config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=[named], **cap)
     ranks = attempt(config, 2)
-    method = f"on_{where}" if where != "step" else "on_step"
+    method = "before_growth" if where == "before" else f"on_{where}"
     problem = f"raised KeyError: 'no such thing' in {method} after step "
     for told in ranks:
         assert told.error.startswith(f"callbacks.0 = Raises: {problem}")
@@ -95,6 +101,7 @@ def test_it_is_refused_before_anything_is_made(corpus, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("from megabus import Callback\nclass Good(Callback):\n    pass\nclass Other:\n    pass\n")
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(7)\n")
     cases = [
         (f"{file}:Missing", {}, "callbacks.0 = ", f"{file} has no Missing; name a class of it"),
         (f"{file}:Other", {}, "callbacks.0 = ", "is no megabus.Callback; derive its class from that"),
@@ -102,6 +109,7 @@ def test_it_is_refused_before_anything_is_made(corpus, tmp_path):
         (f"{tmp_path}/none.py:Good", {}, "callbacks.0 = ", "cannot be imported (FileNotFoundError: "),
         ("no_such_module:Good", {}, "callbacks.0 = ", "No module named 'no_such_module'"),
         (f"{tmp_path}/broken.py:Good", {}, "callbacks.0 = ", "broken.py:1); mend the name"),
+        (f"{tmp_path}/script.py:Good", {}, "callbacks.0 = ", "(SystemExit: 7, script.py:2); mend the name"),
     ]
     configs = []
     for name, arguments, *_ in cases:
@@ -142,7 +150,7 @@ class Own(megabus.Callback):
 
     def on_step(self, run, row):
         if row["step"] == 2:
-            run.tell("mine", {"twice": 2 * row["step"]})
+            run.tell("mine", {"twice": 2 * row["step"], "parts": [float("nan"), 1.0]})
 
     def on_end(self, run):
         run.tell("end", {})
@@ -156,7 +164,7 @@ def test_python_is_given_the_same(corpus, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [*heard, ("end", 3)] == [(row["event"], row["step"]) for row in rows]
     (own,) = rows_of(config, "mine")
-    assert (own["twice"], own["tokens"]) == (4, 256)
+    assert (own["twice"], own["tokens"], own["parts"]) == (4, 256, [None, 1.0])
 
 
 def _from_python(config):
@@ -164,11 +172,28 @@ def _from_python(config):
     outcome = megabus.train(config.model_dump(), callbacks=[own])
     with pytest.raises(UserError, match="is no megabus"):
         megabus.train(config, callbacks=[object()])
+    own.on_error = "go on"
+    with pytest.raises(UserError, match=r"^callbacks\[0\]\.on_error = go on: is neither stop nor drop; "):
+        megabus.train(config, callbacks=[own])
     return own.heard, str(outcome.checkpoint)
 
 
+def test_what_ranks_have_not_alike_is_refused(corpus, tmp_path):
+    """As where rank 0 alone is given one: the others would wait for nothing at its first word."""
+    config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3)
+    told = "callbacks = none: are what rank 1 has, and rank 0 has Own; give every rank as many of the same kind"
+    assert run_ranks(2, _of_rank_0, config) == [told] * 2
+    assert not (tmp_path / "run").exists()
+
+
+def _of_rank_0(config):
+    with pytest.raises(UserError) as caught:
+        megabus.train(config, callbacks=[Own()] if dist.get_rank() == 0 else [])
+    return str(caught.value)
+
+
 TELLS = """
-import os, signal
+import os, signal, sys
 import torch
 import torch.distributed as dist
 from megabus import Callback
@@ -196,13 +221,25 @@ class Tells(Callback):
             number = torch.ones(1)
         if number == 2 and self.how == "the trainer's event":
             event = "eval"
-        run.tell(event, {"number": number, "samples": 5})
+        step = {"step": "two"} if number == 2 and self.how == "no step" else {}
+        run.tell(event, {"number": number, "samples": 5} | step)
         if number == 2 and self.how == "one rank" and dist.get_rank() == 1:
             raise KeyError
+        if number == 2 and self.how == "one that leaves" and dist.get_rank() == 1:
+            sys.exit("enough")
+
+    def on_row(self, run, row):
+        super().on_row(run, row)
+        if row["event"] == "told by itself" and self.how == "itself" and row["step"] == 2:
+            run.tell("told by itself", {"number": 2})
 
 class Stops(Callback):
+    def __init__(self, asks=True):
+        self.asks = asks
+
     def on_row(self, run, row):
-        os.kill(os.getpid(), signal.SIGTERM)
+        if self.asks:
+            os.kill(os.getpid(), signal.SIGTERM)
         raise KeyError("at the start")
 """
 
@@ -210,16 +247,25 @@ class Stops(Callback):
 def test_what_cannot_be_told_is_told_on_no_rank(corpus, tmp_path, capfd):
     """By any rank or by one: all go on alike, without that callback, and others hear the same rows."""
     (tmp_path / "tells.py").write_text(TELLS)
-    ways = ["a tensor", "the trainer's event", "one rank"]
+    ways = ["a tensor", "the trainer's event", "no step", "one rank", "one that leaves", "itself"]
     tells = {"name": f"{tmp_path / 'tells.py'}:Tells", "on_error": "drop"}
     named = [{"name": f"{tmp_path / 'tells.py'}:Hears"}, *(tells | {"arguments": {"how": how}} for how in ways)]
     config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=named, train__max_tokens=128 * 3)
     start(config, 2)
     (heard,) = rows_of(config, "heard")
     assert heard["same"]
-    assert heard["rows"] == [[f"told by {how}", 1] for how in ways]
+    answers = [["told by itself", 2]] * (1 + callbacks.MOST_ANSWERS)
+    assert heard["rows"] == [[f"told by {how}", 1] for how in ways] + answers
     err = capfd.readouterr().err
-    for told in ("Tensor is not JSON serializable", "'eval' cannot be told", "on rank 1; it is told nothing any more"):
+    assert err.count("it is told nothing any more") == len(ways)
+    for told in (
+        "Tensor is not JSON serializable",
+        "'eval' cannot be told",
+        "step = 'two' is no whole number",
+        "raised KeyError: in on_step after step 2, on rank 1; ",
+        "raised SystemExit: enough in on_step after step 2, on rank 1; ",
+        "'told by itself' is told because it was told",
+    ):
         assert told in err
 
 
@@ -228,6 +274,23 @@ def test_one_that_raises_is_told_though_the_run_was_asked_to_stop(corpus, tmp_pa
     config = run_config(corpus, tmp_path / "run", [{}] * 3, callbacks=[{"name": f"{tmp_path / 'tells.py'}:Stops"}])
     (rank,) = attempt(config, 1)
     assert rank.error.startswith("callbacks.0 = Stops: raised KeyError: 'at the start' in on_row after step 0")
+
+
+def test_what_ends_at_the_start_goes_on_with_the_same_bits(corpus, tmp_path):
+    """From a checkpoint of step 0, whose loss is not measured once more."""
+    (tmp_path / "tells.py").write_text(TELLS)
+    stops = {"name": f"{tmp_path / 'tells.py'}:Stops", "arguments": {"asks": False}}
+    config, plain = (
+        run_config(corpus, tmp_path / name, [{}] * 3, train__max_tokens=128 * 5, log={"why": True})
+        for name in ("run", "plain")
+    )
+    (rank,) = attempt(config.model_copy(update={"callbacks": [CallbackConfig(**stops)]}), 1)
+    assert "raised KeyError: 'at the start' in on_row after step 0" in rank.error
+    assert checkpoints(config)[-1] == "step-00000000"
+    assert start(config, 1)[0].steps == start(plain, 1)[0].steps
+    told = untimed(rows_of(config, "eval"))
+    assert told == untimed(rows_of(plain, "eval"))
+    assert told[0]["why"] == "κ waits: 1 of 8 evaluations (growth.trigger.min_evals)"
 
 
 def test_the_trainers_own_events_are_known():

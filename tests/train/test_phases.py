@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,10 +20,13 @@ from support.small_runs import (
     write_tokens,
 )
 
+from megabus.checkpoint.state import read_state
 from megabus.config import resolve_stages
+from megabus.config.phases import KEYS
 from megabus.data.order import Deal
 from megabus.data.sources import open_sources
 from megabus.model.cost import flops_per_token
+from megabus.report.history import read_rows
 
 # Of 2048 tokens, with a growth after 512: the first phase comes before it. Micro batches so far are no multiple of 10.
 PHASES = [
@@ -77,6 +82,8 @@ def test_each_step_takes_the_samples_of_its_phase(whole):
         tokens += part.tokens_per_step
         flops += part.tokens_per_step * flops_per_token(part.model, part.seq_len)
         assert (row["tokens"], row["flops"]) == (tokens, pytest.approx(flops))
+    assert [row["changed"] for row in rows_of(config, "phase")] == [
+        ["weights", "micro_batch_size"], ["seq_len", "global_batch_size"], list(KEYS)]  # fmt: skip
     assert [(row["share"] >= at, row["seq_len"], row["global_batch_size"]) for row, at in
             zip(rows_of(config, "phase"), (0.1, 0.6, 0.8), strict=True)] == [
         (True, 16, 8), (True, 32, 10), (True, 8, 12)]  # fmt: skip
@@ -180,3 +187,39 @@ def test_after_a_return_nothing_comes_twice(config_of, tmp_path):
     assert repeated(read_in(config, rank.steps)) == 0
     deals = read_state_of(config, numbers[-1])["progress"]["deals"]
     assert [deal["counts"] for deal in deals] == [[768, 256], [512, 512], [0, 1024], [512, 512], [0, 1024]]
+
+
+def test_a_phase_may_begin_with_a_growth(config_of, tmp_path):
+    """One row each, in that order; the loss after the growth is of the lengths before, and once more of those that
+    come."""
+    phases = [{"share": 0.25, "weights": [0, 1], "seq_len": 32, "global_batch_size": 4}]
+    config = config_of(tmp_path / "run", train__phases=phases, train__max_tokens=1024, growth__max_tokens=256)
+    (rank,) = start(config, 1)
+    told = [row for row in read_rows(config.run_dir) if row["step"] == 2]
+    told = [row for row in told if row["event"] in ("eval", "growth", "phase")]
+    assert [row["event"] for row in told] == ["eval", "growth", "phase", "eval"]
+    before, growth, phase, after = told
+    assert growth["loss_before"] == before["loss"]
+    assert growth["loss_after"] == pytest.approx(before["loss"], abs=1e-6)
+    assert abs(after["loss"] - growth["loss_after"]) > 1e-4
+    assert phase["changed"] == ["weights", "seq_len", "global_batch_size"]
+    assert after["kappa_evals"] == 1 if "kappa_evals" in after else after["stage"] == 1
+    steps = read_in(config, rank.steps)
+    assert {k for spans in steps[2:] for k, *_ in spans} == {1}
+    assert repeated(steps) == 0
+
+
+def test_a_run_goes_on_with_longer_sequences(config_of, tmp_path):
+    """Chunks are others then, and their numbers too: the weights that hold are dealt, and the checkpoints are whole."""
+    phases = [{"share": 0.25, "weights": [0, 1]}]
+    short = {"growth__stages": [], "growth__max_tokens": None, "train__max_tokens": 1024}
+    start(config_of(tmp_path / "run", train__phases=phases, **short), 1, stop_after(3))
+    config = config_of(tmp_path / "run", train__phases=[*phases, {"share": 0.7, "seq_len": 32}], **short)
+    (first,) = start(config, 1, stop_after(4))
+    assert read_state_of(config, 4)["monitor"]["curve"] == []  # what κ knew is of other samples
+    (rank,) = start(config, 1)
+    assert {k for spans in read_in(config, first.steps + rank.steps) for k, *_ in spans} == {1}
+    state = read_state(Path(rank.checkpoint))
+    assert state.progress.deals == (Deal(0, (0, 1024)),)
+    phases = [(row["step"], row["seq_len"], row.get("changed")) for row in rows_of(config, "phase")]
+    assert phases == [(2, 16, ["weights"]), (3, 16, None), (6, 32, ["seq_len"])]

@@ -101,7 +101,7 @@ class Steps:
 
     def __init__(self):
         self.progress, self.watchdog, self.rows = self, self, []
-        self.step = 0
+        self.step, self.is_rank_0 = 0, True
 
     def heartbeat(self, doing):
         pass
@@ -120,17 +120,23 @@ def test_a_snapshot_of_memory_is_of_those_steps(monkeypatch, tmp_path):
     for event, step in (("start", 0), ("step", 1), ("step", 2), ("skip", 3), ("step", 4), ("resume", 2), ("step", 3)):
         run.step = step
         torch.ones(2) @ torch.ones(2)
-        watched.on_row(run, {"event": event})
+        watched.on_row(run, {"event": event, "step": step})
     watched.on_end(run)
     snapshot = str(tmp_path / "profile/rank-00007.pickle")
     assert asked == [(2, {"max_entries": room.EVENTS}), (4, snapshot), (4, {"enabled": None})]
     assert run.rows == [("profile", 3, 4)]  # once, though the run comes there again
 
 
-def test_a_run_that_goes_on_later_looks_at_nothing(tmp_path):
+def test_a_run_that_goes_on_later_looks_at_nothing(tmp_path, capfd):
+    """And says so, unless an earlier start of the run has."""
     run, watched = Steps(), Profile(ProfileConfig(start=3), tmp_path)
     for event, step in (("resume", 5), ("step", 6), ("step", 7)):
         run.step = step
-        watched.on_row(run, {"event": event})
+        watched.on_row(run, {"event": event, "step": step})
     watched.on_end(run)
+    told = "warning: log.profile.start = 3: no step is looked at, as the run goes on from step 5; raise it\n"
+    assert capfd.readouterr().err == told
     assert (run.rows, list(tmp_path.iterdir())) == ([], [])
+    watched.folder.mkdir()
+    watched.on_row(run, {"event": "resume", "step": 5})
+    assert capfd.readouterr().err == ""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.small_runs import refusal, rows_of, run_config, start, write_corpus
+from support.small_runs import after_step, refusal, rows_of, run_config, start, write_corpus
 from support.small_tokenizer import make_tokenizer
 
 import megabus
@@ -75,6 +75,23 @@ def test_no_id_that_is_no_token_is_drawn(monkeypatch):
     assert drawn == [3, 4]
 
 
+def test_a_model_that_has_diverged_writes_nothing(data, tmp_path):
+    """Its run returns to a checkpoint as it would without."""
+
+    def poison(run):
+        next(run.engine.module.parameters()).data.fill_(torch.nan)
+
+    keys = {"faults": {"max_skips": 0}, "checkpoint": {"every": 2}, "train__max_tokens": 128 * 6}
+    config = configured(data, tmp_path / "run", {"every": 1, "prompts": PROMPTS, "max_tokens": 3}, [{}] * 3, **keys)
+    (rank,) = start(config, 1, after_step(3, poison, times=1))
+    assert rank.numbers == [1, 2, 3, 4, 3, 4, 5, 6]
+    rows = rows_of(config, "sample")
+    assert [row["step"] for row in rows] == rank.numbers
+    texts = [{sample["text"] for sample in row["samples"]} for row in rows]
+    assert texts.pop(3) == {""}
+    assert {""} not in texts
+
+
 def test_what_does_not_fit_is_refused_at_the_start(data, tmp_path):
     samples = {"every": 5, "prompts": ["jam", "the quick brown fox jumps over the lazy dog"], "max_tokens": 14}
     config = configured(data, tmp_path / "run", samples, [{}] * 3)
@@ -85,6 +102,9 @@ def test_what_does_not_fit_is_refused_at_the_start(data, tmp_path):
     phases = {"train__phases": [{"share": 0.5, "seq_len": 8}], "growth": {}}
     config = configured(data, tmp_path / "run", samples | {"prompts": ["jam"], "max_tokens": 8}, [{}] * 3, **phases)
     with pytest.raises(UserError, match="exceeds seq_len = 8; shorten it"):
+        check_prompts(config, resolve_stages(config, 1))
+    config = configured(data, tmp_path / "run", samples | {"prompts": ["jam", "\ud83d"]}, [{}] * 3)
+    with pytest.raises(UserError, match=r"^log\.samples\.prompts\.1 = '\\ud83d': has half a letter, "):
         check_prompts(config, resolve_stages(config, 1))
     told = "data.tokenizer = (missing): log.samples needs it; name what made the data"
     assert refusal(configured(data, tmp_path / "run", samples, [{}] * 3, data__tokenizer=None), 1) == told

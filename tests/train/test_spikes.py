@@ -80,7 +80,8 @@ def test_limits_of_normal_noise_are_standard_deviations_and_outliers_do_not_move
 
 
 def test_limits_of_equal_updates_leave_room():
-    assert limits([Level(2.0, 0.0)] * 8, 10.0) == pytest.approx((2.02, 0.0))
+    assert limits([Level(2.0, 0.5)] * 8, 10.0) == pytest.approx((2.02, 0.505))
+    assert limits([Level(2.0, 0.0)] * 8, 10.0) == pytest.approx((2.02, math.inf))  # else no gradient could come back
 
 
 def judged(monkeypatch, config, results):

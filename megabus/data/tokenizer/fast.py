@@ -138,7 +138,7 @@ class Fast:
             return f"is of the kind {kind}, and only one of byte-pair encoding (BPE) learns new pieces"
         if not self._writes_pieces_as_text:
             return "marks the pieces that go on with a word or end one, and such a one learns no new pieces"
-        return "leaves out merges at random (dropout)" if self._model.get("dropout") else None
+        return None
 
     @property
     def _writes_pieces_as_text(self) -> bool:
