@@ -17,7 +17,7 @@ from megabus.config.section import in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
-from megabus.data.tokenizer import Tokenizer, check_carried
+from megabus.data.tokenizer import Tokenizer, check_carried, read_tokenizer_files
 from megabus.errors import UserError
 from megabus.train.horizon import horizon_factor, planned_steps
 
