@@ -74,7 +74,8 @@ def inside(path: Path) -> Path:
 
 def parse_json(raw: bytes) -> Any:
     """What JSON in UTF-8 says. Raises ValueError for what is none, and for what JSON allows and nobody writes: a key
-    twice, NaN and infinities, more than `DEEPEST` levels or `VALUES` values, and NUL or half a character (a lone surrogate) in a text."""
+    twice, NaN and infinities, more than `DEEPEST` levels or `VALUES` values, and NUL or half a character (a lone
+    surrogate) in a text."""
     tree = parse_bulk_json(raw, VALUES)
     _check_plain(tree)
     return tree

@@ -7,7 +7,17 @@ import os
 import pytest
 
 from megabus import plain_file
-from megabus.plain_file import BULK, DEEPEST, VALUES, NotPlainError, check_regular, parse_bulk_json, parse_json, read_regular, shown
+from megabus.plain_file import (
+    BULK,
+    DEEPEST,
+    VALUES,
+    NotPlainError,
+    check_regular,
+    parse_bulk_json,
+    parse_json,
+    read_regular,
+    shown,
+)
 
 
 @pytest.mark.parametrize(

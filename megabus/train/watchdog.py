@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -66,17 +66,23 @@ class Watchdog:
     def _end(self) -> None:
         heard, grace = self.timeout - self.grace, self.grace
         text = f"rank {self.rank}: no progress for {heard:g} s (faults.hang_timeout, less {grace:g} s to say so):\n"
-        with tempfile.TemporaryFile() as file:
+        with os.fdopen(os.memfd_create("stacks"), "w+b") as file:  # a disk may be full, or what hangs
             file.write(text.encode())
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
-            os.write(sys.stderr.fileno(), file.read())  # at one go, so that ranks' stacks do not mix
+            _write(file.read())  # at one go, so that ranks' stacks do not mix
         end = time.monotonic() + 0.85 * self.grace  # before faulthandler's thread
         if self.roll is not None:
-            os.write(sys.stderr.fileno(), f"{self.roll.told(self.doing, 0.75 * self.grace)}\n".encode())
+            _write(f"{self.roll.told(self.doing, 0.75 * self.grace)}\n".encode())
         time.sleep(max(0.0, end - time.monotonic()))
         os._exit(EXIT_CODE)
+
+
+def _write(text: bytes) -> None:
+    """To stderr. A log that takes no more is no reason to go on waiting."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), text)
 
 
 @contextmanager

@@ -73,6 +73,20 @@ def test_no_progress_ends_the_process(tmp_path):
     assert "in lost_in_thought" in said  # and any other's
 
 
+def test_a_log_that_takes_no_more_is_not_waited_for(tmp_path, monkeypatch):
+    """Nor a place for temporary files, which a full disk has none of."""
+
+    def job():
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+        with watched(0.5, rank=3):
+            time.sleep(LIMIT)
+
+    code, seconds, said = forked(tmp_path, job)
+    assert (code, said) == (EXIT_CODE, "")
+    assert seconds < 8
+
+
 def test_progress_keeps_it_quiet(tmp_path):
     """For much longer than the time-out; the same without the beats ends."""
     assert forked(tmp_path, lambda: beating(1.2))[::2] == (0, "")
