@@ -182,21 +182,21 @@ def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
         try:
             return main()
         except UserError as error:
-            _tell_torchrun(f"error: {error}")
+            tell_torchrun(f"error: {error}")
             raise
         except Exception as error:
             if isinstance(error, BrokenPipeError) and _reader_is_gone():  # `_run` is silent: a job must not end so
                 note(f"error: {DEAF}")
-                _tell_torchrun(f"error: {DEAF}")
+                tell_torchrun(f"error: {DEAF}")
             if memory_is_short(error):  # which `_run` tells, and ends with
-                _tell_torchrun(f"error: {_no_memory(error, advice)}")
+                tell_torchrun(f"error: {_no_memory(error, advice)}")
             raise
 
     try:
         return _run(telling, advice) if _rank() == "0" else main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK") == "0":  # of another machine, where torchrun has a page of its own
-            _tell_torchrun(f"error: {error}")
+            tell_torchrun(f"error: {error}")
         # A launcher ends all ranks when one has ended: were this the first, rank 0 could not tell why.
         time.sleep(PATIENCE)
         return 2
@@ -212,7 +212,7 @@ def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
         else:
             told = f" failed:\n{traceback.format_exc()}"
         note(f"rank {_rank()}{told}")
-        _tell_torchrun(f"rank {_rank()}{told}".rstrip())
+        tell_torchrun(f"rank {_rank()}{told}".rstrip())
         return 1
 
 
@@ -233,7 +233,7 @@ def peer_is_gone(error: Exception) -> bool:
     return any(words in str(error) for words in PEER_GONE)
 
 
-def _tell_torchrun(text: str) -> None:
+def tell_torchrun(text: str) -> None:
     """Leave why this rank ends where torchrun looks for it. Below what a rank has said it writes a traceback of its own
     and some 25 lines about ranks, and ends them with this."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")
