@@ -17,6 +17,7 @@ import yaml
 from megabus.checkpoint.contents import Found
 from megabus.checkpoint.store import checkpoints_of, sweep
 from megabus.config import RunConfig
+from megabus.durable import open_lock
 from megabus.errors import UserError, say, warn
 from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.plain_file import NotPlainError, read_regular
@@ -66,7 +67,7 @@ class RunLock:
         try:
             absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a")
+            self._file = open_lock(self.path)
         except OSError as error:
             raise _unwritable(self.run_dir, error) from error
         try:
