@@ -77,7 +77,7 @@ class RankParser(Parser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-        self.add_argument(*NPROC, type=int, metavar="N", help="start N ranks on this machine, as torchrun does")
+        self.add_argument(*NPROC, type=int, metavar="N", help="start N ranks on this machine")
 
 
 def run(main: Callable[[], int], advice: str = MORE) -> int:

@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     if settings.out is not None:
         need("report", "--out", settings.out, "or leave it out")
     if nproc is not None:
-        return start_ranks(nproc, "evaluate-nli", argv)
+        return start_ranks(nproc, "evaluate-nli", argv, "megabus.nli.run")
     prepare_environment()
     start_distributed(timedelta(seconds=settings.hang_timeout + 60))  # later than the watchdog, which shows stacks
     from megabus.nli.results import report

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         if writes and getattr(config.log, name):
             need_sink(name)
     if args.nproc_per_node is not None:
-        return start_ranks(args.nproc_per_node, "train", argv)
+        return start_ranks(args.nproc_per_node, "train", argv, "megabus.train.loop")
     prepare_environment(config.train.deterministic)
     # The watchdog, which shows where the ranks hang, ends them sooner once they have met.
     start_distributed(timedelta(seconds=config.faults.hang_timeout))

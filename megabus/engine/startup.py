@@ -21,7 +21,19 @@ LAST_WORDS = timedelta(hours=1)  # that the others wait for what rank 0 makes of
 
 
 def prepare_environment(deterministic: bool = False) -> None:
-    """Settings that must stand before torch is imported. deterministic: `train.deterministic`."""
+    """Settings that must stand before torch is imported, and a rank's, where no launcher has made them.
+    deterministic: `train.deterministic`."""
+    prepare_torch(deterministic)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if os.environ["WORLD_SIZE"] == "1":  # without a launcher: any free port, so that several runs can go on at once
+        os.environ.setdefault("MASTER_PORT", "0")
+    os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def prepare_torch(deterministic: bool = False) -> None:
+    """Those of all ranks alike."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS then adds up in one order
         os.environ.setdefault("NCCL_ALGO", "Ring")  # of all algorithms between which NCCL chooses
@@ -31,12 +43,6 @@ def prepare_environment(deterministic: bool = False) -> None:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
         # Growth frees tensors of one size and asks for others: segments that can be extended leave no holes.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if os.environ["WORLD_SIZE"] == "1":  # without a launcher: any free port, so that several runs can go on at once
-        os.environ.setdefault("MASTER_PORT", "0")
-    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 @contextmanager

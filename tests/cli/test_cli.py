@@ -262,15 +262,13 @@ def test_ranks_that_cannot_be_started(tmp_path, monkeypatch):
 
 
 def launched(monkeypatch, launch) -> int:
-    """The exit code of a launch in which torch does `launch(config)`. All handlers are as before."""
-    from torch.distributed.launcher import api
-
+    """The exit code of a launch that is `launch()`. All handlers are as before."""
     for name in OF_LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(api, "elastic_launch", lambda config, _: lambda *_: launch(config))
+    monkeypatch.setattr(ranks, "_started", lambda *_: launch() or 0)
     before = {number: signal.getsignal(number) for number in HANDLED}
     try:
-        code = ranks.start_ranks(2, "train", [])
+        code = ranks.start_ranks(2, "train", [], "megabus")
         assert before == {number: signal.getsignal(number) for number in HANDLED}
     finally:
         for number, handler in before.items():
@@ -281,7 +279,7 @@ def launched(monkeypatch, launch) -> int:
 @pytest.mark.parametrize("number", HANDLED)
 def test_a_signal_before_there_is_a_rank_ends_the_launch(monkeypatch, number):
     monkeypatch.setattr("psutil.Process.children", lambda self: [])
-    assert launched(monkeypatch, lambda config: signal.raise_signal(number)) == 128 + number
+    assert launched(monkeypatch, lambda: signal.raise_signal(number)) == 128 + number
 
 
 def test_a_second_signal_after_the_ranks_have_saved_changes_nothing(monkeypatch):
@@ -289,7 +287,7 @@ def test_a_second_signal_after_the_ranks_have_saved_changes_nothing(monkeypatch)
     here = [type("Rank", (), {"send_signal": lambda self, number: told.append(number)})()]
     monkeypatch.setattr("psutil.Process.children", lambda self: here)
 
-    def launch(config) -> None:
+    def launch() -> None:
         signal.raise_signal(signal.SIGINT)
         here.clear()
         signal.raise_signal(signal.SIGTERM)
@@ -300,22 +298,50 @@ def test_a_second_signal_after_the_ranks_have_saved_changes_nothing(monkeypatch)
 
 def test_hanging_up(monkeypatch):
     """Ends the ranks, unless nohup has said that it should not."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-
-    def launch(config) -> None:
-        assert config.signals_to_handle == "SIGHUP,SIGQUIT"
-        raise SignalException("hung up", signal.SIGHUP)
-
-    def ignoring(config) -> None:
-        assert config.signals_to_handle == "SIGQUIT"
-
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        assert launched(monkeypatch, launch) == 129
+        assert launched(monkeypatch, lambda: signal.raise_signal(signal.SIGHUP)) == 128 + signal.SIGHUP
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert launched(monkeypatch, ignoring) == 0
+        assert launched(monkeypatch, lambda: signal.raise_signal(signal.SIGHUP)) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+RANKS = """
+import os, signal, sys, time
+from megabus.cli import ranks
+def entry():
+    out = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
+    os.write(out, f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']} in {os.getsid(0) == os.getpid()}\\n".encode())
+    while len(open(sys.argv[2]).readlines()) < 3:
+        time.sleep(0.05)
+    {doing}
+    os._exit(0)
+ranks.entry = entry
+print(ranks.start_ranks(3, "train", sys.argv[1:], "megabus.train.loop"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("doing", "code"),
+    [
+        ("pass", 0),
+        ("os._exit(int(os.environ['RANK']) * 7) if os.environ['RANK'] == '2' else time.sleep(60)", 14),
+        ("os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(60)", 128 + 9),
+        ("os.kill(os.getppid(), signal.SIGQUIT) if os.environ['RANK'] == '0' else None; time.sleep(60)", 128 + 3),
+        ("os.kill(os.getppid(), signal.SIGUSR1) if os.environ['RANK'] == '0' else None; time.sleep(60)", 128 + 10),
+    ],
+    ids=["all is well", "one ends", "one is killed", "ended at once", "asked, with none that listens"],
+)
+def test_how_ranks_end(tmp_path, doing, code):
+    """Each in a session of its own; none is left, nor waited for longer than those that are asked may take."""
+    (tmp_path / "program.py").write_text(RANKS.replace("{doing}", doing))
+    (tmp_path / "out").write_text("")
+    env = {name: value for name, value in environment().items() if name not in OF_LAUNCHERS}
+    command = [sys.executable, tmp_path / "program.py", tmp_path / "out"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{code}\n", "")
+    assert sorted((tmp_path / "out").read_text().splitlines()) == [f"{rank} of 3 in True" for rank in range(3)]
 
 
 @pytest.mark.parametrize(
