@@ -120,10 +120,10 @@ class SavedState:
 
 
 def tokenizers_of(state: SavedState) -> set[str]:
-    """Hashes of the tokenizers that a run's training data was made with; none where no run was, or none is known."""
-    data = state.data.get("train")
-    known = data.get("tokenizers") if isinstance(data, dict) else None
-    return {sha256 for sha256 in known if isinstance(sha256, str)} if isinstance(known, list) else set()
+    """Hashes of the tokenizers that a run's data was made with; none where no run was, or none is known."""
+    corpora = [data for name in ("train", "valid") if isinstance(data := state.data.get(name), dict)]
+    lists = [known for data in corpora if isinstance(known := data.get("tokenizers"), list)]
+    return {sha256 for known in lists for sha256 in known if isinstance(sha256, str)}
 
 
 def weights_alone(state: SavedState) -> SavedState:

@@ -99,15 +99,16 @@ def _started(nproc: int, words: list[str], imports: str) -> int:
         listening.bind(("127.0.0.1", 0))  # some machines cannot resolve their own names
         port = listening.getsockname()[1]
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, ASK + END)  # until a rank has handlers of its own
+            # Until a rank has handlers of its own; and the store's thread is never to take a signal.
+            signal.pthread_sigmask(signal.SIG_BLOCK, ASK + END)
             try:
                 method = "spawn" if gpu else "fork"
                 ranks = start_processes(_rank, (nproc, port, words), nproc, join=False, start_method=method)
+                # Where the ranks meet: here and not on rank 0, so that it is there to the end.
+                listen = listening.detach()
+                store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listen)
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, ASK + END)
-            # Where the ranks meet. Here and not on rank 0, so that it is there to the end; it starts a thread.
-            listen = listening.detach()
-            store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listen)
             while not ranks.join():
                 pass
             del store
