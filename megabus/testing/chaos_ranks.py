@@ -71,7 +71,7 @@ class Phase(IntEnum):
 
 ON_START = (Phase.JOIN, Phase.START, Phase.RESTORE)
 ON_GROWTH = (Phase.MOVE, Phase.BUILD, Phase.GROWN)
-NAPS = {Phase.PUBLISH: 1, Phase.LATEST: 1, Phase.PRUNE: 2}  # within the phase, beside the one at its beginning
+NAPS = {Phase.PUBLISH: 1, Phase.LATEST: 1, Phase.PRUNE: 1}  # within the phase, beside the one at its beginning
 ONLY_RANK_0 = tuple(NAPS)
 _MAIN, _WRITER, _STEP, _SAVING, _BEGAN, _NOTED, _SINCE, _SPENT = 0, 1, 2, 3, 4, 5, 6, 8
 _ROW = _SPENT + 2 * len(Phase)
