@@ -12,7 +12,7 @@ from megabus.checkpoint.contents import listed_tokenizer, opened
 from megabus.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
-from megabus.data.tokenizer import FILES, Tokenizer, open_tokenizer, read_tokenizer_files
+from megabus.data.tokenizer import FILES, ROWLESS, Tokenizer, open_tokenizer, read_tokenizer_files
 from megabus.errors import UserError
 from megabus.model.params import global_shape
 from megabus.parallel.fragments import Fragments
@@ -75,6 +75,8 @@ def own_or_given(folder: Path, own: Path | None, given: str | None, vocab_size: 
     name = own if given is None else given
     if name is None:
         raise UserError("tokenizer", folder, "holds none that can be read", "name one: --tokenizer")
+    if own is not None:  # another would be refused: what is asked for is what can be done about this one
+        open_tokenizer(own, vocab_size, ROWLESS)
     tokenizer = open_tokenizer(name, vocab_size)
     if own is not None and not read_tokenizer_files(own).is_same(tokenizer.files):
         problem = f"is another than the one saved in {folder}"

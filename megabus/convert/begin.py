@@ -18,7 +18,7 @@ from megabus.convert.convert import in_other_form, model_at, open_source
 from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, described
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles
 from megabus.convert.vocabulary import LargerVocabulary
-from megabus.data.tokenizer import Tokenizer, open_tokenizer, spellings
+from megabus.data.tokenizer import Tokenizer, spellings
 from megabus.data.tokenizer.odd_text import differences, odd_lines
 from megabus.data.tokenizer.spelling import KEPT
 from megabus.engine.engine import Engine
@@ -89,7 +89,7 @@ def extended(
         problem = "has no tokenizer that could spell new pieces"
         why = unread_tokenizer(origin)
         raise UserError("init_from", source.folder, problem + (f": its own {why}" if why else ""), NO_SPELLER)
-    own = open_tokenizer(source.tokenizer, source.state.model.vocab_size)
+    own = Tokenizer(source.tokenizer)
     try:
         spelled = spellings(own, tokenizer)
     except UserError as error:

@@ -142,10 +142,14 @@ def check_taken_over(origin: Found | FolderSource, config: RunConfig, stage: Sta
     path = tokenizer_of(origin)
     if config.data.tokenizer is not None or path is None:
         return
+    tokenizer = Tokenizer(path)
     try:
-        check_carried(Tokenizer(path), stage.model.vocab_size, "init_from", path)
+        check_carried(tokenizer, stage.model.vocab_size, "init_from", path)
     except UserError as error:
         remedy = "begin from a copy of the weights without it, or name another as data.tokenizer"
+        if (n := tokenizer.vocab_size) > stage.model.vocab_size:
+            rows = f"give its pieces rows: model.vocab_size: {n}, extend_vocabulary: true, data.tokenizer: {path}"
+            remedy = f"{rows}; or begin from a copy of the weights without it"
         raise UserError("init_from", path, f"holds a tokenizer that {error.problem}", remedy) from error
 
 

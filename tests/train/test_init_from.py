@@ -186,7 +186,9 @@ def test_a_tokenizer_that_no_export_could_carry_is_refused_before_training(corpu
 
     remedy = "begin from a copy of the weights without it, or name another as data.tokenizer"
     train_tokenizer(["the cat sees the dog " * 50], 270, folder / "tokenizer", "bpe")
-    more = f"holds a tokenizer that has 270 pieces, model.vocab_size is {VOCAB}; {remedy}"
+    rows = f"model.vocab_size: 270, extend_vocabulary: true, data.tokenizer: {folder}"
+    more = f"holds a tokenizer that has 270 pieces, model.vocab_size is {VOCAB}; give its pieces rows: {rows}; or begin"
+    more += " from a copy of the weights without it"
     assert problem() == f"init_from = {folder}: {more}"
     words = io.BytesIO()
     texts = iter(["the cat sees the dog"] * 9)
@@ -195,6 +197,7 @@ def test_a_tokenizer_that_no_export_could_carry_is_refused_before_training(corpu
     )
     (folder / "tokenizer.model").write_bytes(words.getvalue())
     assert problem().startswith(f"init_from = {folder}: holds a tokenizer that is a SentencePiece model of words")
+    assert problem().endswith(remedy)
     assert problem() == refusal(config, 2)
     assert not (tmp_path / "run").exists()
     named = config_of(corpus, tmp_path / "run", folder, data__tokenizer=str(qwen[1]))
