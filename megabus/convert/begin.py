@@ -15,7 +15,7 @@ from megabus.checkpoint.manifest import Heartbeat, idle
 from megabus.checkpoint.restore import re_express, restore, weights_of
 from megabus.checkpoint.state import SavedState
 from megabus.convert.convert import in_other_form, model_at, open_source
-from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, described
+from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, context_of, described
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles
 from megabus.convert.vocabulary import LargerVocabulary
 from megabus.data.tokenizer import Tokenizer, spellings
@@ -77,6 +77,15 @@ def read_description(path: str | Path) -> Found | FolderSource | Described:
     if in_other_form(folder):
         return open_source(folder, OpenFiles(), weights_only=True)
     return look(checkpoint_at(folder))
+
+
+def past_context(origin: Found | FolderSource | Described, longest: int) -> list[str]:
+    """A line where a run's `longest` sequence is longer than any that its origin was made for."""
+    context = context_of(origin.folder, origin.state)
+    if context is None or longest <= context:
+        return []
+    beyond = "positions beyond it are new to them, and the loss may begin high"
+    return [f"seq_len {longest}: the longest sequence of the weights of {origin.folder} is {context}; {beyond}"]
 
 
 def extended(

@@ -9,6 +9,7 @@ import torch
 from megabus.checkpoint.load import checkpoint_at, load_weights, own_or_given, saved_tokenizer, tokenizer_for
 from megabus.checkpoint.state import SavedState, read_state, tokenizers_of
 from megabus.convert.convert import in_other_form, model_at, open_source
+from megabus.convert.hugging_face import context_of
 from megabus.convert.source import OpenFiles, whole
 from megabus.data.batches import TokenSource
 from megabus.data.sources import VALID_SEED, check_same_tokenizer
@@ -45,6 +46,17 @@ def state_of(path: str | Path) -> tuple[Path, SavedState, Path | None]:
             return path, source.state, source.tokenizer
     folder = checkpoint_at(path)
     return folder, read_state(folder), saved_tokenizer(folder)
+
+
+def longest_context(path: str | Path) -> int | None:
+    """Tokens of the longest sequence that a model was made for, in whatever form its weights lie; None where they do
+    not say it."""
+    path = model_at(path)
+    if in_other_form(path):
+        with OpenFiles() as files:
+            return context_of(path, open_source(path, files, with_tokenizer=False).state)
+    folder = checkpoint_at(path)
+    return context_of(folder, read_state(folder))
 
 
 def read_data(prefix: str, seq_len: int, folder: Path, state: SavedState, tokenizer: Path | None) -> TokenSource:
