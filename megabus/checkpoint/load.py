@@ -18,6 +18,9 @@ from megabus.model.params import global_shape
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Piece, Placement
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # as peft saves it, such as a LoRA
+MERGE = "merge it into its model first: in peft merge_and_unload(), then save_pretrained()"
+
 
 def checkpoint_at(path: str | Path) -> Path:
     """The checkpoint that `path` is, or the newest of the run that it is."""
@@ -34,9 +37,11 @@ def checkpoint_at(path: str | Path) -> Path:
     if not folders and (path / MANIFEST).is_file():
         remedy = "give it back its name, step- and the eight digits of the step that its state.json says"
         raise UserError("checkpoint", path, "is one, and is not called so", remedy)
+    if not folders and any((path / name).exists() for name in ADAPTER):
+        raise UserError("model", path, "holds an adapter and no whole model", MERGE)
     if not folders:
-        remedy = "give a run's directory or one of its checkpoints (megabus convert makes them of other forms)"
-        raise UserError("checkpoint", path, "holds none", remedy)
+        remedy = "give a run, one of its checkpoints, or a model's directory with its config.json"
+        raise UserError("checkpoint", path, "holds none, and no config.json of a model in another form", remedy)
     return folders[0]
 
 

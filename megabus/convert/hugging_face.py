@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megabus.checkpoint.entries import odd_entry
+from megabus.checkpoint.load import ADAPTER, MERGE
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.checkpoint.tensor_file import DTYPES, TensorFileWriter
 from megabus.config import Layout, ModelConfig
@@ -45,6 +46,16 @@ CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights, as safetensors names them
 SINGLE = "model.safetensors"
 FILE = re.compile(r"[\w.-]+\.safetensors")  # a file of weights that an index may name
+# What a value of another type should be, by pydantic's names of what is wrong: "10000" is no number in JSON.
+WRITTEN_AS = {
+    "float_type": "write a number, without quotation marks",
+    "int_type": "write a whole number, without quotation marks",
+    "int_from_float": "write a whole number",
+    "bool_type": "write true or false, without quotation marks",
+    "string_type": "write a text, in quotation marks",
+    "list_type": "write a list",
+    "dict_type": "write an object of keys, in braces",
+}
 NGPT_FILES = ("configuration_ngpt.py", "modeling_ngpt.py")
 
 
@@ -265,6 +276,11 @@ def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
     if any(folder.glob("pytorch_model*.bin")):
         problem, remedy = "are pickled, which may run any code", "save them with safe_serialization in transformers"
         raise UserError("weights", folder, problem, remedy)
+    if not os.path.lexists(folder / INDEX):
+        if any((folder / name).exists() for name in ADAPTER):
+            raise UserError("weights", folder, "are an adapter and no whole model", MERGE)
+        problem = f"holds a {CONFIG} and neither {SINGLE} nor {INDEX}"
+        raise UserError("weights", folder, problem, "give the whole directory, as transformers or megabus saved it")
     found = read_json(folder / INDEX).get("weight_map")
     if not isinstance(found, dict):
         raise UserError("weights", folder / INDEX, "has no weight_map", "restore it from another copy")
@@ -305,7 +321,8 @@ def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) ->
         where = ".".join(map(str, (*section, *first["loc"])))
         said = f"{where} = {shown(first['input'])}: {first['msg']}"
         problem = f"lacks {where}" if first["type"] == "missing" else f"has {said}"
-        raise UserError("config.json", folder, problem, "restore it from another copy") from error
+        remedy = WRITTEN_AS.get(first["type"], "restore it from another copy")
+        raise UserError("config.json", folder, problem, remedy) from error
 
 
 def described(folder: Path) -> SavedState:

@@ -62,7 +62,8 @@ def longest_context(path: str | Path) -> int | None:
 def read_data(prefix: str, seq_len: int, folder: Path, state: SavedState, tokenizer: Path | None) -> TokenSource:
     """Token files to measure a model of `state_of` on, in the order of a validation. Raises `UserError` for what is
     none, and for files that another tokenizer made than the model's."""
-    source = TokenSource([(prefix, 1.0)], seq_len, VALID_SEED, state.model.vocab_size)
+    remedy = "give data that was made with the model's own tokenizer"
+    source = TokenSource([(prefix, 1.0)], seq_len, VALID_SEED, state.model.vocab_size, remedy=remedy)
     files = None if tokenizer is None else read_tokenizer_files(tokenizer)
     check_same_tokenizer(source.tokenizers, None, tokenizers_of(state), files, f"the weights of {folder}")
     return source

@@ -301,6 +301,42 @@ def test_the_longest_context_is_what_was_trained_where_that_is_more(tmp_path, ca
     assert longest_context(tmp_path / "llama") == 128
 
 
+def test_a_directory_without_weights_says_what_it_lacks(tmp_path):
+    llama(tmp_path)
+    folder = tmp_path / "llama"
+    for path in folder.glob("model*"):
+        path.unlink()
+
+    def told():
+        with OpenFiles() as files, pytest.raises(UserError) as caught:
+            open_source(folder, files)
+        return str(caught.value)
+
+    lacks = (
+        "holds a config.json and neither model.safetensors nor model.safetensors.index.json; give the whole directory"
+    )
+    assert told().startswith(f"weights = {folder}: {lacks}")
+    (folder / "adapter_model.safetensors").write_text("")
+    assert told().startswith(f"weights = {folder}: are an adapter and no whole model; merge it into its model first")
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"rope_theta": "10000", "rope_parameters": None}, "write a number, without quotation marks"),
+        ({"hidden_size": "48"}, "write a whole number, without quotation marks"),
+        ({"tie_word_embeddings": "false"}, "write true or false, without quotation marks"),
+        ({"hidden_size": -1}, "restore it from another copy"),
+    ],
+)
+def test_a_value_of_another_type_is_told_how_to_write(tmp_path, change, remedy):
+    config = transformers.LlamaConfig(vocab_size=67, hidden_size=48, num_attention_heads=4).to_dict() | change
+    with pytest.raises(UserError) as caught:
+        model_of(config, tmp_path, *PLENTY)
+    assert str(caught.value).endswith(f"; {remedy}")
+    assert next(iter(change)) in str(caught.value)
+
+
 LINKED = ["config.json", "model.safetensors.index.json", "model-00001-of-*.safetensors", "tokenizer_config.json"]
 
 

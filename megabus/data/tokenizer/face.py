@@ -168,6 +168,9 @@ def open_tokenizer(
     return tokenizer
 
 
+NO_TREE = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
+
+
 def check_carried(tokenizer: Tokenizer, vocab_size: int, key: str, path: str | os.PathLike[str]) -> None:
     """Raise `UserError` under `key` for a tokenizer that cannot go with a model of that vocabulary: no checkpoint of it
     would be read, or no export written."""
@@ -177,5 +180,4 @@ def check_carried(tokenizer: Tokenizer, vocab_size: int, key: str, path: str | o
             key, path, problem, "set model.vocab_size to that or more if it made the data; else give its own"
         )
     if not tokenizer.codec.has_tree:
-        problem = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
-        raise UserError(key, path, problem, "leave it out, and the export is without a tokenizer")
+        raise UserError(key, path, NO_TREE, "leave it out, and the export is without a tokenizer")
