@@ -80,10 +80,9 @@ def own_or_given(folder: Path, own: Path | None, given: str | None, vocab_size: 
     name = own if given is None else given
     if name is None:
         raise UserError("tokenizer", folder, "holds none that can be read", "name one: --tokenizer")
-    if own is not None:  # another would be refused: what is asked for is what can be done about this one
-        open_tokenizer(own, vocab_size, ROWLESS)
-    tokenizer = open_tokenizer(name, vocab_size)
-    if own is not None and not read_tokenizer_files(own).is_same(tokenizer.files):
+    if own is None:
+        return open_tokenizer(name, vocab_size)
+    if given is not None and not read_tokenizer_files(own).is_same(read_tokenizer_files(given)):
         problem = f"is another than the one saved in {folder}"
         raise UserError("tokenizer", given, problem, "leave it out, or give that one")
-    return tokenizer
+    return open_tokenizer(name, vocab_size, ROWLESS)
