@@ -77,10 +77,12 @@ def main(argv: Sequence[str]) -> int:
     from megabus.convert.changed import RowsMadeUnit, Untied, averaged, unit_error
     from megabus.convert.checks import Checks
     from megabus.convert.convert import convert, model_at, open_source
+    from megabus.convert.hf_tokenizer import compare_as_read
     from megabus.convert.hugging_face import HuggingFaceSource
     from megabus.convert.source import OpenFiles, Source
     from megabus.convert.verify import verify
     from megabus.convert.verify_logits import verify_logits
+    from megabus.data.tokenizer.files import TREE
     from megabus.model.params import UNIT_ERROR
 
     begun = time.perf_counter()
@@ -129,4 +131,6 @@ def main(argv: Sequence[str]) -> int:
             print(f"verified: {in_bytes(total)} equal bit for bit, {time.perf_counter() - begun:.1f} s")
             if logits:
                 print(verify_logits(folder, args.out))
+            if isinstance(given, HuggingFaceSource) and given.tokenizer is not None and (folder / TREE).exists():
+                compare_as_read(folder, "the model's")  # else only an export would tell, when all is trained
     return 0

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from megabus.command import Parser
-from megabus.errors import UserError
+from megabus.errors import UserError, warn
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     import megabus
-    from megabus.convert.load import tokenizer_of_model
+    from megabus.convert.load import longest_context, tokenizer_of_model
     from megabus.generate import generate
 
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -73,4 +73,9 @@ def main(argv: Sequence[str]) -> int:
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print(text[len(shown) :])
+    context, length = longest_context(args.checkpoint), len(ids) + len(written)
+    if context is not None and length > context:
+        warn(
+            f"{length} tokens with the prompt, and the model's longest context is {context}: beyond it text gets worse"
+        )
     return 0

@@ -22,7 +22,7 @@ from pathlib import Path
 from megabus.command import Parser
 from megabus.data.preprocess import preprocess
 from megabus.data.tokenizer import MODEL_TYPES, NORMALIZATIONS
-from megabus.errors import UserError
+from megabus.errors import UserError, note
 
 MOST_IDS = 1 << 22  # of a tokenizer that is trained; libraries make room for all of them at once
 
@@ -32,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that temporaries are removed
     try:
         print(preprocess(args))
+    except KeyboardInterrupt:
+        note("stopped: nothing was written")
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0

@@ -69,7 +69,12 @@ def in_line(values: Mapping[str, Any] | None) -> str:
     """A section's plain values as a line of YAML."""
     if values is None:
         return "null"
-    return "{" + ", ".join(f"{key}: {'null' if value is None else value}" for key, value in values.items()) + "}"
+    return "{" + ", ".join(f"{key}: {as_written(value)}" for key, value in values.items()) + "}"
+
+
+def as_written(value: Any) -> Any:
+    """A plain value in a message: none and switches as a file has them, not as Python does."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else value
 
 
 class Section(BaseModel):

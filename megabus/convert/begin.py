@@ -15,10 +15,10 @@ from megabus.checkpoint.manifest import Heartbeat, idle
 from megabus.checkpoint.restore import re_express, restore, weights_of
 from megabus.checkpoint.state import SavedState
 from megabus.convert.convert import in_other_form, model_at, open_source
-from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, described
+from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, context_of, described
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles
 from megabus.convert.vocabulary import LargerVocabulary
-from megabus.data.tokenizer import Tokenizer, open_tokenizer, spellings
+from megabus.data.tokenizer import Tokenizer, spellings
 from megabus.data.tokenizer.odd_text import differences, odd_lines
 from megabus.data.tokenizer.spelling import KEPT
 from megabus.engine.engine import Engine
@@ -79,6 +79,15 @@ def read_description(path: str | Path) -> Found | FolderSource | Described:
     return look(checkpoint_at(folder))
 
 
+def past_context(origin: Found | FolderSource | Described, longest: int) -> list[str]:
+    """A line where a run's `longest` sequence is longer than any that its origin was made for."""
+    context = context_of(origin.folder, origin.state)
+    if context is None or longest <= context:
+        return []
+    beyond = "positions beyond it are new to them, and the loss may begin high"
+    return [f"seq_len {longest}: the longest sequence of the weights of {origin.folder} is {context}; {beyond}"]
+
+
 def extended(
     origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int, heartbeat: Heartbeat = idle
 ) -> LargerVocabulary:
@@ -89,7 +98,7 @@ def extended(
         problem = "has no tokenizer that could spell new pieces"
         why = unread_tokenizer(origin)
         raise UserError("init_from", source.folder, problem + (f": its own {why}" if why else ""), NO_SPELLER)
-    own = open_tokenizer(source.tokenizer, source.state.model.vocab_size)
+    own = Tokenizer(source.tokenizer)
     try:
         spelled = spellings(own, tokenizer)
     except UserError as error:

@@ -21,6 +21,7 @@ from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, named_files,
 from megabus.convert.hugging_face import INDEX as HF_INDEX
 from megabus.convert.shard_files import INDEX, ShardFileSource, write_shard_files
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles, Source
+from megabus.data.tokenizer import ROWLESS, open_tokenizer
 from megabus.durable import partial_name, sync
 from megabus.errors import UserError
 from megabus.hub import local_copy, of_hub
@@ -97,6 +98,8 @@ def convert(
     `write_hugging_face`."""
     tp, pp, dp = layout
     check_layout(source.state.model, Layout(tp, pp, dp))
+    if source.tokenizer is not None:  # else what is made could be neither trained nor used, and says so late
+        open_tokenizer(source.tokenizer, source.state.model.vocab_size, f"{ROWLESS}; or leave it: --without-tokenizer")
     partial = partial_name(out)
     try:
         if out.exists():

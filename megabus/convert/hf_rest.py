@@ -18,7 +18,8 @@ from megabus.plain_file import NotPlainError, parse_json, read_regular, shown
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (*FILES, GENERATION, "vocab.json", "merges.txt")
 REMEDY = "give a Hugging Face directory with safetensors weights"
-KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+CONTEXT = "max_position_embeddings"  # tokens of the longest sequence
+KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", CONTEXT)
 
 
 def inside(path: Path) -> Path:

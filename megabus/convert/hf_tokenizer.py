@@ -82,8 +82,8 @@ def _compare(ours: Tokenizer, exported: Tokenizer) -> None:
     _tell(differences(lines, ours, exported.encode_batch), len(lines), f"the export's {TREE}", ours.name, remedy)
 
 
-def compare_as_read(out: Path) -> None:
-    """Warns where transformers' AutoTokenizer gives other ids than the export's own tokenizer.json, or none.
+def compare_as_read(out: Path, whose: str = "the export's") -> None:
+    """Warns where transformers' AutoTokenizer gives other ids than a directory's own tokenizer.json, or none.
 
     It cuts text as the class does that tokenizer_config.json or the model's kind names (tokenization_auto.py), whatever
     tokenizer.json says.
@@ -111,7 +111,7 @@ def compare_as_read(out: Path) -> None:
         logging.set_verbosity(verbosity)
     kind = type(theirs).__name__
     remedy = f"It follows its class {kind}: read the tokenizer with PreTrainedTokenizerFast.from_pretrained"
-    _tell(found, len(lines), "transformers' AutoTokenizer", f"the export's {TREE}", remedy)
+    _tell(found, len(lines), "transformers' AutoTokenizer", f"{whose} {TREE}", remedy)
 
 
 def _not_compared(why: str) -> None:

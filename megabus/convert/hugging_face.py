@@ -23,17 +23,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megabus.checkpoint.entries import odd_entry
+from megabus.checkpoint.load import ADAPTER, MERGE
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.checkpoint.tensor_file import DTYPES, TensorFileWriter
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
 from megabus.convert.hf_accounts import check_accounts
-from megabus.convert.hf_rest import check_ids, copy_rest, extends, inside, read_json, rest_of, tokenizer_of
+from megabus.convert.hf_rest import CONTEXT, check_ids, copy_rest, extends, inside, read_json, rest_of, tokenizer_of
 from megabus.convert.hf_stock import stock_config, stock_model
 from megabus.convert.hf_tokenizer import compare_as_read, write_tokenizer
 from megabus.convert.source import OpenFiles, Source, blocks, whole
 from megabus.data.tokenizer.files import TREE
-from megabus.errors import UserError
+from megabus.errors import UserError, warn
 from megabus.model.cost import totals
 from megabus.model.decoder import param_specs
 from megabus.model.layers import rope_frequencies
@@ -45,6 +46,16 @@ CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")  # dtypes of weights, as safetensors names them
 SINGLE = "model.safetensors"
 FILE = re.compile(r"[\w.-]+\.safetensors")  # a file of weights that an index may name
+# What a value of another type should be, by pydantic's names of what is wrong: "10000" is no number in JSON.
+WRITTEN_AS = {
+    "float_type": "write a number, without quotation marks",
+    "int_type": "write a whole number, without quotation marks",
+    "int_from_float": "write a whole number",
+    "bool_type": "write true or false, without quotation marks",
+    "string_type": "write a text, in quotation marks",
+    "list_type": "write a list",
+    "dict_type": "write an object of keys, in braces",
+}
 NGPT_FILES = ("configuration_ngpt.py", "modeling_ngpt.py")
 
 
@@ -72,7 +83,7 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
     taken = {} if like is None else copy_rest(like, out, model.vocab_size, own, extended)
     if own is not None and (like is None or extended):
         config |= write_tokenizer(own, out)
-    config |= taken
+    config |= taken | _longer_context(source.state, taken)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, spec in specs.items():
         shape = global_shape(spec, model)
@@ -105,6 +116,15 @@ def write_hugging_face(source: Source, out: Path, dtype: str, max_shard_bytes: i
         compare_as_read(out)
 
 
+def _longer_context(state: SavedState, taken: dict[str, Any]) -> dict[str, int]:
+    """The key of the longest context where a run has trained on longer sequences than a --like directory says."""
+    said, trained = taken.get(CONTEXT), state.longest_sequence() if state.config else 0
+    if type(said) is not int or said >= trained:
+        return {}
+    warn(f"{CONTEXT} is {trained}, the longest sequence of the run, and not the {said} of --like")
+    return {CONTEXT: trained}
+
+
 def _groups(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> list[list[str]]:
     groups: list[list[str]] = [[]]
     used = 0
@@ -134,7 +154,7 @@ def _sizes(state: SavedState) -> dict[str, Any]:
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_dim,
-        "max_position_embeddings": state.longest_sequence(),
+        CONTEXT: state.longest_sequence(),
         "bos_token_id": None,
         "eos_token_id": None,
     }
@@ -256,6 +276,11 @@ def _weight_map(folder: Path, files: OpenFiles) -> dict[str, str]:
     if any(folder.glob("pytorch_model*.bin")):
         problem, remedy = "are pickled, which may run any code", "save them with safe_serialization in transformers"
         raise UserError("weights", folder, problem, remedy)
+    if not os.path.lexists(folder / INDEX):
+        if any((folder / name).exists() for name in ADAPTER):
+            raise UserError("weights", folder, "are an adapter and no whole model", MERGE)
+        problem = f"holds a {CONFIG} and neither {SINGLE} nor {INDEX}"
+        raise UserError("weights", folder, problem, "give the whole directory, as transformers or megabus saved it")
     found = read_json(folder / INDEX).get("weight_map")
     if not isinstance(found, dict):
         raise UserError("weights", folder / INDEX, "has no weight_map", "restore it from another copy")
@@ -296,12 +321,22 @@ def model_of(config: dict[str, Any], folder: Path, tensors: int, stored: int) ->
         where = ".".join(map(str, (*section, *first["loc"])))
         said = f"{where} = {shown(first['input'])}: {first['msg']}"
         problem = f"lacks {where}" if first["type"] == "missing" else f"has {said}"
-        raise UserError("config.json", folder, problem, "restore it from another copy") from error
+        remedy = WRITTEN_AS.get(first["type"], "restore it from another copy")
+        raise UserError("config.json", folder, problem, remedy) from error
 
 
 def described(folder: Path) -> SavedState:
     """What config.json says by itself, where there are no files yet to compare it with."""
     return _without_a_run(model_of(read_json(folder / CONFIG), folder, sys.maxsize, sys.maxsize))
+
+
+def context_of(folder: Path, state: SavedState) -> int | None:
+    """Tokens of the longest sequence that weights were made for: by the config.json of their directory, else by the run
+    that they come from. None where neither says it."""
+    if os.path.lexists(folder / CONFIG):
+        said = read_json(folder / CONFIG).get(CONTEXT)
+        return said if type(said) is int and said > 0 else None
+    return state.longest_sequence() if state.config else None
 
 
 def _check_fits(model: ModelConfig, folder: Path, tensors: int, stored: int) -> None:

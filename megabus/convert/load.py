@@ -9,6 +9,7 @@ import torch
 from megabus.checkpoint.load import checkpoint_at, load_weights, own_or_given, saved_tokenizer, tokenizer_for
 from megabus.checkpoint.state import SavedState, read_state, tokenizers_of
 from megabus.convert.convert import in_other_form, model_at, open_source
+from megabus.convert.hugging_face import context_of
 from megabus.convert.source import OpenFiles, whole
 from megabus.data.batches import TokenSource
 from megabus.data.sources import VALID_SEED, check_same_tokenizer
@@ -47,10 +48,22 @@ def state_of(path: str | Path) -> tuple[Path, SavedState, Path | None]:
     return folder, read_state(folder), saved_tokenizer(folder)
 
 
+def longest_context(path: str | Path) -> int | None:
+    """Tokens of the longest sequence that a model was made for, in whatever form its weights lie; None where they do
+    not say it."""
+    path = model_at(path)
+    if in_other_form(path):
+        with OpenFiles() as files:
+            return context_of(path, open_source(path, files, with_tokenizer=False).state)
+    folder = checkpoint_at(path)
+    return context_of(folder, read_state(folder))
+
+
 def read_data(prefix: str, seq_len: int, folder: Path, state: SavedState, tokenizer: Path | None) -> TokenSource:
     """Token files to measure a model of `state_of` on, in the order of a validation. Raises `UserError` for what is
     none, and for files that another tokenizer made than the model's."""
-    source = TokenSource([(prefix, 1.0)], seq_len, VALID_SEED, state.model.vocab_size)
+    remedy = "give data that was made with the model's own tokenizer"
+    source = TokenSource([(prefix, 1.0)], seq_len, VALID_SEED, state.model.vocab_size, remedy=remedy)
     files = None if tokenizer is None else read_tokenizer_files(tokenizer)
     check_same_tokenizer(source.tokenizers, None, tokenizers_of(state), files, f"the weights of {folder}")
     return source

@@ -25,7 +25,8 @@ class LargerVocabulary:
     """A source whose model has rows for new ids; whatever was there is the inner source's, to the bit.
 
     spelled: id of a new piece -> ids of the old pieces that it was spelled with; its rows are made of theirs. n_ids: of
-    the old tokenizer. A row of the larger vocabulary that no piece has is as one spelled with all old ids.
+    the old tokenizer, which may have pieces that the model has no rows for: nothing is made of those. A row of the
+    larger vocabulary that no such pieces spell is as one spelled with all old ids that have rows.
 
     A row that is looked up is the mean of its pieces' rows, made a unit vector where rows are. One that h is multiplied
     with gives, whatever h is, the mean of its pieces' logits: the mean of their rows or, where a row is a unit vector
@@ -49,7 +50,10 @@ class LargerVocabulary:
     ) -> None:
         self.inner, self.folder, self.heartbeat = source, source.folder, heartbeat
         self.tokenizer: Path | None = tokenizer
-        self.spelled, self.n_ids, self.n_old = spelled, n_ids, source.state.model.vocab_size
+        self.n_old = source.state.model.vocab_size
+        self.n_ids, self.n_rowless, self.n_new = min(n_ids, self.n_old), max(0, n_ids - self.n_old), len(spelled)
+        known = {piece: [one for one in ids if one < self.n_old] for piece, ids in spelled.items()}
+        self.spelled: Mapping[int, Sequence[int]] = {piece: ids for piece, ids in known.items() if ids}
         larger = source.state.model.model_copy(update={"vocab_size": vocab_size})
         self.state = without_run(source.state, larger)
         self.specs = param_specs(larger)
@@ -58,7 +62,7 @@ class LargerVocabulary:
         self.head = next((spec for spec in of_rows if spec.is_matrix and not spec.lookup), None)
         assert self.gain is None or (self.head is not None and self.head.unit), "a gain takes the length of a unit row"
         self._is_new = torch.arange(vocab_size) >= self.n_old
-        self._is_new[[*spelled]] = True
+        self._is_new[[*self.spelled]] = True
         self._of_all: dict[str, Tensor] = {}
         # Of the means that the head's new rows are made of, once they are: its gain is made of the same.
         self._lengths = torch.full((vocab_size,), torch.nan, dtype=torch.float64)
@@ -66,8 +70,13 @@ class LargerVocabulary:
     @property
     def made(self) -> str:
         """What has become of the vocabulary, for people."""
-        added = self.state.model.vocab_size - self.n_old
-        return f"{added} rows more, and of the tokenizer {len(self.spelled)} pieces more than that of {self.folder} has"
+        now, inside = self.state.model.vocab_size, sum(piece < self.n_old for piece in self.spelled)
+        parts = [_counted(self.n_new, "new piece")] if self.n_new or not self.n_rowless else []
+        if inside:
+            parts.append(f"{'' if inside == self.n_new else f'{inside} of them '}in rows that were padding")
+        if self.n_rowless:
+            parts.append(f"{_counted(self.n_rowless, 'piece')} of its own tokenizer that had no row")
+        return ", ".join(parts) + ("" if now == self.n_old else f"; {now} rows instead of {self.n_old}")
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
         spec = self.specs[name]
@@ -158,6 +167,10 @@ class LargerVocabulary:
     def _old(self, spec: ParamSpec, start: int, stop: int) -> Tensor:
         width = prod(global_shape(spec, self.state.model)[1:])
         return self.inner.read("weight", spec.name, start * width, stop * width).view(-1, width)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n != 1 else ''}"
 
 
 def sum_of_rows(rows: Tensor) -> Tensor:

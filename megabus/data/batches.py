@@ -21,7 +21,7 @@ class TokenSource:
     """A weighted blend of corpora, read in the order of `megabus.data.order`.
 
     prefixes: (prefix, or prefixes, weight) of each corpus, see `open_corpus`; weights need not sum to one.
-    chunk_len: the longest seq_len of the run, in tokens.
+    chunk_len: the longest seq_len of the run, in tokens. remedy: of data with larger ids than the model's.
     Raises UserError for a corpus shorter than a sample or made with another vocabulary or tokenizer.
     """
 
@@ -33,10 +33,11 @@ class TokenSource:
         vocab_size: int,
         cache: Path | None = None,
         heartbeat: Callable[[], object] = int,
+        remedy: str = "set the model's vocab_size to the data's or more",
     ) -> None:
         if not prefixes:
             raise UserError("data", "[]", "no corpus is given", "name at least one prefix")
-        self.chunk_len, self.vocab_size, self.seed = chunk_len, vocab_size, seed
+        self.chunk_len, self.vocab_size, self.seed, self.remedy = chunk_len, vocab_size, seed, remedy
         paths = [[path] if isinstance(path, str) else path for path, _ in prefixes]
         self.corpora = [open_corpus(each, cache, heartbeat) for each in paths]
         self.counts = slots([weight for _, weight in prefixes])  # of BLEND_PERIOD chunks, those of each corpus
@@ -126,7 +127,7 @@ class TokenSource:
                 raise UserError("data", prefix, f"its .meta.json speaks of {n_bytes} bytes of text", REBUILD)
             if meta["vocab_size"] > self.vocab_size:  # less is a vocabulary that was padded
                 problem = f"was made with vocab_size {meta['vocab_size']}, the model has {self.vocab_size}"
-                raise UserError("data", prefix, problem, "set the model's vocab_size to the data's or more")
+                raise UserError("data", prefix, problem, self.remedy)
             if meta["n_tokens"] != file.n_tokens:
                 problem = f"its .meta.json speaks of {meta['n_tokens']} tokens, its .idx of {file.n_tokens}"
                 raise UserError("data", prefix, problem, REBUILD)
@@ -139,7 +140,7 @@ class TokenSource:
         offset = int(np.flatnonzero((sample_T < 0) | (sample_T >= self.vocab_size))[0])
         prefix, place = self.corpora[k].place_of(start + offset)
         problem = f"token {place} has id {sample_T[offset]}, outside [0, {self.vocab_size})"
-        raise UserError("data", prefix, problem, "set the model's vocab_size to the tokenizer's")
+        raise UserError("data", prefix, problem, self.remedy)
 
 
 def check_one_tokenizer(users: dict[str, str]) -> None:

@@ -19,11 +19,12 @@ from megabus.data.hub import dataset_documents, scripts_of
 from megabus.data.indexed import IndexedWriter, dtype_for_vocab, meta_path, pair_paths
 from megabus.data.inputs import expand_inputs
 from megabus.data.staging import all_or_none
-from megabus.data.tokenizer import Tokenizer, train_tokenizer, trained_path
+from megabus.data.tokenizer import NO_TREE, Tokenizer, train_tokenizer, trained_path
 from megabus.errors import UserError, note, warn
 from megabus.table import clock
 
 PROGRESS_SECONDS = 5.0
+FAR = 2.0  # times what was asked for that validation's share of the tokens may be, or a part of it
 
 
 class Documents:
@@ -35,6 +36,7 @@ class Documents:
         self._files, passed_over = expand_inputs(args.inputs)
         self._meter: Meter | None = None
         self.n_mended = 0  # texts of this iteration that held what no encoding can say
+        self.n_bytes = 0  # of the texts of this iteration in UTF-8
         if args.dataset and (scripts := scripts_of(args.dataset)):
             names = ", ".join(path.name for path in scripts)
             passed_over.append(f"of {args.dataset} passed over: {names} (no code of a data set is run)")
@@ -42,11 +44,12 @@ class Documents:
             warn(line)
 
     def __iter__(self) -> Iterator[str]:
-        self.n_mended = 0
+        self.n_mended = self.n_bytes = 0
         for text in self._texts():
             if text and not text.isspace():
-                whole = without_surrogates(text)
+                whole, n_bytes = without_surrogates(text)
                 self.n_mended += whole is not text
+                self.n_bytes += n_bytes
                 yield whole
 
     def _texts(self) -> Iterator[str]:
@@ -60,17 +63,18 @@ class Documents:
 
     @property
     def share(self) -> float:
-        """How much of the files this iteration has read, from 0 to 1; 0 where that cannot be known."""
+        """How much of the files this iteration has read, from 0 to 1; 0 where that cannot be known. Of packed ones that
+        is far ahead of the text that has been encoded, see `Progress.share`."""
         return self._meter.share if self._meter is not None else 0.0
 
 
-def without_surrogates(text: str) -> str:
-    """The same text, with U+FFFD for halves of surrogate pairs, which JSON can write and no UTF-8 holds."""
+def without_surrogates(text: str) -> tuple[str, int]:
+    """The same text, with U+FFFD for halves of surrogate pairs, which JSON can write and no UTF-8 holds; its bytes."""
     try:
-        text.encode()
+        return text, len(text.encode())
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return mended, len(mended.encode())
 
 
 def preprocess(args: argparse.Namespace) -> str:
@@ -85,7 +89,7 @@ def preprocess(args: argparse.Namespace) -> str:
             documents, around, tokens, rate = write_corpora(args, stage / output.name, suffixes)
     except OSError as error:
         raise UserError("--out", output, f"cannot be written ({error})", "choose another prefix") from error
-    counts = f"{documents} documents{around}, {tokens} tokens, {rate:.0f} tokens/s"
+    counts = f"{documents} documents{around}, {tokens}, {rate:.0f} tokens/s"
     return f"{counts}: {', '.join(map(str, sorted(targets)))}"
 
 
@@ -93,9 +97,12 @@ def corpus_paths(prefix: str) -> list[Path]:
     return [*pair_paths(prefix), meta_path(prefix)]
 
 
-def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -> tuple[int, str, int, float]:
-    """Writes every file at `prefix`. Returns its documents, what stands around each, tokens, and how many a second."""
+def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -> tuple[int, str, str, float]:
+    """Writes every file at `prefix`. Returns its documents, what stands around each, its tokens as they are told, and
+    how many a second."""
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
+    if tokenizer is not None and not tokenizer.codec.has_tree:
+        warn(f"{tokenizer.name} {NO_TREE}: training refuses it as data.tokenizer, and takes its data without one")
     texts = Documents(args)
     marks = around_documents(tokenizer, args) if tokenizer else None
     if args.valid_fraction:
@@ -141,7 +148,21 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
     before = f" preceded by {tokenizer.shown(prefix_ids)}" if prefix_ids else ""
     after = f" followed by {tokenizer.shown(suffix_ids)}" if suffix_ids else ""
     around = f", each{' and'.join(filter(None, (before, after)))}" if before or after else ""
-    return sum(writer.n_documents for writer in writers), around, progress.n_tokens, rate
+    tokens = f"{progress.n_tokens} tokens"
+    if args.valid_fraction:
+        n_train, n_valid = (writer.n_tokens for writer in writers)
+        tokens += f" (train {n_train}, valid {n_valid}: {n_valid / progress.n_tokens:.1%})"
+        warn_of_shares(args, [writer.n_documents for writer in writers], n_valid / progress.n_tokens)
+    return sum(writer.n_documents for writer in writers), around, tokens, rate
+
+
+def warn_of_shares(args: argparse.Namespace, n_documents: list[int], share: float) -> None:
+    """Where one side has less than half or more than twice the tokens that were asked for: documents stay whole."""
+    asked = args.valid_fraction
+    if not all(want / FAR <= got <= want * FAR for got, want in ((share, asked), (1 - share, 1 - asked))):
+        whole = f"{n_documents[1]} of {sum(n_documents)} documents, which stay whole"
+        remedy = "make documents smaller (--split-documents line), or try another --valid-fraction"
+        warn(f"--valid-fraction = {asked}: validation has {share:.1%} of the tokens ({whole}); {remedy}")
 
 
 def around_documents(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[list[int], list[int]]:
@@ -238,8 +259,13 @@ class Progress:
             self.reported = time.monotonic()
             note(self.line())
 
+    @property
+    def share(self) -> float:
+        """How much of the files has been encoded: what is read and waits for that is not done."""
+        return self.texts.share * self.n_bytes / self.texts.n_bytes if self.n_bytes else 0.0
+
     def line(self) -> str:
-        seconds, share, megabytes = self.seconds, self.texts.share, self.n_bytes / 1e6
+        seconds, share, megabytes = self.seconds, self.share, self.n_bytes / 1e6
         speed = f"{megabytes / seconds:.1f} MB/s, {self.n_tokens / seconds:.0f} tokens/s"
-        done = f", {share:.0%} read, {clock(seconds * (1 / share - 1))} left" if share else ""
-        return f"{megabytes:.0f} MB, {self.n_tokens} tokens, {speed}{done}"
+        done = f", {share:.0%} done, {clock(seconds * (1 / share - 1))} left" if share else ""
+        return f"{megabytes:.0f} MB of text, {self.n_tokens} tokens, {speed}{done}"

@@ -155,7 +155,11 @@ def _source(
     seed: int,
     heartbeat: Callable[[], object],
 ) -> TokenSource:
-    source = TokenSource(corpora, longest, seed, config.model.vocab_size, _cache_of(config), heartbeat)
+    rows = "set the model's vocab_size to the data's or more"
+    if config.init_from is not None and not config.extend_vocabulary:
+        rows = f"make it with the tokenizer of {config.init_from}; or, if its tokenizer has all pieces of that one and "
+        rows += "more, set model.vocab_size to the data's, data.tokenizer to it, and extend_vocabulary to true"
+    source = TokenSource(corpora, longest, seed, config.model.vocab_size, _cache_of(config), heartbeat, rows)
     if config.data.document_mask:
         source.check_documents()
     return source

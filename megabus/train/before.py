@@ -15,7 +15,7 @@ from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig, Stage
 from megabus.config.effects import unheeded
 from megabus.config.precision import itemsize
-from megabus.config.stages import by_batches, stage_section
+from megabus.config.stages import by_batches, longest_sequence, stage_section
 from megabus.engine.startup import local_ranks
 from megabus.errors import UserError, warn
 from megabus.estimate.devices import Device, like
@@ -77,9 +77,12 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
             check_stage(found, config, stages)
         return Notes(said, [*unheeded(config), *warned])
     if config.init_from is not None:
-        from megabus.convert.begin import read_description  # slow to import, and most runs begin with nothing
+        # Slow to import, and most runs begin with nothing.
+        from megabus.convert.begin import past_context, read_description
 
-        check_begins(read_description(config.init_from), stages[0], config.extend_vocabulary)
+        origin = read_description(config.init_from)
+        check_begins(origin, stages[0], config.extend_vocabulary)
+        warned += past_context(origin, longest_sequence(stages))
     return Notes(said, [*unheeded(config), *warned, *check_growths(config, stages)])
 
 

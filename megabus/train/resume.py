@@ -13,7 +13,7 @@ from megabus.config.effects import without_effect
 from megabus.config.free import FREE, FREE_KEYS
 from megabus.config.model import INITIAL
 from megabus.config.schema import StageConfig
-from megabus.config.section import in_line
+from megabus.config.section import as_written, in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
@@ -24,6 +24,7 @@ from megabus.train.horizon import horizon_factor, planned_steps
 if TYPE_CHECKING:  # a start need not have it
     from megabus.convert.source import FolderSource
 
+MASK = "document_mask"
 GO_BACK = "set it back, or choose another run_dir"
 
 
@@ -49,7 +50,7 @@ def data_order(sources: Sources) -> dict[str, Any]:
             "tokenizers": sorted(source.tokenizers),
         } | ({"files": files} if any(len(each) > 1 for each in files) else {})
 
-    apart = {"document_mask": True} if sources.document_mask else {}
+    apart = {MASK: True} if sources.document_mask else {}
     return {"train": facts(sources.train), "valid": facts(sources.valid), "valid_tokens": sources.valid_tokens} | apart
 
 
@@ -81,16 +82,19 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     Raises `UserError` as `check_stage` does, and so for other data.
     """
     changes = check_stage(found, config, stages)
-    changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(found.state.data, data)]
+    before, after = ({MASK: False} | each for each in (found.state.data, data))  # said there only where it is true
+    for key, was, is_now in _changes(before, after):
+        changes.append((f"data.{key}" if key == MASK else f"contents of data: {key}", was, is_now))
     _check_unchanged(found, config, changes)
-    told = [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
+    told = [f"{key}: {as_written(was)} -> {as_written(is_now)}" for key, was, is_now in changes]
     return told + (_rates(found, config, stages) if changes else [])
 
 
 def _check_unchanged(found: Found, config: RunConfig, changes: list[tuple[str, Any, Any]]) -> None:
     if changes and config.resume == "strict":
         key, was, is_now = changes[0]
-        raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
+        problem = f"was {as_written(was)} in {found.folder}"
+        raise UserError(key, as_written(is_now), problem, "set it back, or resume=auto")
 
 
 def _as_read_now(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -142,10 +146,14 @@ def check_taken_over(origin: Found | FolderSource, config: RunConfig, stage: Sta
     path = tokenizer_of(origin)
     if config.data.tokenizer is not None or path is None:
         return
+    tokenizer = Tokenizer(path)
     try:
-        check_carried(Tokenizer(path), stage.model.vocab_size, "init_from", path)
+        check_carried(tokenizer, stage.model.vocab_size, "init_from", path)
     except UserError as error:
         remedy = "begin from a copy of the weights without it, or name another as data.tokenizer"
+        if (n := tokenizer.vocab_size) > stage.model.vocab_size:
+            rows = f"give its pieces rows: model.vocab_size: {n}, extend_vocabulary: true, data.tokenizer: {path}"
+            remedy = f"{rows}; or begin from a copy of the weights without it"
         raise UserError("init_from", path, f"holds a tokenizer that {error.problem}", remedy) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,14 @@ def test_errors_leave_nothing(source, tmp_path):
             open_source(tmp_path / "nowhere", files)
         with pytest.raises(UserError, match=r"checkpoint = .*holds none"):
             open_source(tmp_path / "there", files)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            folder = tmp_path / name
+            folder.mkdir()
+            (folder / name).write_text("{}")
+            told = "holds an adapter and no whole model; merge it into its model first"
+            for call in (partial(open_source, folder, files), partial(megabus.load, folder)):
+                with pytest.raises(UserError, match=told):
+                    call()
 
 
 def test_a_full_disk_leaves_nothing(source, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -292,7 +293,7 @@ def test_a_tie_that_the_weights_contradict_is_told_and_a_copy_is_not(tmp_path):
 def test_untying_is_an_option(tmp_path, capsys):
     model = stock("qwen2", tmp_path / "hf", num_hidden_layers=1)
     convert_command.main([str(tmp_path / "hf"), str(tmp_path / "run"), "--to", "checkpoint", "--untie", "--verify"])
-    assert "of those of transformers' Qwen2ForCausalLM" in capsys.readouterr().out
+    assert "as transformers' Qwen2ForCausalLM computes them" in capsys.readouterr().out
     ours = megabus.load(tmp_path / "run")
     assert not ours.config.tie_embeddings
     assert apart(ours(TOKENS), model(TOKENS).logits) <= 1e-5
@@ -300,11 +301,15 @@ def test_untying_is_an_option(tmp_path, capsys):
         convert_command.main([str(tmp_path / "run"), str(tmp_path / "no"), "--to", "checkpoint", "--untie"])
 
 
-def test_verify_compares_logits(tmp_path, monkeypatch):
+def test_verify_compares_logits(tmp_path, monkeypatch, capfd):
     stock("mistral", tmp_path / "hf", num_hidden_layers=1)
     with OpenFiles() as files:
         convert(open_source(tmp_path / "hf", files), tmp_path / "run", "checkpoint")
-    assert "of the largest" in verify_logits.verify_logits(tmp_path / "hf", tmp_path / "run")
+    capfd.readouterr()
+    told = verify_logits.verify_logits(tmp_path / "hf", tmp_path / "run")
+    assert re.fullmatch(r"logits: as transformers' \w+ computes them, within \S+ of the largest \(\S+\)", told)
+    assert capfd.readouterr() == ("", "")  # no bars of loading weights
+    assert transformers.utils.logging.is_progress_bar_enabled()
     find = extras.find_spec
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "transformers" else find(name))
     words = ["--to", "checkpoint", "--verify"]

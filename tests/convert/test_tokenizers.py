@@ -232,6 +232,10 @@ def test_ids_that_transformers_makes_by_its_class_are_told(tmp_path, capsys, kin
     assert said.startswith(f"warning: {who} for {len(found)} of {len(lines)} odd texts, such as ")
     assert said.count("\n") == 1
     assert f". It follows its class {told}: read the tokenizer with PreTrainedTokenizerFast." in said
+    if changes:  # and before anything is trained, by whoever asks for a comparison
+        done = run_command("convert", tmp_path / "out", tmp_path / "run", "--to", "checkpoint", "--verify")
+        assert done.returncode == 0
+        assert done.stderr.startswith(said.replace("the export's", "the model's"))
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     assert theirs(lines, add_special_tokens=False)["input_ids"] == Tokenizer(source.tokenizer).encode_batch(lines)
 

@@ -20,6 +20,7 @@ from megabus import counter
 from megabus.convert import vocabulary
 from megabus.convert.begin import begin, extended, origin_of, read_description
 from megabus.convert.convert import convert
+from megabus.convert.load import tokenizer_of_model
 from megabus.convert.source import whole
 from megabus.convert.vocabulary import LargerVocabulary
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
@@ -228,8 +229,6 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
     old, new = tokenizers
     source = MemorySource(model_config("ngpt", vocab_size=266))
     convert(source, tmp_path / "bare", "hf")
-    source.tokenizer = new
-    convert(source, tmp_path / "less", "checkpoint")
     made(tmp_path, old, "ngpt", {})
 
     def problem(path, tokenizer, vocab_size=271):
@@ -238,7 +237,6 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
         return str(caught.value)
 
     assert "has no tokenizer that could spell new pieces; begin" in problem("bare", Tokenizer(new))
-    assert "has 268 pieces, the model 266; give the one that made" in problem("less", Tokenizer(new))
     assert "has no piece that the tokenizer of" in problem("hf", Tokenizer(old), 266)
     other = Tokenizer(train_tokenizer(["another text of other words, " * 9], 268, tmp_path / "other"))
     assert re.search(r"data.tokenizer = .*other.json: .* of .*hf (has the id|is no piece)", problem("hf", other))
@@ -249,6 +247,50 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
         told = problem("hf", Tokenizer(tmp_path / f"{number}.json"))
         assert re.search(r"\d.json: spells '.{1,9}' as \[.*\], and the tokenizer of the weights as \[.*\]; ", told)
     assert extended(read_description(tmp_path / "hf"), Tokenizer(old), 271).spelled == {}  # a padded vocabulary
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_pieces_of_its_own_tokenizer_that_had_no_rows_get_some(tmp_path, tokenizers, kind):
+    """An embedding that was never resized: no conversion takes the tokenizer along in silence, and what the refusal
+    names works."""
+    old, own = tokenizers
+    source = made(tmp_path, old, kind, {})
+    (tmp_path / "hf/tokenizer.json").unlink()
+    source.tokenizer = own
+    for form in ("checkpoint", "shards", "hf"):
+        told = r"has 268 pieces, the model 266; give .* in a run with extend_vocabulary; or leave it: --without-tok"
+        with pytest.raises(UserError, match=told):
+            convert(source, tmp_path / "new" / form, form)
+        assert not (tmp_path / "new" / form).exists()
+    for path in own.iterdir():
+        (tmp_path / "hf" / path.name).write_bytes(path.read_bytes())
+    for given in (None, str(own)):
+        with pytest.raises(UserError, match=r"has 268 pieces, the model 266; give .* rows for them"):
+            tokenizer_of_model(tmp_path / "hf", given, 266)
+    larger = extended(read_description(tmp_path / "hf"), Tokenizer(own), 268)
+    assert larger.made == "2 pieces of its own tokenizer that had no row; 268 rows instead of 266"
+    alike = LargerVocabulary(source, 268, {}, 266, own)  # as rows that only fill up are made
+    for name, spec in larger.specs.items():
+        assert whole(larger, name)[:266].equal(whole(source, name)[:266]), name
+        assert whole(larger, name).equal(whole(alike, name)), name
+        assert spec.rows != "vocab" or whole(larger, name).isfinite().all()
+    more = LargerVocabulary(source, 270, {268: [267], 269: [3, 267]}, 268, own)
+    assert more.spelled == {269: [3]}  # nothing is made of what has no row
+    assert more.made == "2 new pieces, 2 pieces of its own tokenizer that had no row; 270 rows instead of 266"
+    convert(larger, tmp_path / "run2", "checkpoint")
+    assert tokenizer_of_model(tmp_path / "run2", None, 268).vocab_size == 268
+
+
+def test_what_became_of_the_vocabulary_is_said():
+    source = MemorySource(model_config("gpt", vocab_size=OLD))
+    source.folder = None
+    for spelled, rows, said in (
+        ({64: [1], 65: [1], 66: [2]}, 67, "3 new pieces, in rows that were padding"),
+        ({64: [1]}, 67, "1 new piece, in rows that were padding"),
+        ({66: [1], 67: [1]}, 70, "2 new pieces, 1 of them in rows that were padding; 70 rows instead of 67"),
+        ({67: [1]}, 68, "1 new piece; 68 rows instead of 67"),
+    ):
+        assert LargerVocabulary(source, rows, spelled, N_IDS, None).made == said
 
 
 def begin_where_rank_1_has_nothing(folders):

@@ -1,6 +1,9 @@
 """`megabus preprocess` when something other than its input is at fault: the line blames that, and nothing is lost."""
 
+import contextlib
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import sentencepiece
 from support.command import run_command
 from support.forked import wait_for
 from support.small_tokenizer import SENTENCE
 
+from megabus.cli.preprocess import parse_arguments
 from megabus.data import encoding, preprocess, staging
 from megabus.data.indexed import IndexedTokens
 from megabus.errors import UserError
@@ -316,14 +321,67 @@ def test_what_a_killed_preprocess_leaves_is_swept_by_the_next_and_its_workers_en
 
 
 def test_progress_says_how_much_is_left(model, monkeypatch):
-    """Half of the files read in 60 s: 60 s are left."""
+    """Half of the files encoded in 60 s: 60 s are left. What is read, such as all of a small .gz, is not yet done."""
     monkeypatch.setattr(preprocess.Progress, "seconds", property(lambda self: 60.0))
 
-    class HalfRead:
-        share = 0.5
+    class Read:
+        share, n_bytes = 0.5, 120_000_000
 
-    progress = preprocess.Progress(HalfRead())
+    progress = preprocess.Progress(Read())
+    assert progress.line() == "0 MB of text, 0 tokens, 0.0 MB/s, 0 tokens/s"
     progress.add(120_000_000, 30_000_000)
-    assert progress.line() == "120 MB, 30000000 tokens, 2.0 MB/s, 500000 tokens/s, 50% read, 1:00 left"
-    HalfRead.share = 0.0  # a data set of the hub
-    assert progress.line() == "120 MB, 30000000 tokens, 2.0 MB/s, 500000 tokens/s"
+    told = "120 MB of text, 30000000 tokens, 2.0 MB/s, 500000 tokens/s"
+    for Read.share, Read.n_bytes in ((0.5, 120_000_000), (1.0, 240_000_000)):
+        assert progress.line() == f"{told}, 50% done, 1:00 left"
+    Read.share = 0.0  # a data set of the hub
+    assert progress.line() == told
+
+
+def test_read_text_is_counted(model):
+    """What is yielded, as UTF-8; anew with each iteration."""
+    Path("three.jsonl").write_text('{"text": "é"}\n{"text": " "}\n{"text": "\\ud800x"}\n')
+    texts = preprocess.Documents(parse_arguments(["three.jsonl", "--tokenizer", str(model), "--out", "x"]))
+    for _ in range(2):
+        assert [*texts] == ["é", "\ufffdx"]
+        assert (texts.n_bytes, texts.n_mended, texts.share) == (6, 1, 1.0)
+
+
+# ---- what is told ------------------------------------------------------------------------------------------
+
+
+def test_the_shares_are_told_and_a_share_unlike_the_one_asked_for_is_warned_of(model):
+    done = run(model, "new.txt", *SPLIT)
+    told = re.search(r"(\d+) tokens \(train (\d+), valid (\d+): (\S+)%\)", done.stdout)
+    total, train, valid = map(int, told.groups()[:3])
+    assert total == train + valid
+    assert float(told[4]) == round(100 * valid / total, 1)
+    args = parse_arguments(["new.txt", "--tokenizer", str(model), "--out", "x", "--valid-fraction", "0.05"])
+    for share, warned in ((0.05, 0), (0.03, 0), (0.09, 0), (0.02, 1), (0.11, 1), (0.73, 1)):
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            preprocess.warn_of_shares(args, [1, 1], share)
+        assert told.getvalue().count("(1 of 2 documents, which stay whole); make documents smaller") == warned
+
+
+def test_ctrl_c_is_told_in_a_line(model, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    assert run(model, "old.txt").returncode == 0
+    before = contents()
+    monkeypatch.setattr(preprocess, "encode_all", interrupted)
+    done = run(model, "new.txt")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped: nothing was written\n")
+    assert contents() == before
+
+
+def test_a_tokenizer_that_training_refuses_is_told(model):
+    words = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([SENTENCE] * 9), model_writer=words, model_type="word", vocab_size=12, minloglevel=2
+    )
+    Path("words.model").write_bytes(words.getvalue())
+    done = run("words.model", "new.txt")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: words.model is a SentencePiece model of words or characters, of which an")
+    assert "training refuses it as data.tokenizer, and takes its data without one\n" in done.stderr

@@ -291,6 +291,11 @@ BAD = {
     "no base64": (RANKS + b"%%% 300\n", "line 301 is no token in base64 and its rank"),
     "no rank": (RANKS + b"QUJD\n", "line 301 is no token in base64 and its rank"),
     "a rank twice": (RANKS + b"QUJD 299\n", "its ranks are not 0, 1, 2, ..., each of one token"),
+    "a gap": (
+        RANKS + b"QUJD 301\n",
+        "without the rank 300: cut, or one such as p50k_base, and known are r50k_base (50256)",
+    ),
+    "a rank below 0": (RANKS + b"QUJD -1\n", "its ranks are not 0, 1, 2, ..., each of one token"),
     "a token twice": (RANKS + RANKS.splitlines()[-1].replace(b" 299", b" 300"), "each of one token"),
     "no byte 0": (b"".join(rank_lines(300)[1:]).replace(b" 299", b" 0"), "the byte 0 is none of its tokens"),
     "cut JSON": (b'{"model": {"type": "BPE"', "is not JSON (Expecting"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,14 @@ def test_the_command(tmp_path, model_type, vocab_size):
     # The same ids; of bytes that are no UTF-8 its tokenizer.json makes another text than SentencePiece.
     exported = run_command("generate", tmp_path / "hf", *command[2:])
     assert exported.stdout == Tokenizer(tmp_path / "hf").decode(ids + drawn) + "\n"
+    config, n = json.loads((tmp_path / "hf/config.json").read_text()), len(ids + drawn)
+    for context in (n, n - 1):
+        (tmp_path / "hf/config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+        again = run_command("generate", tmp_path / "hf", *command[2:])
+        assert again.stdout == exported.stdout
+        assert again.stderr.count(
+            f"warning: {n} tokens with the prompt, and the model's longest context is {n - 1}: "
+        ) == (context < n)
     bad = run_command(*command, "--tokenizer", tmp_path / "no.model")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: tokenizer = ")

@@ -241,7 +241,7 @@ COMMANDS = {
     "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not JSON (Extra data"),
     "vocabulary": (
         ["--valid", "{file}", "--tokenizer", "{other}"],
-        "tokenizer = {other}: has 345 pieces, the model 340",
+        "tokenizer = {other}: is another than the one saved in {folder}",
     ),
     "another tokenizer": (
         ["--valid", "{file}", "--tokenizer", "{smaller}"],

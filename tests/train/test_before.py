@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from support import altered
 from support.small_runs import refusal, run_config, write_corpus
 from support.sources import MemorySource, model_config
 
-from megabus.checkpoint.state import STATE
+from megabus.checkpoint.state import STATE, without_run
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout, resolve_stages
 from megabus.config.schema import PreflightConfig
 from megabus.convert.checkpoint import write_checkpoint
+from megabus.convert.convert import convert
 from megabus.errors import UserError
 from megabus.estimate import devices
 from megabus.train import before
@@ -51,6 +53,31 @@ def test_what_a_run_would_begin_with_is_read(tmp_path):
     other = tmp_path / "other"
     write_checkpoint(MemorySource(model_config("ngpt")), checkpoints_of(other), Layout(1, 1, 1))
     assert told(config_of(tmp_path, init_from=str(other))).startswith("model.n_heads = 2: is 4 in ")
+
+
+def test_sequences_longer_than_the_weights_context_are_told(tmp_path):
+    """By config.json; by the run that a checkpoint comes from; by nothing where weights alone say none."""
+    config = config_of(tmp_path, init_from=str(tmp_path / "hf"))
+    source = MemorySource(resolve_stages(config, 1)[0].model)
+    convert(source, tmp_path / "hf", "hf")
+    said = json.loads((tmp_path / "hf/config.json").read_text())
+    for context, n in ((32, 0), (31, 1)):
+        (tmp_path / "hf/config.json").write_text(json.dumps(said | {"max_position_embeddings": context}))
+        assert len(noted(config).warned) == n
+    (line,) = noted(config).warned
+    assert line.startswith(
+        f"seq_len 32: the longest sequence of the weights of {tmp_path / 'hf'} is 31; positions beyond"
+    )
+    for name, trained, n in (("alone", {}, 0), ("other", {"train": {"seq_len": 8}, "growth": {"stages": []}}, 1)):
+        source.state.config = trained
+        write_checkpoint(without(source), checkpoints_of(tmp_path / name), Layout(1, 1, 1))
+        assert len(noted(config_of(tmp_path, init_from=str(tmp_path / name))).warned) == n
+
+
+def without(source):
+    """Weights alone."""
+    source.state = without_run(source.state, source.state.model)
+    return source
 
 
 def test_what_a_run_would_go_on_from_is_read(tmp_path):

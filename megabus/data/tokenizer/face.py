@@ -151,13 +151,24 @@ def codec_of(files: TokenizerFiles) -> Codec:
     return read_tree(files)
 
 
-def open_tokenizer(name: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model with that vocabulary. Raises `UserError` where it has ids that the model has not."""
+ROWLESS = "give the model rows for them: by transformers' resize_token_embeddings, or in a run with extend_vocabulary"
+
+
+def open_tokenizer(
+    name: str | os.PathLike[str], vocab_size: int, remedy: str = "give the one that made its data"
+) -> Tokenizer:
+    """The tokenizer of a model with that vocabulary. Raises `UserError` where it has ids that the model has not.
+
+    remedy: of the tokenizer that lies with the weights, for which no other can be given, `ROWLESS`.
+    """
     tokenizer = Tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
         problem = f"has {tokenizer.vocab_size} pieces, the model {vocab_size}"
-        raise UserError("tokenizer", tokenizer.name, problem, "give the one that made its data")
+        raise UserError("tokenizer", tokenizer.name, problem, remedy)
     return tokenizer
+
+
+NO_TREE = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
 
 
 def check_carried(tokenizer: Tokenizer, vocab_size: int, key: str, path: str | os.PathLike[str]) -> None:
@@ -169,5 +180,4 @@ def check_carried(tokenizer: Tokenizer, vocab_size: int, key: str, path: str | o
             key, path, problem, "set model.vocab_size to that or more if it made the data; else give its own"
         )
     if not tokenizer.codec.has_tree:
-        problem = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
-        raise UserError(key, path, problem, "leave it out, and the export is without a tokenizer")
+        raise UserError(key, path, NO_TREE, "leave it out, and the export is without a tokenizer")
