@@ -70,13 +70,20 @@ class Callback:
         told nothing after that."""
 
 
+class CallbackError(UserError):
+    """What a user's callback has ended a run with. complete: the checkpoint of a run that had come to its end all the
+    same."""
+
+    complete: Path | None = None
+
+
 class Guarded(Callback):
     """A user's callback: what it raises on a rank is known to all ranks at once, which then drop it together, or end
     the run. Costs one small all-reduce each time that it is told something."""
 
     def __init__(self, callback: Callback, key: str) -> None:
         self.callback, self.key = callback, key
-        self.failure: UserError | None = None  # that the run ends with, the same on every rank
+        self.failure: CallbackError | None = None  # that the run ends with, the same on every rank
         self.is_over = False
 
     def on_row(self, run: Run, row: Row) -> None:
@@ -126,7 +133,7 @@ class Guarded(Callback):
             return
         rank_0_says(f"{self.key}: {value} {problem}: the run ends", warn)
         remedy = "all that was trained is saved: mend it and start again, or set on_error: drop"
-        self.failure, run.stopping = UserError(self.key, value, problem, remedy), True
+        self.failure, run.stopping = CallbackError(self.key, value, problem, remedy), True
 
 
 def checked(event: str, row: Row, answers: int) -> Row:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import yaml
+from support.launching import launch_forked
 from support.small_runs import attempt, checkpoints, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 import megabus
@@ -267,6 +269,27 @@ def test_what_cannot_be_told_is_told_on_no_rank(corpus, tmp_path, capfd):
         "'told by itself' is told because it was told",
     ):
         assert told in err
+
+
+def test_a_whole_run_shows_what_it_is_though_one_raises_at_its_end(corpus, tmp_path):
+    """Table, picture and page first, on which the other ranks wait; then the line that the run ends with."""
+    (tmp_path / "ends.py").write_text(
+        "from megabus import Callback\n"
+        "class Ends(Callback):\n"
+        "    def on_end(self, run):\n"
+        "        if not run.is_rank_0:\n"
+        "            raise KeyError('late')\n"
+    )
+    named = [{"name": f"{tmp_path / 'ends.py'}:Ends"}]
+    config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=named, train__max_tokens=128 * 2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    first, second = launch_forked("--config", tmp_path / "run.yaml")
+    assert [first.code, second.code] == [2, 2]
+    assert (tmp_path / "run/loss.png").exists()
+    assert (tmp_path / "run/report.html").exists()
+    assert first.out.endswith(f"checkpoint: {tmp_path}/run/checkpoints/step-00000002\n")
+    last = first.err.splitlines()[-1]
+    assert last.startswith("error: callbacks.0 = Ends: raised KeyError: 'late' in on_end after step 2, on rank 1; all")
 
 
 def test_one_that_raises_is_told_though_the_run_was_asked_to_stop(corpus, tmp_path, capfd):
