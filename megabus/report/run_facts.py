@@ -24,6 +24,7 @@ from megabus.report.history import (
     layouts_that_ran,
     read_rows,
     skipped_spikes,
+    skips,
     what_counts,
 )
 from megabus.report.plots import growth_text, short_sizes, stage_table, why
@@ -236,8 +237,9 @@ def faults(run: RunFacts) -> list[dict[str, Any]]:
 
 def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
     last = 0  # the step that the run had come to
+    once = {id(row) for row in skips(written)}
     for row in written:
-        if row["event"] == "skip":
+        if row["event"] == "skip" and id(row) in once:
             given = (
                 f"loss {_figure(row.get('loss'), '{:.4f}')}, gradient norm {_figure(row.get('grad_norm'), '{:.3g}')}"
             )

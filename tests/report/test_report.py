@@ -20,7 +20,7 @@ from megabus.errors import UserError
 from megabus.report import pictures
 from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
 from megabus.report.figure import picture
-from megabus.report.history import read_metrics
+from megabus.report.history import read_metrics, skipped_spikes, skips
 from megabus.report.looks import evaluation_table, sample_table, time_table
 from megabus.report.page import gather, names_of, render, write_report
 from megabus.report.phases import letters
@@ -253,6 +253,25 @@ def test_faults_are_all_told(tmp_path):
     assert run.growths == []  # the growth at step 40 was taken back
     figures = final_figures(run)
     assert (figures["steps"], figures["state"], figures["faults"]) == ("69", "69% of its budget", "4")
+
+
+def test_a_skipped_step_counts_once():
+    """A start does it again; a return to a checkpoint passes over its data, and so it happened."""
+
+    def skip(step):
+        return {"event": "skip", **totals(step), "loss": 9.0, "grad_norm": 2.0, "reason": "spike"}
+
+    def back(step, reason):
+        return {"event": "resume", **totals(step), "reason": reason, "changes": []}
+
+    killed = [start_row(), *map(step_row, range(1, 6)), skip(6), back(5, "start"), skip(6), step_row(7)]
+    assert skipped_spikes(killed) == 1
+    assert skipped_spikes([start_row(), skip(1), back(0, "start"), skip(1)]) == 1
+    returned = [start_row(), *map(step_row, range(1, 6)), skip(6), skip(7), back(5, "spike"), *map(step_row, (6, 7))]
+    assert skipped_spikes(returned) == 2
+    assert skipped_spikes([*returned, skip(8), back(7, "start"), skip(8)]) == 3
+    assert skipped_spikes([*returned, back(5, "start"), skip(6), skip(7), back(5, "spike"), step_row(6)]) == 2
+    assert [row["step"] for row in skips(killed)] == [6]
 
 
 @pytest.mark.parametrize("budget", ["the same", "raised"])
