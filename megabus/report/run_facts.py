@@ -247,6 +247,9 @@ def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
             yield {"row": row, "what": what, "details": f"no update: {given}"}
         elif row["event"] == "save" and row.get("error") is not None:
             yield {"row": row, "what": "failed save", "details": str(row["error"])}
+        elif row["event"] == "tasks" and row.get("error") is not None:
+            details = f"tasks ({row.get('when', '–')}): {row['error']}"
+            yield {"row": row, "what": "failed evaluation", "details": details}
         elif row["event"] == "resume":
             back = f"to step {row['step']:,}, from step {last:,}"
             if row.get("reason") in RETURNS:
