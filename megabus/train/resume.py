@@ -84,6 +84,9 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(found.state.data, data)]
     _check_unchanged(found, config, changes)
     told = [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
+    was_averaged = _as_read_now(found.state.config)[0]["train"].get("ema", [])
+    if set(was_averaged) != set(config.train.ema):  # free to change, though what is saved changes
+        told.append(f"train.ema: {was_averaged} -> {config.train.ema}; a new mean begins with the weights as they are")
     return told + (_rates(found, config, stages) if changes else [])
 
 
