@@ -244,6 +244,9 @@ def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
                 f"loss {_figure(row.get('loss'), '{:.4f}')}, gradient norm {_figure(row.get('grad_norm'), '{:.3g}')}"
             )
             what = "skipped spike" if row.get("reason") == SPIKE else "skipped step"
+            if what == "skipped spike":
+                most = (_figure(row.get("loss_limit"), "{:.4f}"), _figure(row.get("grad_norm_limit"), "{:.3g}"))
+                given += f", where at most {most[0]} and {most[1]} are usual"
             yield {"row": row, "what": what, "details": f"no update: {given}"}
         elif row["event"] == "save" and row.get("error") is not None:
             yield {"row": row, "what": "failed save", "details": str(row["error"])}

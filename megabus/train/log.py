@@ -14,6 +14,7 @@ from megabus.errors import say
 from megabus.kappa.monitor import KappaView, bar
 from megabus.table import clock
 from megabus.train.callbacks import Callback, Row
+from megabus.train.spikes import Level, broken
 
 if TYPE_CHECKING:
     from megabus.train.run import Run
@@ -67,9 +68,12 @@ class Log(Callback):
         if row["event"] == "skip":
             what = "no update"
             if "loss_limit" in row:
-                most = f"{row['loss_limit']:.4f} and {row['grad_norm_limit']:.3g}"
-                what = f"no update, a spike: by the last updates at most {most}"
-            say(f"step {row['step']:>5} | loss {row['loss']} |g| {row['grad_norm']}: {what}")
+                over = broken(row["loss"], row["grad_norm"], Level(row["loss_limit"], row["grad_norm_limit"]))
+                limits = (
+                    f"{'|g|' if name == 'grad_norm' else name} above {most:.4g}" for name, (_, most) in over.items()
+                )
+                what += f", a spike: {' and '.join(limits)}"
+            say(f"step {row['step']:>5} | loss {row['loss']:.4f} |g| {row['grad_norm']:.4g}: {what}")
             return
         self.pace.append((time.monotonic(), run.share))
         if row["step"] % run.config.log.every == 0 or run.share >= 1:
