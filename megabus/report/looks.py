@@ -9,7 +9,7 @@ from megabus.errors import UserError
 from megabus.report.curves import Line, Panel
 from megabus.report.history import MetricsRow
 from megabus.report.run_facts import RunFacts
-from megabus.table import clock
+from megabus.table import clock, si, visible
 
 OF_GROWTHS = ("before growth", "after growth", "end")
 
@@ -71,8 +71,8 @@ def sample_table(run: RunFacts) -> list[dict[str, Any]]:
         if not isinstance(samples, list) or not all(map(_is_sample, samples)):
             problem = f"of the sample row of step {row['step']} is no list of texts"
             raise UserError("metrics: samples", samples, problem, f"mend {run.folder / 'metrics.jsonl'}")
-        texts = [(sample["prompt"], sample["text"]) for sample in samples]
-        found.append({"step": row["step"], "tokens": row.get("tokens", 0), "texts": texts})
+        texts = [(sample["prompt"], visible(sample["text"])) for sample in samples]
+        found.append({"step": f"{row['step']:,}", "tokens": si(row.get("tokens")), "texts": texts})
     return found
 
 

@@ -12,7 +12,7 @@ from megabus.config.phases import KEYS
 from megabus.config.section import in_line
 from megabus.errors import say
 from megabus.kappa.monitor import KappaView, bar
-from megabus.table import clock
+from megabus.table import clock, visible
 from megabus.train.callbacks import Callback, Row
 from megabus.train.spikes import Level, broken
 
@@ -43,11 +43,11 @@ class Log(Callback):
             for change in row["changes"]:
                 say(f"changed since it was saved: {change}")
         elif row["event"] == "phase":
-            samples = in_line({key: row[key] for key in KEYS})
+            samples = in_line({key: row[key] for key in row.get("changed") or KEYS})
             say(f"step {row['step']:>5} | PHASE at {row['share']:.0%}: {samples}")
         elif row["event"] == "sample":
             for sample in row["samples"]:
-                lines = _printable(sample["prompt"] + sample["text"]).split("\n")
+                lines = _printable(sample["prompt"] + visible(sample["text"])).split("\n")
                 say(f"step {row['step']:>5} | sample: " + "\n           | ".join(lines))
         elif row["event"] == "evaluation":
             for name, loss in row["loss"].items():

@@ -377,8 +377,9 @@ def test_samples_and_evaluations_lie_along_the_curve(tmp_path):
         ["lines/acc", "0.2800", "0.2800", "0.3500"],
     ]
     assert "code: nats per token 2.7000 2.7000 2.0000" in page.words
-    assert [row["step"] for row in sample_table(run)] == [10, 30, 30, 100]
-    assert "100 204800 KING: After 100 steps." in page.words
+    assert [row["step"] for row in sample_table(run)] == ["10", "30", "30", "100"]
+    assert [row["tokens"] for row in sample_table(run)] == ["20.5K", "61.4K", "61.4K", "205K"]
+    assert "100 205K KING: After 100 steps." in page.words
     data = json.loads(page.data)
     curves, places = data["runs"][0]["curves"], data["runs"][0]["places"]
     assert curves["extra:code"] == [{"y": [2.9, 2.7, 2.7, 2.0]}]

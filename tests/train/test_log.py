@@ -76,7 +76,9 @@ def test_what_else_is_looked_at(run, lines):
     samples = {"weights": [1.0, 2.0], "seq_len": 8, "micro_batch_size": 1, "global_batch_size": 4}
     told = lines(
         {"event": "phase"} | samples,
+        {"event": "phase", "changed": ["seq_len"]} | samples,
         {"event": "sample", "samples": [{"prompt": "KING:\n", "text": "hé\x1b[31m"}]},
+        {"event": "sample", "samples": [{"prompt": "A", "text": "\n" * 3}, {"prompt": "B", "text": "b\n\n\n\nc\n\nd"}]},
         {"event": "evaluation", "when": "end", "loss": {"a": 1.0, "b": 2.0}, "bits_per_byte": {"a": None, "b": 0.5}},
         {"event": "tasks", "when": "end", "error": "exit code 1: no"},
         {"event": "tasks", "when": "step", "step": 7, "scores": {"lines/acc": 0.25}},
@@ -88,8 +90,14 @@ def test_what_else_is_looked_at(run, lines):
     sizes = "{weights: [1.0, 2.0], seq_len: 8, micro_batch_size: 1, global_batch_size: 4}"
     assert told == [
         f"step    10 | PHASE at 25%: {sizes}",
+        "step    10 | PHASE at 25%: {seq_len: 8}",
         "step    10 | sample: KING:",
         "           | hé\\x1b[31m",
+        "step    10 | sample: A\\n\\n\\n",
+        "step    10 | sample: Bb\\n\\n\\n\\n",
+        "           | c",
+        "           | ",
+        "           | d",
         "step    10 | a (end): loss 1.0000",
         "step    10 | b (end): loss 2.0000, 0.5000 bits/byte",
         "step    10 | tasks (end): failed, exit code 1: no",
