@@ -165,8 +165,15 @@ def final_figures(run: RunFacts) -> dict[str, str]:
         "largest error of a unit row": _figure(_reduce(np.nanmax, unit), "{:.1e}"),
         "peak memory of a rank": _bytes(_reduce(np.nanmax, memory)),
         "spikes skipped": str(skipped_spikes(run.written)),
+        "profile": _profile(run),
         "faults": str(sum(fault["is_fault"] for fault in faults(run))),
     }
+
+
+def _profile(run: RunFacts) -> str:
+    """Where the last look at single steps lies; a start that went on later did not look once more."""
+    found = [row for row in run.written if row["event"] == "profile"]
+    return f"steps {found[-1].get('first')} to {found[-1].get('last')}: {found[-1].get('folder')}" if found else "–"
 
 
 def _last(values: np.ndarray) -> float | None:

@@ -385,6 +385,10 @@ def test_samples_and_evaluations_lie_along_the_curve(tmp_path):
     assert curves["extra:code"] == [{"y": [2.9, 2.7, 2.7, 2.0]}]
     assert curves["task:lines/acc"] == [{"y": [0.26, 0.28, 0.28, 0.35]}]
     assert places["evaluation"]["tokens"] == [20480, 61440, 61440, 204800]
+    assert final_figures(run)["profile"] == "–"
+    row = {"event": "profile", **totals(40, 1), "first": 38, "last": 40, "folder": "runs/a/profile", "shares": {}}
+    profiled = read_run(write_run(tmp_path / "profiled", [*looked_at(), row]), "profiled")
+    assert final_figures(profiled)["profile"] == "steps 38 to 40: runs/a/profile"
     times = time_table(run)
     assert list(times) == ["steps", "growths", "samples", "evaluations of token files", "weights written for tasks"]
     assert times["samples"].startswith("0:08 (")
