@@ -19,6 +19,7 @@ from megabus.train.spikes import Level, broken
 if TYPE_CHECKING:
     from megabus.train.run import Run
 
+_NAMES = {"loss": "loss", "grad_norm": "|g|"}  # as the lines have them
 Pace = deque[tuple[float, float]]  # (clock in seconds, share of the budget) after each of the last steps
 
 
@@ -69,10 +70,8 @@ class Log(Callback):
             what = "no update"
             if "loss_limit" in row:
                 over = broken(row["loss"], row["grad_norm"], Level(row["loss_limit"], row["grad_norm_limit"]))
-                limits = (
-                    f"{'|g|' if name == 'grad_norm' else name} above {most:.4g}" for name, (_, most) in over.items()
-                )
-                what += f", a spike: {' and '.join(limits)}"
+                limits = (f"{_NAMES[key]} above {most:.4g}" for key, (_, most) in over.items())
+                what = f"no update, a spike: {' and '.join(limits)}"
             say(f"step {row['step']:>5} | loss {row['loss']:.4f} |g| {row['grad_norm']:.4g}: {what}")
             return
         self.pace.append((time.monotonic(), run.share))
