@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 
@@ -19,6 +20,14 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collecti
         return "  ".join(f"{cell:<{w}}" if i in left else f"{cell:>{w}}" for i, (cell, w) in cells).rstrip()
 
     return "\n".join(one(line) for line in lines)
+
+
+def visible(text: str) -> str:
+    """What a model wrote, with three new lines or more in a row, and new lines without a word, as `\\n`: they would be
+    nothing but height."""
+    if not text.strip():
+        return text.replace("\n", "\\n")
+    return re.sub(r"\n{3,}", lambda found: "\\n" * len(found[0]) + "\n", text)
 
 
 def si(number: float | None) -> str:

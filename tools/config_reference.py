@@ -29,7 +29,15 @@ KINDS = {
     "boolean": "true or false",
     "object": "mapping",
 }
-BOUNDS = {"exclusiveMinimum": "> ", "minimum": "≥ ", "exclusiveMaximum": "< ", "maximum": "≤ "}
+# As JSON schema names them and, where a type is narrowed that has a validator, as pydantic does; the narrowest last.
+BOUNDS = {
+    "exclusiveMinimum": "> ",
+    "minimum": "≥ ",
+    "ge": "≥ ",
+    "exclusiveMaximum": "< ",
+    "maximum": "≤ ",
+    "le": "≤ ",
+}
 
 Json = dict[str, Any]
 
@@ -101,8 +109,9 @@ def _kind(field: Json) -> str:
         if "prefixItems" in field:
             return f"[{', '.join(map(_kind, field['prefixItems']))}]"
         return f"list of {_kind(field['items'])}"
-    low_high = [f"{sign}{_number(field[bound])}" for bound, sign in BOUNDS.items() if bound in field]
-    return " ".join([KINDS[field["type"]], ", ".join(low_high)]).strip()
+    given = {bound: f"{sign}{_number(field[bound])}" for bound, sign in BOUNDS.items() if bound in field}
+    low_high = {text[0] in "<≤": text for text in given.values()}
+    return " ".join([KINDS[field["type"]], ", ".join(low_high.values())]).strip()
 
 
 def _default(field: Json, inner: Json | None) -> str:

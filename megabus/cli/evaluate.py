@@ -35,7 +35,10 @@ def main(argv: Sequence[str]) -> int:
         "--tokens", type=int, default=65536, help="of each; of a larger one, a drawn sample (%(default)s)"
     )
     parser.add_argument(
-        "--seq-len", type=int, help="tokens of a sequence; the longest of the model's run when left out"
+        "--seq-len",
+        type=int,
+        help="tokens of a sequence; when left out the longest of the model's run, or max_position_embeddings of an "
+        "export (of others' models 2048 of these at most)",
     )
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-evaluation-harness")
     parser.add_argument("--task-path", help="directory of task files, beside the harness's own")
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         found["tasks"] = task_scores(args.model, args.tasks, manager, args.limit, args.device)
     rows = [[name, *(_figure(value) for value in of.values())] for name, of in found["data"].items()]
     if rows:
-        print(aligned(["data", "loss", "bits/byte", "tokens"], rows, left={0}))
+        print(aligned(["data", "loss", "bits/byte", "tokens", "seq_len"], rows, left={0}))
     if found["tasks"]:
         rows = [[name, f"{value:.4f}"] for name, value in found["tasks"].items()]
         print(aligned(["task", "score"], rows, left={0}))
@@ -133,8 +136,8 @@ def _losses(args: Any, prefixes: dict[str, str]) -> dict[str, dict[str, float | 
     from megabus.data.sources import bits_per_byte
     from megabus.evaluation import token_file_loss
 
-    folder, saved, tokenizer = state_of(args.model)
-    longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
+    folder, saved, tokenizer, own_longest = state_of(args.model)
+    longest = own_longest if args.seq_len is None else args.seq_len
     if longest < 1:
         raise UserError("--seq-len", longest, "is no length", "give 1 or more")
     if args.tokens < longest:
@@ -145,7 +148,8 @@ def _losses(args: Any, prefixes: dict[str, str]) -> dict[str, dict[str, float | 
     for name, source in sources.items():
         n_tokens = min(args.tokens // longest, source.orders[0].n_chunks) * longest
         loss = token_file_loss(model, source, n_tokens, longest, bool(saved.data.get("document_mask")))
-        found[name] = {"loss": loss, "bits_per_byte": bits_per_byte(source, loss), "tokens": n_tokens}
+        found[name] = {"loss": loss, "bits_per_byte": bits_per_byte(source, loss)}
+        found[name] |= {"tokens": n_tokens, "seq_len": longest}
     return found
 
 

@@ -34,9 +34,9 @@ def main(argv: Sequence[str]) -> int:
     from megabus.model.documents import Documents
     from megabus.table import aligned
 
-    folder, saved, tokenizer = state_of(args.checkpoint)
+    folder, saved, tokenizer, own_longest = state_of(args.checkpoint)
     model = megabus.load(folder)
-    longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
+    longest = own_longest if args.seq_len is None else args.seq_len
     if model.config.n_layers == 0:
         raise UserError("checkpoint", folder, "has no layers", "name one of a later stage")
     if args.valid is None or args.seq_len is None:

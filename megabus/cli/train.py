@@ -54,9 +54,16 @@ def main(argv: Sequence[str]) -> int:
         stop_distributed()
         return 0
     with importing():
-        from megabus.train.loop import train
+        from megabus.train.callbacks import CallbackError
+        from megabus.train.loop import Outcome, train
 
-    outcome = train(config)
+    failure = None
+    try:
+        outcome = train(config)
+    except CallbackError as error:
+        if error.complete is None:
+            raise
+        outcome, failure = Outcome(error.complete, stopped=False), error  # its table and page are as good as any
     if os.environ["RANK"] == "0" and outcome.stopped:
         if outcome.checkpoint is None:
             say("stopped during the start, before anything was trained; the same command starts again")
@@ -71,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
             warn(f"no picture or no page: {error}; `megabus report {config.run_dir}` draws them")
         say(f"checkpoint: {outcome.checkpoint}")
     stop_distributed()
+    if failure is not None:
+        raise failure
     return config.faults.stop_exit_code if outcome.stopped else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import pi
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     AfterValidator,
@@ -85,7 +85,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `yes` is no 1: pydantic would take it for a number."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        """YAML's `yes` is no 1: pydantic would take it for a number, but for no section."""
+        if not isinstance(value, bool):
+            return value
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        if annotation is not bool and not any(issubclass(kind, BaseModel) for kind in kinds):
             raise ValueError("is true or false where no switch is; quote a word that YAML reads as one")
         return value

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megabus.checkpoint.entries import odd_entry
 from megabus.checkpoint.load import ADAPTER, MERGE
-from megabus.checkpoint.state import Progress, SavedState
+from megabus.checkpoint.state import LONGEST, Progress, SavedState
 from megabus.checkpoint.tensor_file import DTYPES, TensorFileWriter
 from megabus.config import Layout, ModelConfig
 from megabus.config.stages import check_cut
@@ -32,7 +32,7 @@ from megabus.convert.hf_accounts import check_accounts
 from megabus.convert.hf_rest import CONTEXT, check_ids, copy_rest, extends, inside, read_json, rest_of, tokenizer_of
 from megabus.convert.hf_stock import stock_config, stock_model
 from megabus.convert.hf_tokenizer import compare_as_read, write_tokenizer
-from megabus.convert.source import OpenFiles, Source, blocks, whole
+from megabus.convert.source import HasState, OpenFiles, Source, blocks, whole
 from megabus.data.tokenizer.files import TREE
 from megabus.errors import UserError, warn
 from megabus.model.cost import totals
@@ -186,8 +186,9 @@ def _ngpt_config(state: SavedState) -> dict[str, Any]:
 
 
 class HuggingFaceSource:
-    """A directory of either kind, ours or a stock class's. left: what of it no other form keeps; without_tokenizer: why
-    its tokenizer is among that, unless that was asked for (`with_tokenizer`)."""
+    """A directory of either kind, ours or a stock class's. longest: tokens of a sequence that it can be asked to read;
+    left: what of it no other form keeps; without_tokenizer: why its tokenizer is among that, unless that was asked for
+    (`with_tokenizer`)."""
 
     def __init__(self, folder: Path, files: OpenFiles, with_tokenizer: bool = True) -> None:
         self.folder, self.files = folder, files
@@ -195,7 +196,7 @@ class HuggingFaceSource:
         self.weight_map = _weight_map(folder, files)
         stored = sum((folder / file).stat().st_size for file in set(self.weight_map.values()))
         model = model_of(config, folder, len(self.weight_map), stored)
-        self.state = _without_a_run(model)
+        self.state, self.longest = _without_a_run(model), _longest(config)
         self.specs = param_specs(model)
         self.tokenizer, self.without_tokenizer = tokenizer_of(folder) if with_tokenizer else (None, "")
         self.left = rest_of(folder, config, self.tokenizer)
@@ -261,6 +262,20 @@ class HuggingFaceSource:
         if not same:
             problem = f"has another {head} than {key}, and config.json says that they are tied"
             raise UserError("weights", self.folder, problem, "set tie_word_embeddings to false there, or restore it")
+
+
+def longest_of(source: HasState) -> int:
+    """Tokens of the longest sequence that weights in any form can be asked to read: what their run or `config.json`
+    says."""
+    return source.longest if isinstance(source, HuggingFaceSource) else source.state.longest_sequence()
+
+
+def _longest(config: dict[str, Any]) -> int:
+    """Others' models say hundreds of thousands: of them no more than of a model of which nothing is known."""
+    said = config.get("max_position_embeddings")
+    if type(said) is not int or said < 1:
+        return LONGEST
+    return said if "megabus" in config else min(said, LONGEST)
 
 
 def untied_specs(model: ModelConfig) -> dict[str, ParamSpec]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from megabus.checkpoint.load import checkpoint_at, load_weights, own_or_given, saved_tokenizer, tokenizer_for
 from megabus.checkpoint.state import SavedState, read_state, tokenizers_of
 from megabus.convert.convert import in_other_form, model_at, open_source
-from megabus.convert.hugging_face import context_of
+from megabus.convert.hugging_face import context_of, longest_of
 from megabus.convert.source import OpenFiles, whole
 from megabus.data.batches import TokenSource
 from megabus.data.sources import VALID_SEED, check_same_tokenizer
@@ -37,15 +38,26 @@ def load(path: str | Path) -> Decoder:
     return model.eval()
 
 
-def state_of(path: str | Path) -> tuple[Path, SavedState, Path | None]:
-    """Where a model lies, in whatever form, what is said of it beside its weights, and its tokenizer if it has one."""
+class Known(NamedTuple):
+    """Of a model: where it lies, what is said of it beside its weights, its tokenizer if it has one, and tokens of the
+    longest sequence that it can be asked to read."""
+
+    folder: Path
+    state: SavedState
+    tokenizer: Path | None
+    longest: int
+
+
+def state_of(path: str | Path) -> Known:
+    """What is known of a model, in whatever form its weights lie."""
     path = model_at(path)
     if in_other_form(path):
         with OpenFiles() as files:
             source = open_source(path, files)
-            return path, source.state, source.tokenizer
+            return Known(path, source.state, source.tokenizer, longest_of(source))
     folder = checkpoint_at(path)
-    return folder, read_state(folder), saved_tokenizer(folder)
+    state = read_state(folder)
+    return Known(folder, state, saved_tokenizer(folder), state.longest_sequence())
 
 
 def longest_context(path: str | Path) -> int | None:

@@ -25,6 +25,13 @@ from megabus.parallel.placement import Placement
 from megabus.plain_file import NotPlainError, check_regular
 
 
+class HasState(Protocol):
+    """What says which model it is."""
+
+    @property
+    def state(self) -> SavedState: ...
+
+
 class Source(Protocol):
     """state: the model and all else that goes with it; tokenizer: its file or directory, if there is one."""
 

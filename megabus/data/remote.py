@@ -114,13 +114,31 @@ def _blaming(url: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
+        if (cause := _other_cause(error)) is not None:
+            raise _not_fetched(url, cause) from error
         raise UserError("data", url, "is not there", "check the URL") from error
     except ImportError as error:
         raise UserError("data", url, f"needs a package ({error})", "install it") from error
     except Exception as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        remedy = "check the network and the credentials, and start again"
-        raise UserError("data", url, f"cannot be fetched ({told})", remedy) from error
+        raise _not_fetched(url, error) from error
+
+
+def _not_fetched(url: str, error: BaseException) -> UserError:
+    told = " ".join(str(error).split()) or type(error).__name__
+    remedy = "check the network and the credentials, and start again"
+    return UserError("data", url, f"cannot be fetched ({told})", remedy)
+
+
+def _other_cause(error: FileNotFoundError) -> BaseException | None:
+    """Over HTTP fsspec raises this for whatever goes wrong, such as a refused connection: what did, unless a server has
+    said that there is no such file."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+        if getattr(cause, "status", None) is not None:  # of an HTTP answer
+            break
+    is_absent = isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410)
+    return None if is_absent else cause
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megabus.checkpoint.save import save_weights
 from megabus.config.schema import OptimizerConfig
 from megabus.convert.begin import begin, origin_of
+from megabus.convert.hugging_face import longest_of
 from megabus.convert.load import tokenizer_of_model
 from megabus.data.order import nth_visited
 from megabus.durable import make_directory
@@ -75,7 +76,7 @@ def evaluate(settings: Settings) -> Outcome:
     origin = origin_of(settings.checkpoint)
     state = origin.state
     with agreement():
-        train, optimizer, stage = settings.engine_parts(state.model, state.longest_sequence(), dist.get_world_size())
+        train, optimizer, stage = settings.engine_parts(state.model, longest_of(origin), dist.get_world_size())
         tokenizer = tokenizer_of_model(origin.folder, settings.tokenizer, stage.model.vocab_size)
         encoder = Encoder(tokenizer, settings.template, stage.seq_len)
     for key, folder in (("--out", settings.out), ("--save", settings.save)):

@@ -99,6 +99,10 @@ def preflight(
     with _talking() as group:
         try:
             ready = _checked(config, judge, reserve, heartbeat, full, measured, group, rows)
+        except UserError as error:  # of what is no check by itself, such as a prompt, a task or a callback
+            if rows:
+                rows += [refused("run", error), Finding("all else", "not checked", skipped=True)]
+            raise
         finally:
             if full and dist.get_rank() == 0 and rows:
                 say(render(rows, time.monotonic() - begun))

@@ -162,10 +162,25 @@ def what_counts(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
     return counted
 
 
+def skips(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
+    """The `skip` rows of a run, those that a return to a checkpoint took back included: they happened. A start does
+    the steps behind its checkpoint anew, and tells their skips once more, so that what was told before does not count.
+    rows: all of the file."""
+    counted: list[MetricsRow] = []
+    by_step: dict[int, int] = {}  # how many there were when the run was last at a step
+    for row in rows:
+        if row["event"] == "resume" and row.get("reason") not in RETURNS:
+            del counted[by_step.get(row["step"], 0) :]
+        if row["event"] == "skip":
+            counted.append(row)
+        if row["event"] in ("step", "skip"):
+            by_step[row["step"]] = len(counted)
+    return counted
+
+
 def skipped_spikes(rows: Sequence[MetricsRow]) -> int:
-    """Steps that a run has skipped as finite spikes, those that were taken back with a checkpoint included. rows: all
-    of the file."""
-    return sum(row["event"] == "skip" and row.get("reason") == SPIKE for row in rows)
+    """Of these the finite spikes."""
+    return sum(row.get("reason") == SPIKE for row in skips(rows))
 
 
 def layouts_that_ran(rows: Sequence[MetricsRow]) -> dict[int, list[str]]:

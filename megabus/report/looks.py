@@ -9,7 +9,7 @@ from megabus.errors import UserError
 from megabus.report.curves import Line, Panel
 from megabus.report.history import MetricsRow
 from megabus.report.run_facts import RunFacts
-from megabus.table import clock
+from megabus.table import clock, si, visible
 
 OF_GROWTHS = ("before growth", "after growth", "end")
 
@@ -34,8 +34,11 @@ def evaluation_table(run: RunFacts) -> tuple[list[str], list[list[str]]]:
     """(header, a row for each measure): what was measured before and after each growth, side by side, and at the
     end."""
     moments: dict[tuple[int, str], dict[str, str]] = {}
+    grown = {row["step"] for row in run.growths}
     for row in run.rows:
         when = row.get("when")
+        if when == "step" and row["step"] in grown:
+            when = "before growth"  # the same weights, which are not measured twice
         if row["event"] not in ("evaluation", "tasks") or when not in OF_GROWTHS:
             continue
         told = moments.setdefault((row["step"], str(when)), {})
@@ -45,6 +48,8 @@ def evaluation_table(run: RunFacts) -> tuple[list[str], list[list[str]]]:
             told[f"{name}: bits per byte"] = _figure(bits)
         for name, score in _numbers_of(row, "tasks", "scores").items():
             told[name] = _figure(score)
+        if row["event"] == "tasks" and row.get("error") is not None:
+            told["tasks"] = f"failed: {row['error']}"
     measures = dict.fromkeys(name for told in moments.values() for name in told)
     order = sorted(moments, key=lambda moment: (moment[0], OF_GROWTHS.index(moment[1])))
     header = ["measure", *(f"step {step:,}, {when}" for step, when in order)]
@@ -66,8 +71,8 @@ def sample_table(run: RunFacts) -> list[dict[str, Any]]:
         if not isinstance(samples, list) or not all(map(_is_sample, samples)):
             problem = f"of the sample row of step {row['step']} is no list of texts"
             raise UserError("metrics: samples", samples, problem, f"mend {run.folder / 'metrics.jsonl'}")
-        texts = [(sample["prompt"], sample["text"]) for sample in samples]
-        found.append({"step": row["step"], "tokens": row.get("tokens", 0), "texts": texts})
+        texts = [(sample["prompt"], visible(sample["text"])) for sample in samples]
+        found.append({"step": f"{row['step']:,}", "tokens": si(row.get("tokens")), "texts": texts})
     return found
 
 
@@ -84,6 +89,7 @@ PARTS = {  # what: the event and the key of its seconds
     "samples": ("sample", "seconds"),
     "evaluations of token files": ("evaluation", "seconds"),
     "weights written for tasks": ("tasks", "write_s"),
+    "waiting for tasks at the end": ("tasks", "wait_s"),
 }
 
 

@@ -24,6 +24,7 @@ from megabus.report.history import (
     layouts_that_ran,
     read_rows,
     skipped_spikes,
+    skips,
     what_counts,
 )
 from megabus.report.plots import growth_text, short_sizes, stage_table, why
@@ -154,8 +155,15 @@ def final_figures(run: RunFacts) -> dict[str, str]:
         "largest error of a unit row": _figure(_reduce(np.nanmax, unit), "{:.1e}"),
         "peak memory of a rank": _bytes(_reduce(np.nanmax, memory)),
         "spikes skipped": str(skipped_spikes(run.written)),
+        "profile": _profile(run),
         "faults": str(sum(fault["is_fault"] for fault in faults(run))),
     }
+
+
+def _profile(run: RunFacts) -> str:
+    """Where the last look at single steps lies; a start that went on later did not look once more."""
+    found = [row for row in run.written if row["event"] == "profile"]
+    return f"steps {found[-1].get('first')} to {found[-1].get('last')}: {found[-1].get('folder')}" if found else "–"
 
 
 def _last(values: np.ndarray) -> float | None:
@@ -226,15 +234,22 @@ def faults(run: RunFacts) -> list[dict[str, Any]]:
 
 def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
     last = 0  # the step that the run had come to
+    once = {id(row) for row in skips(written)}
     for row in written:
-        if row["event"] == "skip":
+        if row["event"] == "skip" and id(row) in once:
             given = (
                 f"loss {_figure(row.get('loss'), '{:.4f}')}, gradient norm {_figure(row.get('grad_norm'), '{:.3g}')}"
             )
             what = "skipped spike" if row.get("reason") == SPIKE else "skipped step"
+            if what == "skipped spike":
+                most = (_figure(row.get("loss_limit"), "{:.4f}"), _figure(row.get("grad_norm_limit"), "{:.3g}"))
+                given += f", where at most {most[0]} and {most[1]} are usual"
             yield {"row": row, "what": what, "details": f"no update: {given}"}
         elif row["event"] == "save" and row.get("error") is not None:
             yield {"row": row, "what": "failed save", "details": str(row["error"])}
+        elif row["event"] == "tasks" and row.get("error") is not None:
+            details = f"tasks ({row.get('when', '–')}): {row['error']}"
+            yield {"row": row, "what": "failed evaluation", "details": details}
         elif row["event"] == "resume":
             back = f"to step {row['step']:,}, from step {last:,}"
             if row.get("reason") in RETURNS:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 HANDLERS = {"step": "on_step", "skip": "on_step", "eval": "on_eval", "growth": "on_growth", "save": "on_save"}
 MOST_ANSWERS = 16  # rows that are each told because of the one before
+TOTALS = ("step", "tokens", "flops", "stage")  # of the run, which every row has
 OWN = {  # events of the trainer's rows
     *HANDLERS,
     *("start", "resume", "phase", "gains", "memory", "sample", "evaluation", "tasks", "profile"),
@@ -70,13 +71,20 @@ class Callback:
         told nothing after that."""
 
 
+class CallbackError(UserError):
+    """What a user's callback has ended a run with. complete: the checkpoint of a run that had come to its end all the
+    same."""
+
+    complete: Path | None = None
+
+
 class Guarded(Callback):
     """A user's callback: what it raises on a rank is known to all ranks at once, which then drop it together, or end
     the run. Costs one small all-reduce each time that it is told something."""
 
     def __init__(self, callback: Callback, key: str) -> None:
         self.callback, self.key = callback, key
-        self.failure: UserError | None = None  # that the run ends with, the same on every rank
+        self.failure: CallbackError | None = None  # that the run ends with, the same on every rank
         self.is_over = False
 
     def on_row(self, run: Run, row: Row) -> None:
@@ -126,18 +134,19 @@ class Guarded(Callback):
             return
         rank_0_says(f"{self.key}: {value} {problem}: the run ends", warn)
         remedy = "all that was trained is saved: mend it and start again, or set on_error: drop"
-        self.failure, run.stopping = UserError(self.key, value, problem, remedy), True
+        self.failure, run.stopping = CallbackError(self.key, value, problem, remedy), True
 
 
 def checked(event: str, row: Row, answers: int) -> Row:
     """A copy of a row that a user's callback tells. Raises on every rank what rank 0's sinks alone would, or who reads
-    them: `TypeError` for what JSON has no form for, and `ValueError` for an event that has its own meaning there, and
-    for a step that is none. answers: how many rows each told because of another this one follows; `RecursionError` for
+    them: `TypeError` for what JSON has no form for, and `ValueError` for an event or a key that has its own meaning
+    there. answers: how many rows each told because of another this one follows; `RecursionError` for
     too many."""
     if answers > MOST_ANSWERS:
         raise RecursionError(f"run.tell: {event!r} is told because it was told: look at row['event'] first")
-    if type(row.get("step", 0)) is not int:
-        raise ValueError(f"run.tell: step = {row['step']!r} is no whole number")
+    for key in TOTALS:
+        if key in row:
+            raise ValueError(f"run.tell: {key} = {row[key]!r}: every row has the run's own: choose another name")
     if event in OWN or "event" in row:
         raise ValueError(
             f"run.tell: {row.get('event', event)!r} cannot be told: choose a name that the trainer has not"
@@ -178,8 +187,11 @@ def _made(key: str, entry: CallbackConfig) -> Callback:
     try:
         callback = kind(**entry.arguments)
     except (Exception, SystemExit) as error:
-        problem = f"of {entry.name} are not taken ({_said(error)})"
-        raise UserError(f"{key}.arguments", entry.arguments, problem, "mend them, or the class") from error
+        if (where := _where(error)) is None:  # the class was not even entered
+            problem = f"of {entry.name} are not taken ({_said(error)})"
+            raise UserError(f"{key}.arguments", entry.arguments, problem, "mend them, or the class") from error
+        problem = f"cannot be made ({_said(error)}{where})"
+        raise UserError(key, entry.name, problem, f"mend the class, or {key}.arguments") from error
     _check_kind(key, callback, entry.name)
     callback.on_error = entry.on_error
     return callback
@@ -192,7 +204,7 @@ def _imported(key: str, name: str) -> Any:
         module = _module_of(Path(place)) if place.endswith(".py") else import_module(place)
     except (Exception, SystemExit) as error:  # of a script that is meant to be run
         remedy = "mend the name (path/to/file.py:Class or module:Class), or the file"
-        raise UserError(key, name, f"cannot be imported ({_said(error)})", remedy) from error
+        raise UserError(key, name, f"cannot be imported ({_said(error)}{_where(error) or ''})", remedy) from error
     try:
         return getattr(module, attribute)
     except AttributeError as error:
@@ -220,6 +232,16 @@ def _check_kind(key: str, callback: object, name: str) -> None:
 
 
 def _said(error: Exception | SystemExit) -> str:
-    """One line of what an exception says, and where it was raised."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error}, {Path(where.filename).name}:{where.lineno}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _where(error: Exception | SystemExit) -> str | None:
+    """Where code that is not the trainer's raised it, `, file.py:3`: in the user's own file, where it has come from a
+    library that this called. None where there was none."""
+    passed = (__file__, importlib.__file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    others = [frame for frame in frames if frame.filename not in passed]
+    if not others:
+        return None
+    own = [frame for frame in others if frame.filename in sys.modules or frame.filename == others[0].filename]
+    return f", {Path(own[-1].filename).name}:{own[-1].lineno}"

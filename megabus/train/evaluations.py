@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from megabus.checkpoint.save import save_weights, writing_group
 from megabus.config import RunConfig
 from megabus.data.sources import bits_per_byte
-from megabus.errors import UserError, warn
-from megabus.parallel.agree import rank_0_says, rank_0_tells
+from megabus.errors import UserError
+from megabus.parallel.agree import rank_0_tells
 from megabus.train.callbacks import Callback, Row
 from megabus.train.task_runs import TaskRuns
 
@@ -26,6 +26,7 @@ class Evaluations(Callback):
     def __init__(self, config: RunConfig) -> None:
         self.config, self.tasks = config.eval.extra, TaskRuns(config)
         self.group = writing_group() if self.config.tasks else None  # one for all snapshots
+        self._measured = 0  # the last step that was one of `every`
         self._grown_from = 0  # length of the sequences that were measured before the growth that goes on
 
     def on_row(self, run: Run, row: Row) -> None:
@@ -35,11 +36,13 @@ class Evaluations(Callback):
 
     def on_step(self, run: Run, row: Row) -> None:
         if self.config.every is not None and row["step"] % self.config.every == 0 and run.share < 1:
+            self._measured = row["step"]
             self._measure(run, "step", run.stage.seq_len)
 
     def before_growth(self, run: Run) -> None:
         self._grown_from = run.stage.seq_len  # a phase's, perhaps
-        self._measure(run, "before growth", self._grown_from)
+        if self._measured != run.progress.step:  # else the same weights, a moment ago
+            self._measure(run, "before growth", self._grown_from)
 
     def on_growth(self, run: Run, row: Row) -> None:
         self._measure(run, "after growth", self._grown_from)
@@ -51,9 +54,11 @@ class Evaluations(Callback):
 
     def on_end(self, run: Run) -> None:
         """A run at its end waits for scores, until it is asked to stop. What waits then, the next start evaluates."""
+        since = time.perf_counter()
         while run.share >= 1 and rank_0_tells(lambda: bool(self.tasks.waiting)):
             run.watchdog.heartbeat("the last evaluations")
-            self._tell_ended(run, PATIENCE)
+            if self._tell_ended(run, PATIENCE, since):
+                since = time.perf_counter()
             if run.requests.of_any(run.engine.device):
                 break
         self.release()
@@ -83,9 +88,9 @@ class Evaluations(Callback):
         try:
             save_weights(folder, run.engine, step, sections, run.corpora.sources.tokenizer.files, self.group)
         except UserError as error:  # of all ranks
-            rank_0_says(f"no tasks after step {step}: {error}", warn)
             if run.is_rank_0:
                 self.tasks.discard(folder)
+            run.tell("tasks", {"when": when, "write_s": time.perf_counter() - begun, "error": str(error)})
             return
         run.watchdog.heartbeat()
         if run.is_rank_0:
@@ -93,7 +98,11 @@ class Evaluations(Callback):
             self.tasks.add(folder, row)
         self._tell_ended(run, 0.0)
 
-    def _tell_ended(self, run: Run, patience: float) -> None:
-        if self.config.tasks:
-            for row in rank_0_tells(lambda: self.tasks.ended(patience)):
-                run.tell("tasks", row)
+    def _tell_ended(self, run: Run, patience: float, since: float | None = None) -> bool:
+        """Whether any has. since: when the run, which has nothing else to do, began to wait for the first of them."""
+        ended = rank_0_tells(lambda: self.tasks.ended(patience)) if self.config.tasks else []
+        for row in ended:
+            waited = {} if since is None else {"wait_s": time.perf_counter() - since}
+            run.tell("tasks", row | waited)
+            since = None
+        return bool(ended)

@@ -12,12 +12,14 @@ from megabus.config.phases import KEYS
 from megabus.config.section import in_line
 from megabus.errors import say
 from megabus.kappa.monitor import KappaView, bar
-from megabus.table import clock
+from megabus.table import clock, visible
 from megabus.train.callbacks import Callback, Row
+from megabus.train.spikes import Level, broken
 
 if TYPE_CHECKING:
     from megabus.train.run import Run
 
+_NAMES = {"loss": "loss", "grad_norm": "|g|"}  # as the lines have them
 Pace = deque[tuple[float, float]]  # (clock in seconds, share of the budget) after each of the last steps
 
 
@@ -42,11 +44,11 @@ class Log(Callback):
             for change in row["changes"]:
                 say(f"changed since it was saved: {change}")
         elif row["event"] == "phase":
-            samples = in_line({key: row[key] for key in KEYS})
+            samples = in_line({key: row[key] for key in row.get("changed") or KEYS})
             say(f"step {row['step']:>5} | PHASE at {row['share']:.0%}: {samples}")
         elif row["event"] == "sample":
             for sample in row["samples"]:
-                lines = _printable(sample["prompt"] + sample["text"]).split("\n")
+                lines = _printable(sample["prompt"] + visible(sample["text"])).split("\n")
                 say(f"step {row['step']:>5} | sample: " + "\n           | ".join(lines))
         elif row["event"] == "evaluation":
             for name, loss in row["loss"].items():
@@ -67,9 +69,10 @@ class Log(Callback):
         if row["event"] == "skip":
             what = "no update"
             if "loss_limit" in row:
-                most = f"{row['loss_limit']:.4f} and {row['grad_norm_limit']:.3g}"
-                what = f"no update, a spike: by the last updates at most {most}"
-            say(f"step {row['step']:>5} | loss {row['loss']} |g| {row['grad_norm']}: {what}")
+                over = broken(row["loss"], row["grad_norm"], Level(row["loss_limit"], row["grad_norm_limit"]))
+                limits = (f"{_NAMES[key]} above {most:.4g}" for key, (_, most) in over.items())
+                what = f"no update, a spike: {' and '.join(limits)}"
+            say(f"step {row['step']:>5} | loss {row['loss']:.4f} |g| {row['grad_norm']:.4g}: {what}")
             return
         self.pace.append((time.monotonic(), run.share))
         if row["step"] % run.config.log.every == 0 or run.share >= 1:

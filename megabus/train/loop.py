@@ -29,7 +29,7 @@ from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.callbacks import Callback
 from megabus.train.environment import peak_memory
 from megabus.train.run import Run, roll_back, run_span, started, tell_phase, watch_stage
-from megabus.train.saving import close, collect, finish, raise_failure, save, warn_unwritten
+from megabus.train.saving import cannot_be_saved, close, collect, finish, raise_failure, save, warn_unwritten
 from megabus.train.schedule import angle_bound, boost_factor, decays, learning_rate, rewarm_factor
 from megabus.train.stop import StoppedError, StopRequests, listening
 from megabus.train.watchdog import Watchdog, watched
@@ -74,7 +74,7 @@ def _train(config: RunConfig, callbacks: Sequence[Callback], requests: StopReque
                 raise StoppedError
             return Outcome(folder_of(run.saver.root, run.saved_step), stopped=True)
         requests.begun = True
-        while run.share < 1 and not run.stopping:
+        while run.share < 1 and (not run.stopping or cannot_be_saved(run)):
             train_step(run)
             run.saver.prepare(run.engine.read)
             run.save_is_due |= run.progress.step % config.checkpoint.every == 0
@@ -167,7 +167,8 @@ def agree_on_step_end(run: Run, failed: bool) -> None:
         run.engine.device,
     )
     if stop and metrics is not None:
-        say(f"asked to stop by {run.requests.reason or 'a signal to another rank'}: saving")
+        told = "saving once the steps without an update are over" if cannot_be_saved(run) else "saving"
+        say(f"asked to stop by {run.requests.reason or 'a signal to another rank'}: {told}")
     run.stopping |= stop
     if ended or failed:
         collect(run)

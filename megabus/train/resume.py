@@ -87,6 +87,9 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
         changes.append((f"data.{key}" if key == MASK else f"contents of data: {key}", was, is_now))
     _check_unchanged(found, config, changes)
     told = [f"{key}: {as_written(was)} -> {as_written(is_now)}" for key, was, is_now in changes]
+    was_averaged = _as_read_now(found.state.config)[0]["train"].get("ema", [])
+    if set(was_averaged) != set(config.train.ema):  # free to change, though what is saved changes
+        told.append(f"train.ema: {was_averaged} -> {config.train.ema}; a new mean begins with the weights as they are")
     return told + (_rates(found, config, stages) if changes else [])
 
 

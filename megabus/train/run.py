@@ -30,7 +30,7 @@ from megabus.kappa.predictors import StageSpan
 from megabus.model.budget import spent_share
 from megabus.model.cost import count_parameters, counted_sizes, flops_per_token
 from megabus.model.params import UNIT_ERROR
-from megabus.parallel.agree import agreement, rank_0_says
+from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
 from megabus.preflight.flight import preflight
 from megabus.report.history import NOT_FINITE, SPIKE
 from megabus.train.before import Notes, check_before
@@ -351,19 +351,16 @@ def tell_phase(run: Run, before: Stage | None) -> None:
 def roll_back(run: Run) -> None:
     """Return to the newest checkpoint, and pass over the data up to here. Collective."""
     failed, limit = run.progress, run.config.faults.max_rollbacks
-    spike = run.spikes.stands_out
-    value = "a number" if spike else "nan"
-    problem = f"is not finite at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
-    if spike:
-        problem = f"is a spike at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
+    spike, (key, value, what) = run.spikes.stands_out, rank_0_tells(run.spikes.failure)
+    problem = f"{what} at step {failed.step}, the last of {failed.nonfinite_in_a_row} such steps in a row"
     remedy = "lower optimizer.lr or look at the data of those steps"
     if spike:
-        remedy += ", or set faults.spikes.lasting to accept"
+        remedy += ", or raise faults.spikes.deviations or set faults.spikes.lasting to accept"
     if failed.rollbacks >= limit:
-        raise UserError("train.loss", value, f"{problem}, after {limit} return(s) to a checkpoint", remedy)
+        raise UserError(key, value, f"{problem}, after {limit} return(s) to a checkpoint", remedy)
     found = find_checkpoint(run.saver.root, run.config.resume == "strict", run.watchdog.heartbeat)
     if found is None:
-        raise UserError("train.loss", value, f"{problem}, and there is no checkpoint to return to", remedy)
+        raise UserError(key, value, f"{problem}, and there is no checkpoint to return to", remedy)
     run.engine.close()
     run.engine = _engine(run.config, run.stages, found)
     run.watchdog.heartbeat()

@@ -30,6 +30,13 @@ def save(run: Run) -> None:
     _begin(run)
 
 
+def cannot_be_saved(run: Run) -> bool:
+    """Whether a run that is to stop goes on until it can be saved, the same on all ranks: for `faults.max_skips` steps
+    at most, amid a series of steps without an update, for the run may have to return to the checkpoint before it.
+    Where there is none it is saved as it is."""
+    return run.progress.nonfinite_in_a_row > 0 and run.saved_step not in (None, run.progress.step)
+
+
 def _begin(run: Run) -> None:
     run.watchdog.heartbeat(f"the save after step {run.progress.step}")
     run.saver.start(_state(run), run.engine.placement, run.engine.read())
@@ -74,9 +81,7 @@ def finish(run: Run) -> Path:
     """Save the last state, wait for it, and close everything; the newest checkpoint. Raises what a callback has ended
     the run with. Collective."""
     collect(run)
-    # A run that is stopped amid non-finite steps leaves it to the next start to come here again.
-    amid = run.progress.nonfinite_in_a_row > 0 and run.share < 1 and run.saved_step is not None
-    if run.saved_step != run.progress.step and not amid:
+    if run.saved_step != run.progress.step:
         _begin(run)
     last = collect(run)
     close(run)
@@ -84,9 +89,10 @@ def finish(run: Run) -> Path:
         raise last.error
     if dist.get_rank() == 0:
         run.requests.obeyed()
-    raise_failure(run)
     assert run.saved_step is not None
-    return folder_of(run.saver.root, run.saved_step)
+    folder = folder_of(run.saver.root, run.saved_step)
+    raise_failure(run, folder if run.share >= 1 else None)
+    return folder
 
 
 def close(run: Run) -> None:
@@ -97,10 +103,12 @@ def close(run: Run) -> None:
     run.engine.close()
 
 
-def raise_failure(run: Run) -> None:
-    """Raise what a user's callback has ended the run with, the same on every rank, if one has."""
+def raise_failure(run: Run, complete: Path | None = None) -> None:
+    """Raise what a user's callback has ended the run with, the same on every rank, if one has. complete: the checkpoint
+    of a run that has come to its end."""
     for callback in run.callbacks:
         if isinstance(callback, Guarded) and callback.failure is not None:
+            callback.failure.complete = complete
             raise callback.failure
 
 

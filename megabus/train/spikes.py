@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,12 @@ class Level(NamedTuple):
 
     loss: float
     grad_norm: float
+
+
+def broken(loss: float, grad_norm: float, most: Level) -> dict[str, tuple[float, float]]:
+    """Of a spike, what stands out of the scale: value and limit, by its name in the metrics."""
+    pairs = {"loss": (loss, most.loss), "grad_norm": (grad_norm, most.grad_norm)}
+    return {name: pair for name, pair in pairs.items() if pair[0] > pair[1]}
 
 
 def limits(recent: Sequence[Level], deviations: float) -> Level:
@@ -47,6 +54,7 @@ class Spikes:
         self.recent: deque[Level] = deque(maxlen=0 if config is None else config.window)
         self.limits: Level | None = None  # by which the step now was judged
         self.stands_out = False  # the last step
+        self.last: StepResult | None = None  # and what it was
 
     @property
     def asked(self) -> Callable[[StepResult], bool] | None:
@@ -59,16 +67,27 @@ class Spikes:
         self.limits = None
         if 2 * len(self.recent) >= self.config.window:
             self.limits = limits(self.recent, self.config.deviations)
-        found = self.limits is not None and (result.loss > self.limits.loss or result.grad_norm > self.limits.grad_norm)
+        found = self.limits is not None and bool(broken(result.loss, result.grad_norm, self.limits))
         answer = upload([found], self._device, torch.uint8)
         dist.broadcast(answer, src=0)
         return bool(answer.item())
 
     def see(self, result: StepResult) -> None:
         """A step that was made, or not."""
-        self.stands_out = result.refused
+        self.stands_out, self.last = result.refused, result
         if result.updates:
             self.recent.append(Level(result.loss, result.grad_norm))
+
+    def failure(self) -> tuple[str, str, str]:
+        """Of the last step, which made no update: loss or gradient norm, its value, and what is wrong with it. Rank
+        0's: the last bits of a sum may differ between ranks, and a limit lie between."""
+        assert self.last is not None, "there was a step"
+        loss, grad_norm = self.last.loss, self.last.grad_norm
+        if self.stands_out and self.limits is not None:
+            name, (value, limit) = next(iter(broken(loss, grad_norm, self.limits).items()))
+            return f"train.{name}", f"{value:.4g}", f"is a spike, above {limit:.4g},"
+        name, value = ("grad_norm", grad_norm) if isfinite(loss) else ("loss", loss)
+        return f"train.{name}", f"{value:.4g}", "is not finite"
 
     def begin(self, recent: Iterable[tuple[float, float]] = ()) -> None:
         """Anew, or with those of a checkpoint."""

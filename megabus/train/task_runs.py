@@ -32,6 +32,7 @@ class TaskRuns:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.root = config.eval.extra, Path(config.run_dir) / "evaluations"
         self.waiting: dict[Path, Row] = {}  # folder -> its row, in the order of evaluation
+        self._failed: list[Row] = []  # before their evaluation could begin
         self._process: subprocess.Popen[bytes] | None = None
         self._begun = 0.0
 
@@ -51,7 +52,7 @@ class TaskRuns:
             partial.write_text(json.dumps(row))
             partial.replace(folder / ABOUT)
         except OSError as error:
-            warn(f"no tasks after step {row['step']}: {folder} cannot be written ({error})")
+            self._failed.append(row | {"seconds": 0.0, "error": f"{folder} cannot be written ({error})"})
             self.discard(folder)
             return
         self.waiting[folder] = row
@@ -62,7 +63,7 @@ class TaskRuns:
 
     def ended(self, patience: float = 0.0) -> list[Row]:
         """Rows of the evaluations that have ended; one goes on at a time. patience: seconds to wait for that one."""
-        rows: list[Row] = []
+        rows, self._failed = self._failed, []
         if self._process is not None:
             try:
                 self._process.wait(patience)

@@ -22,6 +22,7 @@ from support.small_runs import write_tokens
 import megabus
 from megabus.cli import evaluate, layers
 from megabus.cli.evaluate import end_with, main
+from megabus.convert import hugging_face
 from megabus.convert.convert import convert, open_source
 from megabus.convert.load import tokenizer_of_model
 from megabus.convert.source import OpenFiles
@@ -87,7 +88,8 @@ def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
     source = TokenSource([(str(tmp_path / "other"), 1.0)], 16, VALID_SEED, 340)
     inputs, targets = source.batch(0, 16, range(8))
     loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
-    assert found["data"] == {"sevens": {"loss": pytest.approx(loss, abs=1e-5), "bits_per_byte": None, "tokens": 128}}
+    told = {"bits_per_byte": None, "tokens": 128, "seq_len": 16}
+    assert found["data"] == {"sevens": {"loss": pytest.approx(loss, abs=1e-5)} | told}
     assert f"sevens  {loss:.4f}" in done.stdout
 
     meta = {"vocab_size": 101, "n_tokens": 130, "tokenizer_sha256": "0" * 64}
@@ -104,6 +106,38 @@ def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
         right.append(scores.index(max(scores)) == doc["label"])
     assert found["tasks"]["megabus_next_line/acc"] == pytest.approx(sum(right) / 7)
     assert set(found["tasks"]) == {"megabus_next_line/acc", "megabus_next_line/acc_norm"}
+
+
+def test_an_export_is_measured_at_the_length_that_it_says(tmp_path, capsys):
+    """Which is its run's longest: the same numbers as of the run."""
+    run, found = write_run(tmp_path), []
+    with OpenFiles() as files:
+        source = open_source(run, files)
+        source.state.config = {"train": {"seq_len": 16}, "growth": {"stages": []}}
+        convert(source, tmp_path / "hf", "hf")
+    write_tokens(tmp_path / "other", [(number * number) % 101 for number in range(130)])
+    for model, length in ((run, ["--seq-len", "16"]), (tmp_path / "hf", [])):
+        words = ["--data", str(tmp_path / "other"), "--json", str(tmp_path / "found.json")]
+        assert main([str(model), *words, *length]) == 0
+        found.append(json.loads((tmp_path / "found.json").read_text())["data"]["other"])
+    assert found[0] == found[1]
+    assert found[1]["seq_len"] == 16
+    assert capsys.readouterr().out.count("bits/byte  tokens  seq_len") == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({"megabus": {}, "max_position_embeddings": 8192}, 8192),
+        ({"max_position_embeddings": 64}, 64),
+        ({"max_position_embeddings": 131072}, 2048),
+        ({"max_position_embeddings": None}, 2048),
+        ({}, 2048),
+        ({"megabus": {}, "max_position_embeddings": "64"}, 2048),
+    ],
+)
+def test_the_longest_sequence_of_a_hugging_face_model(config, longest):
+    assert hugging_face._longest(config) == longest
 
 
 def test_token_files_of_another_tokenizer_are_refused(tmp_path, capsys):

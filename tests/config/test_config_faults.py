@@ -118,6 +118,19 @@ def test_a_switch_is_no_number(base, override):
         load_config(base, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("faults.spikes=true", r"give its keys \(deviations, lasting, window\), or write {} for their defaults"),
+        ("log.profile=yes", r"give its keys \(memory, start, steps\), start at least"),
+        ("log.samples=true", r"give its keys \(every, max_tokens, prompts, temperature\), every, prompts at least"),
+    ],
+)
+def test_a_switch_is_no_section(base, override, told):
+    with pytest.raises(UserError, match=rf"^[a-z.]+ = True: is no section of keys; {told}$"):
+        load_config(base, [override])
+
+
 def test_what_they_are_when_left_out(base):
     config = load_config(base, ["checkpoint.every=2e3", "checkpoint.asynchronous=no"])
     assert config.resume == "auto"

@@ -58,6 +58,13 @@ def test_a_pair_is_fetched_once_in_ranges_and_then_read_without_the_server(store
     assert len(list((tmp_path / "cache").iterdir())) == 2  # the folder and its lock
 
 
+def answered(status):
+    """What aiohttp raises for an answer."""
+    error = Exception(f"HTTP {status}")
+    error.status = status
+    return error
+
+
 def spoil(store, what):
     """The server no longer gives what the sidecar speaks of."""
     _, folder, handler = store
@@ -93,6 +100,23 @@ def test_a_broken_fetch_leaves_nothing_and_says_why(store, tmp_path, what, told)
     handler.cut = None
     write(folder / "web")  # once it is whole again, it is fetched
     assert IndexedTokens(local_prefix(f"{url}/web", tmp_path / "cache")).n_tokens == TOKENS
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (None, "is not there; check the URL"),
+        (FileNotFoundError("x"), "is not there; check the URL"),
+        (answered(404), "is not there; check the URL"),
+        (answered(503), r"cannot be fetched \(HTTP 503\); check the network"),
+        (ConnectionRefusedError("refused"), r"cannot be fetched \(refused\); check the network"),
+    ],
+    ids=str,
+)
+def test_what_no_server_has_said_to_be_absent_may_be_there(cause, told):
+    """fsspec raises the same for all of these."""
+    with pytest.raises(UserError, match=f"^data = http://a/b: {told}"), remote._blaming("http://a/b"):
+        raise FileNotFoundError("http://a/b") from cause
 
 
 def test_what_a_killed_process_has_left_is_no_corpus(store, tmp_path):

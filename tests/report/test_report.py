@@ -20,7 +20,7 @@ from megabus.errors import UserError
 from megabus.report import pictures
 from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
 from megabus.report.figure import picture
-from megabus.report.history import read_metrics
+from megabus.report.history import read_metrics, skipped_spikes, skips
 from megabus.report.looks import evaluation_table, sample_table, time_table
 from megabus.report.page import gather, names_of, render, write_report
 from megabus.report.phases import letters
@@ -255,6 +255,25 @@ def test_faults_are_all_told(tmp_path):
     assert (figures["steps"], figures["state"], figures["faults"]) == ("69", "69% of its budget", "4")
 
 
+def test_a_skipped_step_counts_once():
+    """A start does it again; a return to a checkpoint passes over its data, and so it happened."""
+
+    def skip(step):
+        return {"event": "skip", **totals(step), "loss": 9.0, "grad_norm": 2.0, "reason": "spike"}
+
+    def back(step, reason):
+        return {"event": "resume", **totals(step), "reason": reason, "changes": []}
+
+    killed = [start_row(), *map(step_row, range(1, 6)), skip(6), back(5, "start"), skip(6), step_row(7)]
+    assert skipped_spikes(killed) == 1
+    assert skipped_spikes([start_row(), skip(1), back(0, "start"), skip(1)]) == 1
+    returned = [start_row(), *map(step_row, range(1, 6)), skip(6), skip(7), back(5, "spike"), *map(step_row, (6, 7))]
+    assert skipped_spikes(returned) == 2
+    assert skipped_spikes([*returned, skip(8), back(7, "start"), skip(8)]) == 3
+    assert skipped_spikes([*returned, back(5, "start"), skip(6), skip(7), back(5, "spike"), step_row(6)]) == 2
+    assert [row["step"] for row in skips(killed)] == [6]
+
+
 @pytest.mark.parametrize("budget", ["the same", "raised"])
 def test_a_start_that_loses_nothing_is_no_fault(tmp_path, budget):
     """The command of a run that had ended, given again; with a larger budget it trains on. A kill is one."""
@@ -358,13 +377,18 @@ def test_samples_and_evaluations_lie_along_the_curve(tmp_path):
         ["lines/acc", "0.2800", "0.2800", "0.3500"],
     ]
     assert "code: nats per token 2.7000 2.7000 2.0000" in page.words
-    assert [row["step"] for row in sample_table(run)] == [10, 30, 30, 100]
-    assert "100 204800 KING: After 100 steps." in page.words
+    assert [row["step"] for row in sample_table(run)] == ["10", "30", "30", "100"]
+    assert [row["tokens"] for row in sample_table(run)] == ["20.5K", "61.4K", "61.4K", "205K"]
+    assert "100 205K KING: After 100 steps." in page.words
     data = json.loads(page.data)
     curves, places = data["runs"][0]["curves"], data["runs"][0]["places"]
     assert curves["extra:code"] == [{"y": [2.9, 2.7, 2.7, 2.0]}]
     assert curves["task:lines/acc"] == [{"y": [0.26, 0.28, 0.28, 0.35]}]
     assert places["evaluation"]["tokens"] == [20480, 61440, 61440, 204800]
+    assert final_figures(run)["profile"] == "–"
+    row = {"event": "profile", **totals(40, 1), "first": 38, "last": 40, "folder": "runs/a/profile", "shares": {}}
+    profiled = read_run(write_run(tmp_path / "profiled", [*looked_at(), row]), "profiled")
+    assert final_figures(profiled)["profile"] == "steps 38 to 40: runs/a/profile"
     times = time_table(run)
     assert list(times) == ["steps", "growths", "samples", "evaluations of token files", "weights written for tasks"]
     assert times["samples"].startswith("0:08 (")

@@ -30,6 +30,7 @@ TIMES = (
     "mfu",
     "stall_s",
     "write_s",
+    "wait_s",
     "seconds",
     "environment",
 )  # all that a run cannot repeat

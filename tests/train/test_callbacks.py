@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import yaml
+from support.launching import launch_forked
 from support.small_runs import attempt, checkpoints, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 import megabus
@@ -33,6 +35,13 @@ class Raises(Callback):
         super().on_row(run, row)
         if row["event"] == self.where and row["step"] == 9 and dist.get_rank() == self.rank:
             raise KeyError("no such thing")
+"""
+
+
+INIT = """import json
+class Reads(Callback):
+    def __init__(self, text):
+        json.loads(text)
 """
 
 
@@ -99,15 +108,17 @@ def test_a_run_ends_with_a_checkpoint_where_one_raises_on_one_rank(corpus, tmp_p
 def test_it_is_refused_before_anything_is_made(corpus, tmp_path):
     """In one line each, on every rank."""
     file = tmp_path / "mine.py"
-    file.write_text("from megabus import Callback\nclass Good(Callback):\n    pass\nclass Other:\n    pass\n")
+    file.write_text("from megabus import Callback\nclass Good(Callback):\n    pass\nclass Other:\n    pass\n" + INIT)
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
     (tmp_path / "script.py").write_text("import sys\nsys.exit(7)\n")
     cases = [
         (f"{file}:Missing", {}, "callbacks.0 = ", f"{file} has no Missing; name a class of it"),
         (f"{file}:Other", {}, "callbacks.0 = ", "is no megabus.Callback; derive its class from that"),
         (f"{file}:Good", {"every": 3}, "callbacks.0.arguments = ", "are not taken (TypeError: "),
+        (f"{file}:Reads", {"text": 3}, "callbacks.0 = ", f"{file}:Reads: cannot be made (TypeError: the JSON object"),
+        (f"{file}:Reads", {"text": "{"}, "callbacks.0 = ", "(char 1), mine.py:9); mend the class, or callbacks.0.arg"),
         (f"{tmp_path}/none.py:Good", {}, "callbacks.0 = ", "cannot be imported (FileNotFoundError: "),
-        ("no_such_module:Good", {}, "callbacks.0 = ", "No module named 'no_such_module'"),
+        ("no_such_module:Good", {}, "callbacks.0 = ", "No module named 'no_such_module'); mend the name"),
         (f"{tmp_path}/broken.py:Good", {}, "callbacks.0 = ", "broken.py:1); mend the name"),
         (f"{tmp_path}/script.py:Good", {}, "callbacks.0 = ", "(SystemExit: 7, script.py:2); mend the name"),
     ]
@@ -221,7 +232,7 @@ class Tells(Callback):
             number = torch.ones(1)
         if number == 2 and self.how == "the trainer's event":
             event = "eval"
-        step = {"step": "two"} if number == 2 and self.how == "no step" else {}
+        step = {"step": 99} if number == 2 and self.how == "a step" else {}
         run.tell(event, {"number": number, "samples": 5} | step)
         if number == 2 and self.how == "one rank" and dist.get_rank() == 1:
             raise KeyError
@@ -247,7 +258,7 @@ class Stops(Callback):
 def test_what_cannot_be_told_is_told_on_no_rank(corpus, tmp_path, capfd):
     """By any rank or by one: all go on alike, without that callback, and others hear the same rows."""
     (tmp_path / "tells.py").write_text(TELLS)
-    ways = ["a tensor", "the trainer's event", "no step", "one rank", "one that leaves", "itself"]
+    ways = ["a tensor", "the trainer's event", "a step", "one rank", "one that leaves", "itself"]
     tells = {"name": f"{tmp_path / 'tells.py'}:Tells", "on_error": "drop"}
     named = [{"name": f"{tmp_path / 'tells.py'}:Hears"}, *(tells | {"arguments": {"how": how}} for how in ways)]
     config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=named, train__max_tokens=128 * 3)
@@ -261,12 +272,33 @@ def test_what_cannot_be_told_is_told_on_no_rank(corpus, tmp_path, capfd):
     for told in (
         "Tensor is not JSON serializable",
         "'eval' cannot be told",
-        "step = 'two' is no whole number",
+        "step = 99: every row has the run's own",
         "raised KeyError: in on_step after step 2, on rank 1; ",
         "raised SystemExit: enough in on_step after step 2, on rank 1; ",
         "'told by itself' is told because it was told",
     ):
         assert told in err
+
+
+def test_a_whole_run_shows_what_it_is_though_one_raises_at_its_end(corpus, tmp_path):
+    """Table, picture and page first, on which the other ranks wait; then the line that the run ends with."""
+    (tmp_path / "ends.py").write_text(
+        "from megabus import Callback\n"
+        "class Ends(Callback):\n"
+        "    def on_end(self, run):\n"
+        "        if not run.is_rank_0:\n"
+        "            raise KeyError('late')\n"
+    )
+    named = [{"name": f"{tmp_path / 'ends.py'}:Ends"}]
+    config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=named, train__max_tokens=128 * 2)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    first, second = launch_forked("--config", tmp_path / "run.yaml")
+    assert [first.code, second.code] == [2, 2]
+    assert (tmp_path / "run/loss.png").exists()
+    assert (tmp_path / "run/report.html").exists()
+    assert first.out.endswith(f"checkpoint: {tmp_path}/run/checkpoints/step-00000002\n")
+    last = first.err.splitlines()[-1]
+    assert last.startswith("error: callbacks.0 = Ends: raised KeyError: 'late' in on_end after step 2, on rank 1; all")
 
 
 def test_one_that_raises_is_told_though_the_run_was_asked_to_stop(corpus, tmp_path, capfd):

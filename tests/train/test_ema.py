@@ -127,8 +127,10 @@ def test_decays_may_come_and_go(corpus, tmp_path, whole):
     config, _ = whole
     run = tmp_path / "run"
     start(configured(corpus, run), 1, stop_after(6))
-    other = configured(corpus, run, ema=[0.5, 0.75])
+    other = configured(corpus, run, ema=[0.5, 0.75], resume="strict")
     start(other, 1)
+    (resume,) = rows_of(other, "resume")
+    assert resume["changes"] == ["train.ema: [0.9, 0.5] -> [0.5, 0.75]; a new mean begins with the weights as they are"]
     state = read_state_of(other, STEPS)
     assert state["averaged"] == {"ema-0.5": STEPS, "ema-0.75": 2}
     last, there = rows_of(other, "eval")[-1]["ema"], rows_of(config, "eval")[-1]["ema"]

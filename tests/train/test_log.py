@@ -76,22 +76,34 @@ def test_what_else_is_looked_at(run, lines):
     samples = {"weights": [1.0, 2.0], "seq_len": 8, "micro_batch_size": 1, "global_batch_size": 4}
     told = lines(
         {"event": "phase"} | samples,
+        {"event": "phase", "changed": ["seq_len"]} | samples,
         {"event": "sample", "samples": [{"prompt": "KING:\n", "text": "hé\x1b[31m"}]},
+        {"event": "sample", "samples": [{"prompt": "A", "text": "\n" * 3}, {"prompt": "B", "text": "b\n\n\n\nc\n\nd"}]},
         {"event": "evaluation", "when": "end", "loss": {"a": 1.0, "b": 2.0}, "bits_per_byte": {"a": None, "b": 0.5}},
         {"event": "tasks", "when": "end", "error": "exit code 1: no"},
         {"event": "tasks", "when": "step", "step": 7, "scores": {"lines/acc": 0.25}},
         {"event": "profile", "first": 2, "last": 4, "folder": "run/profile", "shares": {"aten::mm": 0.5}},
         {"event": "skip", "loss": 9.0, "grad_norm": 2.0, "loss_limit": 4.0, "grad_norm_limit": 1.0},
+        {"event": "skip", "loss": 3.12345, "grad_norm": 2.12345, "loss_limit": 4.0, "grad_norm_limit": 1.23456},
+        {"event": "skip", "loss": float("nan"), "grad_norm": float("inf")},
     )
     sizes = "{weights: [1.0, 2.0], seq_len: 8, micro_batch_size: 1, global_batch_size: 4}"
     assert told == [
         f"step    10 | PHASE at 25%: {sizes}",
+        "step    10 | PHASE at 25%: {seq_len: 8}",
         "step    10 | sample: KING:",
         "           | hé\\x1b[31m",
+        "step    10 | sample: A\\n\\n\\n",
+        "step    10 | sample: Bb\\n\\n\\n\\n",
+        "           | c",
+        "           | ",
+        "           | d",
         "step    10 | a (end): loss 1.0000",
         "step    10 | b (end): loss 2.0000, 0.5000 bits/byte",
         "step    10 | tasks (end): failed, exit code 1: no",
         "step     7 | tasks (step): lines/acc 0.2500",
         "step    10 | profile of steps 2 to 4 in run/profile: aten::mm 50%",
-        "step    10 | loss 9.0 |g| 2.0: no update, a spike: by the last updates at most 4.0000 and 1",
+        "step    10 | loss 9.0000 |g| 2: no update, a spike: loss above 4 and |g| above 1",
+        "step    10 | loss 3.1235 |g| 2.123: no update, a spike: |g| above 1.235",
+        "step    10 | loss nan |g| inf: no update",
     ]

@@ -247,7 +247,7 @@ FREE = [
     (["train.sequence_parallel=true", "layout.tp=2"], 2),
     (["log.every=1", "log.unit_norm_every=7", "log.tensorboard=true", "log.peak_tflops=1"], 1),
     (["checkpoint.every=1", "checkpoint.keep_last=9", "checkpoint.asynchronous=false"], 1),
-    (["faults.max_skips=0", "faults.hang_timeout=9", "faults.stop_exit_code=3", "train.ema=0.9"], 1),
+    (["faults.max_skips=0", "faults.hang_timeout=9", "faults.stop_exit_code=3"], 1),
     (["run_dir=elsewhere"], 1),
 ]
 

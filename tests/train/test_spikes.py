@@ -90,7 +90,7 @@ def judged(monkeypatch, config, results):
     scale, answers = Spikes(config, torch.device("cpu")), []
     for loss, norm in results:
         asked = StepResult(loss, norm)
-        refused = math.isfinite(loss) and scale.asked is not None and scale.asked(asked)
+        refused = asked.is_finite and scale.asked is not None and scale.asked(asked)
         answers.append(refused)
         scale.see(StepResult(loss, norm, refused))
     return scale, answers
@@ -108,6 +108,20 @@ def test_which_steps_stand_out(monkeypatch):
     assert (len(scale.recent), scale.stands_out) == (8, True)
     scale, answers = judged(monkeypatch, None, [*calm, (9.0, 9.0)])
     assert (any(answers), len(scale.recent), scale.asked) == (False, 0, None)
+
+
+def test_which_of_the_two_ends_a_run(monkeypatch):
+    """With its value and limit."""
+    calm, config = [(3.0, 1.0)] * 8, SpikesConfig(window=8, deviations=20.0)
+    cases = [
+        ((9.87654, 9.0), ("train.loss", "9.877", "is a spike, above 3.06,")),
+        ((3.0, 9.87654), ("train.grad_norm", "9.877", "is a spike, above 1.02,")),
+        ((math.nan, 1.0), ("train.loss", "nan", "is not finite")),
+        ((3.0, math.inf), ("train.grad_norm", "inf", "is not finite")),
+    ]
+    for step, told in cases:
+        scale, _ = judged(monkeypatch, config, [*calm, step])
+        assert scale.failure() == told
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
