@@ -84,9 +84,24 @@ def run(main: Callable[[], int], advice: str = MORE) -> int:
     """The exit code of `main`, with bad input told in one line. What the terminal cannot show is shown as "?".
 
     advice: what to do where memory is short. What the reader of stdout no longer wants, such as `head`, is lost in
-    silence.
+    silence; what a full disk has no room for is told.
     """
-    show_anything(sys.stdout)
+    fill_streams()
+    try:
+        code = _run(main, advice)
+    except OSError:
+        if (lost := _lost_of_stdout("\n")) is None:  # what has failed may be gone from its buffer
+            raise
+        code = 1
+    else:
+        lost = _lost_of_stdout()
+    if lost is not None:
+        note(f"error: stdout: cannot be written ({lost.strerror}); make room, or send it elsewhere")
+        _silence_stdout()
+    return code if lost is None else code or 1
+
+
+def _run(main: Callable[[], int], advice: str) -> int:
     try:
         return main()
     except UserError as error:
@@ -106,7 +121,35 @@ def run(main: Callable[[], int], advice: str = MORE) -> int:
         return 1
     finally:
         if _reader_is_gone():  # Python writes what it still holds when it ends, and would tell that it cannot
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _silence_stdout()
+
+
+def fill_streams() -> None:
+    """Give stdin, stdout and stderr a place where they are closed (`>&-`), which shows nothing. Else the next files to
+    be opened, a checkpoint's too, would have their numbers, and libraries write to 1 and 2 whatever these are."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    show_anything(sys.stdout)
+
+
+def _silence_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _lost_of_stdout(more: str = "") -> OSError | None:
+    """Why what was printed cannot be written, and `more`, if it cannot."""
+    try:
+        print(more, end="", flush=True)
+    except OSError as error:
+        return error
+    except ValueError:  # it was closed
+        return None
+    return None
 
 
 def _reader_is_gone() -> bool:
@@ -133,27 +176,27 @@ def tell_outcome(word: str) -> None:
 def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
     """The same of a rank: rank 0 alone tells bad input, a traceback says whose it is, a peer's loss needs none. That
     nobody reads stdout any more is told where something raises for it, as `say` does not."""
-    show_anything(sys.stdout)
+    fill_streams()
 
     def telling() -> int:
         try:
             return main()
         except UserError as error:
-            _tell_torchrun(f"error: {error}")
+            tell_torchrun(f"error: {error}")
             raise
         except Exception as error:
-            if isinstance(error, BrokenPipeError) and _reader_is_gone():  # `run` is silent: a job must not end so
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():  # `_run` is silent: a job must not end so
                 note(f"error: {DEAF}")
-                _tell_torchrun(f"error: {DEAF}")
-            if memory_is_short(error):  # which `run` tells, and ends with
-                _tell_torchrun(f"error: {_no_memory(error, advice)}")
+                tell_torchrun(f"error: {DEAF}")
+            if memory_is_short(error):  # which `_run` tells, and ends with
+                tell_torchrun(f"error: {_no_memory(error, advice)}")
             raise
 
     try:
-        return run(telling, advice) if _rank() == "0" else main()
+        return _run(telling, advice) if _rank() == "0" else main()
     except UserError as error:
         if os.environ.get("LOCAL_RANK") == "0":  # of another machine, where torchrun has a page of its own
-            _tell_torchrun(f"error: {error}")
+            tell_torchrun(f"error: {error}")
         # A launcher ends all ranks when one has ended: were this the first, rank 0 could not tell why.
         time.sleep(PATIENCE)
         return 2
@@ -169,7 +212,7 @@ def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
         else:
             told = f" failed:\n{traceback.format_exc()}"
         note(f"rank {_rank()}{told}")
-        _tell_torchrun(f"rank {_rank()}{told}".rstrip())
+        tell_torchrun(f"rank {_rank()}{told}".rstrip())
         return 1
 
 
@@ -190,7 +233,7 @@ def peer_is_gone(error: Exception) -> bool:
     return any(words in str(error) for words in PEER_GONE)
 
 
-def _tell_torchrun(text: str) -> None:
+def tell_torchrun(text: str) -> None:
     """Leave why this rank ends where torchrun looks for it. Below what a rank has said it writes a traceback of its own
     and some 25 lines about ranks, and ends them with this."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")

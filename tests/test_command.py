@@ -231,6 +231,54 @@ def test_a_rank_whose_reader_has_gone(tmp_path, tell, code):
     assert told in ((tmp_path / "error.json").read_text() if told else "")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout(unbuffered):
+    """It is told of a command's result; what a rank says on the way may be lost."""
+    full = "error: stdout: cannot be written (No space left on device); make room, or send it elsewhere\n"
+    script = "import sys; from megabus.command import end_rank, run; from megabus.errors import say\n"
+    for call, code, told in (
+        ("sys.exit(run(lambda: print('x') or 3))", 1 if unbuffered else 3, full),
+        ("sys.exit(run(lambda: print('x' * 99999) or 0))", 1, full),
+        ("end_rank(lambda: say('x') or 75)", 75, ""),
+    ):
+        words, env = [sys.executable, "-c", script + call], environment(PYTHONUNBUFFERED=unbuffered)
+        with open("/dev/full", "w") as stdout:
+            done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+        assert (done.returncode, done.stderr) == (code, told), call
+
+
+def test_a_full_disk_behind_another_file_keeps_its_traceback():
+    with pytest.raises(OSError, match="of another"):
+        run(raising(OSError(errno.ENOSPC, "of another")))
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(tmp_path, streams):
+    """No file of ours takes their place, in this process or in those that it starts, and nothing is told."""
+    script = f"""
+import os, subprocess, sys
+from megabus.command import end_rank
+from megabus.errors import say, warn
+def main():
+    print("x"); say("x"); warn("x")
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        ours = [os.readlink(f"/proc/self/fd/{{number}}") for number in range(3)]
+        theirs = subprocess.run(["readlink", "/proc/self/fd/0", "/proc/self/fd/2"], stdout=subprocess.PIPE, text=True)
+        print(file.fileno() > 2, ours, theirs.stdout.split() == [ours[0], ours[2]], file=file)
+    return 75
+end_rank(main)
+"""
+    words = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == 75
+    assert done.stdout == ("" if ">&- 2" in streams or streams == ">&-" else "x\nx\n")
+    assert done.stderr == ("" if "2>&-" in streams else "warning: x\n")
+    told = (tmp_path / "file").read_text()
+    assert told.startswith("True [")
+    assert told.endswith(" True\n")
+    assert told.count("/dev/null") == 3 if streams.count("&-") == 3 else "/dev/null" in told
+
+
 def test_another_pipe_that_has_broken_keeps_its_traceback():
     with pytest.raises(BrokenPipeError):
         run(raising(BrokenPipeError()))

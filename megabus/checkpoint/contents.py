@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from megabus.checkpoint.entries import ENTRY, HEADER, odd_by_name, scan
+from megabus.checkpoint.entries import ENTRY, LENGTH, longest_header, odd_by_name, scan
 from megabus.checkpoint.manifest import (
     ANOTHER_COPY,
     MANIFEST,
@@ -219,7 +219,8 @@ def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) ->
         raise DamagedError(path, f"is damaged (files: {beside[0]} is listed, and no tokenizer that it goes with)")
     # What ranks own does not overlap: files that hold as much as there is hold all that there is.
     placement = Placement(state.model, layout)
-    held = {rank: sum(map(len, written_by(placement, rank, placement.owned(rank)))) for rank in shards}
+    written = {rank: written_by(placement, rank, placement.owned(rank)) for rank in shards}
+    held = {rank: sum(map(len, pieces)) for rank, pieces in written.items()}
     for rank, numbers in shards.items():
         if len(numbers) != kinds:
             raise DamagedError(path, f"is damaged (files: {len(numbers)} of rank {rank}'s {kinds} shards are listed)")
@@ -227,8 +228,8 @@ def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) ->
     if (there := sum(held.values())) != total:
         problem = f"is damaged (files: the shards listed hold {there} of {total} entries that {STATE} says)"
         raise DamagedError(path, problem)
-    for entry in entries:
-        needed = ENTRY * held.get(entry.rank, 0)
-        if _SHARD.fullmatch(entry.name) and not needed < entry.bytes <= needed + HEADER:
+    for entry in filter(large, entries):
+        needed, header = ENTRY * held[entry.rank], LENGTH + longest_header(len(written[entry.rank]))
+        if not needed < entry.bytes <= needed + header:
             problem = f"is damaged (files: {entry.name} has {entry.bytes} bytes for {needed} bytes of tensors)"
             raise DamagedError(path, problem)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from errno import ELOOP
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -163,6 +164,8 @@ def reading(path: Path) -> Iterator[None]:
     except NotPlainError as error:
         raise DamagedError(path, str(error)) from error
     except OSError as error:
+        if error.errno == ELOOP:
+            raise DamagedError(path, "is behind a link to itself") from error
         raise UserError("checkpoint", path, f"cannot be read ({error.strerror})", "mend the file system") from error
 
 

@@ -306,11 +306,25 @@ def less(section: Any, said: Any) -> Any:
 def _check_types(config: dict[str, Any]) -> None:
     """Raise ValueError for a value of another type than its key has. Ranges may have been others in other versions."""
     try:
-        RunConfig.model_validate(config)
+        read = RunConfig.model_validate(config)
     except ValidationError as error:
         for one in error.errors(include_url=False):
-            if one["type"].endswith(("_type", "_parsing", "_from_float")):
+            if one["type"].endswith(("_type", "_parsing", "_from_float")) or isinstance(one["input"], bool):
                 raise ValueError(f"config.{'.'.join(map(str, one['loc']))}: {one['msg']}") from error
+    else:
+        _check_written("config", config, read.model_dump(mode="json"))
+
+
+def _check_written(key: str, said: Any, now: Any) -> None:
+    """A program wrote it: what a person may write otherwise, "9" or 9.0 or true for a number, is damage."""
+    if isinstance(said, dict) and isinstance(now, dict):
+        for name in said.keys() & now.keys():
+            _check_written(f"{key}.{name}", said[name], now[name])
+    elif isinstance(said, list) and isinstance(now, list):
+        for number, (one, other) in enumerate(zip(said, now, strict=False)):
+            _check_written(f"{key}.{number}", one, other)
+    elif type(said) is not type(now) and not (type(said) is int and type(now) is float):
+        raise ValueError(f"{key}: {shown(said)} is no {type(now).__name__} as it is saved")
 
 
 def _section(value: Any, key: str) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     if args.limit is not None and args.limit < 1:
         raise UserError("--limit", args.limit, "is no number of documents", "give 1 or more")
     prefixes = dict(_named(word) for word in args.data)
+    if args.json is not None:
+        _check_writable(args.json)
     if len(prefixes) < len(args.data):
         raise UserError("--data", " ".join(args.data), "names one twice", "give each a NAME= of its own")
 
@@ -88,6 +90,16 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
+def _check_writable(path: Path) -> None:
+    """Before hours of tasks, not after them."""
+    if path.is_dir():
+        raise UserError("--json", path, "is a directory", "name a file in it")
+    above = path.parent
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        problem = "does not exist" if not above.exists() else "cannot be written" if above.is_dir() else "is a file"
+        raise UserError("--json", path, f"its directory {problem}", "choose a writable place")
+
+
 def _write(path: Path, text: str) -> None:
     """Whole or not at all: another program may wait for it."""
     partial = partial_name(path)
@@ -108,7 +120,7 @@ def _named(word: str) -> tuple[str, str]:
 def _metadata(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError("--metadata", text, f"is no JSON ({error})", "give an object") from error
     if not isinstance(value, dict):
         raise UserError("--metadata", text, "is no JSON object", "give names and values")

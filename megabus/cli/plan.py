@@ -15,13 +15,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from megabus.command import Parser
 from megabus.config import load_config, resolve_stages
+from megabus.config.read import yaml_value
 from megabus.config.schema import ModelConfig, ScalingLaw
 from megabus.errors import UserError
 from megabus.kappa.laws import fit_law
+from megabus.plain_file import read_regular
 from megabus.report.history import read_metrics
 
 MAX_STAGES = 3
@@ -101,8 +101,9 @@ def _fitted(run_dirs: Sequence[str], kind: str) -> ScalingLaw:
             raise UserError("--fit", run_dir, "has grown: a law is of fixed sizes", "leave it out")
         if not evals or rows[0]["event"] != "start":
             raise UserError("--fit", run_dir, "has no validation loss", "give finished runs")
-        if steps and steps[-1].get("share", 1.0) < 1:
-            problem = f"has not ended: {steps[-1]['share']:.0%} of its budget is spent"
+        share = steps[-1].get("share") if steps else None
+        if share is not None and share < 1:
+            problem = f"has not ended: {share:.0%} of its budget is spent"
             raise UserError("--fit", run_dir, problem, "wait for its end, or leave it out")
         if evals[-1] is None:  # an earlier loss is not what the run ended with
             raise UserError("--fit", run_dir, "ended with a validation loss that is not finite", "leave it out")
@@ -110,7 +111,7 @@ def _fitted(run_dirs: Sequence[str], kind: str) -> ScalingLaw:
         if other not in (None, kind):
             problem = f"is of model.kind = {other}, and the plan is for {kind}: a law is of one kind"
             raise UserError("--fit", run_dir, problem, f"give runs of {kind}")
-        points.append((rows[0]["sizes"]["n_params"], rows[-1]["tokens"], evals[-1]))
+        points.append((_n_params("--fit", run_dir, rows[0].get("sizes")), rows[-1]["tokens"], evals[-1]))
     fitted = fit_law(points)
     print(f"fitted to {fitted.n_points} runs, {fitted.rms:.4f} nats rms")
     return fitted.law
@@ -120,13 +121,20 @@ def _kind(run_dir: str) -> str | None:
     """model.kind of a run that has kept its configuration."""
     path = Path(run_dir) / "config.yaml"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml_value(read_regular(path, links=True).decode())
         return ModelConfig(**tree["model"]).kind
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         problem = f"is no configuration of a run ({type(error).__name__})"
         raise UserError("--fit", path, problem, "restore it, or leave the run out") from error
+
+
+def _n_params(option: str, run_dir: str, sizes: dict[str, int] | None) -> int:
+    n_params = (sizes or {}).get("n_params", 0)
+    if n_params < 1:
+        raise UserError(option, run_dir, "does not tell its number of parameters", "give a run with its whole metrics")
+    return n_params
 
 
 def _happened(run_dir: str) -> list[tuple[int, float, float | None]]:
@@ -136,10 +144,11 @@ def _happened(run_dir: str) -> list[tuple[int, float, float | None]]:
         raise UserError("--compare", run_dir, "does not tell its first sizes", "give a run with its whole metrics")
     for row in rows:
         if row["event"] == "growth":
-            found.append((row["old"]["n_params"], row["tokens"] - begun, row["loss_before"]))
+            n_params = _n_params("--compare", run_dir, row["old"])
+            found.append((n_params, row["tokens"] - begun, row.get("loss_before")))
             begun = row["tokens"]
     losses = [row["loss"] for row in rows if row["event"] == "eval"]
     growths = [row for row in rows if row["event"] == "growth"]
-    sizes = growths[-1]["new"] if growths else rows[0]["sizes"]
-    found.append((sizes["n_params"], rows[-1]["tokens"] - begun, losses[-1] if losses else None))
+    sizes = growths[-1]["new"] if growths else rows[0].get("sizes")
+    found.append((_n_params("--compare", run_dir, sizes), rows[-1]["tokens"] - begun, losses[-1] if losses else None))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ PARQUET_ROWS = 256  # read at once: a row may hold a book
 
 # What other columns hold is nothing to us: an integer may have any number of digits.
 _JSON = json.JSONDecoder(parse_int=float, strict=False)
+NAMED = 20  # keys of a row, or columns, that are named
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)  # and strings, which may hold some
 DEEPEST = 100
 _TYPES = {type(None): "null", bool: "a truth value", float: "a number", list: "a list", dict: "an object"}
@@ -98,6 +100,8 @@ def _finding_line(path: Path) -> Iterator[None]:
 
 def unpacked(raw: IO[bytes], ending: str) -> IO[bytes]:
     """The bytes of a file that is packed as its name's ending says; a file that was cut raises."""
+    if ending in PACKED and _size_of(raw) == 0:  # libraries take nothing for no frames
+        raise EOFError("it was cut before its first byte")
     if ending == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if ending == ".zst":
@@ -105,6 +109,14 @@ def unpacked(raw: IO[bytes], ending: str) -> IO[bytes]:
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"))
     return raw
+
+
+def _size_of(raw: IO[bytes]) -> int | None:
+    """Of a file its bytes; None where what is streamed does not say."""
+    try:
+        return os.fstat(raw.fileno()).st_size
+    except OSError:  # it is none of this machine's
+        return getattr(raw, "size", None)
 
 
 # ---- text -------------------------------------------------------------------------------------------------
@@ -141,7 +153,7 @@ def json_documents(stream: Iterable[bytes], path: object, text_key: str) -> Iter
     """The text under `text_key` of every line; blank lines are none."""
     for number, line in enumerate(stream, 1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            text = line.decode("utf-8-sig").strip()  # of every line: files with a mark are joined as they are
         except UnicodeDecodeError as error:
             raise not_utf8(path, error, number) from error
         if not text:
@@ -187,13 +199,19 @@ def text_of(row: dict[str, Any], text_key: str, key: str, name: object, where: s
     value: Any = row
     for step in [text_key] if text_key in row else text_key.split("."):
         if not isinstance(value, dict) or step not in value:
-            problem = f"{where} has no text under '{text_key}', its keys are {', '.join(row)}"
+            problem = f"{where} has no text under '{text_key}', its keys are {some_of(row)}"
             inner = (f"{outer}.{one}" for outer, found in row.items() if isinstance(found, dict) for one in found)
             raise UserError(key, name, problem, set_text_key(inner, text_key))
         value = value[step]
     if not isinstance(value, str):
         raise no_text(key, name, f"{where} has {_type_of(value)} under '{text_key}'")
     return value
+
+
+def some_of(names: Iterable[str]) -> str:
+    """As many of them as a line may hold."""
+    found = list(names)
+    return f"{', '.join(found[:NAMED])}{', ...' if len(found) > NAMED else ''}"
 
 
 def set_text_key(inner: Iterable[str], text_key: str) -> str:
@@ -267,12 +285,15 @@ def _text_column(schema: Any, path: object, text_key: str) -> list[str]:
     kind: Any = pyarrow.struct(list(schema))
     steps = [text_key] if text_key in schema.names else text_key.split(".")
     for step in steps:
-        if not pyarrow.types.is_struct(kind) or kind.get_field_index(step) < 0:
-            problem = f"has no text under '{text_key}', its columns are {', '.join(schema.names)}"
+        places = kind.get_all_field_indices(step) if pyarrow.types.is_struct(kind) else []
+        if len(places) > 1:
+            raise UserError("input", path, f"has {len(places)} columns called '{step}'", "rename all but one of them")
+        if not places:
+            problem = f"has no text under '{text_key}', its columns are {some_of(schema.names)}"
             structs = (outer for outer in schema if pyarrow.types.is_struct(outer.type))
             inner = (f"{outer.name}.{one.name}" for outer in structs for one in outer.type.fields)
             raise UserError("input", path, problem, set_text_key(inner, text_key))
-        kind = kind.field(step).type
+        kind = kind.field(places[0]).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     text = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null())

@@ -126,7 +126,7 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
     for writer, suffix, n_bytes in zip(writers, suffixes, text_bytes, strict=True):
         meta = {
             "vocab_size": tokenizer.vocab_size,
-            "tokenizer": name if on_hub else Path(name).name,
+            "tokenizer": name if on_hub else os.fsencode(Path(name).name).decode(errors="replace"),
             "tokenizer_sha256": sha256,
             "eod": tokenizer.eos,
             "document_prefix": prefix_ids,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megabus.data.indexed import read_meta
-from megabus.durable import sync
+from megabus.durable import open_lock, sync
 from megabus.errors import UserError
 
 BLOCK = 8 * 2**20  # bytes that are asked for at once
@@ -136,7 +136,7 @@ def _cache_errors(cache: Path) -> Iterator[None]:
 @contextmanager
 def _locked(path: Path, heartbeat: Callable[[], object]) -> Iterator[None]:
     """The lock of a file, which the kernel frees however a process ends."""
-    with path.open("a") as lock:
+    with open_lock(path) as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

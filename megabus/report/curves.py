@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from megabus.errors import UserError
-from megabus.report.history import MetricsRow, XAxis, places
+from megabus.report.history import MetricsRow, XAxis, numbers, places
 
 POINTS = 400  # of a curve
 SMOOTH = 100  # what is smoothed is averaged over a hundredth of the rows before and after
@@ -227,20 +226,7 @@ class Tracks:
         return self._numbers(self._rows[event], key)
 
     def _numbers(self, rows: Sequence[MetricsRow], key: str, required: bool = False) -> np.ndarray:
-        values = [_value(row, key) for row in rows] if "|" in key else [row.get(key) for row in rows]
-        allowed = {int, float} if required else {int, float, type(None)}
-        if not set(map(type, values)) <= allowed:
-            row, value = next(pair for pair in zip(rows, values, strict=True) if type(pair[1]) not in allowed)
-            problem = f"of the {row['event']} row of step {row['step']} is no number"
-            raise UserError(f"metrics: {key}", value, problem, f"mend {self._source}")
-        return np.array(values, dtype=float)  # None becomes NaN
-
-
-def _value(row: MetricsRow, key: str) -> Any:
-    """What is nested as `outer|inner`; None where there is none."""
-    outer, _, inner = key.partition("|")
-    value = row.get(outer)
-    return value.get(inner) if isinstance(value, dict) else value
+        return np.array(numbers(rows, key, self._source, required), dtype=float)  # None becomes NaN
 
 
 def drawn(tracks: Tracks, panels: Sequence[Panel]) -> Drawn:

@@ -27,12 +27,21 @@ XAxis = Literal["flops", "tokens", "time"]
 NOT_FINITE, SPIKE = "not finite", "spike"  # the reasons of a `skip` row, and of a `resume` row that is a return
 RETURNS = (NOT_FINITE, SPIKE)
 _CURVES = ("start", "step", "eval", "growth")
+# What rows must say for all that is drawn and tabled of them, and what they may leave out or call null.
+_AMOUNTS = ("tokens", "flops")  # of the curves' rows
+_Kinds = dict[str, type]
+_GROWTH: _Kinds = {"old": dict, "new": dict, "reason": str, "from_stage": int, "to_stage": int, "stall_s": float}
+_GROWTH_MAY: _Kinds = {"loss_before": float, "loss_after": float, "old_layout": str, "new_layout": str}
+_START_MAY: _Kinds = {"sizes": dict, "layout": str, "stage": int}
+_NAMES: dict[type, str] = {float: "number", int: "whole number", dict: "section", str: "text"}
+MOST = 2**63  # beyond which no whole number of a run lies
 _CHUNK = 4096  # lines that are parsed at once, so that their keys are the same objects: half the memory
 
 
 def read_rows(run_dir: str | Path) -> list[MetricsRow]:
-    """All rows of a run in the order they were written. Raises `UserError` where there is no file of them, or a line is
-    no JSON object with an event and a step. A last line without its newline is still being written and is left out."""
+    """All rows of a run in the order they were written. Raises `UserError` where there is no file of them, a line is no
+    JSON object with an event and a step, or a row of a curve has a value that no run writes. A last line without its
+    newline is still being written and is left out."""
     path = Path(run_dir) / "metrics.jsonl"
     if not os.path.lexists(path) or not os.fspath(run_dir):  # without a name it would be the working directory
         there, named = os.path.lexists(run_dir), os.fspath(run_dir) or "''"
@@ -48,7 +57,70 @@ def read_rows(run_dir: str | Path) -> list[MetricsRow]:
     rows: list[MetricsRow] = []
     for first in range(0, len(lines), _CHUNK):
         rows += _parsed(path, first, lines[first : first + _CHUNK])
+    _check(rows, path)
     return rows
+
+
+def _check(rows: Sequence[MetricsRow], path: Path) -> None:
+    of = {event: [row for row in rows if row["event"] == event] for event in (*_CURVES, "resume")}
+    for key in _AMOUNTS:
+        numbers(curve_rows(rows), key, path, required=True)
+    numbers(of["step"] + of["eval"], "loss", path)
+    for key in ("tokens_per_s", "share"):
+        numbers(of["step"], key, path)
+    for row in of["start"] + of["resume"]:
+        _check_kinds(row, _START_MAY, path, may=True)
+        _check_sizes(row, row.get("sizes") or {}, path)
+    for row in of["growth"]:
+        _check_kinds(row, _GROWTH, path)
+        _check_kinds(row, _GROWTH_MAY, path, may=True)
+        for sizes in (row["old"], row["new"]):
+            _check_sizes(row, sizes, path)
+
+
+def _check_kinds(row: MetricsRow, kinds: _Kinds, path: Path, may: bool = False) -> None:
+    for key, kind in kinds.items():
+        value = row.get(key)
+        if not (may and value is None) and not _is(value, kind):
+            raise _wrong(row, key, value, _NAMES[kind], path)
+
+
+def _check_sizes(row: MetricsRow, sizes: dict[str, Any], path: Path) -> None:
+    for size, value in sizes.items():
+        if not _is(value, int):
+            raise _wrong(row, size, value, "size", path)
+
+
+def _is(value: Any, kind: type) -> bool:
+    if type(value) is int:
+        return kind in (int, float) and -MOST <= value < MOST
+    return type(value) is kind
+
+
+def _wrong(row: MetricsRow, key: str, value: Any, what: str, source: object) -> UserError:
+    problem = f"of the {row['event']} row of step {row['step']} is no {what}"
+    return UserError(f"metrics: {key}", value, problem, f"mend {source}")
+
+
+def numbers(rows: Sequence[MetricsRow], key: str, source: object, required: bool = False) -> list[float | None]:
+    """The values of a key, which may be nested as `outer|inner`. Raises `UserError` for what is no number; None is one
+    unless it is `required`, and so are NaN and infinities, which JSON allows."""
+    values: list[Any] = [_value(row, key) for row in rows] if "|" in key else [row.get(key) for row in rows]
+    allowed = {int, float} if required else {int, float, type(None)}
+    whole = [value for value in values if type(value) is int]
+    good = set(map(type, values)) <= allowed and (not whole or (min(whole) >= -MOST and max(whole) < MOST))
+    if not good or (required and not all(map(math.isfinite, values))):
+        for row, value in zip(rows, values, strict=True):
+            if (required or value is not None) and not (_is(value, float) and (not required or math.isfinite(value))):
+                raise _wrong(row, key, value, "number", source)
+    return values
+
+
+def _value(row: MetricsRow, key: str) -> Any:
+    """What is nested as `outer|inner`; None where there is none."""
+    outer, _, inner = key.partition("|")
+    value = row.get(outer)
+    return value.get(inner) if isinstance(value, dict) else value
 
 
 def _parsed(path: Path, first: int, lines: list[str]) -> list[MetricsRow]:
@@ -72,7 +144,7 @@ def _parsed(path: Path, first: int, lines: list[str]) -> list[MetricsRow]:
 
 
 def _is_row(row: Any, line: str) -> bool:
-    if not (isinstance(row, dict) and isinstance(row.get("event"), str) and isinstance(row.get("step"), int)):
+    if not (isinstance(row, dict) and isinstance(row.get("event"), str) and _is(row.get("step"), int)):
         return False
     if line.count("[") + line.count("{") > DEEPEST and deeper_than(row, DEEPEST):
         raise RecursionError(f"nests deeper than {DEEPEST} levels")

@@ -67,6 +67,7 @@ def texts_of(folder):
         "pipe for a manifest": lambda: pipe(folder, MANIFEST),
         "link": lambda: link_outside(folder, LAST),
         "relabelled": header,
+        "behind itself": lambda: (shutil.rmtree(folder), folder.symlink_to(folder)),
         "junk tokenizer": lambda: altered.put_file(folder, "tokenizer.model", b"junk"),
     }
 

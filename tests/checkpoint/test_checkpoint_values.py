@@ -20,6 +20,7 @@ from megabus.config import Layout
 from megabus.config.rope import RopeScaling
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.model.cost import count_parameters, totals
+from megabus.plain_file import VALUES
 
 # ---- values: each is (key, value), or a whole text
 
@@ -147,7 +148,11 @@ WRONG_VALUES = {
     "config.model.rope_theta": [Told(5e5, "(config: rope_theta of stage 1: 500000.0 is not model.rope_theta, 10000.0")],
     "config.optimizer": [None, {"lr": "fast"}],
     "config.optimizer.lr": [None, "fast", [0.1]],
-    "config.train.max_steps": ["many", 1.5, []],
+    "config.train.max_steps": ["many", 1.5, [], "9", 9.0, True],
+    "config.train.seed": ["0", 0.0, False],
+    "config.train.micro_batch_size": ["2", 2.0, True],
+    "config.optimizer.beta1": ["0.9", True],
+    "config.log.wandb": [0, "false", None],
     "config.model.d_model": [Told(48, "(config: d_model of stage 1: 48 is not model.d_model, 36")],
     "config.train.seq_len": [
         -1,
@@ -194,6 +199,7 @@ WRONG_TEXTS = {
     "deep objects": b'{"format": 2, "data": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
     "cut deep": b"[" * 100_000,
     "a key twice": b'{"format": 2, "format": 2}',
+    "millions of values": b'{"format": 2, "x": [' + b"0," * VALUES + b"0]}",
     "a long number": b'{"format": 2, "stage": ' + b"9" * 10_000 + b"}",
     "a large number": b'{"format": 2, "stage": 1e999}',
     "a lone surrogate": b'{"format": 2, "data": {"a": "\\ud800"}}',

@@ -41,6 +41,10 @@ LINES = Path(__file__).parents[2] / "configs/eval/lines"
         (["--data", "a/x", "b/x"], "--data = a/x b/x: names one twice; give each a NAME= of its own"),
         (["--tasks", "t", "--metadata", "[1]"], "--metadata = [1]: is no JSON object; give names and values"),
         (["--tasks", "t", "--metadata", "{"], "--metadata = {: is no JSON (Expecting"),
+        (["--tasks", "t", "--metadata", "[" * 10**5], "--metadata = [[["),
+        (["--tasks", "t", "--json", ""], "--json = .: is a directory; name a file in it"),
+        (["--tasks", "t", "--json", "/nowhere/x"], "--json = /nowhere/x: its directory does not exist; choose"),
+        (["--tasks", "t", "--json", f"{__file__}/x"], f"--json = {__file__}/x: its directory is a file; choose"),
         (
             ["--tasks", "t", "--device", "gpu"],
             "command line = run --tasks t --device gpu: argument --device: ",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,6 +111,7 @@ def test_homes_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch")
     monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("LATIN", os.fsdecode(b"/caf\xe9"))
     path = write(tmp_path)
 
     def value(given: str) -> str:
@@ -126,6 +128,7 @@ def test_homes_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.Monkey
         ("${NOWHERE}", "names the variable NOWHERE"),
         ("$EMPTY/x", "names the variable EMPTY"),  # or a path would begin at the root
         ("~no-one/x", "begins with a home that is not known; write the path out"),
+        ("$LATIN/x", "is '/caf\\udce9/x', which is not UTF-8; give the directory another name"),
     ):
         with pytest.raises(UserError) as refused:
             value(given)

@@ -228,6 +228,25 @@ def test_what_another_prefix_has_left_and_cannot_be_swept_is_told_and_left(capfd
     assert texts() == NEW | {"b.bin": "whole", "b.idx": "mine"}
 
 
+def test_what_is_no_stage_of_ours_is_not_used_or_waited_for(capfd):
+    """A pipe for a lock, of this prefix or of another, and a link for its folder."""
+    for name in ("b", "c"):
+        Path(f"out/.{name}.preprocess").mkdir(parents=True)
+        os.mkfifo(f"out/.{name}.preprocess/{staging.LOCK}")
+    with pytest.raises(OSError, match="No such device or address"):
+        all_or_none(NEW)
+    assert "out/.b.preprocess, which cannot be swept up ([Errno 6] No such" in capfd.readouterr().err
+    Path(f"out/.c.preprocess/{staging.LOCK}").unlink()
+    Path("out/.c.preprocess").rename("elsewhere")
+    Path("out/.c.preprocess").symlink_to("../elsewhere")
+    with pytest.raises(FileExistsError):
+        all_or_none(NEW)
+    assert (texts(), list(Path("elsewhere").iterdir())) == ({}, [])
+    Path("out/.c.preprocess").unlink()
+    all_or_none(NEW)
+    assert texts() == NEW
+
+
 def mortal(n_renames):
     """`Path.rename` of a process that lives for so many calls of it."""
     rename, left = Path.rename, iter(range(n_renames))

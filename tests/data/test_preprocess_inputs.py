@@ -16,7 +16,7 @@ from support.command import run_command
 
 from megabus.data.documents import Meter, file_documents
 from megabus.data.hub import only_retries
-from megabus.data.indexed import IndexedTokens
+from megabus.data.indexed import IndexedTokens, read_meta
 from megabus.data.inputs import expand_inputs
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
@@ -84,6 +84,20 @@ def test_a_file_named_in_full_is_read_as_named(model, name):
     write("ab.txt", "another that the name would match")
     write("1.txt", "another that the name would match")
     assert read(model, name) == (["mine"], "")
+
+
+def test_names_that_are_not_utf8_or_that_a_terminal_would_obey(model):
+    """They are read as any; what is told of them is printable, and what is written down is UTF-8."""
+    odd = os.fsdecode(b"\xff")
+    own = Path(f"{odd}\x1b]0;own\n.model")
+    own.write_bytes(model.read_bytes())
+    write(f"in/{odd}.txt", "mine")
+    write("in/b.\x1b[31m", "no")
+    texts, told = read(own, "in")
+    assert texts == ["mine"]
+    assert told == "warning: of in passed over: 1 of other endings (.\\x1b[31m 1)\n"
+    meta = read_meta("out/c")
+    assert meta["tokenizer"] == own.name.replace(odd, "\N{REPLACEMENT CHARACTER}")
 
 
 def test_strange_names_of_tables_and_folders(model):
@@ -300,6 +314,14 @@ def test_zstd(model):
     assert read(model, "twice.jsonl.zst")[0] == ["c", "c"]
 
 
+def test_marks_of_joined_files_are_passed_over(model):
+    """As `cat` joins them, and as members of one .gz."""
+    lines = [f'\ufeff{{"text": "{text}"}}\n'.encode() for text in "abc"]
+    Path("in.jsonl").write_bytes(b"".join(lines))
+    Path("in.jsonl.gz").write_bytes(b"".join(map(gzip.compress, lines)))
+    assert read(model, "in.jsonl")[0] == read(model, "in.jsonl.gz")[0] == ["a", "b", "c"]
+
+
 # ---- damage -----------------------------------------------------------------------------------------------
 
 WRONG = {
@@ -383,6 +405,44 @@ def test_damaged_files_are_named(model, name, damage):
     data = Path(name).read_bytes()
     Path(name).write_bytes(data[:-10] if damage == "cut" else b"no " + data)
     assert f"input = {name}: cannot be read (" in refused(model, name)
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_packed_file_that_is_cut_anywhere_is_named(ending):
+    """Before its first byte too, which libraries take for an empty one; and none of it is made up."""
+    rows = b"".join(b'{"text": "%d"}\n' % i for i in range(100))
+    whole = gzip.compress(rows) if ending == "gz" else pyarrow.compress(rows, "zstd", asbytes=True)
+    path = Path(f"in.jsonl.{ending}")
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        read = []
+        if size == len(whole):
+            read += file_documents(path, "text", "file", Meter(0))
+            assert read == [str(i) for i in range(100)]
+            break
+        with pytest.raises(UserError, match=f"^input = {path}: cannot be read "):
+            read += file_documents(path, "text", "file", Meter(0))
+    path.write_bytes(whole + b"no frame")
+    with pytest.raises(UserError, match=f"^input = {path}: cannot be read "):
+        list(file_documents(path, "text", "file", Meter(0)))
+
+
+def test_a_line_tells_of_many_keys_and_columns_only_some(model):
+    row = {f"k{i}": "x" for i in range(5000)}
+    write("in.jsonl", row)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), "in.parquet")
+    for name in ("in.jsonl", "in.parquet"):
+        told = refused(model, name)
+        assert "k18, k19, ...; set --text-key" in told
+        assert len(told) < 400
+    write("in.jsonl", {"k" * 100_000: "x"})
+    assert len(refused(model, "in.jsonl")) < 2500
+
+
+def test_columns_of_one_name_are_told(model):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["text", "text"])
+    pyarrow.parquet.write_table(table, "in.parquet")
+    assert "input = in.parquet: has 2 columns called 'text'; rename all but one" in refused(model, "in.parquet")
 
 
 # ---- data sets --------------------------------------------------------------------------------------------

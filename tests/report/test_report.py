@@ -454,7 +454,7 @@ BAD = {
         '{"event": "step", "step": 1, "tokens": 1, "flops": 1, "loss": "low", "tokens_per_s": 1}\n',
         "metrics: loss = low: of the step row of step 1 is no number",
     ),
-    "a growth of nothing": ('{"event": "growth", "step": 1, "tokens": 1, "flops": 1}\n', "is no dict"),
+    "a growth of nothing": ('{"event": "growth", "step": 1, "tokens": 1, "flops": 1}\n', "is no section"),
     "a size in words": (
         json.dumps(growth_row(1, 0) | {"new": {"d_model": "many"}}) + "\n",
         "metrics: d_model = many: of the growth row of step 1 is no size",

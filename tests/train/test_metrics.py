@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from support.forked import run_python
 
 from megabus.config import RunConfig, Stage, parse_config, resolve_stages
@@ -266,6 +267,26 @@ def test_a_start_from_nothing_sets_all_sinks_aside(tmp_path: Path) -> None:
         assert row["loss"] == start
         assert (tmp_path / f"wandb{suffix}/of").read_text() == str(start)
         assert (tmp_path / f"wandb-id{suffix}").read_text() == ids[int(start) - 1]
+
+
+def test_whatever_is_called_config_yaml_is_set_aside(tmp_path: Path) -> None:
+    """A pipe is not waited for, and a file that is no UTF-8 is another; a link that leads nowhere is not followed."""
+    config, path = run_config(tmp_path), tmp_path / "config.yaml"
+    found: Any = SimpleNamespace(state=SimpleNamespace(progress=SimpleNamespace(step=30)))
+    for make in (
+        lambda: os.mkfifo(path),
+        lambda: path.write_bytes(b"# caf\xe9\n"),
+        lambda: path.symlink_to(tmp_path / "elsewhere"),
+        path.mkdir,
+    ):
+        make()
+        for _ in range(2):
+            open_metrics(config, found).close()
+            text = path.read_text()
+        path.unlink()
+    assert sorted(path.name for path in tmp_path.glob("config-*")) == [f"config-{n}.yaml" for n in range(1, 5)]
+    assert yaml.safe_load(text) == config.model_dump(mode="json")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_sinks_of_one_start_have_one_number(tmp_path: Path) -> None:
