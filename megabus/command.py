@@ -108,6 +108,10 @@ def _run(main: Callable[[], int], advice: str) -> int:
         note(f"error: {error}")
         tell_outcome("refused")
         return 2
+    except SystemExit as ended:  # argparse's, after its help
+        if ended.code not in (0, None):
+            raise
+        return 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -21,6 +21,7 @@ from megabus.config.read import yaml_value
 from megabus.config.schema import ModelConfig, ScalingLaw
 from megabus.errors import UserError
 from megabus.kappa.laws import fit_law
+from megabus.pathname import path_of, path_text
 from megabus.plain_file import read_regular
 from megabus.report.history import read_metrics
 
@@ -29,14 +30,16 @@ MAX_STAGES = 3
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus plan", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of a run; its last size is the final one")
+    parser.add_argument("--config", type=path_of, required=True, help="YAML of a run; its last size is the final one")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, help="ranks of the run; the least that the layouts allow when left out")
     parser.add_argument("--propose", action="store_true", help="propose sizes, whatever stages the file has")
     parser.add_argument("--max-stages", type=int, help=f"sizes that a proposal has at most ({MAX_STAGES})")
     parser.add_argument("--free", action="store_true", help="let a plan end before the final size, if that is cheaper")
-    parser.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes")
-    parser.add_argument("--compare", metavar="RUN_DIR", help="a run of these stages: what happened")
+    parser.add_argument(
+        "--fit", type=path_text, nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes"
+    )
+    parser.add_argument("--compare", type=path_text, metavar="RUN_DIR", help="a run of these stages: what happened")
     args = parser.parse_intermixed_args(argv)
     if args.world is not None and args.world < 1:
         raise UserError("--world", args.world, "is no number of ranks", "give 1 or more")

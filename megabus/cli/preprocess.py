@@ -25,6 +25,7 @@ from megabus.command import Parser
 from megabus.data.preprocess import preprocess
 from megabus.data.tokenizer import MODEL_TYPES, NORMALIZATIONS
 from megabus.errors import UserError
+from megabus.pathname import path_text
 
 MOST_IDS = 1 << 22  # of a tokenizer that is trained; libraries make room for all of them at once
 
@@ -41,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="megabus preprocess", description=__doc__, allow_abbrev=False)
-    parser.add_argument("inputs", nargs="*", default=[], help="files, quoted globs or directories")
-    parser.add_argument("--dataset", help="instead of inputs: a hub dataset, NAME or a local directory")
+    parser.add_argument("inputs", type=path_text, nargs="*", default=[], help="files, quoted globs or directories")
+    parser.add_argument("--dataset", type=path_text, help="instead of inputs: a hub dataset, NAME or a local directory")
     parser.add_argument("--subset", help="its configuration")
     parser.add_argument("--split", help="its split (train)")
     parser.add_argument(
@@ -56,6 +57,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
         "--tokenizer",
+        type=path_text,
         metavar="NAME",
         help="a tokenizer.json, a SentencePiece model, a tiktoken rank file, a directory of one, or a hub name",
     )
@@ -72,7 +74,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer-sample-mb", type=float, default=200.0, help="MB of text to train the tokenizer on (%(default)s)"
     )
-    parser.add_argument("--out", required=True, metavar="PREFIX", help="of the files to write: DIRECTORY/NAME")
+    parser.add_argument(
+        "--out", type=path_text, required=True, metavar="PREFIX", help="of the files to write: DIRECTORY/NAME"
+    )
     parser.add_argument("--valid-fraction", type=float, default=0.0, help="of the documents, picked by hash")
     parser.add_argument(
         "--append-eod",

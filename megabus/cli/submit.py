@@ -22,6 +22,7 @@ from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.durable import make_directory
 from megabus.errors import UserError
+from megabus.pathname import path_text
 from megabus.slurm.render import Job, Member, render, seconds
 from megabus.slurm.sweep import expand, folder
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="megabus submit", description=__doc__, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", type=path_text, required=True, help="YAML file; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the job script, and submit nothing")
     parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun", help="(%(default)s)")
     size = parser.add_argument_group("size")

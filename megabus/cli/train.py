@@ -24,11 +24,12 @@ from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import importing, prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError, say, warn
 from megabus.extras import SINKS, need, need_sink
+from megabus.pathname import path_text
 
 
 def main(argv: Sequence[str]) -> int:
     parser = RankParser(prog="megabus train", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--config", type=path_text, required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--preflight-only", action="store_true", help="check everything, train nothing")
     args = parser.parse_intermixed_args(argv)

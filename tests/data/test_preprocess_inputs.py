@@ -117,6 +117,23 @@ def test_each_file_is_read_once_however_often_it_is_matched(model):
     assert "of in passed over: 2 matched before" in told  # b.txt and the link
 
 
+def test_endings_may_be_in_capitals(model):
+    write("in/A.TXT", "a")
+    write("in/b.JsonL", {"text": "b"})
+    Path("in/C.TXT.GZ").write_bytes(gzip.compress(b"c\n"))
+    assert read(model, "in") == (["a", "c", "b"], "")
+
+
+def test_a_name_that_is_too_long_with_its_endings(model):
+    write("a.txt", "a")
+    Path("out").mkdir()
+    done = run_command("preprocess", "a.txt", "--tokenizer", model, "--out", f"out/{'x' * 250}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --out = out/xxx")
+    assert "cannot be written ([Errno 36] File name too long" in done.stderr
+    assert not list(Path("out").iterdir())
+
+
 HIDDEN = [
     ".git/x.txt",
     ".x.txt",
