@@ -102,7 +102,7 @@ def _fitted(run_dirs: Sequence[str], kind: str) -> ScalingLaw:
         steps = [row for row in rows if row["event"] == "step"]
         if any(row["event"] == "growth" for row in rows):
             raise UserError("--fit", run_dir, "has grown: a law is of fixed sizes", "leave it out")
-        if not evals or rows[0]["event"] != "start":
+        if not evals or (rows[0]["event"], rows[0]["step"]) != ("start", 0):
             raise UserError("--fit", run_dir, "has no validation loss", "give finished runs")
         share = steps[-1].get("share") if steps else None
         if share is not None and share < 1:
@@ -143,7 +143,7 @@ def _n_params(option: str, run_dir: str, sizes: dict[str, int] | None) -> int:
 def _happened(run_dir: str) -> list[tuple[int, float, float | None]]:
     """(parameters, tokens, last loss) of every size that a run has had."""
     rows, found, begun = read_metrics(run_dir), [], 0
-    if rows[0]["event"] != "start":
+    if (rows[0]["event"], rows[0]["step"]) != ("start", 0):
         raise UserError("--compare", run_dir, "does not tell its first sizes", "give a run with its whole metrics")
     for row in rows:
         if row["event"] == "growth":

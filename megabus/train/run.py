@@ -334,7 +334,7 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     run.monitor.retarget(run_span(run))
     run.view = run.monitor.view(now.tokens, now.flops)
     layouts = {"layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
-    run.tell("resume", layouts | why)
+    run.tell("resume", layouts | {"sizes": counted_sizes(run.stage.model)} | why)
     if others:
         tell_phase(run, None)
 
