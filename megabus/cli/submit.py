@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megabus.checkpoint.begun import growths_begun_with
+from megabus.checkpoint.begun import growths_begun_with, stage_begun
 from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.durable import make_directory
@@ -160,7 +160,7 @@ def _member(args: argparse.Namespace, base: RunConfig, number: int, changes: lis
 
 def _sound(args: argparse.Namespace, overrides: Sequence[str], world: int) -> RunConfig:
     config = load_config(args.config, overrides)
-    resolve_stages(config, world, begun_with=partial(growths_begun_with, config))
+    resolve_stages(config, world, begun_with=partial(growths_begun_with, config), begun_at=partial(stage_begun, config))
     if config.resume == "never" and not args.no_requeue:
         problem = "refuses to go on when the job is queued again"
         raise UserError("resume", config.resume, problem, "write resume=auto, or give --no-requeue")

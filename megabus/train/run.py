@@ -45,6 +45,7 @@ from megabus.train.profile import Profile
 from megabus.train.resume import (
     check_begins,
     check_continues,
+    check_layouts,
     check_taken_over,
     check_tokenizer,
     data_order,
@@ -177,6 +178,7 @@ def start(
     requests.check_start()
     changes: list[str] = []
     with agreement():
+        check_layouts(config, found, dist.get_world_size())
         if found is not None:
             check_tokenizer(found, sources)
             changes = check_continues(found, config, stages, data_order(corpora.sources))
