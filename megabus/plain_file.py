@@ -69,8 +69,9 @@ def inside(path: Path, root: Path | None = None) -> Path:
         raise NotPlainError(f"cannot be read ({error})") from error
     blobs = [folder.parents[1] / BLOBS] if folder.parent.name == SNAPSHOTS else []
     if not any(found.is_relative_to(place) for place in (folder, *blobs)):
-        what = "is a link to" if path.is_symlink() or root is None else "leads to"
-        raise NotPlainError(f"{what} {found}, outside of the directory")
+        if path.is_symlink() or root is None:
+            raise NotPlainError(f"is a link to {found}, outside of the directory")
+        raise NotPlainError(f"leads to {found}, outside of the directory")
     return found
 
 
