@@ -89,6 +89,10 @@ def run(main: Callable[[], int], advice: str = MORE) -> int:
     fill_streams()
     try:
         code = _run(main, advice)
+    except SystemExit as ended:  # argparse's, after its help
+        if ended.code or (lost := _lost_of_stdout()) is None:
+            raise
+        code = 1
     except OSError:
         if (lost := _lost_of_stdout("\n")) is None:  # what has failed may be gone from its buffer
             raise

@@ -59,16 +59,19 @@ def read_regular(path: Path, limit: int = LARGEST, links: bool = False) -> bytes
 BLOBS, SNAPSHOTS = "blobs", "snapshots"  # of a model in the hub's cache, whose snapshots hold links to its blobs
 
 
-def inside(path: Path) -> Path:
-    """What a file of a directory is, or leads to. Raises `NotPlainError` for a link out of the directory, unless to the
-    blobs of the same model in the hub's cache: else whoever makes a directory has any file of ours read or copied."""
+def inside(path: Path, root: Path | None = None) -> Path:
+    """What a file of a directory is, or leads to. Raises `NotPlainError` for a link out of the directory (`root`, of a
+    file further below it), unless to the blobs of the same model in the hub's cache: else whoever makes a directory has
+    any file of ours read or copied."""
     try:
-        folder, found = path.parent.resolve(), path.resolve()
+        folder, found = (root or path.parent).resolve(), path.resolve()
     except RuntimeError as error:  # links in a circle
         raise NotPlainError(f"cannot be read ({error})") from error
     blobs = [folder.parents[1] / BLOBS] if folder.parent.name == SNAPSHOTS else []
-    if not any(found.is_relative_to(root) for root in (folder, *blobs)):
-        raise NotPlainError(f"is a link to {found}, outside of the directory")
+    if not any(found.is_relative_to(place) for place in (folder, *blobs)):
+        if path.is_symlink() or root is None:
+            raise NotPlainError(f"is a link to {found}, outside of the directory")
+        raise NotPlainError(f"leads to {found}, outside of the directory")
     return found
 
 

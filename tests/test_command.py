@@ -294,3 +294,14 @@ def test_the_home_of_an_option(monkeypatch):
         assert parser.parse_args([f"--output={given}", "~/as named"]).output == read
         assert parser.parse_intermixed_args(["~/as named", f"--output={given}"]).output == read
     assert parser.parse_args(["~/as named"]).words == ["~/as named"]
+
+
+@pytest.mark.parametrize("command", ["plot", "preprocess"])
+def test_help_on_a_full_disk_is_one_line(command):
+    done = subprocess.run(
+        f"{sys.executable} -m megabus {command} --help > /dev/full", shell=True, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: stdout: cannot be written (No space left on device); make room, or send it elsewhere\n"
+    )

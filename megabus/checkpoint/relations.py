@@ -11,21 +11,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from megabus.checkpoint.manifest import validated
-from megabus.config import RunConfig
-from megabus.config.model import INITIAL_VALUES
+from megabus.checkpoint.written import check_types, less, section_of
+from megabus.config.model import INITIAL_VALUES, ModelConfig
+from megabus.config.pair import whole_sizes
 from megabus.config.reasons import REASONS
 from megabus.config.stages import check_cut
-from megabus.data.order import BLEND_PERIOD, align_up
+from megabus.data.order import BLEND_PERIOD, align_up, slots
 from megabus.kappa.monitor import SAVED, KappaState, check_saved
 from megabus.model.cost import count_parameters, counted_sizes
-from megabus.parallel.fragments import KINDS, decay_of, ema_kind
+from megabus.parallel.fragments import KINDS, decay_of, ema_kind, ema_kinds
 from megabus.plain_file import shown
 
 if TYPE_CHECKING:
-    from megabus.checkpoint.state import SavedState
+    from megabus.checkpoint.state import Progress, SavedState
 
 ROUNDING = 1e-9  # of FLOPs that were added up step by step
 
@@ -65,6 +66,7 @@ class _Growth(_Caps):
 
 class _Train(_Batches):
     seq_len: Length
+    ema: list[float] = []
     phases: list[_Batches] = []
 
 
@@ -143,7 +145,7 @@ def check_relations(path: Path, state: SavedState) -> None:
     _check_config(config, state)
     _check_watched(monitor, state, config.growth)
     _check_data(data, state, config)
-    _check_deals(data, state)
+    _check_deals(data, state, config)
     changes = [*config.growth.stages, *config.train.phases]
     longest = max([config.train.seq_len, *(change.seq_len or 0 for change in changes)])
     for key, source in (("train", data.train), ("valid", data.valid)):
@@ -162,7 +164,7 @@ def _check_whole(state: SavedState) -> None:
     kinds = (*(KINDS if state.optimizer_step else KINDS[:1]), *state.averaged)
     _agree("kinds", state.kinds, "those of optimizer_step and averaged", kinds)
     for kind, updates in state.averaged.items():
-        _check_mean(kind, updates, now.step)
+        _check_mean(kind, updates, now)
     _agree("progress.growths", len(now.growths), "stage", state.stage)
     _at_most("optimizer_step", state.optimizer_step, "progress.step", now.step)
     _at_most("progress.tokens", now.tokens, "progress.position", now.position)
@@ -176,14 +178,17 @@ def _check_whole(state: SavedState) -> None:
         raise ValueError(f"progress.rollbacks: {now.rollbacks} returns have passed over no data")
 
 
-def _check_mean(kind: str, updates: int, step: int) -> None:
+def _check_mean(kind: str, updates: int, now: Progress) -> None:
     try:
         decay = float(decay_of(kind) or "nan")
     except ValueError:
         decay = math.nan
     if not 0 < decay < 1 or kind != ema_kind(decay):
         raise ValueError(f"averaged: {shown(kind)} is the kind of no running mean")
-    _at_most(f"averaged.{kind}", updates, "progress.step", step)
+    _at_most(f"averaged.{kind}", updates, "progress.step", now.step)
+    # A level of spikes that was accepted ends the count of those in a row.
+    if not updates and now.step and not (now.nonfinite_in_a_row or now.spikes):
+        raise ValueError(f"averaged.{kind}: 0, and the last step has moved the weights")
 
 
 def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
@@ -208,6 +213,7 @@ def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
             if getattr(after, name) <= getattr(before, name):
                 raise ValueError(f"{key}.{name}: {getattr(after, name)} is no more than {other}.{name}")
         _agree_sizes(f"{key}.old", after.old, f"{other}.new", before.new)
+        _at_most(f"{key}.step, from that before", after.step - before.step, "its tokens", after.tokens - before.tokens)
     if rows:
         last, key = rows[-1], f"progress.growths.{len(rows) - 1}"
         _agree(f"{key}.tokens", last.tokens, "progress.stage_tokens", now.stage_tokens)
@@ -216,8 +222,23 @@ def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
     else:
         _agree("progress.stage_tokens", now.stage_tokens, "0, where nothing has grown", 0)
         _agree("progress.stage_flops", now.stage_flops, "0, where nothing has grown", 0)
+    for number, row in enumerate(rows):
+        for side, sizes in (("old", row.old), ("new", row.new)):
+            _check_sizes(f"progress.growths.{number}.{side}", sizes, state.model)
     steps = now.step - (rows[-1].step if rows else 0)
     _at_most("recent: its updates", len(state.recent), "the stage's steps", steps)
+
+
+def _check_sizes(key: str, sizes: dict[str, int], model: ModelConfig) -> None:
+    """They are those of a model of which this one can have grown: all of them, and as many parameters as follow."""
+    wanted = whole_sizes(model)
+    for name in (*wanted, "n_params"):
+        if name not in sizes:
+            raise ValueError(f"{key}.{name}: is missing")
+    was = model.model_copy(update={name: sizes[name] for name in wanted})
+    if min(sizes[name] for name in wanted if name != "n_layers") < 1 or was.n_heads % was.kv_heads:
+        raise ValueError(f"{key}: {shown(sizes)} are the sizes of no model")
+    _agree(f"{key}.n_params", sizes["n_params"], "those of its sizes", count_parameters(was))
 
 
 def _agree_sizes(key: str, sizes: dict[str, int], other: str, wanted: dict[str, int]) -> None:
@@ -261,11 +282,16 @@ def _check_config(config: _Config, state: SavedState) -> None:
     wanted = [batch * length for length, batch in possible if batch is not None]
     if now.since is not None and wanted and now.since.step_tokens not in wanted:
         _agree("progress.since.step_tokens", now.since.step_tokens, "the stage's batch in config", wanted[0])
-    _check_types(state.config)
-    said = dict(_section(state.config.get("model"), "config.model"))
+    check_types(state.config)
+    if state.kinds != KINDS[:1]:  # weights alone have left them behind
+        _agree(
+            "averaged", [*state.averaged], "those of config.train.ema", [*dict.fromkeys(ema_kinds(config.train.ema))]
+        )
+    said = dict(section_of(state.config.get("model"), "config.model"))
     for stage in state.config["growth"]["stages"][: state.stage]:
-        said |= {key: value for key, value in _section(stage, "config.growth.stages").items() if value is not None}
-    transferred = INITIAL_VALUES if _section(state.config.get("optimizer"), "config.optimizer").get("transfer") else ()
+        said |= {key: value for key, value in section_of(stage, "config.growth.stages").items() if value is not None}
+    optimizer = section_of(state.config.get("optimizer"), "config.optimizer")
+    transferred = INITIAL_VALUES if optimizer.get("transfer") else ()
     for key, value in state.model.model_dump(mode="json").items():
         if key in said and key not in transferred:  # those that came later are not there
             _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", less(value, said[key]))
@@ -282,9 +308,11 @@ def _batches_of(config: _Config, growths: list[_Stage]) -> list[tuple[int, int |
     return found
 
 
-def _check_deals(data: _Data, state: SavedState) -> None:
-    """Each deal begins in what was read so far, with slots for all corpora."""
+def _check_deals(data: _Data, state: SavedState, config: _Config) -> None:
+    """Each deal begins in what was read so far, with slots for all corpora; with phases, every run had one."""
     deals, train = state.progress.deals, data.train
+    if not deals and "phases" in config.train.model_fields_set:
+        raise ValueError("progress.deals: is empty, and samples were dealt out")
     for number, deal in enumerate(deals):
         key = f"progress.deals.{number}"
         _agree(f"{key}.counts", len(deal.counts), "the corpora in data.train.blend", len(train.blend))
@@ -294,43 +322,6 @@ def _check_deals(data: _Data, state: SavedState) -> None:
         if deal.start <= before or (number == 0 and deal.start):
             raise ValueError(f"{key}.start: {deal.start} is out of order")
         _at_most(f"{key}.start, in tokens", deal.start * train.chunk_len, "progress.position", state.progress.position)
-
-
-def less(section: Any, said: Any) -> Any:
-    """A section less those of its keys that came later than what is said of it. What is none stays as it is."""
-    if not (isinstance(section, dict) and isinstance(said, dict)):
-        return section
-    return {key: less(value, said[key]) for key, value in section.items() if key in said}
-
-
-def _check_types(config: dict[str, Any]) -> None:
-    """Raise ValueError for a value of another type than its key has. Ranges may have been others in other versions."""
-    try:
-        read = RunConfig.model_validate(config)
-    except ValidationError as error:
-        for one in error.errors(include_url=False):
-            if one["type"].endswith(("_type", "_parsing", "_from_float")) or isinstance(one["input"], bool):
-                raise ValueError(f"config.{'.'.join(map(str, one['loc']))}: {one['msg']}") from error
-    else:
-        _check_written("config", config, read.model_dump(mode="json"))
-
-
-def _check_written(key: str, said: Any, now: Any) -> None:
-    """A program wrote it: what a person may write otherwise, "9" or 9.0 or true for a number, is damage."""
-    if isinstance(said, dict) and isinstance(now, dict):
-        for name in said.keys() & now.keys():
-            _check_written(f"{key}.{name}", said[name], now[name])
-    elif isinstance(said, list) and isinstance(now, list):
-        for number, (one, other) in enumerate(zip(said, now, strict=False)):
-            _check_written(f"{key}.{number}", one, other)
-    elif type(said) is not type(now) and not (type(said) is int and type(now) is float):
-        raise ValueError(f"{key}: {shown(said)} is no {type(now).__name__} as it is saved")
-
-
-def _section(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{key}: {shown(value)} is no section")
-    return value
 
 
 def _check_monitor(monitor: KappaState, state: SavedState) -> None:
@@ -378,6 +369,12 @@ def _check_data(data: _Data, state: SavedState, config: _Config) -> None:
         if place in said.model_fields_set:
             for name in ("tokens", "blend"):
                 _agree(f"data.{place}.{name}", len(getattr(source, name)), f"the files in config.data.{place}", files)
+    for place in ("train", "valid"):
+        if sum(blend := getattr(data, place).blend) != BLEND_PERIOD:
+            raise ValueError(f"data.{place}.blend: {shown(blend)} are no slots that add up to {BLEND_PERIOD}")
+    if isinstance(said.train, list):
+        weights = [section_of(corpus, "config.data.train").get("weight", 1.0) for corpus in said.train]
+        _agree("data.train.blend", data.train.blend, "that of the weights in config", [*slots(weights)])
     if "document_mask" in said.model_fields_set:
         _agree("data.document_mask", state.data.get("document_mask", False), "config's", said.document_mask)
     if asked is not None and data.valid_tokens < (least := align_up(asked, data.valid.chunk_len)):

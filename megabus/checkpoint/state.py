@@ -14,7 +14,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
 from megabus.checkpoint.manifest import FORMAT, STATE, STRICT, DamagedError, check_format, reading, validated
-from megabus.checkpoint.relations import Whole, check_relations, less
+from megabus.checkpoint.relations import Whole, check_relations
+from megabus.checkpoint.written import less
 from megabus.config import Layout, ModelConfig
 from megabus.data.order import Deal
 from megabus.errors import UserError

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -23,6 +22,7 @@ from megabus.checkpoint.dtypes import CODES
 from megabus.command import Parser
 from megabus.errors import UserError
 from megabus.extras import need
+from megabus.pathname import path_of, path_text
 from megabus.table import in_bytes
 
 if TYPE_CHECKING:  # it imports torch, as all that converts does: only where it is needed
@@ -41,16 +41,18 @@ OPTIONS = {
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus convert", description=__doc__)
     parser.add_argument(
-        "source", help="a run, a checkpoint, shard files, a Hugging Face directory or a name of the hub"
+        "source", type=path_text, help="a run, a checkpoint, shard files, a Hugging Face directory or a name of the hub"
     )
-    parser.add_argument("out", type=Path, help="directory to make")
+    parser.add_argument("out", type=path_of, help="directory to make")
     parser.add_argument("--to", choices=("checkpoint", "shards", "hf"), required=True, help="the form to write")
     parser.add_argument("--tp", type=int, help="of checkpoint and shards (1)")
     parser.add_argument("--pp", type=int, help="of checkpoint and shards (1)")
     parser.add_argument("--dp", type=int, help="of a checkpoint (1)")
     parser.add_argument("--dtype", choices=tuple(CODES), help="of hf (float32)")
     parser.add_argument("--max-shard-gb", type=float, help="largest file of hf (5)")
-    parser.add_argument("--like", type=Path, metavar="DIR", help="hf: take tokenizer and special tokens from this one")
+    parser.add_argument(
+        "--like", type=path_of, metavar="DIR", help="hf: take tokenizer and special tokens from this one"
+    )
     parser.add_argument(
         "--without-tokenizer", action="store_true", help="leave the tokenizer behind, also one that cannot be read"
     )

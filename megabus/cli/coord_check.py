@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megabus.command import Parser
@@ -21,6 +20,7 @@ from megabus.config.after_growth import AFTER_GROWTH
 from megabus.config.schema import LayoutConfig
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
+from megabus.pathname import path_of
 from megabus.table import aligned
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus coord-check", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of a run")
+    parser.add_argument("--config", type=path_of, required=True, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--steps", type=int, default=20, help="of each size, the last quarter measured (%(default)s)")
     args = parser.parse_intermixed_args(argv)

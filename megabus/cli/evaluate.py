@@ -15,6 +15,7 @@ import json
 import os
 import threading
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from megabus.command import Parser
 from megabus.durable import partial_name
 from megabus.errors import UserError
+from megabus.pathname import path_of, path_text
 from megabus.table import aligned
 
 LOOK_EVERY = 1.0  # seconds, for whether the process that this one is to end with is there
@@ -29,7 +31,9 @@ LOOK_EVERY = 1.0  # seconds, for whether the process that this one is to end wit
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus evaluate", description=__doc__)
-    parser.add_argument("model", help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub")
+    parser.add_argument(
+        "model", type=path_text, help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub"
+    )
     parser.add_argument("--data", nargs="+", default=[], metavar="[NAME=]PREFIX", help="of .bin/.idx pairs")
     parser.add_argument(
         "--tokens", type=int, default=65536, help="of each; of a larger one, a drawn sample (%(default)s)"
@@ -41,11 +45,11 @@ def main(argv: Sequence[str]) -> int:
         "export (of others' models 2048 of these at most)",
     )
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="of lm-evaluation-harness")
-    parser.add_argument("--task-path", help="directory of task files, beside the harness's own")
+    parser.add_argument("--task-path", type=path_text, help="directory of task files, beside the harness's own")
     parser.add_argument("--metadata", default="{}", metavar="JSON", help="what tasks are told, as lm_eval's option")
     parser.add_argument("--limit", type=int, help="documents of a task at most")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--json", type=path_of, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--end-with", type=int, metavar="PID", help="end when this parent process has ended")
     args = parser.parse_args(argv)
     if args.end_with is not None:
@@ -117,7 +121,11 @@ def _write(path: Path, text: str) -> None:
 
 def _named(word: str) -> tuple[str, str]:
     name, equals, prefix = word.partition("=")
-    return (name, prefix) if equals else (Path(word).name, word)
+    try:
+        return (name, path_text(prefix)) if equals else (Path(word).name, path_text(word))
+    except ArgumentTypeError as error:
+        problem, _, remedy = str(error).partition("; ")
+        raise UserError("--data", word, problem, remedy) from error
 
 
 def _metadata(text: str) -> dict[str, Any]:

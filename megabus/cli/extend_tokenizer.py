@@ -24,6 +24,8 @@ from megabus.data.tokenizer import Tokenizer
 from megabus.data.tokenizer.extend import extend_tokenizer
 from megabus.data.tokenizer.learn import Lesson
 from megabus.errors import UserError, warn
+from megabus.pathname import path_of, path_text
+from megabus.plain_file import NotPlainError, read_regular
 from megabus.table import aligned, clock
 
 SHOWN = 20  # of new tokens
@@ -48,16 +50,17 @@ def main(argv: Sequence[str]) -> int:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="megabus extend-tokenizer", description=__doc__)
-    parser.add_argument("tokenizer", help="a file, a directory or a name of the hub")
-    parser.add_argument("out", type=Path, help="directory to make")
+    parser.add_argument("tokenizer", type=path_text, help="a file, a directory or a name of the hub")
+    parser.add_argument("out", type=path_of, help="directory to make")
     parser.add_argument("--add", nargs="+", default=[], metavar="TEXT", help="tokens of text")
-    parser.add_argument("--add-file", type=Path, metavar="FILE", help="the same, one in each line")
+    parser.add_argument("--add-file", type=path_of, metavar="FILE", help="the same, one in each line")
     parser.add_argument(
         "--special", nargs="+", default=[], metavar="TEXT", help="tokens that are left out when ids become text"
     )
     parser.add_argument("--learn", type=int, metavar="N", help="learn up to N pieces from --text")
     parser.add_argument(
         "--text",
+        type=path_text,
         nargs="+",
         metavar="FILE",
         help="files, quoted globs or directories, as `megabus preprocess` takes them",
@@ -117,7 +120,10 @@ def _of_text() -> Iterator[None]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line]
+        text = read_regular(path, links=True).decode("utf-8-sig")
+        lines = [line for line in text.replace("\r\n", "\n").split("\n") if line]
+    except NotPlainError as error:
+        raise UserError("--add-file", path, str(error), "give a file of text") from error
     except UnicodeDecodeError as error:
         raise UserError("--add-file", path, f"is not UTF-8 ({error})", "convert it") from error
     except OSError as error:

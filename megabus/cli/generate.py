@@ -8,17 +8,21 @@ It runs in one process, on the CPU unless --device says otherwise.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from megabus.command import Parser
 from megabus.errors import UserError, warn
+from megabus.pathname import path_text
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus generate", description=__doc__)
     parser.add_argument(
-        "checkpoint", help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub"
+        "checkpoint",
+        type=path_text,
+        help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub",
     )
     parser.add_argument("--prompt", help="text to go on from; standard input when left out")
     parser.add_argument("--max-tokens", type=int, default=200, help="(%(default)s)")
@@ -28,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--tokenizer", help="file, directory or hub name; the model's own when left out")
+    parser.add_argument(
+        "--tokenizer", type=path_text, help="file, directory or hub name; the model's own when left out"
+    )
     args = parser.parse_args(argv)
 
     import torch
@@ -41,10 +47,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--device", args.device, "is not there", "use cpu")
     model = megabus.load(args.checkpoint).to(args.device, torch.bfloat16 if args.bf16 else torch.float32)
     tokenizer = tokenizer_of_model(args.checkpoint, args.tokenizer, model.config.vocab_size)
-    if args.prompt is not None and not args.prompt.isascii():
-        try:
-            args.prompt.encode("utf-8")
-        except UnicodeEncodeError as error:  # bytes of the command line that are none stand for themselves
+    if args.prompt is not None:
+        try:  # whatever the terminal's encoding is: under LC_ALL=C each byte would stand for itself
+            args.prompt = os.fsencode(args.prompt).decode("utf-8")
+        except UnicodeError as error:
             raise UserError("--prompt", ascii(args.prompt[:20]), "is not UTF-8", "give text") from error
     try:
         prompt = args.prompt if args.prompt is not None else sys.stdin.buffer.read().decode("utf-8")

@@ -9,18 +9,22 @@ The whole model is run in this process, on the CPU, twice for each layer. Docume
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from megabus.command import Parser
 from megabus.errors import UserError
+from megabus.pathname import path_of, path_text
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus layers", description=__doc__)
     parser.add_argument(
-        "checkpoint", type=Path, help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub"
+        "checkpoint",
+        type=path_of,
+        help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub",
     )
-    parser.add_argument("--valid", help="prefix of a .bin/.idx pair; when left out the run's own, from this directory")
+    parser.add_argument(
+        "--valid", type=path_text, help="prefix of a .bin/.idx pair; when left out the run's own, from this directory"
+    )
     parser.add_argument(
         "--seq-len", type=int, help="tokens of a sequence; those of the checkpoint's stage when left out"
     )

@@ -21,6 +21,7 @@ from megabus.config.read import yaml_value
 from megabus.config.schema import ModelConfig, ScalingLaw
 from megabus.errors import UserError
 from megabus.kappa.laws import fit_law
+from megabus.pathname import path_of, path_text
 from megabus.plain_file import read_regular
 from megabus.report.history import read_metrics
 
@@ -29,14 +30,16 @@ MAX_STAGES = 3
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus plan", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of a run; its last size is the final one")
+    parser.add_argument("--config", type=path_of, required=True, help="YAML of a run; its last size is the final one")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, help="ranks of the run; the least that the layouts allow when left out")
     parser.add_argument("--propose", action="store_true", help="propose sizes, whatever stages the file has")
     parser.add_argument("--max-stages", type=int, help=f"sizes that a proposal has at most ({MAX_STAGES})")
     parser.add_argument("--free", action="store_true", help="let a plan end before the final size, if that is cheaper")
-    parser.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes")
-    parser.add_argument("--compare", metavar="RUN_DIR", help="a run of these stages: what happened")
+    parser.add_argument(
+        "--fit", type=path_text, nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes"
+    )
+    parser.add_argument("--compare", type=path_text, metavar="RUN_DIR", help="a run of these stages: what happened")
     args = parser.parse_intermixed_args(argv)
     if args.world is not None and args.world < 1:
         raise UserError("--world", args.world, "is no number of ranks", "give 1 or more")
@@ -99,7 +102,7 @@ def _fitted(run_dirs: Sequence[str], kind: str) -> ScalingLaw:
         steps = [row for row in rows if row["event"] == "step"]
         if any(row["event"] == "growth" for row in rows):
             raise UserError("--fit", run_dir, "has grown: a law is of fixed sizes", "leave it out")
-        if not evals or rows[0]["event"] != "start":
+        if not evals or (rows[0]["event"], rows[0]["step"]) != ("start", 0):
             raise UserError("--fit", run_dir, "has no validation loss", "give finished runs")
         share = steps[-1].get("share") if steps else None
         if share is not None and share < 1:
@@ -140,7 +143,7 @@ def _n_params(option: str, run_dir: str, sizes: dict[str, int] | None) -> int:
 def _happened(run_dir: str) -> list[tuple[int, float, float | None]]:
     """(parameters, tokens, last loss) of every size that a run has had."""
     rows, found, begun = read_metrics(run_dir), [], 0
-    if rows[0]["event"] != "start":
+    if (rows[0]["event"], rows[0]["step"]) != ("start", 0):
         raise UserError("--compare", run_dir, "does not tell its first sizes", "give a run with its whole metrics")
     for row in rows:
         if row["event"] == "growth":

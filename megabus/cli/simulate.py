@@ -13,13 +13,13 @@ import os
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megabus.command import Parser
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.engine.startup import import_deepspeed, prepare_environment
 from megabus.errors import UserError
+from megabus.pathname import path_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,7 @@ MIB = 2**20
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus simulate", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of a run")
+    parser.add_argument("--config", type=path_of, required=True, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks of the run")
     parser.add_argument("--rank", type=int, action="append", help="a rank to simulate; may be given again")

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megabus.checkpoint.begun import growths_begun_with
+from megabus.checkpoint.begun import growths_begun_with, stage_begun
 from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.durable import make_directory
 from megabus.errors import UserError
+from megabus.pathname import path_text
 from megabus.slurm.render import Job, Member, render, seconds
 from megabus.slurm.sweep import expand, folder
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="megabus submit", description=__doc__, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", type=path_text, required=True, help="YAML file; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the job script, and submit nothing")
     parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun", help="(%(default)s)")
     size = parser.add_argument_group("size")
@@ -159,7 +160,7 @@ def _member(args: argparse.Namespace, base: RunConfig, number: int, changes: lis
 
 def _sound(args: argparse.Namespace, overrides: Sequence[str], world: int) -> RunConfig:
     config = load_config(args.config, overrides)
-    resolve_stages(config, world, begun_with=partial(growths_begun_with, config))
+    resolve_stages(config, world, begun_with=partial(growths_begun_with, config), begun_at=partial(stage_begun, config))
     if config.resume == "never" and not args.no_requeue:
         problem = "refuses to go on when the job is queued again"
         raise UserError("resume", config.resume, problem, "write resume=auto, or give --no-requeue")

@@ -17,18 +17,19 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from megabus.checkpoint.begun import growths_begun_with
+from megabus.checkpoint.begun import growths_begun_with, stage_begun
 from megabus.cli.ranks import check_ranks, start_ranks
 from megabus.command import RankParser, tell_outcome
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import importing, prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError, say, warn
 from megabus.extras import SINKS, need, need_sink
+from megabus.pathname import path_text
 
 
 def main(argv: Sequence[str]) -> int:
     parser = RankParser(prog="megabus train", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--config", type=path_text, required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--preflight-only", action="store_true", help="check everything, train nothing")
     args = parser.parse_intermixed_args(argv)
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(args.config, args.overrides)
     world = args.nproc_per_node or int(os.environ.get("WORLD_SIZE", "1"))
     # Bad input ends here, before anything heavy is imported.
-    resolve_stages(config, world, begun_with=partial(growths_begun_with, config))
+    resolve_stages(config, world, begun_with=partial(growths_begun_with, config), begun_at=partial(stage_begun, config))
     # Of rank 0 alone, which writes them: the other machines need neither.
     writes = args.nproc_per_node is not None or os.environ.get("RANK", "0") == "0"
     for name in SINKS:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from megabus.errors import UserError
+from megabus.plain_file import NotPlainError, read_regular
 
 SHOWN = 200  # characters of a wrong value
 OLD_NUMBER = re.compile(r"[-+]?0_*[0-7][0-7_]*$|.*:")  # octal, or in sixties
@@ -100,11 +101,13 @@ def read_tree(path: Path, key: str, start_from: str) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises `UserError` about `key` where there is none to be had; `start_from`: a
     file that shows how one looks."""
     try:
-        text = path.read_bytes()
+        text = read_regular(path, links=True)
     except FileNotFoundError:
         raise UserError(key, path, "no such file", f"give the path of a YAML file such as {start_from}") from None
     except OSError as error:
         raise UserError(key, path, f"cannot be read ({error.strerror})", "name a YAML file that can") from error
+    except NotPlainError as error:
+        raise UserError(key, path, str(error), f"give the path of a YAML file such as {start_from}") from error
     except ValueError as error:  # a NUL in the path
         raise UserError(key, path, f"is no path ({error})", "name a YAML file") from error
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
 from megabus.config.after_growth import AFTER_GROWTH
@@ -98,13 +99,26 @@ def stage_section(index: int, first: str = "model") -> str:
 
 
 def resolve_stages(
-    config: RunConfig, world_size: int, saved: bool = False, begun_with: Callable[[], Sequence[StageConfig]] = tuple
+    config: RunConfig,
+    world_size: int,
+    saved: bool = False,
+    begun_with: Callable[[], Sequence[StageConfig]] = tuple,
+    begun_at: Callable[[], int] = int,
 ) -> list[Stage]:
     """All stages in order, the first being the file's own sizes. Raises `UserError` on the first misfit.
 
     saved: what a checkpoint holds. An older version may have let keys and stages without effect through. begun_with:
     asked for the growths that the run was last saved with, if one of these has no effect: to take it out would undo it.
+    begun_at: asked for the stage that it was last saved in, if one does not fit its layout: those before are over.
     """
+
+    def fits(stage: Stage, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except UserError:
+            if stage.index >= begun_at():
+                raise
+
     _check_run(config)
     if not saved:
         check_effects(config)
@@ -118,7 +132,8 @@ def resolve_stages(
         weights=tuple(corpus.weight for corpus in config.data.train),
     )
     stages = [_in_phases(first, config)]
-    _check_sequence_parallel(first, None, config, "train.")
+    fits(first, lambda: _check_stage(first, config.train, "", "train."))
+    fits(first, lambda: _check_sequence_parallel(first, None, config, "train."))
     for number, change in enumerate(config.growth.stages):
         key = f"{stage_section(number + 1)}."
         stages.append(_in_phases(_next_stage(stages[-1], change, key, world_size), config))
@@ -126,10 +141,9 @@ def resolve_stages(
             raise _without_change(stages[-2], stages[-1], change)
         check_pair(stages[-2].model, stages[-1].model, config.growth.depth, key)
         _check_width(stages[-2], stages[-1], config.optimizer, key)
-        _check_stage(stages[-1], config.train, key, key)
-        for part in stages[-2].parts:  # it may grow in any of its phases
-            _check_sequence_parallel(stages[-1], part, config, key)
-    _check_phases(stages, config)
+        fits(stages[-1], partial(_check_grown, stages[-2], stages[-1], config, key))
+    for stage in stages:
+        fits(stage, partial(_check_phases, stage, config))
     longest = longest_sequence(stages)
     for stage in stages:
         for number, part in enumerate(stage.parts):
@@ -174,14 +188,19 @@ def _phase_section(config: RunConfig, name: str, number: int) -> str | None:
     return f"train.phases.{said[-1]}" if said else None
 
 
-def _check_phases(stages: Sequence[Stage], config: RunConfig) -> None:
+def _check_grown(before: Stage, stage: Stage, config: RunConfig, key: str) -> None:
+    _check_stage(stage, config.train, key, key)
+    for part in before.parts:  # it may grow in any of its phases
+        _check_sequence_parallel(stage, part, config, key)
+
+
+def _check_phases(stage: Stage, config: RunConfig) -> None:
     """Every phase may come in every stage: when it grows, nobody knows before."""
-    for stage in stages:
-        for number, part in enumerate(stage.parts[1:]):
-            key = f"train.phases.{number}."
-            _check_batches(part, key)
-            if part.seq_len != stage.seq_len:
-                _check_sequence_parallel(part, None, config, key)
+    for number, part in enumerate(stage.parts[1:]):
+        key = f"train.phases.{number}."
+        _check_batches(part, key)
+        if part.seq_len != stage.seq_len:
+            _check_sequence_parallel(part, None, config, key)
 
 
 def _check_export(last: Stage) -> None:
@@ -205,7 +224,9 @@ def single_stage(
     model: ModelConfig, layout: LayoutConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
 ) -> Stage:
     """What never grows, from its sections alone. Raises `UserError` on the first misfit."""
-    return _transferred(_alone(model, layout, train, optimizer, world_size), optimizer)
+    stage = _alone(model, layout, train, optimizer, world_size)
+    _check_stage(stage, train, "", "train.")
+    return _transferred(stage, optimizer)
 
 
 def _transferred(stage: Stage, optimizer: OptimizerConfig) -> Stage:
@@ -218,7 +239,7 @@ def _alone(
     """A stage with the model that its section says."""
     check_optimizer(model, optimizer)
     check_only_ngpt(model, train, optimizer)
-    stage = Stage(
+    return Stage(
         index=0,
         model=model,
         layout=_layout("layout", layout, world_size),
@@ -230,8 +251,6 @@ def _alone(
         max_tokens=None,
         max_flops=None,
     )
-    _check_stage(stage, train, "", "train.")
-    return stage
 
 
 def _next_stage(last: Stage, stage: StageConfig, key: str, world_size: int) -> Stage:

@@ -29,7 +29,8 @@ _TYPES = {type(None): "null", bool: "a truth value", float: "a number", list: "a
 
 
 def kind_of(path: Path) -> str | None:
-    """One of KINDS; None for a file that is not read."""
+    """One of KINDS, by its ending in letters of any size; None for a file that is not read."""
+    path = Path(path.name.lower())
     packed = path.suffix in PACKED
     kind = Path(path.stem).suffix if packed else path.suffix
     return kind if kind in KINDS and not (packed and kind == ".parquet") else None
@@ -65,7 +66,7 @@ def file_documents(path: Path, text_key: str, split_documents: str, meter: Meter
             yield from parquet_documents(raw, path, text_key, meter)
         else:
             meter.file(raw.tell)
-            stream = unpacked(raw, path.suffix)
+            stream = unpacked(raw, path.suffix.lower())
             if kind_of(path) == ".txt":
                 with _finding_line(path):
                     yield from text_documents(stream, split_documents)
@@ -90,7 +91,7 @@ def _finding_line(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as unplaced:
         with path.open("rb") as raw:
-            for number, line in enumerate(unpacked(raw, path.suffix), 1):
+            for number, line in enumerate(unpacked(raw, path.suffix.lower()), 1):
                 try:
                     line.decode("utf-8")
                 except UnicodeDecodeError as error:

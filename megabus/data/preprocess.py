@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megabus.data.documents import Meter, file_documents
 from megabus.data.encoding import Encoder, encode_all, is_validation
-from megabus.data.hub import dataset_documents, scripts_of
+from megabus.data.hub import DataSet
 from megabus.data.indexed import IndexedWriter, dtype_for_vocab, meta_path, pair_paths
 from megabus.data.inputs import expand_inputs
 from megabus.data.staging import all_or_none
@@ -37,9 +37,13 @@ class Documents:
         self._meter: Meter | None = None
         self.n_mended = 0  # texts of this iteration that held what no encoding can say
         self.n_bytes = 0  # of the texts of this iteration in UTF-8
-        if args.dataset and (scripts := scripts_of(args.dataset)):
-            names = ", ".join(path.name for path in scripts)
-            passed_over.append(f"of {args.dataset} passed over: {names} (no code of a data set is run)")
+        self._dataset = DataSet(args.dataset, args.subset, args.split) if args.dataset else None
+        if self._dataset is not None:
+            passed_over += self._dataset.passed_over
+            if self._dataset.reads_lines and args.split_documents is None:
+                passed_over.append(
+                    f"of {args.dataset} each line is a document: --split-documents line says this is meant"
+                )
         for line in passed_over:
             warn(line)
 
@@ -54,8 +58,8 @@ class Documents:
 
     def _texts(self) -> Iterator[str]:
         args = self._args
-        if args.dataset:
-            yield from dataset_documents(args.dataset, args.subset, args.split, args.text_key)
+        if self._dataset is not None:
+            yield from self._dataset.documents(args.text_key)
         else:
             self._meter = Meter(sum(path.stat().st_size for path in self._files))
             for path in self._files:

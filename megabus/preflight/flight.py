@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from megabus.checkpoint.begun import growths_begun_with
+from megabus.checkpoint.begun import growths_begun_with, stage_begun
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.sources import Sources, open_sources
 from megabus.errors import UserError, say
@@ -135,7 +135,12 @@ def _checked(
         rows.append(Finding("all else", "not checked: it assumes that all ranks agree", skipped=True))
         return None
     with agreement(group):
-        stages = resolve_stages(config, dist.get_world_size(), begun_with=partial(growths_begun_with, config))
+        stages = resolve_stages(
+            config,
+            dist.get_world_size(),
+            begun_with=partial(growths_begun_with, config),
+            begun_at=partial(stage_begun, config),
+        )
     judgement = judge(stages)
     reserved = _fault(reserve)
     fetch_together(config, group, heartbeat)

@@ -69,7 +69,7 @@ def _check(rows: Sequence[MetricsRow], path: Path) -> None:
     for key in ("tokens_per_s", "share"):
         numbers(of["step"], key, path)
     for row in of["start"] + of["resume"]:
-        _check_kinds(row, _START_MAY, path, may=True)
+        _check_kinds(row, _START_MAY | dict.fromkeys(_AMOUNTS, float), path, may=True)
         _check_sizes(row, row.get("sizes") or {}, path)
     for row in of["growth"]:
         _check_kinds(row, _GROWTH, path)
@@ -152,11 +152,14 @@ def _is_row(row: Any, line: str) -> bool:
 
 
 def what_counts(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
-    """A `resume` row takes back all rows of later steps: the resumed run writes them again."""
+    """A `resume` row takes back all rows of later steps: the resumed run writes them again. Where nothing is left
+    before it, the log starts with it."""
     counted: list[MetricsRow] = []
     for row in rows:
         if row["event"] == "resume":
             counted = [earlier for earlier in counted if earlier["step"] <= row["step"]]
+            if not counted and all(row.get(key) is not None for key in _AMOUNTS):
+                counted = [row | {"event": "start"}]
         else:
             counted.append(row)
     return counted
@@ -176,6 +179,17 @@ def skips(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
         if row["event"] in ("step", "skip"):
             by_step[row["step"]] = len(counted)
     return counted
+
+
+def not_logged(rows: Sequence[MetricsRow]) -> str | None:
+    """A line on the steps before a log begins: of a run that goes on from a checkpoint that was copied without it.
+    rows: those that count."""
+    start = next((row for row in rows if row["event"] == "start"), None)
+    if start is None or start["step"] < 1:
+        return None
+    growths = start.get("stage", 0)
+    told = f" and {growths} growth{'s' * (growths > 1)}" if growths else ""
+    return f"not in this log: the first {start['step']} step(s){told}, which came before the run was resumed here"
 
 
 def skipped_spikes(rows: Sequence[MetricsRow]) -> int:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from megabus.config.reasons import REASONS
 from megabus.errors import UserError
 from megabus.report.figure import COLOURS, as_they_are, dress, picture
-from megabus.report.history import MetricsRow, XAxis, layouts_that_ran, places, read_metrics, read_rows, skipped_spikes
+from megabus.report.history import (
+    MetricsRow,
+    XAxis,
+    layouts_that_ran,
+    not_logged,
+    places,
+    read_metrics,
+    read_rows,
+    skipped_spikes,
+)
 from megabus.table import aligned, si
 
 if TYPE_CHECKING:
@@ -242,7 +251,7 @@ def _spans(rows: Sequence[MetricsRow]) -> Iterator[_Span]:
     """Cut a run at its growth events."""
     start = next((row for row in rows if row["event"] == "start"), {})
     sizes, layout, stage = start.get("sizes", {}), start.get("layout", "–"), start.get("stage", 0)
-    origin: MetricsRow = {"step": 0, "tokens": 0, "flops": 0}
+    origin: MetricsRow = {"step": 0, "tokens": 0, "flops": 0} | start
     first = 0
     for cut in [*(i for i, row in enumerate(rows) if row["event"] == "growth"), None]:
         growth = None if cut is None else rows[cut]
@@ -300,11 +309,12 @@ def stage_table(rows: Sequence[MetricsRow], layouts: dict[int, list[str]]) -> li
 
 
 def summary_table(run_dir: str | Path) -> str:
-    """`stage_table` of a run in aligned columns, and how many spikes it skipped, if any."""
-    rows = read_rows(run_dir)
-    header, *lines = stage_table(read_metrics(run_dir), layouts_that_ran(rows))
-    spikes = skipped_spikes(rows)
+    """`stage_table` of a run in aligned columns, how many spikes it skipped, and what is not in its log, if any."""
+    rows, counted = read_rows(run_dir), read_metrics(run_dir)
+    header, *lines = stage_table(counted, layouts_that_ran(rows))
+    spikes, missing = skipped_spikes(rows), not_logged(counted)
     told = f"\nsteps skipped as spikes: {spikes}" if spikes else ""
+    told += f"\n{missing}" if missing else ""
     return aligned(header, lines, left={1, 3, 7, 8, 9}) + told
 
 

@@ -76,6 +76,12 @@ def check_stage(found: Found, config: RunConfig, stages: list[Stage]) -> list[tu
     return changes
 
 
+def check_layouts(config: RunConfig, found: Found | None, world: int) -> None:
+    """Raise `UserError` for a layout that a stage from here on does not fit. What was newest before all was looked at
+    may have been of a later stage, and damaged."""
+    resolve_stages(config, world, saved=True, begun_at=lambda: 0 if found is None else found.state.stage)
+
+
 def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: dict[str, Any]) -> list[str]:
     """What has changed since the checkpoint was saved, a line for each change, the contents of data among them.
 

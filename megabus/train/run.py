@@ -45,6 +45,7 @@ from megabus.train.profile import Profile
 from megabus.train.resume import (
     check_begins,
     check_continues,
+    check_layouts,
     check_taken_over,
     check_tokenizer,
     data_order,
@@ -177,6 +178,7 @@ def start(
     requests.check_start()
     changes: list[str] = []
     with agreement():
+        check_layouts(config, found, dist.get_world_size())
         if found is not None:
             check_tokenizer(found, sources)
             changes = check_continues(found, config, stages, data_order(corpora.sources))
@@ -334,7 +336,7 @@ def go_on_from(run: Run, found: Found, why: dict[str, Any]) -> None:
     run.monitor.retarget(run_span(run))
     run.view = run.monitor.view(now.tokens, now.flops)
     layouts = {"layout": str(run.stage.layout), "saved_layout": str(found.state.layout)}
-    run.tell("resume", layouts | why)
+    run.tell("resume", layouts | {"sizes": counted_sizes(run.stage.model)} | why)
     if others:
         tell_phase(run, None)
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,12 +15,14 @@ from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.checkpoint.manifest import MANIFEST, DamagedError
-from megabus.checkpoint.state import STATE, WRITTEN, SavedState
+from megabus.checkpoint.relations import check_relations
+from megabus.checkpoint.state import STATE, WRITTEN, Progress, SavedState
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout
 from megabus.config.rope import RopeScaling
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.model.cost import count_parameters, totals
+from megabus.parallel.fragments import KINDS
 from megabus.plain_file import VALUES
 
 # ---- values: each is (key, value), or a whole text
@@ -55,11 +58,16 @@ WRONG_VALUES = {
     "progress.growths.0.flops": [-1.0, None, 12310271.0, 1e12],
     "progress.growths.0.stage": [-1, 0, 2, None],
     "progress.growths.0.reason": [None, 1, "", "because", "loss\nx"],
-    "progress.growths.0.old": [None, [], {"d_model": -1}],
+    "progress.growths.0.old": [None, [], {"d_model": -1}, Told({}, "23907 is no size that has grown")],
+    "progress.growths.0.old.d_model": [Told(n, "(progress.growths.0.old.n_params: 23907 is not ") for n in (9, 35)]
+    + [Told(0, "are the sizes of no model")],
+    "progress.growths.0.old.n_kv_heads": [Told(n, "are the sizes of no model") for n in (0,)],
+    "progress.growths.0.old.n_params": [Told(n, "23907 is no size that has grown") for n in (1, 23906)],
+    "progress.deals": [None, [], [[0, [1024]]]],
     "progress.growths.0.old.n_layers": [
         Told(4, "(progress.growths.0.old.n_layers: 4 exceeds progress.growths.0.new.n_layers")
     ],
-    "progress.growths.0.new": [None, "x"],
+    "progress.growths.0.new": [None, "x", Told({}, "(progress.growths.0.new.d_model: is missing")],
     "progress.growths.0.new.n_layers": [
         Told(2, "(progress.growths.0.new.n_layers: 2 is not the model's: n_layers, 3"),
         -1,
@@ -144,7 +152,8 @@ WRONG_VALUES = {
     "monitor.past.0.std": [[], [0.01], [0.01, 0.0], [0.01, -0.1]],
     "monitor.past.0.mixing": [-1.0, None],
     "config": ["x", [], {"train": {}}, {"model": {}}, Told({}, "(config: is empty, and monitor is not")],
-    "config.model": [None, "x"],
+    "config.model": [None, "x", {}, {"kind": "ngpt"}],
+    "config.train.ema": [None, "x", Told([0.9], "(averaged: [] is not those of config.train.ema, ['ema-0.9']")],
     "config.model.rope_theta": [Told(5e5, "(config: rope_theta of stage 1: 500000.0 is not model.rope_theta, 10000.0")],
     "config.optimizer": [None, {"lr": "fast"}],
     "config.optimizer.lr": [None, "fast", [0.1]],
@@ -169,6 +178,8 @@ WRONG_VALUES = {
     "data": [None, [], "x", Told({}, "(data: is empty, and monitor is not")],
     "data.train": [None, {}],
     "data.train.blend": [[], [512, 512]],
+    "data.train.blend.0": [Told(n, f"(data.train.blend: [{n}] are no slots") for n in (0, 1000, 1025)],
+    "data.valid.blend.0": [Told(n, f"(data.valid.blend: [{n}] are no slots") for n in (0, 1025)],
     "data.valid.tokens": [[], [999, 999]],
     "data.document_mask": [True, "no"],
     "config.eval": [None, []],
@@ -231,6 +242,18 @@ def test_a_wrong_value_in_the_state_is_named(folder, key):
         assert "\n" not in text
     altered.put_state(folder, good)
     megabus.load(folder)  # the control: writing it again is no harm
+
+
+def test_means_that_their_run_has_not_had_are_refused():
+    """Of none, of no update though the last step made one; and what may be so: no update where all were skipped."""
+    source = MemorySource(model_config("ngpt"), step=3)
+    path, state = Path("state.json"), source.state
+    now = state.progress = Progress(3, 96, 96, 3.0)
+    state.kinds, state.averaged, state.optimizer_step = (*KINDS, "ema-0.9"), {"ema-0.9": 0}, 3
+    with pytest.raises(ValueError, match=r"averaged.ema-0\.9: 0, and the last step has moved the weights"):
+        check_relations(path, state)
+    now.nonfinite = now.nonfinite_in_a_row = 1
+    check_relations(path, state)
 
 
 SIZES, EXTRA = "(model: its sizes take", "holds a tensor that it should not hold, 'weight/layers."

@@ -181,7 +181,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, told: s
     assert refusal(path).startswith(f"--config = {path}: ")
     assert told in refusal(path)
     assert "no such file" in refusal(tmp_path / "none.yaml")
-    assert "cannot be read" in refusal(tmp_path)
+    assert "is no regular file" in refusal(tmp_path)
 
 
 def test_a_user_error_survives_pickling() -> None:

@@ -155,7 +155,7 @@ def test_what_is_read_is_what_pyyaml_reads(tmp_path: Path, text: str) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    for path, told in ((tmp_path, "cannot be read (Is a directory)"), (tmp_path / "none", "no such file")):
+    for path, told in ((tmp_path, "is no regular file"), (tmp_path / "none", "no such file")):
         with pytest.raises(UserError, match=r"^--config = ") as refused:
             read_tree(path, "--config", "y.yaml")
         assert told in str(refused.value)

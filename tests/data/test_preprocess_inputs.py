@@ -117,6 +117,23 @@ def test_each_file_is_read_once_however_often_it_is_matched(model):
     assert "of in passed over: 2 matched before" in told  # b.txt and the link
 
 
+def test_endings_may_be_in_capitals(model):
+    write("in/A.TXT", "a")
+    write("in/b.JsonL", {"text": "b"})
+    Path("in/C.TXT.GZ").write_bytes(gzip.compress(b"c\n"))
+    assert read(model, "in") == (["a", "c", "b"], "")
+
+
+def test_a_name_that_is_too_long_with_its_endings(model):
+    write("a.txt", "a")
+    Path("out").mkdir()
+    done = run_command("preprocess", "a.txt", "--tokenizer", model, "--out", f"out/{'x' * 250}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --out = out/xxx")
+    assert "cannot be written ([Errno 36] File name too long" in done.stderr
+    assert not list(Path("out").iterdir())
+
+
 HIDDEN = [
     ".git/x.txt",
     ".x.txt",
@@ -513,6 +530,90 @@ def test_json_lines_and_parquet_in_a_dataset(model):
     Path("in/train.parquet").unlink()
     write("in/train.csv", "text,n", "a,1")  # what is not read here is read by `datasets`
     assert read(model, "--dataset", "in")[0] == ["a"]
+
+
+def card(files):
+    return f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n"
+
+
+OUTSIDE = {
+    "a folder above": "'../text/*.txt'",
+    "deeper": "[{split: train, path: [a.txt, 'x/../../text/b.txt']}]",
+    "an absolute path": "/etc/hostname",
+    "an address": "'http://127.0.0.1:9/b.txt'",
+    "another protocol": "'file:///etc/hostname'",
+    "hops": "'zip://b.txt::../b.zip'",
+}
+
+
+@pytest.mark.parametrize("where", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_a_card_does_not_lead_out_of_its_data_set(model, case, where):
+    write("text/b.txt", "b")
+    write("in/a.txt", "a")
+    text = card(OUTSIDE[case])
+    Path("in", where).write_text(text if where == "README.md" else text.replace("---\n", ""))
+    told = refused(model, "--dataset", "in")
+    assert told.startswith(f"error: dataset = in/{where}: names ")
+    assert ", which is outside of the folder; give what is meant as inputs, without --dataset\n" in told
+
+
+def test_links_and_pipes_do_not_lead_out_of_a_data_set(model):
+    """But for the hub's own cache, where all files are links to blobs."""
+    write("text/train.jsonl", {"text": "b"})
+    Path("in").mkdir()
+    for name in ("train.jsonl", "README.md"):
+        Path("in", name).symlink_to("../text/train.jsonl")
+        assert refused(model, "--dataset", "in").endswith(
+            f": is a link to {Path('text/train.jsonl').resolve()}, outside of the directory; "
+            "give what is meant as inputs, without --dataset\n"
+        )
+        Path("in", name).unlink()
+    Path("in/data").symlink_to("../text")
+    write("in/README.md", card("'data/*.jsonl'"))
+    assert f"leads to {Path('text/train.jsonl').resolve()}, outside of the directory" in refused(
+        model, "--dataset", "in"
+    )
+    Path("in/README.md").unlink()
+    os.mkfifo("in/README.md")
+    assert refused(model, "--dataset", "in").startswith("error: dataset = in/README.md: is no regular file; ")
+    write("hub/blobs/1234", {"text": "c"})
+    Path("hub/snapshots/rev/data").mkdir(parents=True)
+    Path("hub/snapshots/rev/data/train.jsonl").symlink_to("../../../blobs/1234")
+    assert read(model, "--dataset", "hub/snapshots/rev") == (["c"], "")
+
+
+@pytest.mark.parametrize(
+    "head", ["configs: [", "configs: 3", "configs: [3]", "configs: [{data_files: {train: 3}}]", "- x"]
+)
+def test_a_card_that_says_nothing_is_told(model, head):
+    write("in/a.txt", "a")
+    write("in/README.md", "---", head, "---")
+    assert refused(model, "--dataset", "in").startswith("error: dataset = in")
+
+
+def test_what_a_data_set_passes_over_is_told(model):
+    write("in/train.jsonl", {"text": "a"})
+    write("in/test.jsonl", {"text": "b"})
+    Path("in/train-2.jsonl").symlink_to("train.jsonl")
+    for name in ("notes.md", ".hidden.jsonl", ".cache/x.jsonl"):
+        write(f"in/{name}", {"text": "no"})
+    told = "warning: of in passed over: 2 hidden, 1 matched before, 1 in no split of it (notes.md)\n"
+    assert read(model, "--dataset", "in") == (["a"], told)
+
+
+def test_options_of_inputs_and_of_data_sets_are_not_mixed(model):
+    write("in/train.txt", "a", "", "", "b")
+    told = "warning: of in each line is a document: --split-documents line says this is meant\n"
+    assert read(model, "--dataset", "in") == (["a", "b"], told)
+    assert read(model, "--dataset", "in", "--split-documents", "line") == (["a", "b"], "")
+    Path("out").rename("old")
+    Path("out").mkdir()
+    assert "--split-documents = file: is of inputs, and --dataset reads a .txt line by line" in refused(
+        model, "--dataset", "in", "--split-documents", "file"
+    )
+    for option in ("--split", "--subset"):
+        assert f"error: {option} = x: is of a --dataset, and inputs are given" in refused(model, "in", option, "x")
 
 
 def test_folders_of_the_names_of_builders_disturb_nothing(model):

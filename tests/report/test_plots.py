@@ -175,6 +175,26 @@ def test_summary_table_of_a_run_that_has_not_grown(tmp_path):
     assert "TP1/PP2/DP1" in told
 
 
+def test_a_log_that_begins_with_a_resume_says_so(tmp_path):
+    """As of a checkpoint that was copied alone: its stage and sizes are known, and what came before is not."""
+    resume = at(40) | {"event": "resume", "reason": "start", "stage": 2, "sizes": LARGE, "layout": "TP1/PP1/DP1"}
+    run = run_with(tmp_path, [resume, step_row(50, 3.0), eval_row(50, 3.1)])
+    stage, *told = summary_table(run).splitlines()[2:]
+    assert stage.split()[:1] == ["2"]
+    assert f"d{LARGE['d_model']} " in stage
+    assert stage.split()[stage.split().index("TP1/PP1/DP1") + 1] == "10"  # steps
+    assert told == ["not in this log: the first 40 step(s) and 2 growths, which came before the run was resumed here"]
+    whole = run_with(tmp_path, [at(0) | {"event": "start"}, step_row(10, 3.0), resume, step_row(50, 3.0)], "whole")
+    assert "not in this log" not in summary_table(whole)
+
+
+@pytest.mark.parametrize("key", ["tokens", "flops", "sizes"])
+def test_a_first_resume_of_odd_values_is_named(tmp_path, key):
+    rows = [at(40) | {"event": "resume", key: "x"}, step_row(50, 3.0)]
+    with pytest.raises(UserError, match=f"metrics: {key} = x: of the resume row of step 40 is no "):
+        summary_table(run_with(tmp_path, rows))
+
+
 # ---- the picture
 
 

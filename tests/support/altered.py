@@ -18,6 +18,7 @@ from megabus.checkpoint.store import checkpoints_of, point_latest
 from megabus.config import Layout, parse_config, resolve_stages
 from megabus.config.schema import KappaConfig
 from megabus.convert.checkpoint import write_checkpoint
+from megabus.data.order import Deal
 from megabus.kappa.marginal import Ahead, StagePath
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.predictors import StageSpan
@@ -60,6 +61,7 @@ def write_run(run, kind="ngpt", layout=(2, 1, 1), **changes):
         row = {"step": GROWN, "tokens": now.tokens, "flops": now.flops, "stage": 1, "reason": "cap"}
         now.growths.append(row | {"old": counted_sizes(first.model), "new": counted_sizes(second.model)})
         now.mark(GROWN, 32, cost[1])
+        now.deals = (Deal(0, (1024,)),)
         monitor = KappaMonitor(KappaConfig())
         ahead = Ahead(54321, 3e5, 8192.0, 1e9)
         monitor.start_stage(span_of(second, now.tokens, now.flops, 4096, ahead))
