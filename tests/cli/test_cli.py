@@ -310,6 +310,7 @@ def test_hanging_up(monkeypatch):
 RANKS = """
 import os, signal, sys, time
 from megabus.cli import ranks
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # shells let what they start in the background ignore it
 def entry():
     out = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
     os.write(out, f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']} in {os.getsid(0) == os.getpid()}\\n".encode())

@@ -77,9 +77,9 @@ def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
     write_tokens(tmp_path / "other", [(number * number) % 101 for number in range(130)])
     lines = [f"{row['sentence1']} {row['sentence2']}\n" for row in rows_of(60)]
     (tmp_path / "book.txt").write_text("".join(lines))
-    told = {"text": str(tmp_path / "book.txt"), "questions": 9}
+    metadata = {"text": str(tmp_path / "book.txt"), "questions": 9}
     words = ["--data", f"sevens={tmp_path / 'other'}", "--seq-len", "16", "--json", tmp_path / "found.json"]
-    words += ["--tasks", "megabus_next_line", "--task-path", LINES, "--metadata", json.dumps(told), "--limit", "7"]
+    words += ["--tasks", "megabus_next_line", "--task-path", LINES, "--metadata", json.dumps(metadata), "--limit", "7"]
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
     done = run_python(["-m", "megabus", "evaluate", run, *words], env=os.environ | quiet, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -97,7 +97,7 @@ def test_the_numbers_are_those_of_plain_pytorch(tmp_path):
     with pytest.raises(UserError, match=r"^data = .*other: belongs to another tokenizer than .*/run/checkpoints/"):
         main([str(run), "--data", str(tmp_path / "other"), "--seq-len", "16"])
 
-    known = tasks.TaskManager(include_path=str(LINES), include_defaults=False, metadata=told)
+    known = tasks.TaskManager(include_path=str(LINES), include_defaults=False, metadata=metadata)
     (task,) = known.load("megabus_next_line")["tasks"].values()
     tokenizer, right = tokenizer_of_model(run, None, 340), []
     for doc in list(task.test_docs())[:7]:
