@@ -132,7 +132,11 @@ def test_the_newest_of_a_run_is_loaded(tmp_path):
 def test_where_there_is_none(tmp_path, path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "partial/checkpoints/step-00000001.partial").mkdir(parents=True)
-    told = "does not exist" if path == "nowhere" else "holds none; give a run's directory or one of its checkpoints"
+    told = (
+        "does not exist"
+        if path == "nowhere"
+        else "holds none, and no config.json of a model in another form; give a run, one of"
+    )
     with pytest.raises(UserError, match=told):
         megabus.load(tmp_path / path)
     (tmp_path / "file").touch()
