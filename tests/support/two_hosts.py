@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -123,7 +124,8 @@ class Rank:
 
     @property
     def said(self) -> str:
-        return self.log.read_text(errors="replace")
+        """Less torch's own warnings: how much it tells is settled when a process first imports it, before the fork."""
+        return re.sub(r"(?m)^\[W\d+ .*\[c10d\].*\n", "", self.log.read_text(errors="replace"))
 
 
 def launch(
