@@ -144,18 +144,18 @@ def _losses(args: Any, prefixes: dict[str, str]) -> dict[str, dict[str, float | 
     from megabus.data.sources import bits_per_byte
     from megabus.evaluation import token_file_loss
 
-    folder, saved, tokenizer, own_longest = state_of(args.model)
-    longest = own_longest if args.seq_len is None else args.seq_len
+    known = state_of(args.model)
+    longest = known.longest if args.seq_len is None else args.seq_len
     if longest < 1:
         raise UserError("--seq-len", longest, "is no length", "give 1 or more")
     if args.tokens < longest:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({longest}) or more")
-    sources = {name: read_data(prefix, longest, folder, saved, tokenizer) for name, prefix in prefixes.items()}
-    model = megabus.load(folder).to(args.device)
+    sources = {name: read_data(prefix, longest, known) for name, prefix in prefixes.items()}
+    model = megabus.load(known.folder).to(args.device)
     found = {}
     for name, source in sources.items():
         n_tokens = min(args.tokens // longest, source.orders[0].n_chunks) * longest
-        loss = token_file_loss(model, source, n_tokens, longest, bool(saved.data.get("document_mask")))
+        loss = token_file_loss(model, source, n_tokens, longest, bool(known.state.data.get("document_mask")))
         found[name] = {"loss": loss, "bits_per_byte": bits_per_byte(source, loss)}
         found[name] |= {"tokens": n_tokens, "seq_len": longest}
     return found

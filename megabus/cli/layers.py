@@ -38,9 +38,10 @@ def main(argv: Sequence[str]) -> int:
     from megabus.model.documents import Documents
     from megabus.table import aligned
 
-    folder, saved, tokenizer, own_longest = state_of(args.checkpoint)
+    known = state_of(args.checkpoint)
+    folder, saved = known.folder, known.state
     model = megabus.load(folder)
-    longest = own_longest if args.seq_len is None else args.seq_len
+    longest = known.longest if args.seq_len is None else args.seq_len
     if model.config.n_layers == 0:
         raise UserError("checkpoint", folder, "has no layers", "name one of a later stage")
     if args.valid is None or args.seq_len is None:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--seq-len", args.seq_len, "is no length", "give 1 or more")
     if args.tokens < args.seq_len:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({args.seq_len}) or more")
-    source = read_data(args.valid, longest, folder, saved, tokenizer)
+    source = read_data(args.valid, longest, known)
     rows = min(args.tokens, source.n_tokens - 1) // args.seq_len
     documents = []
     if saved.data.get("document_mask"):

@@ -272,10 +272,15 @@ def longest_of(source: HasState) -> int:
 
 def _longest(config: dict[str, Any]) -> int:
     """Others' models say hundreds of thousands: of them no more than of a model of which nothing is known."""
-    said = config.get("max_position_embeddings")
-    if type(said) is not int or said < 1:
+    said = _context(config)
+    if said is None:
         return LONGEST
     return said if "megabus" in config else min(said, LONGEST)
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    said = config.get(CONTEXT)
+    return said if type(said) is int and said > 0 else None
 
 
 def untied_specs(model: ModelConfig) -> dict[str, ParamSpec]:
@@ -349,8 +354,7 @@ def context_of(folder: Path, state: SavedState) -> int | None:
     """Tokens of the longest sequence that weights were made for: by the config.json of their directory, else by the run
     that they come from. None where neither says it."""
     if os.path.lexists(folder / CONFIG):
-        said = read_json(folder / CONFIG).get(CONTEXT)
-        return said if type(said) is int and said > 0 else None
+        return _context(read_json(folder / CONFIG))
     return state.longest_sequence() if state.config else None
 
 

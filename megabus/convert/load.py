@@ -71,13 +71,14 @@ def longest_context(path: str | Path) -> int | None:
     return context_of(folder, read_state(folder))
 
 
-def read_data(prefix: str, seq_len: int, folder: Path, state: SavedState, tokenizer: Path | None) -> TokenSource:
-    """Token files to measure a model of `state_of` on, in the order of a validation. Raises `UserError` for what is
+def read_data(prefix: str, seq_len: int, model: Known) -> TokenSource:
+    """Token files to measure a model on, in the order of a validation. Raises `UserError` for what is
     none, and for files that another tokenizer made than the model's."""
     remedy = "give data that was made with the model's own tokenizer"
-    source = TokenSource([(prefix, 1.0)], seq_len, VALID_SEED, state.model.vocab_size, remedy=remedy)
-    files = None if tokenizer is None else read_tokenizer_files(tokenizer)
-    check_same_tokenizer(source.tokenizers, None, tokenizers_of(state), files, f"the weights of {folder}")
+    source = TokenSource([(prefix, 1.0)], seq_len, VALID_SEED, model.state.model.vocab_size, remedy=remedy)
+    files = None if model.tokenizer is None else read_tokenizer_files(model.tokenizer)
+    known = tokenizers_of(model.state)
+    check_same_tokenizer(source.tokenizers, None, known, files, f"the weights of {model.folder}")
     return source
 
 

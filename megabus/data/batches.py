@@ -16,6 +16,8 @@ from megabus.errors import UserError
 from megabus.plain_file import shown
 from megabus.splitmix import mix64
 
+MORE_ROWS = "set the model's vocab_size to the data's or more"
+
 
 class TokenSource:
     """A weighted blend of corpora, read in the order of `megabus.data.order`.
@@ -33,7 +35,7 @@ class TokenSource:
         vocab_size: int,
         cache: Path | None = None,
         heartbeat: Callable[[], object] = int,
-        remedy: str = "set the model's vocab_size to the data's or more",
+        remedy: str = MORE_ROWS,
     ) -> None:
         if not prefixes:
             raise UserError("data", "[]", "no corpus is given", "name at least one prefix")

@@ -209,10 +209,10 @@ def text_of(row: dict[str, Any], text_key: str, key: str, name: object, where: s
     return value
 
 
-def some_of(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str], most: int = NAMED) -> str:
     """As many of them as a line may hold."""
     found = list(names)
-    return f"{', '.join(found[:NAMED])}{', ...' if len(found) > NAMED else ''}"
+    return f"{', '.join(found[:most])}{', ...' if len(found) > most else ''}"
 
 
 def set_text_key(inner: Iterable[str], text_key: str) -> str:

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megabus.data.documents import KINDS_TOLD, kind_of
+from megabus.data.documents import KINDS_TOLD, kind_of, some_of
 from megabus.errors import UserError
 
 RESOURCE_FORKS = "__MACOSX"  # where archives made on a Mac keep them
 JSON = ".json"  # one array, or objects line by line
 OF_JSON = "call it .jsonl if each line is an object, or give its folder as --dataset, which reads arrays too"
-NAMED = 3  # how many links are named in full
+NAMED = 3  # how many of what is passed over are named in full
 
 
 def expand_inputs(patterns: list[str]) -> tuple[list[Path], list[str]]:
@@ -64,8 +64,7 @@ class PassedOver:
             endings = ", ".join(f"{ending or 'none'} {count}" for ending, count in self.endings.most_common())
             parts.append(f"{self.endings.total()} of other endings ({endings})")
         if links := [*dict.fromkeys(self.links)]:
-            more = ", ..." if len(links) > NAMED else ""
-            parts.append(f"{len(links)} links to folders ({', '.join(map(str, links[:NAMED]))}{more})")
+            parts.append(f"{len(links)} links to folders ({some_of(map(str, links), NAMED)})")
         return around.replace("{}", ", ".join(parts)) if parts else ""
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import yaml
 
+from megabus.data.documents import some_of
+from megabus.data.inputs import NAMED
 from megabus.errors import UserError
 from megabus.plain_file import NotPlainError, check_regular, inside, read_regular
 
 CARD, SETTINGS, SIZES = "README.md", ".huggingface.yaml", "dataset_infos.json"  # what `datasets` reads beside the data
 AS_INPUTS = "give what is meant as inputs, without --dataset"
-NAMED = 3  # files that are passed over, named in full
+DEPTH = 3  # of a configuration: splits, their patterns; deeper `datasets` reads none
 
 
 def check_card(folder: Path) -> None:
@@ -52,8 +54,7 @@ def passed_over(folder: Path, splits: dict[str, list[str]], split: str) -> list[
     if again := len(here) - len({os.path.realpath(file) for file in here}):
         parts.append(f"{again} matched before")
     if left:
-        more = ", ..." if len(left) > NAMED else ""
-        parts.append(f"{len(left)} in no split of it ({', '.join(left[:NAMED])}{more})")
+        parts.append(f"{len(left)} in no split of it ({some_of(left, NAMED)})")
     return [f"of {folder} passed over: {', '.join(parts)}"] if parts else []
 
 
@@ -93,7 +94,7 @@ def _places(said: Any) -> Iterator[str]:
 def _texts(value: Any, depth: int = 0) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list) and depth < NAMED:  # splits, their patterns: deeper `datasets` reads none
+    elif isinstance(value, dict | list) and depth < DEPTH:
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts(inner, depth + 1)
 

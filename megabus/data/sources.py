@@ -13,7 +13,7 @@ from pathlib import Path
 from megabus.config import RunConfig, Stage
 from megabus.config.phases import said_weights
 from megabus.config.stages import longest_sequence
-from megabus.data.batches import TokenSource, check_one_tokenizer
+from megabus.data.batches import MORE_ROWS, TokenSource, check_one_tokenizer
 from megabus.data.corpus import open_corpus
 from megabus.data.order import align_up, slots
 from megabus.data.remote import is_url
@@ -155,7 +155,7 @@ def _source(
     seed: int,
     heartbeat: Callable[[], object],
 ) -> TokenSource:
-    rows = "set the model's vocab_size to the data's or more"
+    rows = MORE_ROWS
     if config.init_from is not None and not config.extend_vocabulary:
         rows = f"make it with the tokenizer of {config.init_from}; or, if its tokenizer has all pieces of that one and "
         rows += "more, set model.vocab_size to the data's, data.tokenizer to it, and extend_vocabulary to true"
