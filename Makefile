@@ -7,6 +7,8 @@ TORCH_INDEX ?=
 RANKS  ?= 4
 # Processes that share the tests out; each forks its tests' ranks from itself. Three for two cores: some tests wait.
 WORKERS ?= 3
+# A fork copies the tables of its parent's pages: in larger pages there are fewer of them, and a rank starts in half the time.
+HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 # What `make gpu-check` runs with: this environment where there is one, else the Python of the machine, which has torch.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON))
@@ -26,11 +28,11 @@ help:
 	@echo "make test    install what tests need, and run them (GPU=1: also those that need an NVIDIA GPU)"
 	@echo "make check   lint, types, and transcripts in the documents that are no longer what their commands print"
 	@echo "make parity  print the table of every layout against one process (2 minutes; GPU=1: ranks on GPUs)"
-	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (KILLS=100; 10 minutes)"
+	@echo "make chaos   kill ranks, damage checkpoints, fill the disk; show that nothing is lost (KILLS=100; 5 minutes)"
 	@echo "make fuzz    mutate what checkpoints, token files and Hugging Face directories say, 1,000 times a kind of file"
 	@echo "make real-models  fetch the real SmolLM2-135M-Instruct (93 MB) into data/smollm2, and test that it came in right"
 	@echo "make preflight-faults  plant 18 faults in small runs, and show that each is found before training (2 minutes)"
-	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); 20 minutes"
+	@echo "make bench   measure what docs/performance.md shows (BENCH='--only layouts', or '--gpu'); half an hour"
 	@echo "make gpu-check  what one NVIDIA GPU must do right, and how fast it is (at most 9 minutes; docs/first_gpu.md)"
 	@echo "make gpu-check-wheels  collect what a GPU machine without a network lacks for that, in $(WHEELS)"
 	@echo "make docs    run the commands that the documents show, and write what they print into the pages (15 minutes)"
@@ -43,7 +45,7 @@ demo: $(VENV)/.installed data/demo/shakespeare-train.bin
 	 $(BIN)/megabus train --nproc-per-node $(RANKS) --config configs/demo.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(GPU),--gpu) tests
+	$(HUGE_PAGES) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(GPU),--gpu) tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -63,7 +65,7 @@ site: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
 
 parity: $(VENV)/.installed
-	$(BIN)/megabus parity $(if $(GPU),--gpu)
+	$(BIN)/megabus parity $(if $(GPU),--device cuda)
 
 chaos: $(VENV)/.installed
 	$(BIN)/megabus chaos $(if $(KILLS),--kills $(KILLS))
@@ -93,7 +95,7 @@ gpu-check-wheels:
 data/demo/shakespeare-train.bin: | $(VENV)/.installed
 	$(BIN)/python tools/demo_text.py
 	$(BIN)/megabus preprocess data/demo/shakespeare.txt --train-tokenizer 1024 --model-type bpe \
-	    --valid-fraction 0.05 --output data/demo/shakespeare
+	    --valid-fraction 0.05 --out data/demo/shakespeare
 
 # A CPU build of torch where there is no GPU and one can be had; the default build works everywhere.
 $(VENV)/.installed: requirements.txt pyproject.toml

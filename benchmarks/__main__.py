@@ -1,6 +1,6 @@
 """Measures what docs/performance.md shows.
 
-python -m benchmarks                          # on a CPU, some 20 minutes on 2 quiet cores; `make bench`
+python -m benchmarks                          # on a CPU, some half an hour on 2 quiet cores; `make bench`
 python -m benchmarks --gpu                    # on NVIDIA GPUs
 python -m benchmarks --only layouts,growth
 
@@ -21,7 +21,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import growth_stall, kernels, others, preprocessing, training
+from benchmarks import (
+    conversion,
+    generation,
+    growth_stall,
+    kernels,
+    others,
+    preprocessing,
+    saving,
+    scale,
+    starting,
+    telling,
+    training,
+)
 from benchmarks.comparisons import Comparison, markdown
 from megabus.command import Parser, run
 
@@ -33,7 +45,13 @@ CPU: dict[str, Suite] = {
     "documents": training.documents,
     "layouts": training.layouts,
     "growth": growth_stall.growths,
+    "telling": telling.telling,
     "others": others.others,
+    "generate": generation.generation,
+    "save": saving.saves,
+    "convert": conversion.conversions,
+    "start": starting.starts,
+    "scale": scale.scale,
     "preprocess": preprocessing.preprocessing,  # last: `datasets` starts threads, and the others' ranks are forked
 }
 GPU: dict[str, Suite] = {
@@ -47,7 +65,11 @@ GPU: dict[str, Suite] = {
     "others": others.others,
 }
 
-MISSING: dict[str, Callable[[], str | None]] = {"others": others.missing, "preprocess": preprocessing.missing}
+MISSING: dict[str, Callable[[], str | None]] = {
+    "others": others.missing,
+    "generate": generation.missing,
+    "preprocess": preprocessing.missing,
+}
 
 
 def machine() -> str:
@@ -67,7 +89,10 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true", help="the suite for NVIDIA GPUs")
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(CPU)}; with --gpu of {', '.join(GPU)}")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="of a comparison (%(default)s); growth at most 2, preprocess 3"
+        "--rounds",
+        type=int,
+        default=5,
+        help="of a comparison (%(default)s); growth at most 2, convert, start and preprocess 3",
     )
     parser.add_argument("--small", action="store_true", help="tiny sizes, no targets: does it run at all?")
     parser.add_argument("--json", type=Path, help="write the rows here too")

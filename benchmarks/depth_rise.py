@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from typing import get_args
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ from megabus.config import GrowthConfig, ModelConfig
 from megabus.config.schema import Depth
 from megabus.data.batches import TokenSource
 from megabus.errors import UserError
-from megabus.growth.param_growth import Growth
-from megabus.growth.state import grown_by
+from megabus.growth import maps
 from megabus.kernels.eager import unit_rows_
 from megabus.model.decoder import Decoder, param_specs
 from megabus.model.params import spec_of
@@ -75,8 +75,9 @@ def grown_states(old: ModelConfig, new: ModelConfig, state: State) -> Iterator[t
     for depth in get_args(Depth):
         yield depth, by(depth)
     for ratio in RATIOS:
-        growth = Growth(old, new, GrowthConfig(depth="taper"), 0, taper_ratio=ratio)
-        yield f"taper, ratio {ratio:.2f}", grown_by(growth, state)
+        with patch.object(maps, "TAPER_RATIO", ratio):
+            grown = by("taper")
+        yield f"taper, ratio {ratio:.2f}", grown
     for multiple in MULTIPLES if new.n_layers == 2 * old.n_layers else []:
         loud, specs = by("interleave"), param_specs(new)
         yield f"{multiple} alpha each", {n: x * multiple if specs[n].gate else x for n, x in loud.items()}

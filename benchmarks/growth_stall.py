@@ -22,6 +22,7 @@ import yaml
 
 from benchmarks.arms import Timing
 from benchmarks.comparisons import Comparison, compare
+from benchmarks.live_rows import live_rows
 from megabus.engine.startup import on_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ LARGE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _demo() -> dict[str, Any]:
+def demo_case() -> dict[str, Any]:
     """The demo's first growth."""
     tree = yaml.safe_load(DEMO.read_text())
     train = {key: value for key, value in tree["train"].items() if not key.startswith("max_")}
@@ -50,7 +51,7 @@ def _demo() -> dict[str, Any]:
 def growths(rounds: int, small: bool) -> list[Comparison]:
     """The demo's first growth on 4 ranks, and a larger one on 2 with a new layout; on a GPU each on 1 rank."""
     rows = []
-    cases = [("demo", _demo(), 4), ("35M to 58M", LARGE, 2)]
+    cases = [("demo", demo_case(), 4), ("35M to 58M", LARGE, 2)]
     for name, case, world in cases[:1] if small else cases:
         if on_gpu():
             world = 1
@@ -70,9 +71,9 @@ def _round(folder: Path, case: dict[str, Any], world: int) -> tuple[float, float
     folder.mkdir(parents=True)
     write_tokens(folder / "tokens", case["model"]["vocab_size"])
     batch = case["train"]["seq_len"] * case["train"]["global_batch_size"]
-    live = _config(folder, "live", case, 2 * case["steps"])
+    live = run_config(folder, "live", case, 2 * case["steps"])
     live["growth"] = {"moments": "grow", "max_tokens": case["steps"] * batch, "stages": [case["grown"]]}
-    rows = [json.loads(line) for line in _train(folder, live, world)]
+    rows = list(_train(folder, live, world))
     growth = next(i for i, row in enumerate(rows) if row["event"] == "growth")
     before = [_seconds(row, batch) for row in rows[:growth] if row["event"] == "step"][case["steps"] // 2 :]
     after = [_seconds(row, batch) for row in rows[growth:] if row["event"] == "step"]
@@ -83,8 +84,8 @@ def _round(folder: Path, case: dict[str, Any], world: int) -> tuple[float, float
 
 def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
     """Seconds to save, grow on the disk, start the ranks again and load."""
-    small = _config(folder, "small", case, case["steps"])
-    saves = [row for row in map(json.loads, _train(folder, small, world)) if row["event"] == "save"]
+    small = run_config(folder, "small", case, case["steps"])
+    saves = [row for row in _train(folder, small, world) if row["event"] == "save"]
     seconds = saves[-1]["stall_s"]  # at the end of a run, until it is written
     sizes = {key: value for key, value in case["grown"].items() if key != "layout"}
     begun = time.perf_counter()
@@ -93,16 +94,19 @@ def _the_other_way(folder: Path, case: dict[str, Any], world: int) -> float:
     threads = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # it may use all cores
     subprocess.run(grow, check=True, cwd=ROOT, env=threads)
     seconds += time.perf_counter() - begun
-    large = _config(folder, "large", case, 2) | {"layout": case["grown"]["layout"], "init_from": str(folder / "grown")}
+    large = run_config(folder, "large", case, 2) | {
+        "layout": case["grown"]["layout"],
+        "init_from": str(folder / "grown"),
+    }
     large["model"] = case["model"] | sizes
     begun, loaded = time.perf_counter(), 0.0
-    for line in _train(folder, large, world):  # to its end, lest it disturb what is measured next
-        if json.loads(line)["event"] == "start":  # the ranks are there, with their weights
+    for row in _train(folder, large, world):  # to its end, lest it disturb what is measured next
+        if row["event"] == "start":  # the ranks are there, with their weights
             loaded = time.perf_counter() - begun
     return seconds + loaded
 
 
-def _config(folder: Path, name: str, case: dict[str, Any], steps: int) -> dict[str, Any]:
+def run_config(folder: Path, name: str, case: dict[str, Any], steps: int) -> dict[str, Any]:
     tokens = str(folder / "tokens")
     return {
         "run_dir": str(folder / name),
@@ -120,8 +124,8 @@ def _seconds(step: dict[str, Any], tokens: int) -> float:
     return tokens / step["tokens_per_s"]
 
 
-def _train(folder: Path, config: dict[str, Any], world: int) -> Iterator[str]:
-    """The lines of a run's metrics, each as soon as it is there."""
+def _train(folder: Path, config: dict[str, Any], world: int) -> Iterator[dict[str, Any]]:
+    """The rows of a run's metrics, each as soon as it is there."""
     path = folder / (Path(config["run_dir"]).name + ".yaml")
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
@@ -129,14 +133,7 @@ def _train(folder: Path, config: dict[str, Any], world: int) -> Iterator[str]:
     log = path.with_suffix(".log")
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-    metrics, read, ended = Path(config["run_dir"]) / "metrics.jsonl", 0, False
-    while not ended:
-        ended = process.poll() is not None
-        text = metrics.read_text() if metrics.exists() else ""
-        whole = text.rfind("\n") + 1
-        yield from text[read:whole].splitlines()
-        read = max(read, whole)
-        time.sleep(0.005)
+    yield from live_rows(config["run_dir"], lambda: process.poll() is not None, 0.005)
     if process.returncode:
         raise RuntimeError(f"{config['run_dir']} failed:\n{log.read_text()[-2000:]}")
 

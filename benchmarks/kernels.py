@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ from benchmarks.arms import Timing
 from benchmarks.comparisons import Comparison, compare, compare_seconds
 from megabus.engine.startup import on_gpu
 from megabus.kernels.choice import select, why_not
+from megabus.kernels.eager import Targets
 from megabus.kernels.form import EAGER, Kernels
 from megabus.testing.ranks import run_ranks
 
 SMALL = 4096  # rows that the fp64 check takes: enough for several tiles a program
 ALLOWED = 3.0  # error, where 1 is what one rounding may give, and sums of gains' gradients have several
 COPIED = 1 << 28  # bytes of the copy that bandwidth is measured with
+VOCABULARY = 32_000
 SLEEPS = [2_000_000 << doublings for doublings in range(11)]  # cycles: from about 1 ms to about 1 s
 
 
@@ -100,6 +103,54 @@ def error(kernels: Kernels, case: Case) -> float:
         allowed = 1e-6 * largest + (2**-8 * want.abs() if got.dtype == torch.bfloat16 else 0)
         worst = max(worst, float(((got.double() - want).abs() / allowed).max()))
     return worst
+
+
+@dataclass
+class Head:
+    """Tokens' logits before their gains, (N, V) in bf16, half of whose targets are this rank's."""
+
+    raw: Tensor
+    gain: Tensor
+    targets: Targets
+
+    @classmethod
+    def of(cls, device: torch.device, tokens: int, rows: int) -> Head:
+        random = torch.Generator(device).manual_seed(0)
+        raw = 3 * torch.randn(tokens, rows, generator=random, device=device)
+        gain = 0.5 + torch.rand(rows, generator=random, device=device)
+        share = torch.rand(tokens, generator=random, device=device)
+        row = torch.randint(rows, (tokens,), generator=random, device=device)
+        here = row % 2 == 0
+        return cls(raw.bfloat16(), gain, Targets(row, here, share, -(share * here)))
+
+    @property
+    def shape(self) -> str:
+        return f"{self.raw.shape[0]} x {self.raw.shape[1]}"
+
+    @property
+    def moved(self) -> int:
+        """Logits are read for their sums, then read and written."""
+        return 3 * self.raw.nbytes
+
+    def run(self, kernels: Kernels) -> Tensor:
+        """The losses; logits become gradients."""
+        given = (self.raw, self.gain, self.targets)
+        losses: Tensor = kernels.cross_entropy_(*given, lambda x: x, lambda x: x, True)
+        return losses
+
+    def first(self, tokens: int, dtype: torch.dtype) -> Head:
+        """Of that many tokens, with logits of their own in fp64 or bf16, and what counts tokens in fp64 or fp32."""
+        part = self.targets.part(slice(tokens))
+        if dtype == torch.float64:
+            part = part._replace(share=part.share.double(), own=part.own.double())
+        return Head(self.raw[:tokens].to(dtype, copy=True), self.gain, part)
+
+    def error(self, kernels: Kernels) -> float:
+        """As `error`'s, of losses and gradients."""
+        part, exact = (self.first(256, dtype) for dtype in (torch.bfloat16, torch.float64))
+        losses, wanted = part.run(kernels), exact.run(EAGER)
+        off = (part.raw - exact.raw).abs() / (2**-8 * exact.raw.abs() + 1e-6 * part.targets.share[:, None])
+        return max(float(off.max()), float((losses - wanted).abs().max() / (1e-6 * wanted.abs().max())))
 
 
 class Clock:
@@ -184,6 +235,12 @@ def _measure(device: torch.device, sizes: Sequence[Sequence[int]], rounds: int) 
         masters = torch.randn(size[0], size[1], device=device)  # of which 4 bytes an entry are read and written
         jobs = {form.name: unit_rows(form, masters) for form in forms}
         found.append(("unit_rows_", f"{size[0]} x {size[1]}, fp32", 8 * masters.numel(), jobs))
+        head = Head.of(device, min(size[0], 8192), VOCABULARY if device.type == "cuda" else 4096)
+        for form in forms:
+            if (off := head.error(form)) > ALLOWED:
+                raise RuntimeError(f"{form.name} cross_entropy_, {head.shape}: {off:.1f} times as far off")
+        head_jobs: dict[str, Callable[[], object]] = {form.name: partial(head.run, form) for form in forms}
+        found.append(("cross_entropy_", head.shape, head.moved, head_jobs))
         for name, shape, moved, jobs in found:
             timings = timed(clock, jobs, rounds)
             rows += [compare_seconds(f"{name}, {shape}", form.name, "eager", timings) for form in forms[1:]]

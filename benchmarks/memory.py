@@ -13,11 +13,11 @@ import sys
 from typing import Any
 
 from benchmarks.__main__ import machine
+from benchmarks.memory_of_ranks import Measured, measure, memory_training
 from megabus.config import Layout
 from megabus.engine import ds_config
 from megabus.estimate.memory import RankMemory, rank_memory
 from megabus.table import aligned
-from megabus.testing.memory import Measured, measure, memory_training
 from megabus.testing.ranks import run_ranks
 
 BUCKET = 300_000  # entries, less than the model has: buckets of the usual size would be nearly all there is

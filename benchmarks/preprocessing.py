@@ -72,7 +72,7 @@ def _compared(kind: str, tokenizer: Path, folder: Path, rounds: int) -> Comparis
     seconds: dict[str, list[float]] = {OURS: [], THEIRS: []}
     for turn in range(rounds):
         ours, theirs = (str(folder / f"{kind}-{whose}{turn}") for whose in ("ours", "theirs"))
-        command = ["tools/preprocess.py", text, "--tokenizer", str(tokenizer), "--output", ours]
+        command = ["tools/preprocess.py", text, "--tokenizer", str(tokenizer), "--out", ours]
         seconds[OURS].append(_timed([*command, "--workers", workers]))
         seconds[THEIRS].append(_timed(["-c", MAPPED, text, str(tokenizer), theirs, workers]))
     ids = np.fromfile(ours + ".bin", np.uint16)

@@ -6,13 +6,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.arms import Arm, Step, Timing, in_turn
 from benchmarks.comparisons import Comparison, compare, compare_seconds, compare_speeds
 from megabus.config import Layout, ModelConfig
 from megabus.engine.startup import on_gpu
 from megabus.testing.training import Training, make_training
+
+if TYPE_CHECKING:
+    from megabus.engine.engine import Engine
 
 ONE = Layout(1, 1, 1)
 CPU_SHAPES = [(96, 3), (256, 4), (512, 4)]  # d_model, layers
@@ -42,8 +45,13 @@ def config_of(model: dict[str, Any], layout: Layout, seq_len: int, micro: int, b
 
 
 def training_step(config: Training, documents: int = 0) -> Step:
-    """On one rank: an engine with its first weights, and a step of it on random tokens. documents: of random lengths in
-    a sequence, where they are kept apart."""
+    """See `training_engine`, of which it is the step."""
+    return training_engine(config, documents)[0]
+
+
+def training_engine(config: Training, documents: int = 0) -> tuple[Step, Engine]:
+    """On one rank: a step on random tokens, and its engine with its first weights. documents: of random lengths in a
+    sequence, where they are kept apart."""
     import torch
 
     from megabus.engine.engine import Batch, Engine
@@ -65,7 +73,7 @@ def training_step(config: Training, documents: int = 0) -> Step:
         if not engine.train_step(batches, 1e-3).is_finite:
             raise RuntimeError("the loss is not finite: no step was made")
 
-    return step
+    return step, engine
 
 
 def _lengths(rows: int, seq_len: int, count: int, seed: int) -> list[int]:

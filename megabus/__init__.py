@@ -5,8 +5,10 @@ The plain, single-process face:
     model = megabus.load("runs/demo")                     # torch.nn.Module: tokens (B, T) -> logits (B, T, V)
     state = megabus.grow_state(model.state_dict(), model.config, larger_config, seed=0)
     model = megabus.build_model(config, seed=0)           # a fresh model of any size
+    megabus.train("configs/demo.yaml", callbacks=[Mine()])  # as `megabus train`; Mine is a megabus.Callback
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,9 +16,10 @@ if TYPE_CHECKING:
     from megabus.convert.load import load
     from megabus.growth.state import grow_state
     from megabus.model.init import build_model
+    from megabus.train.callbacks import Callback
 
 __version__ = "0.1.0"
-__all__ = ["GrowthConfig", "ModelConfig", "__version__", "build_model", "grow_state", "load"]
+__all__ = ["Callback", "GrowthConfig", "ModelConfig", "__version__", "build_model", "grow_state", "load", "train"]
 
 _HOMES = {
     "load": "megabus.convert.load",
@@ -24,13 +27,14 @@ _HOMES = {
     "build_model": "megabus.model.init",
     "ModelConfig": "megabus.config",
     "GrowthConfig": "megabus.config",
+    "Callback": "megabus.train.callbacks",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that tools which need no torch start at once.
+    if name == "train":
+        return import_module("megabus.train")  # a package that can be called
     if name not in _HOMES:
         raise AttributeError(f"module 'megabus' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_HOMES[name]), name)

@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import re
+import select
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -30,6 +32,7 @@ NO_MEMORY = (
 )
 MORE = "free some, or use a machine with more"  # of commands that have no better advice
 OUTCOME = "MEGABUS_OUTCOME"  # names a file to leave the outcome in
+DEAF = "stdout: its reader, such as tee, is gone; start the same command again, with stdout to a file"
 LOST = "lost the connection to another rank, which has probably ended: its log says why. Start the same command again"
 
 
@@ -74,15 +77,35 @@ class RankParser(Parser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
         self.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-        self.add_argument(*NPROC, type=int, metavar="N", help="start N ranks on this machine, as torchrun does")
+        self.add_argument(*NPROC, type=int, metavar="N", help="start N ranks on this machine")
 
 
 def run(main: Callable[[], int], advice: str = MORE) -> int:
     """The exit code of `main`, with bad input told in one line. What the terminal cannot show is shown as "?".
 
-    advice: what to do where memory is short.
+    advice: what to do where memory is short. What the reader of stdout no longer wants, such as `head`, is lost in
+    silence; what a full disk has no room for is told.
     """
-    show_anything(sys.stdout)
+    fill_streams()
+    try:
+        code = _run(main, advice)
+    except SystemExit as ended:  # argparse's, after its help
+        if ended.code or (lost := _lost_of_stdout()) is None:
+            raise
+        code = 1
+    except OSError:
+        if (lost := _lost_of_stdout("\n")) is None:  # what has failed may be gone from its buffer
+            raise
+        code = 1
+    else:
+        lost = _lost_of_stdout()
+    if lost is not None:
+        note(f"error: stdout: cannot be written ({lost.strerror}); make room, or send it elsewhere")
+        _silence_stdout()
+    return code if lost is None else code or 1
+
+
+def _run(main: Callable[[], int], advice: str) -> int:
     try:
         return main()
     except UserError as error:
@@ -91,11 +114,56 @@ def run(main: Callable[[], int], advice: str = MORE) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if not memory_is_short(error):
             raise
         note(f"error: {_no_memory(error, advice)}")
         return 1
+    finally:
+        if _reader_is_gone():  # Python writes what it still holds when it ends, and would tell that it cannot
+            _silence_stdout()
+
+
+def fill_streams() -> None:
+    """Give stdin, stdout and stderr a place where they are closed (`>&-`), which shows nothing. Else the next files to
+    be opened, a checkpoint's too, would have their numbers, and libraries write to 1 and 2 whatever these are."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    show_anything(sys.stdout)
+
+
+def _silence_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _lost_of_stdout(more: str = "") -> OSError | None:
+    """Why what was printed cannot be written, and `more`, if it cannot."""
+    try:
+        print(more, end="", flush=True)
+    except OSError as error:
+        return error
+    except ValueError:  # it was closed
+        return None
+    return None
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+    except (OSError, TypeError, ValueError):  # there is none, it is closed, or it is no file
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def tell_outcome(word: str) -> None:
@@ -110,23 +178,29 @@ def tell_outcome(word: str) -> None:
 
 
 def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
-    """The same of a rank: rank 0 alone tells bad input, a traceback says whose it is, a peer's loss needs none."""
-    show_anything(sys.stdout)
+    """The same of a rank: rank 0 alone tells bad input, a traceback says whose it is, a peer's loss needs none. That
+    nobody reads stdout any more is told where something raises for it, as `say` does not."""
+    fill_streams()
 
     def telling() -> int:
         try:
             return main()
         except UserError as error:
-            _tell_torchrun(f"error: {error}")
+            tell_torchrun(f"error: {error}")
             raise
         except Exception as error:
-            if memory_is_short(error):  # which `run` tells, and ends with
-                _tell_torchrun(f"error: {_no_memory(error, advice)}")
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():  # `_run` is silent: a job must not end so
+                note(f"error: {DEAF}")
+                tell_torchrun(f"error: {DEAF}")
+            if memory_is_short(error):  # which `_run` tells, and ends with
+                tell_torchrun(f"error: {_no_memory(error, advice)}")
             raise
 
     try:
-        return run(telling, advice) if _rank() == "0" else main()
-    except UserError:
+        return _run(telling, advice) if _rank() == "0" else main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK") == "0":  # of another machine, where torchrun has a page of its own
+            tell_torchrun(f"error: {error}")
         # A launcher ends all ranks when one has ended: were this the first, rank 0 could not tell why.
         time.sleep(PATIENCE)
         return 2
@@ -142,7 +216,7 @@ def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
         else:
             told = f" failed:\n{traceback.format_exc()}"
         note(f"rank {_rank()}{told}")
-        _tell_torchrun(f"rank {_rank()}{told}".rstrip())
+        tell_torchrun(f"rank {_rank()}{told}".rstrip())
         return 1
 
 
@@ -163,7 +237,7 @@ def peer_is_gone(error: Exception) -> bool:
     return any(words in str(error) for words in PEER_GONE)
 
 
-def _tell_torchrun(text: str) -> None:
+def tell_torchrun(text: str) -> None:
     """Leave why this rank ends where torchrun looks for it. Below what a rank has said it writes a traceback of its own
     and some 25 lines about ranks, and ends them with this."""
     place = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
 
 from megabus.errors import UserError
 
@@ -15,6 +16,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_lock(path: Path) -> IO[str]:
+    """A file to be locked, made where there is none. Raises OSError for a pipe, whose reader it would wait for."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    return os.fdopen(os.open(path, flags, 0o666), "a")
 
 
 def partial_name(path: Path) -> Path:

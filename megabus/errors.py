@@ -7,6 +7,7 @@ import io
 import sys
 from typing import Any, TextIO
 
+LONGEST = 2000  # characters of a value and of a problem that are told: a file may put a book into them
 REPLACING = ("replace", "backslashreplace")  # what streams do that never raise for a character
 
 
@@ -19,10 +20,7 @@ class UserError(Exception):
 
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
-        text = f"{key} = {value}: {problem}; {remedy}"
-        # Values come from files too: a terminal must not obey them.
-        line = " ".join(text.split())
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        super().__init__(printable(f"{key} = {_short(str(value))}: {_short(problem)}; {remedy}"))
 
     def within(self, where: str) -> UserError:
         """The same of a key inside of something that is named; without a key, of that thing itself."""
@@ -31,6 +29,15 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle their args, here the text, where __init__ wants its parts.
         return type(self), (self.key, str(self.value), self.problem, self.remedy)
+
+
+def printable(text: str) -> str:
+    """In one line, and without what a terminal would obey: texts come from files and their names too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def say(text: str) -> None:
@@ -48,8 +55,8 @@ def note(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """The same on stderr, marked as a warning."""
-    note(f"warning: {text}")
+    """The same on stderr, marked as a warning, in one line."""
+    note(f"warning: {printable(text)}")
 
 
 def show_anything(stream: TextIO | None) -> None:

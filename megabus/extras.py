@@ -11,8 +11,18 @@ EXTRAS = {
     "report": {"matplotlib": "matplotlib", "jinja2": "jinja2"},
     "wandb": {"wandb": "wandb"},
     "tensorboard": {"tensorboard": "tensorboard"},
+    "hf": {"transformers": "transformers"},
     "eval": {"lm_eval": "lm_eval", "sklearn": "scikit-learn"},
 }
+
+SINKS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # key of log: what `Metrics` imports for it
+
+
+def need_sink(name: str) -> str:
+    """What `log.NAME: true` needs, which has an extra of that name: as `need`. Returns the remedy without it."""
+    remedy = f"or set log.{name}=false"
+    need(name, f"log.{name}", "true", remedy)
+    return remedy
 
 
 def need(extra: str, key: str, value: object, remedy: str = "then start the same command again") -> None:

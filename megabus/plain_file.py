@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LARGEST = 64 << 20  # bytes of a JSON file: it takes some twenty times as much in memory
+VALUES, BULK = 1 << 21, 1 << 23  # values of a JSON file, and of one with millions: each takes a hundred bytes of memory
 DEEPEST = 32  # levels of lists and objects in each other: more would end in Python's limit of recursion
 _HALF = re.compile("[\ud800-\udfff]")  # what no UTF-8 can hold
 SHOWN = 60  # characters of a value in a message
@@ -58,30 +59,36 @@ def read_regular(path: Path, limit: int = LARGEST, links: bool = False) -> bytes
 BLOBS, SNAPSHOTS = "blobs", "snapshots"  # of a model in the hub's cache, whose snapshots hold links to its blobs
 
 
-def inside(path: Path) -> Path:
-    """What a file of a directory is, or leads to. Raises `NotPlainError` for a link out of the directory, unless to the
-    blobs of the same model in the hub's cache: else whoever makes a directory has any file of ours read or copied."""
+def inside(path: Path, root: Path | None = None) -> Path:
+    """What a file of a directory is, or leads to. Raises `NotPlainError` for a link out of the directory (`root`, of a
+    file further below it), unless to the blobs of the same model in the hub's cache: else whoever makes a directory has
+    any file of ours read or copied."""
     try:
-        folder, found = path.parent.resolve(), path.resolve()
+        folder, found = (root or path.parent).resolve(), path.resolve()
     except RuntimeError as error:  # links in a circle
         raise NotPlainError(f"cannot be read ({error})") from error
     blobs = [folder.parents[1] / BLOBS] if folder.parent.name == SNAPSHOTS else []
-    if not any(found.is_relative_to(root) for root in (folder, *blobs)):
-        raise NotPlainError(f"is a link to {found}, outside of the directory")
+    if not any(found.is_relative_to(place) for place in (folder, *blobs)):
+        if path.is_symlink() or root is None:
+            raise NotPlainError(f"is a link to {found}, outside of the directory")
+        raise NotPlainError(f"leads to {found}, outside of the directory")
     return found
 
 
 def parse_json(raw: bytes) -> Any:
     """What JSON in UTF-8 says. Raises ValueError for what is none, and for what JSON allows and nobody writes: a key
-    twice, NaN and infinities, more than `DEEPEST` levels, and NUL or half a character (a lone surrogate) in a text."""
-    tree = parse_bulk_json(raw)
+    twice, NaN and infinities, more than `DEEPEST` levels or `VALUES` values, and NUL or half a character (a lone
+    surrogate) in a text."""
+    tree = parse_bulk_json(raw, VALUES)
     _check_plain(tree)
     return tree
 
 
-def parse_bulk_json(raw: bytes) -> Any:
-    """The same for files of a million values, of which only a few are looked at: texts may hold NUL, and numbers may be
-    beyond what a float holds."""
+def parse_bulk_json(raw: bytes, most: int = BULK) -> Any:
+    """The same for files of millions of values, of which only a few are looked at: texts may hold NUL, and numbers may
+    be beyond what a float holds. most: values that it may hold, told by the signs before and between them."""
+    if sum(map(raw.count, (b",", b"[", b"{"))) > most:
+        raise ValueError(f"holds more than {most} values")
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except RecursionError:

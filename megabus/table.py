@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 
@@ -21,6 +22,14 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collecti
     return "\n".join(one(line) for line in lines)
 
 
+def visible(text: str) -> str:
+    """What a model wrote, with three new lines or more in a row, and new lines without a word, as `\\n`: they would be
+    nothing but height."""
+    if not text.strip():
+        return text.replace("\n", "\\n")
+    return re.sub(r"\n{3,}", lambda found: "\\n" * len(found[0]) + "\n", text)
+
+
 def si(number: float | None) -> str:
     """12.3M, 1.3B: three digits and a suffix."""
     if number is None:
@@ -29,6 +38,14 @@ def si(number: float | None) -> str:
         if number >= 0.9995 * scale:  # what rounds up to 1000 belongs to the next suffix
             return f"{number / scale:.3g}{suffix}"
     return f"{number:.3g}"
+
+
+def in_bytes(number: float) -> str:
+    """12.3 MB, 1.3 GB: three digits and a unit of powers of 1000."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= 0.9995 * scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.3g} B"
 
 
 def clock(seconds: float) -> str:

@@ -89,12 +89,29 @@ def pytest_collection_finish() -> None:
 SLOWEST = (  # files that take a minute or more: begun first, so that no worker is left with one when the other is done
     "test_adam.py",
     "test_slurm_jobs.py",
-    "test_kernels.py",
     "test_launch.py",
     "test_chaos.py",
     "test_growth_runner.py",
     "test_transition.py",
     "test_parallel.py",
+)
+HEAVY = (  # they import or compile what all later forks of their worker carry: begun when most others are done
+    "test_kernels.py",
+    "test_nli.py",
+    "test_nli_data.py",
+    "test_nli_lm_eval.py",
+    "test_next_line.py",
+    "test_evaluate.py",
+    "test_families.py",
+)
+FORKLESS = (  # nothing is forked in these: after heavy ones
+    "test_growth_exact.py",
+    "test_growth_moments.py",
+    "test_growth_bits.py",
+    "test_growth_reads.py",
+    "test_planner.py",
+    "test_plan_properties.py",
+    "test_redistribute.py",
 )
 
 
@@ -103,5 +120,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--gpu"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    places = {name: place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(SLOWEST)))
+    early = {name: place for place, name in enumerate(SLOWEST, -len(SLOWEST))}
+    late = {name: place for place, name in enumerate(HEAVY + FORKLESS, 1)}
+    items.sort(key=lambda item: (early | late).get(item.path.name, 0))

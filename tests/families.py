@@ -1,7 +1,7 @@
 """Print what becomes of each of transformers' decoders that megabus takes: a row a family, and exit 1 if one is off.
 
-python -m tests.families              # all five: a minute or two
-python -m tests.families qwen3        # some of them
+python tests/families.py             # all five: a minute or two
+python tests/families.py qwen3       # some of them
 
 Small models of random weights, with their tokenizers, fp32, CPU. Columns:
 
@@ -26,7 +26,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # as pytest's pythonpath has it
 os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars
 
 from support.families import FAMILIES, LAYOUTS, LIMIT, begun, compared, trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import subprocess
 import sys
 
@@ -137,7 +138,8 @@ def test_a_wrong_command_line_of_a_rank(tool):
 
 
 def test_torchruns_page_ends_with_what_a_rank_has_told(monkeypatch, tmp_path):
-    """The page as torchrun makes it; the error of rank 0 alone, whose peers wait and are ended."""
+    """The page as torchrun makes it; the error of rank 0, whose peers wait and are ended, and of each other machine's
+    first."""
     monkeypatch.setattr(command, "PATIENCE", 0)
     bad = raising(UserError("key", 3, "is odd", "give 4"))
 
@@ -150,8 +152,13 @@ def test_torchruns_page_ends_with_what_a_rank_has_told(monkeypatch, tmp_path):
         ErrorHandler().dump_error_file(str(file), code) if file.exists() else None  # as torchrun does before
         return str(ChildFailedError("megabus", {int(rank): failure})).rstrip().splitlines()[-2].strip()
 
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert last_of_page("0", bad) == "traceback : error: key = 3: is odd; give 4"
     assert "error: " not in last_of_page("1", bad)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert last_of_page("8", bad) == "traceback : error: key = 3: is odd; give 4"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "error: " not in last_of_page("9", bad)
     assert last_of_page("0", raising(MemoryError())).startswith("traceback : error: out of memory: ")
     assert last_of_page("4", raising(MemoryError())).startswith("traceback : rank 4: out of memory: ")
     assert last_of_page("2", raising(ValueError("odd"))) == "ValueError: odd"
@@ -197,6 +204,86 @@ def test_true_processes_under_the_c_locale():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize(("unbuffered", "code"), [("", 0), ("1", 141)])
+def test_a_reader_that_has_gone(unbuffered, code):
+    """As `head -5` goes: no traceback, and nothing from Python when it ends."""
+    read, write = os.pipe()
+    os.close(read)
+    env = environment(PYTHONUNBUFFERED=unbuffered)
+    command = [sys.executable, "-m", "megabus", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env, cwd=ROOT, timeout=30)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
+@pytest.mark.parametrize(("tell", "code"), [("print", 141), ("say", 75)])
+def test_a_rank_whose_reader_has_gone(tmp_path, tell, code):
+    """A log goes on without one; what is printed beside it ends the rank with a word, which torchrun has too."""
+    read, write = os.pipe()
+    os.close(read)
+    script = "from megabus.command import end_rank; from megabus.errors import say; text = 'x' * 999\n"
+    script += f"end_rank(lambda: [{tell}(text) for _ in range(99)] and 75)"
+    env = environment(RANK="0", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    done = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, env=env, cwd=ROOT)
+    os.close(write)
+    told = f"error: {command.DEAF}" if tell == "print" else ""
+    assert (done.returncode, done.stderr.decode().strip()) == (code, told)
+    assert told in ((tmp_path / "error.json").read_text() if told else "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout(unbuffered):
+    """It is told of a command's result; what a rank says on the way may be lost."""
+    full = "error: stdout: cannot be written (No space left on device); make room, or send it elsewhere\n"
+    script = "import sys; from megabus.command import end_rank, run; from megabus.errors import say\n"
+    for call, code, told in (
+        ("sys.exit(run(lambda: print('x') or 3))", 1 if unbuffered else 3, full),
+        ("sys.exit(run(lambda: print('x' * 99999) or 0))", 1, full),
+        ("end_rank(lambda: say('x') or 75)", 75, ""),
+    ):
+        words, env = [sys.executable, "-c", script + call], environment(PYTHONUNBUFFERED=unbuffered)
+        with open("/dev/full", "w") as stdout:
+            done = subprocess.run(words, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+        assert (done.returncode, done.stderr) == (code, told), call
+
+
+def test_a_full_disk_behind_another_file_keeps_its_traceback():
+    with pytest.raises(OSError, match="of another"):
+        run(raising(OSError(errno.ENOSPC, "of another")))
+
+
+@pytest.mark.parametrize("streams", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(tmp_path, streams):
+    """No file of ours takes their place, in this process or in those that it starts, and nothing is told."""
+    script = f"""
+import os, subprocess, sys
+from megabus.command import end_rank
+from megabus.errors import say, warn
+def main():
+    print("x"); say("x"); warn("x")
+    with open({str(tmp_path / "file")!r}, "w") as file:
+        ours = [os.readlink(f"/proc/self/fd/{{number}}") for number in range(3)]
+        theirs = subprocess.run(["readlink", "/proc/self/fd/0", "/proc/self/fd/2"], stdout=subprocess.PIPE, text=True)
+        print(file.fileno() > 2, ours, theirs.stdout.split() == [ours[0], ours[2]], file=file)
+    return 75
+end_rank(main)
+"""
+    words = ["sh", "-c", f'exec "$@" {streams}', "sh", sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == 75
+    assert done.stdout == ("" if ">&- 2" in streams or streams == ">&-" else "x\nx\n")
+    assert done.stderr == ("" if "2>&-" in streams else "warning: x\n")
+    told = (tmp_path / "file").read_text()
+    assert told.startswith("True [")
+    assert told.endswith(" True\n")
+    assert told.count("/dev/null") == 3 if streams.count("&-") == 3 else "/dev/null" in told
+
+
+def test_another_pipe_that_has_broken_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError):
+        run(raising(BrokenPipeError()))
+
+
 def test_the_home_of_an_option(monkeypatch):
     """Shells expand the ~ of `--output ~/x`, and not that of `--output=~/x`."""
     monkeypatch.setenv("HOME", "/home/me")
@@ -207,3 +294,14 @@ def test_the_home_of_an_option(monkeypatch):
         assert parser.parse_args([f"--output={given}", "~/as named"]).output == read
         assert parser.parse_intermixed_args(["~/as named", f"--output={given}"]).output == read
     assert parser.parse_args(["~/as named"]).words == ["~/as named"]
+
+
+@pytest.mark.parametrize("command", ["plot", "preprocess"])
+def test_help_on_a_full_disk_is_one_line(command):
+    done = subprocess.run(
+        f"{sys.executable} -m megabus {command} --help > /dev/full", shell=True, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: stdout: cannot be written (No space left on device); make room, or send it elsewhere\n"
+    )

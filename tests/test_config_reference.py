@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from megabus.config import RunConfig
+from megabus.config.free import FREE, FREE_KEYS
 from megabus.config.section import Section
 from megabus.errors import UserError
 
@@ -40,12 +41,13 @@ def test_the_page_is_what_the_types_say():
 def test_a_stale_page_is_found_and_mended(tool, tmp_path):
     """And what people wrote above the mark stays."""
     page = tmp_path / "page.md"
-    page.write_text("# Ours\n" + tool.MARK + tool.reference().replace("| `50` |", "| `51` |", 1))
+    wanted = f"\n{tool.reference()}\n{tool.left_free()}"
+    page.write_text("# Ours\n" + tool.MARK + wanted.replace("| `50` |", "| `51` |", 1))
     assert run("--check", "--page", page).returncode == 1
     assert "51" in page.read_text()  # it only looks
     assert run("--page", page).returncode == 0
     assert run("--check", "--page", page).returncode == 0
-    assert page.read_text() == "# Ours\n" + tool.MARK + "\n" + tool.reference()
+    assert page.read_text() == "# Ours\n" + tool.MARK + wanted
     page.write_text("no mark\n")
     done = run("--page", page)
     assert done.returncode == 2
@@ -68,6 +70,13 @@ def test_every_key_is_named_once_in_its_section(tool):
     assert compare(RunConfig, "") == len(sections)
     links = set(re.findall(r"\(#(\w+)\)", tool.reference()))
     assert links == {title.replace(".", "").lower() for title in sections} - {"the file itself"}
+
+
+def test_what_strict_leaves_free_is_listed(tool):
+    """All of it, and nothing that no section has."""
+    assert set(re.findall(r"`(\w+)`", tool.left_free())) == {*FREE, *FREE_KEYS}
+    assert set(FREE) <= RunConfig.model_fields.keys()
+    assert all(f"\n| `{key}` |" in tool.reference() for key in FREE_KEYS)
 
 
 def sections_in(annotation):

@@ -132,7 +132,7 @@ def config_file(tmp_path_factory):
 
 
 def command(*words):
-    return run_python(["-m", "megabus", "coord-check", *words])
+    return run_python(["-m", "megabus", "coord-check", "--config", *words])
 
 
 def test_the_command_shows_every_stage_before_and_after_its_growth(config_file):

@@ -123,7 +123,7 @@ def test_what_is_not_there_is_found(tmp_path):
     assert wrong_flags("`torchrun --nproc-per-node 2 launcher/train.py --config a --lost`") == [
         "launcher/train.py --lost"
     ]
-    assert wrong_flags("`python tools/preprocess.py a --no-append-eod --output b --valid-fraction=0.1`") == []
+    assert wrong_flags("`python tools/preprocess.py a --no-append-eod --out b --valid-fraction=0.1`") == []
 
 
 def test_every_program_has_its_flags_read():

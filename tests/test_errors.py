@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from megabus.errors import UserError
+from megabus.errors import LONGEST, UserError, warn
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,15 @@ def test_a_message_is_printable(value, shown):
     assert str(error).isprintable()
     assert str(error).encode()
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_message_has_a_length():
+    """Whatever a file puts into it: what to do stands at its end."""
+    text = str(UserError("key", "v" * 10**6, "p" * 10**6, "mend it"))
+    assert len(text) < 2 * LONGEST + 30
+    assert text.endswith("ppp...; mend it")
+
+
+def test_a_warning_is_printable(capsys):
+    warn("a\nb \x1b[2J \udcff")
+    assert capsys.readouterr().err == "warning: a b \\x1b[2J \\udcff\n"

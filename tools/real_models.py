@@ -154,8 +154,8 @@ def write(says: Mapping[str, Any], tensors: Iterable[tuple[str, np.ndarray]], ou
 
 def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="(%(default)s)")
-    output: Path = parser.parse_args().output
+    parser.add_argument("--out", type=Path, default=OUTPUT, help="(%(default)s)")
+    output: Path = parser.parse_args().out
     if output.exists():
         print(f"{output} is there already")
         return 0

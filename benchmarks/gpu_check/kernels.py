@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
@@ -61,6 +62,11 @@ def _one_size(
         took = _seconds(clock, measured.both_passes(form, case))
         text = f"{off:.2f} of {measured.ALLOWED:g} roundings off, {_speed(took, case.moved, copy)}"
         check.tell(f"{form.name} {case.name}, {case.shape}", text, off <= measured.ALLOWED)
+    head = measured.Head.of(device, min(size[0], 8192), 67 if check.small else measured.VOCABULARY)
+    off = head.error(form)
+    text = f"{off:.2f} of {measured.ALLOWED:g} roundings off, "
+    text += _speed(_seconds(clock, partial(head.run, form)), head.moved, copy)
+    check.tell(f"{form.name} cross_entropy_, {head.shape}", text, off <= measured.ALLOWED)
     masters = torch.randn(size[0], size[1], device=device)
     form.unit_rows_(masters)
     off = float((masters.double().norm(dim=1) - 1).abs().max())

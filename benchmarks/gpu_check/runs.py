@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -17,6 +16,7 @@ import yaml
 
 from benchmarks.gpu_check.part import Check
 from benchmarks.growth_stall import LARGE, write_tokens
+from benchmarks.live_rows import live_rows
 from megabus.config import load_config, resolve_stages
 from megabus.engine.startup import on_gpu, prepare_environment, start_distributed, stop_distributed
 from megabus.kernels.choice import why_not
@@ -52,7 +52,7 @@ def resume(check: Check) -> None:
         text += f", unit rows {row['unit_error']:.1e} off"
         check.tell(f"growth to d{row['new']['d_model']} L{row['new']['n_layers']}", text, row["unit_error"] <= 1e-6)
     with _training(parted) as process:
-        for row in _lines(parted, process):
+        for row in live_rows(parted["run_dir"], lambda: not process.is_alive(), 0.002):
             if row["event"] == "step" and row["step"] == STOPPED:
                 os.kill(process.pid, signal.SIGTERM)
         process.join()
@@ -186,15 +186,3 @@ def _rows(config: dict[str, Any], event: str) -> list[dict[str, Any]]:
 
 def _losses(config: dict[str, Any]) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in _rows(config, "step")}
-
-
-def _lines(config: dict[str, Any], process: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a run's metrics, each as soon as it is there."""
-    metrics, read, ended = Path(config["run_dir"]) / "metrics.jsonl", 0, False
-    while not ended:
-        ended = not process.is_alive()
-        text = metrics.read_text() if metrics.exists() else ""
-        whole = text.rfind("\n") + 1
-        yield from map(json.loads, text[read:whole].splitlines())
-        read = max(read, whole)
-        time.sleep(0.002)

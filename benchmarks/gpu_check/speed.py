@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, MICRO_BATCHES, TOP = 5, 2, 25
 SIZES = ("0.5b", "1b")
 KINDS = ("ngpt", "gpt")
+NAME = 100  # characters of a kernel's name, at most
 # What the host may call to wait for the device, or is answered by it.
 WAITS = ("Synchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
 
@@ -105,10 +106,10 @@ def profile(check: Check) -> None:
     engine.close()
 
 
-def short(kernel: str, most: int = 100) -> str:
+def short(kernel: str) -> str:
     """A kernel's name without its middle: names of templates begin alike, and what differs stands at their end."""
-    half = (most - 3) // 2
-    return kernel if len(kernel) <= most else f"{kernel[:half]}...{kernel[-half:]}"
+    half = (NAME - 3) // 2
+    return kernel if len(kernel) <= NAME else f"{kernel[:half]}...{kernel[-half:]}"
 
 
 def _runs_triton(check: Check) -> bool:

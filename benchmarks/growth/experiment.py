@@ -160,7 +160,7 @@ class Job:
     def data(self) -> str:
         """What the token files that are at hand hold."""
         data = self.asked.data
-        return fingerprint((*(path for path, _ in data.train_corpora), data.valid))
+        return fingerprint((*(path for paths, _ in data.train_corpora for path in paths), data.valid))
 
 
 @lru_cache(maxsize=64)

@@ -19,8 +19,9 @@ from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.config.schema import KappaConfig
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaMonitor
+from megabus.model.budget import spent_share
 from megabus.train.run import span_of
-from megabus.train.schedule import decays, spent_share
+from megabus.train.schedule import decays
 
 KAPPAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 

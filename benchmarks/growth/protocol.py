@@ -61,12 +61,14 @@ def _check_text(config: RunConfig, epochs: float, where: str) -> None:
     corpora = config.data.train_corpora
     tokens, whole = most_tokens(config), sum(weight for _, weight in corpora)
     by_kappa = any(stage.max_tokens is stage.max_flops is None for stage in resolve_stages(config, world_size=1)[:-1])
-    for prefix, weight in corpora:
-        if not all(path.is_file() for path in pair_paths(prefix)):
+    for prefixes, weight in corpora:
+        if not all(path.is_file() for prefix in prefixes for path in pair_paths(prefix)):
             continue
-        seen, there = tokens * weight / whole, IndexedTokens(prefix).n_tokens
+        seen, there = tokens * weight / whole, sum(IndexedTokens(prefix).n_tokens for prefix in prefixes)
         if seen > epochs * there:
-            problem = f"{'may' if by_kappa else 'would'} see the {there} of {prefix} {seen / there:.2f} times"
+            problem = (
+                f"{'may' if by_kappa else 'would'} see the {there} of {', '.join(prefixes)} {seen / there:.2f} times"
+            )
             remedy = "lower the budget, add text, or allow it with `epochs`, which weakens every claim"
             raise UserError(where, f"{seen:.0f} tokens", problem, remedy)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from megabus.checkpoint.entries import ENTRY, HEADER, odd_by_name, scan
+from megabus.checkpoint.entries import ENTRY, LENGTH, longest_header, odd_by_name, scan
 from megabus.checkpoint.manifest import (
     ANOTHER_COPY,
     MANIFEST,
@@ -34,7 +34,7 @@ from megabus.checkpoint.store import step_of
 from megabus.data.tokenizer.files import BESIDE, FILES, MODEL, TREE
 from megabus.errors import UserError
 from megabus.model.cost import totals
-from megabus.parallel.fragments import KINDS, Kind
+from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
 from megabus.plain_file import LARGEST, shown
@@ -81,7 +81,8 @@ def check_entry(found: Found, entry: Entry, heartbeat: Heartbeat = idle) -> None
     if shard is None:
         check_file(found.folder, entry, heartbeat)
         return
-    rank, kind = shard
+    rank, number = shard
+    kind = found.state.kinds[number]
     pieces = written_by(found.placement, rank, found.placement.owned(rank))
     tensors = {tensor_key(kind, piece.name): (kind, len(piece)) for piece in pieces}
     check_size(found.folder, entry)
@@ -118,6 +119,11 @@ def opened(folder: Path) -> Found:
         list(pool.map(partial(check_entry, found), found.entries))
     check_tokenizer(folder, found.entries, found.state)
     return found
+
+
+def large(entry: Entry) -> bool:
+    """Whether an entry is a shard's, so that to check it takes a while."""
+    return _shard_of(entry) is not None
 
 
 def check_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -185,10 +191,10 @@ def _tokenizer_in(folder: Path, names: Set[str]) -> Path | None:
     return next((folder / name for name in (TREE, MODEL) if name in names), None)
 
 
-def _shard_of(entry: Entry) -> tuple[int, Kind] | None:
-    """The rank and the kind that a shard's name says; None for another file."""
+def _shard_of(entry: Entry) -> tuple[int, int] | None:
+    """The rank and the number of the kind, from 0, that a shard's name says; None for another file."""
     match = _SHARD.fullmatch(entry.name)
-    return None if match is None else (int(match[1]) - 1, KINDS[int(match[2]) - 1])
+    return None if match is None else (int(match[1]) - 1, int(match[2]) - 1)
 
 
 def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) -> None:
@@ -213,7 +219,8 @@ def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) ->
         raise DamagedError(path, f"is damaged (files: {beside[0]} is listed, and no tokenizer that it goes with)")
     # What ranks own does not overlap: files that hold as much as there is hold all that there is.
     placement = Placement(state.model, layout)
-    held = {rank: sum(map(len, written_by(placement, rank, placement.owned(rank)))) for rank in shards}
+    written = {rank: written_by(placement, rank, placement.owned(rank)) for rank in shards}
+    held = {rank: sum(map(len, pieces)) for rank, pieces in written.items()}
     for rank, numbers in shards.items():
         if len(numbers) != kinds:
             raise DamagedError(path, f"is damaged (files: {len(numbers)} of rank {rank}'s {kinds} shards are listed)")
@@ -221,8 +228,8 @@ def _check_listing(folder: Path, entries: Sequence[Entry], state: SavedState) ->
     if (there := sum(held.values())) != total:
         problem = f"is damaged (files: the shards listed hold {there} of {total} entries that {STATE} says)"
         raise DamagedError(path, problem)
-    for entry in entries:
-        needed = ENTRY * held.get(entry.rank, 0)
-        if _SHARD.fullmatch(entry.name) and not needed < entry.bytes <= needed + HEADER:
+    for entry in filter(large, entries):
+        needed, header = ENTRY * held[entry.rank], LENGTH + longest_header(len(written[entry.rank]))
+        if not needed < entry.bytes <= needed + header:
             problem = f"is damaged (files: {entry.name} has {entry.bytes} bytes for {needed} bytes of tensors)"
             raise DamagedError(path, problem)

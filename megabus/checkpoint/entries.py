@@ -21,8 +21,13 @@ from megabus.plain_file import open_regular
 
 ENTRY = 4  # bytes of an fp32 entry
 LENGTH = 8  # bytes before a safetensors header that say how long it is
-HEADER = 100 << 20  # bytes that it may have
+HEADER, NAMING = 1 << 16, 1 << 10  # bytes that it may have, and so many more for each tensor
 Kinds = Mapping[str, tuple[Kind, int]]  # by a tensor's name in the file, its kind and its entries
+
+
+def longest_header(tensors: int) -> int:
+    """Bytes of a safetensors header that names so many tensors: what is longer would take memory that nobody counts."""
+    return HEADER + NAMING * tensors
 
 
 def odd_entry(kind: Kind, values: Tensor) -> str | None:
@@ -61,7 +66,7 @@ def scan(path: Path, tensors: Kinds, heartbeat: Heartbeat) -> Scanned:
     with open_regular(path) as file:
         head = file.read(LENGTH)
         length = int.from_bytes(head, "little")
-        header = file.read(length) if length <= HEADER else b""
+        header = file.read(length) if length <= longest_header(len(tensors)) else b""
         digest.update(head)
         digest.update(header)
         ranges = _ranges(header, tensors)

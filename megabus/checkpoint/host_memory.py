@@ -1,4 +1,4 @@
-"""Where a snapshot lies: tensors of a GPU are copied into pinned memory, and waited for once."""
+"""Where a snapshot lies: in memory that is kept. A GPU's tensors are copied into pinned memory, and waited for once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class HostMemory:
     """Memory of the CPU for one snapshot at a time; `copies` of the next one may lie where those of the last did.
 
     Pinned memory takes copies from a GPU while others are on their way, and at the full speed of the link; into any
-    other each would be waited for by itself. Pinning takes longer than copying, so what is pinned is kept, in chunks:
-    a larger snapshot needs some more of them, and those that it has no use for are given up first. Where tensors lie
-    on the CPU each copy has memory of its own, which is free again with the snapshot.
+    other each would be waited for by itself. Pinning takes longer than copying, and so does fresh memory where tensors
+    lie on the CPU. So it is kept, in chunks: a larger snapshot needs some more of them, and those that it has no use
+    for are given up first.
     """
 
     def __init__(self) -> None:
@@ -29,19 +29,18 @@ class HostMemory:
         self._pins = True
 
     def copies(self, live: Fragments) -> Fragments:
-        """Of all tensors, on the CPU and nobody else's."""
-        if all(values.device.type == "cpu" for values in _tensors(live)):
-            return {
-                piece: {kind: values.to("cpu", copy=True) for kind, values in kinds.items()}
-                for piece, kinds in live.items()
-            }
+        """Of all tensors, on the CPU and nobody else's. Raises `UserError` as `reserve`, which a rank calls before with
+        the others: after that there is nothing to ask for."""
+        self._pins = self._pins and not _on_cpu(live)
         copied = self._copied(live)
-        get_accelerator().synchronize()
+        if not _on_cpu(live):
+            get_accelerator().synchronize()
         return copied
 
     def reserve(self, live: Fragments) -> None:
         """Memory for copies of tensors like these. Raises `UserError` where there is none. What cannot be pinned is
         pageable from then on, and told."""
+        self._pins = self._pins and not _on_cpu(live)
         self._places([values.nbytes for values in _tensors(live)])
 
     def _copied(self, live: Fragments) -> Fragments:
@@ -97,6 +96,10 @@ def _pinned(size: int) -> Tensor:
 
 def _first_line(error: RuntimeError) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def _on_cpu(live: Fragments) -> bool:
+    return all(values.device.type == "cpu" for values in _tensors(live))
 
 
 def _tensors(live: Fragments) -> list[Tensor]:

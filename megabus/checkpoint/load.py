@@ -12,27 +12,36 @@ from megabus.checkpoint.contents import listed_tokenizer, opened
 from megabus.checkpoint.manifest import MANIFEST, check_files, read_manifest
 from megabus.checkpoint.store import checkpoints_of, complete, step_of
 from megabus.config import Layout, ModelConfig
-from megabus.data.tokenizer import FILES, Tokenizer, open_tokenizer, read_tokenizer_files
+from megabus.data.tokenizer import FILES, ROWLESS, Tokenizer, open_tokenizer, read_tokenizer_files
 from megabus.errors import UserError
 from megabus.model.params import global_shape
 from megabus.parallel.fragments import Fragments
 from megabus.parallel.placement import Piece, Placement
 
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # as peft saves it, such as a LoRA
+MERGE = "merge it into its model first: in peft merge_and_unload(), then save_pretrained()"
+
 
 def checkpoint_at(path: str | Path) -> Path:
     """The checkpoint that `path` is, or the newest of the run that it is."""
+    if not os.fspath(path):  # which would be the working directory
+        raise UserError("checkpoint", "''", "names nothing", "give a run or one of its checkpoints")
     path = Path(path)
     if not os.path.lexists(path):
         raise UserError("checkpoint", path, "does not exist", "check the path")
     if step_of(path) is not None:
         return path
+    if not path.is_dir():
+        raise UserError("checkpoint", path, "is no directory", "give a run or one of its checkpoints")
     folders = complete(checkpoints_of(path)) or complete(path)
     if not folders and (path / MANIFEST).is_file():
         remedy = "give it back its name, step- and the eight digits of the step that its state.json says"
         raise UserError("checkpoint", path, "is one, and is not called so", remedy)
+    if not folders and any((path / name).exists() for name in ADAPTER):
+        raise UserError("model", path, "holds an adapter and no whole model", MERGE)
     if not folders:
-        remedy = "give a run's directory or one of its checkpoints (megabus convert makes them of other forms)"
-        raise UserError("checkpoint", path, "holds none", remedy)
+        remedy = "give a run, one of its checkpoints, or a model's directory with its config.json"
+        raise UserError("checkpoint", path, "holds none, and no config.json of a model in another form", remedy)
     return folders[0]
 
 
@@ -45,7 +54,7 @@ def load_weights(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     whole = Placement(model, Layout(1, 1, 1))
     flat = {Piece(name, 0, whole.numel(name)): torch.empty(whole.numel(name)) for name in whole.specs}
     into: Fragments = {piece: {"weight": values} for piece, values in flat.items()}
-    read_shards(folder, found.entries, found.placement, into, alone=True)
+    read_shards(found, into, alone=True)
     return model, {
         piece.name: values.view(global_shape(whole.specs[piece.name], model)) for piece, values in flat.items()
     }
@@ -71,8 +80,9 @@ def own_or_given(folder: Path, own: Path | None, given: str | None, vocab_size: 
     name = own if given is None else given
     if name is None:
         raise UserError("tokenizer", folder, "holds none that can be read", "name one: --tokenizer")
-    tokenizer = open_tokenizer(name, vocab_size)
-    if own is not None and not read_tokenizer_files(own).known_as & tokenizer.files.known_as:
+    if own is None:
+        return open_tokenizer(name, vocab_size)
+    if given is not None and not read_tokenizer_files(own).is_same(read_tokenizer_files(given)):
         problem = f"is another than the one saved in {folder}"
         raise UserError("tokenizer", given, problem, "leave it out, or give that one")
-    return tokenizer
+    return open_tokenizer(name, vocab_size, ROWLESS)

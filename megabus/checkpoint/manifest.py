@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from errno import ELOOP
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -65,11 +66,12 @@ class Entry:
 _Entries: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])
 
 
-def settle(path: Path, rank: int, heartbeat: Heartbeat = idle) -> Entry:
-    """Make a written file durable, and measure it. heartbeat: called whenever some of it is done."""
+def settle(path: Path, rank: int, heartbeat: Heartbeat = idle, sha256: str | None = None) -> Entry:
+    """Make a written file durable, and measure it. heartbeat: called whenever some of it is done. sha256: the file's,
+    where that was taken while it was written; else it is read again."""
     sync(path)
     heartbeat()
-    return Entry(path.name, path.stat().st_size, _sha256(path, heartbeat), rank)
+    return Entry(path.name, path.stat().st_size, sha256 or _sha256(path, heartbeat), rank)
 
 
 def write_manifest(folder: Path, entries: Iterable[Entry]) -> Path:
@@ -162,6 +164,8 @@ def reading(path: Path) -> Iterator[None]:
     except NotPlainError as error:
         raise DamagedError(path, str(error)) from error
     except OSError as error:
+        if error.errno == ELOOP:
+            raise DamagedError(path, "is behind a link to itself") from error
         raise UserError("checkpoint", path, f"cannot be read ({error.strerror})", "mend the file system") from error
 
 

@@ -5,28 +5,30 @@ All is told as ValueError or `UserError`, the key first. Nothing is made by a si
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from megabus.checkpoint.manifest import validated
-from megabus.config import RunConfig
-from megabus.config.pair import sizes_of
+from megabus.checkpoint.written import check_types, less, section_of
+from megabus.config.model import INITIAL_VALUES, ModelConfig
+from megabus.config.pair import whole_sizes
+from megabus.config.reasons import REASONS
 from megabus.config.stages import check_cut
-from megabus.data.order import align_up
-from megabus.kappa.monitor import SAVED, KappaState, Reason, check_saved
-from megabus.model.cost import count_parameters
-from megabus.parallel.fragments import KINDS
+from megabus.data.order import BLEND_PERIOD, align_up, slots
+from megabus.kappa.monitor import SAVED, KappaState, check_saved
+from megabus.model.cost import count_parameters, counted_sizes
+from megabus.parallel.fragments import KINDS, decay_of, ema_kind, ema_kinds
 from megabus.plain_file import shown
 
 if TYPE_CHECKING:
-    from megabus.checkpoint.state import SavedState
+    from megabus.checkpoint.state import Progress, SavedState
 
 ROUNDING = 1e-9  # of FLOPs that were added up step by step
-TRANSFERRED = ("alpha_init", "s_z_init", "init_std", "embed_init_std", "head_init_std")  # by optimizer.transfer
 
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 Length = Annotated[int, Field(ge=1, lt=2**31)]
@@ -64,6 +66,8 @@ class _Growth(_Caps):
 
 class _Train(_Batches):
     seq_len: Length
+    ema: list[float] = []
+    phases: list[_Batches] = []
 
 
 class _Files(_Loose):
@@ -141,7 +145,9 @@ def check_relations(path: Path, state: SavedState) -> None:
     _check_config(config, state)
     _check_watched(monitor, state, config.growth)
     _check_data(data, state, config)
-    longest = max([config.train.seq_len, *(stage.seq_len or 0 for stage in config.growth.stages)])
+    _check_deals(data, state, config)
+    changes = [*config.growth.stages, *config.train.phases]
+    longest = max([config.train.seq_len, *(change.seq_len or 0 for change in changes)])
     for key, source in (("train", data.train), ("valid", data.valid)):
         _agree(f"data.{key}.chunk_len", source.chunk_len, "the longest sequence in config", longest)
     if not data.valid_tokens or data.valid_tokens % longest:
@@ -155,7 +161,10 @@ def _check_whole(state: SavedState) -> None:
         if not 0 < value < 2**31:
             raise ValueError(f"layout.{key}: {value} is no number of ranks")
     check_cut(state.model, layout)
-    _agree("kinds", state.kinds, "those of optimizer_step", KINDS if state.optimizer_step else KINDS[:1])
+    kinds = (*(KINDS if state.optimizer_step else KINDS[:1]), *state.averaged)
+    _agree("kinds", state.kinds, "those of optimizer_step and averaged", kinds)
+    for kind, updates in state.averaged.items():
+        _check_mean(kind, updates, now)
     _agree("progress.growths", len(now.growths), "stage", state.stage)
     _at_most("optimizer_step", state.optimizer_step, "progress.step", now.step)
     _at_most("progress.tokens", now.tokens, "progress.position", now.position)
@@ -164,8 +173,22 @@ def _check_whole(state: SavedState) -> None:
     _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.nonfinite", now.nonfinite)
     _at_most("progress.nonfinite_in_a_row", now.nonfinite_in_a_row, "progress.step", now.step)
     _at_most("progress.rollbacks", now.rollbacks, "progress.nonfinite", now.nonfinite)
+    _at_most("progress.spikes", now.spikes, "progress.nonfinite", now.nonfinite)
     if now.rollbacks and now.position == now.tokens:
         raise ValueError(f"progress.rollbacks: {now.rollbacks} returns have passed over no data")
+
+
+def _check_mean(kind: str, updates: int, now: Progress) -> None:
+    try:
+        decay = float(decay_of(kind) or "nan")
+    except ValueError:
+        decay = math.nan
+    if not 0 < decay < 1 or kind != ema_kind(decay):
+        raise ValueError(f"averaged: {shown(kind)} is the kind of no running mean")
+    _at_most(f"averaged.{kind}", updates, "progress.step", now.step)
+    # A level of spikes that was accepted ends the count of those in a row.
+    if not updates and now.step and not (now.nonfinite_in_a_row or now.spikes):
+        raise ValueError(f"averaged.{kind}: 0, and the last step has moved the weights")
 
 
 def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
@@ -174,8 +197,8 @@ def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
     for number, row in enumerate(rows):
         key = f"progress.growths.{number}"
         _agree(f"{key}.stage", row.stage, "the number of growths so far", number + 1)
-        if row.reason not in get_args(Reason):
-            raise ValueError(f"{key}.reason: {shown(row.reason)} is none of {', '.join(get_args(Reason))}")
+        if row.reason not in REASONS:
+            raise ValueError(f"{key}.reason: {shown(row.reason)} is none of {', '.join(REASONS)}")
         for name in row.old.keys() & row.new.keys():
             _at_most(f"{key}.old.{name}", row.old[name], f"{key}.new.{name}", row.new[name])
         for name, value, limit in (
@@ -190,16 +213,32 @@ def _check_growths(rows: list[_GrowthRow], state: SavedState) -> None:
             if getattr(after, name) <= getattr(before, name):
                 raise ValueError(f"{key}.{name}: {getattr(after, name)} is no more than {other}.{name}")
         _agree_sizes(f"{key}.old", after.old, f"{other}.new", before.new)
+        _at_most(f"{key}.step, from that before", after.step - before.step, "its tokens", after.tokens - before.tokens)
     if rows:
         last, key = rows[-1], f"progress.growths.{len(rows) - 1}"
         _agree(f"{key}.tokens", last.tokens, "progress.stage_tokens", now.stage_tokens)
         _agree(f"{key}.flops", last.flops, "progress.stage_flops", now.stage_flops)
-        model = state.model
-        sizes = sizes_of(model) | {"n_kv_heads": model.kv_heads, "n_params": count_parameters(model)}
-        _agree_sizes(f"{key}.new", last.new, "the model's", sizes)
+        _agree_sizes(f"{key}.new", last.new, "the model's", counted_sizes(state.model))
     else:
         _agree("progress.stage_tokens", now.stage_tokens, "0, where nothing has grown", 0)
         _agree("progress.stage_flops", now.stage_flops, "0, where nothing has grown", 0)
+    for number, row in enumerate(rows):
+        for side, sizes in (("old", row.old), ("new", row.new)):
+            _check_sizes(f"progress.growths.{number}.{side}", sizes, state.model)
+    steps = now.step - (rows[-1].step if rows else 0)
+    _at_most("recent: its updates", len(state.recent), "the stage's steps", steps)
+
+
+def _check_sizes(key: str, sizes: dict[str, int], model: ModelConfig) -> None:
+    """They are those of a model of which this one can have grown: all of them, and as many parameters as follow."""
+    wanted = whole_sizes(model)
+    for name in (*wanted, "n_params"):
+        if name not in sizes:
+            raise ValueError(f"{key}.{name}: is missing")
+    was = model.model_copy(update={name: sizes[name] for name in wanted})
+    if min(sizes[name] for name in wanted if name != "n_layers") < 1 or was.n_heads % was.kv_heads:
+        raise ValueError(f"{key}: {shown(sizes)} are the sizes of no model")
+    _agree(f"{key}.n_params", sizes["n_params"], "those of its sizes", count_parameters(was))
 
 
 def _agree_sizes(key: str, sizes: dict[str, int], other: str, wanted: dict[str, int]) -> None:
@@ -236,47 +275,53 @@ def _check_account(state: SavedState) -> None:
 def _check_config(config: _Config, state: SavedState) -> None:
     """The stage that the configuration describes is the one that was saved."""
     now, before = state.progress, config.growth.stages[: state.stage]
-    lengths = [config.train.seq_len, *(stage.seq_len for stage in before if stage.seq_len)]
-    batches = [
-        config.train.global_batch_size,
-        *(stage.global_batch_size for stage in before if stage.global_batch_size),
-    ]
-    if now.position % lengths[-1]:
-        raise ValueError(f"progress.position: {now.position} is no multiple of the stage's seq_len, {lengths[-1]}")
-    if now.since is not None and batches[-1] is not None:
-        wanted = batches[-1] * lengths[-1]
-        _agree("progress.since.step_tokens", now.since.step_tokens, "the stage's batch in config", wanted)
-    _check_types(state.config)
-    said = dict(_section(state.config.get("model"), "config.model"))
+    possible = _batches_of(config, before)  # as many as the stage has phases: how far each lasts, its budget says
+    if all(now.position % length for length, _ in possible):
+        lengths = " or ".join(map(str, sorted({length for length, _ in possible})))
+        raise ValueError(f"progress.position: {now.position} is no multiple of the stage's seq_len, {lengths}")
+    wanted = [batch * length for length, batch in possible if batch is not None]
+    if now.since is not None and wanted and now.since.step_tokens not in wanted:
+        _agree("progress.since.step_tokens", now.since.step_tokens, "the stage's batch in config", wanted[0])
+    check_types(state.config)
+    if state.kinds != KINDS[:1]:  # weights alone have left them behind
+        _agree(
+            "averaged", [*state.averaged], "those of config.train.ema", [*dict.fromkeys(ema_kinds(config.train.ema))]
+        )
+    said = dict(section_of(state.config.get("model"), "config.model"))
     for stage in state.config["growth"]["stages"][: state.stage]:
-        said |= {key: value for key, value in _section(stage, "config.growth.stages").items() if value is not None}
-    transferred = TRANSFERRED if _section(state.config.get("optimizer"), "config.optimizer").get("transfer") else ()
+        said |= {key: value for key, value in section_of(stage, "config.growth.stages").items() if value is not None}
+    optimizer = section_of(state.config.get("optimizer"), "config.optimizer")
+    transferred = INITIAL_VALUES if optimizer.get("transfer") else ()
     for key, value in state.model.model_dump(mode="json").items():
         if key in said and key not in transferred:  # those that came later are not there
             _agree(f"config: {key} of stage {state.stage}", said[key], f"model.{key}", less(value, said[key]))
 
 
-def less(section: Any, said: Any) -> Any:
-    """A section less those of its keys that came later than what is said of it. What is none stays as it is."""
-    if not (isinstance(section, dict) and isinstance(said, dict)):
-        return section
-    return {key: less(value, said[key]) for key, value in section.items() if key in said}
+def _batches_of(config: _Config, growths: list[_Stage]) -> list[tuple[int, int | None]]:
+    """(seq_len, global_batch_size) of each phase of a stage that comes after `growths`."""
+    length, batch = config.train.seq_len, config.train.global_batch_size
+    for growth in growths:
+        length, batch = growth.seq_len or length, growth.global_batch_size or batch
+    found = [(length, batch)]
+    for phase in config.train.phases:
+        found.append((phase.seq_len or found[-1][0], phase.global_batch_size or found[-1][1]))
+    return found
 
 
-def _check_types(config: dict[str, Any]) -> None:
-    """Raise ValueError for a value of another type than its key has. Ranges may have been others in other versions."""
-    try:
-        RunConfig.model_validate(config)
-    except ValidationError as error:
-        for one in error.errors(include_url=False):
-            if one["type"].endswith(("_type", "_parsing", "_from_float")):
-                raise ValueError(f"config.{'.'.join(map(str, one['loc']))}: {one['msg']}") from error
-
-
-def _section(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{key}: {shown(value)} is no section")
-    return value
+def _check_deals(data: _Data, state: SavedState, config: _Config) -> None:
+    """Each deal begins in what was read so far, with slots for all corpora; with phases, every run had one."""
+    deals, train = state.progress.deals, data.train
+    if not deals and "phases" in config.train.model_fields_set:
+        raise ValueError("progress.deals: is empty, and samples were dealt out")
+    for number, deal in enumerate(deals):
+        key = f"progress.deals.{number}"
+        _agree(f"{key}.counts", len(deal.counts), "the corpora in data.train.blend", len(train.blend))
+        if min(deal.counts) < 0 or sum(deal.counts) != BLEND_PERIOD:
+            raise ValueError(f"{key}.counts: {shown(deal.counts)} are no slots that add up to {BLEND_PERIOD}")
+        before = deals[number - 1].start if number else -1
+        if deal.start <= before or (number == 0 and deal.start):
+            raise ValueError(f"{key}.start: {deal.start} is out of order")
+        _at_most(f"{key}.start, in tokens", deal.start * train.chunk_len, "progress.position", state.progress.position)
 
 
 def _check_monitor(monitor: KappaState, state: SavedState) -> None:
@@ -324,6 +369,12 @@ def _check_data(data: _Data, state: SavedState, config: _Config) -> None:
         if place in said.model_fields_set:
             for name in ("tokens", "blend"):
                 _agree(f"data.{place}.{name}", len(getattr(source, name)), f"the files in config.data.{place}", files)
+    for place in ("train", "valid"):
+        if sum(blend := getattr(data, place).blend) != BLEND_PERIOD:
+            raise ValueError(f"data.{place}.blend: {shown(blend)} are no slots that add up to {BLEND_PERIOD}")
+    if isinstance(said.train, list):
+        weights = [section_of(corpus, "config.data.train").get("weight", 1.0) for corpus in said.train]
+        _agree("data.train.blend", data.train.blend, "that of the weights in config", [*slots(weights)])
     if "document_mask" in said.model_fields_set:
         _agree("data.document_mask", state.data.get("document_mask", False), "config's", said.document_mask)
     if asked is not None and data.valid_tokens < (least := align_up(asked, data.valid.chunk_len)):

@@ -17,7 +17,7 @@ from megabus.checkpoint.store import LATEST, complete, latest_of, point_latest, 
 from megabus.engine.engine import Engine
 from megabus.errors import UserError, warn
 from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
-from megabus.parallel.fragments import Fragments
+from megabus.parallel.fragments import Fragments, decay_of
 from megabus.parallel.placement import Placement
 
 
@@ -47,20 +47,22 @@ def find_checkpoint(root: Path, strict: bool, heartbeat: Heartbeat = idle) -> Fo
 
 
 def restore(found: Found, engine: Engine, heartbeat: Heartbeat = idle) -> None:
-    """Set the engine's masters and moments from a checkpoint of the same model, saved under any layout. Collective.
+    """Set the engine's masters, moments and running means from a checkpoint of the same model, saved under any layout.
+    Means that it lacks begin with its weights. Collective.
 
     Weights alone may come from a model whose gains are stored in other multiples: raw * multiplier is what is kept.
     """
     from megabus.checkpoint.shards import read_shards  # slow to import, and a new run reads none
 
+    averaged = {kind: found.state.averaged[kind] for kind in engine.averages.kinds if kind in found.state.averaged}
+    kinds = [kind for kind in found.state.kinds if decay_of(kind) is None or kind in averaged]
     fragments: Fragments = {
-        piece: {kind: torch.empty(len(piece)) for kind in found.state.kinds}
-        for piece in engine.placement.owned(engine.mesh.rank)
+        piece: {kind: torch.empty(len(piece)) for kind in kinds} for piece in engine.placement.owned(engine.mesh.rank)
     }
-    read_shards(found.folder, found.entries, found.placement, fragments)
+    read_shards(found, fragments)
     heartbeat()
     re_express(fragments, found.placement, engine.placement)
-    engine.write(fragments, found.state.optimizer_step)
+    engine.write(fragments, found.state.optimizer_step, averaged)
 
 
 def re_express(fragments: Fragments, old: Placement, new: Placement) -> None:
@@ -69,7 +71,7 @@ def re_express(fragments: Fragments, old: Placement, new: Placement) -> None:
         was, now = (placement.specs[piece.name].multiplier for placement in (old, new))
         if was != now:
             assert tensors.keys() == {"weight"}, "moments are of raw weights"
-            tensors["weight"] *= was / now
+            tensors["weight"] = tensors["weight"] * (was / now)  # what was read may be a file, mapped
 
 
 def weights_of(path: str | Path, heartbeat: Heartbeat = idle) -> Found:

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from safetensors import SafetensorError
 
 from megabus.checkpoint.host_memory import HostMemory
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle, settle
 from megabus.checkpoint.state import Progress, SavedState, write_state
 from megabus.checkpoint.store import begin, checkpoints_of, folder_of, partial_of, prune, publish
-from megabus.data.tokenizer import read_tokenizer_files
+from megabus.data.tokenizer import TokenizerFiles, read_tokenizer_files
 from megabus.errors import UserError
 from megabus.parallel.agree import agreement
 from megabus.parallel.fragments import Fragments
@@ -59,10 +57,18 @@ class Save:
     crash: BaseException | None = None
 
 
+def writing_group() -> dist.ProcessGroup:
+    """A gloo group for one writer at a time: its messages never meet those of training or of another writer. Make few,
+    for each has threads and sockets until the process ends. Collective."""
+    return dist.new_group(backend="gloo", timeout=SLOWEST)
+
+
 class Saver:
     """Writes the checkpoints of a run, one at a time. Collective: every rank makes every call.
 
-    Background writing has a gloo group of its own, so its messages never meet training's.
+    tokenizer: what goes into each, given by name or as it was read; rank 0's counts. group: of `writing_group`, for
+    nothing else while a save goes on; left out, the saver makes one. Raises `UserError` on all ranks for a tokenizer
+    that cannot be read.
     """
 
     def __init__(
@@ -71,14 +77,19 @@ class Saver:
         keep_last: int,
         keep_every: int | None,
         asynchronous: bool,
-        tokenizer: str | Path | None,
+        tokenizer: str | Path | TokenizerFiles | None,
         heartbeat: Heartbeat = idle,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
         self.asynchronous, self.heartbeat = asynchronous, heartbeat
-        # Read once: what lies there later may be another.
-        self.tokenizer = read_tokenizer_files(tokenizer) if tokenizer is not None and dist.get_rank() == 0 else None
-        self.group = dist.new_group(backend="gloo", timeout=SLOWEST)
+        self.tokenizer: TokenizerFiles | None = None
+        with agreement():  # else the other ranks would wait for rank 0 in what comes next
+            if isinstance(tokenizer, TokenizerFiles):
+                self.tokenizer = tokenizer
+            elif tokenizer is not None and dist.get_rank() == 0:  # once: what lies there later may be another
+                self.tokenizer = read_tokenizer_files(tokenizer)
+        self.group = writing_group() if group is None else group
         self._thread: threading.Thread | None = None
         self._save: Save | None = None
         self._memory = HostMemory()  # one save goes on at a time
@@ -95,9 +106,9 @@ class Saver:
             self._reserve(read())
 
     def _reserve(self, live: Fragments) -> None:
-        if get_accelerator().device_name() != "cpu":
-            with agreement():
-                self._memory.reserve(live)
+        """On every rank, or on none: were one to end for want of memory, the others would wait for it."""
+        with agreement():
+            self._memory.reserve(live)
 
     def start(self, state: SavedState, placement: Placement, live: Fragments) -> None:
         """Begin a save; call `wait` first. Without `asynchronous` it has ended on return."""
@@ -157,9 +168,9 @@ class Saver:
             with self._together(step):
                 what = (snapshot.placement, snapshot.fragments, snapshot.state.kinds)
                 files = write_shards(partial, *what, self.group, self.heartbeat)
-                if rank == 0:
-                    files += self._write_rest(partial, snapshot.state)
-                mine = [settle(path, rank, self.heartbeat) for path in files]
+                rest = self._write_rest(partial, snapshot.state) if rank == 0 else []
+                mine = [settle(path, rank, self.heartbeat, sha256) for path, sha256 in files.items()]
+                mine += [settle(path, rank, self.heartbeat) for path in rest]
             entries: list[list[Entry]] = [[] for _ in range(dist.get_world_size())]
             dist.gather_object(mine, entries if rank == 0 else None, group=self.group)
             written = [entry for part in entries for entry in part]
@@ -181,7 +192,7 @@ class Saver:
         with agreement(self.group):
             try:
                 yield
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 raise UserError("checkpoint", folder_of(self.root, step), f"{problem} ({error})", remedy) from error
 
     def _write_rest(self, partial: Path, state: SavedState) -> list[Path]:
@@ -191,10 +202,18 @@ class Saver:
         return files
 
 
-def save_weights(folder: Path, engine: Engine, steps: int, config: dict[str, Any], tokenizer: Path) -> Path | None:
+def save_weights(
+    folder: Path,
+    engine: Engine,
+    steps: int,
+    config: dict[str, Any],
+    tokenizer: TokenizerFiles,
+    group: dist.ProcessGroup | None = None,
+) -> Path | None:
     """Write an engine's weights, without moments, as a run's only checkpoint, of `steps` steps; `config`: sections that
-    it is told to have been made with. Collective. Raises `UserError` where it cannot be written."""
-    saver = Saver(checkpoints_of(folder), 1, None, False, tokenizer)
+    it is told to have been made with. group: as `Saver`'s; who calls this more than once gives it. Collective. Raises
+    `UserError` on all ranks where it cannot be written."""
+    saver = Saver(checkpoints_of(folder), 1, None, False, tokenizer, group=group)
     model, layout = engine.stage.model, engine.stage.layout
     state = SavedState(Progress(step=steps), 0, model, layout, 0, ("weight",), {}, config, {})
     saver.start(state, engine.placement, engine.read())

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -35,10 +33,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megabus.checkpoint.contents import shard_name, tensor_key, written_by
+from megabus.checkpoint.contents import Found, shard_name, tensor_key, written_by
 from megabus.checkpoint.manifest import Entry, Heartbeat, idle
+from megabus.checkpoint.tensor_file import TensorFileWriter
 from megabus.errors import UserError
-from megabus.parallel.fragments import KINDS, Fragments, Kind
+from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.placement import Placement
 
 
@@ -49,10 +48,11 @@ def write_shards(
     kinds: tuple[Kind, ...],
     group: dist.ProcessGroup,
     heartbeat: Heartbeat = idle,
-) -> list[Path]:
-    """Write this rank's part of the fragments (on the CPU). Collective over `group`. This rank's files.
+) -> dict[Path, str]:
+    """Write this rank's part of the fragments (on the CPU). Collective over `group`. This rank's files, each with its
+    SHA-256.
 
-    Raises OSError or SafetensorError on all ranks where any of them cannot write.
+    Raises OSError on all ranks where any of them cannot write.
     """
     rank = dist.get_rank()
     chunks = {
@@ -60,27 +60,28 @@ def write_shards(
         for piece in written_by(placement, rank, fragments)
         for kind in kinds
     }
+    writer = _Writer(folder, rank, kinds, heartbeat)
     try:
-        save(chunks, storage_writer=_Writer(folder, rank, kinds, heartbeat), process_group=group)
+        save(chunks, storage_writer=writer, process_group=group)
     except CheckpointException as error:  # DCP raises it on all ranks
         causes = [cause for cause, _ in error.failures.values()]
-        if not all(isinstance(cause, OSError | SafetensorError) for cause in causes):
+        if not all(isinstance(cause, OSError) for cause in causes):
             raise
         raise causes[0] from error
-    return sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+    return writer.written
 
 
-def read_shards(folder: Path, entries: list[Entry], saved: Placement, into: Fragments, alone: bool = False) -> None:
-    """Fill `into` from a checkpoint that was saved under the placement `saved`. Collective, unless `alone`.
+def read_shards(found: Found, into: Fragments, alone: bool = False) -> None:
+    """Fill `into` from a checkpoint, whatever layout it was saved under. Collective, unless `alone`.
 
     Raises `UserError` where a file is not what the manifest and the placement say.
     """
     chunks = {
-        tensor_key(kind, piece.name): _Chunk(values, piece.start, saved.numel(piece.name))
+        tensor_key(kind, piece.name): _Chunk(values, piece.start, found.placement.numel(piece.name))
         for piece, tensors in into.items()
         for kind, values in tensors.items()
     }
-    reader = _Reader(folder, entries, saved, list(chunks))
+    reader = _Reader(found, list(chunks))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # which `alone` says
@@ -88,11 +89,11 @@ def read_shards(folder: Path, entries: list[Entry], saved: Placement, into: Frag
     except CheckpointException as error:
         _, (cause, _) = next(iter(error.failures.items()))
         problem = f"cannot be read ({cause})"
-        raise UserError("checkpoint", folder, problem, "restore it from another copy") from error
+        raise UserError("checkpoint", found.folder, problem, "restore it from another copy") from error
 
 
 def files_by_rank(entries: Iterable[Entry]) -> dict[int, list[str]]:
-    """The files of tensors that each rank wrote: one a kind, in the order of `KINDS`, which is that of their names."""
+    """The files of tensors that each rank wrote: one a kind, in the state's order, which is that of names."""
     files: dict[int, list[str]] = {}
     for entry in sorted(entries, key=lambda entry: entry.name):
         if entry.name.endswith(".safetensors"):
@@ -102,7 +103,7 @@ def files_by_rank(entries: Iterable[Entry]) -> dict[int, list[str]]:
 
 def _parts(key: str) -> tuple[Kind, str]:
     kind, _, name = key.partition("/")
-    return cast(Kind, kind), name
+    return kind, name
 
 
 class _File(NamedTuple):
@@ -112,12 +113,13 @@ class _File(NamedTuple):
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Writes a file a kind straight from the tensors. DCP's own way copies the file in memory while it holds the
-    interpreter's lock, which stops training for seconds a GB, and it opens GPU 0 from every rank."""
+    """Writes a file a kind straight from the tensors, hashed on the way. DCP's own way copies the file in memory while
+    it holds the interpreter's lock, which stops training for seconds a GB, and it opens GPU 0 from every rank."""
 
     def __init__(self, folder: Path, rank: int, kinds: tuple[Kind, ...], heartbeat: Heartbeat) -> None:
         super().__init__(str(folder), save_distributed=True)
         self.folder, self.own_rank, self.kinds, self.heartbeat = folder, rank, kinds, heartbeat
+        self.written: dict[Path, str] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
@@ -129,11 +131,12 @@ class _Writer(HuggingFaceStorageWriter):
             tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in items}
             offsets = {item.index.fqn: {"saved_offsets": list(item.index.offset or ())} for item in items}
             # The header by which DCP's own reader finds its way, without us.
-            header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-            save_file(tensors, path, header)
-            # It was made for its owner alone; whoever may read the run may resume it. The umask made the directory.
-            path.chmod(self.folder.stat().st_mode & 0o666)
-            self.heartbeat()
+            header = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0"}
+            shapes = {key: tuple(values.shape) for key, values in tensors.items()}
+            with TensorFileWriter(path, shapes, "float32", header, heartbeat=self.heartbeat) as file:
+                for key, values in tensors.items():
+                    file.write(key, values)
+            self.written[path] = file.sha256
             results += [WriteResult(item.index, tensors[item.index.fqn].nbytes, _File(str(path))) for item in items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
@@ -143,10 +146,10 @@ class _Writer(HuggingFaceStorageWriter):
 class _Reader(HuggingFaceStorageReader):
     """Knows from the placement which file holds which chunk."""
 
-    def __init__(self, folder: Path, entries: list[Entry], saved: Placement, keys: list[str]) -> None:
-        super().__init__(str(folder))
-        self.folder, self.saved, self.keys = folder, saved, keys
-        self.files = files_by_rank(entries)
+    def __init__(self, found: Found, keys: list[str]) -> None:
+        super().__init__(str(found.folder))
+        self.folder, self.saved, self.keys = found.folder, found.placement, keys
+        self.files, self.kinds = files_by_rank(found.entries), found.state.kinds
 
     def read_metadata(self) -> Metadata:
         tensors: dict[str, Any] = {}
@@ -156,7 +159,7 @@ class _Reader(HuggingFaceStorageReader):
             total, chunks = torch.Size((self.saved.numel(name),)), []
             for rank, piece in self.saved.owners(name, 0, self.saved.numel(name), tp=0):
                 start, length = torch.Size((piece.start,)), torch.Size((len(piece),))
-                file = self.folder / self.files[rank][KINDS.index(kind)]
+                file = self.folder / self.files[rank][self.kinds.index(kind)]
                 chunks.append(ChunkStorageMetadata(start, length))
                 storage[MetadataIndex(key, start)] = _File(str(file))
             tensors[key] = TensorStorageMetadata(TensorProperties(torch.float32), total, chunks)

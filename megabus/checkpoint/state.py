@@ -14,8 +14,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator
 
 from megabus.checkpoint.manifest import FORMAT, STATE, STRICT, DamagedError, check_format, reading, validated
-from megabus.checkpoint.relations import Whole, check_relations, less
+from megabus.checkpoint.relations import Whole, check_relations
+from megabus.checkpoint.written import less
 from megabus.config import Layout, ModelConfig
+from megabus.data.order import Deal
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
 from megabus.plain_file import parse_json, read_regular
@@ -69,6 +71,8 @@ class Progress:
     nonfinite_in_a_row: Whole = 0
     rollbacks: Whole = 0
     since: Mark | None = None  # None: no run
+    deals: tuple[Deal, ...] = ()  # how the corpora were dealt out so far; none: by the weights in config, from 0 on
+    spikes: Whole = 0  # of `nonfinite` those whose loss and gradients were numbers
 
     def mark(self, optimizer_step: int, step_tokens: int, step_flops: float) -> None:
         """From now on each step adds so much."""
@@ -89,7 +93,9 @@ def _as_written(value: Any, read: ValidatorFunctionWrapHandler) -> ModelConfig:
 @dataclass
 class SavedState:
     """kinds: the tensors that each parameter has; optimizer_step: Adam's count; monitor: κ's state; config: the whole
-    configuration as plain values; data: what the data order depends on. The last three are empty where no run was."""
+    configuration as plain values; data: what the data order depends on. The last three are empty where no run was.
+    recent: losses and gradient norms of the stage's last updates, by which a spike is told; empty where none is looked
+    for. averaged: of how many updates each running mean of the weights is, by its kind."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -102,21 +108,31 @@ class SavedState:
     monitor: dict[str, Any]
     config: dict[str, Any]
     data: dict[str, Any]
+    recent: list[tuple[Amount, Amount]] = field(default_factory=list)
+    averaged: dict[str, Whole] = field(default_factory=dict)
 
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence in any stage of the run: what the model can be asked to read."""
         if not self.config:
             return LONGEST
-        stages = self.config["growth"]["stages"]
-        return max(self.config["train"]["seq_len"], *(stage.get("seq_len") or 0 for stage in stages), 0)
+        train = self.config["train"]
+        changes = [*self.config["growth"]["stages"], *train.get("phases", [])]
+        return max(train["seq_len"], *(change.get("seq_len") or 0 for change in changes), 0)
+
+
+def tokenizers_of(state: SavedState) -> set[str]:
+    """Hashes of the tokenizers that a run's data was made with; none where no run was, or none is known."""
+    corpora = [data for name in ("train", "valid") if isinstance(data := state.data.get(name), dict)]
+    lists = [known for data in corpora if isinstance(known := data.get("tokenizers"), list)]
+    return {sha256 for known in lists for sha256 in known if isinstance(sha256, str)}
 
 
 def weights_alone(state: SavedState) -> SavedState:
-    """The same with weights and no moments: Adam counts anew from here on."""
+    """The same with weights, no moments and no running means: Adam counts anew from here on."""
     progress, since = replace(state.progress), state.progress.since
     if since is not None:
         progress.mark(0, since.step_tokens, since.step_flops)
-    return replace(state, kinds=("weight",), optimizer_step=0, progress=progress)
+    return replace(state, kinds=("weight",), optimizer_step=0, progress=progress, averaged={})
 
 
 def without_run(state: SavedState, model: ModelConfig) -> SavedState:

@@ -12,6 +12,7 @@ ones are deleted after that. So at every instant the newest complete checkpoint 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -42,7 +43,8 @@ def partial_of(root: Path, step: int) -> Path:
 def step_of(folder: Path) -> int | None:
     """The step of a complete checkpoint's directory; None for anything else."""
     match = _NAME.fullmatch(folder.name)
-    return int(match[1]) if match else None
+    step = int(match[1]) if match else None
+    return None if step is None or folder != folder_of(folder.parent, step) else step  # one name a step
 
 
 def complete(root: Path) -> list[Path]:
@@ -132,8 +134,9 @@ def remove(folder: Path) -> None:
     """Delete a directory; killed in the middle, it is no checkpoint any more."""
     try:
         gone = folder.with_suffix(".deleted")
-        shutil.rmtree(gone, ignore_errors=True)
-        shutil.rmtree(folder.rename(gone))
+        if os.path.lexists(gone):
+            _delete(gone)
+        _delete(folder.rename(gone))
     except OSError as error:
         warn(f"{folder} cannot be deleted ({error})")
 
@@ -143,15 +146,20 @@ def sweep(root: Path) -> list[Path]:
     found = [path for path in root.iterdir() if path.suffix in (".partial", ".deleted")] if root.is_dir() else []
     for path in found:
         try:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _delete(path)
         except OSError as error:
             warn(f"{path} cannot be deleted ({error})")
     return found
 
 
+def _delete(path: Path) -> None:
+    """A directory with all in it. Of a link only the link: what it leads to is another's to keep."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def set_aside(folder: Path) -> Path:
     """Keep a damaged checkpoint for its owner to look at, where no resume looks for one."""
     target, number = folder.with_suffix(".damaged"), 1
-    while target.exists():
+    while os.path.lexists(target):
         target, number = folder.with_suffix(f".damaged-{number}"), number + 1
     return folder.rename(target)

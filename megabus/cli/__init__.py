@@ -15,7 +15,7 @@ from megabus.errors import UserError
 GROUPS = {
     "Prepare": {
         "preprocess": "turn text into token files, and train a tokenizer",
-        "extend-tokenizer": "add tokens to a tokenizer, whose own keep their ids",
+        "extend-tokenizer": "add tokens to a tokenizer, or learn pieces from text: its own keep their ids",
         "plan": "propose sizes and growth points for a final size and a token budget",
         "estimate": "memory, step time and layouts of a run on a cluster, computed without one",
         "coord-check": "how far a step moves parameters at each size of a run, before and after growths",
@@ -32,6 +32,7 @@ GROUPS = {
     "Use a model": {
         "generate": "sample text",
         "convert": "to other layouts, to and from shard files and Hugging Face",
+        "evaluate": "loss on token files, and tasks of lm-evaluation-harness",
         "evaluate-nli": "natural language inference, zero-shot or fine-tuned, beside baselines",
     },
     "Test megabus itself": {
@@ -80,6 +81,8 @@ def _advice(words: Sequence[str]) -> str:
 
 def _call(words: Sequence[str]) -> Callable[[], int]:
     def call() -> int:
+        if words[:1] == ["help"] and len(words) > 1:
+            return _call([words[1], "--help", *words[2:]])()
         if not words or words[0] in ("-h", "--help", "help"):
             print(overview())
             return 0 if words else 2

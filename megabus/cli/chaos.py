@@ -1,8 +1,8 @@
 """Prove that nothing is lost: kill small growing runs on 4 processes again and again, damage files, fill disks.
 
-megabus chaos
-megabus chaos --kills 100
-megabus chaos --kills 4 --damage 10 --seed 1
+  megabus chaos
+  megabus chaos --kills 100
+  megabus chaos --kills 4 --damage 10 --seed 1
 
 Exits non-zero if a run did not go on from its newest checkpoint, did not end with the very bits of the undisturbed
 run, left a process hanging, or if damage was not found. Then what the runs have left is kept for a look.

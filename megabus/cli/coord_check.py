@@ -4,15 +4,14 @@ Learning rates transfer where a step does the same at every size: where a row tu
 is the same share of |W h|. Every stage is trained for some steps from scratch, and grown from the one before, in this
 process alone and at the peak rate: without schedule, layout, boost, rewarm and settle. Nothing is written.
 
-megabus coord-check configs/demo.yaml
-megabus coord-check configs/demo.yaml 'optimizer.transfer={d_model: 48, n_layers: 2, steps: 1000}' --steps 40
+  megabus coord-check --config configs/demo.yaml
+  megabus coord-check --config configs/demo.yaml 'optimizer.transfer={d_model: 48, n_layers: 2, steps: 1000}' --steps 40
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megabus.command import Parser
@@ -21,6 +20,7 @@ from megabus.config.after_growth import AFTER_GROWTH
 from megabus.config.schema import LayoutConfig
 from megabus.engine.startup import prepare_environment, start_distributed, stop_distributed
 from megabus.errors import UserError
+from megabus.pathname import path_of
 from megabus.table import aligned
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus coord-check", description=__doc__)
-    parser.add_argument("config", type=Path, help="YAML of a run")
+    parser.add_argument("--config", type=path_of, required=True, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--steps", type=int, default=20, help="of each size, the last quarter measured (%(default)s)")
     args = parser.parse_intermixed_args(argv)

@@ -1,10 +1,10 @@
 """Estimate a run on a cluster before there is one: memory, step time, layouts, growths. Computed, with no GPU.
 
-megabus estimate --config run.yaml --world 1024 --gpu h100
-megabus estimate --config run.yaml --world 16 --gpu a100 --nodes-of 4 layout.tp=4
-megabus estimate --config run.yaml --world 1 --gpu rtx4090
-megabus estimate --config run.yaml --world 1 --gpu-memory-gib 16 --gpu-tflops 88 --gpu-gbs 672
-megabus estimate --config run.yaml --world 4 --gpu cpu --json -
+  megabus estimate --config run.yaml --world 1024 --gpu h100
+  megabus estimate --config run.yaml --world 16 --gpu a100 --nodes-of 4 layout.tp=4
+  megabus estimate --config run.yaml --world 1 --gpu rtx4090
+  megabus estimate --config run.yaml --world 1 --gpu-memory-gib 16 --gpu-tflops 88 --gpu-gbs 672
+  megabus estimate --config run.yaml --world 4 --gpu cpu --json -
 
 Times are predicted, not measured: docs/estimate.md says from what.
 """
@@ -24,6 +24,7 @@ from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.config.stages import stage_section
 from megabus.errors import UserError
 from megabus.estimate.devices import DEVICES, Device, device
+from megabus.pathname import path_of, path_text
 
 if TYPE_CHECKING:  # it imports torch: only where it is needed
     from megabus.estimate.whole_run import StageEstimate
@@ -33,7 +34,7 @@ REBUILD = 5.0
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus estimate", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of the run")
+    parser.add_argument("--config", type=path_of, required=True, help="YAML of the run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks")
     parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(DEVICES)} (%(default)s)")
@@ -49,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--inter-us", type=float, help="microseconds of a message between nodes")
     parser.add_argument("--rebuild-s", type=float, default=REBUILD, help="seconds to build an engine (%(default)s)")
     parser.add_argument("--top", type=int, default=5, help="layouts shown of each stage (%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the values there; - prints them in place of the tables")
+    parser.add_argument(
+        "--json", type=path_text, metavar="FILE", help="write the values there; - prints them in place of the tables"
+    )
     args = parser.parse_intermixed_args(argv)
     above_0 = ("gpu_memory_gib", "gpu_tflops", "gpu_gbs", "efficiency", "intra_gbs", "inter_gbs")
     for name in ("world", "nodes_of", "top", *above_0):
@@ -94,7 +97,7 @@ def _refuse_what_fits_nowhere(config: RunConfig, estimates: Sequence[StageEstima
             problem = f"fits no layout of {one.stage.layout.world} ranks of {room}, with micro batches of {tried}"
             recompute = "" if config.train.recompute else "train.recompute: true, "
             remedy = f"try {recompute}more ranks (--world), a device with more memory, or a smaller model"
-            raise UserError(stage_section(one.stage.index), f"stage {one.stage.index}", problem, remedy)
+            raise UserError(stage_section(one.stage.index), f"stage {one.name}", problem, remedy)
 
 
 def _changed(base: Device, args: argparse.Namespace) -> Device:

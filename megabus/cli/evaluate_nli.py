@@ -1,8 +1,8 @@
 """Natural language inference with a checkpoint: zero-shot scores of the labels, or fine-tuning, beside baselines.
 
-megabus evaluate-nli runs/demo --data snli --split test
-megabus evaluate-nli runs/demo --valid dev.jsonl --train train.jsonl --fine-tune --epochs 1 --lr 1e-3 --out nli
-megabus evaluate-nli --nproc-per-node 4 runs/demo --data mnli --tp 2
+  megabus evaluate-nli runs/demo --data snli --split test
+  megabus evaluate-nli runs/demo --valid dev.jsonl --train train.jsonl --fine-tune --epochs 1 --lr 1e-3 --out nli
+  megabus evaluate-nli --nproc-per-node 4 runs/demo --data mnli --tp 2
 
 Files are JSONL (or .gz) in SNLI's form: gold_label, sentence1 (the premise), sentence2; pairs labelled - are left out.
 """
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     if settings.out is not None:
         need("report", "--out", settings.out, "or leave it out")
     if nproc is not None:
-        return start_ranks(nproc, "evaluate-nli", argv)
+        return start_ranks(nproc, "evaluate-nli", argv, "megabus.nli.run")
     prepare_environment()
     start_distributed(timedelta(seconds=settings.hang_timeout + 60))  # later than the watchdog, which shows stacks
     from megabus.nli.results import report

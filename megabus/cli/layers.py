@@ -2,25 +2,29 @@
 
 The whole model is run in this process, on the CPU, twice for each layer. Documents are kept apart where the run did so.
 
-megabus layers runs/demo
-megabus layers runs/demo/checkpoints/step-00000500 --valid data/demo/shakespeare-valid --tokens 65536
+  megabus layers runs/demo
+  megabus layers runs/demo/checkpoints/step-00000500 --valid data/demo/shakespeare-valid --tokens 65536
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from megabus.command import Parser
 from megabus.errors import UserError
+from megabus.pathname import path_of, path_text
 
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus layers", description=__doc__)
     parser.add_argument(
-        "checkpoint", type=Path, help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub"
+        "checkpoint",
+        type=path_of,
+        help="a run, one of its checkpoints, a Hugging Face directory or its name on the hub",
     )
-    parser.add_argument("--valid", help="prefix of a .bin/.idx pair; when left out the run's own, from this directory")
+    parser.add_argument(
+        "--valid", type=path_text, help="prefix of a .bin/.idx pair; when left out the run's own, from this directory"
+    )
     parser.add_argument(
         "--seq-len", type=int, help="tokens of a sequence; those of the checkpoint's stage when left out"
     )
@@ -30,15 +34,14 @@ def main(argv: Sequence[str]) -> int:
     import megabus
     from megabus.ablation import BATCH, ablate
     from megabus.config import parse_config, resolve_stages
-    from megabus.convert.load import state_of
-    from megabus.data.batches import TokenSource
-    from megabus.data.sources import VALID_SEED
+    from megabus.convert.load import read_data, state_of
     from megabus.model.documents import Documents
     from megabus.table import aligned
 
-    folder, saved = state_of(args.checkpoint)
+    known = state_of(args.checkpoint)
+    folder, saved = known.folder, known.state
     model = megabus.load(folder)
-    longest = saved.longest_sequence() if args.seq_len is None else args.seq_len
+    longest = known.longest if args.seq_len is None else args.seq_len
     if model.config.n_layers == 0:
         raise UserError("checkpoint", folder, "has no layers", "name one of a later stage")
     if args.valid is None or args.seq_len is None:
@@ -52,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--seq-len", args.seq_len, "is no length", "give 1 or more")
     if args.tokens < args.seq_len:
         raise UserError("--tokens", args.tokens, "hold no sequence", f"give --seq-len ({args.seq_len}) or more")
-    source = TokenSource([(args.valid, 1.0)], longest, VALID_SEED, model.config.vocab_size)
+    source = read_data(args.valid, longest, known)
     rows = min(args.tokens, source.n_tokens - 1) // args.seq_len
     documents = []
     if saved.data.get("document_mask"):

@@ -1,7 +1,7 @@
 """Print how far every layout of 1, 2 and 4 ranks is from plain PyTorch in one process (fp32, gloo, CPU).
 
-megabus parity
-megabus parity --gpu       # ranks on NVIDIA GPUs, over NCCL: the layouts that there are GPUs for
+  megabus parity
+  megabus parity --device cuda  # ranks on NVIDIA GPUs, over NCCL: the layouts that there are GPUs for
 
 The rows of the second table have `train.sequence_parallel: true`, and a seq_len that tp divides. Those of the third
 have `data.document_mask: true` besides: the one process reads each document as a sequence of its own.
@@ -23,8 +23,10 @@ LIMIT = 1e-5
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus parity", description=__doc__)
-    parser.add_argument("--gpu", action="store_true", help="a rank on every GPU; the one process stays on the CPU")
-    gpu = parser.parse_args(argv).gpu
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a rank on each GPU (%(default)s)"
+    )
+    gpu = parser.parse_args(argv).device == "cuda"
     ranks = 4 if not gpu else _gpus()
     if not gpu:
         preload()
@@ -65,7 +67,9 @@ def main(argv: Sequence[str]) -> int:
 def _gpus() -> int:
     prepare_environment()
     if not on_gpu():
-        raise UserError("--gpu", "yes", "there is no GPU that torch can use", "leave it out: ranks then are on the CPU")
+        raise UserError(
+            "--device", "cuda", "there is no GPU that torch can use", "leave it out: ranks are on CPUs then"
+        )
     import torch
 
     return torch.cuda.device_count()

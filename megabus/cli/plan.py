@@ -1,10 +1,12 @@
 """Plan a growth before it is trained: sizes, when to grow, and what that is predicted to save.
 
-megabus plan run.yaml            # when the file's stages should grow; of a single size: stages for it, to paste
-megabus plan run.yaml --propose  # stages for the final size, whatever stages the file has
-megabus plan run.yaml --free     # even if a smaller model is the better choice
-megabus plan run.yaml --fit runs/a runs/b ...           # with a law fitted to finished runs
-megabus plan runs/demo/config.yaml --compare runs/demo  # beside what happened
+  megabus plan --config run.yaml            # when its stages should grow; of a single size: stages for it, to paste
+  megabus plan --config run.yaml --propose  # stages for the final size, whatever stages the file has
+  megabus plan --config run.yaml --free     # even if a smaller model is the better choice
+  megabus plan --config run.yaml --fit runs/a runs/b ...           # with a law fitted to finished runs
+  megabus plan --config runs/demo/config.yaml --compare runs/demo  # beside what happened
+
+Nothing is trained, and nothing is written.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from megabus.command import Parser
 from megabus.config import load_config, resolve_stages
+from megabus.config.read import yaml_value
 from megabus.config.schema import ModelConfig, ScalingLaw
 from megabus.errors import UserError
 from megabus.kappa.laws import fit_law
+from megabus.pathname import path_of, path_text
+from megabus.plain_file import read_regular
 from megabus.report.history import read_metrics
 
 MAX_STAGES = 3
@@ -27,14 +30,16 @@ MAX_STAGES = 3
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus plan", description=__doc__)
-    parser.add_argument("config", type=Path, help="YAML of a run; its last size is the final one")
+    parser.add_argument("--config", type=path_of, required=True, help="YAML of a run; its last size is the final one")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, help="ranks of the run; the least that the layouts allow when left out")
     parser.add_argument("--propose", action="store_true", help="propose sizes, whatever stages the file has")
     parser.add_argument("--max-stages", type=int, help=f"sizes that a proposal has at most ({MAX_STAGES})")
     parser.add_argument("--free", action="store_true", help="let a plan end before the final size, if that is cheaper")
-    parser.add_argument("--fit", nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes")
-    parser.add_argument("--compare", metavar="RUN_DIR", help="a run of these stages: what happened")
+    parser.add_argument(
+        "--fit", type=path_text, nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes"
+    )
+    parser.add_argument("--compare", type=path_text, metavar="RUN_DIR", help="a run of these stages: what happened")
     args = parser.parse_intermixed_args(argv)
     if args.world is not None and args.world < 1:
         raise UserError("--world", args.world, "is no number of ranks", "give 1 or more")
@@ -52,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     # They count parameters, for which torch is imported: not before the arguments are right.
     from megabus.kappa import proposal
     from megabus.kappa.planner import Size, spend
+    from megabus.model.budget import mean_length
     from megabus.model.cost import count_parameters
 
     happened = _happened(args.compare) if args.compare else []
@@ -60,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"law: L(N, D) = {law.E:.4g} + {law.A:.4g} / N^{law.alpha:.3g} + {law.B:.4g} / D^{law.beta:.3g}")
     try:
         plan = proposal.plan_of(
-            stages, tokens, law, args.max_stages or MAX_STAGES, proposing, reach_final=not args.free
+            config.train, stages, tokens, law, args.max_stages or MAX_STAGES, proposing, reach_final=not args.free
         )
     except ValueError as error:
         remedy = "give the run fewer tokens, or a law of other runs"
@@ -77,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"a guess reaches {guess:.2f}: this law is not of such sizes and budgets; {remedy}")
     spent = None if proposing else proposal.flops_by_caps(config.train, stages)
     if spent is not None:
-        loss, saving = spend([Size(stage.model, stage.seq_len, law) for stage in stages], spent)
+        loss, saving = spend([Size(stage.model, mean_length(config.train, stage), law) for stage in stages], spent)
         ends = "" if spent[-1] > 0 else "; the budget ends before the final size trains"
         print(f"by the caps of the file: loss {loss:.4f}, {sum(spent):.3g} FLOPs, S = {saving:.2f}{ends}")
     if plan.stages[-1].model != last.model:
@@ -96,10 +102,11 @@ def _fitted(run_dirs: Sequence[str], kind: str) -> ScalingLaw:
         steps = [row for row in rows if row["event"] == "step"]
         if any(row["event"] == "growth" for row in rows):
             raise UserError("--fit", run_dir, "has grown: a law is of fixed sizes", "leave it out")
-        if not evals or rows[0]["event"] != "start":
+        if not evals or (rows[0]["event"], rows[0]["step"]) != ("start", 0):
             raise UserError("--fit", run_dir, "has no validation loss", "give finished runs")
-        if steps and steps[-1].get("share", 1.0) < 1:
-            problem = f"has not ended: {steps[-1]['share']:.0%} of its budget is spent"
+        share = steps[-1].get("share") if steps else None
+        if share is not None and share < 1:
+            problem = f"has not ended: {share:.0%} of its budget is spent"
             raise UserError("--fit", run_dir, problem, "wait for its end, or leave it out")
         if evals[-1] is None:  # an earlier loss is not what the run ended with
             raise UserError("--fit", run_dir, "ended with a validation loss that is not finite", "leave it out")
@@ -107,7 +114,7 @@ def _fitted(run_dirs: Sequence[str], kind: str) -> ScalingLaw:
         if other not in (None, kind):
             problem = f"is of model.kind = {other}, and the plan is for {kind}: a law is of one kind"
             raise UserError("--fit", run_dir, problem, f"give runs of {kind}")
-        points.append((rows[0]["sizes"]["n_params"], rows[-1]["tokens"], evals[-1]))
+        points.append((_n_params("--fit", run_dir, rows[0].get("sizes")), rows[-1]["tokens"], evals[-1]))
     fitted = fit_law(points)
     print(f"fitted to {fitted.n_points} runs, {fitted.rms:.4f} nats rms")
     return fitted.law
@@ -117,26 +124,34 @@ def _kind(run_dir: str) -> str | None:
     """model.kind of a run that has kept its configuration."""
     path = Path(run_dir) / "config.yaml"
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml_value(read_regular(path, links=True).decode())
         return ModelConfig(**tree["model"]).kind
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         problem = f"is no configuration of a run ({type(error).__name__})"
         raise UserError("--fit", path, problem, "restore it, or leave the run out") from error
+
+
+def _n_params(option: str, run_dir: str, sizes: dict[str, int] | None) -> int:
+    n_params = (sizes or {}).get("n_params", 0)
+    if n_params < 1:
+        raise UserError(option, run_dir, "does not tell its number of parameters", "give a run with its whole metrics")
+    return n_params
 
 
 def _happened(run_dir: str) -> list[tuple[int, float, float | None]]:
     """(parameters, tokens, last loss) of every size that a run has had."""
     rows, found, begun = read_metrics(run_dir), [], 0
-    if rows[0]["event"] != "start":
+    if (rows[0]["event"], rows[0]["step"]) != ("start", 0):
         raise UserError("--compare", run_dir, "does not tell its first sizes", "give a run with its whole metrics")
     for row in rows:
         if row["event"] == "growth":
-            found.append((row["old"]["n_params"], row["tokens"] - begun, row["loss_before"]))
+            n_params = _n_params("--compare", run_dir, row["old"])
+            found.append((n_params, row["tokens"] - begun, row.get("loss_before")))
             begun = row["tokens"]
     losses = [row["loss"] for row in rows if row["event"] == "eval"]
     growths = [row for row in rows if row["event"] == "growth"]
-    sizes = growths[-1]["new"] if growths else rows[0]["sizes"]
-    found.append((sizes["n_params"], rows[-1]["tokens"] - begun, losses[-1] if losses else None))
+    sizes = growths[-1]["new"] if growths else rows[0].get("sizes")
+    found.append((_n_params("--compare", run_dir, sizes), rows[-1]["tokens"] - begun, losses[-1] if losses else None))
     return found

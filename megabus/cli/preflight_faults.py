@@ -1,7 +1,7 @@
 """Show that the preflight finds what is wrong: plant a fault in a small run on 4 processes, check it, and look.
 
-megabus preflight-faults
-megabus preflight-faults --table
+  megabus preflight-faults
+  megabus preflight-faults --table
 
 Prints what each preflight said of its fault, and exits non-zero if one was not found or a sound run was not passed.
 """

@@ -1,8 +1,10 @@
 """Build a run's stages and plan its growths as single ranks of a large world do, on one core and without the others.
 
-megabus simulate --config configs/ngpt_70b.yaml --world 1024              # the first, middle and last rank
-megabus simulate --config configs/ngpt_70b.yaml --world 1024 --rank 7 --rank 900
-megabus simulate --config configs/ngpt_70b.yaml --world 1024 --all-ranks  # do all ranks' plans fit together?
+  megabus simulate --config configs/ngpt_70b.yaml --world 1024              # the first, middle and last rank
+  megabus simulate --config configs/ngpt_70b.yaml --world 1024 --rank 7 --rank 900
+  megabus simulate --config configs/ngpt_70b.yaml --world 1024 --all-ranks  # do all ranks' plans fit together?
+
+Layers have shapes and no weights, so that a small machine is enough.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ import os
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megabus.command import Parser
 from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.engine.startup import import_deepspeed, prepare_environment
 from megabus.errors import UserError
+from megabus.pathname import path_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megabus.testing.simulate import Cost
 
 MIB = 2**20
@@ -27,7 +31,7 @@ MIB = 2**20
 
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="megabus simulate", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML of a run")
+    parser.add_argument("--config", type=path_of, required=True, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, required=True, help="ranks of the run")
     parser.add_argument("--rank", type=int, action="append", help="a rank to simulate; may be given again")
@@ -95,6 +99,7 @@ def _cost(cost: Cost) -> str:
 def _check_all(config: RunConfig, stages: Sequence[Stage]) -> int:
     """Every rank's schedule of every growth, by itself and against the others'. Returns the exit code."""
     from megabus.growth.plan import plan_between, schedule_of
+    from megabus.testing.plan_bytes import least
     from megabus.testing.plan_check import faults, loads
 
     sound = True
@@ -109,5 +114,17 @@ def _check_all(config: RunConfig, stages: Sequence[Stage]) -> int:
                 f"  {what}: {load.mean / MIB:,.1f} MiB a rank, most {load.most / MIB:,.1f}; "
                 f"within a role most is {load.spread:.3f} of the mean"
             )
+        bound = least(plan, plan.growth.sent_kinds)
+        print(
+            f"  the fewest that ZeRO's cuts allow the busiest rank: taken in {bound.taken.max() / MIB:,.1f} MiB, "
+            f"given out {bound.given.max() / MIB:,.1f}\n"
+            f"  of them received {_most(bound.taken - bound.kept)}, sent {_most(bound.given - bound.kept)}, "
+            f"and if ranks forwarded what they get, {bound.forwarding / MIB:,.1f} or more"
+        )
         sound &= not found
     return 0 if sound else 1
+
+
+def _most(bytes_by_rank: np.ndarray) -> str:
+    mean, most = bytes_by_rank.mean(), bytes_by_rank.max()
+    return f"{mean / MIB:,.1f} MiB a rank, most {most / MIB:,.1f} ({most / mean if mean else 1:.3f})"

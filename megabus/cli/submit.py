@@ -1,8 +1,8 @@
 """Submit a training run, or a sweep of runs, to slurm. It saves before the time limit, is queued again, and goes on.
 
-megabus submit --nodes 16 --gpus-per-node 8 --time 24:00:00 --config configs/ngpt_1b.yaml [key=value ...]
-megabus submit --gpus-per-node 0 --ranks-per-node 4 --config configs/demo.yaml --dry-run
-megabus submit --gpus-per-node 8 --config configs/gpt_64m.yaml --array optimizer.lr=1e-3,2e-3
+  megabus submit --nodes 16 --gpus-per-node 8 --time 24:00:00 --config configs/ngpt_1b.yaml [key=value ...]
+  megabus submit --gpus-per-node 0 --ranks-per-node 4 --config configs/demo.yaml --dry-run
+  megabus submit --gpus-per-node 8 --config configs/gpt_64m.yaml --array optimizer.lr=1e-3,2e-3
 
 docs/cluster.md says what the job does and what its exit codes mean.
 """
@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megabus.checkpoint.begun import growths_begun_with
+from megabus.checkpoint.begun import growths_begun_with, stage_begun
 from megabus.command import Parser
 from megabus.config import RunConfig, load_config, resolve_stages
 from megabus.durable import make_directory
 from megabus.errors import UserError
+from megabus.pathname import path_text
 from megabus.slurm.render import Job, Member, render, seconds
 from megabus.slurm.sweep import expand, folder
 
@@ -51,21 +52,21 @@ def main(argv: Sequence[str]) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="megabus submit", description=__doc__, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    parser.add_argument("--config", type=path_text, required=True, help="YAML file; see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the job script, and submit nothing")
-    parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun")
+    parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun", help="(%(default)s)")
     size = parser.add_argument_group("size")
-    size.add_argument("--nodes", type=_positive, default=1)
+    size.add_argument("--nodes", type=_positive, default=1, help="machines (%(default)s)")
     size.add_argument("--gpus-per-node", type=_count, required=True, help="0 computes on CPUs")
     size.add_argument("--ranks-per-node", type=_positive, help="as many as GPUs when left out")
     size.add_argument("--cpus-per-rank", type=_positive, help="4 beside a GPU and 1 without when left out")
     size.add_argument("--mem", help="memory of each node, as sbatch has it")
     queue = parser.add_argument_group("queue")
-    queue.add_argument("--time", help="as sbatch has it, like the next four")
-    queue.add_argument("--partition")
-    queue.add_argument("--account")
-    queue.add_argument("--qos")
-    queue.add_argument("--constraint")
+    queue.add_argument("--time", help="the limit, as sbatch has it")
+    queue.add_argument("--partition", help="as sbatch has it")
+    queue.add_argument("--account", help="as sbatch has it")
+    queue.add_argument("--qos", help="as sbatch has it")
+    queue.add_argument("--constraint", help="as sbatch has it")
     queue.add_argument("--job-name", help="the name of the file when left out")
     queue.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other: --sbatch=--exclusive"
@@ -159,7 +160,7 @@ def _member(args: argparse.Namespace, base: RunConfig, number: int, changes: lis
 
 def _sound(args: argparse.Namespace, overrides: Sequence[str], world: int) -> RunConfig:
     config = load_config(args.config, overrides)
-    resolve_stages(config, world, begun_with=partial(growths_begun_with, config))
+    resolve_stages(config, world, begun_with=partial(growths_begun_with, config), begun_at=partial(stage_begun, config))
     if config.resume == "never" and not args.no_requeue:
         problem = "refuses to go on when the job is queued again"
         raise UserError("resume", config.resume, problem, "write resume=auto, or give --no-requeue")

@@ -14,8 +14,6 @@ from megabus.config.schema import RunConfig, TrainConfig
 
 AUTO = "auto"
 ENDS = (0.10, 0.25, 0.40)  # of the run's FLOPs: where the last three doublings come
-HOW = {"write": "tilt", "read": "tilt", "channels": "even", "depth": "stack", "moments": "grow"}
-TRIGGER = {"kappa": 1.0, "predictor": "fit"}  # the caps alone were measured
 
 
 def depths(n_layers: int, pp: int = 1) -> list[int]:
@@ -35,11 +33,21 @@ def written_out(config: RunConfig) -> dict[str, Any]:
     final, sizes = config.model, depths(config.model.n_layers, config.layout.pp)
     caps = _caps(config.train, sizes)
     stages = [{"n_layers": layers} | cap for layers, cap in zip(sizes[1:], [*caps[1:], {}], strict=False)]
-    growth: dict[str, Any] = {**HOW, "trigger": dict(TRIGGER), "stages": stages}
+    # What was measured, beside the defaults: the pile of layers again, and growths by the caps alone.
+    growth: dict[str, Any] = {"depth": "stack", "trigger": {"kappa": 1.0}, "stages": stages}
     return {
         "model": final.model_dump(exclude_unset=True) | {"n_layers": sizes[0]},
         "growth": growth | (caps[0] if caps else {}),
     }
+
+
+def _mean_step(train: TrainConfig) -> float:
+    """Tokens of a step, over all of the steps."""
+    share, batch, length, mean = 0.0, train.global_batch_size, train.seq_len, 0.0
+    for phase in train.phases:
+        mean, share = mean + (phase.share - share) * batch * length, phase.share
+        batch, length = phase.global_batch_size or batch, phase.seq_len or length
+    return mean + (1 - share) * batch * length
 
 
 def _caps(train: TrainConfig, sizes: list[int]) -> list[dict[str, float]]:
@@ -50,7 +58,7 @@ def _caps(train: TrainConfig, sizes: list[int]) -> list[dict[str, float]]:
         return []
     flops = [after - before for before, after in pairwise((0.0, *ENDS[len(ENDS) - n :], 1.0))]
     tokens = [share / layers for share, layers in zip(flops, sizes, strict=True)]
-    steps = train.max_steps * train.global_batch_size * train.seq_len if train.max_steps else math.inf
+    steps = train.max_steps * _mean_step(train) if train.max_steps else math.inf
     total = min(train.max_tokens or math.inf, steps)
     caps: list[dict[str, float]] = []
     for share, part in zip(flops[:n], tokens[:n], strict=True):

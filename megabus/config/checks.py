@@ -78,6 +78,18 @@ def check_extension(config: RunConfig) -> None:
         raise UserError("data.tokenizer", "(missing)", "extend_vocabulary = true needs it", remedy)
 
 
+def check_extra(config: RunConfig) -> None:
+    extra = config.eval.extra
+    if not extra.tasks:
+        for name in ("task_path", "metadata", "limit"):
+            if value := getattr(extra, name):
+                raise UserError(f"eval.extra.{name}", value, "is of tasks, and there are none", "name some as tasks")
+        if extra.every is not None and not extra.data:
+            raise UserError("eval.extra.every", extra.every, "measures nothing", "name data or tasks beside it")
+    elif config.data.tokenizer is None:
+        raise UserError("data.tokenizer", "(missing)", "eval.extra.tasks needs it", "name what made the data")
+
+
 def check_trigger(config: RunConfig) -> None:
     growth, trigger = config.growth, config.growth.trigger
     if not growth.stages:

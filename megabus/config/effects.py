@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from megabus.config.model import INITIAL
 from megabus.config.schema import OptimizerConfig, RunConfig
 from megabus.config.section import Section
 from megabus.errors import UserError
 
 # Keys of `model` that the kind of model does not read.
-OTHERS = {"ngpt": ("init_std", "embed_init_std", "head_init_std", "norm_eps"), "gpt": ("alpha_init", "s_z_init")}
+OTHERS = {"ngpt": (*INITIAL["gpt"], "norm_eps"), "gpt": INITIAL["ngpt"]}
 
 
 class Idle(NamedTuple):

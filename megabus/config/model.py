@@ -21,6 +21,11 @@ from megabus.config.section import (
 
 StockClass = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 
+# Keys that initial values follow from, by the kind that reads them. An nGPT's are also the multiples that its gains are
+# stored in: a gain acts as raw * multiplier.
+INITIAL = {"ngpt": ("alpha_init", "s_z_init"), "gpt": ("init_std", "embed_init_std", "head_init_std")}
+INITIAL_VALUES = (*INITIAL["ngpt"], *INITIAL["gpt"])
+
 
 class ModelConfig(Section):
     """A decoder's shape. `ngpt` is the normalized GPT, `gpt` the RMSNorm/SwiGLU/RoPE baseline."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megabus.config.depth import DEPTHS
 from megabus.config.schema import Depth, ModelConfig
 from megabus.errors import UserError
 
@@ -18,12 +19,16 @@ KEPT = (
     "tie_embeddings",
     "norm_eps",
 )
-ON_TOP = ("append", "stack", "fresh")  # manners of depth that leave every old layer its number
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int]:
     """What growth changes of a model, by the names of a stage's keys; n_kv_heads where the model says it."""
     return {name: size for name in SIZES if (size := getattr(model, name)) is not None}
+
+
+def whole_sizes(model: ModelConfig) -> dict[str, int]:
+    """The same with `n_kv_heads` in any case."""
+    return {name: model.kv_heads if name == "n_kv_heads" else getattr(model, name) for name in SIZES}
 
 
 def check_pair(old: ModelConfig, new: ModelConfig, depth: Depth, key: str) -> None:
@@ -33,14 +38,15 @@ def check_pair(old: ModelConfig, new: ModelConfig, depth: Depth, key: str) -> No
         if getattr(old, name) != getattr(new, name):
             problem = f"changes from {getattr(old, name)}, and growth keeps it"
             raise UserError(key + name, getattr(new, name), problem, "keep the old value")
+    before, after = whole_sizes(old), whole_sizes(new)
     for name in SIZES:
-        before, after = (m.kv_heads if name == "n_kv_heads" else getattr(m, name) for m in (old, new))
-        if after < before:
-            raise UserError(key + name, after, f"shrinks from {before}", "stages only grow: give at least that")
-    if old.n_layers == 0 < new.n_layers and depth != "fresh":
+        if after[name] < before[name]:
+            problem = f"shrinks from {before[name]}"
+            raise UserError(key + name, after[name], problem, "stages only grow: give at least that")
+    if old.n_layers == 0 < new.n_layers and DEPTHS[depth].copies:
         problem = f"cannot come from growth.depth = {depth}: there is no layer to copy"
         raise UserError(key + "n_layers", new.n_layers, problem, "set growth.depth to fresh")
-    if old.nope_interval is not None and new.n_layers > old.n_layers and depth not in ON_TOP:
+    if old.nope_interval is not None and new.n_layers > old.n_layers and not DEPTHS[depth].on_top:
         problem = f"moves layers under growth.depth = {depth}, and every {old.nope_interval}th is without positions"
         raise UserError(key + "n_layers", new.n_layers, problem, "set growth.depth to append or fresh")
     divides(key + "n_heads", new.n_heads, "n_kv_heads", new.kv_heads)

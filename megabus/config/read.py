@@ -11,8 +11,10 @@ from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from megabus.errors import UserError
+from megabus.plain_file import NotPlainError, read_regular
 
 SHOWN = 200  # characters of a wrong value
 OLD_NUMBER = re.compile(r"[-+]?0_*[0-7][0-7_]*$|.*:")  # octal, or in sixties
@@ -99,11 +101,13 @@ def read_tree(path: Path, key: str, start_from: str) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises `UserError` about `key` where there is none to be had; `start_from`: a
     file that shows how one looks."""
     try:
-        text = path.read_bytes()
+        text = read_regular(path, links=True)
     except FileNotFoundError:
         raise UserError(key, path, "no such file", f"give the path of a YAML file such as {start_from}") from None
     except OSError as error:
         raise UserError(key, path, f"cannot be read ({error.strerror})", "name a YAML file that can") from error
+    except NotPlainError as error:
+        raise UserError(key, path, str(error), f"give the path of a YAML file such as {start_from}") from error
     except ValueError as error:  # a NUL in the path
         raise UserError(key, path, f"is no path ({error})", "name a YAML file") from error
     try:
@@ -136,7 +140,11 @@ def described(error: ValidationError, root: type[BaseModel], add: str = "add it"
     # All that a union would take: pydantic complains about each of its members.
     complaints = [one for one in found if _locate(root, one["loc"])[0] == where]
     if all(one["type"] == "model_type" for one in complaints):
-        return UserError(key, value, "is no section of keys", f"give its keys ({', '.join(sorted(known))})")
+        remedy = f"give its keys ({', '.join(sorted(known))})"
+        if isinstance(first["input"], bool):  # meant to switch on what it does
+            needed = ", ".join(name for name, field in known.items() if field.is_required())
+            remedy += f", {needed} at least" if needed else ", or write {} for their defaults"
+        return UserError(key, value, "is no section of keys", remedy)
     if all(one["type"] == "dict_type" for one in complaints):
         return UserError(key, value, "is no section of keys", "give names and values")
     if first["type"] == "value_error":  # our own: what is wrong; what to do
@@ -171,7 +179,7 @@ def _closest(root: type[BaseModel], found: Sequence[Any]) -> Any:
     return max(zip(paths, found, strict=True), key=lambda x: len(x[0]) if x[0][: len(where)] == where else -1)[1]
 
 
-def _locate(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
+def _locate(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], dict[str, FieldInfo]]:
     """The known part of an error's path, and the keys known at its end.
 
     Pydantic names the tried members of a union in the path; they are no keys, and are passed over.
@@ -189,7 +197,7 @@ def _locate(root: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str],
             sections = [t for t in leaves if isinstance(t, type) and issubclass(t, BaseModel)]
             any_name = bool(sections) and get_origin(known[part].annotation) is dict
             known = sections[0].model_fields if sections else {}
-    return path, list(known)
+    return path, known
 
 
 def parts_of(annotation: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from megabus.config.section import Count, Factor, Positive, Section
 
-Turns = Annotated[float, Field(ge=1e-3, le=1e6)]  # numbers of a size that logarithms and pairs can be made of
+Turns = Annotated[float, Field(ge=1e-3, le=1e6)]  # numbers of a size that logarithms, pairs and squares can be made of
 
 
 class RopeScaling(Section):
@@ -33,7 +33,7 @@ class RopeScaling(Section):
     beta_fast: Turns = Field(32.0, description="yarn: frequencies that turn more often stay as they are")
     beta_slow: Turns = Field(1.0, description="yarn: frequencies that turn less often are scaled by all of factor")
     truncate: bool = Field(True, description="yarn: the ramp begins and ends at whole pairs")
-    attention_factor: Positive | None = Field(
+    attention_factor: Turns | None = Field(
         None, description="yarn: what rotated q and k are multiplied by; 0.1 ln(factor) + 1 when left out"
     )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
+from megabus.config.faults import FaultsConfig, ProfileConfig
 from megabus.config.model import ModelConfig as ModelConfig
 from megabus.config.paths import Pathname
+from megabus.config.phases import PhaseConfig
 from megabus.config.section import (
     STAGES,
     Angle,
@@ -25,10 +28,10 @@ from megabus.config.section import (
     Positive,
     Section,
     Share,
-    Wait,
     Width,
 )
 
+Averaged = Annotated[float, Field(gt=0.0, lt=1.0)]  # a running mean's decay
 Depth = Literal["append", "identity", "split", "taper", "stack", "interleave", "fresh"]
 
 
@@ -38,6 +41,16 @@ class LayoutConfig(Section):
     tp: Degree = Field(1, description="tensor parallelism: ranks that share every layer's matrices")
     pp: Degree = Field(1, description="pipeline parallelism: groups of layers, each on ranks of its own")
     dp: Degree | None = Field(None, description="data parallelism: copies; what is left of the ranks when left out")
+
+
+def _decays(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _distinct(decays: list[float]) -> list[float]:
+    if len(set(decays)) < len(decays):
+        raise ValueError("names a decay twice; give each once")
+    return decays
 
 
 class TrainConfig(Section):
@@ -70,12 +83,18 @@ class TrainConfig(Section):
         description="on GPUs: the same bits from the same start on the same machines and GPUs, as on CPUs, by slower "
         "attention, sums and scatters",
     )
+    ema: Annotated[list[Averaged], BeforeValidator(_decays), AfterValidator(_distinct), Field(max_length=8)] = Field(
+        default_factory=list,
+        description="decays a step of running means of the weights: one, or a list; each takes 4 bytes a parameter "
+        "and an evaluation of its own",
+    )
     recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
     sequence_parallel: bool = Field(
         False,
         description="cut activations between tensor-parallel regions along the sequence: less memory for layout.tp",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of initial weights, data order and growth")
+    phases: list[PhaseConfig] = Field(default_factory=list, max_length=STAGES)
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -147,6 +166,7 @@ class StageConfig(Section):
     seq_len: Length | None = Field(None, description="tokens of a sequence; a divisor of the run's longest")
     micro_batch_size: Batch | None = Field(None, description="sequences that a rank computes at once")
     global_batch_size: Batch | None = Field(None, description="sequences of a step over all ranks")
+    weights: list[NonNegative] | None = Field(None, description="of the corpora of data.train, in their order; 0: none")
     lr: Positive | None = Field(None, description="highest learning rate; the schedule goes on")
     kappa: Share | None = Field(None, description="share to reach before the next growth; not in the last stage")
     max_tokens: Count | None = Field(None, description="cap of this stage, in tokens of its own; not in the last stage")
@@ -171,6 +191,16 @@ class ScalingLaw(Section):
     def loss(self, n_params: int, tokens: float) -> float:
         """The loss in nats per token after `tokens` > 0 tokens; infinity is allowed."""
         return self.floor(n_params) + self.B * tokens**-self.beta
+
+    def tokens(self, n_params: int, loss: float) -> float:
+        """Tokens to reach a loss in nats per token from scratch; infinity for one that it never reaches."""
+        above = loss - self.floor(n_params)
+        power = math.log(self.B / above) / self.beta if above > 0 else math.inf
+        return math.exp(power) if power < 709 else math.inf  # where fp64 ends: a small beta, next to the floor
+
+    def fall(self, n_params: int, loss: float) -> float:
+        """-dL / dlog D at a loss: the nats that it falls by for a relative rise of the tokens."""
+        return self.beta * (loss - self.floor(n_params))
 
 
 class KappaConfig(Section):
@@ -231,12 +261,23 @@ class GrowthConfig(Section):
     trigger: KappaConfig = KappaConfig()
     stages: list[StageConfig] = Field(default_factory=list, max_length=STAGES)
 
+    @property
+    def buffer_bytes(self) -> int:
+        return self.buffer_mb * 2**20
+
 
 class Corpus(Section):
-    """One of the token files that are blended. Their weights need not sum to 1."""
+    """One of the corpora that are blended. Their weights need not sum to 1."""
 
-    path: Pathname = Field(description="prefix of a .bin/.idx pair")
-    weight: Positive = Field(1.0, description="its part of the samples, beside the others' weights")
+    path: Pathname | list[Pathname] = Field(
+        description="prefix of a .bin/.idx pair, also at a URL, or a pattern of prefixes (web-*); several, or a list, "
+        "are read as one corpus"
+    )
+    weight: NonNegative = Field(1.0, description="its part of the samples, beside the others' weights; 0: none yet")
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
 
 
 def _corpora(value: Any) -> Any:
@@ -244,12 +285,16 @@ def _corpora(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """Token files made by megabus preprocess. `train` is one prefix or a weighted blend."""
+    """Token files made by megabus preprocess. `train` is one prefix or a weighted blend. Prefixes may be URLs that
+    fsspec knows (s3://, https://)."""
 
     train: Annotated[list[Corpus], BeforeValidator(_corpora)] = Field(
         min_length=1, description="a prefix, or a list of corpora"
     )
-    valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on")
+    valid: Pathname = Field(description="prefix of the .bin/.idx pair to validate on, or a pattern of prefixes")
+    cache: Pathname | None = Field(
+        None, description="directory that files of URLs are copied to; $XDG_CACHE_HOME/megabus, or that of ~/.cache"
+    )
     tokenizer: Pathname | None = Field(
         None,
         description="what made the data: a file, directory or hub name; is saved. That of init_from is when left out",
@@ -261,8 +306,27 @@ class DataConfig(Section):
     )
 
     @property
-    def train_corpora(self) -> list[tuple[str, float]]:
-        return [(corpus.path, corpus.weight) for corpus in self.train]
+    def train_corpora(self) -> list[tuple[list[str], float]]:
+        """(prefixes, weight) of each."""
+        return [(corpus.paths, corpus.weight) for corpus in self.train]
+
+
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+
+class ExtraConfig(Section):
+    """What else is measured of the model while it trains: before and after each growth, and at the end of the run."""
+
+    every: Count | None = Field(None, description="steps between further measurements")
+    data: dict[Name, Pathname] = Field(
+        {}, description="name: prefix of a .bin/.idx pair; its loss and bits per byte, on as many tokens as eval.tokens"
+    )
+    tasks: list[str] = Field(
+        [], description="of lm-evaluation-harness (needs lm_eval), on the weights written aside, by another process"
+    )
+    task_path: Pathname | None = Field(None, description="directory of task files, beside the harness's own")
+    metadata: dict[str, Any] = Field({}, description="what those are told, as lm_eval's --metadata does")
+    limit: Count | None = Field(None, description="documents of a task at most")
 
 
 class EvalConfig(Section):
@@ -270,6 +334,17 @@ class EvalConfig(Section):
 
     every: Count = Field(50, description="steps between validations")
     tokens: Count = Field(65536, description="validation tokens each time, always the same ones")
+    extra: ExtraConfig = ExtraConfig()
+
+
+class SamplesConfig(Section):
+    """Texts that the model writes while it trains, by its own weights under the running layout. Training is the same
+    bit for bit with and without."""
+
+    every: Count = Field(description="steps between them; once more at the end of the run")
+    prompts: list[str] = Field(min_length=1, description="texts to go on from; an empty one begins a document")
+    max_tokens: Count = Field(40, description="tokens that are added to each; together they fit train.seq_len")
+    temperature: NonNegative = Field(0.8, description="of the draws, whose seed is the run's; 0: the likeliest token")
 
 
 class LogConfig(Section):
@@ -282,6 +357,30 @@ class LogConfig(Section):
     wandb_mode: Literal["offline", "online"] = Field("offline", description="offline writes to disk, to sync later")
     tensorboard: bool = Field(False, description="write metrics for TensorBoard too (needs tensorboard)")
     peak_tflops: Positive | None = Field(None, description="of one device, in TFLOP/s, for MFU; known for common GPUs")
+    samples: SamplesConfig | None = None
+    profile: ProfileConfig | None = None
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class CallbackConfig(Section):
+    """A class of yours that is told of steps, validations, growths and saves (docs/callbacks.md)."""
+
+    name: Pathname = Field(description="path/to/file.py:Class, or module:Class; a subclass of megabus.Callback")
+    arguments: dict[str, Any] = Field({}, description="what it is made with, by name")
+    on_error: Literal["stop", "drop"] = Field(
+        "stop", description="what an exception in it does: end the run with a checkpoint, or go on without it"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _has_two_parts(cls, value: str) -> str:
+        place, _, attribute = value.rpartition(":")
+        if not place or not attribute.isidentifier():
+            raise ValueError("names no class; write path/to/file.py:Class, or module:Class")
+        return value
 
 
 class CheckpointConfig(Section):
@@ -292,25 +391,6 @@ class CheckpointConfig(Section):
     keep_every: Count | None = Field(None, description="keep for good those at multiples of this many steps")
     asynchronous: bool = Field(True, description="write while training goes on (costs a copy in host memory)")
     on_error: Literal["continue", "stop"] = Field("continue", description="what a full disk does to the run")
-
-
-class FaultsConfig(Section):
-    """What a run does about its accidents."""
-
-    max_skips: Annotated[int, Field(ge=0)] = Field(
-        3, description="steps in a row with a non-finite loss or gradient that are skipped; more roll back"
-    )
-    max_rollbacks: Annotated[int, Field(ge=0)] = Field(
-        2, description="returns to the last checkpoint, past the data that failed, before the run gives up"
-    )
-    hang_timeout: Wait = Field(
-        600.0,
-        description="seconds without progress in which a rank ends, its stacks shown some seconds before; also how "
-        "long they wait for each other at the start",
-    )
-    stop_exit_code: Annotated[int, Field(ge=0, le=255)] = Field(
-        0, description="of a run that saved because of a signal or the stop file; a scheduler's requeue code"
-    )
 
 
 class PreflightConfig(Section):
@@ -349,6 +429,9 @@ class RunConfig(Section):
     data: DataConfig
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    callbacks: list[Annotated[CallbackConfig, BeforeValidator(_named)]] = Field(
+        [], description="what else is told of the run; a name alone stands for a class without arguments"
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
     preflight: PreflightConfig = PreflightConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import pi
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     AfterValidator,
@@ -43,8 +43,9 @@ Count = Annotated[PositiveInt, Field(lt=2**63), BeforeValidator(_whole)]
 # wrong file says is refused before anything is built by it. A token file's ids have 31 bits at most.
 Vocabulary = Annotated[PositiveInt, Field(le=2**31), BeforeValidator(_whole)]
 Width = Annotated[PositiveInt, Field(le=2**20), BeforeValidator(_whole)]
-Layers = Annotated[PositiveInt, Field(le=4096), BeforeValidator(_whole)]
-LayersOrNone = Annotated[NonNegativeInt, Field(le=4096), BeforeValidator(_whole)]
+MOST_LAYERS = 4096
+Layers = Annotated[PositiveInt, Field(le=MOST_LAYERS), BeforeValidator(_whole)]
+LayersOrNone = Annotated[NonNegativeInt, Field(le=MOST_LAYERS), BeforeValidator(_whole)]
 Heads = Annotated[PositiveInt, Field(le=2**16), BeforeValidator(_whole)]  # and entries of one
 Hidden = Annotated[PositiveInt, Field(le=2**24), BeforeValidator(_whole)]
 Length = Annotated[PositiveInt, Field(le=2**27), BeforeValidator(_whole)]  # tokens of a sequence
@@ -68,7 +69,12 @@ def in_line(values: Mapping[str, Any] | None) -> str:
     """A section's plain values as a line of YAML."""
     if values is None:
         return "null"
-    return "{" + ", ".join(f"{key}: {'null' if value is None else value}" for key, value in values.items()) + "}"
+    return "{" + ", ".join(f"{key}: {as_written(value)}" for key, value in values.items()) + "}"
+
+
+def as_written(value: Any) -> Any:
+    """A plain value in a message: none and switches as a file has them, not as Python does."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -79,7 +85,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `yes` is no 1: pydantic would take it for a number."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        """YAML's `yes` is no 1: pydantic would take it for a number, but for no section."""
+        if not isinstance(value, bool):
+            return value
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        if annotation is not bool and not any(issubclass(kind, BaseModel) for kind in kinds):
             raise ValueError("is true or false where no switch is; quote a word that YAML reads as one")
         return value

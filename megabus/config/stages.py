@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
 
 from megabus.config.after_growth import AFTER_GROWTH
 from megabus.config.checks import (
     check_extension,
+    check_extra,
     check_only_ngpt,
     check_optimizer,
     check_settle,
@@ -15,6 +18,7 @@ from megabus.config.checks import (
 )
 from megabus.config.effects import check_effects
 from megabus.config.pair import SIZES, check_pair, divides
+from megabus.config.phases import KEYS, Phase, check_reached, check_schedule, phases_of
 from megabus.config.schema import LayoutConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
 from megabus.config.section import in_line
 from megabus.config.stock import check_kind
@@ -40,7 +44,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Stage:
-    """One size of the run with everything that may change at a growth. Batch sizes in samples."""
+    """One size of the run with everything that may change at a growth. Batch sizes in samples.
+
+    phases: by which samples change with the budget (`at`), none where they do not; weights: of the corpora.
+    """
 
     index: int
     model: ModelConfig
@@ -52,6 +59,24 @@ class Stage:
     kappa: float
     max_tokens: int | None
     max_flops: float | None
+    weights: tuple[float, ...] = ()
+    phases: tuple[Phase, ...] = ()
+
+    def at(self, share: float) -> Stage:
+        """The stage with the samples that it takes at a share of the run's budget."""
+        phase = next((phase for phase in reversed(self.phases) if phase.share <= share), None)
+        return self if phase is None else replace(self, **{key: getattr(phase, key) for key in KEYS})
+
+    def onward(self, share: float = 0.0) -> list[tuple[Stage, float]]:
+        """The stage from a share of the budget on: as it is in each phase, and up to which share; the last has no
+        end."""
+        starts = [share, *(phase.share for phase in self.phases if phase.share > share)]
+        return [(self.at(start), end) for start, end in zip(starts, [*starts[1:], inf], strict=True)]
+
+    @property
+    def parts(self) -> list[Stage]:
+        """The stage as it is in each phase."""
+        return [part for part, _ in self.onward()]
 
     @property
     def grad_accum(self) -> int:
@@ -62,7 +87,8 @@ class Stage:
         return self.global_batch_size * self.seq_len
 
 
-# Token ids that a rank reads for a step, or for a validation, all at once: 4 GiB of int64, inputs and targets.
+# Token ids that a rank reads for a step, or for a validation, all at once: 4 GiB of int64, inputs and targets; the next
+# step's are read ahead.
 MOST_TOKENS = 2**28
 
 
@@ -73,47 +99,108 @@ def stage_section(index: int, first: str = "model") -> str:
 
 
 def resolve_stages(
-    config: RunConfig, world_size: int, saved: bool = False, begun_with: Callable[[], Sequence[StageConfig]] = tuple
+    config: RunConfig,
+    world_size: int,
+    saved: bool = False,
+    begun_with: Callable[[], Sequence[StageConfig]] = tuple,
+    begun_at: Callable[[], int] = int,
 ) -> list[Stage]:
     """All stages in order, the first being the file's own sizes. Raises `UserError` on the first misfit.
 
     saved: what a checkpoint holds. An older version may have let keys and stages without effect through. begun_with:
     asked for the growths that the run was last saved with, if one of these has no effect: to take it out would undo it.
+    begun_at: asked for the stage that it was last saved in, if one does not fit its layout: those before are over.
     """
+
+    def fits(stage: Stage, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except UserError:
+            if stage.index >= begun_at():
+                raise
+
     _check_run(config)
     if not saved:
         check_effects(config)
+        check_reached(config)
     _check_last(config)
     first = replace(
         _alone(config.model, config.layout, config.train, config.optimizer, world_size),
         kappa=config.growth.trigger.kappa,
         max_tokens=config.growth.max_tokens,
         max_flops=config.growth.max_flops,
+        weights=tuple(corpus.weight for corpus in config.data.train),
     )
-    _check_sequence_parallel(first, None, config, "train.")
-    stages = [first]
+    stages = [_in_phases(first, config)]
+    fits(first, lambda: _check_stage(first, config.train, "", "train."))
+    fits(first, lambda: _check_sequence_parallel(first, None, config, "train."))
     for number, change in enumerate(config.growth.stages):
         key = f"{stage_section(number + 1)}."
-        stages.append(_next_stage(stages[-1], change, key, world_size))
+        stages.append(_in_phases(_next_stage(stages[-1], change, key, world_size), config))
         if not saved and _changes_nothing(stages[-2], stages[-1]) and change not in begun_with()[number : number + 1]:
             raise _without_change(stages[-2], stages[-1], change)
         check_pair(stages[-2].model, stages[-1].model, config.growth.depth, key)
         _check_width(stages[-2], stages[-1], config.optimizer, key)
-        _check_stage(stages[-1], config.train, key, key)
-        _check_sequence_parallel(stages[-1], stages[-2], config, key)
-    longest = max(stage.seq_len for stage in stages)
+        fits(stages[-1], partial(_check_grown, stages[-2], stages[-1], config, key))
     for stage in stages:
-        if longest % stage.seq_len:
-            raise UserError(
-                f"{stage_section(stage.index, 'train')}.seq_len",
-                stage.seq_len,
-                f"does not divide the run's longest sequence, {longest}",
-                "choose lengths that divide it, so that data order does not depend on them",
-            )
+        fits(stage, partial(_check_phases, stage, config))
+    longest = longest_sequence(stages)
+    for stage in stages:
+        for number, part in enumerate(stage.parts):
+            if longest % part.seq_len:
+                raise UserError(
+                    f"{_phase_section(config, 'seq_len', number) or stage_section(stage.index, 'train')}.seq_len",
+                    part.seq_len,
+                    f"does not divide the run's longest sequence, {longest}",
+                    "choose lengths that divide it, so that data order does not depend on them",
+                )
     _check_validation(config, stages, longest)
     if not saved:
         _check_export(stages[-1])
     return [_transferred(stage, config.optimizer) for stage in stages]
+
+
+def longest_sequence(stages: Sequence[Stage]) -> int:
+    """Tokens of the longest in any of their phases."""
+    return max(part.seq_len for stage in stages for part in stage.parts)
+
+
+def by_batches(stages: Sequence[Stage]) -> list[tuple[float, Stage]]:
+    """The stages as they are in each of their phases that has lengths or batches of its own, and the share of the
+    budget that it begins at."""
+    found: dict[tuple[int, ...], tuple[float, Stage]] = {}
+    for stage in stages:
+        shares = [phase.share for phase in stage.phases] or [0.0]
+        for share, part in zip(shares, stage.parts, strict=True):
+            sizes = (stage.index, part.seq_len, part.micro_batch_size, part.global_batch_size)
+            found.setdefault(sizes, (share, part))
+    return list(found.values())
+
+
+def _in_phases(stage: Stage, config: RunConfig) -> Stage:
+    first = Phase(0.0, stage.seq_len, stage.micro_batch_size, stage.global_batch_size, stage.weights)
+    return replace(stage, phases=phases_of(first, config.train.phases))
+
+
+def _phase_section(config: RunConfig, name: str, number: int) -> str | None:
+    """The section of the phase, of the first `number`, that has said `name` last; None where none has."""
+    said = [n for n, phase in enumerate(config.train.phases[:number]) if getattr(phase, name) is not None]
+    return f"train.phases.{said[-1]}" if said else None
+
+
+def _check_grown(before: Stage, stage: Stage, config: RunConfig, key: str) -> None:
+    _check_stage(stage, config.train, key, key)
+    for part in before.parts:  # it may grow in any of its phases
+        _check_sequence_parallel(stage, part, config, key)
+
+
+def _check_phases(stage: Stage, config: RunConfig) -> None:
+    """Every phase may come in every stage: when it grows, nobody knows before."""
+    for number, part in enumerate(stage.parts[1:]):
+        key = f"train.phases.{number}."
+        _check_batches(part, key)
+        if part.seq_len != stage.seq_len:
+            _check_sequence_parallel(part, None, config, key)
 
 
 def _check_export(last: Stage) -> None:
@@ -137,7 +224,9 @@ def single_stage(
     model: ModelConfig, layout: LayoutConfig, train: TrainConfig, optimizer: OptimizerConfig, world_size: int
 ) -> Stage:
     """What never grows, from its sections alone. Raises `UserError` on the first misfit."""
-    return _transferred(_alone(model, layout, train, optimizer, world_size), optimizer)
+    stage = _alone(model, layout, train, optimizer, world_size)
+    _check_stage(stage, train, "", "train.")
+    return _transferred(stage, optimizer)
 
 
 def _transferred(stage: Stage, optimizer: OptimizerConfig) -> Stage:
@@ -150,7 +239,7 @@ def _alone(
     """A stage with the model that its section says."""
     check_optimizer(model, optimizer)
     check_only_ngpt(model, train, optimizer)
-    stage = Stage(
+    return Stage(
         index=0,
         model=model,
         layout=_layout("layout", layout, world_size),
@@ -162,11 +251,10 @@ def _alone(
         max_tokens=None,
         max_flops=None,
     )
-    _check_stage(stage, train, "", "train.")
-    return stage
 
 
 def _next_stage(last: Stage, stage: StageConfig, key: str, world_size: int) -> Stage:
+    """`last`: as it begins; phases are put into the new one afterwards."""
     model = last.model.model_copy(update={k: v for k in SIZES if (v := getattr(stage, k)) is not None})
     layout = last.layout if stage.layout is None else _layout(key + "layout", stage.layout, world_size)
     return Stage(
@@ -180,6 +268,7 @@ def _next_stage(last: Stage, stage: StageConfig, key: str, world_size: int) -> S
         kappa=last.kappa if stage.kappa is None else stage.kappa,
         max_tokens=stage.max_tokens,
         max_flops=stage.max_flops,
+        weights=last.weights if stage.weights is None else tuple(stage.weights),
     )
 
 
@@ -224,8 +313,10 @@ def _check_run(config: RunConfig) -> None:
                 f"growth.{name}", in_line(after.model_dump()), problem, f"leave growth.{name} out, or add a stage"
             )
     check_extension(config)
+    check_extra(config)
     check_settle(config)
     check_trigger(config)
+    check_schedule(config)
 
 
 def _check_width(before: Stage, stage: Stage, optim: OptimizerConfig, key: str) -> None:
@@ -261,6 +352,11 @@ def _check_stage(stage: Stage, train: TrainConfig, size_key: str, batch_key: str
     if train.overlap_comm and train.zero_stage != 2:
         problem = "needs train.zero_stage = 2: in bf16 ZeRO-1 reduces after the last backward pass"
         raise UserError("train.overlap_comm", True, problem, "set train.zero_stage to 2, or overlap_comm to false")
+    _check_batches(stage, batch_key)
+
+
+def _check_batches(stage: Stage, batch_key: str) -> None:
+    layout = stage.layout
     samples = stage.micro_batch_size * layout.dp
     lower = "lower micro_batch_size, " if stage.micro_batch_size > 1 else ""
     remedy = f"{lower}raise tp or pp, or choose a multiple of {samples}"

@@ -15,10 +15,10 @@ from megabus.checkpoint.manifest import Heartbeat, idle
 from megabus.checkpoint.restore import re_express, restore, weights_of
 from megabus.checkpoint.state import SavedState
 from megabus.convert.convert import in_other_form, model_at, open_source
-from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, described
+from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, context_of, described
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles
 from megabus.convert.vocabulary import LargerVocabulary
-from megabus.data.tokenizer import Tokenizer, open_tokenizer, spellings
+from megabus.data.tokenizer import Tokenizer, spellings
 from megabus.data.tokenizer.odd_text import differences, odd_lines
 from megabus.data.tokenizer.spelling import KEPT
 from megabus.engine.engine import Engine
@@ -79,7 +79,18 @@ def read_description(path: str | Path) -> Found | FolderSource | Described:
     return look(checkpoint_at(folder))
 
 
-def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int) -> LargerVocabulary:
+def past_context(origin: Found | FolderSource | Described, longest: int) -> list[str]:
+    """A line where a run's `longest` sequence is longer than any that its origin was made for."""
+    context = context_of(origin.folder, origin.state)
+    if context is None or longest <= context:
+        return []
+    beyond = "positions beyond it are new to them, and the loss may begin high"
+    return [f"seq_len {longest}: the longest sequence of the weights of {origin.folder} is {context}; {beyond}"]
+
+
+def extended(
+    origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int, heartbeat: Heartbeat = idle
+) -> LargerVocabulary:
     """The origin with a vocabulary for a tokenizer that has more pieces than its own. In one process. Raises
     `UserError` where the origin has no tokenizer, or this one gives its pieces other ids (see `spellings`)."""
     source: FolderSource = CheckpointSource(origin, OpenFiles()) if isinstance(origin, Found) else origin
@@ -87,7 +98,7 @@ def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int
         problem = "has no tokenizer that could spell new pieces"
         why = unread_tokenizer(origin)
         raise UserError("init_from", source.folder, problem + (f": its own {why}" if why else ""), NO_SPELLER)
-    own = open_tokenizer(source.tokenizer, source.state.model.vocab_size)
+    own = Tokenizer(source.tokenizer)
     try:
         spelled = spellings(own, tokenizer)
     except UserError as error:
@@ -96,7 +107,7 @@ def extended(origin: Found | FolderSource, tokenizer: Tokenizer, vocab_size: int
     if not spelled and vocab_size == source.state.model.vocab_size:
         problem = f"and {tokenizer.name} has no piece that the tokenizer of {source.folder} lacks"
         raise UserError("extend_vocabulary", True, problem, "leave it out")
-    return LargerVocabulary(source, vocab_size, spelled, own.vocab_size, tokenizer.path)
+    return LargerVocabulary(source, vocab_size, spelled, own.vocab_size, tokenizer.path, heartbeat)
 
 
 def _check_old_text(own: Tokenizer, tokenizer: Tokenizer, new: Mapping[int, Sequence[int]]) -> None:
@@ -118,9 +129,12 @@ def begin(origin: Found | FolderSource, engine: Engine, heartbeat: Heartbeat = i
         restore(origin, engine, heartbeat)
         return
     fragments: Fragments = {}
+    placement = engine.placement
+    # Matrices first: gains of new rows are made of what their heads' are, which then is known.
+    owned = sorted(placement.owned(engine.mesh.rank), key=lambda piece: not placement.specs[piece.name].is_matrix)
     with agreement():
-        for piece in engine.placement.owned(engine.mesh.rank):
+        for piece in owned:
             fragments[piece] = {"weight": origin.read("weight", piece.name, piece.start, piece.stop)}
             heartbeat()
-    re_express(fragments, Placement(origin.state.model, origin.state.layout), engine.placement)
+    re_express(fragments, Placement(origin.state.model, origin.state.layout), placement)
     engine.write(fragments)

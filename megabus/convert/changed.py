@@ -1,4 +1,5 @@
-"""A source with something changed as it is read: a head of its own for a tied one, rows of length 1."""
+"""A source with something changed as it is read: a head of its own for a tied one, rows of length 1, a running mean of
+the weights for the weights."""
 
 from __future__ import annotations
 
@@ -8,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megabus.checkpoint.state import weights_alone, without_run
-from megabus.convert.source import Source, blocks
+from megabus.convert.source import FolderSource, Source, blocks
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape
-from megabus.parallel.fragments import Kind
+from megabus.parallel.fragments import Kind, decay_of, ema_kind
 
 
 class Untied:
@@ -51,6 +52,31 @@ class RowsMadeUnit:
         rows = self.inner.read(kind, name, first * width, last * width).view(-1, width).double()
         rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-300)
         return rows.float().reshape(-1)[start - first * width : stop - first * width]
+
+
+def averaged(source: FolderSource, decay: float) -> Source:
+    """Weights alone: a running mean of them in their place, its unit rows made unit, as a run evaluates it. Raises
+    `UserError` where there is no such mean."""
+    mean = _Mean(source, decay)
+    return RowsMadeUnit(mean) if any(spec.unit for spec in param_specs(mean.state.model).values()) else mean
+
+
+class _Mean:
+    """Weights alone: a running mean of them in their place, as it is."""
+
+    def __init__(self, source: FolderSource, decay: float) -> None:
+        self.inner, self.tokenizer, self.folder = source, source.tokenizer, source.folder
+        self.kind, kinds = ema_kind(decay), source.state.kinds
+        if self.kind not in kinds:
+            there = ", ".join(one for kind in kinds if (one := decay_of(kind)) is not None)
+            remedy = "leave it out" if not there else "give one of them"
+            raise UserError(
+                "--ema", decay, f"is no decay of a mean in {source.folder} ({there or 'it has none'})", remedy
+            )
+        self.state = weights_alone(source.state)
+
+    def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
+        return self.inner.read(self.kind, name, start, stop)
 
 
 def unit_error(source: Source) -> tuple[float, str]:

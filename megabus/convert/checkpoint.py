@@ -12,9 +12,9 @@ from megabus.checkpoint.contents import shard_name, tensor_key, written_by
 from megabus.checkpoint.manifest import THREADS, settle
 from megabus.checkpoint.state import write_state
 from megabus.checkpoint.store import begin, publish
+from megabus.checkpoint.tensor_file import TensorFileWriter
 from megabus.config import Layout
 from megabus.convert.source import Source, blocks
-from megabus.convert.tensor_file import TensorFileWriter
 from megabus.data.tokenizer import read_tokenizer_files
 from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Piece, Placement
@@ -25,13 +25,13 @@ def write_checkpoint(source: Source, root: Path, layout: Layout) -> Path:
     state = replace(source.state, layout=layout)
     placement = Placement(state.model, layout)
     partial, settled = begin(root, state.progress.step), []
-    with ThreadPoolExecutor(THREADS) as pool:  # hashes a file while the next is written
+    with ThreadPoolExecutor(THREADS) as pool:  # syncs a file while the next is written
         for rank in range(layout.world):
             pieces = written_by(placement, rank, placement.owned(rank))
             for number, kind in enumerate(state.kinds if pieces else (), 1):
                 path = partial / shard_name(rank, number, len(state.kinds))
-                _write_file(source, path, kind, pieces)
-                settled.append(pool.submit(settle, path, rank))
+                sha256 = _write_file(source, path, kind, pieces)
+                settled.append(pool.submit(settle, path, rank, sha256=sha256))
     entries = [future.result() for future in settled]
     rest = [write_state(partial, state)]
     if source.tokenizer is not None:
@@ -39,7 +39,8 @@ def write_checkpoint(source: Source, root: Path, layout: Layout) -> Path:
     return publish(partial, entries + [settle(path, 0) for path in rest])
 
 
-def _write_file(source: Source, path: Path, kind: Kind, pieces: Sequence[Piece]) -> None:
+def _write_file(source: Source, path: Path, kind: Kind, pieces: Sequence[Piece]) -> str:
+    """Its SHA-256."""
     shapes = {tensor_key(kind, piece.name): (len(piece),) for piece in pieces}
     offsets = {tensor_key(kind, piece.name): {"saved_offsets": [piece.start]} for piece in pieces}
     # So that torch.distributed.checkpoint itself can read the file, without us.
@@ -49,3 +50,4 @@ def _write_file(source: Source, path: Path, kind: Kind, pieces: Sequence[Piece])
             for start, stop in blocks(piece.start, piece.stop):
                 values = source.read(kind, piece.name, start, stop)
                 file.write(tensor_key(kind, piece.name), values, start - piece.start)
+    return file.sha256

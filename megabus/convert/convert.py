@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-from megabus.checkpoint.contents import look, opened
+from megabus.checkpoint.contents import check_entry, check_tokenizer, large, look
 from megabus.checkpoint.load import checkpoint_at
 from megabus.checkpoint.state import weights_alone
 from megabus.checkpoint.store import checkpoints_of
+from megabus.checkpoint.tensor_file import DTYPES
 from megabus.config import Layout, ModelConfig
 from megabus.convert.checkpoint import write_checkpoint
+from megabus.convert.checks import Checks
 from megabus.convert.hf_rest import TOKENIZER_FILES
 from megabus.convert.hugging_face import CONFIG, HuggingFaceSource, named_files, write_hugging_face
 from megabus.convert.hugging_face import INDEX as HF_INDEX
 from megabus.convert.shard_files import INDEX, ShardFileSource, write_shard_files
 from megabus.convert.source import CheckpointSource, FolderSource, OpenFiles, Source
-from megabus.convert.tensor_file import DTYPES
+from megabus.data.tokenizer import ROWLESS, open_tokenizer
 from megabus.durable import partial_name, sync
 from megabus.errors import UserError
 from megabus.hub import local_copy, of_hub
@@ -43,20 +46,39 @@ def in_other_form(path: Path) -> bool:
     return any(os.path.lexists(path / name) for name in (INDEX, CONFIG))
 
 
-def open_source(path: Path, files: OpenFiles, weights_only: bool = False) -> FolderSource:
-    """What `path` is, is seen from what lies in it."""
+def open_source(
+    path: Path,
+    files: OpenFiles,
+    weights_only: bool = False,
+    checks: Checks | None = None,
+    with_tokenizer: bool = True,
+) -> FolderSource:
+    """What `path` is, is seen from what lies in it. checks: they go on to look whether its tensors are those that were
+    written; left out, all has been looked at on return. with_tokenizer: False leaves it behind unread."""
     if not path.is_dir():
-        raise UserError("source", path, "is no directory", "give a run, a checkpoint, shard files or a HF directory")
-    source: FolderSource
-    if os.path.lexists(path / INDEX):
-        source = ShardFileSource(path, files)
-    elif os.path.lexists(path / CONFIG):
-        source = HuggingFaceSource(path, files)
-    else:
-        source = CheckpointSource(look(checkpoint_at(path)), files)
-        opened(source.folder)
+        problem = "is no directory" if os.path.lexists(path) else "does not exist"
+        raise UserError("source", path, problem, "give a run, a checkpoint, shard files or a HF directory")
+    with nullcontext(checks) if checks is not None else Checks() as checking:
+        source = _opened(path, files, checking, with_tokenizer)
     if weights_only:
         source.state = weights_alone(source.state)
+    return source
+
+
+def _opened(path: Path, files: OpenFiles, checks: Checks, with_tokenizer: bool) -> FolderSource:
+    if os.path.lexists(path / INDEX):
+        return ShardFileSource(path, files, checks, with_tokenizer)
+    if os.path.lexists(path / CONFIG):
+        return HuggingFaceSource(path, files, with_tokenizer)
+    found = look(checkpoint_at(path))
+    for entry in found.entries:
+        if not large(entry):
+            check_entry(found, entry)
+    if with_tokenizer:
+        check_tokenizer(found.folder, found.entries, found.state)
+    source = CheckpointSource(found, files, with_tokenizer)
+    for entry in filter(large, found.entries):
+        checks.submit(check_entry, found, entry)
     return source
 
 
@@ -69,23 +91,28 @@ def convert(
     dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
     like: Path | None = None,
+    checks: Checks | None = None,
 ) -> int:
-    """Write `out` in one of the forms; the bytes of its tensors. layout: (tp, pp, dp); the rest is Hugging Face's: see
+    """Write `out` in one of the forms; the bytes of its tensors. layout: (tp, pp, dp). checks: those that the source
+    was opened with, if they go on; `out` appears when they have ended. The rest is Hugging Face's: see
     `write_hugging_face`."""
     tp, pp, dp = layout
     check_layout(source.state.model, Layout(tp, pp, dp))
+    if source.tokenizer is not None:  # else what is made could be neither trained nor used, and says so late
+        open_tokenizer(source.tokenizer, source.state.model.vocab_size, f"{ROWLESS}; or leave it: --without-tokenizer")
     partial = partial_name(out)
     try:
         if out.exists():
             raise UserError("out", out, "exists", "choose another, or remove it")
         partial.mkdir(parents=True)
         try:
-            if form == "checkpoint":
-                write_checkpoint(source, checkpoints_of(partial), Layout(tp, pp, dp))
-            elif form == "shards":
-                write_shard_files(source, partial, tp, pp)
-            else:
-                write_hugging_face(source, partial, dtype, max_shard_bytes, like)
+            with nullcontext() if checks is None else checks.first():
+                if form == "checkpoint":
+                    write_checkpoint(source, checkpoints_of(partial), Layout(tp, pp, dp))
+                elif form == "shards":
+                    write_shard_files(source, partial, tp, pp)
+                else:
+                    write_hugging_face(source, partial, dtype, max_shard_bytes, like)
             for path in (*partial.rglob("*"), partial):
                 sync(path)
             partial.rename(out)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megabus.config import ModelConfig
+from megabus.config.model import INITIAL_VALUES
 from megabus.config.stock import stock_class
 from megabus.convert.hf_rest import KEYS
 from megabus.convert.hf_rope import RopeKeys, read_rope, written_rope
@@ -24,7 +25,7 @@ LENGTHS = (
 FREE = {"architectures", "auto_map", "megabus", "rope_theta", *ROPE, *KEYS}
 LATER = {"s_z_init": 1.0}  # keys that the first exports did not have, and what they would have said
 # Of a model's own keys, those that only its first weights follow from, and those that are compared apart.
-UNSAID = {"alpha_init", "s_z_init", "init_std", "embed_init_std", "head_init_std", "export_as", "n_kv_heads"}
+UNSAID = {*INITIAL_VALUES, "export_as", "n_kv_heads"}
 APART = {"rope_theta", "rope_scaling", "norm_eps"}
 
 

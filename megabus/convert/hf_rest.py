@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from megabus import plain_file
-from megabus.data.tokenizer import FILES, Tokenizer, read_tokenizer_files
+from megabus.data.tokenizer import FILES, Tokenizer, read_tokenizer_files, spellings
 from megabus.data.tokenizer.files import CONFIG, MODEL, TREE
 from megabus.errors import UserError
-from megabus.plain_file import NotPlainError, parse_json, read_regular
+from megabus.plain_file import NotPlainError, parse_json, read_regular, shown
 
 # What goes with a tokenizer, and what only another Hugging Face directory can take up.
-TOKENIZER_FILES = (*FILES, "generation_config.json", "vocab.json", "merges.txt")
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (*FILES, GENERATION, "vocab.json", "merges.txt")
 REMEDY = "give a Hugging Face directory with safetensors weights"
-KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+CONTEXT = "max_position_embeddings"  # tokens of the longest sequence
+KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", CONTEXT)
 
 
 def inside(path: Path) -> Path:
@@ -71,12 +73,24 @@ def tokenizer_of(folder: Path) -> tuple[Path | None, str]:
 
 
 def rest_of(folder: Path, config: dict[str, Any], tokenizer: Path | None) -> list[str]:
-    """Files and keys that only another Hugging Face directory can take up (`copy_rest`). None of a megabus export: its
-    own come from its tokenizer and its run."""
+    """Files and keys that only another Hugging Face directory can take up (`copy_rest`). Of a megabus export the
+    tokenizer at most, where that is left behind: all else comes from it and the run."""
     if "megabus" in config:
-        return []
+        return _there(folder, FILES) if tokenizer is None else []
     files = [name for name in _there(folder, TOKENIZER_FILES) if tokenizer is None or name not in FILES]
     return files + [key for key in KEYS if config.get(key) is not None]
+
+
+def check_ids(config: dict[str, Any], vocab_size: int, key: str, name: object, remedy: str) -> None:
+    """Raise `UserError` of `key` = `name` for a special token's id that a model of that vocabulary has not. A
+    pad_token_id of -1 is none, as the first Llamas have it."""
+    for word in (word for word in KEYS if word.endswith("_token_id")):
+        said = config.get(word)
+        for one in said if isinstance(said, list) else [said]:
+            none = one is None or (one == -1 and word == "pad_token_id")
+            if not none and (type(one) is not int or not 0 <= one < vocab_size):
+                problem = f"has {word} = {shown(one)}, and the model ids below {vocab_size}"
+                raise UserError(key, name, problem, remedy)
 
 
 def without_code(config: dict[str, Any]) -> str:
@@ -85,23 +99,39 @@ def without_code(config: dict[str, Any]) -> str:
     return json.dumps({key: value for key, value in config.items() if key != "auto_map"}, indent=2) + "\n"
 
 
-def copy_rest(like: Path, out: Path, vocab_size: int, own: Path | None) -> dict[str, Any]:
+def extends(own: Path, like: Path) -> bool:
+    """Whether a tokenizer has all pieces of the one in the directory `like`, under the same ids, and more."""
+    if not {TREE, MODEL} & {*_there(like, FILES)}:
+        return False
+    try:
+        return bool(spellings(Tokenizer(like), Tokenizer(own)))
+    except UserError:  # one cannot be read, or gives other ids
+        return False
+
+
+def copy_rest(like: Path, out: Path, vocab_size: int, own: Path | None, extended: bool = False) -> dict[str, Any]:
     """Copy `like`'s tokenizer files to `out`; its keys of config.json that go with them. own: the tokenizer that was
-    saved with the weights, if one was: `like`'s must be the same. Nothing is copied where anything is refused."""
+    saved with the weights, if one was: `like`'s must be the same, or else `extended` to it, and stays behind. Nothing
+    is copied where anything is refused."""
     config, origin = read_json(like / "config.json"), "give the directory that the model came from"
-    if config.get("vocab_size") != vocab_size:
-        raise UserError("--like", like, f"has vocab_size {config.get('vocab_size')}, the model {vocab_size}", origin)
-    for key in (key for key in KEYS if key.endswith("_token_id")):
-        said = config.get(key)
-        ids = said if isinstance(said, list) else [said]
-        if beyond := [one for one in ids if isinstance(one, int) and one >= vocab_size]:
-            raise UserError("--like", like, f"has {key} = {beyond[0]}, and the model ids below {vocab_size}", origin)
+    size = config.get("vocab_size")
+    fits = extended and isinstance(size, int) and size <= vocab_size
+    if size != vocab_size and not fits:
+        remedy = (
+            origin if own is None else f"{origin}, or leave --like out, and the tokenizer of the weights is written"
+        )
+        raise UserError("--like", like, f"has vocab_size {shown(size)}, the model {vocab_size}", remedy)
+    check_ids(config, vocab_size, "--like", like, origin)
     there = _there(like, TOKENIZER_FILES)
-    if own is not None:
+    if GENERATION in there:
+        check_ids(read_json(like / GENERATION), vocab_size, "--like", like / GENERATION, origin)
+    if extended:
+        there = [name for name in there if name == GENERATION]
+    elif own is not None:
         if not {TREE, MODEL} & {*there}:
             problem = "has no tokenizer, and one was saved with the weights"
             raise UserError("--like", like, problem, "leave --like out, and that one is written")
-        if not read_tokenizer_files(own).known_as & read_tokenizer_files(like).known_as:
+        if not read_tokenizer_files(own).is_same(read_tokenizer_files(like)):
             problem = "has another tokenizer than the one that was saved with the weights"
             raise UserError("--like", like, problem, origin)
     for name in there:

@@ -7,7 +7,7 @@ from typing import Any
 
 from megabus.config import ModelConfig
 from megabus.config.model import StockClass
-from megabus.config.section import NonNegative, Positive
+from megabus.config.section import MOST_LAYERS, NonNegative, Positive
 from megabus.config.stock import STOCK, stock_class
 from megabus.convert.hf_rope import RopeKeys, Size, read_rope, written_rope
 from megabus.errors import UserError
@@ -36,12 +36,12 @@ FAMILIES: dict[StockClass, Family] = {
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
-        {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        {"num_key_value_heads": 32, "sliding_window": 4096, "max_position_embeddings": 32768},
         _NO_WINDOW,
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_position_embeddings": 32768},
         {"attention_bias": False} | _NO_WINDOW,
     ),
     "smollm3": Family(
@@ -54,6 +54,21 @@ FAMILIES: dict[StockClass, Family] = {
 # What sets some well-known others apart, beside that nobody has built them.
 WHY_NOT = {
     "olmo2": "it normalises q and k over all heads together, which neither cloned heads nor tensor parallelism keep",
+}
+# What other decoders compute, and where it changes nothing. transformers' classes here pass over such a key; whoever
+# wrote it has not meant that.
+OF_OTHERS = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "attention_chunk_size": None,
+    "clip_qkv": None,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "num_experts": 0,
+    "num_local_experts": 0,
 }
 
 
@@ -68,6 +83,8 @@ class _Stock(RopeKeys):
     rms_norm_eps: Positive = 1e-6
     initializer_range: NonNegative | None = None
     hidden_act: str = "silu"
+    architectures: list[str] | None = None
+    attention_dropout: float | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool | None = None
@@ -101,6 +118,17 @@ def stock_model(tree: dict[str, Any]) -> ModelConfig:
     ):
         if found != wanted:
             raise UserError(f"config.json {key}", found, "is not supported", f"only {wanted} is")
+    for key, none in OF_OTHERS.items():
+        if tree.get(key) not in (None, none):
+            problem = f"is nothing that transformers' {family.architecture} computes"
+            raise UserError(f"config.json {key}", shown(tree[key]), problem, "set it to null if the weights do without")
+    if config.attention_dropout:
+        remedy = "set it to 0: logits stay, and training is without"
+        raise UserError("config.json attention_dropout", config.attention_dropout, "is not supported", remedy)
+    if config.architectures not in (None, [family.architecture]):
+        problem = f"is not what a {name} is: {family.architecture} alone"
+        remedy = "set it to that if the weights are of one"
+        raise UserError("config.json architectures", shown(config.architectures), problem, remedy)
     _check_window(name, config)
     theta, scaling = read_rope(config, family.theta)
     return ModelConfig(
@@ -133,17 +161,18 @@ def _check_window(name: StockClass, config: _Stock) -> None:
         problem = f"is shorter than max_position_embeddings = {longest}, and windows are not supported"
         raise UserError("config.json sliding_window", window, problem, remedy)
     odd = [kind for kind in config.layer_types or () if kind != "full_attention"]
-    if odd and "use_sliding_window" in FAMILIES[name].says:
+    if odd:
         raise UserError("config.json layer_types", shown(odd[0]), "is not supported", "only full_attention is")
 
 
 def _nope_interval(config: _Stock) -> int:
-    """Every so many-th layer is without positions; one more than there are layers where none is."""
+    """Every so many-th layer is without positions; more than there can be layers where none is, so that none comes by
+    growth. The interval that stands beside a list says no more than what that leaves open."""
     n = config.num_hidden_layers
     if config.no_rope_layers is None:
         return config.no_rope_layer_interval
     listed = config.no_rope_layers[:n]
-    for interval in range(1, n + 2):
+    for interval in (config.no_rope_layer_interval, *range(1, n + 1), MOST_LAYERS):
         if [bool(x) for x in listed] == [(i + 1) % interval != 0 for i in range(n)]:
             return interval
     problem = "are no layers at equal intervals"

@@ -18,20 +18,20 @@ from tokenizers import normalizers
 
 from megabus.convert.hf_rest import without_code
 from megabus.data.tokenizer import Tokenizer
-from megabus.data.tokenizer.fast import Fast, special_name
+from megabus.data.tokenizer.fast import Fast
 from megabus.data.tokenizer.files import CONFIG, MODEL, TREE
 from megabus.data.tokenizer.odd_text import Difference, differences, odd_lines
 from megabus.data.tokenizer.sentence_piece import (
     BPE,
     CONTROL,
     NORMAL,
-    SPACE,
     UNIGRAM,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
     SentencePiece,
 )
+from megabus.data.tokenizer.spelling import SPACE
 from megabus.errors import UserError, warn
 from megabus.plain_file import shown
 
@@ -57,11 +57,15 @@ def write_tokenizer(path: Path, out: Path) -> dict[str, int | None]:
     elif isinstance(codec, Fast) and tokenizer.kind == "tiktoken":
         (out / TREE).write_text(codec.backend.to_str(), encoding="utf-8")
     else:
-        names["pad"] = special_name(tokenizer.files, "pad_token")
-    pad = names.get("pad")
+        names["pad"] = tokenizer.files.special("pad_token")
+    pad, theirs = names.get("pad"), tokenizer.files.tree(CONFIG)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {f"{name}_token": token for name, token in names.items() if token is not None}
-    (out / CONFIG).write_text(without_code(tokenizer.files.tree(CONFIG) or settings), encoding="utf-8")
+    if tokenizer.kind != "tokenizers":  # the class that reads a model itself knows what these files may leave out
+        settings |= {key: value for key, value in theirs.items() if value is not None}
+    elif theirs:
+        settings = theirs
+    (out / CONFIG).write_text(without_code(settings), encoding="utf-8")
     _compare(tokenizer, Tokenizer(out))
     return {
         "bos_token_id": codec.bos,
@@ -78,8 +82,8 @@ def _compare(ours: Tokenizer, exported: Tokenizer) -> None:
     _tell(differences(lines, ours, exported.encode_batch), len(lines), f"the export's {TREE}", ours.name, remedy)
 
 
-def compare_as_read(out: Path) -> None:
-    """Warns where transformers' AutoTokenizer gives other ids than the export's own tokenizer.json, or none.
+def compare_as_read(out: Path, whose: str = "the export's") -> None:
+    """Warns where transformers' AutoTokenizer gives other ids than a directory's own tokenizer.json, or none.
 
     It cuts text as the class does that tokenizer_config.json or the model's kind names (tokenization_auto.py), whatever
     tokenizer.json says.
@@ -107,7 +111,7 @@ def compare_as_read(out: Path) -> None:
         logging.set_verbosity(verbosity)
     kind = type(theirs).__name__
     remedy = f"It follows its class {kind}: read the tokenizer with PreTrainedTokenizerFast.from_pretrained"
-    _tell(found, len(lines), "transformers' AutoTokenizer", f"the export's {TREE}", remedy)
+    _tell(found, len(lines), "transformers' AutoTokenizer", f"{whose} {TREE}", remedy)
 
 
 def _not_compared(why: str) -> None:
@@ -150,9 +154,30 @@ def _tree(codec: SentencePiece, special: set[str | None]) -> dict[str, Any]:
         "added_tokens": _added(proto, special, raw),
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto)},
         "pre_tokenizer": cuts[0] if cuts else None,
-        "post_processor": None,
+        "post_processor": _post_processor(codec),
         "decoder": {"type": "Sequence", "decoders": _decoders(proto)},
         "model": model | ({"ignore_merges": True} if late and not unigram else {}),
+    }
+
+
+def _post_processor(codec: SentencePiece) -> dict[str, Any] | None:
+    """What stands around a text, as transformers puts it there."""
+    tokens = {codec.token_of(number): number for number in (*codec.prefix, *codec.suffix)}
+    if not tokens:
+        return None
+
+    def around(text: str, side: int) -> list[dict[str, Any]]:
+        before, after = (
+            [{"SpecialToken": {"id": codec.token_of(number), "type_id": side}} for number in ids]
+            for ids in (codec.prefix, codec.suffix)
+        )
+        return [*before, {"Sequence": {"id": text, "type_id": side}}, *after]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {one: {"id": one, "ids": [number], "tokens": [one]} for one, number in tokens.items()},
     }
 
 

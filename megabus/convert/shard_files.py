@@ -11,7 +11,6 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,9 @@ from megabus.checkpoint.manifest import (
     STRICT,
     THREADS,
     DamagedError,
-    check_files,
+    Entry,
+    check_file,
+    check_size,
     read_manifest,
     reading,
     settle,
@@ -42,9 +43,10 @@ from megabus.checkpoint.manifest import (
 )
 from megabus.checkpoint.relations import Length, Whole
 from megabus.checkpoint.state import read_state, write_state
+from megabus.checkpoint.tensor_file import TensorFileWriter
 from megabus.config import Layout
+from megabus.convert.checks import Checks
 from megabus.convert.source import OpenFiles, Source, blocks
-from megabus.convert.tensor_file import TensorFileWriter
 from megabus.data.tokenizer import read_tokenizer_files
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
@@ -68,6 +70,7 @@ def write_shard_files(source: Source, out: Path, tp: int, pp: int) -> None:
     state = replace(source.state, layout=Layout(tp, pp, 1))
     model, placement = state.model, Placement(state.model, state.layout)
     tensors: dict[str, Any] = {}
+    hashes: dict[str, str] = {}
     for pp_rank in range(pp):
         names = [name for name in placement.specs if placement.pp_rank(name) == pp_rank]
         keys = [(kind, name) for name in names for kind in state.kinds]
@@ -89,13 +92,15 @@ def write_shard_files(source: Source, out: Path, tp: int, pp: int) -> None:
                     facts = {"axes": spec.axes, "shape": global_shape(spec, model), "shards": []}
                     entry = tensors.setdefault(tensor_key(kind, name), facts)
                     entry["shards"].append({"file": file_name(tp_rank, pp_rank), "rows": [first, last]})
+            hashes[file.path.name] = file.sha256
     write_state(out, state)
     if source.tokenizer is not None:
         read_tokenizer_files(source.tokenizer).write(out)
     tree = {"format": FORMAT, "tp": tp, "pp": pp, "tensors": tensors}
     (out / INDEX).write_text(json.dumps(tree, indent=1), encoding="utf-8")
     with ThreadPoolExecutor(THREADS) as pool:
-        write_manifest(out, pool.map(partial(settle, rank=0), sorted(out.iterdir())))
+        settled = [pool.submit(settle, path, 0, sha256=hashes.get(path.name)) for path in sorted(out.iterdir())]
+        write_manifest(out, [each.result() for each in settled])
 
 
 class _Part(BaseModel):
@@ -122,25 +127,39 @@ class _Index(BaseModel):
 
 
 _INDEX: TypeAdapter[_Index] = TypeAdapter(_Index)
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def _check(folder: Path, entry: Entry, tensors: _Shapes | None) -> None:
+    """Raise `DamagedError` unless a file has the manifest's bytes, and the index's tensors if that names it."""
+    check_file(folder, entry)
+    if tensors is not None:
+        check_header(folder / entry.name, tensors)
 
 
 class ShardFileSource:
     """A directory of shard files; only its index says where rows lie."""
 
-    def __init__(self, folder: Path, files: OpenFiles) -> None:
+    def __init__(self, folder: Path, files: OpenFiles, checks: Checks, with_tokenizer: bool = True) -> None:
         self.folder, self.files = folder, files
         entries = read_manifest(folder)
-        check_files(folder, entries)
+        for entry in entries:
+            check_size(folder, entry) if _FILE.fullmatch(entry.name) else check_file(folder, entry)
         for name in (INDEX, STATE):
             listed(folder, entries, name)
         self.state = read_state(folder)
         check_fits(folder, self.state, sum(entry.bytes for entry in entries))
-        self.tensors = self._checked_index({entry.name for entry in entries})
-        self.tokenizer = listed_tokenizer(folder, entries)
-        check_tokenizer(folder, entries, self.state, AGAIN)
+        self.tensors, held = self._checked_index({entry.name for entry in entries})
+        for entry in entries:
+            if _FILE.fullmatch(entry.name):
+                checks.submit(_check, folder, entry, held.get(entry.name))
+        self.tokenizer = None
+        if with_tokenizer:
+            self.tokenizer = listed_tokenizer(folder, entries)
+            check_tokenizer(folder, entries, self.state, AGAIN)
 
-    def _checked_index(self, names: set[str]) -> dict[str, _Tensor]:
-        """The index, once it and the headers of all files are found to say what the state says."""
+    def _checked_index(self, names: set[str]) -> tuple[dict[str, _Tensor], dict[str, _Shapes]]:
+        """The index, once it is found to say what the state says, and the tensors that its files then hold."""
         path = self.folder / INDEX
         with reading(path):
             raw = read_regular(path)
@@ -159,7 +178,7 @@ class ShardFileSource:
         }
         if odd := sorted(shapes.keys() ^ index.tensors.keys()):
             raise DamagedError(path, f"is damaged ({shown(odd[0])} is not both in it and in {STATE})", AGAIN)
-        held: dict[str, dict[str, tuple[int, ...]]] = {}
+        held: dict[str, _Shapes] = {}
         for key, shape in shapes.items():
             tensor = index.tensors[key]
             if tuple(tensor.shape) != shape:
@@ -177,20 +196,20 @@ class ShardFileSource:
                 if key in held.setdefault(part.file, {}):
                     raise DamagedError(path, f"is damaged (tensors.{key}.shards: {part.file} stands twice)", AGAIN)
                 held[part.file][key] = (part.rows[1] - part.rows[0], *shape[1:])
-        for file, tensors in held.items():
-            check_header(self.folder / file, tensors)
-        return index.tensors
+        return index.tensors, held
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
-        key, values = tensor_key(kind, name), torch.empty(stop - start)
+        key, parts = tensor_key(kind, name), []
         tensor = self.tensors[key]
         width = tensor.shape[1] if len(tensor.shape) > 1 else 1
-        for (first, last), file in {part.rows: part.file for part in tensor.shards}.items():  # of replicas one
+        # Of replicas one; their rows follow one another.
+        for (first, last), file in sorted({part.rows: part.file for part in tensor.shards}.items()):
             low, high = max(start, first * width), min(stop, last * width)
             if low < high:
                 top, bottom = low // width, -(-high // width)
                 rows = self.files[self.folder / file].get_slice(key)[top - first : bottom - first]
-                values[low - start : high - start] = rows.reshape(-1)[low - top * width : high - top * width]
-                if (odd := odd_entry(kind, values[low - start : high - start])) is not None:
+                values = rows.reshape(-1)[low - top * width : high - top * width]
+                if (odd := odd_entry(kind, values)) is not None:
                     raise DamagedError(self.folder / file, f"is damaged ({key} holds {odd})", AGAIN)
-        return values
+                parts.append(values)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -20,9 +20,16 @@ from megabus.checkpoint.shards import files_by_rank
 from megabus.checkpoint.state import SavedState
 from megabus.errors import UserError
 from megabus.model.params import global_shape
-from megabus.parallel.fragments import KINDS, Kind
+from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Placement
 from megabus.plain_file import NotPlainError, check_regular
+
+
+class HasState(Protocol):
+    """What says which model it is."""
+
+    @property
+    def state(self) -> SavedState: ...
 
 
 class Source(Protocol):
@@ -32,7 +39,8 @@ class Source(Protocol):
     tokenizer: Path | None
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
-        """Entries [start, stop) of a parameter's row-major flattening, fp32, (stop - start,)."""
+        """Entries [start, stop) of a parameter's row-major flattening, fp32, (stop - start,). Not to be written to: it
+        may be the file itself, mapped."""
 
 
 class FolderSource(Source, Protocol):
@@ -88,18 +96,17 @@ class OpenFiles:
 class CheckpointSource:
     """A checkpoint, of which nothing that its tensors hold has been checked yet (see `opened`)."""
 
-    def __init__(self, found: Found, files: OpenFiles) -> None:
+    def __init__(self, found: Found, files: OpenFiles, with_tokenizer: bool = True) -> None:
         self.folder, self.files, self.state, self.placement = found.folder, files, found.state, found.placement
-        self.names = files_by_rank(found.entries)
+        self.names, self.kinds = files_by_rank(found.entries), found.state.kinds
         for name in (name for names in self.names.values() for name in names):
             self.files[self.folder / name]  # open from here on: a run that goes on may remove it
-        self.tokenizer = listed_tokenizer(self.folder, found.entries)
+        self.tokenizer = listed_tokenizer(self.folder, found.entries) if with_tokenizer else None
 
     def read(self, kind: Kind, name: str, start: int, stop: int) -> Tensor:
-        values = torch.empty(stop - start)
+        parts = []
         for rank, part in self.placement.owners(name, start, stop, tp=0):
             chunk = self.placement.share(name, rank)
-            file = self.files[self.folder / self.names[rank][KINDS.index(kind)]]
-            there = file.get_slice(tensor_key(kind, name))[part.start - chunk.start : part.stop - chunk.start]
-            values[part.start - start : part.stop - start] = there
-        return values
+            file = self.files[self.folder / self.names[rank][self.kinds.index(kind)]]
+            parts.append(file.get_slice(tensor_key(kind, name))[part.start - chunk.start : part.stop - chunk.start])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # one is the file itself, mapped: nothing is copied

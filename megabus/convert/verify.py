@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from megabus.checkpoint.tensor_file import DTYPES
 from megabus.convert.source import Source, blocks
-from megabus.convert.tensor_file import DTYPES
 from megabus.errors import UserError
 from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Placement

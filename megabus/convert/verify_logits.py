@@ -15,14 +15,18 @@ TOKENS = (2, 64)  # sequences and their length
 
 @torch.no_grad()
 def verify_logits(folder: Path, out: Path) -> str:
-    """Both models are held whole, in fp32. A line that says how far they are apart, or that nothing was compared.
-    Raises `UserError` where they differ by more than rounding."""
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError:
-        return "logits are not compared: transformers is not installed"
+    """A line that says how far they are apart; both models are held whole, in fp32. Raises `UserError` where they
+    differ by more than rounding. Needs the extra `hf`."""
+    from transformers import AutoModelForCausalLM, logging  # slow to import
+
     ours = load(out)
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     longest = min(TOKENS[1], getattr(stock.config, "max_position_embeddings", TOKENS[1]))
     draw = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(ours.config.vocab_size, (TOKENS[0], longest), generator=draw)
@@ -32,4 +36,5 @@ def verify_logits(folder: Path, out: Path) -> str:
     if not apart <= LIMIT:
         problem = f"differ from those of transformers' {type(stock).__name__} by {apart:.2g} of the largest"
         raise UserError("--verify", "logits", problem, "do not use it, and report what model it is")
-    return f"logits: within {apart:.2g} of the largest, {largest:.3g}, of those of transformers' {type(stock).__name__}"
+    whose = f"transformers' {type(stock).__name__}"
+    return f"logits: as {whose} computes them, within {apart:.2g} of the largest ({largest:.3g})"

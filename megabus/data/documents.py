@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,11 +22,15 @@ PARQUET_ROWS = 256  # read at once: a row may hold a book
 
 # What other columns hold is nothing to us: an integer may have any number of digits.
 _JSON = json.JSONDecoder(parse_int=float, strict=False)
+NAMED = 20  # keys of a row, or columns, that are named
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', re.DOTALL)  # and strings, which may hold some
+DEEPEST = 100
 _TYPES = {type(None): "null", bool: "a truth value", float: "a number", list: "a list", dict: "an object"}
 
 
 def kind_of(path: Path) -> str | None:
-    """One of KINDS; None for a file that is not read."""
+    """One of KINDS, by its ending in letters of any size; None for a file that is not read."""
+    path = Path(path.name.lower())
     packed = path.suffix in PACKED
     kind = Path(path.stem).suffix if packed else path.suffix
     return kind if kind in KINDS and not (packed and kind == ".parquet") else None
@@ -60,7 +66,7 @@ def file_documents(path: Path, text_key: str, split_documents: str, meter: Meter
             yield from parquet_documents(raw, path, text_key, meter)
         else:
             meter.file(raw.tell)
-            stream = unpacked(raw, path.suffix)
+            stream = unpacked(raw, path.suffix.lower())
             if kind_of(path) == ".txt":
                 with _finding_line(path):
                     yield from text_documents(stream, split_documents)
@@ -85,7 +91,7 @@ def _finding_line(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as unplaced:
         with path.open("rb") as raw:
-            for number, line in enumerate(unpacked(raw, path.suffix), 1):
+            for number, line in enumerate(unpacked(raw, path.suffix.lower()), 1):
                 try:
                     line.decode("utf-8")
                 except UnicodeDecodeError as error:
@@ -95,6 +101,8 @@ def _finding_line(path: Path) -> Iterator[None]:
 
 def unpacked(raw: IO[bytes], ending: str) -> IO[bytes]:
     """The bytes of a file that is packed as its name's ending says; a file that was cut raises."""
+    if ending in PACKED and _size_of(raw) == 0:  # libraries take nothing for no frames
+        raise EOFError("it was cut before its first byte")
     if ending == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if ending == ".zst":
@@ -102,6 +110,14 @@ def unpacked(raw: IO[bytes], ending: str) -> IO[bytes]:
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd"))
     return raw
+
+
+def _size_of(raw: IO[bytes]) -> int | None:
+    """Of a file its bytes; None where what is streamed does not say."""
+    try:
+        return os.fstat(raw.fileno()).st_size
+    except OSError:  # it is none of this machine's
+        return getattr(raw, "size", None)
 
 
 # ---- text -------------------------------------------------------------------------------------------------
@@ -138,7 +154,7 @@ def json_documents(stream: Iterable[bytes], path: object, text_key: str) -> Iter
     """The text under `text_key` of every line; blank lines are none."""
     for number, line in enumerate(stream, 1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            text = line.decode("utf-8-sig").strip()  # of every line: files with a mark are joined as they are
         except UnicodeDecodeError as error:
             raise not_utf8(path, error, number) from error
         if not text:
@@ -151,14 +167,29 @@ def json_documents(stream: Iterable[bytes], path: object, text_key: str) -> Iter
 
 
 def json_value(text: str, path: object, where: str, remedy: str) -> Any:
-    """What JSON says. Raises UserError for what is none, or nests too deep; `where` begins it: "line 1 is"."""
+    """What JSON says. Raises UserError for what is none; `where` begins it: "line 1 is"."""
     try:
-        return _JSON.decode(text)
-    except RecursionError as error:  # the parser reads all columns or none
-        problem = f"{where} nested too deeply to be read, in the text or in what lies beside it"
-        raise UserError("input", path, problem, "drop such columns") from error
+        try:
+            return _JSON.decode(text)
+        except RecursionError:  # the parser reads all columns or none, and texts lie higher
+            return _JSON.decode(_without_depths(text))
     except ValueError as error:
         raise UserError("input", path, f"{where} not JSON ({error})", remedy) from error
+
+
+def _without_depths(text: str) -> str:
+    """JSON with null for whatever lies deeper than DEEPEST, which is told by its brackets alone."""
+    kept, depth, begun = [], 0, 0
+    for match in _BRACKETS.finditer(text):
+        if match[0] in ("[", "{"):
+            if depth == DEEPEST:
+                kept.append(text[begun : match.start()] + "null")
+            depth += 1
+        elif match[0] in ("]", "}"):
+            depth -= 1
+            if depth == DEEPEST:
+                begun = match.end()
+    return "".join(kept) + (text[begun:] if depth <= DEEPEST else "")
 
 
 def text_of(row: dict[str, Any], text_key: str, key: str, name: object, where: str) -> str:
@@ -169,12 +200,27 @@ def text_of(row: dict[str, Any], text_key: str, key: str, name: object, where: s
     value: Any = row
     for step in [text_key] if text_key in row else text_key.split("."):
         if not isinstance(value, dict) or step not in value:
-            problem = f"{where} has no text under '{text_key}', its keys are {', '.join(row)}"
-            raise UserError(key, name, problem, "set --text-key")
+            problem = f"{where} has no text under '{text_key}', its keys are {some_of(row)}"
+            inner = (f"{outer}.{one}" for outer, found in row.items() if isinstance(found, dict) for one in found)
+            raise UserError(key, name, problem, set_text_key(inner, text_key))
         value = value[step]
     if not isinstance(value, str):
         raise no_text(key, name, f"{where} has {_type_of(value)} under '{text_key}'")
     return value
+
+
+def some_of(names: Iterable[str], most: int = NAMED) -> str:
+    """As many of them as a line may hold."""
+    found = list(names)
+    return f"{', '.join(found[:most])}{', ...' if len(found) > most else ''}"
+
+
+def set_text_key(inner: Iterable[str], text_key: str) -> str:
+    """The remedy. inner: what there is a level below, of which the one that is called as what was asked for is named;
+    else the first."""
+    found = [*inner]
+    named = next((path for path in found if path.rpartition(".")[2] == text_key), found[0] if found else None)
+    return "set --text-key" if named is None else f"set --text-key; what lies in another is named so: {named}"
 
 
 def no_text(key: str, name: object, problem: str) -> UserError:
@@ -240,10 +286,15 @@ def _text_column(schema: Any, path: object, text_key: str) -> list[str]:
     kind: Any = pyarrow.struct(list(schema))
     steps = [text_key] if text_key in schema.names else text_key.split(".")
     for step in steps:
-        if not pyarrow.types.is_struct(kind) or kind.get_field_index(step) < 0:
-            problem = f"has no text under '{text_key}', its columns are {', '.join(schema.names)}"
-            raise UserError("input", path, problem, "set --text-key")
-        kind = kind.field(step).type
+        places = kind.get_all_field_indices(step) if pyarrow.types.is_struct(kind) else []
+        if len(places) > 1:
+            raise UserError("input", path, f"has {len(places)} columns called '{step}'", "rename all but one of them")
+        if not places:
+            problem = f"has no text under '{text_key}', its columns are {some_of(schema.names)}"
+            structs = (outer for outer in schema if pyarrow.types.is_struct(outer.type))
+            inner = (f"{outer.name}.{one.name}" for outer in structs for one in outer.type.fields)
+            raise UserError("input", path, problem, set_text_key(inner, text_key))
+        kind = kind.field(places[0]).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     text = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null())

@@ -7,9 +7,12 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
+
+from yaml import YAMLError
 
 from megabus.data.documents import (
     PACKED,
@@ -21,11 +24,14 @@ from megabus.data.documents import (
     text_of,
     unpacked,
 )
+from megabus.data.local_set import CARD, check_card, own_files, passed_over
 from megabus.errors import UserError
 
 # How `datasets` would read a file -> what its name ends with if we can. Its own readers type every column by what comes
 # first, and fail where another type follows.
 READ_HERE = {"json": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
+
+RETRYING = "datasets.utils.file_utils"  # whose logger tells it
 
 
 def scripts_of(name: str) -> list[Path]:
@@ -34,26 +40,63 @@ def scripts_of(name: str) -> list[Path]:
     return sorted(folder.glob("*.py")) if folder.is_dir() else []
 
 
-def dataset_documents(name: str, subset: str | None, split: str, text_key: str) -> Iterator[str]:
-    """The text of every row of a split, streamed. Raises UserError for what cannot be had."""
-    datasets = _library()
-    try:
+class DataSet:
+    """A split, opened. passed_over: what of a local folder is not read, a line each. Raises UserError for what cannot
+    be had."""
+
+    def __init__(self, name: str, subset: str | None, split: str) -> None:
+        self.name, self.split = name, split
+        self.passed_over: list[str] = []
+        datasets = _library()
+        self._wrong = (OSError, EOFError, ValueError, zlib.error, datasets.exceptions.DatasetsError)
+        folder = Path(name) if os.path.isdir(name) else None
+        if folder is not None:
+            check_card(folder)
+        with self._blaming():
+            try:
+                # Of a folder that is called as its script is the library refuses all, of its "." nothing.
+                opened = os.path.join(name, os.curdir) if scripts_of(name) else name
+                self._builder = datasets.load_dataset_builder(opened, subset)
+            except (AttributeError, KeyError, TypeError, YAMLError) as error:
+                if folder is None:
+                    raise
+                problem = f"is no card that can be read ({type(error).__name__}: {error})"
+                raise UserError("dataset", folder / CARD, problem, "mend it") from error
+            except RuntimeError as error:  # a script that would load it, in a file or on the hub: none is run
+                raise UserError("dataset", name, f"cannot be read ({error})", "give its files as inputs") from error
+        splits = {key: [*map(str, files)] for key, files in (self._builder.config.data_files or {}).items()}
+        self._kind = type(self._builder).__module__.rpartition(".")[2]
+        self._files = splits.get(split, [])
+        if folder is not None:
+            if scripts := scripts_of(name):
+                names = ", ".join(path.name for path in scripts)
+                self.passed_over.append(f"of {name} passed over: {names} (no code of a data set is run)")
+            own_files(folder, chain(*splits.values()))
+            self.passed_over += passed_over(folder, splits, split)
+            self._files = own_files(folder, self._files)
+            if splits.get(split):
+                self._builder.config.data_files[split][:] = self._files
+        self.reads_lines = self._kind == "text"  # each a document, as `datasets` has it
+
+    def documents(self, text_key: str) -> Iterator[str]:
+        """The text of every row, streamed."""
+        endings = READ_HERE.get(self._kind, ())
+        with self._blaming():
+            if self._files and all(file.removesuffix(_packed(file)).endswith(endings) for file in self._files):
+                for file in self._files:
+                    yield from _file_documents(self._builder, file, text_key)
+            else:
+                for number, row in enumerate(self._builder.as_streaming_dataset(self.split)):
+                    yield text_of(row, text_key, "dataset", self.name, f"row {number}")
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
         try:
-            # Of a folder that is called as its script is the library refuses all, of the same folder's "." nothing.
-            folder = os.path.join(name, os.curdir) if scripts_of(name) else name
-            builder = datasets.load_dataset_builder(folder, subset)
-        except RuntimeError as error:  # a script that would load it, in a file or on the hub: none is run
-            raise UserError("dataset", name, f"cannot be read ({error})", "give its files as inputs") from error
-        files = (builder.config.data_files or {}).get(split, [])
-        endings = READ_HERE.get(type(builder).__module__.rpartition(".")[2], ())
-        if files and all(file.removesuffix(_packed(file)).endswith(endings) for file in files):
-            for file in files:
-                yield from _file_documents(builder, file, text_key)
-        else:
-            for number, row in enumerate(builder.as_streaming_dataset(split)):
-                yield text_of(row, text_key, "dataset", name, f"row {number}")
-    except (OSError, EOFError, ValueError, zlib.error, datasets.exceptions.DatasetsError) as error:
-        raise UserError("dataset", name, f"cannot be read ({error})", "check name, subset and split") from error
+            yield
+        except self._wrong as error:
+            raise UserError(
+                "dataset", self.name, f"cannot be read ({error})", "check name, subset and split"
+            ) from error
 
 
 def _file_documents(builder: Any, file: str, text_key: str) -> Iterator[str]:
@@ -103,5 +146,11 @@ def _library() -> Any:
         raise UserError(
             key, os.environ.get(key), f"is no place for a cache ({error})", "name a writable folder"
         ) from error
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised anyway
+    only_retries(datasets)
     return datasets
+
+
+def only_retries(datasets: Any) -> None:
+    """Let the library log no more than that a connection failed and is tried again: all else it raises too."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.logging.get_logger(RETRYING).setLevel(datasets.logging.WARNING)

@@ -106,7 +106,8 @@ def _absent(prefix: str | os.PathLike[str], path: Path) -> UserError:
     if given.suffix in (".bin", ".idx") and all(other.is_file() for other in pair_paths(given.with_suffix(""))):
         problem = "is the name of one of two files, and both begin with the prefix that is asked for"
         return UserError("data", given, problem, f"give {given.with_suffix('')}")
-    return UserError("data", path, "the file does not exist", f"check the prefix or {REBUILD}")
+    problem = "is no regular file" if path.exists() else "the file does not exist"
+    return UserError("data", path, problem, f"check the prefix or {REBUILD}")
 
 
 class IndexedTokens:

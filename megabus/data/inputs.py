@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megabus.data.documents import KINDS_TOLD, kind_of
+from megabus.data.documents import KINDS_TOLD, kind_of, some_of
 from megabus.errors import UserError
 
 RESOURCE_FORKS = "__MACOSX"  # where archives made on a Mac keep them
-NAMED = 3  # how many links are named in full
+JSON = ".json"  # one array, or objects line by line
+OF_JSON = "call it .jsonl if each line is an object, or give its folder as --dataset, which reads arrays too"
+NAMED = 3  # how many of what is passed over are named in full
 
 
 def expand_inputs(patterns: list[str]) -> tuple[list[Path], list[str]]:
@@ -33,8 +35,12 @@ def expand_inputs(patterns: list[str]) -> tuple[list[Path], list[str]]:
         except OSError as error:
             raise UserError("input", pattern, f"cannot be read ({error})", "check the path") from error
         if not found:
+            remedy = "check the path or quote the glob"
+            if not glob.has_magic(pattern) and not os.path.lexists(pattern):
+                raise UserError("input", pattern or "''", "does not exist" if pattern else "names nothing", remedy)
             problem = f"no readable file is there{passed.text(' (passed over: {})')}"
-            raise UserError("input", pattern, problem, "check the path or quote the glob")
+            arrays = JSON in passed.endings
+            raise UserError("input", pattern, problem, OF_JSON if arrays else remedy)
         for file in found:
             if files.setdefault(os.path.realpath(file), file) is not file:
                 passed.counts["matched before"] += 1
@@ -58,8 +64,7 @@ class PassedOver:
             endings = ", ".join(f"{ending or 'none'} {count}" for ending, count in self.endings.most_common())
             parts.append(f"{self.endings.total()} of other endings ({endings})")
         if links := [*dict.fromkeys(self.links)]:
-            more = ", ..." if len(links) > NAMED else ""
-            parts.append(f"{len(links)} links to folders ({', '.join(map(str, links[:NAMED]))}{more})")
+            parts.append(f"{len(links)} links to folders ({some_of(map(str, links), NAMED)})")
         return around.replace("{}", ", ".join(parts)) if parts else ""
 
 
@@ -69,7 +74,8 @@ def _matches(pattern: str, passed: PassedOver) -> list[Path]:
         return _below(path, passed)
     if path.is_file():
         if kind_of(path) is None:
-            raise UserError("input", path, "unknown kind of file", f"give {KINDS_TOLD}")
+            remedy = OF_JSON if JSON in path.suffixes else f"give {KINDS_TOLD}"
+            raise UserError("input", path, "unknown kind of file", remedy)
         return [path]
     found: list[Path] = []
     matches = {*map(Path, glob.glob(pattern, recursive=True))}

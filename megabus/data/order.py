@@ -8,9 +8,14 @@ a run whose sequences grow visits what a run with long sequences would have visi
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import isinf
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from megabus.errors import UserError
 from megabus.splitmix import MASK_64, mix64
@@ -86,14 +91,14 @@ class Blend:
     """Deals chunk numbers out to corpora in a fixed schedule of `BLEND_PERIOD` slots.
 
     Each period gives corpus k exactly its largest-remainder share of the slots, in a seeded shuffle, so
-    proportions are exact every period and locate() is O(1). Raises UserError for a weight that is not
-    positive or too small for one slot.
+    proportions are exact every period and locate() is O(1). A weight of 0 gives none. Raises UserError for a
+    weight that is negative or too small for one slot, and where all are 0.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
-        self.counts = _largest_remainder(weights, BLEND_PERIOD)
+        self.counts = slots(weights)
         dealt = [k for k, count in enumerate(self.counts) for _ in range(count)]
-        if len(self.counts) == 1:  # no shuffle changes that, and it would take longer than all else of a start's data
+        if max(self.counts) == BLEND_PERIOD:  # no shuffle changes that, and it would take longer than a start's data
             self._corpus = dealt
         else:
             self._corpus = [dealt[permute(slot, BLEND_PERIOD, seed, 0)] for slot in range(BLEND_PERIOD)]
@@ -109,12 +114,58 @@ class Blend:
         k = self._corpus[slot]
         return k, period * self.counts[k] + self._rank[slot]
 
+    def dealt(self, number: int) -> list[int]:
+        """How many of the first `number` chunks go to each corpus."""
+        period, slot = divmod(number, BLEND_PERIOD)
+        return [period * count + self._corpus[:slot].count(k) for k, count in enumerate(self.counts)]
+
+
+@dataclass(frozen=True)
+class Deal:
+    """From chunk `start` of a run on, the slots that each corpus has of `BLEND_PERIOD`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
+    start: int
+    counts: tuple[int, ...]
+
+
+class Deals:
+    """Blends that follow each other in a run. Each deals out a corpus from where the one before has left off: however
+    weights change, an epoch of a corpus holds every chunk once.
+
+    deals: the first from 0 on, the starts rising, all of as many corpora.
+    """
+
+    def __init__(self, deals: Sequence[Deal], seed: int) -> None:
+        self.deals = tuple(deals)
+        self._starts = [deal.start for deal in deals]
+        self._blends = [Blend(deal.counts, seed) for deal in deals]
+        lasted = [stop - start for start, stop in zip(self._starts, self._starts[1:], strict=False)]
+        dealt = [blend.dealt(n) for blend, n in zip(self._blends, lasted, strict=False)]
+        nothing = [0] * len(self.deals[0].counts)
+        # Of each blend what the ones before it have dealt of every corpus.
+        self._before = list(accumulate(dealt, lambda x, y: [a + b for a, b in zip(x, y, strict=True)], initial=nothing))
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Chunk `number` of the run -> (corpus k, number of that chunk among corpus k's own)."""
+        at = bisect_right(self._starts, number) - 1
+        k, own = self._blends[at].locate(number - self._starts[at])
+        return k, self._before[at][k] + own
+
+
+def slots(weights: Sequence[float]) -> tuple[int, ...]:
+    """Of `BLEND_PERIOD`, those of each corpus. Raises UserError as `Blend` does."""
+    return tuple(_largest_remainder(weights, BLEND_PERIOD))
+
 
 def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     """Integers proportional to `weights` that sum to `total` (Hamilton's method)."""
     for k, weight in enumerate(weights):
-        if not 0 < weight < float("inf"):
-            raise UserError(f"data weight {k}", weight, "not a positive number", "weigh or drop the corpus")
+        if not 0 <= weight < float("inf"):
+            raise UserError(f"data weight {k}", weight, "not a number from 0 on", "weigh or drop the corpus")
+    if not sum(weights):
+        raise UserError("data weights", list(weights), "sum to nothing", "give one above 0")
     if isinf(sum(weights)):
         weights = [weight / max(weights) for weight in weights]
     shares = [weight / sum(weights) * total for weight in weights]
@@ -123,7 +174,7 @@ def _largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     for k in by_remainder[: total - sum(counts)]:
         counts[k] += 1
     for k, count in enumerate(counts):
-        if count == 0:
+        if count == 0 and weights[k]:
             problem = f"less than one in {total} of the weights' sum, it would never be read"
             raise UserError(f"data weight {k}", weights[k], problem, "raise it or drop the corpus")
     return counts

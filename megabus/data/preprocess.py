@@ -15,15 +15,16 @@ from pathlib import Path
 
 from megabus.data.documents import Meter, file_documents
 from megabus.data.encoding import Encoder, encode_all, is_validation
-from megabus.data.hub import dataset_documents, scripts_of
+from megabus.data.hub import DataSet
 from megabus.data.indexed import IndexedWriter, dtype_for_vocab, meta_path, pair_paths
 from megabus.data.inputs import expand_inputs
 from megabus.data.staging import all_or_none
-from megabus.data.tokenizer import Tokenizer, train_tokenizer, trained_path
+from megabus.data.tokenizer import NO_TREE, Tokenizer, train_tokenizer, trained_path
 from megabus.errors import UserError, note, warn
 from megabus.table import clock
 
 PROGRESS_SECONDS = 5.0
+FAR = 2.0  # times what was asked for that validation's share of the tokens may be, or a part of it
 
 
 class Documents:
@@ -35,24 +36,30 @@ class Documents:
         self._files, passed_over = expand_inputs(args.inputs)
         self._meter: Meter | None = None
         self.n_mended = 0  # texts of this iteration that held what no encoding can say
-        if args.dataset and (scripts := scripts_of(args.dataset)):
-            names = ", ".join(path.name for path in scripts)
-            passed_over.append(f"of {args.dataset} passed over: {names} (no code of a data set is run)")
+        self.n_bytes = 0  # of the texts of this iteration in UTF-8
+        self._dataset = DataSet(args.dataset, args.subset, args.split) if args.dataset else None
+        if self._dataset is not None:
+            passed_over += self._dataset.passed_over
+            if self._dataset.reads_lines and args.split_documents is None:
+                passed_over.append(
+                    f"of {args.dataset} each line is a document: --split-documents line says this is meant"
+                )
         for line in passed_over:
             warn(line)
 
     def __iter__(self) -> Iterator[str]:
-        self.n_mended = 0
+        self.n_mended = self.n_bytes = 0
         for text in self._texts():
             if text and not text.isspace():
-                whole = without_surrogates(text)
+                whole, n_bytes = without_surrogates(text)
                 self.n_mended += whole is not text
+                self.n_bytes += n_bytes
                 yield whole
 
     def _texts(self) -> Iterator[str]:
         args = self._args
-        if args.dataset:
-            yield from dataset_documents(args.dataset, args.subset, args.split, args.text_key)
+        if self._dataset is not None:
+            yield from self._dataset.documents(args.text_key)
         else:
             self._meter = Meter(sum(path.stat().st_size for path in self._files))
             for path in self._files:
@@ -60,22 +67,23 @@ class Documents:
 
     @property
     def share(self) -> float:
-        """How much of the files this iteration has read, from 0 to 1; 0 where that cannot be known."""
+        """How much of the files this iteration has read, from 0 to 1; 0 where that cannot be known. Of packed ones that
+        is far ahead of the text that has been encoded, see `Progress.share`."""
         return self._meter.share if self._meter is not None else 0.0
 
 
-def without_surrogates(text: str) -> str:
-    """The same text, with U+FFFD for halves of surrogate pairs, which JSON can write and no UTF-8 holds."""
+def without_surrogates(text: str) -> tuple[str, int]:
+    """The same text, with U+FFFD for halves of surrogate pairs, which JSON can write and no UTF-8 holds; its bytes."""
     try:
-        text.encode()
+        return text, len(text.encode())
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return mended, len(mended.encode())
 
 
 def preprocess(args: argparse.Namespace) -> str:
     """Writes all files beside their final place, then moves them there. Returns the closing line."""
-    output = Path(args.output)
+    output = Path(args.out)
     suffixes = ["-train", "-valid"] if args.valid_fraction else [""]
     targets = [path for suffix in suffixes for path in corpus_paths(f"{output}{suffix}")]
     if args.train_tokenizer is not None:
@@ -84,8 +92,8 @@ def preprocess(args: argparse.Namespace) -> str:
         with all_or_none(output, targets) as stage:
             documents, around, tokens, rate = write_corpora(args, stage / output.name, suffixes)
     except OSError as error:
-        raise UserError("output", output, f"cannot be written ({error})", "choose another prefix") from error
-    counts = f"{documents} documents{around}, {tokens} tokens, {rate:.0f} tokens/s"
+        raise UserError("--out", output, f"cannot be written ({error})", "choose another prefix") from error
+    counts = f"{documents} documents{around}, {tokens}, {rate:.0f} tokens/s"
     return f"{counts}: {', '.join(map(str, sorted(targets)))}"
 
 
@@ -93,9 +101,12 @@ def corpus_paths(prefix: str) -> list[Path]:
     return [*pair_paths(prefix), meta_path(prefix)]
 
 
-def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -> tuple[int, str, int, float]:
-    """Writes every file at `prefix`. Returns its documents, what stands around each, tokens, and how many a second."""
+def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -> tuple[int, str, str, float]:
+    """Writes every file at `prefix`. Returns its documents, what stands around each, its tokens as they are told, and
+    how many a second."""
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
+    if tokenizer is not None and not tokenizer.codec.has_tree:
+        warn(f"{tokenizer.name} {NO_TREE}: training refuses it as data.tokenizer, and takes its data without one")
     texts = Documents(args)
     marks = around_documents(tokenizer, args) if tokenizer else None
     if args.valid_fraction:
@@ -121,12 +132,12 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
                 raise no_documents(args, texts, suffix, sum(writer.n_documents for writer in writers))
     if texts.n_mended:
         warn(f"{texts.n_mended} document(s) held halves of surrogate pairs, which are U+FFFD now")
-    name = args.tokenizer or os.fspath(trained_path(f"{args.output}-tokenizer", args.model_type))
+    name = args.tokenizer or os.fspath(trained_path(f"{args.out}-tokenizer", args.model_type))
     on_hub = args.tokenizer is not None and not Path(name).exists()
     for writer, suffix, n_bytes in zip(writers, suffixes, text_bytes, strict=True):
         meta = {
             "vocab_size": tokenizer.vocab_size,
-            "tokenizer": name if on_hub else Path(name).name,
+            "tokenizer": name if on_hub else os.fsencode(Path(name).name).decode(errors="replace"),
             "tokenizer_sha256": sha256,
             "eod": tokenizer.eos,
             "document_prefix": prefix_ids,
@@ -138,10 +149,24 @@ def write_corpora(args: argparse.Namespace, prefix: Path, suffixes: list[str]) -
             "bin_sha256": writer.sha256,
         }
         meta_path(f"{prefix}{suffix}").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    before = f" after {tokenizer.shown(prefix_ids)}" if prefix_ids else ""
-    after = f" before {tokenizer.shown(suffix_ids)}" if suffix_ids else ""
+    before = f" preceded by {tokenizer.shown(prefix_ids)}" if prefix_ids else ""
+    after = f" followed by {tokenizer.shown(suffix_ids)}" if suffix_ids else ""
     around = f", each{' and'.join(filter(None, (before, after)))}" if before or after else ""
-    return sum(writer.n_documents for writer in writers), around, progress.n_tokens, rate
+    tokens = f"{progress.n_tokens} tokens"
+    if args.valid_fraction:
+        n_train, n_valid = (writer.n_tokens for writer in writers)
+        tokens += f" (train {n_train}, valid {n_valid}: {n_valid / progress.n_tokens:.1%})"
+        warn_of_shares(args, [writer.n_documents for writer in writers], n_valid / progress.n_tokens)
+    return sum(writer.n_documents for writer in writers), around, tokens, rate
+
+
+def warn_of_shares(args: argparse.Namespace, n_documents: list[int], share: float) -> None:
+    """Where one side has less than half or more than twice the tokens that were asked for: documents stay whole."""
+    asked = args.valid_fraction
+    if not all(want / FAR <= got <= want * FAR for got, want in ((share, asked), (1 - share, 1 - asked))):
+        whole = f"{n_documents[1]} of {sum(n_documents)} documents, which stay whole"
+        remedy = "make documents smaller (--split-documents line), or try another --valid-fraction"
+        warn(f"--valid-fraction = {asked}: validation has {share:.1%} of the tokens ({whole}); {remedy}")
 
 
 def around_documents(tokenizer: Tokenizer, args: argparse.Namespace) -> tuple[list[int], list[int]]:
@@ -171,7 +196,7 @@ def check_both_sides(args: argparse.Namespace, texts: Documents) -> None:
 
 
 def no_documents(args: argparse.Namespace, texts: Documents, suffix: str, n_documents: int) -> UserError:
-    problem = f"gives {n_documents} document(s), of which none goes to {args.output}{suffix}"
+    problem = f"gives {n_documents} document(s), of which none goes to {args.out}{suffix}"
     remedy = "give more files, make documents smaller (--split-documents line) or try another --valid-fraction"
     return UserError("input", texts.name, problem, remedy if suffix else "give more text")
 
@@ -238,8 +263,13 @@ class Progress:
             self.reported = time.monotonic()
             note(self.line())
 
+    @property
+    def share(self) -> float:
+        """How much of the files has been encoded: what is read and waits for that is not done."""
+        return self.texts.share * self.n_bytes / self.texts.n_bytes if self.n_bytes else 0.0
+
     def line(self) -> str:
-        seconds, share, megabytes = self.seconds, self.texts.share, self.n_bytes / 1e6
+        seconds, share, megabytes = self.seconds, self.share, self.n_bytes / 1e6
         speed = f"{megabytes / seconds:.1f} MB/s, {self.n_tokens / seconds:.0f} tokens/s"
-        done = f", {share:.0%} read, {clock(seconds * (1 / share - 1))} left" if share else ""
-        return f"{megabytes:.0f} MB, {self.n_tokens} tokens, {speed}{done}"
+        done = f", {share:.0%} done, {clock(seconds * (1 / share - 1))} left" if share else ""
+        return f"{megabytes:.0f} MB of text, {self.n_tokens} tokens, {speed}{done}"

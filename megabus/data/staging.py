@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megabus.durable import sync
+from megabus.durable import open_lock, sync
 from megabus.errors import UserError, warn
 
 ENDING = ".preprocess"  # of the hidden folder beside the files, in which they are written
@@ -29,14 +29,16 @@ def all_or_none(prefix: Path, targets: list[Path]) -> Iterator[Path]:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     for target in targets:
         if target.is_dir():
-            raise UserError("--output", target, "is a folder", "remove it, or choose another prefix")
+            raise UserError("--out", target, "is a folder", "remove it, or choose another prefix")
     stage = prefix.parent / f".{prefix.name}{ENDING}"
     sweep(prefix.parent, stage)
     stage.mkdir(exist_ok=True)
-    with (stage / LOCK).open("a") as lock:
+    if stage.is_symlink():  # to a folder, which is another's
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(stage))
+    with open_lock(stage / LOCK) as lock:
         if not _has_locked(lock.fileno(), stage / LOCK, without_locks=True):
             remedy = "wait for it, or choose another prefix"
-            raise UserError("--output", prefix, "another preprocess is writing there", remedy)
+            raise UserError("--out", prefix, "another preprocess is writing there", remedy)
         try:
             (stage / NEW).mkdir()
             yield stage / NEW
@@ -60,7 +62,7 @@ def sweep(folder: Path, mine: Path) -> None:
     """
     for lock in sorted(folder.glob(f".*{ENDING}/{LOCK}")):
         try:
-            with lock.open("a") as file:
+            with open_lock(lock) as file:
                 if _has_locked(file.fileno(), lock, without_locks=False):
                     if (lock.parent / WHOLE).is_dir():
                         _move_out(lock.parent)

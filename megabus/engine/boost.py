@@ -6,16 +6,15 @@ whichever Adam runs. Adam itself sees a partition as one tensor and has no learn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megabus.engine.fragments import flat_partitions, inner_optimizer, places
-from megabus.parallel.placement import Placement
+from megabus.engine.fragments import Place, flat_partitions, inner_optimizer
 from megabus.upload import upload
 
 
@@ -54,13 +53,13 @@ class Boost:
     """Multiplies the learning rate of the rows that `set_rows` chose by `factor`, which its user sets before a step.
     While it is 1, or no row is chosen, nothing is copied.
 
-    engine: DeepSpeed's, of the module that `rank` has under `placement`.
+    engine: DeepSpeed's. own: what this rank owns, and where.
     """
 
-    def __init__(self, engine: Any, module: nn.Module, placement: Placement, rank: int) -> None:
+    def __init__(self, engine: Any, own: Sequence[Place]) -> None:
         self.factor = 1.0
         self._flats = flat_partitions(engine)
-        self._module, self._placement, self._rank = module, placement, rank
+        self._own = own
         self._rows: list[_Rows] = []
         self._before: list[tuple[_Rows, list[Tensor]]] = []
         inner = inner_optimizer(engine)
@@ -69,8 +68,8 @@ class Boost:
     def set_rows(self, added: Callable[[str], np.ndarray]) -> None:
         """Choose rows, in place of those before: `added` tells them by the parameter's name, (global rows,) bool."""
         found: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
-        for place in places(self._module, self._placement, self._rank):
-            piece, width = place.piece, self._placement.width(place.piece.name)
+        for place in self._own:
+            piece, width = place.piece, place.width
             rows = np.flatnonzero(added(place.piece.name))
             start, stop = np.maximum(rows * width, piece.start), np.minimum((rows + 1) * width, piece.stop)
             here, at = start < stop, place.part.start - piece.start

@@ -6,9 +6,11 @@ import contextlib
 import gc
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from megabus.config import Stage
 from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.adam import make_adam
+from megabus.engine.averages import Averages
 from megabus.engine.boost import Boost
 from megabus.engine.ds_config import deepspeed_config
 from megabus.engine.forms import agreed_form
@@ -35,6 +38,7 @@ from megabus.engine.fragments import (
     write_fragments,
 )
 from megabus.engine.gains import gain_percentiles
+from megabus.engine.gate import Gate
 from megabus.engine.hardware import compute_deterministically
 from megabus.engine.rates import set_rates
 from megabus.engine.tied import Pipeline, tied_rows
@@ -47,7 +51,7 @@ from megabus.model.documents import Documents
 from megabus.model.layers import KVCache, kernel_rows
 from megabus.model.params import spec_of
 from megabus.model.rates import relative_rate
-from megabus.parallel.fragments import Fragments
+from megabus.parallel.fragments import Fragments, Kind
 from megabus.parallel.mesh import Mesh
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import layers_at
@@ -67,17 +71,24 @@ def mean_loss(decoder: Decoder, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
 class StepResult:
     """Mean loss of the global batch in nats (before the update) and the gradient norm (before clipping).
 
-    Where the norm is not finite, DeepSpeed has left weights and moments as they were.
+    Where the norm is not finite, DeepSpeed has left weights and moments as they were; where `refused`, the engine's
+    user has had it so.
     """
 
     loss: float
     grad_norm: float
+    refused: bool = False
 
     @property
     def is_finite(self) -> bool:
         """The same on every rank: the norm is of all ranks' gradients, and a loss that is not finite makes its own
         gradients NaN (`Engine._module`)."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def updates(self) -> bool:
+        """Whether it has moved the weights; the same on every rank."""
+        return self.is_finite and not self.refused
 
 
 def _read(loss: Tensor, grad_norm: Tensor | float) -> StepResult:
@@ -117,6 +128,8 @@ class Engine:
 
     train: its precision, memory and kernel settings; batch sizes are the stage's.
     heartbeat: called at every micro batch, of which a step may take many; its user may set it.
+    refuses: asked by every rank about a finite step before it moves anything, and answers the same on all; its user may
+    set it. It waits for the device where nothing else would.
     loss: a micro batch's, in training and in evaluation. Losses of micro batches are averaged, so only means over B do
     not depend on how a batch is cut.
     Collective: every rank constructs it, and every rank makes every call.
@@ -155,15 +168,19 @@ class Engine:
             )
         if stage.model.tie_embeddings and isinstance(self.module, Pipeline):
             self.module.tied = tied_rows(self.module, self.mesh, train.precision == "bf16")
+        self.places = list(places(self.module, self.placement, self.mesh.rank))
         if (tuned := optimizer.transfer) is not None:
             rate = partial(relative_rate, model=stage.model, d_model=tuned.d_model)
-            set_rates(self.deepspeed, self.module, self.placement, self.mesh.rank, rate)
+            set_rates(self.deepspeed, self.places, rate)
         # Hooks run in this order: rows that a boost has moved are turned back and made unit afterwards.
-        self.boost = Boost(self.deepspeed, self.module, self.placement, self.mesh.rank)
+        self.boost = Boost(self.deepspeed, self.places)
         vectors, max_angle = self._unit_vectors(), optimizer.max_angle or math.inf
         self.angle_cap = None if vectors is None else AngleCap(self.deepspeed, vectors, self._looked_up(), max_angle)
         self.unit_rows = None if vectors is None else UnitRows(self.deepspeed, vectors, self.kernels.unit_rows_)
+        self.averages = Averages(self.deepspeed, self.places, train.ema, self.unit_rows)
         self._pipe_seq_len = stage.seq_len
+        self.refuses: Callable[[StepResult], bool] | None = None
+        self._gate, self._losses = Gate(self.deepspeed, self._refused), list[Tensor]()
         self.heartbeat: Callable[[], object] | None = None
         self._beats = self.module.register_forward_pre_hook(self._beat)
 
@@ -207,27 +224,52 @@ class Engine:
 
     def _looked_up(self) -> list[slice]:
         """Where the embedding lies in that partition."""
-        return [x.part for x in places(self.module, self.placement, self.mesh.rank) if x.spec.lookup]
+        return [x.part for x in self.places if x.spec.lookup]
 
     def train_step(self, batches: Sequence[Batch], lr: float, seq_len: int | None = None) -> StepResult:
         """One optimizer step over this data-parallel rank's `grad_accum` micro batches, which may be none where it
         needs no tokens. seq_len: their length where it is not the stage's."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
+        self._gate.open()
         if isinstance(self.module, Pipeline):
             loss = self.deepspeed.train_batch(self._expect(batches, seq_len or self.stage.seq_len))
             self.deepspeed.timers(TRAIN_BATCH_TIMER).reset()  # it keeps two events a step until somebody asks for them
             self._meet_ends()
         else:
-            losses = []
+            self._losses = []
             self.deepspeed.train()
             for batch in batches:
                 micro = self.deepspeed(*self._all_on_device(batch))
                 self.deepspeed.backward(micro)
+                self._losses.append(micro.detach())
                 self.deepspeed.step()
-                losses.append(micro.detach())
-            loss = self._mean(losses)
-        return _read(loss, self.deepspeed.get_global_grad_norm())
+            loss = self._mean(self._losses)
+            self._losses = []
+        result = _read(loss, self.deepspeed.get_global_grad_norm())
+        return replace(result, refused=bool(self._gate.refused))
+
+    def _refused(self) -> bool:
+        """Of the step that Adam is about to make; see `refuses`."""
+        if self.refuses is None:
+            return False
+        # DeepSpeed's pipeline tells its loss after Adam: this is where it gets it from, so it is the same to the bit.
+        pipeline = isinstance(self.module, Pipeline)
+        loss = self.deepspeed._aggregate_total_loss() if pipeline else self._mean(self._losses)
+        result = _read(loss, self.deepspeed.optimizer._global_grad_norm)
+        return result.is_finite and self.refuses(result)
+
+    def rebatch(self, stage: Stage) -> None:
+        """From here on steps take the samples of `stage`, which is the present one but for them."""
+        micro = self.stage.micro_batch_size
+        self.stage = stage
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.deepspeed.set_train_micro_batch_size(stage.micro_batch_size)
+            self.deepspeed.set_train_batch_size(stage.global_batch_size)
+        # DeepSpeed ends a step where this count is a multiple of what is accumulated, which is another number now.
+        self.deepspeed.micro_steps = 0
+        if isinstance(self.module, Pipeline) and micro != stage.micro_batch_size:
+            self.deepspeed.reset_activation_shape()
 
     def _meet_ends(self) -> None:
         """The rows of a tied head that this rank borrows or lends are the owner's again."""
@@ -267,12 +309,36 @@ class Engine:
         return loss / self.stage.layout.dp
 
     def read(self) -> Fragments:
-        """This rank's masters and moments: views, valid until the next step."""
-        return read_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank)
+        """This rank's masters, moments and running means: views, valid until the next step."""
+        fragments = read_fragments(self.deepspeed, self.places)
+        for piece, means in self.averages.read().items():
+            fragments[piece] |= means
+        return fragments
 
-    def write(self, fragments: Fragments, optimizer_step: int = 0) -> None:
-        """Set this rank's masters, and moments where given, which are taken out of `fragments`; collective."""
-        write_fragments(self.deepspeed, self.module, self.placement, self.mesh.rank, fragments, optimizer_step)
+    def write(
+        self, fragments: Fragments, optimizer_step: int = 0, averaged: Mapping[Kind, int] = MappingProxyType({})
+    ) -> None:
+        """Set this rank's masters, and moments where given, which are taken out of `fragments`; collective. averaged:
+        the running means that it has, and of how many updates they are; others of the engine's begin with the
+        weights."""
+        write_fragments(self.deepspeed, self.places, fragments, optimizer_step)
+        self.averages.write(fragments, averaged)
+        self._meet_ends()
+
+    @contextmanager
+    def computing_with(self, kind: Kind) -> Iterator[None]:
+        """Until the block ends the model computes with a running mean of its weights: evaluate, and take no step.
+        Collective."""
+        try:
+            with self.averages.in_place_of_masters(kind):
+                self._refresh()
+                yield
+        finally:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Make the weights that the model computes with anew of the masters."""
+        self.deepspeed.optimizer.update_lp_params()
         self._meet_ends()
 
     def write_initial(self, seed: int) -> None:
@@ -308,7 +374,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine; the process groups stay for the next one."""
-        for hooked in (self.boost, self.angle_cap, self.unit_rows, self._beats):
+        for hooked in (self.boost, self.angle_cap, self.unit_rows, self.averages, self._beats):
             if hooked is not None:
                 hooked.remove()
         self.deepspeed.destroy()
@@ -316,6 +382,6 @@ class Engine:
             # The last loss's graph holds hooks that hold the engine: a cycle through C++, which gc cannot see.
             for name in ("loss", "total_loss", "fwd_outputs", "pipe_buffers"):
                 setattr(self.deepspeed, name, None)
-        del self.deepspeed, self.module, self.unit_rows, self.angle_cap, self.boost
+        del self.deepspeed, self.module, self.unit_rows, self.angle_cap, self.boost, self._gate, self.averages
         gc.collect()
         get_accelerator().empty_cache()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ class Place(NamedTuple):
 
     spec: ParamSpec
     piece: Piece
+    width: int  # entries of a row
     group: int
     part: slice
 
@@ -62,16 +63,18 @@ def places(module: nn.Module, placement: Placement, rank: int) -> Iterator[Place
             raise RuntimeError(f"DeepSpeed gives this rank {found}, megabus expected {piece}")
         if piece is not None:
             offset = mapping.hp_fragment_address.start
-            yield Place(spec, piece, mapping.param_group_index, slice(offset, offset + len(piece)))
+            yield Place(
+                spec, piece, placement.width(spec.name), mapping.param_group_index, slice(offset, offset + len(piece))
+            )
     if owned:
         raise RuntimeError(f"DeepSpeed holds no part of {sorted(owned)}")
 
 
-def read_fragments(engine: Any, module: nn.Module, placement: Placement, rank: int) -> Fragments:
-    """Views of what this rank owns, in canonical order; moments only once there are some. Errors: see `places`."""
+def read_fragments(engine: Any, own: Iterable[Place]) -> Fragments:
+    """Views of what this rank owns, in canonical order; moments only once there are some."""
     flats, inner = flat_partitions(engine), inner_optimizer(engine)
     fragments: Fragments = {}
-    for _, piece, group, part in places(module, placement, rank):
+    for _, piece, _, group, part in own:
         fragments[piece] = {"weight": flats[group].detach()[part]}
         state = inner.state.get(flats[group])
         if state:
@@ -97,7 +100,7 @@ def optimizer_step_count(engine: Any) -> int:
 
 
 @torch.no_grad()
-def write_fragments(engine: Any, module: nn.Module, placement: Placement, rank: int, new: Fragments, step: int) -> None:
+def write_fragments(engine: Any, own: Iterable[Place], new: Fragments, step: int) -> None:
     """Set masters (and moments, which `new` has if `step` is not 0) and refresh the model's weights. Takes the tensors
     out of `new`, one kind after the other, so that never more than one kind lies in memory twice."""
     kinds: tuple[Kind, ...] = KINDS if step else ("weight",)
@@ -105,6 +108,6 @@ def write_fragments(engine: Any, module: nn.Module, placement: Placement, rank: 
         if kind != "weight":
             for flat in flat_partitions(engine):
                 write_state(inner_optimizer(engine), flat, {kind: torch.zeros_like(flat)}, step)
-        for piece, tensors in read_fragments(engine, module, placement, rank).items():
+        for piece, tensors in read_fragments(engine, own).items():
             tensors[kind].copy_(new[piece].pop(kind))
     engine.optimizer.update_lp_params()

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
-
 from megabus.engine.adam import Segment
-from megabus.engine.fragments import flat_partitions, inner_optimizer, places
+from megabus.engine.fragments import Place, flat_partitions, inner_optimizer
 from megabus.model.params import ParamSpec
-from megabus.parallel.placement import Placement
 
 
-def set_rates(
-    engine: Any, module: nn.Module, placement: Placement, rank: int, rate: Callable[[ParamSpec], float]
-) -> None:
+def set_rates(engine: Any, own: Iterable[Place], rate: Callable[[ParamSpec], float]) -> None:
     """Let every parameter learn at `rate` times its group's learning rate.
 
-    engine: DeepSpeed's, around a `SegmentedAdamW`, of the module that `rank` has under `placement`.
+    engine: DeepSpeed's, around a `SegmentedAdamW`. own: what this rank owns, and where.
     """
     found: dict[int, list[Segment]] = {}
-    for place in places(module, placement, rank):
+    for place in own:
         found.setdefault(place.group, []).append(Segment(place.part.start, place.part.stop, rate(place.spec)))
     flats, groups = flat_partitions(engine), inner_optimizer(engine).param_groups
     for number, segments in found.items():

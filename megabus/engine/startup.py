@@ -21,7 +21,19 @@ LAST_WORDS = timedelta(hours=1)  # that the others wait for what rank 0 makes of
 
 
 def prepare_environment(deterministic: bool = False) -> None:
-    """Settings that must stand before torch is imported. deterministic: `train.deterministic`."""
+    """Settings that must stand before torch is imported, and a rank's, where no launcher has made them.
+    deterministic: `train.deterministic`."""
+    prepare_torch(deterministic)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if os.environ["WORLD_SIZE"] == "1":  # without a launcher: any free port, so that several runs can go on at once
+        os.environ.setdefault("MASTER_PORT", "0")
+    os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def prepare_torch(deterministic: bool = False) -> None:
+    """Those of all ranks alike."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS then adds up in one order
         os.environ.setdefault("NCCL_ALGO", "Ring")  # of all algorithms between which NCCL chooses
@@ -31,12 +43,6 @@ def prepare_environment(deterministic: bool = False) -> None:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
         # Growth frees tensors of one size and asks for others: segments that can be extended leave no holes.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if os.environ["WORLD_SIZE"] == "1":  # without a launcher: any free port, so that several runs can go on at once
-        os.environ.setdefault("MASTER_PORT", "0")
-    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 @contextmanager
@@ -72,6 +78,8 @@ def import_deepspeed() -> None:
 
     logger.setLevel(logging.ERROR)
     _leave_peaks_alone()
+    _send_no_weights()
+    _add_without_copies()
     if not gpu:
         # On CPUs DeepSpeed would compile a shared-memory op here: a minute with g++, a crash without.
         # The attribute deepspeed.comm.torch is torch itself, so the module is found by its full name.
@@ -87,6 +95,33 @@ def _leave_peaks_alone() -> None:
 
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
     stage_1_and_2.empty_cache = lambda: get_accelerator().empty_cache()
+
+
+def _send_no_weights() -> None:
+    """Keep DeepSpeed from sending the model of a group's first rank to the others, a message a parameter, whenever an
+    engine is made: weights are zeros until all ranks have written their masters, and are then made of these."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    DeepSpeedEngine._broadcast_model = lambda self: None
+
+
+def _add_without_copies() -> None:
+    """Let DeepSpeed's optimizer for bf16 add each gradient into its fp32 sum as it is. It would make an fp32 copy of it
+    before: another kernel, and 18 bytes an entry in place of 10, for the same bits."""
+    import torch
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    @torch.no_grad()
+    def add(self: Any, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+        assert not clear_lp_grads, "gradients go into their sums at once (`immediate_grad_update`)"
+        if lp.grad is None:
+            return
+        hp_grad = self.fp32_groups_gradients[group_idx][param_idx]
+        hp_grad.add_(lp.grad.view(hp_grad.shape))
+        lp._hp_grad = hp_grad
+        self.fp32_groups_has_gradients[group_idx][param_idx] = True
+
+    BF16_Optimizer._update_hp_grad = add
 
 
 @contextmanager

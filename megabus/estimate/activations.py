@@ -7,18 +7,23 @@ shapes, the first of which imports torch's compiler, while all other ranks of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from megabus.config.schema import ModelConfig
 from megabus.estimate.live_bytes import LiveBytes
+from megabus.kernels.adjacent import joined
 from megabus.kernels.form import EAGER, Kernels
 from megabus.model.decoder import Decoder
 from megabus.model.layers import rope_at, rope_frequencies
+from megabus.model.params import spec_of
+from megabus.model.where import as_on_gpu
 from megabus.parallel.tensor_parallel import ProcessGroupTP
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -28,7 +33,8 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class Shape:
-    """One micro batch on one rank. sequence_parallel and tp: see `ProcessGroupTP`; rank: which tensor-parallel one."""
+    """One micro batch on one rank. sequence_parallel and tp: see `ProcessGroupTP`; rank: which tensor-parallel one.
+    kernels: see `FORMS`. on_gpu: whether it computes there, whatever device its shapes are on."""
 
     model: ModelConfig
     tp: int
@@ -38,7 +44,8 @@ class Shape:
     precision: Precision
     recompute: bool
     sequence_parallel: bool
-    fused: bool
+    kernels: str
+    on_gpu: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,12 +66,14 @@ class Footprint:
     """Bytes of one micro batch on a pipeline rank, without its weights and gradients.
 
     saved: after forward, for backward. peak: the most while forward and backward run; later: the most of it from the
-    first gradient of a weight on.
+    first gradient of a weight on. moved: what is read and written between products of matrices, gradients being added
+    into their sums included.
     """
 
     saved: int
     peak: int
     later: int
+    moved: int
 
 
 def footprint(shape: Shape, layers: int, first: bool, last: bool) -> Footprint:
@@ -73,12 +82,24 @@ def footprint(shape: Shape, layers: int, first: bool, last: bool) -> Footprint:
     one = _run(shape, last, run)
     more = (layers - run) * layer_bytes(shape) + (_embedding_saves(shape) if first else 0)
     least = _embedding_peak(shape) if first else 0
-    return Footprint(one.saved + more, max(one.peak + more, least), max(one.later + more, least))
+    moved = one.moved + (layers - run) * _run(shape, False).moved + (_embedding_moves(shape) if first else 0)
+    return Footprint(one.saved + more, max(one.peak + more, least), max(one.later + more, least), moved)
 
 
 def layer_bytes(shape: Shape) -> int:
     """What a further block saves for backward, with what it gives to the next."""
     return _run(shape, False).saved
+
+
+def _embedding_moves(shape: Shape) -> int:
+    """Rows are read and written, their gradients too, into zeros as large as the weight, which go into its sum."""
+    weight = -(-shape.model.vocab_size // shape.tp) * shape.model.d_model
+    return 4 * shape.boundary + weight * (shape.dtype.itemsize + _sum_moves(shape.dtype))
+
+
+def _sum_moves(dtype: torch.dtype) -> int:
+    """Bytes of a gradient's entry that is added into its fp32 sum."""
+    return dtype.itemsize + 8
 
 
 def _embedding_saves(shape: Shape) -> int:
@@ -95,20 +116,23 @@ def _embedding_peak(shape: Shape) -> int:
 @lru_cache(maxsize=1024)
 def _run(shape: Shape, last: bool, blocks: int = 1) -> Footprint:
     """Of one block, or of none, with the head if it is the last. What a block takes is that of its tokens and a
-    constant, so larger micro batches follow from two; the head takes tokens in chunks, and does not."""
-    if last or shape.batch <= 2:
+    constant, so larger micro batches follow from two (of one sequence, some copies are none); the head takes tokens in
+    chunks, and does not."""
+    if last or shape.batch <= 3:
         return _trace(shape, last, blocks)
-    one, two = (_trace(replace(shape, batch=n), False) for n in (1, 2))
-    pairs = zip(astuple(one), astuple(two), strict=True)
-    return Footprint(*(a + (shape.batch - 1) * (b - a) for a, b in pairs))
+    two, three = (_trace(replace(shape, batch=n), False) for n in (2, 3))
+    pairs = zip(astuple(two), astuple(three), strict=True)
+    return Footprint(*(a + (shape.batch - 2) * (b - a) for a, b in pairs))
 
 
 def _trace(shape: Shape, last: bool, blocks: int = 1) -> Footprint:
     model = shape.model.model_copy(update={"n_layers": 1 + blocks if last else 2 + blocks})
     tp, device = _ShapesOnly(shape.tp, shape.rank, shape.sequence_parallel), _device(shape, last)
     with device:
-        decoder = Decoder(model, (1, 1 + blocks), tp, shape.recompute, FUSED if shape.fused else UNFUSED)
+        decoder = Decoder(model, (1, 1 + blocks), tp, shape.recompute, FORMS[shape.kernels])
         decoder.to(shape.dtype)
+        if shape.on_gpu:
+            _lay_side_by_side(list(decoder.parameters()))
         targets = torch.zeros(shape.batch, shape.seq_len, dtype=torch.int64)
         length = shape.seq_len // (shape.tp if tp.sequence_parallel else 1)
         h = torch.zeros(shape.batch, length, model.d_model, dtype=shape.dtype, requires_grad=True)
@@ -117,17 +141,19 @@ def _trace(shape: Shape, last: bool, blocks: int = 1) -> Footprint:
     live, before = LiveBytes(known, device.type), 0
 
     def hand_over(parameter: Tensor) -> None:
-        """What DeepSpeed does with a gradient: it goes into sums, which are counted elsewhere, by way of fp32."""
+        """What DeepSpeed does with a gradient: it goes into sums, whose memory is counted elsewhere; outside of bf16
+        with ZeRO-1 by way of fp32."""
         nonlocal before
         if before == 0:
             before, live.peak = live.peak, live.now
         assert parameter.grad is not None
+        moved = live.moved + parameter.numel() * _sum_moves(parameter.dtype)
         parameter.grad.float()
-        parameter.grad = None
+        parameter.grad, live.moved = None, moved
 
     for parameter in decoder.parameters():
         parameter.register_post_accumulate_grad_hook(hand_over)
-    with live:
+    with live, as_on_gpu(shape.on_gpu):
         out = decoder.hidden(h)
         saved = live.now
         if last:
@@ -136,7 +162,16 @@ def _trace(shape: Shape, last: bool, blocks: int = 1) -> Footprint:
             loss.backward()
         else:
             _Next.apply(out).backward()
-    return Footprint(saved, max(before, live.peak), live.peak)
+    return Footprint(saved, max(before, live.peak), live.peak, live.moved)
+
+
+def _lay_side_by_side(parameters: Sequence[nn.Parameter]) -> None:
+    """As DeepSpeed does, which makes q, k and v one matrix on a GPU, and up and gate."""
+    for matrices in (True, False):
+        own = [parameter for parameter in parameters if spec_of(parameter).is_matrix == matrices]
+        whole = parameters[0].new_empty(sum(map(Tensor.numel, own)))
+        for parameter, part in zip(own, whole.split(list(map(Tensor.numel, own))) if own else (), strict=True):
+            parameter.data = part.view_as(parameter)
 
 
 def _device(shape: Shape, last: bool) -> torch.device:
@@ -187,12 +222,22 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
         y_BHTC = torch.empty_like(q_BHTC)  # of the same strides: heads lie within positions
+        _move(q_BHTC, k_BKTC, v_BKTC, y_BHTC)
         ctx.save_for_backward(q_BHTC, k_BKTC, v_BKTC, y_BHTC, q_BHTC.new_empty(q_BHTC.shape[:3], dtype=torch.float32))
         return y_BHTC
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+        saved = ctx.saved_tensors
+        found = tuple(torch.empty_like(x) for x in saved[:3])
+        _move(*saved, *grads, *found)
+        return found
+
+
+def _move(*tensors: Tensor | None) -> None:
+    """These are read or written by one kernel, of which operations on shapes have no other trace."""
+    if isinstance(mode := _get_current_dispatch_mode(), LiveBytes):
+        mode.move(x for x in tensors if x is not None)
 
 
 class _Fused(torch.autograd.Function):
@@ -202,30 +247,64 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(*inputs)
         assert inputs[0] is not None
-        return torch.empty_like(inputs[0])
+        found = torch.empty_like(inputs[0])
+        _move(*inputs, found)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
-        return tuple(torch.empty_like(x) if need else None for x, need in needed)
+        saved = ctx.saved_tensors
+        needed = zip(saved, ctx.needs_input_grad, strict=True)
+        found = tuple(torch.empty_like(x) if need else None for x, need in needed)
+        _move(*saved, *grads, *found)
+        return found
 
 
 def _fused(*inputs: Any) -> Tensor:
     return _Fused.apply(*(x for x in inputs if x is None or isinstance(x, Tensor)))
 
 
-def _in_place(rows: Tensor) -> None:
+class _Gate(_Fused):
+    """Triton's: where u and v are the halves of one tensor, so are their gradients, and the product before has them as
+    one without a copy."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        u, v, *gains = ctx.saved_tensors
+        both = joined((u, v), -1)
+        halves = (torch.empty_like(u), torch.empty_like(v)) if both is None else torch.empty_like(both).chunk(2, -1)
+        found = (*halves, *(None if gain is None else torch.empty_like(gain) for gain in gains))
+        _move(u, v, *gains, *grads, *found)
+        return found
+
+
+def _gate(*inputs: Tensor | None) -> Tensor:
+    return _Gate.apply(*inputs)
+
+
+def _in_place(*_: Any) -> None:
     pass
+
+
+def _losses_in_place(raw_NV: Tensor, *_: Any) -> Tensor:
+    _move(raw_NV, raw_NV, raw_NV)  # read for its sums, read and written
+    return raw_NV.new_empty(len(raw_NV), dtype=torch.float32)
 
 
 UNFUSED = replace(EAGER, attention=_flash)
 FUSED = Kernels(
     name="fused",
+    lean=True,
     residual=_fused,
     rms_norm=_fused,
     rotate=_fused,
     rotate_unit=_fused,
     attention=_flash,
-    gate=_fused,
+    gate=_gate,
+    cross_entropy_=_losses_in_place,
     unit_rows_=_in_place,
 )
+# The head's loss is eager in torch.compile's form: what it makes is of the logits' size.
+COMPILED = replace(FUSED, name="compiled", lean=False, gate=_fused, cross_entropy_=EAGER.cross_entropy_)
+# By train.kernels. `auto` is Triton's form on GPUs that it was checked on, and eager takes more on any.
+FORMS = {"auto": UNFUSED, "eager": UNFUSED, "compiled": COMPILED, "triton": FUSED}

@@ -24,9 +24,9 @@ class Device:
     """One device in its node.
 
     chip: its name in `megabus.model.peak`, if it is a GPU. memory: bytes. reserve: of these, what drivers and
-    communication libraries take, and fragments. bf16, fp32: peak FLOP/s of dense matrix products. efficiency: share of
-    it that a layer's products reach. memory_bandwidth: bytes a second. intra, inter: between two devices of a node, and
-    of two nodes (a device's share of its node's network).
+    communication libraries take, and fragments. bf16, fp32: peak FLOP/s of dense matrix products. efficiency,
+    attention: shares of it that a layer's products and its attention reach. memory_bandwidth: bytes a second. intra,
+    inter: between two devices of a node, and of two nodes (a device's share of its node's network).
     """
 
     name: str
@@ -35,12 +35,17 @@ class Device:
     bf16: float
     fp32: float
     efficiency: float
+    attention: float
     memory_bandwidth: float
     intra: Interconnect
     inter: Interconnect
     nodes_of: int
     source: str
     chip: str | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.chip is not None
 
     def peak(self, precision: str) -> float:
         return self.bf16 if precision == "bf16" else self.fp32
@@ -49,7 +54,10 @@ class Device:
 # Assumed, for no data sheet says them: latencies of a collective's step, the share of the peak, and the reserve.
 # NVLink's data-sheet figure is the sum of both ways; half of it is one way's. A link rarely gives more than 4/5 of it.
 NVLINK, NETWORK = 5e-6, 10e-6
-EFFICIENCY, RESERVE, WIRE = 0.6, 4e9, 0.8
+EFFICIENCY, RESERVE, WIRE = 0.65, 4e9, 0.8
+# FlashAttention-2, forward and backward: more than half of an A100's peak, but at most a third of an H100's, whose own
+# instructions it does not use (Dao 2023, arXiv 2307.08691, section 4.1).
+ATTENTION, OTHERS_ATTENTION = {"H100": 0.3, "H200": 0.3}, 0.5
 
 
 GIB = 2**30 / 1e9  # in GB
@@ -64,6 +72,7 @@ def _gpu(name: str, chip: str, gb: float, fp32: float, hbm: float, intra: float,
         bf16=PEAK_TFLOPS[chip] * 1e12,
         fp32=fp32 * 1e12,
         efficiency=EFFICIENCY,
+        attention=ATTENTION.get(chip, OTHERS_ATTENTION),
         memory_bandwidth=hbm * 1e9,
         intra=Interconnect(NVLINK, intra * WIRE * 1e9),
         inter=Interconnect(NETWORK, inter * WIRE * 1e9),
@@ -99,6 +108,7 @@ DEVICES = {
             bf16=20e9,
             fp32=40e9,
             efficiency=1.0,
+            attention=1.0,
             memory_bandwidth=10e9,
             intra=Interconnect(1e-4, 1e9),
             inter=Interconnect(1e-3, 1e8),

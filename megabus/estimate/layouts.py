@@ -32,15 +32,15 @@ class Choice:
         return f"{self.stage.layout} with micro_batch_size {self.stage.micro_batch_size}, recompute {recompute}"
 
 
-def pipeline_memory(config: RunConfig, stage: Stage) -> list[RankMemory]:
+def pipeline_memory(config: RunConfig, stage: Stage, on_gpu: bool) -> list[RankMemory]:
     """Of every pipeline rank's fullest rank: its last tensor-parallel one, which has most of the vocabulary."""
-    placement, held = Placement(stage.model, stage.layout), held_copies(config, stage)
-    return [
-        memory_at(config.train, stage, placement, pp, stage.layout.tp - 1, held=held) for pp in range(stage.layout.pp)
-    ]
+    placement, last = Placement(stage.model, stage.layout), stage.layout.tp - 1
+    held = held_copies(config, stage)
+    ranks = range(stage.layout.pp)
+    return [memory_at(config.train, stage, placement, pp, last, held=held, on_gpu=on_gpu) for pp in ranks]
 
 
-def fullest(config: RunConfig, stage: Stage, placement: Placement, room: float) -> RankMemory | None:
+def fullest(config: RunConfig, stage: Stage, placement: Placement, room: float, on_gpu: bool) -> RankMemory | None:
     """The memory of the fullest rank, or None where one does not fit into `room` bytes.
 
     Only the two ends of a pipeline are looked at: the first rank has the embedding, most micro batches in flight and
@@ -49,7 +49,7 @@ def fullest(config: RunConfig, stage: Stage, placement: Placement, room: float) 
     worst = None
     for pp in sorted({0, stage.layout.pp - 1}):
         at = (config.train, stage, placement, pp, stage.layout.tp - 1, 0, held_copies(config, stage))
-        if states_at(*at).total > room or (memory := memory_at(*at)).total > room:
+        if states_at(*at).total > room or (memory := memory_at(*at, on_gpu)).total > room:
             return None
         worst = memory if worst is None or memory.total > worst.total else worst
     return worst
@@ -86,11 +86,13 @@ def _divisors(n: int) -> list[int]:
 def _restaged(config: RunConfig, stage: Stage, layout: Layout, micro: int) -> Stage:
     """The stage in another layout, through the checks of a run that consists of it. Raises `UserError`."""
     batch = {"seq_len": stage.seq_len, "micro_batch_size": micro, "global_batch_size": stage.global_batch_size}
+    corpora = [corpus.model_copy(update={"weight": 1.0}) for corpus in config.data.train]  # no phase weighs them
     alone = config.model_copy(
         update={
             "model": stage.model,
             "layout": config.layout.model_copy(update={"tp": layout.tp, "pp": layout.pp, "dp": layout.dp}),
-            "train": config.train.model_copy(update=batch),
+            "train": config.train.model_copy(update=batch | {"phases": []}),
+            "data": config.data.model_copy(update={"train": corpora}),
             "optimizer": config.optimizer.model_copy(update={"transfer": None}),  # the stage's model has followed it
             "growth": config.growth.model_copy(
                 update={"stages": [], **dict.fromkeys(("max_tokens", "max_flops", *AFTER_GROWTH))}
@@ -120,7 +122,7 @@ def rank_layouts(config: RunConfig, stage: Stage, device: Device, top: int) -> R
         timed.append((step_time(config, choice, placement, device), choice))
     timed.sort(key=lambda pair: (pair[0].total, -pair[1].micro_batch_size))
     room = device.memory - device.reserve
-    own = fullest(config, stage, Placement(stage.model, stage.layout), room)
+    own = fullest(config, stage, Placement(stage.model, stage.layout), room, device.on_gpu)
     mine = step_time(config, stage, Placement(stage.model, stage.layout), device).total
     best: list[Choice] = []
     taken: set[Layout] = set()
@@ -133,7 +135,7 @@ def rank_layouts(config: RunConfig, stage: Stage, device: Device, top: int) -> R
             continue
         if own is not None and choice.layout == stage.layout and choice.micro_batch_size != stage.micro_batch_size:
             continue
-        memory = fullest(config, choice, placements[choice.layout], room)
+        memory = fullest(config, choice, placements[choice.layout], room, device.on_gpu)
         if memory is None:
             continue
         taken.add(choice.layout)
@@ -158,7 +160,7 @@ def settings(config: RunConfig, stage: Stage, layout: Layout, device: Device) ->
                 choice = _restaged(other, stage, layout, micro)
             except UserError:
                 continue
-            if (memory := fullest(other, choice, placement, room)) is None:
+            if (memory := fullest(other, choice, placement, room, device.on_gpu)) is None:
                 continue
             found.append(Choice(choice, step_time(other, choice, placement, device), memory, recompute))
             if layout.pp == 1:

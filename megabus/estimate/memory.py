@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megabus.config import RunConfig, Stage
+from megabus.config.precision import FP32_BYTES, itemsize
 from megabus.config.schema import TrainConfig
 from megabus.engine import ds_config
 from megabus.estimate.activations import Footprint, Shape, footprint, layer_bytes
 from megabus.parallel.placement import Placement
 from megabus.parallel.topology import coordinate, layers_at, rank_of
 
-FP32 = 4
 # DeepSpeed adds up the fp32 sums of bf16 training in one buffer for all groups, unless the first is larger than this.
 WHOLE_REDUCTION = 500_000_000
 
@@ -25,6 +25,7 @@ WHOLE_REDUCTION = 500_000_000
 class RankMemory:
     """Bytes. Weights, masters and moments are always there; of what else there is, the worst of three moments counts.
 
+    moments: both of Adam's, and running means of the weights.
     gradients: sums of gradients while micro batches run; buckets: what they are sent from, then; activations: the most
     that forward and backward hold beside these, in-flight micro batches and what pipelines keep of h included.
     reduction: all that is there beside the states while gradients are summed over ranks; update: while Adam steps.
@@ -56,27 +57,34 @@ def held_copies(config: RunConfig, stage: Stage) -> int:
     return 2 * (growth.boost is not None and grown) + capped
 
 
-def rank_memory(train: TrainConfig, stage: Stage, rank: int) -> RankMemory:
+def rank_memory(train: TrainConfig, stage: Stage, rank: int, on_gpu: bool = False) -> RankMemory:
     """Of a rank of the world while it trains a stage, without what `held_copies` counts."""
     at = coordinate(stage.layout, rank)
-    return memory_at(train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp)
+    return memory_at(train, stage, Placement(stage.model, stage.layout), at.pp, at.tp, at.dp, on_gpu=on_gpu)
 
 
 def memory_at(
-    train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int = 0, held: int = 0
+    train: TrainConfig,
+    stage: Stage,
+    placement: Placement,
+    pp: int,
+    tp: int,
+    dp: int = 0,
+    held: int = 0,
+    on_gpu: bool = False,
 ) -> RankMemory:
     """The same of the rank at these coordinates; its data-parallel neighbours have much the same."""
     states = states_at(train, stage, placement, pp, tp, dp, held)
     sums = _sums(train, stage, placement, pp, tp, dp)
-    one = _footprint(train, stage, pp, tp)
+    one = micro_batch_footprint(train, stage, pp, tp, on_gpu)
     begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
-    gone = max(0, end - begin - 1) * layer_bytes(shape_of(train, stage, tp))
+    gone = max(0, end - begin - 1) * layer_bytes(shape_of(train, stage, tp, on_gpu))
     early = one.peak - one.later if sums.late_buckets else 0
     return replace(
         states,
         gradients=states.gradients - min(sums.late, gone),
         buckets=states.buckets - min(states.buckets, early),
-        activations=activation_bytes(train, stage, pp, tp),
+        activations=activation_bytes(train, stage, pp, tp, on_gpu),
     )
 
 
@@ -88,16 +96,16 @@ def states_at(
     owned = sum(group.partition for group in placement.groups(pp, tp))
     left = _left_in_pipeline(stage, pp) * shape_of(train, stage, tp).boundary
     borrowed = _borrowed(stage, placement, pp, tp)
-    left += FP32 * borrowed  # the sum of their gradients is there all the time
+    left += FP32_BYTES * borrowed  # the sum of their gradients is there all the time
     return RankMemory(
-        weights=_itemsize(train) * (owned * stage.layout.dp + borrowed),
-        masters=FP32 * owned,
-        moments=2 * FP32 * owned,
-        gradients=sums.gradients + FP32 * borrowed,
+        weights=itemsize(train.precision) * (owned * stage.layout.dp + borrowed),
+        masters=FP32_BYTES * owned,
+        moments=(2 + len(train.ema)) * FP32_BYTES * owned,
+        gradients=sums.gradients + FP32_BYTES * borrowed,
         buckets=sums.buckets,
         activations=0,
         reduction=sums.reduction + left,
-        update=sums.update + left + held * FP32 * owned,
+        update=sums.update + left + held * FP32_BYTES * owned,
     )
 
 
@@ -129,9 +137,9 @@ class _Sums:
 def _sums(train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: int, dp: int) -> _Sums:
     layout, several = stage.layout, stage.grad_accum > 1
     groups = placement.groups(pp, tp)
-    entries, owned = sum(g.entries for g in groups), FP32 * sum(g.partition for g in groups)
+    entries, owned = sum(g.entries for g in groups), FP32_BYTES * sum(g.partition for g in groups)
     room = ds_config.BUCKET_ENTRIES
-    buckets = room * _itemsize(train) * (2 if train.overlap_comm else 1)
+    buckets = room * itemsize(train.precision) * (2 if train.overlap_comm else 1)
     if train.precision == "bf16" and train.zero_stage == 1:
         # BF16_Optimizer: whole fp32 sums, never given back; both groups in one message, copied to be sent.
         whole = owned * layout.dp
@@ -139,9 +147,9 @@ def _sums(train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: i
         return _Sums(gradients=whole, buckets=0, reduction=whole + copied, update=whole)
     rank = rank_of(layout, pp, dp, tp)
     pieces = placement.owned(rank)
-    norm = 2 * FP32 * max(map(len, pieces), default=0)  # of one parameter, in fp64
-    touched = FP32 * sum(len(placement.shard(piece.name, rank)) for piece in pieces)
-    last = FP32 * (entries % room if entries > room else entries)  # in the last bucket
+    norm = 2 * FP32_BYTES * max(map(len, pieces), default=0)  # of one parameter, in fp64
+    touched = FP32_BYTES * sum(len(placement.shard(piece.name, rank)) for piece in pieces)
+    last = FP32_BYTES * (entries % room if entries > room else entries)  # in the last bucket
     if train.precision == "bf16":
         # ZeRO-2 with fp32 sums of the partition: a bucket of bf16, which is summed over ranks in fp32.
         reduction = owned + buckets + last + last // layout.dp
@@ -155,19 +163,15 @@ def _sums(train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: i
         return _Sums(gradients, buckets, reduction, update, late, late_buckets=True)
     # ZeRO-1: all gradients. When a bucket comes back what is owned of it moves on, beside what is not sent yet.
     # Pipelines take a second bucket for that.
-    whole = FP32 * entries
-    reduction = max(whole, touched + FP32 * max(0, entries - room)) + buckets * (2 if layout.pp > 1 else 1)
+    whole = FP32_BYTES * entries
+    reduction = max(whole, touched + FP32_BYTES * max(0, entries - room)) + buckets * (2 if layout.pp > 1 else 1)
     return _Sums(whole, buckets, reduction, update, late=0 if several else whole, late_buckets=not several)
 
 
-def _itemsize(train: TrainConfig) -> int:
-    return 2 if train.precision == "bf16" else FP32
-
-
-def shape_of(train: TrainConfig, stage: Stage, tp: int) -> Shape:
-    fused = train.kernels in ("compiled", "triton")
+def shape_of(train: TrainConfig, stage: Stage, tp: int, on_gpu: bool = False) -> Shape:
     sizes = (stage.layout.tp, tp, stage.micro_batch_size, stage.seq_len)
-    return Shape(stage.model, *sizes, train.precision, train.recompute, train.sequence_parallel, fused)
+    recompute, cut, kernels = train.recompute, train.sequence_parallel, train.kernels
+    return Shape(stage.model, *sizes, train.precision, recompute, cut, kernels, on_gpu)
 
 
 def in_flight(layout_pp: int, pp: int, grad_accum: int) -> int:
@@ -175,13 +179,13 @@ def in_flight(layout_pp: int, pp: int, grad_accum: int) -> int:
     return min(layout_pp - pp, grad_accum)
 
 
-def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int) -> int:
+def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int, on_gpu: bool = False) -> int:
     """The most that forward and backward hold on a pipeline rank, beside weights, gradients and buckets.
 
     Of every micro batch in flight DeepSpeed's pipeline has h twice as it came, and on the last rank besides what its
     other buffer keeps of the micro batch before (counted on ranks, as was `_left_in_pipeline`).
     """
-    layout, one = stage.layout, _footprint(train, stage, pp, tp)
+    layout, one = stage.layout, micro_batch_footprint(train, stage, pp, tp, on_gpu)
     first, last = pp == 0, pp == layout.pp - 1
     alive = in_flight(layout.pp, pp, stage.grad_accum)
     kept = 0
@@ -190,9 +194,10 @@ def activation_bytes(train: TrainConfig, stage: Stage, pp: int, tp: int) -> int:
     return one.peak + (alive - 1) * one.saved + kept * shape_of(train, stage, tp).boundary
 
 
-def _footprint(train: TrainConfig, stage: Stage, pp: int, tp: int) -> Footprint:
+def micro_batch_footprint(train: TrainConfig, stage: Stage, pp: int, tp: int, on_gpu: bool = False) -> Footprint:
+    """Of one micro batch on a pipeline and tensor-parallel rank."""
     begin, end = layers_at(stage.model.n_layers, stage.layout.pp, pp)
-    return footprint(shape_of(train, stage, tp), end - begin, pp == 0, pp == stage.layout.pp - 1)
+    return footprint(shape_of(train, stage, tp, on_gpu), end - begin, pp == 0, pp == stage.layout.pp - 1)
 
 
 def _left_in_pipeline(stage: Stage, pp: int) -> int:

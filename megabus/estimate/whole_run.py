@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from megabus.config import RunConfig, Stage
+from megabus.config.stages import by_batches
 from megabus.estimate.devices import Device
 from megabus.estimate.growth import GrowthEstimate, estimate_growth
 from megabus.estimate.layouts import Choice, Ranking, pipeline_memory, rank_layouts, settings
@@ -23,10 +24,12 @@ PREDICTED = "predicted, not measured"
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """memory: of the fullest rank of every pipeline rank. settings: the best of the configured layout, if any fits.
-    growth: of the growth into this stage."""
+    """Of a stage, or of a phase of it that has other batches, from a share of the budget on. memory: of the fullest
+    rank of every pipeline rank. settings: the best of the configured layout, if any fits. growth: of the growth into
+    this stage."""
 
     stage: Stage
+    share: float
     params: int
     flops_per_token: float
     memory: list[RankMemory]
@@ -36,20 +39,25 @@ class StageEstimate:
     settings: Choice | None
     growth: GrowthEstimate | None
 
+    @property
+    def name(self) -> str:
+        return f"{self.stage.index} from {self.share:.0%}" if self.share else str(self.stage.index)
+
 
 def estimate_run(
     config: RunConfig, stages: Sequence[Stage], device: Device, top: int, rebuild: float
 ) -> list[StageEstimate]:
     found: list[StageEstimate] = []
-    for stage in stages:
+    for share, stage in by_batches(stages):
         time = step_time(config, stage, Placement(stage.model, stage.layout), device)
-        before = found[-1].stage if found else None
+        before = found[-1].stage if found and found[-1].stage.index < stage.index else None
         found.append(
             StageEstimate(
                 stage=stage,
+                share=share,
                 params=count_parameters(stage.model),
                 flops_per_token=flops_per_token(stage.model, stage.seq_len),
-                memory=pipeline_memory(config, stage),
+                memory=pipeline_memory(config, stage, device.on_gpu),
                 time=time,
                 mfu=time.mfu(device, config.train.precision, stage.layout.world),
                 ranking=rank_layouts(config, stage, device, top),
@@ -69,6 +77,7 @@ def _stage_dict(one: StageEstimate, device: Device) -> dict[str, Any]:
     stage = one.stage
     return {
         "stage": stage.index,
+        "from_share": one.share,
         "model": stage.model.model_dump(),
         "layout": asdict(stage.layout),
         "micro_batch_size": stage.micro_batch_size,
@@ -118,7 +127,7 @@ def _runs(estimates: Sequence[StageEstimate], device: Device) -> str:
     for one in estimates:
         stage, seconds = one.stage, one.time.total
         micro = f"{stage.grad_accum} x {stage.micro_batch_size} x {stage.seq_len}"
-        row = [str(stage.index), _sizes(stage), si(one.params), str(stage.layout), micro, si(stage.tokens_per_step)]
+        row = [one.name, _sizes(stage), si(one.params), str(stage.layout), micro, si(stage.tokens_per_step)]
         row += [f"{one.time.model_flops:.2e}", _seconds(seconds), si(stage.tokens_per_step / seconds)]
         rows.append([*row, f"{one.mfu:.0%}"])
     return f"{device.name}: times are {PREDICTED}\n\n" + aligned([*header, "MFU"], rows, {1, 3, 4})
@@ -133,7 +142,7 @@ def _memory(estimates: Sequence[StageEstimate], device: Device) -> str:
         for pp, memory in enumerate(one.memory):
             begin, end = layers_at(stage.model.n_layers, layout.pp, pp)
             alive = in_flight(layout.pp, pp, stage.grad_accum)
-            row = [str(stage.index), f"{pp + 1}/{layout.pp}", str(end - begin), str(alive)]
+            row = [one.name, f"{pp + 1}/{layout.pp}", str(end - begin), str(alive)]
             states = (memory.weights, memory.masters, memory.moments)
             passing = (memory.gradients, memory.buckets, memory.activations, memory.reduction, memory.update)
             row += [_bytes(part) for part in (*states, *passing, memory.total)]
@@ -145,11 +154,11 @@ def _memory(estimates: Sequence[StageEstimate], device: Device) -> str:
 
 
 def _steps(estimates: Sequence[StageEstimate]) -> str:
-    names = ["compute", "tensor", "pipeline", "bubble", "data", "update"]
+    names = ["compute", "between", "tensor", "pipeline", "bubble", "data", "update"]
     rows = []
     for one in estimates:
         parts = [getattr(one.time, name) for name in names]
-        rows.append([str(one.stage.index), *(_seconds(part) for part in parts), _seconds(one.time.total)])
+        rows.append([one.name, *(_seconds(part) for part in parts), _seconds(one.time.total)])
     return f"a step, {PREDICTED}\n\n" + aligned(["stage", *names, "total"], rows)
 
 
@@ -158,9 +167,7 @@ def _layouts(one: StageEstimate, device: Device) -> str:
     header = ["place", "layout", "micro batch", "step", "bubble", "memory", "which"]
     rows = [_layout_row(i + 1, choice, stage) for i, choice in enumerate(ranking.best)]
     own = "does not fit" if ranking.own is None else f"is number {ranking.own}"
-    line = (
-        f"stage {stage.index}: of {ranking.accepted} layouts and micro batch sizes the fastest that fit, {PREDICTED}; "
-    )
+    line = f"stage {one.name}: of {ranking.accepted} layouts and micro batch sizes the fastest that fit, {PREDICTED}; "
     line += f"{stage.layout} with micro batches of {stage.micro_batch_size} {own}"
     table = aligned(header, rows, {1, 6}) if rows else f"none fits a {device.name}"
     best = "" if one.settings is None else f"\nsettings of the configured layout: {one.settings} is fastest"
@@ -181,7 +188,8 @@ def _growths(estimates: Sequence[StageEstimate]) -> str:
     rows, looked_at = [], 0
     for before, after in pairwise(estimates):
         growth = after.growth
-        assert growth is not None
+        if growth is None:  # the same size in its next phase
+            continue
         looked_at = growth.looked_at
         row = [f"{before.stage.index} to {after.stage.index}", f"{before.stage.layout} to {after.stage.layout}"]
         row += [_bytes(growth.sent), _bytes(growth.received), f"{growth.messages:,}", _bytes(growth.memory)]

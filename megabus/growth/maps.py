@@ -1,8 +1,8 @@
 """Which old index every new index copies, axis by axis and layer by layer; and by what copied channels are scaled.
 
 On every axis copies stand beside their originals. That keeps the maps monotone, so a rank's new rows come from a
-contiguous run of old rows and most of them are already on it. Layers do so unless new ones go on top (`ON_TOP`), for
-which the layers of a pipeline move.
+contiguous run of old rows and most of them are already on it. Layers do so unless new ones go on top (see
+`config/depth.py`), for which the layers of a pipeline move.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from typing import Literal
 
 import numpy as np
 
-from megabus.config.pair import ON_TOP
+from megabus.config.depth import DEPTHS
 from megabus.config.schema import Depth, ModelConfig
 from megabus.model.params import Axis
 
 UNEVEN_RATIO = 0.75  # a_k of successive copies: two copies get 0.8 and 0.6
 TAPER_RATIO = 1 / 3  # of successive copies' shares of a gate: two copies get 3/4 and 1/4
-SILENT = ("append", "identity")
-SHARED = ("split", "taper")
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,19 +93,20 @@ class LayerSource:
     copy: int
     copies: int
 
-    def gate(self, depth: Depth, branch: int, ratio: float = TAPER_RATIO) -> float:
-        """Share of the original's that the gate of the first or second branch gets. The shares of a layer and its
-        copies sum to 1 under `split` and `taper`.
+    def gate(self, depth: Depth, branch: int) -> float:
+        """Share of the original's that the gate of the first or second branch gets. Where a layer and its copies share
+        one, the shares sum to 1.
 
-        taper: attention acts before the MLP and is to do so still, so it stays with the first copies and the MLP with
-        the last, by a geometric series of this `ratio`.
+        tapered: attention acts before the MLP and is to do so still, so it stays with the first copies and the MLP with
+        the last, by a geometric series of `TAPER_RATIO`.
         """
-        if depth in SILENT:
+        gates = DEPTHS[depth].gates
+        if gates == "silent":
             return 1.0 if self.copy == 0 else 0.0
-        if depth == "split":
+        if gates == "even":
             return 1.0 / self.copies
-        if depth == "taper":
-            powers = ratio ** np.arange(self.copies)
+        if gates == "tapered":
+            powers = TAPER_RATIO ** np.arange(self.copies)
             return float((powers if branch == 1 else powers[::-1])[self.copy] / powers.sum())
         return 1.0
 
@@ -116,9 +115,10 @@ class LayerSource:
 def layer_sources(old: int, new: int, depth: Depth) -> tuple[LayerSource | None, ...]:
     """None where a layer is drawn afresh. Else it copies one: the whole pile is repeated on top, or copies follow their
     originals."""
-    if depth == "fresh":
+    manner = DEPTHS[depth]
+    if not manner.copies:
         return tuple(LayerSource(i, 0, 1) if i < old else None for i in range(new))
-    if depth in ON_TOP:
+    if manner.on_top:
         return tuple(LayerSource(i % old, i // old, len(range(i % old, new, old))) for i in range(new))
     rows = spread(old, new)
     triples = zip(rows.parent, rows.copy, rows.copies, strict=True)

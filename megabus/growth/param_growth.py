@@ -1,7 +1,8 @@
 """What a growth makes of every parameter, worked out once: `Growth.param` answers all that is asked about one of them.
 
 `ParamGrowth` joins the maps (`maps.py`), the manner of growing and the parameter's declaration. No other code acts on
-`growth.write`, `read`, `channels`, `depth` or `moments`.
+`growth.write`, `read` or `moments`. What `channels` and `depth` do to axes and layers is worked out in `maps.py`, and
+which models a depth fits is checked in `config/pair.py`; both read the table in `config/depth.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import numpy as np
 
 from megabus import counter
 from megabus.config import RunConfig, Stage
+from megabus.config.depth import DEPTHS
 from megabus.config.schema import GrowthConfig, ModelConfig
 from megabus.growth.maps import (
-    SHARED,
-    TAPER_RATIO,
     AxisMap,
     LayerSource,
     axis_maps,
@@ -27,15 +27,20 @@ from megabus.growth.maps import (
 )
 from megabus.model.decoder import param_specs
 from megabus.model.params import ParamSpec, axis_sizes, global_shape
-from megabus.parallel.fragments import KINDS, MOMENTS, Kind
+from megabus.parallel.fragments import EMA, KINDS, MOMENTS, Kind, ema_kinds
 
 
 @dataclass(frozen=True)
 class ReadTilt:
-    """Read rows become keep * w + length * c, with c a random unit vector that no grown h has anything of."""
+    """Read rows become keep * w + length * c, with c a random unit vector that no grown h has anything of.
+
+    relative: rows are unit vectors, so that the length is also one in lengths of w: it is that for running means of
+    them, which are shorter, and so turn as far.
+    """
 
     keep: float
     length: float
+    relative: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +69,8 @@ class ParamGrowth:
         of cloned rows; None for 1), and multiplied by `gate`.
     sphere: 0, or what a raw gate is multiplied by to be the alpha whose share `gate` is taken on the sphere.
     moments: of both Adam moments.
-    live: by kind, the rows that are grown from anything at all, (rows,) bool; the others are zeros.
-    mixing: by kind, the rows of which every entry depends on all of the old row, (rows,) bool.
+    live: by sort of kind, the rows that are grown from anything at all, (rows,) bool; the others are zeros.
+    mixing: by sort of kind, the rows of which every entry depends on all of the old row, (rows,) bool.
     added: the rows that the growth has added to those that were there, (rows,) bool.
     """
 
@@ -101,7 +106,7 @@ class Growth:
     new: ModelConfig
     how: GrowthConfig
     seed: int
-    taper_ratio: float = TAPER_RATIO
+    means: tuple[Kind, ...] = ()  # running means of the weights, which are sent and grown as these are
 
     def param(self, name: str) -> ParamGrowth:
         """How a parameter of the new model, which has a source, grows. Worked out when first asked for, and kept."""
@@ -125,7 +130,7 @@ class Growth:
     @property
     def sent_kinds(self) -> tuple[Kind, ...]:
         """The tensors that are sent and grown once a run has taken steps."""
-        return ("weight",) if self.how.moments == "reset" else KINDS
+        return (*(KINDS[:1] if self.how.moments == "reset" else KINDS), *self.means)
 
     def layer_source(self, spec: ParamSpec) -> LayerSource | None:
         """Origin of the layer that a parameter of the new model lives in (itself, outside the layers); None where that
@@ -175,38 +180,40 @@ _ONE_CHANNEL = spread(1, 1)  # of gains
 
 def growth_between(config: RunConfig, old: Stage, new: Stage) -> Growth:
     """The seed is the run's: directions are keyed by parameter, row and new shape, so no two growths share any."""
-    return Growth(old.model, new.model, config.growth, config.train.seed)
+    return Growth(old.model, new.model, config.growth, config.train.seed, means=ema_kinds(config.train.ema))
 
 
 def _compile(growth: Growth, spec: ParamSpec, layer: LayerSource) -> ParamGrowth:
     how, axes = growth.how, axis_maps(growth.old, growth.new)
     old, rows, channels = param_specs(growth.old)[spec.in_layer(layer.parent)], axes[spec.rows], _ONE_CHANNEL
     a = channel_scale(axes["embed"], how.channels)
-    scale, gate = np.ones(1), layer.gate(how.depth, spec.branch, growth.taper_ratio) if spec.gate else 1.0
+    scale, gate = np.ones(1), layer.gate(how.depth, spec.branch) if spec.gate else 1.0
     if spec.is_matrix:
         channels, scale = axes["embed"], a
     # On the embed axis nothing is new, for there is no original to prefer: E spreads each channel over its copies.
     added = ((rows.copy != 0) & (spec.rows != "embed")) | (layer.copy != 0)
     write_tilt = spec.role == "write" and how.write == "tilt"
     shares = {kind: _share(growth, spec, layer, kind, rows, added) for kind in MOMENTS}
-    none = np.zeros(len(rows), bool)
+    none, live, tilt = np.zeros(len(rows), bool), np.full(len(rows), gate != 0), _read_tilt(growth, spec)
+    tilted = (rows.copies > 1) & write_tilt
+    turned = np.full(len(rows), tilt is not None and tilt.relative)
     return ParamGrowth(
         name=spec.name,
         source=old.name,
         rows=rows,
         channels=channels,
         scale=scale,
-        read_tilt=_read_tilt(growth, spec),
+        read_tilt=tilt,
         write_tilt=write_tilt,
         key=0,
         multiplier=old.multiplier / spec.multiplier,  # a gain acts as raw * multiplier: that product is what stays
         cosine=growth.cosine if spec.compensates_read_tilt else 1.0,
         divisor=rows.copies.astype(np.float64) if how.write == "clone" and _divided(spec) else None,
         gate=gate,
-        sphere=spec.multiplier if spec.gate and growth.unit and how.depth == "taper" else 0.0,
+        sphere=spec.multiplier if spec.gate and growth.unit and DEPTHS[how.depth].gates == "tapered" else 0.0,
         moments={kind: _moment(growth, spec, old, kind, a, shares[kind]) for kind in MOMENTS},
-        live={"weight": np.full(len(rows), gate != 0)} | {kind: share != 0 for kind, share in shares.items()},
-        mixing={"weight": (rows.copies > 1) & write_tilt, "exp_avg": none, "exp_avg_sq": none},
+        live={"weight": live, EMA: live} | {kind: share != 0 for kind, share in shares.items()},
+        mixing={"weight": tilted, EMA: tilted | turned, "exp_avg": none, "exp_avg_sq": none},
         added=added,
     )
 
@@ -217,8 +224,8 @@ def _read_tilt(growth: Growth, spec: ParamSpec) -> ReadTilt | None:
     if spec.role != "read" or spec.lookup or growth.cosine == 1:
         return None
     if spec.unit:
-        return ReadTilt(growth.cosine, (1 - growth.cosine**2) ** 0.5)
-    return ReadTilt(1.0, spec.init * (growth.new.d_model - growth.old.d_model) ** 0.5)
+        return ReadTilt(growth.cosine, (1 - growth.cosine**2) ** 0.5, relative=True)
+    return ReadTilt(1.0, spec.init * (growth.new.d_model - growth.old.d_model) ** 0.5, relative=False)
 
 
 def _share(
@@ -233,8 +240,8 @@ def _share(
     """
     if growth.how.moments == "reset":
         return np.zeros(len(rows))
-    shared = growth.how.depth in SHARED and spec.branch and not spec.gate
-    behind = layer.gate(growth.how.depth, spec.branch, growth.taper_ratio) if shared else 1.0
+    shared = DEPTHS[growth.how.depth].shares_gates and spec.branch and not spec.gate
+    behind = layer.gate(growth.how.depth, spec.branch) if shared else 1.0
     if growth.how.moments == "carry":
         return behind * (~added)
     return behind * _row_share(growth, spec, kind, rows)

@@ -20,12 +20,11 @@ from typing import NamedTuple
 import numpy as np
 
 from megabus.config import RunConfig, Stage
+from megabus.config.precision import FP32_BYTES
 from megabus.growth.param_growth import Growth, growth_between
-from megabus.parallel.fragments import Kind
+from megabus.parallel.fragments import Kind, sort_of
 from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
-
-ELEMENT_BYTES = 4  # masters and moments are fp32
 
 
 class Buffer(NamedTuple):
@@ -127,7 +126,7 @@ class Plan:
     def waves(self, rank: int, old_row_bytes: int, tensors: int) -> list[list[RowRange]]:
         """All old rows that a rank needs in groups, of which each takes at most `old_row_bytes`, for `tensors` tensors;
         a single row may take more. A group is full when the next row has no room in it."""
-        budget = max(1, old_row_bytes // (ELEMENT_BYTES * tensors))
+        budget = max(1, old_row_bytes // (FP32_BYTES * tensors))
         waves: list[list[RowRange]] = []
         room = 0
         for name, pieces in self.sources(rank).items():
@@ -212,8 +211,8 @@ class Plan:
         for piece in pieces:
             param, width = self.growth.param(piece.name), self.new.width(piece.name)
             grown = self.child_rows(rows, piece)
-            grown = grown[param.live[kind][grown]]
-            whole = param.mixing[kind][grown]
+            grown = grown[param.live[sort_of(kind)][grown]]
+            whole = param.mixing[sort_of(kind)][grown]
             first = np.where(whole, 0, np.maximum(piece.start - grown * width, 0))
             last = np.where(whole, width, np.minimum(piece.stop - grown * width, width)) - 1
             begin = param.rows.parent[grown] * old_width
@@ -243,4 +242,4 @@ def plan_between(config: RunConfig, old: Stage, new: Stage) -> Plan:
 
 def schedule_of(config: RunConfig, plan: Plan, rank: int) -> list[Wave]:
     """What a rank does in a growth of this run once it has taken steps."""
-    return plan.schedule(rank, Buffer.of(config.growth.buffer_mb * 2**20).old_rows, plan.growth.sent_kinds)
+    return plan.schedule(rank, Buffer.of(config.growth.buffer_bytes).old_rows, plan.growth.sent_kinds)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megabus.growth.plan import Buffer, Plan, RowRange, ScheduledTransfer, runs
 from megabus.growth.rows import BLOCK_BYTES, drawn_rows, grow_rows
-from megabus.parallel.fragments import Fragments, Kind
+from megabus.parallel.fragments import MOMENTS, Fragments, Kind
 from megabus.parallel.placement import Piece
 from megabus.upload import upload
 
@@ -109,14 +109,15 @@ def _grow_children(plan: Plan, what: tuple[RowRange, Kind], old_rows: OldRows, n
 
 
 def _draw(plan: Plan, new: Tensors, limit: int) -> None:
-    """This rank's weights of what grows from nothing."""
+    """This rank's weights of what grows from nothing, and with them its running means."""
     growth = plan.growth
     for name, (piece, tensors) in new.items():
         if growth.source(name) is None:
-            weight, width = tensors["weight"], plan.new.width(name)
+            width, drawn = plan.new.width(name), [tensors[kind] for kind in tensors if kind not in MOMENTS]
             low, high = piece.start // width, -(-piece.stop // width)
-            for first, block in drawn_rows(growth.new, name, growth.seed, low, high, weight.device, limit):
-                _place(block.view(-1), first * width, piece, weight)
+            for first, block in drawn_rows(growth.new, name, growth.seed, low, high, drawn[0].device, limit):
+                for into in drawn:
+                    _place(block.view(-1), first * width, piece, into)
 
 
 def _exchange(

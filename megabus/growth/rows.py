@@ -17,7 +17,7 @@ from megabus.config.schema import ModelConfig
 from megabus.growth.param_growth import ParamGrowth
 from megabus.model.init import initial_rows
 from megabus.model.params import axis_sizes
-from megabus.parallel.fragments import Kind
+from megabus.parallel.fragments import EMA, MOMENTS, Kind, sort_of
 from megabus.upload import upload
 
 BLOCK_BYTES = 1 << 24  # of temporaries: on CPUs larger blocks are no faster, and twice as large ones slower
@@ -31,8 +31,8 @@ def grow_rows(
     fetch: Callable[[np.ndarray], Tensor],
     limit: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Rows [start, stop) of a new parameter's weight or Adam moment, block by block: (first row, rows (B, d_model)),
-    gains (B,).
+    """Rows [start, stop) of a new parameter's weight, running mean of it or Adam moment, block by block: (first row,
+    rows (B, d_model)), gains (B,).
 
     `fetch` returns old rows of the same kind for an array of old row numbers. For gains a row is one entry. Computed
     in fp64, returned in the dtype of the old rows. A block, its temporaries and the block before it take no more than
@@ -70,17 +70,22 @@ def _block(param: ParamGrowth, kind: Kind, low: int, high: int, fetch: Callable[
     shape, dtype = (len(fetched), *(param.width for _ in fetched.shape[1:])), fetched.dtype
     old_BD = fetched.double().reshape(len(fetched), -1)
     del fetched
-    grown_BD = _weight(param, old_BD, low) if kind == "weight" else _moment(param, kind, old_BD, low)
+    if kind in MOMENTS:
+        grown_BD = _moment(param, kind, old_BD, low)
+    else:
+        grown_BD = _weight(param, old_BD, low, sort_of(kind) == EMA)
     del old_BD
     return grown_BD.to(dtype).view(shape)
 
 
-def _weight(param: ParamGrowth, old_BD: Tensor, low: int) -> Tensor:
+def _weight(param: ParamGrowth, old_BD: Tensor, low: int, mean: bool) -> Tensor:
+    """mean: they are running means of weights. Those of unit rows are shorter, and grow to what their directions grow
+    to, times their lengths."""
     if param.gate == 0:  # not a product: where nothing is needed, nothing is sent, and a row may hold any bits
         return old_BD.new_zeros(len(old_BD), param.width)
     w_BD = _on_new_channels(param, old_BD, param.scale)
     if param.read_tilt:
-        w_BD = _tilt_read(param, w_BD, low)
+        w_BD = _tilt_read(param, w_BD, low, mean)
     if param.write_tilt:
         w_BD = _tilt_copies(param, w_BD, low)
     if param.multiplier != 1:
@@ -129,7 +134,7 @@ def _rows_of(values: np.ndarray, low: int, like: Tensor) -> Tensor:
 # ---- read rows: vectors that h is multiplied with, when h gets channels
 
 
-def _tilt_read(param: ParamGrowth, w_BD: Tensor, low: int) -> Tensor:
+def _tilt_read(param: ParamGrowth, w_BD: Tensor, low: int, mean: bool) -> Tensor:
     """Rows w = E w_old and what they see of the new channels, keep w + length c.
 
     c is a random unit vector with Eᵀc = 0, so c . h = 0 for every h = E h_old. Draws are keyed by the new row's number.
@@ -137,7 +142,10 @@ def _tilt_read(param: ParamGrowth, w_BD: Tensor, low: int) -> Tensor:
     assert param.read_tilt is not None
     keep, length = param.read_tilt.keep, param.read_tilt.length
     numbers_B = torch.arange(low, low + len(w_BD), device=w_BD.device)
-    return keep * w_BD + length * _unseen_directions(param, numbers_B)
+    c_BD = length * _unseen_directions(param, numbers_B)
+    if mean and param.read_tilt.relative:
+        c_BD *= counter.row_sum(w_BD * w_BD).sqrt()
+    return keep * w_BD + c_BD
 
 
 def _unseen_directions(param: ParamGrowth, numbers_B: Tensor) -> Tensor:

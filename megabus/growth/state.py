@@ -16,7 +16,7 @@ from megabus.growth.param_growth import Growth
 from megabus.growth.rows import drawn_rows, grow_rows
 from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape
-from megabus.parallel.fragments import Kind
+from megabus.parallel.fragments import MOMENTS, Kind
 
 
 def grow_state(
@@ -30,7 +30,8 @@ def grow_state(
     """Grow full tensors under canonical names from `old_config`'s model to `new_config`'s.
 
     state: name -> tensor of the global shape. growth: the manner (default: that of an empty `growth:` section).
-    kind: `weight`, or the Adam moment that the tensors are. Returns tensors of the state's dtype and device.
+    kind: `weight`, or the Adam moment or running mean of weights that the tensors are. Returns tensors of the state's
+    dtype and device.
     Raises `UserError` if a size shrinks, a tensor is missing or of another shape.
     """
     old_config, new_config = _validated(old_config, "old_config."), _validated(new_config, "new_config.")
@@ -44,12 +45,8 @@ def grow_state(
         if name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "(missing)"
             raise UserError(f"state[{name!r}]", found, f"the old config wants {shape}", "pass the matching config")
-    return grown_by(Growth(old_config, new_config, growth, seed), state, kind)
-
-
-def grown_by(growth: Growth, state: Mapping[str, Tensor], kind: Kind = "weight") -> dict[str, Tensor]:
-    """As `grow_state`, of tensors that are known to be those of the old model."""
-    return {name: _whole(growth, name, kind, state) for name in param_specs(growth.new)}
+    whole = Growth(old_config, new_config, growth, seed)
+    return {name: _whole(whole, name, kind, state) for name in param_specs(new_config)}
 
 
 def _whole(growth: Growth, name: str, kind: Kind, state: Mapping[str, Tensor]) -> Tensor:
@@ -59,7 +56,7 @@ def _whole(growth: Growth, name: str, kind: Kind, state: Mapping[str, Tensor]) -
         blocks = grow_rows(param, kind, 0, len(param.rows), state[param.source].__getitem__)
         return torch.cat([block for _, block in blocks])
     like, shape = next(iter(state.values())), global_shape(param_specs(growth.new)[name], growth.new)
-    if kind != "weight":
+    if kind in MOMENTS:
         return like.new_zeros(shape)
     blocks = drawn_rows(growth.new, name, growth.seed, 0, shape[0], like.device)
     return torch.cat([block for _, block in blocks]).to(like.dtype)

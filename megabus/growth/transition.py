@@ -11,7 +11,7 @@ from megabus.engine.engine import Engine
 from megabus.growth.param_growth import growth_between
 from megabus.growth.plan import plan_between
 from megabus.growth.redistribute import redistribute
-from megabus.parallel.fragments import Kind
+from megabus.parallel.fragments import MOMENTS, Kind
 from megabus.upload import upload
 
 
@@ -38,14 +38,15 @@ def grow_engine(engine: Engine, config: RunConfig, stage: Stage) -> GrownEngine:
     """Grow `engine` into `stage` and close it. Collective, at a step boundary."""
     before = engine.stage
     plan = plan_between(config, before, stage)
-    kinds: tuple[Kind, ...] = plan.growth.sent_kinds if engine.optimizer_step else ("weight",)
-    optimizer_step = engine.optimizer_step if len(kinds) > 1 else 0
+    means, averaged = plan.growth.means, dict(engine.averages.updates)
+    kinds: tuple[Kind, ...] = plan.growth.sent_kinds if engine.optimizer_step else ("weight", *means)
+    optimizer_step = engine.optimizer_step if set(MOMENTS) <= set(kinds) else 0
     owned = {piece: {kind: tensors[kind] for kind in kinds} for piece, tensors in engine.read().items()}
     engine.close()  # before the new shard is there: from now on only what is sent is left of the old one
-    fragments, traffic = redistribute(plan, owned, kinds, engine.mesh.rank, config.growth.buffer_mb * 2**20)
+    fragments, traffic = redistribute(plan, owned, kinds, engine.mesh.rank, config.growth.buffer_bytes)
     del owned
     grown = stage_engine(config, stage, before)
-    grown.write(fragments, optimizer_step)
+    grown.write(fragments, optimizer_step, averaged)
     totals = upload([traffic.sent, traffic.kept], grown.device)
     dist.all_reduce(totals)
     return GrownEngine(grown, *totals.tolist())

@@ -29,6 +29,7 @@ GROUPS = 16  # of a stage's validations, of which the medians count
 STEPS = 60  # of Levenberg and Marquardt's method, at most
 SMALL = 1e-4  # fall of the sum of squares, each over its variance: the last step's
 LEAST = 1e-9  # nats above a floor
+MANY = math.exp(300.0)  # tokens, at most: more than any run has
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ def _law(theta: np.ndarray) -> ScalingLaw:
 
 def _tokens(law: ScalingLaw, n_params: int, loss: float) -> float:
     """Tokens at which the law has a loss; of one below its floor, those of a loss just above."""
-    above = max(loss - law.floor(n_params), LEAST)
-    return float(math.exp(min(math.log(law.B / above) / law.beta, 300.0)))
+    return min(law.tokens(n_params, max(loss, law.floor(n_params) + LEAST)), MANY)
 
 
 def returns(
@@ -164,11 +164,11 @@ def returns(
     law = fit_run_law(paths, given)
     loss = fit.healed(flops)
     now, std = fit.slope(flops)
-    above = loss - law.floor(ahead.n_params)
-    if above <= 0:
+    fall = law.fall(ahead.n_params, loss)
+    if fall <= 0:
         return Returns(now, std, 0.0, False)
     reached = _tokens(law, ahead.n_params, loss)
-    following = law.beta * above / (reached * ahead.flops_per_token)
+    following = fall / (reached * ahead.flops_per_token)
     measured = [path.mixing for path in paths if not path.scratch]
     mixing = max(measured) if measured else MIXING * flops
     flops_left = math.inf if ahead.run_flops is None else ahead.run_flops - flops

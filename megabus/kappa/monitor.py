@@ -34,12 +34,18 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
+from megabus.config.reasons import Reason
 from megabus.config.schema import KappaConfig
 from megabus.kappa.curve_fit import CurveFit
 from megabus.kappa.marginal import Returns, StagePath, path_of, returns
 from megabus.kappa.predictors import CurvePoint, Fit, StageSpan, make_predictor
 
-Reason = Literal["kappa", "cap", "marginal"]
+# What κ may wait for, in the order in which it is asked: that the rate does not decay, a finite loss, min_evals,
+# patience. Rule kappa: losses for a median, a prediction, one of an improvement, the target, and one that is certain
+# enough. Rule marginal: that the next size gives more.
+Unmet = Literal[
+    "decay", "finite", "min_evals", "patience", "median", "prediction", "improvement", "target", "max_std", "returns"
+]
 
 FLAT = 0.01
 _SLOPE_POINTS = 5
@@ -82,6 +88,11 @@ class KappaView:
     max_tokens: int | None
     max_flops: float | None
 
+    @property
+    def std(self) -> float:
+        """Of the predicted loss: two medians of three, each with half of a validation's variance, stand beside mp."""
+        return 0.0 if self.mp_std is None else math.hypot(self.mp_std, self.noise)
+
     def as_dict(self) -> dict[str, Any]:
         """Flat metrics: `kappa`, and every other field as `kappa_<field>`."""
         return {key if key == "kappa" else f"kappa_{key}": value for key, value in asdict(self).items()}
@@ -89,11 +100,12 @@ class KappaView:
 
 @dataclass(frozen=True)
 class Decision:
-    """Grow now, and why. `view` is set by an evaluation, None by a check of the cap alone."""
+    """Grow now, and why; else the first condition for it that is not met. view: None in the last stage."""
 
     grow: bool
     reason: Reason | None = None
     view: KappaView | None = None
+    unmet: Unmet | None = None
 
 
 @dataclass
@@ -165,6 +177,11 @@ class KappaMonitor:
         past = [] if self._state is None else [*self._state.past, *([] if found is None else [found[1]])]
         self._state = KappaState(span, past=past)
 
+    def begin_anew(self) -> None:
+        """Forget the stage's losses: those that come follow another law."""
+        self.state.curve.clear()
+        self.state.met = 0
+
     def retarget(self, span: StageSpan) -> None:
         """Watch the present stage with what a resumed run was given: κ, caps, what is ahead. Where it began stays."""
         state = self.state
@@ -188,22 +205,26 @@ class KappaMonitor:
         returned = self._returns(tokens, flops) if finite else None
         if self._marginal is not None:
             view = _with_returns(view, returned)
-            met = returned is not None and returned.grow(self.trigger.max_std)
+            unmet: Unmet | None = "returns"
+            if returned is not None and returned.grow(self.trigger.max_std):
+                unmet = None
         else:
-            met = self._met(view)
+            unmet = self._unmet(view)
+        met = unmet is None
         state.met = state.met + 1 if finite and met else 0
         view = replace(view, met=state.met)
         enough = state.met >= self.trigger.patience and len(state.curve) >= self.trigger.min_evals
         if finite and enough and not only_cap:
             return Decision(True, self.trigger.rule, view)
-        cap = self.check_cap(tokens, flops)
-        return Decision(cap.grow, cap.reason, view)
-
-    def check_cap(self, tokens: int, flops: float) -> Decision:
-        """Whether the stage's budget is spent at these run totals: cheap enough for every step."""
-        span = self.state.span
-        spent = cap_is_reached(tokens - span.tokens, flops - span.flops, span.max_tokens, span.max_flops)
-        return Decision(spent, "cap" if spent else None)
+        if cap_is_reached(view.stage_tokens, view.stage_flops, view.max_tokens, view.max_flops):
+            return Decision(True, "cap", view)
+        earlier: tuple[tuple[bool, Unmet], ...] = (
+            (only_cap, "decay"),
+            (not finite, "finite"),
+            (len(state.curve) < self.trigger.min_evals, "min_evals"),
+            (met, "patience"),
+        )
+        return Decision(False, None, view, next((word for holds, word in earlier if holds), unmet))
 
     def view(self, tokens: int, flops: float) -> KappaView | None:
         """The state of the stage at these run totals; None in the last one."""
@@ -252,16 +273,18 @@ class KappaMonitor:
             max_flops=span.max_flops,
         )
 
-    def _met(self, view: KappaView) -> bool:
-        if view.evals < _OF or view.start is None or view.mp is None or view.level is None:
-            return False
+    def _unmet(self, view: KappaView) -> Unmet | None:
+        if view.evals < _OF:
+            return "median"
+        if view.start is None or view.mp is None or view.level is None:
+            return "prediction"
         if view.flat:
-            return True
-        if view.target is None or view.level > view.target:
-            return False
-        # Two medians of three, each with half of a validation's variance, stand beside mp.
-        std = 0.0 if view.mp_std is None else math.hypot(view.mp_std, view.noise)
-        return std <= self.trigger.max_std * (view.start - view.mp)
+            return None
+        if view.target is None:
+            return "improvement"
+        if view.level > view.target:
+            return "target"
+        return None if view.std <= self.trigger.max_std * (view.start - view.mp) else "max_std"
 
     def _fitted(self) -> tuple[CurveFit, StagePath, float] | None:
         """For rule `marginal`: the fit of the present stage, what the stage has shown, and its FLOPs per token; None
@@ -272,7 +295,8 @@ class KappaMonitor:
             return None
         points = [p for p in self.state.curve if p.flops > span.flops]
         tokens, losses = np.array([p.tokens - span.tokens for p in points]), np.array([p.loss for p in points])
-        flops_per_token = (points[-1].flops - span.flops) / float(tokens[-1])
+        flops_per_token = span.flops_per_token(self.state.curve)
+        assert flops_per_token is not None, "there is a fit"
         return fit, path_of(fit, span.n_params, tokens, losses, flops_per_token), flops_per_token
 
     def _returns(self, tokens: int, flops: float) -> Returns | None:

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megabus.config.fractions import fraction_of
-from megabus.config.schema import ModelConfig, ScalingLaw
+from megabus.config.schema import ModelConfig, OptimizerConfig, ScalingLaw
 from megabus.model.cost import count_parameters, flops_per_token
 
 STEPS = 60  # of a bisection: more than fp64 resolves
-LAST_SHARE = 0.2  # of a plan's FLOPs, that the final size gets at least: wsd's decay_share when nothing else is given
+# Of a plan's FLOPs, that the final size gets at least: the share that wsd's decay takes when nothing else is given.
+LAST_SHARE: float = OptimizerConfig.model_fields["decay_share"].default
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Size:
     """A model under a law. Losses in nats per token."""
 
     model: ModelConfig
-    seq_len: int
+    seq_len: float  # a mean, where it changes
     law: ScalingLaw
 
     @cached_property
@@ -57,21 +58,15 @@ class Size:
 
     def tokens(self, loss: float) -> float:
         """Tokens to reach a loss from scratch; infinity for one that it never reaches."""
-        above = loss - self.floor
-        if above <= 0:
-            return math.inf
-        try:
-            return (self.law.B / above) ** (1 / self.law.beta)
-        except OverflowError:  # a small beta, next to the floor
-            return math.inf
+        return self.law.tokens(self.n_params, loss)
 
     def flops(self, loss: float) -> float:
         return self.flops_per_token * self.tokens(loss)
 
     def price(self, loss: float) -> float:
         """FLOPs per nat at a loss: F |dD/dL|; infinity where it does not get."""
-        above = loss - self.floor
-        return self.flops(loss) / (self.law.beta * above) if above > 0 else math.inf
+        fall = self.law.fall(self.n_params, loss)
+        return self.flops(loss) / fall if fall > 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -217,7 +212,7 @@ def _equal_price(small: Size, large: Size, lowest: float) -> float:
 
 def plan_growth(
     final: ModelConfig,
-    seq_len: int,
+    seq_len: float,
     tokens: float,
     law: ScalingLaw,
     max_stages: int,

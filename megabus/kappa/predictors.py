@@ -58,17 +58,31 @@ class StageSpan:
         """(tokens, FLOPs) this stage may spend, inf where open; None while FLOPs per token is unknown.
 
         Where both caps are set the tighter one counts. One converts to the other by the FLOPs per token of
-        the curve, which is constant within a stage.
+        the curve, at which the stage is taken to go on.
         """
         max_tokens = math.inf if self.max_tokens is None else float(self.max_tokens)
         max_flops = math.inf if self.max_flops is None else self.max_flops
         if math.isinf(max_tokens) and math.isinf(max_flops):
             return math.inf, math.inf
-        if not curve or curve[-1].tokens <= self.tokens or curve[-1].flops <= self.flops:
+        per_token, (spent, flops) = self.flops_per_token(curve), self._before(curve)
+        if per_token is None:
             return None
-        per_token = (curve[-1].flops - self.flops) / (curve[-1].tokens - self.tokens)
-        tokens = min(max_tokens, max_flops / per_token)
-        return tokens, tokens * per_token
+        tokens = min(max_tokens - spent, (max_flops - flops) / per_token)
+        return spent + tokens, flops + tokens * per_token
+
+    def flops_per_token(self, curve: Sequence[CurvePoint]) -> float | None:
+        """Of the steps that the curve is of; None before there is one."""
+        tokens, flops = self._before(curve)
+        if not curve or (last := curve[-1]).tokens - self.tokens <= tokens or last.flops - self.flops <= flops:
+            return None
+        return (last.flops - self.flops - flops) / (last.tokens - self.tokens - tokens)
+
+    def _before(self, curve: Sequence[CurvePoint]) -> tuple[int, float]:
+        """Tokens and FLOPs of the stage before its curve, which has begun anew if the samples have changed: before that
+        a token may have cost something else."""
+        if not curve or curve[0].tokens <= self.tokens or len(curve) < 2:
+            return 0, 0.0
+        return curve[0].tokens - self.tokens, curve[0].flops - self.flops
 
 
 @dataclass(frozen=True)

@@ -12,54 +12,51 @@ from megabus.config.pair import sizes_of
 from megabus.config.schema import ScalingLaw, TrainConfig
 from megabus.errors import UserError
 from megabus.kappa.planner import GrowthPlan, Size, plan_growth, plan_stages
-from megabus.model.cost import count_parameters, flops_per_token
+from megabus.model.budget import Spent, mean_length
+from megabus.model.cost import count_parameters
 
 
 def plan_of(
-    stages: Sequence[Stage], tokens: float, law: ScalingLaw, max_stages: int, proposing: bool, *, reach_final: bool
+    train: TrainConfig,
+    stages: Sequence[Stage],
+    tokens: float,
+    law: ScalingLaw,
+    max_stages: int,
+    proposing: bool,
+    *,
+    reach_final: bool,
 ) -> GrowthPlan:
-    """A proposal for the last stage's size, or the plan of all of the stages' sizes."""
-    last = stages[-1]
+    """A proposal for the last stage's size, or the plan of all of the stages' sizes. Where phases of train change
+    lengths, a token costs each size what it does on average over the budget."""
+    last, lengths = stages[-1], [mean_length(train, stage) for stage in stages]
     if proposing:
         tp, pp = last.layout.tp, last.layout.pp
-        return plan_growth(last.model, last.seq_len, tokens, law, max_stages, tp, pp, reach_final=reach_final)
-    sizes = [Size(stage.model, stage.seq_len, law) for stage in stages]
+        return plan_growth(last.model, lengths[-1], tokens, law, max_stages, tp, pp, reach_final=reach_final)
+    sizes = [Size(stage.model, length, law) for stage, length in zip(stages, lengths, strict=True)]
     return plan_stages(sizes, sizes[-1].loss(tokens), reach_final=reach_final)
 
 
 def flops_by_caps(train: TrainConfig, stages: Sequence[Stage]) -> list[float] | None:
     """FLOPs of every stage of the run that the file asks for, if caps alone end its stages; None where one has none."""
-    left = {
-        "tokens": train.max_tokens or math.inf,
-        "steps": train.max_steps or math.inf,
-        "flops": train.max_flops or math.inf,
-    }
     spent: list[float] = []
+    now = Spent()
     for stage in stages:
-        cost = flops_per_token(stage.model, stage.seq_len)
-        tokens = min(left["tokens"], left["steps"] * stage.tokens_per_step, left["flops"] / cost)
+        caps = (math.inf, math.inf)
         if stage is not stages[-1]:
-            cap = min(stage.max_tokens or math.inf, (stage.max_flops or math.inf) / cost)
-            if math.isinf(cap):
+            caps = (stage.max_tokens or math.inf, stage.max_flops or math.inf)
+            if math.isinf(min(caps)):
                 return None
-            tokens = min(tokens, cap)
-        tokens = max(0.0, tokens) if tokens * cost > 1e-9 * sum(spent) else 0.0  # no crumbs of rounding
-        spent.append(tokens * cost)
-        left["tokens"] -= tokens
-        left["steps"] -= tokens / stage.tokens_per_step
-        left["flops"] -= tokens * cost
+        then = now.after(train, stage, *caps, share=1.0)
+        if then.flops - now.flops <= 1e-9 * sum(spent):  # no crumbs of rounding
+            then = now
+        spent.append(then.flops - now.flops)
+        now = then
     return spent
 
 
 def tokens_of(config: RunConfig, last: Stage) -> float:
     """Tokens that the final size from scratch would get of the run's budget."""
-    train, cost = config.train, flops_per_token(last.model, last.seq_len)
-    budgets = [
-        float(train.max_tokens) if train.max_tokens else math.inf,
-        train.max_flops / cost if train.max_flops else math.inf,
-        float(train.max_steps * last.tokens_per_step) if train.max_steps else math.inf,
-    ]
-    return min(budgets)
+    return Spent().after(config.train, last, share=1.0).tokens
 
 
 def matching(
@@ -102,5 +99,5 @@ def as_yaml(plan: GrowthPlan) -> str:
     tree: dict[str, object] = {"model": final.model_dump(exclude_unset=True) | first}
     tree["train"] = {"max_flops": float(f"{plan.flops:.4g}"), "max_tokens": None, "max_steps": None}
     if grown:
-        tree["growth"] = {"moments": "grow", "max_tokens": caps[0], "stages": grown}
+        tree["growth"] = {"max_tokens": caps[0], "stages": grown}
     return yaml.safe_dump(tree, sort_keys=False)

@@ -15,7 +15,7 @@ import torch
 
 ROOM = Path(__file__).parent
 RECORDS = ROOM / "checked_devices.json"
-CODE = ("triton_*.py", "width.py")
+CODE = ("triton_*.py", "width.py", "adjacent.py")
 
 
 def this_device(device: torch.device) -> dict[str, str]:

@@ -85,5 +85,6 @@ COMPILED = Kernels(
     rotate_unit=rotate_unit,
     attention=eager.attention,  # one call of PyTorch's own kernels: there is nothing to fuse
     gate=gate,
+    cross_entropy_=eager.cross_entropy_,
     unit_rows_=unit_rows_,
 )

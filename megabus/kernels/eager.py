@@ -7,6 +7,9 @@ query heads, K key/value heads, S positions of keys, C head_dim, F ffn units.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,6 +83,51 @@ def gate(u_NF: Tensor, v_NF: Tensor, gain_u_F: Tensor | None, gain_v_F: Tensor |
     if gain_u_F is not None and gain_v_F is not None:
         u, v = u * gain_u_F, v * gain_v_F
     return (u * F.silu(v)).to(u_NF.dtype)
+
+
+class Targets(NamedTuple):
+    """What a rank's vocabulary rows are told of N tokens, each (N,).
+
+    row: the target's row here, any where it is another rank's; here: whether it is this rank's; share: what the token's
+    loss counts for in the whole; own: -share where it is this rank's target, else 0.
+    """
+
+    row: Tensor
+    here: Tensor
+    share: Tensor
+    own: Tensor
+
+    def part(self, tokens: slice) -> Targets:
+        return Targets(*(x[tokens] for x in self))
+
+
+def cross_entropy_(
+    raw_NV: Tensor,
+    gain_V: Tensor | None,
+    targets: Targets,
+    over_max: Callable[[Tensor], Tensor],
+    over_sum: Callable[[Tensor], Tensor],
+    learns: bool,
+) -> Tensor:
+    """Negative log-likelihoods of the targets under softmax(gain raw), (N,), in fp32 at least. raw: some tokens' logits
+    before their gains, of this rank's vocabulary rows; where the model `learns` they become the gradient of the sum of
+    share * loss by gain raw (else nothing of use). over_max, over_sum: in-place reductions over the ranks that hold the
+    vocabulary's other rows.
+    """
+    if gain_V is None:
+        logits = wide(raw_NV)
+    else:
+        logits = raw_NV.mul_(gain_V) if raw_NV.dtype == gain_V.dtype else raw_NV * gain_V
+    top_N = over_max(logits.amax(-1))
+    row_N1 = targets.row[:, None]
+    own_N = (logits.gather(1, row_N1)[:, 0] - top_N) * targets.here
+    exp = logits.sub_(top_N[:, None]).exp_()
+    total_N, own_N = over_sum(torch.stack((exp.sum(-1), own_N)))
+    if learns:  # share (softmax - one_hot)
+        grad = exp.mul_((targets.share / total_N)[:, None]).scatter_add_(1, row_N1, targets.own[:, None])
+        if grad is not raw_NV:
+            raw_NV.copy_(grad)
+    return total_N.log() - own_N
 
 
 def unit_rows_(rows: Tensor) -> None:

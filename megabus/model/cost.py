@@ -6,6 +6,7 @@ from functools import lru_cache
 from math import prod
 
 from megabus.config import ModelConfig
+from megabus.config.pair import whole_sizes
 from megabus.model.decoder import param_specs
 from megabus.model.params import ParamSpec, global_shape
 
@@ -24,8 +25,13 @@ def count_parameters(model: ModelConfig) -> int:
     return totals(model)[1]
 
 
+def counted_sizes(model: ModelConfig) -> dict[str, int]:
+    """What growth changes of a model, and its parameters, as rows of metrics and checkpoints tell a growth."""
+    return whole_sizes(model) | {"n_params": count_parameters(model)}
+
+
 @lru_cache(maxsize=64)
-def flops_per_token(model: ModelConfig, seq_len: int) -> float:
+def flops_per_token(model: ModelConfig, seq_len: float) -> float:
     """Training FLOPs of a token, forward and backward, nothing recomputed.
 
     6 for every matrix entry that multiplies (the head does, the embedding only looks up; Kaplan et al. 2020), and

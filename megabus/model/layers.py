@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megabus.config.model import ModelConfig, RopeScaling
+from megabus.model.joint import products
 from megabus.model.loss import Reduce, head_loss
 from megabus.model.params import Declare, shard_rows, spec_of
 
@@ -125,7 +126,7 @@ class Head(nn.Module):
         if tied is None:
             self.weight = declare("vocab", "embed", role="read", unit=unit, init=std, llama="lm_head.weight")
         # In a tuple it is no part of this module: else its parameter would have two names.
-        self.tp, self._tied = declare.tp, (tied,)
+        self.tp, self.kernels, self._tied = declare.tp, declare.kernels, (tied,)
         self.first_row, _ = shard_rows(spec_of(self.rows), declare.model, self.tp.size, self.tp.rank)
 
     @property
@@ -141,7 +142,8 @@ class Head(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """See `head_loss`: it never holds the logits."""
         h_BTD = self.tp.enter(h_BTD)
-        return head_loss(h_BTD, self.rows, gain_V, targets_BT, reduce, self.first_row, self.tp, power)
+        own = (self.first_row, self.tp, power, self.kernels)
+        return head_loss(h_BTD, self.rows, gain_V, targets_BT, reduce, *own)
 
 
 class Attention(nn.Module):
@@ -187,9 +189,8 @@ class Attention(nn.Module):
         B, T, _ = h_BTD.shape
         start = 0 if cache is None else cache.length
         rows = (B, T) if documents is None else (1, B * T)  # whose documents lie in one row
-        q_BTHC = F.linear(h_BTD, self.q, self.q_bias).view(*rows, -1, self.head_dim)
-        k_BTKC = F.linear(h_BTD, self.k, self.k_bias).view(*rows, -1, self.head_dim)
-        v_BTKC = F.linear(h_BTD, self.v, self.v_bias).view(*rows, -1, self.head_dim)
+        matrices, biases = (self.q, self.k, self.v), (self.q_bias, self.k_bias, self.v_bias)
+        q_BTHC, k_BTKC, v_BTKC = (x.view(*rows, -1, self.head_dim) for x in products(h_BTD, matrices, biases))
         if documents is not None:
             q_BTHC, k_BTKC = shape_qk(q_BTHC, k_BTKC, *documents.rope(self.frequencies, h_BTD))
             y_NHC = documents.attend(q_BTHC, k_BTKC, v_BTKC, self.scale)
@@ -219,5 +220,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, h_BTD: Tensor, gain_u_F: Tensor | None = None, gain_v_F: Tensor | None = None) -> Tensor:
         h_BTD = self.tp.enter(h_BTD)
-        x_BTF = self.kernels.gate(F.linear(h_BTD, self.up), F.linear(h_BTD, self.gate), gain_u_F, gain_v_F)
+        x_BTF = self.kernels.gate(*products(h_BTD, (self.up, self.gate)), gain_u_F, gain_v_F)
         return self.tp.leave(x_BTF @ self.down)

@@ -14,16 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megabus.kernels.eager import wide
+from megabus.kernels.eager import Targets
+from megabus.kernels.form import EAGER, Kernels
 from megabus.model.tensor_parallel import TensorParallel
+from megabus.model.where import on_gpu
 
 IGNORED = -100  # a target that is none: padding, or a prompt
 CHUNK = 1 << 26  # logits held at a time: 256 MiB in fp32, and about as much for what follows from them
+LEAN = 4  # times as many where nothing follows from them, and a logit takes 2 bytes in place of 8
 # Tokens taken at a time at least: every chunk adds to the head's whole fp32 gradient, which with few tokens and a large
 # vocabulary takes longer than the products. From 65,536 rows of it on this holds more than CHUNK.
 LEAST = 1024
 TILE = 128  # tokens of a product that a GPU's processor computes at a time; LEAST has whole ones
 MOST = 1024  # blocks of the head's rows that a gain's gradient is made of: an estimate may ask for any vocabulary
+ALIGNED = 16  # bytes that tensor cores read in one piece, and that a row of logits has whole ones of
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -37,6 +41,7 @@ def head_loss(
     start: int,
     tp: TensorParallel,
     power: float | None = None,
+    kernels: Kernels = EAGER,
 ) -> tuple[Tensor, Tensor]:
     """(reduce of the token losses, the token losses themselves (B, T) without gradients), the same on every rank.
 
@@ -54,7 +59,7 @@ def head_loss(
     slope_V = gain_V
     if power is not None and gain_V is not None and learns:
         slope_V = preconditioned(gain_V.detach(), power, tp)
-    parts = (slope_V, targets_BT.reshape(-1), share_BT.reshape(-1), start, tp, learns)
+    parts = (slope_V, targets_BT.reshape(-1), share_BT.reshape(-1), start, tp, kernels, learns)
     loss, losses_N = _HeadLoss.apply(flat, weight_VD, gain_V, *parts)
     return loss, losses_N.view_as(targets_BT)
 
@@ -73,10 +78,28 @@ def preconditioned(gain_V: Tensor, power: float, tp: TensorParallel) -> Tensor:
     return ratio_V.sign() * ratio_V.abs().pow(power)
 
 
-def _tokens_at_once(h_ND: Tensor, rows: int) -> int:
-    """Of a head of `rows` rows. On GPUs whole tiles: products of a few tokens more than these take one tile more."""
-    step = max(LEAST, CHUNK // rows)
-    return step if h_ND.device.type in ("cpu", "meta") else step - step % TILE
+def _tokens_at_once(h_ND: Tensor, rows: int, lean: bool) -> int:
+    """Of a head of `rows` rows; lean: see `Kernels`. On GPUs whole tiles, in chunks of one size: products of a few
+    tokens more than these take one tile more, and a few tokens that are left over keep few of its processors busy."""
+    step = max(LEAST, (LEAN if lean and h_ND.element_size() == 2 else 1) * CHUNK // rows)
+    if not on_gpu(h_ND):
+        return step
+    step -= step % TILE
+    even = -(-len(h_ND) // max(1, -(-len(h_ND) // step)))
+    return max(1, -(-even // TILE)) * TILE
+
+
+def _aligned(weight_VD: Tensor) -> Tensor:
+    """The head's rows, on GPUs with zeros behind them up to a number that tensor cores take in one piece: an odd shard
+    of a vocabulary would have all three products read or write logits entry by entry."""
+    more = -len(weight_VD) % (ALIGNED // weight_VD.element_size()) if on_gpu(weight_VD) else 0
+    return F.pad(weight_VD, (0, 0, 0, more)) if more else weight_VD
+
+
+def _local(row_N: Tensor, rows: int, share_N: Tensor) -> Targets:
+    """row: of the targets, counted from the first of this rank's `rows` rows; share: of their losses in the whole."""
+    here_N = (row_N >= 0) & (row_N < rows)
+    return Targets(row_N.clamp(0, rows - 1), here_N, share_N, -(share_N * here_N))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -91,45 +114,35 @@ class _HeadLoss(torch.autograd.Function):
         share_N: Tensor,
         start: int,
         tp: TensorParallel,
+        kernels: Kernels,
         learns: bool,
     ) -> tuple[Tensor, Tensor]:
+        rows, weight_VD = len(weight_VD), _aligned(weight_VD)
         losses_N = torch.empty_like(share_N)
         grad_h = torch.empty_like(h_ND) if learns else None
         grad_w = torch.zeros_like(weight_VD, dtype=share_N.dtype) if learns else None
         scaled_VD = weight_VD
         if learns and slope_V is not None:
-            scaled_VD = torch.mul(weight_VD, slope_V[:, None], out=torch.empty_like(weight_VD))
-        step = _tokens_at_once(h_ND, len(weight_VD))
+            padded_V = slope_V if len(weight_VD) == rows else F.pad(slope_V, (0, len(weight_VD) - rows))
+            scaled_VD = torch.mul(weight_VD, padded_V[:, None], out=torch.empty_like(weight_VD))
+        counts_N = targets_N != IGNORED
+        targets = _local(targets_N - start, rows, share_N * counts_N)
+        step = _tokens_at_once(h_ND, rows, kernels.lean)
         for part in (slice(first, first + step) for first in range(0, len(h_ND), step)):
-            h, targets = h_ND[part], targets_N[part]
-            raw = F.linear(h, weight_VD)
-            if gain_V is None:
-                logits = wide(raw)
-            else:
-                logits = raw.mul_(gain_V) if raw.dtype == gain_V.dtype else raw * gain_V
-            top = tp.max(logits.amax(-1))
-            local = targets - start
-            here = (local >= 0) & (local < len(weight_VD))
-            local = local.clamp(0, len(weight_VD) - 1)[:, None]
-            own = (logits.gather(1, local)[:, 0] - top) * here
-            exp = logits.sub_(top[:, None]).exp_()
-            total, own = tp.sum(torch.stack((exp.sum(-1), own)))
-            counts = targets != IGNORED
-            losses_N[part] = (total.log() - own) * counts
-            if grad_h is None or grad_w is None:
-                continue
-            # d loss / d logit = share (softmax - one_hot), on this rank's rows.
-            share = share_N[part] * counts
-            grad = exp.mul_((share / total)[:, None]).scatter_add_(1, local, -(share * here)[:, None])
-            narrow = grad.to(h.dtype)
-            grad_h[part] = narrow @ scaled_VD
-            grad_w += narrow.T @ h
-            del raw, logits, exp, grad, narrow  # before anything else of the head's size is made
+            h, raw = h_ND[part], F.linear(h_ND[part], weight_VD)
+            losses_N[part] = kernels.cross_entropy_(raw[:, :rows], gain_V, targets.part(part), tp.max, tp.sum, learns)
+            if grad_h is not None and grad_w is not None:
+                torch.mm(raw, scaled_VD, out=grad_h[part])
+                grad_w += raw.T @ h
+            del raw  # before anything else of the head's size is made
+        losses_N.mul_(counts_N)
+        if grad_w is not None:
+            grad_w, weight_VD = grad_w[:rows], weight_VD[:rows]
         grad_gain = None
         if slope_V is not None and grad_w is not None:
             # logit = gain (h w): both gradients follow from that by gain w, without another pass over the logits.
-            rows = max(LEAST, len(weight_VD) // MOST)
-            blocks = zip(grad_w.split(rows), weight_VD.split(rows), strict=True)
+            block = max(LEAST, rows // MOST, CHUNK // weight_VD.shape[1] if on_gpu(h_ND) else 0)
+            blocks = zip(grad_w.split(block), weight_VD.split(block), strict=True)
             grad_gain = torch.cat([(grad * weight).sum(-1) for grad, weight in blocks])
             grad_w.mul_(slope_V[:, None])
         ctx.save_for_backward(grad_h, grad_w, grad_gain)
@@ -145,4 +158,4 @@ class _HeadLoss(torch.autograd.Function):
         gain = None if grad_gain is None else grad_gain * scale
         weight = torch.empty_like(grad_w, dtype=ctx.dtype)
         torch.mul(grad_w, scale, out=weight)  # rounded as it is multiplied: no third copy of the head
-        return (grad_h * scale).to(grad_h.dtype), weight, gain, None, None, None, None, None, None
+        return (grad_h * scale).to(grad_h.dtype), weight, gain, *[None] * 7

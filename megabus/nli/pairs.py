@@ -14,8 +14,10 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ValidationError
 
 from megabus.config.read import described
+from megabus.data.hub import only_retries
 from megabus.data.order import permute
 from megabus.errors import UserError
+from megabus.plain_file import NotPlainError, open_regular
 
 GoldLabel = Literal["entailment", "neutral", "contradiction"]
 LABELS: tuple[str, ...] = get_args(GoldLabel)  # in the order of SNLI's and MNLI's label ids
@@ -75,10 +77,10 @@ class PairSet:
 def read_jsonl(path: Path, key: str) -> PairSet:
     """Pairs of a file in SNLI's form, gzipped where its name ends with .gz. `key` names the file's option in errors."""
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with open_regular(path, links=True) as raw, gzip.open(raw, "rb") if path.suffix == ".gz" else raw as file:
             lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
             return _pair_set(key, str(path), lines, Row.model_validate_json)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, NotPlainError) as error:
         raise UserError(key, path, f"cannot be read ({error})", "check the file") from error
 
 
@@ -96,7 +98,7 @@ class Hub:
     def __init__(self, name: str) -> None:
         import datasets  # seconds to import, and local files do without
 
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised below anyway
+        only_retries(datasets)
         datasets.disable_progress_bars()
         self.name, (path, self.reported, self.watched) = name, HUB.get(name.lower(), (name, ("test",), "validation"))
         saved = (Path(path) / "dataset_dict.json").is_file()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megabus.checkpoint.save import save_weights
 from megabus.config.schema import OptimizerConfig
 from megabus.convert.begin import begin, origin_of
+from megabus.convert.hugging_face import longest_of
 from megabus.convert.load import tokenizer_of_model
 from megabus.data.order import nth_visited
 from megabus.durable import make_directory
@@ -27,7 +28,7 @@ from megabus.parallel.agree import agreement, rank_0_says, rank_0_tells
 from megabus.scoring.harness import Scores
 from megabus.scoring.likelihood import SequenceLoss, train_step
 from megabus.train.environment import environment
-from megabus.train.metrics import describe
+from megabus.train.log import describe
 from megabus.train.schedule import learning_rate
 from megabus.train.watchdog import watched
 
@@ -75,7 +76,7 @@ def evaluate(settings: Settings) -> Outcome:
     origin = origin_of(settings.checkpoint)
     state = origin.state
     with agreement():
-        train, optimizer, stage = settings.engine_parts(state.model, state.longest_sequence(), dist.get_world_size())
+        train, optimizer, stage = settings.engine_parts(state.model, longest_of(origin), dist.get_world_size())
         tokenizer = tokenizer_of_model(origin.folder, settings.tokenizer, stage.model.vocab_size)
         encoder = Encoder(tokenizer, settings.template, stage.seq_len)
     for key, folder in (("--out", settings.out), ("--save", settings.save)):
@@ -96,7 +97,7 @@ def evaluate(settings: Settings) -> Outcome:
             sections = {"train": train.model_dump(), "optimizer": optimizer.model_dump(), "growth": {"stages": []}}
             steps, saved = curve[-1]["step"], None
             if settings.save is not None:
-                saved = str(save_weights(settings.save, engine, steps, sections, tokenizer.path))
+                saved = str(save_weights(settings.save, engine, steps, sections, tokenizer.files))
                 rank_0_says(f"saved: {saved}")
             tuning = {"steps": steps, "watched": data.watched and data.watched.facts(), "curve": curve, "saved": saved}
         unit_error = engine.unit_error()

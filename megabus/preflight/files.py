@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig, Stage
 from megabus.data.indexed import REBUILD, IndexedTokens, read_meta
-from megabus.data.sources import Sources
+from megabus.data.sources import Sources, fetch, has_urls
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
+from megabus.parallel.agree import agreement
 from megabus.parallel.topology import ranks_text
 from megabus.preflight.findings import Finding, odd_ones, refused, size_text
 
@@ -23,7 +27,7 @@ WHOLE = 16 * 2**20  # bytes up to which a file is read whole; of a larger one BL
 BLOCKS, BLOCK = 64, 64 * 2**10
 # Bytes up to which a file's SHA-256 is compared with the one that its maker wrote down; and those of all files.
 SUMMED, SUMMED_IN_ALL = 256 * 2**20, 2**30
-BYTES = 12  # of a parameter in a checkpoint: its fp32 master and two moments
+BYTES = 12  # of a parameter in a checkpoint: its fp32 master and two moments; 4 more for each running mean
 
 Print = tuple[str, str]  # (path, digest of its size and of what was read of it)
 
@@ -56,12 +60,12 @@ def fingerprints(sources: Sources) -> list[Print]:
     Raises `UserError` for a token outside the vocabulary in what was read of it.
     """
     prints: list[Print] = []
-    for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
-        for corpus in source.corpora:
-            for path in (corpus.idx_path, corpus.bin_path):
+    for key, source in sources.named():
+        for _, file in source.files:
+            for path in (file.idx_path, file.bin_path):
                 digest, blocks = read_spans(path)
-                if path == corpus.bin_path:
-                    _check_tokens(key, corpus, blocks, source.vocab_size)
+                if path == file.bin_path:
+                    _check_tokens(key, file, blocks, source.vocab_size)
                 prints.append((str(path), digest))
     return prints
 
@@ -69,15 +73,15 @@ def fingerprints(sources: Sources) -> list[Print]:
 def check_sums(sources: Sources, heartbeat: Callable[[], None]) -> None:
     """Raises `UserError` for a small file whose SHA-256 is not the one that megabus preprocess wrote beside it."""
     left = SUMMED_IN_ALL
-    for key, source in (("data.train", sources.train), ("data.valid", sources.valid)):
-        for prefix, corpus in zip(source.prefixes, source.corpora, strict=True):
-            path, expected = corpus.bin_path, (read_meta(prefix) or {}).get("bin_sha256")
+    for key, source in sources.named():
+        for prefix, file in source.files:
+            path, expected = file.bin_path, (read_meta(prefix) or {}).get("bin_sha256")
             if expected is None or path.stat().st_size > min(SUMMED, left):
                 continue
             left -= path.stat().st_size
             heartbeat()
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            with path.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
             if found != expected:
                 problem = f"has SHA-256 {found[:12]}..., its .meta.json says {expected[:12]}..."
                 raise UserError(key, path, problem, f"copy it again, or {REBUILD}")
@@ -91,6 +95,23 @@ def readable() -> Iterator[None]:
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
         raise UserError("data", error.filename, problem, "mend the file or its permissions") from error
+
+
+def fetch_together(config: RunConfig, group: dist.ProcessGroup, heartbeat: Callable[[], None]) -> None:
+    """Token files of URLs come to every machine. It takes as long as it takes: who has them waits for the others and
+    stays alive. Raises `UserError` on all ranks where one of them cannot have them. Collective."""
+    if not has_urls(config):
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(fetch, config)
+        everyone = torch.zeros(1)
+        while not everyone:
+            wait([coming], timeout=1.0)
+            everyone.fill_(coming.done())
+            dist.all_reduce(everyone, dist.ReduceOp.MIN, group)
+            heartbeat()
+    with agreement(group):
+        coming.result()
 
 
 def _check_tokens(key: str, corpus: IndexedTokens, blocks: Sequence[bytes], vocab_size: int) -> None:
@@ -117,14 +138,14 @@ def data_row(ranks: Sequence[Sequence[Print]], n_tokens: int) -> Finding:
     )
 
 
-def checkpoint_bytes(stages: Sequence[Stage]) -> int:
+def checkpoint_bytes(config: RunConfig, stages: Sequence[Stage]) -> int:
     """Of one checkpoint of the largest stage."""
-    return BYTES * max(count_parameters(stage.model) for stage in stages)
+    return (BYTES + 4 * len(config.train.ema)) * max(count_parameters(stage.model) for stage in stages)
 
 
 def disk_row(config: RunConfig, stages: Sequence[Stage]) -> Finding:
     """keep_last checkpoints are kept while one more is written. What an earlier start left makes way for them."""
-    keep, one = config.checkpoint.keep_last, checkpoint_bytes(stages)
+    keep, one = config.checkpoint.keep_last, checkpoint_bytes(config, stages)
     disk = os.statvfs(config.run_dir)
     free = disk.f_bavail * disk.f_frsize
     older = complete(checkpoints_of(config.run_dir))[:keep]

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from megabus.checkpoint.begun import growths_begun_with
+from megabus.checkpoint.begun import growths_begun_with, stage_begun
 from megabus.config import RunConfig, Stage, resolve_stages
 from megabus.data.sources import Sources, open_sources
 from megabus.errors import UserError, say
@@ -28,7 +28,15 @@ from megabus.parallel.agree import agreement, rank_0_tells
 from megabus.parallel.hosts import host_names, this_host
 from megabus.parallel.reach import host_of, network_speed
 from megabus.parallel.topology import ranks_text
-from megabus.preflight.files import Print, check_sums, data_row, disk_row, fingerprints, readable
+from megabus.preflight.files import (
+    Print,
+    check_sums,
+    data_row,
+    disk_row,
+    fetch_together,
+    fingerprints,
+    readable,
+)
 from megabus.preflight.findings import Finding, refused, render
 from megabus.preflight.identity import identity_rows, read_identity
 from megabus.preflight.links import (
@@ -91,6 +99,10 @@ def preflight(
     with _talking() as group:
         try:
             ready = _checked(config, judge, reserve, heartbeat, full, measured, group, rows)
+        except UserError as error:  # of what is no check by itself, such as a prompt, a task or a callback
+            if rows:
+                rows += [refused("run", error), Finding("all else", "not checked", skipped=True)]
+            raise
         finally:
             if full and dist.get_rank() == 0 and rows:
                 say(render(rows, time.monotonic() - begun))
@@ -123,9 +135,15 @@ def _checked(
         rows.append(Finding("all else", "not checked: it assumes that all ranks agree", skipped=True))
         return None
     with agreement(group):
-        stages = resolve_stages(config, dist.get_world_size(), begun_with=partial(growths_begun_with, config))
+        stages = resolve_stages(
+            config,
+            dist.get_world_size(),
+            begun_with=partial(growths_begun_with, config),
+            begun_at=partial(stage_begun, config),
+        )
     judgement = judge(stages)
     reserved = _fault(reserve)
+    fetch_together(config, group, heartbeat)
     with agreement(group):
         sources, local = _look(config, stages, host, full, heartbeat)
     heartbeat()
@@ -153,7 +171,7 @@ def _look(
 
     def data() -> None:
         with readable():
-            opened.append(open_sources(config, stages))
+            opened.append(open_sources(config, stages, heartbeat))
 
     def tokens() -> None:
         if reads and opened:
@@ -198,7 +216,7 @@ def _local_rows(
             yield disk_row(config, stages)
     if full:
         machines = [local.machine for local in found if local.machine is not None]
-        yield from machine_rows(machines, expected_bytes(config, stages))
+        yield from machine_rows(machines, expected_bytes(config, stages, machines[0].on_gpu))
 
 
 def _first(check: str, faults: Sequence[UserError | None], looked: Sequence[int] | None = None) -> Finding | None:

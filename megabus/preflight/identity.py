@@ -8,6 +8,7 @@ import platform
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,9 @@ def _versions() -> dict[str, str]:
 def code_digest(package: Path) -> str:
     """Of the names and bytes of a package's Python files."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        text = path.read_bytes()
-        digest.update(f"{path.relative_to(package).as_posix()} {len(text)}\n".encode() + text)
+    for name in sorted(glob("**/*.py", root_dir=package, recursive=True)):  # each rank does it at every start
+        text = (package / name).read_bytes()
+        digest.update(f"{name} {len(text)}\n".encode() + text)
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megabus.config import RunConfig, Stage
-from megabus.config.stages import stage_section
+from megabus.config.stages import by_batches, stage_section
 from megabus.errors import UserError
 from megabus.estimate.layouts import pipeline_memory
 from megabus.estimate.memory import states_at
@@ -45,7 +45,7 @@ class Machine:
 
 def read_machine(config: RunConfig, stages: Sequence[Stage], rank: int, host: str) -> Machine:
     """host: what the machine is called."""
-    need, stage = max((least_bytes(config, stage, rank), stage.index) for stage in stages)
+    need, stage = max((least_bytes(config, stage, rank), stage.index) for _, stage in by_batches(stages))
     if get_accelerator().device_name() == "cuda":
         device, count, free = torch.cuda.get_device_name(), torch.cuda.device_count(), torch.cuda.mem_get_info()[0]
         copied = max(snapshot_bytes(config, stage, rank) for stage in stages)
@@ -71,11 +71,11 @@ def snapshot_bytes(config: RunConfig, stage: Stage, rank: int) -> int:
     return held.masters + held.moments
 
 
-def expected_bytes(config: RunConfig, stages: Sequence[Stage]) -> list[int]:
+def expected_bytes(config: RunConfig, stages: Sequence[Stage], on_gpu: bool) -> list[int]:
     """Bytes that each rank is estimated to take, activations and buffers included, in the largest of its stages."""
     most = [0] * stages[0].layout.world
-    for stage in stages:
-        by_pp = [memory.total for memory in pipeline_memory(config, stage)]
+    for _, stage in by_batches(stages):
+        by_pp = [memory.total for memory in pipeline_memory(config, stage, on_gpu)]
         most = [max(known, by_pp[coordinate(stage.layout, rank).pp]) for rank, known in enumerate(most)]
     return most
 

@@ -14,12 +14,11 @@ from megabus.config import RunConfig, Stage
 from megabus.config.stages import stage_section
 from megabus.engine.adam import make_adam
 from megabus.errors import UserError, say
-from megabus.extras import need
+from megabus.extras import SINKS, need_sink
 from megabus.kernels.choice import select, why_not_wide
 from megabus.model.layers import kernel_rows
 
 NO_LOGIN = ("offline", "disabled", "dryrun")  # of WANDB_MODE
-SINKS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # key of log: what `Metrics` imports for it
 
 
 def check_software(config: RunConfig) -> None:
@@ -40,8 +39,7 @@ def check_sinks(config: RunConfig) -> None:
     package of another version beside it, mostly."""
     for name, module in SINKS.items():
         if getattr(config.log, name):
-            remedy = f"or set log.{name}=false"
-            need(name, f"log.{name}", "true", remedy)
+            remedy = need_sink(name)
             try:
                 import_module(module)
             except Exception as error:

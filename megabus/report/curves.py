@@ -9,12 +9,21 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from megabus.errors import UserError
-from megabus.report.history import MetricsRow, XAxis, places
+from megabus.report.history import MetricsRow, XAxis, numbers, places
 
 POINTS = 400  # of a curve
 SMOOTH = 100  # what is smoothed is averaged over a hundredth of the rows before and after
-TIMED = ("start", "step", "eval", "growth", "gains", "memory")  # rows that have a place on every axis
+TIMED = (
+    "start",
+    "step",
+    "eval",
+    "growth",
+    "phase",
+    "gains",
+    "memory",
+    "evaluation",
+    "tasks",
+)  # rows that have a place on every axis
 
 Keep = Literal["mean", "max", "last"]  # of the rows that become one point
 Shape = Literal["line", "thin", "dashed", "band", "range"]
@@ -139,6 +148,24 @@ PANELS = (
 )
 
 
+def mean_panels(runs: Sequence[Sequence[MetricsRow]]) -> list[Panel]:
+    """A panel of the losses of running means of the weights, with a line for every decay that any run has logged."""
+    logged = (row.get("ema") for rows in runs for row in rows if row["event"] == "eval")
+    decays = dict.fromkeys(decay for means in logged if isinstance(means, dict) for decay in means)
+    if not decays:
+        return []
+    lines = [Line("eval", f"ema|{decay}", f"mean with decay {decay}") for decay in decays]
+    return [
+        Panel(
+            "ema",
+            "Loss of running means of the weights (EMA)",
+            "nats per token",
+            (Line("eval", "loss", "the weights themselves", "dashed"), *lines),
+            about="Validation on the same tokens as the loss.",
+        )
+    ]
+
+
 def gain_panels(runs: Sequence[Sequence[MetricsRow]]) -> list[Panel]:
     """A panel for every kind of gain that any of the runs has logged, in their order."""
     gains = (row for rows in runs for row in rows if row["event"] == "gains")
@@ -171,6 +198,7 @@ class Tracks:
             self._numbers(timed, key, required=True)
         for key in ("tokens_per_s", "stall_s"):
             self._numbers(timed, key)
+        timed.sort(key=lambda row: row["step"])  # scores of tasks come when they are there, and lie where they are of
         for row in timed:
             self._rows[row["event"]].append(row)
         event_of = np.array([row["event"] for row in timed], dtype=object)
@@ -198,20 +226,7 @@ class Tracks:
         return self._numbers(self._rows[event], key)
 
     def _numbers(self, rows: Sequence[MetricsRow], key: str, required: bool = False) -> np.ndarray:
-        values = [_value(row, key) for row in rows] if "|" in key else [row.get(key) for row in rows]
-        allowed = {int, float} if required else {int, float, type(None)}
-        if not set(map(type, values)) <= allowed:
-            row, value = next(pair for pair in zip(rows, values, strict=True) if type(pair[1]) not in allowed)
-            problem = f"of the {row['event']} row of step {row['step']} is no number"
-            raise UserError(f"metrics: {key}", value, problem, f"mend {self._source}")
-        return np.array(values, dtype=float)  # None becomes NaN
-
-
-def _value(row: MetricsRow, key: str) -> Any:
-    """What is nested as `outer|inner`; None where there is none."""
-    outer, _, inner = key.partition("|")
-    value = row.get(outer)
-    return value.get(inner) if isinstance(value, dict) else value
+        return np.array(numbers(rows, key, self._source, required), dtype=float)  # None becomes NaN
 
 
 def drawn(tracks: Tracks, panels: Sequence[Panel]) -> Drawn:

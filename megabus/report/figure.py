@@ -12,6 +12,7 @@ from megabus.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#7b4b94", "#b8860b", "#5c6b73")
 INK, FAINT, GRID = "#22282e", "#8b949e", "#e6e9ec"
@@ -45,9 +46,15 @@ def picture(out_png: str | Path, figsize: tuple[float, float], dpi: int = 150, *
             raise UserError("picture", out_png, f"cannot be written ({error})", "name a writable .png") from error
 
 
-def dress(axes: Axes, axis: Any = "both", width: float = 0.8) -> None:
+def as_they_are(texts: Sequence[Text]) -> None:
+    """Names from files: dollar signs in them begin no formula."""
+    for text in texts:
+        text.set_parse_math(False)
+
+
+def dress(axes: Axes, axis: Any = "both") -> None:
     """A grid behind what is drawn, and no frame above and on the right."""
-    axes.grid(axis=axis, color=GRID, linewidth=width)
+    axes.grid(axis=axis, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 

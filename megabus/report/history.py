@@ -1,10 +1,12 @@
 """The rows of a run's `metrics.jsonl`, as written, and which of them count.
 
 One JSON object a line, told apart by `event`, each with `step` and all but `save` with the run's totals tokens and
-flops: `step` and `eval` rows add loss (nats per token; step rows tokens_per_s too); `growth` rows from_stage,
-to_stage, the sizes `old` and `new`, old_layout, new_layout, loss_before, loss_after, reason and stall_s; an optional
-`start` row stage, sizes and layout, so that a run that has not grown is known. See `train/loop.py` for the others:
-`gains`, `memory`, `skip`, `save`, `resume`.
+flops: `step` and `eval` rows add loss (nats per token; step rows tokens_per_s too); `growth` rows from_stage, to_stage,
+the sizes `old` and `new`, old_layout, new_layout, loss_before, loss_after, reason and stall_s; an optional `start` row
+stage, sizes and layout, so that a run that has not grown is known. See `train/loop.py` for the others: `gains`,
+`memory`, `skip`, `save`, `resume`, and `phase`, whose samples hold from there on; `train/samples.py` for `sample`; and
+`train/evaluations.py` for `evaluation` and `tasks`, whose rows come when the scores are there and lie at the step that
+they are of.
 """
 
 from __future__ import annotations
@@ -22,17 +24,29 @@ from megabus.plain_file import DEEPEST, NotPlainError, check_regular, deeper_tha
 MetricsRow = dict[str, Any]
 XAxis = Literal["flops", "tokens", "time"]
 
-NOT_FINITE = "not finite"  # the reason of a `resume` row that is a return to a checkpoint
+NOT_FINITE, SPIKE = "not finite", "spike"  # the reasons of a `skip` row, and of a `resume` row that is a return
+RETURNS = (NOT_FINITE, SPIKE)
 _CURVES = ("start", "step", "eval", "growth")
+# What rows must say for all that is drawn and tabled of them, and what they may leave out or call null.
+_AMOUNTS = ("tokens", "flops")  # of the curves' rows
+_Kinds = dict[str, type]
+_GROWTH: _Kinds = {"old": dict, "new": dict, "reason": str, "from_stage": int, "to_stage": int, "stall_s": float}
+_GROWTH_MAY: _Kinds = {"loss_before": float, "loss_after": float, "old_layout": str, "new_layout": str}
+_START_MAY: _Kinds = {"sizes": dict, "layout": str, "stage": int}
+_NAMES: dict[type, str] = {float: "number", int: "whole number", dict: "section", str: "text"}
+MOST = 2**63  # beyond which no whole number of a run lies
 _CHUNK = 4096  # lines that are parsed at once, so that their keys are the same objects: half the memory
 
 
 def read_rows(run_dir: str | Path) -> list[MetricsRow]:
-    """All rows of a run in the order they were written. Raises `UserError` where there is no file of them, or a line is
-    no JSON object with an event and a step. A last line without its newline is still being written and is left out."""
+    """All rows of a run in the order they were written. Raises `UserError` where there is no file of them, a line is no
+    JSON object with an event and a step, or a row of a curve has a value that no run writes. A last line without its
+    newline is still being written and is left out."""
     path = Path(run_dir) / "metrics.jsonl"
-    if not os.path.lexists(path):
-        raise UserError("run_dir", run_dir, "holds no metrics.jsonl", "name the directory of a megabus run")
+    if not os.path.lexists(path) or not os.fspath(run_dir):  # without a name it would be the working directory
+        there, named = os.path.lexists(run_dir), os.fspath(run_dir) or "''"
+        problem = "does not exist" if not there else "holds no metrics.jsonl" if path.parent.is_dir() else "is a file"
+        raise UserError("run_dir", named, problem, "name the directory of a megabus run")
     try:
         check_regular(path, links=True)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -43,7 +57,70 @@ def read_rows(run_dir: str | Path) -> list[MetricsRow]:
     rows: list[MetricsRow] = []
     for first in range(0, len(lines), _CHUNK):
         rows += _parsed(path, first, lines[first : first + _CHUNK])
+    _check(rows, path)
     return rows
+
+
+def _check(rows: Sequence[MetricsRow], path: Path) -> None:
+    of = {event: [row for row in rows if row["event"] == event] for event in (*_CURVES, "resume")}
+    for key in _AMOUNTS:
+        numbers(curve_rows(rows), key, path, required=True)
+    numbers(of["step"] + of["eval"], "loss", path)
+    for key in ("tokens_per_s", "share"):
+        numbers(of["step"], key, path)
+    for row in of["start"] + of["resume"]:
+        _check_kinds(row, _START_MAY | dict.fromkeys(_AMOUNTS, float), path, may=True)
+        _check_sizes(row, row.get("sizes") or {}, path)
+    for row in of["growth"]:
+        _check_kinds(row, _GROWTH, path)
+        _check_kinds(row, _GROWTH_MAY, path, may=True)
+        for sizes in (row["old"], row["new"]):
+            _check_sizes(row, sizes, path)
+
+
+def _check_kinds(row: MetricsRow, kinds: _Kinds, path: Path, may: bool = False) -> None:
+    for key, kind in kinds.items():
+        value = row.get(key)
+        if not (may and value is None) and not _is(value, kind):
+            raise _wrong(row, key, value, _NAMES[kind], path)
+
+
+def _check_sizes(row: MetricsRow, sizes: dict[str, Any], path: Path) -> None:
+    for size, value in sizes.items():
+        if not _is(value, int):
+            raise _wrong(row, size, value, "size", path)
+
+
+def _is(value: Any, kind: type) -> bool:
+    if type(value) is int:
+        return kind in (int, float) and -MOST <= value < MOST
+    return type(value) is kind
+
+
+def _wrong(row: MetricsRow, key: str, value: Any, what: str, source: object) -> UserError:
+    problem = f"of the {row['event']} row of step {row['step']} is no {what}"
+    return UserError(f"metrics: {key}", value, problem, f"mend {source}")
+
+
+def numbers(rows: Sequence[MetricsRow], key: str, source: object, required: bool = False) -> list[float | None]:
+    """The values of a key, which may be nested as `outer|inner`. Raises `UserError` for what is no number; None is one
+    unless it is `required`, and so are NaN and infinities, which JSON allows."""
+    values: list[Any] = [_value(row, key) for row in rows] if "|" in key else [row.get(key) for row in rows]
+    allowed = {int, float} if required else {int, float, type(None)}
+    whole = [value for value in values if type(value) is int]
+    good = set(map(type, values)) <= allowed and (not whole or (min(whole) >= -MOST and max(whole) < MOST))
+    if not good or (required and not all(map(math.isfinite, values))):
+        for row, value in zip(rows, values, strict=True):
+            if (required or value is not None) and not (_is(value, float) and (not required or math.isfinite(value))):
+                raise _wrong(row, key, value, "number", source)
+    return values
+
+
+def _value(row: MetricsRow, key: str) -> Any:
+    """What is nested as `outer|inner`; None where there is none."""
+    outer, _, inner = key.partition("|")
+    value = row.get(outer)
+    return value.get(inner) if isinstance(value, dict) else value
 
 
 def _parsed(path: Path, first: int, lines: list[str]) -> list[MetricsRow]:
@@ -67,7 +144,7 @@ def _parsed(path: Path, first: int, lines: list[str]) -> list[MetricsRow]:
 
 
 def _is_row(row: Any, line: str) -> bool:
-    if not (isinstance(row, dict) and isinstance(row.get("event"), str) and isinstance(row.get("step"), int)):
+    if not (isinstance(row, dict) and isinstance(row.get("event"), str) and _is(row.get("step"), int)):
         return False
     if line.count("[") + line.count("{") > DEEPEST and deeper_than(row, DEEPEST):
         raise RecursionError(f"nests deeper than {DEEPEST} levels")
@@ -75,14 +152,49 @@ def _is_row(row: Any, line: str) -> bool:
 
 
 def what_counts(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
-    """A `resume` row takes back all rows of later steps: the resumed run writes them again."""
+    """A `resume` row takes back all rows of later steps: the resumed run writes them again. Where nothing is left
+    before it, the log starts with it."""
     counted: list[MetricsRow] = []
     for row in rows:
         if row["event"] == "resume":
             counted = [earlier for earlier in counted if earlier["step"] <= row["step"]]
+            if not counted and all(row.get(key) is not None for key in _AMOUNTS):
+                counted = [row | {"event": "start"}]
         else:
             counted.append(row)
     return counted
+
+
+def skips(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
+    """The `skip` rows of a run, those that a return to a checkpoint took back included: they happened. A start does
+    the steps behind its checkpoint anew, and tells their skips once more, so that what was told before does not count.
+    rows: all of the file."""
+    counted: list[MetricsRow] = []
+    by_step: dict[int, int] = {}  # how many there were when the run was last at a step
+    for row in rows:
+        if row["event"] == "resume" and row.get("reason") not in RETURNS:
+            del counted[by_step.get(row["step"], 0) :]
+        if row["event"] == "skip":
+            counted.append(row)
+        if row["event"] in ("step", "skip"):
+            by_step[row["step"]] = len(counted)
+    return counted
+
+
+def not_logged(rows: Sequence[MetricsRow]) -> str | None:
+    """A line on the steps before a log begins: of a run that goes on from a checkpoint that was copied without it.
+    rows: those that count."""
+    start = next((row for row in rows if row["event"] == "start"), None)
+    if start is None or start["step"] < 1:
+        return None
+    growths = start.get("stage", 0)
+    told = f" and {growths} growth{'s' * (growths > 1)}" if growths else ""
+    return f"not in this log: the first {start['step']} step(s){told}, which came before the run was resumed here"
+
+
+def skipped_spikes(rows: Sequence[MetricsRow]) -> int:
+    """Of these the finite spikes."""
+    return sum(row.get("reason") == SPIKE for row in skips(rows))
 
 
 def layouts_that_ran(rows: Sequence[MetricsRow]) -> dict[int, list[str]]:

@@ -15,8 +15,10 @@ import markupsafe
 
 import megabus
 from megabus.errors import UserError
-from megabus.report.curves import PANELS, Curve, Panel, drawn, gain_panels
+from megabus.report.curves import PANELS, Curve, Panel, drawn, gain_panels, mean_panels
 from megabus.report.figure import COLOURS
+from megabus.report.looks import evaluation_table, extra_panels, sample_table, time_table
+from megabus.report.phases import check_phases, phase_marks, phase_table
 from megabus.report.pictures import RunCurves, drawings, plot_curves
 from megabus.report.plots import plot_loss, stage_table
 from megabus.report.run_facts import (
@@ -46,13 +48,15 @@ class Report:
 def gather(run_dirs: Sequence[str | Path]) -> Report:
     """Read the runs. Raises `UserError` for what is none, or holds what no run writes."""
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
-    panels = [*PANELS, *gain_panels([run.rows for run in runs])]
+    rows = [run.rows for run in runs]
+    panels = [*PANELS, *mean_panels(rows), *extra_panels(rows), *gain_panels(rows)]
     return Report(runs, panels, [_curves(run, panels) for run in runs])
 
 
 def _curves(run: RunFacts, panels: Sequence[Panel]) -> RunCurves:
     fault_marks = [_fault_mark(run, fault) for fault in faults(run) if fault["is_fault"]][:_MOST_MARKS]
-    return RunCurves(run.name, drawn(run.tracks, panels), growth_marks(run), fault_marks)
+    check_phases(run)
+    return RunCurves(run.name, drawn(run.tracks, panels), growth_marks(run), phase_marks(run), fault_marks)
 
 
 def write_report(run_dirs: Sequence[str | Path], out_dir: str | Path) -> Path:
@@ -75,7 +79,8 @@ def _write(report: Report, out: Path) -> Path:
     html = render(report)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8")
+        # What is half of a pair of UTF-16 in a file's JSON has no bytes in UTF-8.
+        partial.write_text(html, encoding="utf-8", errors="replace")
         partial.replace(page)
     except OSError as error:
         raise UserError("--out", out, f"cannot be written ({error.strerror})", "name a writable folder") from error
@@ -112,6 +117,7 @@ def render(report: Report) -> str:
             {
                 "name": run.name,
                 "growths": run.growths,
+                "phases": run.phases,
                 "faults": run.faults,
                 "places": run.drawn.places,
                 "curves": {panels[i].key: run.drawn.curves[i] for i in shown},
@@ -144,6 +150,10 @@ def render(report: Report) -> str:
         stages=[stage_table(run.curve_rows, run.layouts) for run in runs],
         words=GROWTH_WORDS,
         growths=[shortened(growth_table(run)) for run in runs],
+        phases=[shortened(phase_table(run)) for run in runs],
+        times=_beside([time_table(run) for run in runs]),
+        samples=[shortened(sample_table(run)) for run in runs],
+        evaluations=[evaluation_table(run) for run in runs],
         faults=[shortened(faults(run)) for run in runs],
         config=_beside([run.config for run in runs]),
         environment=_beside([run.environment for run in runs]),
@@ -157,10 +167,10 @@ def _packed(drawn_panels: dict[str, dict[str, str]]) -> str:
 
 
 def _beside(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str], bool]]:
-    """(key, value of each run, whether they differ) in the order in which the keys come up."""
+    """(key, value of each run, whether they differ) in the order in which the keys come up, of what any run has."""
     keys = dict.fromkeys(key for table in tables for key in table)
     rows = [(key, [table.get(key, "–") for table in tables]) for key in keys]
-    return [(key, values, len(set(values)) > 1) for key, values in rows]
+    return [(key, values, len(set(values)) > 1) for key, values in rows if set(values) != {"–"}]
 
 
 def _fault_mark(run: RunFacts, fault: dict[str, Any]) -> dict[str, Any]:

@@ -6,14 +6,13 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from megabus.report.curves import Curve, Drawn, Panel
-from megabus.report.figure import COLOURS, FAINT, GRID, INK, STYLE, picture
+from megabus.report.figure import COLOURS, FAINT, GRID, INK, STYLE, as_they_are, picture
 from megabus.report.history import XAxis
 from megabus.report.plots import dress_curves, short, span
 
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
 _COLUMNS = 3  # of the picture
 _CLIPPED = ("loss", "bits", "target")  # panels whose first values would flatten the rest
 _FAULT = "#b3261e"
-_SIZES = {"loss": (1000, 320)}  # of the page's drawings, in units of their view box
-_SIZE = (370, 225)
+_SIZE = (370, 225)  # of the page's drawings, in units of their view box
+_WIDE = (1000, 320)  # of the loss, but in a narrow window
+VIEWS: list[tuple[XAxis, bool]] = [(x, log) for log in (False, True) for x in get_args(XAxis)]  # that a page offers
 _THEME = {  # the page's colours, which are others in the dark
     **{colour: f"var(--run{number})" for number, colour in enumerate(COLOURS)},
     INK: "var(--ink)",
@@ -36,11 +36,13 @@ _THEME = {  # the page's colours, which are others in the dark
 
 @dataclass(frozen=True)
 class RunCurves:
-    """A run as it is drawn. growths, faults: a mark each, with its place on every axis and its `text`."""
+    """A run as it is drawn. growths, phases, faults: a mark each, with its place on every axis, its `text`, and, but of
+    faults, the `name` that it has in a table."""
 
     name: str
     drawn: Drawn
     growths: list[dict[str, Any]]
+    phases: list[dict[str, Any]]
     faults: list[dict[str, Any]]
 
 
@@ -82,25 +84,30 @@ def view_of(runs: Sequence[RunCurves], x: XAxis, log: bool = False) -> View:
 def draw_panel(
     axes: Axes, panel: Panel, runs: Sequence[RunCurves], curves: Sequence[list[Curve | None]], view: View
 ) -> None:
-    """Draw the panel's curves (by run, then by line) and the runs' growths and faults, in place of what was there."""
+    """Draw the panel's curves (by run, then by line) and the runs' growths, phases and faults, in place of what
+    was there."""
+    from matplotlib.ticker import LogLocator
+
     for artist in [*axes.lines, *axes.collections, *axes.texts]:
         artist.remove()
-    limits = _limits(panel, curves)
-    axes.set_yscale("log" if panel.log and limits else "linear")
+    shown = limits(panel, curves)
+    axes.set_yscale("log" if panel.log and shown else "linear")
     dress_curves(axes, view.x, view.log, view.unit)
     axes.set_xlim(view.low * view.scale, view.high * view.scale)
     if not view.log:  # as many as have room
         letters = 6 if view.x == "flops" else 5
         axes.locator_params(axis="x", nbins=max(2, int(_points(axes) / letters / _font_size(axes))))
-    if limits is None or (view.log and not any(_positive(run, view.x) for run in runs)):
+    if shown is None or (view.log and not any(_positive(run, view.x) for run in runs)):
         axes.set_ylim(0, 1)
         axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", transform=axes.transAxes)
         return
-    axes.set_ylim(*limits)
+    axes.set_ylim(*shown)
     if not panel.log:
         axes.locator_params(axis="y", nbins=7 if panel.key == "loss" else 5)
+    elif shown[1] >= 5 * shown[0]:  # powers of ten alone would be one or two
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
     axes.yaxis.set_major_formatter(lambda value, _: short(value))
-    axes.yaxis.set_minor_formatter(lambda value, _: short(value) if limits[1] < 8 * limits[0] else "")
+    axes.yaxis.set_minor_formatter(lambda value, _: short(value) if shown[1] < 5 * shown[0] else "")
     for number, (run, of_run) in enumerate(zip(runs, curves, strict=True)):
         _draw_marks(axes, run, number, view)
         for line, curve in zip(panel.lines, of_run, strict=True):
@@ -110,7 +117,7 @@ def draw_panel(
                 is_training = len(runs) == 1 and panel.has_two_colours and line.event == "step"
                 colour = COLOURS[1 if is_training else number % len(COLOURS)]
                 _draw_curve(axes, at, values, line.shape, number, colour)
-    _number_growths(axes, runs, view, names=panel.key == "loss")
+    _name_marks(axes, runs, view, full=panel.key == "loss")
 
 
 def _draw_curve(
@@ -142,13 +149,14 @@ def _of_run(number: int) -> dict[str, Any]:
 
 
 def _draw_marks(axes: Axes, run: RunCurves, number: int, view: View) -> None:
-    """Upright lines at growths, triangles on the axis at faults."""
+    """Upright lines at growths and phases, triangles on the axis at faults."""
     across = axes.get_xaxis_transform()
-    grown = _apart(axes, _numbers([mark[view.x] for mark in run.growths], view.log) * view.scale)
-    if len(grown):
-        xs = np.stack([grown, grown, np.full_like(grown, np.nan)], axis=1).ravel()
-        lines: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, (3, 3)), "alpha": 0.8}
-        axes.plot(xs, [0.0, 1.0, np.nan] * len(grown), transform=across, **_of_run(number), **lines)
+    for marks, dashes in ((run.growths, (3, 3)), (run.phases, (1, 2))):
+        begun = _apart(axes, _numbers([mark[view.x] for mark in marks], view.log) * view.scale)
+        if len(begun):
+            xs = np.stack([begun, begun, np.full_like(begun, np.nan)], axis=1).ravel()
+            lines: dict[str, Any] = {"linewidth": 0.9, "linestyle": (0, dashes), "alpha": 0.8}
+            axes.plot(xs, [0.0, 1.0, np.nan] * len(begun), transform=across, **_of_run(number), **lines)
     failed = _apart(axes, _numbers([mark[view.x] for mark in run.faults], view.log) * view.scale)
     if len(failed):
         shape: dict[str, Any] = {"marker": "^", "linestyle": "", "markersize": 5, "color": _FAULT}
@@ -162,26 +170,35 @@ def _apart(axes: Axes, xs: np.ndarray) -> np.ndarray:
     return xs[np.unique(np.round(at * 72 / float(axes.figure.dpi)), return_index=True)[1]]
 
 
-def _number_growths(axes: Axes, runs: Sequence[RunCurves], view: View, names: bool) -> None:
-    """Names over the growths where there is room, if wanted, then numbers, then nothing."""
+def _name_marks(axes: Axes, runs: Sequence[RunCurves], view: View, full: bool) -> None:
+    """Texts over growths and phases where there is room, if wanted, then names alone, then nothing; in a crowd growths
+    come first."""
     width, size = _points(axes), _font_size(axes)
     transform = axes.transData + axes.transAxes.inverted()
+
+    def at_of(mark: dict[str, Any]) -> float:
+        return float(transform.transform((mark[view.x] * view.scale, 0))[0]) * width
+
     labels = sorted(
-        (float(transform.transform((mark[view.x] * view.scale, 0))[0]) * width, number, str(i), mark["text"])
+        (at_of(mark), kind, number, mark["name"], mark["text"])
         for number, run in enumerate(runs)
-        for i, mark in enumerate(run.growths, 1)
+        for kind, marks in enumerate((run.growths, run.phases))
+        for mark in marks
         if mark[view.x] > 0 or not view.log
     )
-    free = -size
-    for (at, number, digit, text), (end, *_) in pairwise([*labels, (width, 0, "", "")]):
-        full = f"{digit}: {text}"
-        shown = full if names and 0.62 * size * len(full) < end - at else digit
-        if at < free - 2 * size:  # a crowd: a label here would stand too far from its growth
+    ends = [*(at for at, *_ in labels[1:]), width]
+    taken: list[tuple[float, float]] = []
+    for (at, _, number, name, text), end in sorted(zip(labels, ends, strict=False), key=lambda pair: pair[0][1]):
+        whole = f"{name}: {text}"
+        shown = whole if full and 0.62 * size * len(whole) < end - at else name
+        left, own = at, 0.62 * size * (len(shown) + 1)
+        for begin, stop in sorted(taken):  # beside the label of a mark that is close, of another run perhaps
+            left = stop if begin < left + own and left < stop else left
+        if left > at + 2 * size:  # a crowd: a label here would stand too far from its line
             continue
-        left = max(at, free)  # beside the label of a growth that is close, of another run perhaps
         place: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "xycoords": "axes fraction"}
         axes.annotate(shown, (left / width, 1), fontsize=size, parse_math=False, **_of_run(number), **place)
-        free = left + 0.62 * size * (len(shown) + 1)
+        taken.append((left, left + own))
 
 
 def _points(axes: Axes) -> float:
@@ -193,20 +210,29 @@ def _font_size(axes: Axes) -> float:
     return float(axes.xaxis.label.get_fontsize())
 
 
-def _limits(panel: Panel, curves: Sequence[list[Curve | None]]) -> tuple[float, float] | None:
+def limits(panel: Panel, curves: Sequence[list[Curve | None]]) -> tuple[float, float] | None:
     """Of the vertical axis. What κ makes of a predictor that says nothing yet may lie anywhere: as much of it is shown
-    as what is measured leaves room for."""
+    as what is measured meanwhile leaves room for."""
     clipped = panel.key in _CLIPPED
-    limits = span(list(_heights(curves)), panel.log, clipped)
-    if limits is None or panel.key not in ("kappa", "target"):
-        return limits
+    found = span(list(_heights(curves)), panel.log, clipped)
+    if found is None or panel.key not in ("kappa", "target"):
+        return found
     if panel.key == "kappa":  # a share
-        return max(limits[0], -0.5), limits[1]
-    measured = span(list(_heights([of_run[:1] for of_run in curves])), panel.log, clipped)
+        return max(found[0], -0.5), found[1]
+    measured = span(list(_measured_since(curves)), panel.log, clipped)
     if measured is None:
-        return limits
+        return found
     height = measured[1] - measured[0]
-    return max(limits[0], measured[0] - height), min(limits[1], measured[1] + height)
+    return max(found[0], measured[0] - height), min(found[1], measured[1] + height)
+
+
+def _measured_since(curves: Sequence[list[Curve | None]]) -> Iterator[float]:
+    """The values of each run's first line from where the others begin: of the same rows, so at the same places."""
+    for measured, *said in curves:
+        if measured is None:
+            continue
+        places = [i for curve in said if curve for i, y in enumerate(curve["y"]) if y is not None]
+        yield from (y for y in measured["y"][min(places, default=0) :] if y is not None)
 
 
 def _heights(curves: Sequence[list[Curve | None]]) -> Iterator[float]:
@@ -249,46 +275,64 @@ def plot_curves(panels: Sequence[Panel], runs: Sequence[RunCurves], out_png: Pat
             figure.suptitle("nothing but the loss has been logged")
         elif len(runs) > 1:
             handles = [Line2D([], [], color=COLOURS[n % len(COLOURS)]) for n in range(len(runs))]
-            figure.legend(handles, [run.name for run in runs], loc="outside upper left", ncols=4, frameon=False)
+            names = [run.name for run in runs]
+            legend = figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False)
+            as_they_are(legend.get_texts())
     return out_png
 
 
 def drawings(panels: Sequence[Panel], runs: Sequence[RunCurves], shown: Sequence[int]) -> dict[str, dict[str, str]]:
     """SVG elements, by panel and by view: of each axis, linear and logarithmic. shown: which of the panels."""
     import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
 
-    views = [view_of(runs, x, log) for log in (False, True) for x in get_args(XAxis)]
+    views = [view_of(runs, x, log) for x, log in VIEWS]
     found: dict[str, dict[str, str]] = {}
     # Text stays text; names of clip paths do not depend on chance.
     with mpl.rc_context(STYLE | {"font.size": 10.5, "svg.fonttype": "none", "svg.hashsalt": "megabus"}):
         for i in shown:
-            panel = panels[i]
-            width, height = _SIZES.get(panel.key, _SIZE)
-            figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-            FigureCanvasSVG(figure)
-            left, bottom, right, top = 50, 38, width - 14, height - 18
-            box = (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
-            axes = figure.add_axes(box)
-            axes.xaxis.set_label_coords(0.5, -26 / (top - bottom))  # else it is sought anew for every view
-            axes.yaxis.set_label_coords(0, 0.5)
-            axes.patch.set_visible(False)
-            figure.patch.set_visible(False)
-            curves = [run.drawn.curves[i] for run in runs]
-            found[panel.key] = {}
-            for view in views:  # on the same axes, as making them takes longest
-                draw_panel(axes, panel, runs, curves, view)
-                file = io.StringIO()
-                figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-                facts = {
-                    "box": f"{left} {right} {height - top} {height - bottom}",
-                    "span": f"{view.low:.10g} {view.high:.10g}",
-                    "scale": f"{view.scale:g}",
-                    "unit": view.unit if view.x == "time" else "FLOPs" if view.x == "flops" else "tokens",
-                }
-                attributes = "".join(f' data-{key}="{value}"' for key, value in facts.items())
-                found[panel.key][view.key] = _for_page(file.getvalue(), f"panel{i}", width, height, attributes)
+            panel, curves = panels[i], [run.drawn.curves[i] for run in runs]
+            if panel.key == "loss":
+                found[panel.key] = _drawn_views(f"panel{i}", panel, runs, curves, views, _WIDE)
+                found[f"{panel.key} narrow"] = _drawn_views(f"panel{i}n", panel, runs, curves, views, _SIZE)
+            else:
+                found[panel.key] = _drawn_views(f"panel{i}", panel, runs, curves, views, _SIZE)
+    return found
+
+
+def _drawn_views(
+    name: str,
+    panel: Panel,
+    runs: Sequence[RunCurves],
+    curves: Sequence[list[Curve | None]],
+    views: Sequence[View],
+    size: tuple[int, int],
+) -> dict[str, str]:
+    """A panel's SVG elements, by view. name: of the panel, before the ids in the drawing; size: width and height."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    width, height = size
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    FigureCanvasSVG(figure)
+    left, bottom, right, top = 50, 38, width - 14, height - 18
+    axes = figure.add_axes((left / width, bottom / height, (right - left) / width, (top - bottom) / height))
+    axes.xaxis.set_label_coords(0.5, -26 / (top - bottom))  # else it is sought anew for every view
+    axes.yaxis.set_label_coords(0, 0.5)
+    axes.patch.set_visible(False)
+    figure.patch.set_visible(False)
+    found = {}
+    for view in views:  # on the same axes, as making them takes longest
+        draw_panel(axes, panel, runs, curves, view)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        facts = {
+            "box": f"{left} {right} {height - top} {height - bottom}",
+            "span": f"{view.low:.10g} {view.high:.10g}",
+            "scale": f"{view.scale:g}",
+            "unit": view.unit if view.x == "time" else "FLOPs" if view.x == "flops" else "tokens",
+        }
+        attributes = "".join(f' data-{key}="{value}"' for key, value in facts.items())
+        found[view.key] = _for_page(file.getvalue(), name, width, height, attributes)
     return found
 
 

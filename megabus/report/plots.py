@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megabus.config.reasons import REASONS
 from megabus.errors import UserError
-from megabus.report.figure import COLOURS, dress, picture
-from megabus.report.history import MetricsRow, XAxis, layouts_that_ran, places, read_metrics, read_rows
+from megabus.report.figure import COLOURS, as_they_are, dress, picture
+from megabus.report.history import (
+    MetricsRow,
+    XAxis,
+    layouts_that_ran,
+    not_logged,
+    places,
+    read_metrics,
+    read_rows,
+    skipped_spikes,
+)
 from megabus.table import aligned, si
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _SHORT = {"d_model": "d", "n_layers": "L", "n_heads": "H", "n_kv_heads": "KV", "d_ff": "ff"}
-_REASON = {"kappa": "κ", "cap": "cap", "marginal": "return"}
 X_LABEL = {"flops": "training compute (FLOPs)", "tokens": "tokens", "time": "training time (hours)"}
 _HEIGHT = 4.6  # of the axes, in inches
 MOST_FLAGS = 40  # labels of growths that a picture has room for
@@ -46,12 +56,12 @@ def span(values: Sequence[float], log: bool, clipped: bool) -> tuple[float, floa
     """The lowest and the highest value of a vertical axis; None where it can show nothing.
 
     clipped: without the highest hundredth and a half, such as the first steps' losses, where these would take most of
-    the height.
+    the height. Of few values, such as those of validations, all are shown.
     """
     shown = sorted(value for value in values if value > 0 or not log)
     if not shown:
         return None
-    low, high, most = shown[0], shown[-1], shown[int(0.985 * (len(shown) - 1))]
+    low, high, most = shown[0], shown[-1], shown[math.ceil(0.985 * len(shown)) - 1]
     if clipped and high - low > 2 * (most - low):
         high = most
     if log:
@@ -82,13 +92,14 @@ def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "f
     runs = [read_metrics(run_dir) for run_dir in run_dirs]
     with picture(out_png, (9.6, _HEIGHT)) as figure:
         axes = figure.add_axes((0.075, 0.1, 0.895, 0.8))
-        labels = []
+        labels, curves = [], {}
         for i, (run_dir, rows) in enumerate(zip(run_dirs, runs, strict=True)):
             colour = COLOURS[i % len(COLOURS)]
             faint = colour if len(runs) > 1 else COLOURS[1]  # of one run the two losses have a colour each
-            _draw_run(axes, rows, Path(run_dir).resolve().name, (colour, faint), x, log_x)
+            curve, name = _draw_run(axes, rows, Path(run_dir).resolve().name, (colour, faint), x, log_x)
+            curves[curve] = name
             labels += [(at, text, colour) for at, text in _growths(rows, x)]
-        _dress(axes, runs, x, log_x)
+        _dress(axes, runs, curves, x, log_x)
         _lay_labels(figure, axes, labels)
     return Path(out_png)
 
@@ -105,14 +116,15 @@ def _series(rows: Sequence[MetricsRow], event: str, x: XAxis) -> tuple[list[floa
 
 def _draw_run(
     axes: Axes, rows: Sequence[MetricsRow], name: str, colours: tuple[str, str], x: XAxis, log_x: bool
-) -> None:
-    """colours: of the validation and of the training loss."""
+) -> tuple[Line2D, str]:
+    """The validation's curve, and what it is called. colours: of the validation and of the training loss."""
     train, valid = (_series([row for row in rows if row["step"] > 0 or not log_x], e, x) for e in ("step", "eval"))
     axes.plot(*train, color=colours[1], alpha=0.3, linewidth=0.8, zorder=2)
     every = max(1, len(valid[0]) // 40)  # a point on each of hundreds of evaluations would be a thick line
     label = f"{name}  {valid[1][-1]:.3f}" if valid[1] else name
     points: dict[str, Any] = {"marker": "o", "markersize": 3.2, "markevery": every}
-    axes.plot(*valid, color=colours[0], linewidth=1.7, zorder=3, label=label, **points)
+    (curve,) = axes.plot(*valid, color=colours[0], linewidth=1.7, zorder=3, **points)
+    return curve, label
 
 
 def _growths(rows: Sequence[MetricsRow], x: XAxis) -> list[tuple[float, str]]:
@@ -131,10 +143,12 @@ def growth_text(row: MetricsRow) -> str:
 
 def why(growth: MetricsRow) -> str:
     reason: str = growth["reason"]
-    return _REASON.get(reason, reason)
+    return REASONS[reason].flag if reason in REASONS else reason
 
 
-def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bool) -> None:
+def _dress(
+    axes: Axes, runs: Sequence[Sequence[MetricsRow]], curves: Mapping[Line2D, str], x: XAxis, log_x: bool
+) -> None:
     """Axes, legend, and a view that the first steps' high losses do not flatten."""
     seen = [
         point
@@ -152,7 +166,9 @@ def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bo
         if log_x:
             axes.set_xlim(left=0.9 * min(at for at, loss in seen if loss <= limits[1]))
     axes.set_ylabel("loss (nats per token)", labelpad=6)
-    axes.legend(
+    legend = axes.legend(  # given its labels, for it leaves out those of artists that begin with "_"
+        [*curves],
+        [*curves.values()],
         title="validation loss  (faint: training)",
         loc="upper right",
         frameon=True,
@@ -162,6 +178,7 @@ def _dress(axes: Axes, runs: Sequence[Sequence[MetricsRow]], x: XAxis, log_x: bo
         title_fontsize=8,
         alignment="left",
     )
+    as_they_are(legend.get_texts())
 
 
 def _lay_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, str]]) -> None:
@@ -180,7 +197,7 @@ def _lay_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, s
             axes.axvline(at, zorder=1, color=colour, linewidth=0.6, alpha=0.5)
         labels = []
     for at, text, colour in sorted(labels, reverse=True):
-        flag = axes.text(0, 0, text, fontsize=8.5, transform=axes.transAxes)
+        flag = axes.text(0, 0, text, fontsize=8.5, transform=axes.transAxes, parse_math=False)
         width = flag.get_window_extent().width * pixel
         flag.remove()
         pole = axes.transData.transform((at, 0))[0] * pixel
@@ -207,6 +224,7 @@ def _lay_labels(figure: Figure, axes: Axes, labels: Sequence[tuple[float, str, s
             color=colour,
             fontsize=8.5,
             annotation_clip=False,
+            parse_math=False,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
         )
 
@@ -233,7 +251,7 @@ def _spans(rows: Sequence[MetricsRow]) -> Iterator[_Span]:
     """Cut a run at its growth events."""
     start = next((row for row in rows if row["event"] == "start"), {})
     sizes, layout, stage = start.get("sizes", {}), start.get("layout", "–"), start.get("stage", 0)
-    origin: MetricsRow = {"step": 0, "tokens": 0, "flops": 0}
+    origin: MetricsRow = {"step": 0, "tokens": 0, "flops": 0} | start
     first = 0
     for cut in [*(i for i, row in enumerate(rows) if row["event"] == "growth"), None]:
         growth = None if cut is None else rows[cut]
@@ -291,9 +309,13 @@ def stage_table(rows: Sequence[MetricsRow], layouts: dict[int, list[str]]) -> li
 
 
 def summary_table(run_dir: str | Path) -> str:
-    """`stage_table` of a run in aligned columns."""
-    header, *lines = stage_table(read_metrics(run_dir), layouts_that_ran(read_rows(run_dir)))
-    return aligned(header, lines, left={1, 3, 7, 8, 9})
+    """`stage_table` of a run in aligned columns, how many spikes it skipped, and what is not in its log, if any."""
+    rows, counted = read_rows(run_dir), read_metrics(run_dir)
+    header, *lines = stage_table(counted, layouts_that_ran(rows))
+    spikes, missing = skipped_spikes(rows), not_logged(counted)
+    told = f"\nsteps skipped as spikes: {spikes}" if spikes else ""
+    told += f"\n{missing}" if missing else ""
+    return aligned(header, lines, left={1, 3, 7, 8, 9}) + told
 
 
 def short_sizes(sizes: dict[str, Any]) -> str:

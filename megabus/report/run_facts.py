@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import yaml
@@ -15,12 +15,22 @@ from megabus.config.read import yaml_value
 from megabus.errors import UserError
 from megabus.plain_file import NotPlainError, read_regular
 from megabus.report.curves import Tracks
-from megabus.report.history import NOT_FINITE, MetricsRow, curve_rows, layouts_that_ran, read_rows, what_counts
+from megabus.report.history import (
+    RETURNS,
+    SPIKE,
+    MetricsRow,
+    XAxis,
+    curve_rows,
+    layouts_that_ran,
+    read_rows,
+    skipped_spikes,
+    skips,
+    what_counts,
+)
 from megabus.report.plots import growth_text, short_sizes, stage_table, why
 from megabus.table import clock, si
 
 MOST_ROWS = 100  # of a table; what lies between the first and the last half is left to metrics.jsonl
-_GROWTH = {"old": dict, "new": dict, "reason": str, "from_stage": int, "to_stage": int, "stall_s": float}
 _GROWTH_NUMBERS = ("loss_before", "loss_after", "unit_error", "bytes_sent", "bytes_kept")  # or null
 
 
@@ -54,21 +64,12 @@ class RunFacts:
 def read_run(run_dir: str | Path, name: str) -> RunFacts:
     """Read a run directory. Raises `UserError` for what is none, or holds what no run writes."""
     folder = Path(run_dir)
-    written = read_rows(folder)
+    written = read_rows(run_dir)
     path = folder / "metrics.jsonl"
     rows = what_counts(written)
     if not curve_rows(rows):
         raise UserError("metrics", path, "is empty", "wait for the first logged step")
     run = RunFacts(name, folder, written, rows, Tracks(rows, path), _config(folder), _environment(written))
-    for row in run.growths:
-        for key, kind in _GROWTH.items():
-            if not isinstance(row.get(key), kind):
-                problem = f"of the growth row of step {row['step']} is no {kind.__name__}"
-                raise UserError(f"metrics: {key}", row.get(key), problem, f"mend {path}")
-        for size, value in (row["old"] | row["new"]).items():
-            if not isinstance(value, int):
-                problem = f"of the growth row of step {row['step']} is no size"
-                raise UserError(f"metrics: {size}", value, problem, f"mend {path}")
     for key in _GROWTH_NUMBERS:
         run.tracks.column("growth", key)
     return run
@@ -153,8 +154,16 @@ def final_figures(run: RunFacts) -> dict[str, str]:
         "sent by growths": _bytes(sum(row.get("bytes_sent") or 0 for row in run.growths)),
         "largest error of a unit row": _figure(_reduce(np.nanmax, unit), "{:.1e}"),
         "peak memory of a rank": _bytes(_reduce(np.nanmax, memory)),
+        "spikes skipped": str(skipped_spikes(run.written)),
+        "profile": _profile(run),
         "faults": str(sum(fault["is_fault"] for fault in faults(run))),
     }
+
+
+def _profile(run: RunFacts) -> str:
+    """Where the last look at single steps lies; a start that went on later did not look once more."""
+    found = [row for row in run.written if row["event"] == "profile"]
+    return f"steps {found[-1].get('first')} to {found[-1].get('last')}: {found[-1].get('folder')}" if found else "–"
 
 
 def _last(values: np.ndarray) -> float | None:
@@ -208,10 +217,12 @@ def growth_table(run: RunFacts) -> list[dict[str, str]]:
 
 
 def growth_marks(run: RunFacts) -> list[dict[str, Any]]:
-    """Where each growth lies on every axis, and what it is called."""
-    axes = ("tokens", "flops", "time")
-    at = {x: run.tracks.at("growth", x) for x in axes}  # type: ignore[arg-type]
-    return [{x: float(at[x][i]) for x in axes} | {"text": growth_text(row)} for i, row in enumerate(run.growths)]
+    """Where each growth lies on every axis, its number, and what it is called."""
+    at = {x: run.tracks.at("growth", x) for x in get_args(XAxis)}
+    return [
+        {x: float(at[x][i]) for x in at} | {"name": str(i + 1), "text": growth_text(row)}
+        for i, row in enumerate(run.growths)
+    ]
 
 
 def faults(run: RunFacts) -> list[dict[str, Any]]:
@@ -223,17 +234,25 @@ def faults(run: RunFacts) -> list[dict[str, Any]]:
 
 def _faults(written: Sequence[MetricsRow]) -> Iterator[dict[str, Any]]:
     last = 0  # the step that the run had come to
+    once = {id(row) for row in skips(written)}
     for row in written:
-        if row["event"] == "skip":
+        if row["event"] == "skip" and id(row) in once:
             given = (
                 f"loss {_figure(row.get('loss'), '{:.4f}')}, gradient norm {_figure(row.get('grad_norm'), '{:.3g}')}"
             )
-            yield {"row": row, "what": "skipped step", "details": f"no update: {given}"}
+            what = "skipped spike" if row.get("reason") == SPIKE else "skipped step"
+            if what == "skipped spike":
+                most = (_figure(row.get("loss_limit"), "{:.4f}"), _figure(row.get("grad_norm_limit"), "{:.3g}"))
+                given += f", where at most {most[0]} and {most[1]} are usual"
+            yield {"row": row, "what": what, "details": f"no update: {given}"}
         elif row["event"] == "save" and row.get("error") is not None:
             yield {"row": row, "what": "failed save", "details": str(row["error"])}
+        elif row["event"] == "tasks" and row.get("error") is not None:
+            details = f"tasks ({row.get('when', '–')}): {row['error']}"
+            yield {"row": row, "what": "failed evaluation", "details": details}
         elif row["event"] == "resume":
             back = f"to step {row['step']:,}, from step {last:,}"
-            if row.get("reason") == NOT_FINITE:
+            if row.get("reason") in RETURNS:
                 yield {"row": row, "what": "rollback", "details": f"{back}, past the data that failed"}
             else:
                 lost = f" ({last - row['step']:,} steps not saved)" if last > row["step"] else ""

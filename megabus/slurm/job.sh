@@ -47,6 +47,7 @@ trap 'ended=1 woken=1; echo "slurm: the job is being ended, telling the run to s
 # ---- one launcher a node, started by srun
 
 newest_checkpoint() { cat -- "$run_dir/checkpoints/latest" 2>/dev/null; }
+progress() { [[ $(newest_checkpoint) != "$before" ]]; }
 
 on_this_node() {
     case $launcher in
@@ -93,6 +94,16 @@ start_again() {
     scontrol requeue "$SLURM_JOB_ID" && exit 0
     echo "slurm: scontrol requeue failed; submit the job again to go on"
 }
+count_failure() {  # one more in a row, without a new checkpoint in between
+    failures=$(cat -- "$state.failures" 2>/dev/null)
+    progress && failures=0
+    failures=$((${failures:-0} + 1))
+}
+start_again_if_few() {
+    ((requeue && failures <= max_restarts)) || return
+    echo "$failures" >"$state.failures"
+    start_again "restart $failures of at most $max_restarts"
+}
 
 case $outcome in
 finished)
@@ -102,19 +113,24 @@ refused)
     echo "slurm: bad input, which another start would not mend"
     exit 2 ;;
 stopped)
+    if ((at_limit && requeue && !ended)); then
+        if ! progress; then  # starting alone may take as long as there is time: it would for ever
+            count_failure
+            echo "slurm: the time limit came before anything new was saved, for the ${failures}. time in a row"
+            start_again_if_few
+            echo "slurm: give it more --time, and submit it again to go on"
+            exit 1
+        fi
+        rm -f -- "$state.failures"
+        start_again "saved before the time limit"
+    fi
     rm -f -- "$state.failures"
-    ((at_limit && requeue && !ended)) && start_again "saved before the time limit"
     echo "slurm: saved, not finished; submit the job again to go on"
     exit 75 ;;
 esac
 ((code == 0)) && code=1  # deepspeed's runner ends so when its launcher was killed
 ((ended)) && exit "$code"  # cancelled or preempted: what comes now is slurm's to say
-failures=$(cat -- "$state.failures" 2>/dev/null)
-[[ $(newest_checkpoint) == "$before" ]] || failures=0
-failures=$((${failures:-0} + 1))
+count_failure
 echo "slurm: the run failed ($code), for the ${failures}. time in a row without a new checkpoint in between"
-if ((requeue && failures <= max_restarts)); then
-    echo "$failures" >"$state.failures"
-    start_again "restart $failures of at most $max_restarts"
-fi
+start_again_if_few
 exit "$code"

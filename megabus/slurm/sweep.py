@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections import Counter
@@ -10,6 +11,7 @@ from itertools import chain, product
 from pathlib import Path
 
 from megabus.errors import UserError
+from megabus.plain_file import NotPlainError, read_regular
 
 OPEN, CLOSE, QUOTES = "[{(", ")}]", "\"'"
 
@@ -56,7 +58,7 @@ def folder(index: int, member: Sequence[str]) -> str:
 
 def _members(text: str) -> list[list[str]]:
     key, equals, values = text.partition("=")
-    if Path(text).is_file() or not equals:
+    if not equals or os.path.isfile(text):
         return _lines(Path(text))
     found = _split(values)
     if not key or "" in found:
@@ -66,7 +68,11 @@ def _members(text: str) -> list[list[str]]:
 
 def _lines(path: Path) -> list[list[str]]:
     try:
-        lines = [shlex.split(line, comments=True) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [
+            shlex.split(line, comments=True) for line in read_regular(path, links=True).decode("utf-8").splitlines()
+        ]
+    except NotPlainError as error:
+        raise UserError("--array", path, str(error), "give key=value,value or a file with one member a line") from error
     except OSError as error:
         remedy = "give key=value,value or a file with one member a line"
         raise UserError("--array", path, f"cannot be read ({error.strerror})", remedy) from error

@@ -35,7 +35,8 @@ from megabus.testing.chaos_ranks import (
 from megabus.testing.chaos_runs import EVAL_EVERY, SAVE_EVERY, run_config, undisturbed_dir
 
 KILLS_A_RUN = 4
-TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "stall_s", "environment")  # of rows: no two runs agree in them
+# of rows: no two runs agree in them
+TIMES = ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "seconds", "stall_s", "environment")
 AIMS = (
     Phase.STEP,
     Phase.SHARDS,
@@ -184,13 +185,7 @@ class Kill:
     problems: list[str] = field(default_factory=list)
 
 
-def trial(
-    workload: Workload,
-    number: int,
-    folder: Path,
-    aims: Sequence[Aim],
-    limit: float = LIMIT,
-) -> tuple[list[Kill], list[Aim]]:
+def trial(workload: Workload, number: int, folder: Path, aims: Sequence[Aim]) -> tuple[list[Kill], list[Aim]]:
     """Start a run, kill it at each aim in turn, let it finish, and judge; the kills, and the aims that never came."""
     config = workload.config(folder / f"run-{number}")
     root, log = Path(config.run_dir) / "checkpoints", folder / f"run-{number}.log"
@@ -198,7 +193,7 @@ def trial(
     newest: int | None = None
     while True:
         aim = aims[len(kills)] if len(kills) < len(aims) else None
-        run = attempt(config, log, aim, workload.spans, limit)
+        run = attempt(config, log, aim, workload.spans, LIMIT)
         if kills:
             judge_resume(kills[-1], run)
         if run.board.span(Phase.RESTORE):
@@ -213,7 +208,7 @@ def trial(
             kill.problems.append(f"the checkpoint of step {before} is gone")
         hung = [rank for rank, end in enumerate(run.ends) if end.how == "hung"]
         if hung:
-            kill.problems.append(f"rank(s) {hung} did not end within {limit:g} s")
+            kill.problems.append(f"rank(s) {hung} did not end within {LIMIT:g} s")
         if newest != workload.last_step and any(end.how == "done" for end in run.ends):
             kill.problems.append("a rank ended well without the last checkpoint")
         kills.append(kill)

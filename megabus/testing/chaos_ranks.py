@@ -71,7 +71,7 @@ class Phase(IntEnum):
 
 ON_START = (Phase.JOIN, Phase.START, Phase.RESTORE)
 ON_GROWTH = (Phase.MOVE, Phase.BUILD, Phase.GROWN)
-NAPS = {Phase.PUBLISH: 1, Phase.LATEST: 1, Phase.PRUNE: 2}  # within the phase, beside the one at its beginning
+NAPS = {Phase.PUBLISH: 1, Phase.LATEST: 1, Phase.PRUNE: 1}  # within the phase, beside the one at its beginning
 ONLY_RANK_0 = tuple(NAPS)
 _MAIN, _WRITER, _STEP, _SAVING, _BEGAN, _NOTED, _SINCE, _SPENT = 0, 1, 2, 3, 4, 5, 6, 8
 _ROW = _SPENT + 2 * len(Phase)
@@ -241,7 +241,10 @@ def attempt(
                 process.kill()
             process.join()
     victims = aim.victims if blow is not None and aim is not None else ()
-    ends = [End("hung") if rank in hung else _end(folder, rank, rank in victims) for rank in range(WORLD)]
+    ends = [
+        End("hung") if rank in hung else _end(folder, rank, rank in victims, ranks[rank].exitcode)
+        for rank in range(WORLD)
+    ]
     shutil.rmtree(folder)
     return Attempt(ends, board, blow)
 
@@ -273,11 +276,15 @@ def _blow(board: Board, aim: Aim, seconds: float) -> Blow:
     return Blow(f"{aim.phase.text} ({board.text(aim.victims[0])})", True, step, seconds)
 
 
-def _end(folder: Path, rank: int, killed: bool) -> End:
+def _end(folder: Path, rank: int, killed: bool, code: int | None) -> End:
     path = folder / f"{rank}.json"
     if killed:
         return End("killed")
-    return End(**json.loads(path.read_text())) if path.exists() else End("failed", "ended without a word")
+    return (
+        End(**json.loads(path.read_text()))
+        if path.exists()
+        else End("failed", f"ended without a word, with code {code}")
+    )
 
 
 # ---- in a rank

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megabus.config.precision import FP32_BYTES
 from megabus.config.stages import Layout
-from megabus.growth.plan import ELEMENT_BYTES, Plan, RowRange, Transfer, Wave
+from megabus.growth.plan import Plan, RowRange, Transfer, Wave
 from megabus.parallel.fragments import Kind
 from megabus.parallel.placement import Piece
 from megabus.parallel.topology import coordinate
@@ -56,7 +57,7 @@ def _faults_of(plan: Plan, rank: int, waves: Sequence[Wave], kinds: Sequence[Kin
             found.add("missing")
         if _length(_common(spans, wanted)) < _length(spans):
             found.add("needless")
-    taken = ELEMENT_BYTES * sum(len(transfer.piece) for transfers in arrived.values() for transfer in transfers)
+    taken = FP32_BYTES * sum(len(transfer.piece) for transfers in arrived.values() for transfer in transfers)
     if taken > most_taken(plan, rank, len(kinds)):
         found.add("unbalanced")
     return found
@@ -88,7 +89,7 @@ def most_taken(plan: Plan, rank: int, tensors: int) -> float:
         edge = 2 * ((group if plan.old.specs[name].rows == "heads" else 0) + 1) * plan.old.width(name)
         fair = sum(len(piece) * plan.old.numel(name) / plan.new.numel(piece.name) for piece in pieces)
         total += fair * (1 + BALANCE) + edge * len(pieces)
-    return total * ELEMENT_BYTES * tensors
+    return total * FP32_BYTES * tensors
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ def loads(plan: Plan, schedules: Schedules) -> dict[str, Load]:
     for rank, waves in schedules.items():
         for wave in waves:
             for _, _, transfer in wave.transfers:
-                taken[rank] += len(transfer.piece) * ELEMENT_BYTES * (transfer.dst == rank)
-                given[rank] += len(transfer.piece) * ELEMENT_BYTES * (transfer.src == rank)
-    owned = {rank: ELEMENT_BYTES * sum(len(piece) for piece in plan.new.owned(rank)) for rank in schedules}
+                taken[rank] += len(transfer.piece) * FP32_BYTES * (transfer.dst == rank)
+                given[rank] += len(transfer.piece) * FP32_BYTES * (transfer.src == rank)
+    owned = {rank: FP32_BYTES * sum(len(piece) for piece in plan.new.owned(rank)) for rank in schedules}
     return {
         "taken in": _load(taken, plan.new.layout),
         "given out": _load(given, plan.old.layout),

@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 
 from megabus.config import RunConfig, Stage
+from megabus.config.precision import FP32_BYTES
 from megabus.engine.fragments import own_parameters
 from megabus.engine.startup import stop_distributed
-from megabus.growth.plan import ELEMENT_BYTES, plan_between, schedule_of
+from megabus.estimate.growth import messages
+from megabus.growth.plan import plan_between, schedule_of
 from megabus.model.decoder import Decoder
 from megabus.model.params import spec_of
 from megabus.parallel.mesh import Mesh, process_groups, reuse_process_groups
@@ -127,10 +129,9 @@ def plan_growth_of(config: RunConfig, before: Stage, after: Stage, rank: int) ->
     plan = plan_between(config, before, after)
     waves = schedule_of(config, plan, rank)
     cost = took()
+    sent, received = messages(waves, rank)
     transfers = [each for wave in waves for _, _, each in wave.transfers]
-    sent = [len(each.piece) * ELEMENT_BYTES for each in transfers if each.src == rank != each.dst]
-    received = [len(each.piece) * ELEMENT_BYTES for each in transfers if each.dst == rank != each.src]
-    kept = sum(len(each.piece) * ELEMENT_BYTES for each in transfers if each.src == each.dst)
+    kept = FP32_BYTES * sum(len(each.piece) for each in transfers if each.src == each.dst)
     others = len(plan.receivers(rank))
     return Planned(len(sent), len(received), sum(sent), sum(received), kept, others, len(waves), cost)
 

@@ -14,20 +14,24 @@ from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig, Stage
 from megabus.config.effects import unheeded
-from megabus.config.stages import stage_section
+from megabus.config.precision import itemsize
+from megabus.config.stages import by_batches, longest_sequence, stage_section
 from megabus.engine.startup import local_ranks
 from megabus.errors import UserError, warn
 from megabus.estimate.devices import Device, like
 from megabus.estimate.layouts import pipeline_memory, that_fit
+from megabus.evaluation import check_tasks
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.outlook import outlook
 from megabus.kernels.choice import Choice, automatic
 from megabus.model.cost import count_parameters
 from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
-from megabus.train.on_gpu import check_deterministic, slow_heads
+from megabus.train.on_gpu import check_deterministic
 from megabus.train.overtaken import check_growths
+from megabus.train.profile import check_profile
 from megabus.train.resume import check_begins, check_stage
+from megabus.train.samples import check_prompts
 from megabus.train.settled import rows_of
 
 UNSURE = 1.1  # times a GPU's memory that the estimate of what a rank takes may reach: no GPU has confirmed it yet
@@ -57,10 +61,14 @@ def check_before(config: RunConfig, stages: list[Stage]) -> Notes:
 
 
 def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
+    check_prompts(config, stages)
+    if config.eval.extra.tasks:
+        check_tasks("eval.extra.tasks", config.eval.extra.tasks, config.eval.extra.task_path)
     KappaMonitor(config.growth.trigger)  # which asks for what its predictor needs
     form, why_eager = _kernels(config, stages)
     said = [*outlook(stages, config.growth.trigger), *why_eager]
-    warned = _of_device(config, stages)
+    check_profile(config, stages)
+    warned = _of_device(config)
     computed = config.model_copy(update={"train": config.train.model_copy(update={"kernels": form})})
     warned += _check_memory(computed, stages)  # before a preflight, which looks more closely and takes longer for it
     if complete(checkpoints_of(config.run_dir)):
@@ -69,18 +77,20 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
             check_stage(found, config, stages)
         return Notes(said, [*unheeded(config), *warned])
     if config.init_from is not None:
-        from megabus.convert.begin import read_description  # slow to import, and most runs begin with nothing
+        # Slow to import, and most runs begin with nothing.
+        from megabus.convert.begin import past_context, read_description
 
-        check_begins(read_description(config.init_from), stages[0], config.extend_vocabulary)
+        origin = read_description(config.init_from)
+        check_begins(origin, stages[0], config.extend_vocabulary)
+        warned += past_context(origin, longest_sequence(stages))
     return Notes(said, [*unheeded(config), *warned, *check_growths(config, stages)])
 
 
-def _of_device(config: RunConfig, stages: list[Stage]) -> list[str]:
+def _of_device(config: RunConfig) -> list[str]:
     """What the devices of this run make of it: lines to warn of."""
     if get_accelerator().device_name() != "cpu":
         check_deterministic(config)
-        return list(slow_heads(config, stages))
-    if config.train.deterministic:
+    elif config.train.deterministic:
         same = UserError("train.deterministic", "true", "has no effect on CPUs, which are so anyway", "leave it out")
         return [str(same)]
     return []
@@ -107,17 +117,17 @@ def _newest(config: RunConfig) -> Found | None:
 
 
 def _check_memory(config: RunConfig, stages: list[Stage]) -> list[str]:
-    """What this machine's ranks take of a stage at least, masters, moments and weights, must fit into all of its
+    """What this machine's ranks take of a stage at least, weights, masters, moments and means, must fit into all of its
     memory. On GPUs the estimate of all that a rank takes must fit into one, or nearly: a line for what may not."""
     local, gpu = local_ranks(), None
     if get_accelerator().device_name() == "cuda":
         gpu = torch.cuda.get_device_properties(0)
     there = psutil.virtual_memory().total if gpu is None else gpu.total_memory * local
-    itemsize = 2 if config.train.precision == "bf16" else 4
+    entry, owned = itemsize(config.train.precision), 12 + 4 * len(config.train.ema)
     warned: list[str] = []
-    for stage in stages:
+    for _, stage in by_batches(stages):
         layout = stage.layout
-        need = count_parameters(stage.model) * (12 / layout.world + itemsize / (layout.tp * layout.pp)) * local
+        need = count_parameters(stage.model) * (owned / layout.world + entry / (layout.tp * layout.pp)) * local
         if need > there:
             problem = f"takes {size_text(need)} on this machine at least, which has {size_text(there)}"
             remedy = "use more ranks, a higher tp or pp, or a smaller model; megabus estimate says what fits"
@@ -129,7 +139,7 @@ def _check_memory(config: RunConfig, stages: list[Stage]) -> list[str]:
 
 def _check_estimate(config: RunConfig, stage: Stage, gpu: Device) -> list[str]:
     """Of a stage's fullest rank. An estimate may be off, so what is a little too much for it is a warning."""
-    need = max(memory.total for memory in pipeline_memory(config, stage))
+    need = max(memory.total for memory in pipeline_memory(config, stage, gpu.on_gpu))
     if need <= gpu.memory:
         return []
     problem = f"takes some {size_text(need)} of a GPU in {stage.layout} by the estimate, and a {gpu.name} has "

@@ -8,9 +8,10 @@ import resource
 import shlex
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
+import deepspeed
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -19,7 +20,7 @@ from megabus.parallel.hosts import Host, host_names, this_host
 from megabus.preflight.machine import processor
 from megabus.upload import upload
 
-PACKAGES = ("torch", "deepspeed", "numpy")
+PACKAGES = (torch, deepspeed, numpy)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "megabus": megabus.__version__,
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package.__name__: str(package.__version__) for package in PACKAGES},
         "cuda": torch.version.cuda,
         "platform": platform.platform(),
         "ranks": dist.get_world_size(),

@@ -1,4 +1,4 @@
-"""Where progress goes: a line for people, `metrics.jsonl` for programs, wandb and TensorBoard if asked for."""
+"""Where a run's rows go: `metrics.jsonl`, and wandb and TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megabus.config import RunConfig, Stage
+from megabus.config import RunConfig
 from megabus.errors import UserError
-from megabus.kappa.monitor import KappaView, bar
-from megabus.report.history import NOT_FINITE
-from megabus.table import clock
+from megabus.report.history import RETURNS
+from megabus.train.callbacks import Callback, Row
+
+if TYPE_CHECKING:
+    from megabus.train.run import Run
 
 STEP = "trainer/step"  # wandb's x axis
 FILE, TENSORBOARD, WANDB, WANDB_ID = SINKS = ("metrics.jsonl", "tensorboard", "wandb", "wandb-id")  # in a run_dir
 
 
-class Metrics:
+class Metrics(Callback):
     """Rank 0's sinks. Every row is a flat-ish JSON object with `event` and the run's totals.
 
     `resumed_at`: the step that a resumed run goes on from; its rows follow those that are there. None begins anew.
@@ -30,6 +32,7 @@ class Metrics:
     def __init__(self, config: RunConfig, resumed_at: int | None = None) -> None:
         self.run_dir = Path(config.run_dir)
         self._other_error: Exception | None = None  # of wandb or TensorBoard, until `forget_lost`
+        self._is_closed = False
         self.file = RowFile(self.run_dir / FILE, keep=resumed_at is not None)
         self.wandb = self._wandb(config) if config.log.wandb else None
         self.tensorboard = self._tensorboard(resumed_at) if config.log.tensorboard else None
@@ -69,20 +72,36 @@ class Metrics:
         purge = None if resumed_at is None else resumed_at + 1  # what came after is told anew
         return SummaryWriter(self.run_dir / TENSORBOARD, purge_step=purge)
 
-    def write(self, event: str, row: dict[str, Any]) -> None:
+    def on_row(self, run: Run, row: Row) -> None:
+        self.write(row["event"], row)
+
+    def on_end(self, run: Run) -> None:
+        self.close()
+
+    def write(self, event: str, row: Row) -> None:
         clean = _clean(row)
         self.file.write(json.dumps({"event": event, **clean}))
         numbers = dict(_numbers(event, clean))
+        texts = [sample["prompt"] + sample["text"] for sample in row["samples"]] if event == "sample" else []
         if self.wandb is not None:
             with self._losing():
-                self.wandb.log(numbers | {STEP: row["step"]})
+                self.wandb.log(numbers | self._table(event, texts) | {STEP: row["step"]})
         if self.tensorboard is not None:
             with self._losing():
-                if event == "resume" and row.get("reason") == NOT_FINITE:
+                if event == "resume" and row.get("reason") in RETURNS:
                     self.tensorboard.close()
                     self.tensorboard = self._tensorboard(row["step"])
                 for key, value in numbers.items():
                     self.tensorboard.add_scalar(key, value, row["step"])
+                for number, text in enumerate(texts):
+                    self.tensorboard.add_text(f"{event}/{number}", text, row["step"])
+
+    def _table(self, event: str, texts: list[str]) -> dict[str, Any]:
+        if not texts:
+            return {}
+        import wandb
+
+        return {f"{event}/texts": wandb.Table(columns=["text"], data=[[text] for text in texts])}
 
     @contextmanager
     def _losing(self) -> Iterator[None]:
@@ -102,18 +121,30 @@ class Metrics:
         """Whoever asks has been told of the rows that wandb or TensorBoard lost; those of the file still wait."""
         self._other_error = None
 
-    def close(self) -> None:
+    def release(self) -> None:
+        """However the run ends: what is still open then is of a run that has failed, and wandb is told so."""
+        self.close(exit_code=1)
+
+    def close(self, exit_code: int | None = None) -> None:
+        """Only the first call does anything. exit_code: of wandb's run."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self.file.close()
-        for end in (self.wandb and self.wandb.finish, self.tensorboard and self.tensorboard.close):
-            if end is not None:
-                with self._losing():
-                    end()
+        if self.wandb is not None:
+            with self._losing():
+                self.wandb.finish(exit_code)
+        if self.tensorboard is not None:
+            with self._losing():
+                self.tensorboard.close()
 
 
 def _clean(value: Any) -> Any:
     """JSON knows no NaN: a loss that is none is written as null."""
     if isinstance(value, dict):
         return {key: _clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -152,26 +183,3 @@ class RowFile:
 def _whole_lines(path: Path) -> int:
     """Bytes up to the end of the last whole line: a killed run may have left a piece of one."""
     return path.read_bytes().rfind(b"\n") + 1
-
-
-def describe(stage: Stage) -> str:
-    model = stage.model
-    return f"d{model.d_model} L{model.n_layers} H{model.n_heads} ff{model.d_ff} {stage.layout}"
-
-
-def step_line(row: dict[str, Any], stage: Stage, view: KappaView | None, eta_s: float | None) -> str:
-    """eta_s: seconds left, if that is known."""
-    parts = [
-        f"step {row['step']:>5}",
-        describe(stage),
-        f"loss {row['loss']:.4f}",
-        f"lr {row['lr']:.2e}",
-        f"|g| {row['grad_norm']:.2f}",
-        f"{row['tokens_per_s']:,.0f} tok/s ({row['tokens_per_s_per_gpu']:,.0f}/rank)",
-    ]
-    if row["mfu"] is not None:
-        parts.append(f"MFU {row['mfu']:.1%}")
-    if view is not None and view.progress is not None:
-        parts.append(bar(view.progress, view.kappa))
-    parts.append(f"{row['share']:.0%} done" + ("" if eta_s is None else f", {clock(eta_s)} left"))
-    return " | ".join(parts)

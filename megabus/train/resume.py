@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megabus.checkpoint.contents import Found, listed_tokenizer
-from megabus.checkpoint.state import SavedState
+from megabus.checkpoint.state import SavedState, tokenizers_of
 from megabus.config import ModelConfig, RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.effects import without_effect
+from megabus.config.free import FREE, FREE_KEYS
+from megabus.config.model import INITIAL
 from megabus.config.schema import StageConfig
-from megabus.config.section import in_line
+from megabus.config.section import as_written, in_line
 from megabus.config.stages import stage_section
 from megabus.data.batches import TokenSource
 from megabus.data.sources import Sources
@@ -22,20 +24,7 @@ from megabus.train.horizon import horizon_factor, planned_steps
 if TYPE_CHECKING:  # a start need not have it
     from megabus.convert.source import FolderSource
 
-# What changes where and how a run computes, and at most the last bits of what. Of data the contents count, not paths.
-FREE = ("run_dir", "resume", "layout", "log", "checkpoint", "faults", "preflight", "data")
-FREE_KEYS = (
-    "layout",
-    "micro_batch_size",
-    "recompute",
-    "overlap_comm",
-    "sequence_parallel",
-    "kernels",
-    "buffer_mb",
-    "deterministic",
-)
-
-MULTIPLES = ("alpha_init", "s_z_init")  # that gains are stored in: a gain acts as raw * multiplier
+MASK = "document_mask"
 GO_BACK = "set it back, or choose another run_dir"
 
 
@@ -53,14 +42,15 @@ def data_order(sources: Sources) -> dict[str, Any]:
     """What the place of every token in training and validation depends on, and what it sees, as JSON has it."""
 
     def facts(source: TokenSource) -> dict[str, Any]:
+        files = [[file.n_tokens for file in corpus.files] for corpus in source.corpora]
         return {
             "tokens": [corpus.n_tokens for corpus in source.corpora],
-            "blend": list(source.blend.counts),
+            "blend": list(source.counts),
             "chunk_len": source.chunk_len,
             "tokenizers": sorted(source.tokenizers),
-        }
+        } | ({"files": files} if any(len(each) > 1 for each in files) else {})
 
-    apart = {"document_mask": True} if sources.document_mask else {}
+    apart = {MASK: True} if sources.document_mask else {}
     return {"train": facts(sources.train), "valid": facts(sources.valid), "valid_tokens": sources.valid_tokens} | apart
 
 
@@ -86,22 +76,34 @@ def check_stage(found: Found, config: RunConfig, stages: list[Stage]) -> list[tu
     return changes
 
 
+def check_layouts(config: RunConfig, found: Found | None, world: int) -> None:
+    """Raise `UserError` for a layout that a stage from here on does not fit. What was newest before all was looked at
+    may have been of a later stage, and damaged."""
+    resolve_stages(config, world, saved=True, begun_at=lambda: 0 if found is None else found.state.stage)
+
+
 def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: dict[str, Any]) -> list[str]:
     """What has changed since the checkpoint was saved, a line for each change, the contents of data among them.
 
     Raises `UserError` as `check_stage` does, and so for other data.
     """
     changes = check_stage(found, config, stages)
-    changes += [(f"contents of data: {key}", was, is_now) for key, was, is_now in _changes(found.state.data, data)]
+    before, after = ({MASK: False} | each for each in (found.state.data, data))  # said there only where it is true
+    for key, was, is_now in _changes(before, after):
+        changes.append((f"data.{key}" if key == MASK else f"contents of data: {key}", was, is_now))
     _check_unchanged(found, config, changes)
-    told = [f"{key}: {was} -> {is_now}" for key, was, is_now in changes]
+    told = [f"{key}: {as_written(was)} -> {as_written(is_now)}" for key, was, is_now in changes]
+    was_averaged = _as_read_now(found.state.config)[0]["train"].get("ema", [])
+    if set(was_averaged) != set(config.train.ema):  # free to change, though what is saved changes
+        told.append(f"train.ema: {was_averaged} -> {config.train.ema}; a new mean begins with the weights as they are")
     return told + (_rates(found, config, stages) if changes else [])
 
 
 def _check_unchanged(found: Found, config: RunConfig, changes: list[tuple[str, Any, Any]]) -> None:
     if changes and config.resume == "strict":
         key, was, is_now = changes[0]
-        raise UserError(key, is_now, f"was {was} in {found.folder}", "set it back, or resume=auto")
+        problem = f"was {as_written(was)} in {found.folder}"
+        raise UserError(key, as_written(is_now), problem, "set it back, or resume=auto")
 
 
 def _as_read_now(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -142,12 +144,9 @@ def tokenizer_of(origin: Found | FolderSource) -> Path | None:
 def check_tokenizer(origin: Found | FolderSource, sources: Sources) -> None:
     """Raise `UserError` where the weights know another tokenizer's ids, by the files saved with them and by what their
     data was made with."""
-    data = origin.state.data.get("train")
-    tokenizers = data.get("tokenizers") if isinstance(data, dict) else None
-    known = {sha256 for sha256 in tokenizers if isinstance(sha256, str)} if isinstance(tokenizers, list) else set()
-    if (path := tokenizer_of(origin)) is not None:
-        known |= read_tokenizer_files(path).known_as
-    sources.check_tokenizer(known, f"the weights of {origin.folder}")
+    path = tokenizer_of(origin)
+    files = None if path is None else read_tokenizer_files(path)
+    sources.check_tokenizer(tokenizers_of(origin.state), f"the weights of {origin.folder}", files)
 
 
 def check_taken_over(origin: Found | FolderSource, config: RunConfig, stage: Stage) -> None:
@@ -156,10 +155,14 @@ def check_taken_over(origin: Found | FolderSource, config: RunConfig, stage: Sta
     path = tokenizer_of(origin)
     if config.data.tokenizer is not None or path is None:
         return
+    tokenizer = Tokenizer(path)
     try:
-        check_carried(Tokenizer(path), stage.model.vocab_size, "init_from", path)
+        check_carried(tokenizer, stage.model.vocab_size, "init_from", path)
     except UserError as error:
         remedy = "begin from a copy of the weights without it, or name another as data.tokenizer"
+        if (n := tokenizer.vocab_size) > stage.model.vocab_size:
+            rows = f"give its pieces rows: model.vocab_size: {n}, extend_vocabulary: true, data.tokenizer: {path}"
+            remedy = f"{rows}; or begin from a copy of the weights without it"
         raise UserError("init_from", path, f"holds a tokenizer that {error.problem}", remedy) from error
 
 
@@ -195,7 +198,7 @@ def _check_same(
 def _check_follows(found: Found, config: RunConfig, stage: Stage) -> None:
     """What follows from optimizer.transfer has the values of no key of the file: name those that it follows from."""
     saved, tuned = found.state, config.optimizer.model_dump(mode="json")["transfer"]
-    for key in MULTIPLES:
+    for key in INITIAL["ngpt"]:
         if getattr(saved.model, key) != getattr(stage.model, key):
             before = saved.config["optimizer"].get("transfer")
             if before != tuned:
@@ -208,13 +211,13 @@ def _check_follows(found: Found, config: RunConfig, stage: Stage) -> None:
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
     """All that a model's raw weights stand for."""
-    free = {"init_std", "embed_init_std", "head_init_std", "export_as"}
+    free = {*INITIAL["gpt"], "export_as"}
     return model.model_dump(exclude=free) | {"n_kv_heads": model.kv_heads}
 
 
 def _function(model: ModelConfig) -> dict[str, Any]:
     """All that its function depends on, given its vocabulary and what its gains act as."""
-    return {key: value for key, value in _shape(model).items() if key not in (*MULTIPLES, "vocab_size")}
+    return {key: value for key, value in _shape(model).items() if key not in (*INITIAL["ngpt"], "vocab_size")}
 
 
 def _changes(was: Any, is_now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -17,8 +17,10 @@ import yaml
 from megabus.checkpoint.contents import Found
 from megabus.checkpoint.store import checkpoints_of, sweep
 from megabus.config import RunConfig
+from megabus.durable import open_lock
 from megabus.errors import UserError, say, warn
 from megabus.parallel.agree import agreement, rank_0_tells
+from megabus.plain_file import NotPlainError, read_regular
 from megabus.train.metrics import SINKS, Metrics
 
 LOCK = ".lock"
@@ -65,7 +67,7 @@ class RunLock:
         try:
             absent = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a")
+            self._file = open_lock(self.path)
         except OSError as error:
             raise _unwritable(self.run_dir, error) from error
         try:
@@ -106,7 +108,8 @@ def _unwritable(run_dir: Path, error: OSError, by: str = "") -> UserError:
 
 def open_metrics(config: RunConfig, found: Found | None) -> Metrics:
     """Write down the configuration, and open the metrics: behind those of the run that `found` belongs to, or anew."""
-    path, text = Path(config.run_dir), yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml's is four times as fast, where PyYAML has it
+    path, text = Path(config.run_dir), yaml.dump(config.model_dump(mode="json"), Dumper=dumper, sort_keys=False)
     try:
         swept = sweep(checkpoints_of(path))
         if swept:
@@ -114,12 +117,20 @@ def open_metrics(config: RunConfig, found: Found | None) -> Metrics:
         kept = path / "config.yaml"
         if found is None:  # else two runs would be one curve
             _set_aside(*(path / name for name in SINKS))
-        if found is None or not kept.exists() or kept.read_text() != text:
+        if found is None or not _says(kept, text):
             _set_aside(kept)
-            kept.write_text(text)
+            kept.write_text(text, encoding="utf-8")
         return Metrics(config, None if found is None else found.state.progress.step)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def _says(file: Path, text: str) -> bool:
+    """Whether it is a file with this text. What else is there, and how it is encoded, is its owner's."""
+    try:
+        return read_regular(file, links=True) == text.encode()
+    except (FileNotFoundError, NotPlainError):
+        return False
 
 
 def _set_aside(*files: Path) -> None:
@@ -128,7 +139,7 @@ def _set_aside(*files: Path) -> None:
     def kept(file: Path, number: int) -> Path:
         return file.with_name(f"{file.stem}-{number}{file.suffix}")
 
-    left = [file for file in files if file.exists()]
-    number = next(number for number in count(1) if not any(kept(file, number).exists() for file in files))
+    left = [file for file in files if os.path.lexists(file)]
+    number = next(number for number in count(1) if not any(os.path.lexists(kept(file, number)) for file in files))
     for file in left:
         file.rename(kept(file, number))

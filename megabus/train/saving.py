@@ -13,6 +13,7 @@ from megabus.checkpoint.store import folder_of
 from megabus.errors import UserError, warn
 from megabus.parallel.agree import agreement
 from megabus.parallel.fragments import KINDS
+from megabus.train.callbacks import Guarded
 from megabus.train.resume import data_order
 from megabus.train.run import Run
 
@@ -29,6 +30,13 @@ def save(run: Run) -> None:
     _begin(run)
 
 
+def cannot_be_saved(run: Run) -> bool:
+    """Whether a run that is to stop goes on until it can be saved, the same on all ranks: for `faults.max_skips` steps
+    at most, amid a series of steps without an update, for the run may have to return to the checkpoint before it.
+    Where there is none it is saved as it is."""
+    return run.progress.nonfinite_in_a_row > 0 and run.saved_step not in (None, run.progress.step)
+
+
 def _begin(run: Run) -> None:
     run.watchdog.heartbeat(f"the save after step {run.progress.step}")
     run.saver.start(_state(run), run.engine.placement, run.engine.read())
@@ -42,9 +50,8 @@ def collect(run: Run) -> Save | None:
     if ended is None:
         return None
     run.watchdog.heartbeat()
-    if run.metrics is not None:
-        row = {"step": ended.step, "stall_s": ended.stall_s, "write_s": ended.write_s, "bytes": ended.bytes}
-        run.metrics.write("save", row | {"error": None if ended.error is None else str(ended.error)})
+    row = {"step": ended.step, "stall_s": ended.stall_s, "write_s": ended.write_s, "bytes": ended.bytes}
+    run.tell("save", row | {"error": None if ended.error is None else str(ended.error)})
     if ended.error is None:
         run.progress.rollbacks = 0  # there is a checkpoint beyond the trouble
     else:
@@ -71,11 +78,10 @@ def warn_unwritten(run: Run) -> None:
 
 
 def finish(run: Run) -> Path:
-    """Save the last state, wait for it, and close everything; the newest checkpoint. Collective."""
+    """Save the last state, wait for it, and close everything; the newest checkpoint. Raises what a callback has ended
+    the run with. Collective."""
     collect(run)
-    # A run that is stopped amid non-finite steps leaves it to the next start to come here again.
-    amid = run.progress.nonfinite_in_a_row > 0 and run.share < 1 and run.saved_step is not None
-    if run.saved_step != run.progress.step and not amid:
+    if run.saved_step != run.progress.step:
         _begin(run)
     last = collect(run)
     close(run)
@@ -84,14 +90,26 @@ def finish(run: Run) -> Path:
     if dist.get_rank() == 0:
         run.requests.obeyed()
     assert run.saved_step is not None
-    return folder_of(run.saver.root, run.saved_step)
+    folder = folder_of(run.saver.root, run.saved_step)
+    raise_failure(run, folder if run.share >= 1 else None)
+    return folder
 
 
 def close(run: Run) -> None:
-    """End what is open, with nothing saved."""
-    if run.metrics is not None:
-        run.metrics.close()
+    """End what is open, with nothing saved. Whoever still tells something does it before those end that hear of it."""
+    for callback in reversed(run.callbacks):
+        callback.on_end(run)
+    run.corpora.close()
     run.engine.close()
+
+
+def raise_failure(run: Run, complete: Path | None = None) -> None:
+    """Raise what a user's callback has ended the run with, the same on every rank, if one has. complete: the checkpoint
+    of a run that has come to its end."""
+    for callback in run.callbacks:
+        if isinstance(callback, Guarded) and callback.failure is not None:
+            callback.failure.complete = complete
+            raise callback.failure
 
 
 def _state(run: Run) -> SavedState:
@@ -102,8 +120,10 @@ def _state(run: Run) -> SavedState:
         model=run.stage.model,
         layout=run.stage.layout,
         optimizer_step=optimizer_step,
-        kinds=KINDS if optimizer_step else ("weight",),
+        kinds=(*(KINDS if optimizer_step else KINDS[:1]), *run.engine.averages.kinds),
         monitor=run.monitor.state_dict(),
         config=run.config.model_dump(mode="json"),
         data=data_order(run.corpora.sources),
+        recent=list(run.spikes.recent),
+        averaged=dict(run.engine.averages.updates),
     )

@@ -5,13 +5,7 @@ from __future__ import annotations
 from math import cos, inf, log1p, pi
 
 from megabus.config.after_growth import BoostConfig, RewarmConfig, SettleConfig
-from megabus.config.schema import OptimizerConfig, TrainConfig
-
-
-def spent_share(train: TrainConfig, step: float, tokens: float, flops: float) -> float:
-    """The largest share of any budget that is used up; 1 ends the run."""
-    pairs = ((step, train.max_steps), (tokens, train.max_tokens), (flops, train.max_flops))
-    return min(1.0, max(used / budget for used, budget in pairs if budget))
+from megabus.config.schema import OptimizerConfig
 
 
 def learning_rate(optim: OptimizerConfig, lr: float, share: float) -> float:

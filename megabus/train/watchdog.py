@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from megabus.command import peer_is_gone
+from megabus.command import peer_is_gone, tell_torchrun
 from megabus.train.roll_call import RollCall
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
@@ -65,18 +65,27 @@ class Watchdog:
 
     def _end(self) -> None:
         heard, grace = self.timeout - self.grace, self.grace
-        text = f"rank {self.rank}: no progress for {heard:g} s (faults.hang_timeout, less {grace:g} s to say so):\n"
-        with tempfile.TemporaryFile() as file:
-            file.write(text.encode())
+        text = f"rank {self.rank}: no progress for {heard:g} s (faults.hang_timeout, less {grace:g} s to say so)"
+        with os.fdopen(os.memfd_create("stacks"), "w+b") as file:  # a disk may be full, or what hangs
+            file.write(f"{text}:\n".encode())
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
-            os.write(sys.stderr.fileno(), file.read())  # at one go, so that ranks' stacks do not mix
+            _write(file.read())  # at one go, so that ranks' stacks do not mix
         end = time.monotonic() + 0.85 * self.grace  # before faulthandler's thread
         if self.roll is not None:
-            os.write(sys.stderr.fileno(), f"{self.roll.told(self.doing, 0.75 * self.grace)}\n".encode())
+            told = self.roll.told(self.doing, 0.75 * self.grace)
+            _write(f"{told}\n".encode())
+            text = f"{text}; {told}"
+        tell_torchrun(text)
         time.sleep(max(0.0, end - time.monotonic()))
         os._exit(EXIT_CODE)
+
+
+def _write(text: bytes) -> None:
+    """To stderr. A log that takes no more is no reason to go on waiting."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), text)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_entry_point_measures_and_writes(tmp_path):
     out = tmp_path / "bench.json"
-    options = ["--small", "--rounds", "2", "--only", "step,documents,layouts", "--json", out]
+    options = ["--small", "--rounds", "2", "--only", "step,documents,layouts,telling", "--json", out]
     done = run_python(["-m", "benchmarks", *options], cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
@@ -28,6 +28,8 @@ def test_the_entry_point_measures_and_writes(tmp_path):
         "TP1/PP1/DP2",
         "TP1/PP2/DP1",
         "TP2/PP1/DP1",
+        "all of it off",
+        "a callback that does nothing",
     ]
     for row in rows:
         assert all(figure > 0 for figure in row["figures"])

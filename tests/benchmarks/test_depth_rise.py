@@ -11,9 +11,9 @@ from support.small_runs import VOCAB, write_corpus
 
 import megabus
 from benchmarks import depth_rise
+from megabus.config.depth import DEPTHS
 from megabus.config.schema import Depth
 from megabus.errors import UserError
-from megabus.growth import maps
 from megabus.model.decoder import param_specs
 
 
@@ -33,7 +33,7 @@ def test_every_manner_has_a_row(tmp_path, capsys):
     for depth in get_args(Depth):
         assert len(table[depth]) == 6
         zeros = [abs(float(rise)) <= 1e-4 for rise in table[depth]]
-        assert all(zeros) if depth in maps.SILENT else depth in maps.SHARED or not any(zeros)
+        assert all(zeros) if DEPTHS[depth].gates == "silent" else DEPTHS[depth].shares_gates or not any(zeros)
 
 
 @pytest.mark.parametrize("steps", [["300", "300"], ["0"], ["5", "-1"]])

@@ -143,12 +143,21 @@ def test_a_kernel_that_is_off_is_told(tmp_path):
     def gate(u, v, gain_u, gain_v):
         return EAGER.gate(u * 1.02, v, gain_u, gain_v)
 
-    for form, wrong in ((EAGER, set()), (replace(EAGER, gate=gate), {"gate", "gate, gains"})):
+    def cross_entropy_(raw, gain, *rest):
+        return EAGER.cross_entropy_(raw, gain * 1.02, *rest)
+
+    gates = {f"eager {name}, 64 x 96" for name in ("gate", "gate, gains")}
+    for changes, wrong in (
+        ({}, set()),
+        ({"gate": gate}, gates),
+        ({"cross_entropy_": cross_entropy_}, {"eager cross_entropy_, 64 x 67"}),
+    ):
+        form = replace(EAGER, **changes)
         told = Told(tmp_path / "kernels.json")
         check, device = Check(True, tmp_path, told), torch.device("cpu")
         kernels._one_size(check, form, device, kernels.SMALL[0], Clock(device), None)
         off = {what for what, _, ok in told.rows if ok is False}
-        assert off == {f"eager {name}, 64 x 96" for name in wrong}
+        assert off == wrong
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

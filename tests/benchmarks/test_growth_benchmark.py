@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -343,8 +344,9 @@ def test_a_report(tmp_path, seeds, failed):
         else:  # far less than the losses' own spread: paired
             assert gain.std == pytest.approx(0.01 / 3**0.5)
             assert "| 3 | 3.2967 ± 0.1002 | +0.2033 (+0.1890 to +0.2177) | 1.42 (" in row
-    for line in text.splitlines():
-        assert not line.startswith("|") or line.count("|") in (6, 12, 8, 9, 10)
+    tables = re.findall(r"(?:^\|.*\n)+", f"{text}\n", re.MULTILINE)
+    assert len(tables) > 1
+    assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
     assert (tmp_path / "out/tiny.md").read_text(encoding="utf-8") == f"# tiny\n\n{text}"
     for name in ("curves", "arms"):
         assert (tmp_path / f"out/tiny-{name}.png").read_bytes().startswith(b"\x89PNG\r\n")

@@ -10,10 +10,11 @@ import torch
 from support import checkpoints as ck
 
 import megabus
-from megabus.checkpoint.restore import find_checkpoint, restore
+from megabus.checkpoint.restore import find_checkpoint, re_express, restore
 from megabus.checkpoint.store import checkpoints_of, folder_of
-from megabus.config import resolve_stages
+from megabus.config import Layout, ModelConfig, resolve_stages
 from megabus.errors import UserError
+from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
 
 LAYOUTS = [
@@ -131,9 +132,17 @@ def test_the_newest_of_a_run_is_loaded(tmp_path):
 def test_where_there_is_none(tmp_path, path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "partial/checkpoints/step-00000001.partial").mkdir(parents=True)
-    told = "does not exist" if path == "nowhere" else "holds none; give a run's directory or one of its checkpoints"
+    told = (
+        "does not exist"
+        if path == "nowhere"
+        else "holds none, and no config.json of a model in another form; give a run, one of"
+    )
     with pytest.raises(UserError, match=told):
         megabus.load(tmp_path / path)
+    (tmp_path / "file").touch()
+    for other, told in (("", "= '': names nothing"), (tmp_path / "file", "file: is no directory; give a run or one")):
+        with pytest.raises(UserError, match=told):
+            megabus.load(other)
     assert run_ranks(2, find_checkpoint, tmp_path / path / "checkpoints", True) == [None, None]
 
 
@@ -241,3 +250,16 @@ def test_loading_runs_no_pickle(saved, base, monkeypatch):
     with pytest.raises(AssertionError, match="unpickled"):
         torch.load(run)  # control
     megabus.load(run)
+
+
+def test_weights_are_re_expressed_and_what_they_were_read_from_stays():
+    """Which may be a file that is mapped."""
+    model = ModelConfig(vocab_size=67, d_model=36, n_layers=1, n_heads=2, head_dim=6, d_ff=62, alpha_init=0.1)
+    old, new = (Placement(one, Layout(1, 1, 1)) for one in (model, model.model_copy(update={"alpha_init": 0.2})))
+    read = {piece: torch.ones(len(piece)) for piece in old.owned(0)}
+    fragments = {piece: {"weight": values} for piece, values in read.items()}
+    re_express(fragments, old, new)
+    scales = {piece: old.specs[piece.name].multiplier / new.specs[piece.name].multiplier for piece in read}
+    assert set(scales.values()) > {1.0}
+    assert all((fragments[piece]["weight"] == scale).all() for piece, scale in scales.items())
+    assert all((values == 1).all() for values in read.values())

@@ -67,6 +67,7 @@ def texts_of(folder):
         "pipe for a manifest": lambda: pipe(folder, MANIFEST),
         "link": lambda: link_outside(folder, LAST),
         "relabelled": header,
+        "behind itself": lambda: (shutil.rmtree(folder), folder.symlink_to(folder)),
         "junk tokenizer": lambda: altered.put_file(folder, "tokenizer.model", b"junk"),
     }
 
@@ -157,7 +158,6 @@ def test_what_goes_with_a_tokenizer_is_not_there_without_one(folder):
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
 def test_files_have_the_umasks_mode(tmp_path, umask, mode):
-    """Shards too, which their library writes for their owner alone."""
     run_ranks(2, save_with, umask, tmp_path / "checkpoints")
     (folder,) = complete(tmp_path / "checkpoints")
     modes = {path.name: path.stat().st_mode & 0o777 for path in [*folder.iterdir(), folder.parent / "latest"]}

@@ -218,6 +218,18 @@ def test_headers_must_say_what_the_state_says(folder, change, name):
     refused(folder, name)
 
 
+def test_a_header_is_no_longer_than_its_tensors_take(folder):
+    """Parsing it takes time and memory that the sizes of a model do not tell."""
+    for more, fits in ((1 << 14, True), (1 << 20, False)):
+        header, rest = altered.header_of(folder / SHARD)
+        header["__metadata__"]["more"] = "x" * more
+        altered.put_header(folder / SHARD, header, rest)
+        altered.attest(folder, SHARD)
+        if fits:
+            megabus.load(folder)
+    assert f"(files: {SHARD} has " in refused(folder, MANIFEST)
+
+
 # ---- entries
 
 

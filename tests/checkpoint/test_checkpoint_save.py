@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
+from pathlib import Path
 
 import pytest
 from support import checkpoints as ck
@@ -11,9 +13,11 @@ from support import checkpoints as ck
 import megabus
 import megabus.checkpoint.save as saving
 from megabus.checkpoint import shards
+from megabus.checkpoint.host_memory import CHUNK
 from megabus.checkpoint.manifest import read_manifest
 from megabus.checkpoint.store import complete, folder_of, latest_of, step_of
 from megabus.config import Layout, resolve_stages
+from megabus.errors import UserError
 from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
 
@@ -87,6 +91,8 @@ def test_only_a_synchronous_save_is_waited_for(tmp_path, asynchronous):
 
 
 def save_often(root, config):
+    with pytest.raises(UserError, match="the file does not exist"):  # on each rank, though rank 0 alone reads it
+        ck.make_saver(root, tokenizer=root / "none.model")
     engine, saver = ck.trained(config, steps=0), ck.make_saver(root, keep_last=2, keep_every=3, asynchronous=True)
     for step in range(1, 7):
         saver.wait()
@@ -112,6 +118,28 @@ def save_with_a_bug(root, config):
 
 def test_what_no_user_can_mend_ends_the_run(tmp_path):
     run_ranks(1, save_with_a_bug, tmp_path, ck.run_config({}))
+    assert complete(tmp_path) == []
+
+
+def save_without_memory(root, config):
+    """What both ranks are told when rank 1 gets no more memory, before and at a save."""
+    engine, saver, told = ck.trained(config, steps=0), ck.make_saver(root, asynchronous=True), []
+    begin = (ck.state_of(engine, config, 1), engine.placement, engine.read())
+    before, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if engine.mesh.rank == 1:
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + CHUNK // 2, before))
+    for ask in (lambda: saver.prepare(engine.read), lambda: saver.start(*begin)):
+        with pytest.raises(UserError) as caught:
+            ask()
+        told.append(str(caught.value))
+    return told
+
+
+def test_all_ranks_are_told_of_one_without_memory(tmp_path):
+    first, second = run_ranks(2, save_without_memory, tmp_path, ck.run_config({"tp": 2}))
+    assert first == second
+    assert all("there is no main memory for a snapshot's next 67,108,864 bytes" in told for told in first)
     assert complete(tmp_path) == []
 
 

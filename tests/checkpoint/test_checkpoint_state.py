@@ -14,10 +14,11 @@ from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.state import FORMAT, STATE, Progress, SavedState, read_state, write_state
 from megabus.config import Layout, RunConfig
 from megabus.config.schema import KappaConfig
+from megabus.data.order import Deal
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.predictors import StageSpan
-from megabus.model.cost import count_parameters
+from megabus.model.cost import count_parameters, counted_sizes
 from megabus.parallel.fragments import KINDS
 
 FLOATS = [0.1 + 0.2, 1 / 3, math.pi * 1e21, 5e-324, 2.2250738585072014e-308, 1.7976931348623157e308, 2.0**53 + 2, -0.0]
@@ -47,13 +48,14 @@ def full_model(kind):
 
 def full_state(kind="ngpt", optimizer_step=41, flops=1e19 / 7):
     config, model = full_config(kind), full_model(kind)
-    sizes = {"d_model": 52, "n_params": count_parameters(model)}
+    sizes, small = counted_sizes(model), counted_sizes(full_config(kind).model)
     second = {"step": 9, "tokens": 2**40 + 1, "flops": 1e14 / 7, "stage": 2, "reason": "kappa", "κ": None}
     first = second | {"step": 7, "tokens": 2**39, "flops": 1e13 / 7, "stage": 1, "reason": "cap"}
-    growths = [first | {"old": sizes | {"d_model": 37}, "new": sizes}, second | {"old": sizes, "new": sizes}]
+    growths = [first | {"old": small, "new": sizes}, second | {"old": sizes, "new": sizes}]
     step_tokens = 6 * config.train.global_batch_size
     progress = Progress(40, 2**60 + 1, 2**60 + 2, flops, 2**40 + 1, 1e14 / 7, growths, 3, 2, 1)
     progress.mark(40 if optimizer_step else 0, step_tokens, 0.0)
+    progress.deals = (Deal(0, (1024,)),)
     if optimizer_step:
         progress.step, progress.tokens, progress.position = 41, 2**60 + 1 + step_tokens, 2**60 + 2 + step_tokens
     return SavedState(

@@ -84,6 +84,9 @@ def names(root):
         ("step-00000120.deleted", None),
         ("a-step-00000120", None),
         ("latest", None),
+        ("step-000000120", None),  # a step has one name
+        ("step-\u0660\u0660\u0660\u0660\u0660\u0661\u0662\u0660", None),  # digits too, elsewhere
+        ("step-00000120\n", None),
     ],
 )
 def test_only_complete_ones_have_a_checkpoints_name(tmp_path, name, step):
@@ -252,6 +255,22 @@ def test_sweep_deletes_halves_and_nothing_else(tmp_path):
     swept = sweep(tmp_path)
     assert sorted(path.name for path in swept) == ["latest.partial", "step-00000002.deleted", "step-00000005.partial"]
     assert names(tmp_path) == before
+
+
+def test_of_a_link_only_the_link_is_deleted(tmp_path, capfd):
+    """A checkpoint may have been moved elsewhere, for room."""
+    root, kept = tmp_path / "checkpoints", tmp_path / "kept"
+    put(root, 4).rename(kept)
+    (root / "step-00000004").symlink_to(kept)
+    (root / "step-00000004.deleted").symlink_to("nowhere")
+    put(root, 5, keep_last=1)
+    assert names(root) == ["latest", "step-00000005"]
+    for name in ("step-00000006.partial", "step-00000004.deleted"):
+        (root / name).symlink_to(kept)
+    assert len(sweep(root)) == 2
+    assert names(root) == ["latest", "step-00000005"]
+    assert sorted(path.name for path in kept.iterdir()) == ["manifest.json", "shard-0", "shard-1"]
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_set_aside_is_never_overwritten(tmp_path):

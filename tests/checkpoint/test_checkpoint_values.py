@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,12 +15,15 @@ from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.checkpoint.manifest import MANIFEST, DamagedError
-from megabus.checkpoint.state import STATE, WRITTEN, SavedState
+from megabus.checkpoint.relations import check_relations
+from megabus.checkpoint.state import STATE, WRITTEN, Progress, SavedState
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout
 from megabus.config.rope import RopeScaling
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.model.cost import count_parameters, totals
+from megabus.parallel.fragments import KINDS
+from megabus.plain_file import VALUES
 
 # ---- values: each is (key, value), or a whole text
 
@@ -54,11 +58,16 @@ WRONG_VALUES = {
     "progress.growths.0.flops": [-1.0, None, 12310271.0, 1e12],
     "progress.growths.0.stage": [-1, 0, 2, None],
     "progress.growths.0.reason": [None, 1, "", "because", "loss\nx"],
-    "progress.growths.0.old": [None, [], {"d_model": -1}],
+    "progress.growths.0.old": [None, [], {"d_model": -1}, Told({}, "23907 is no size that has grown")],
+    "progress.growths.0.old.d_model": [Told(n, "(progress.growths.0.old.n_params: 23907 is not ") for n in (9, 35)]
+    + [Told(0, "are the sizes of no model")],
+    "progress.growths.0.old.n_kv_heads": [Told(n, "are the sizes of no model") for n in (0,)],
+    "progress.growths.0.old.n_params": [Told(n, "23907 is no size that has grown") for n in (1, 23906)],
+    "progress.deals": [None, [], [[0, [1024]]]],
     "progress.growths.0.old.n_layers": [
         Told(4, "(progress.growths.0.old.n_layers: 4 exceeds progress.growths.0.new.n_layers")
     ],
-    "progress.growths.0.new": [None, "x"],
+    "progress.growths.0.new": [None, "x", Told({}, "(progress.growths.0.new.d_model: is missing")],
     "progress.growths.0.new.n_layers": [
         Told(2, "(progress.growths.0.new.n_layers: 2 is not the model's: n_layers, 3"),
         -1,
@@ -67,6 +76,9 @@ WRONG_VALUES = {
     "progress.nonfinite": [-1, None, *(Told(n, "(optimizer_step: 7 is not its finite steps, ") for n in (0, 2))],
     "progress.nonfinite_in_a_row": [2, -1],
     "progress.rollbacks": [-1, "0", 2, 1],
+    "progress.spikes": [-1, None, Told(2, "(progress.spikes: 2 exceeds progress.nonfinite, 1")],
+    "recent": ["x", None, [[1.0]], [[1.0, -1.0]], [[1.0, math.nan]], Told([[1.0, 2.0]] * 6, "(recent: its updates: 6")],
+    "averaged": ["x", None, [], {"ema-0.9": -1}, *(Told({kind: 1}, "(kinds: ") for kind in ("ema-0.9", "weight"))],
     "progress.since": ["none", [], {}, None],
     "progress.since.step": [-1, 9, None, Told(2, "(progress.since.optimizer_step: 3 exceeds progress.since.step, 2")],
     "progress.since.tokens": [-1, 257, Told(95, "(progress.stage_tokens: 96 exceeds progress.since.tokens, 95")],
@@ -140,11 +152,16 @@ WRONG_VALUES = {
     "monitor.past.0.std": [[], [0.01], [0.01, 0.0], [0.01, -0.1]],
     "monitor.past.0.mixing": [-1.0, None],
     "config": ["x", [], {"train": {}}, {"model": {}}, Told({}, "(config: is empty, and monitor is not")],
-    "config.model": [None, "x"],
+    "config.model": [None, "x", {}, {"kind": "ngpt"}],
+    "config.train.ema": [None, "x", Told([0.9], "(averaged: [] is not those of config.train.ema, ['ema-0.9']")],
     "config.model.rope_theta": [Told(5e5, "(config: rope_theta of stage 1: 500000.0 is not model.rope_theta, 10000.0")],
     "config.optimizer": [None, {"lr": "fast"}],
     "config.optimizer.lr": [None, "fast", [0.1]],
-    "config.train.max_steps": ["many", 1.5, []],
+    "config.train.max_steps": ["many", 1.5, [], "9", 9.0, True],
+    "config.train.seed": ["0", 0.0, False],
+    "config.train.micro_batch_size": ["2", 2.0, True],
+    "config.optimizer.beta1": ["0.9", True],
+    "config.log.wandb": [0, "false", None],
     "config.model.d_model": [Told(48, "(config: d_model of stage 1: 48 is not model.d_model, 36")],
     "config.train.seq_len": [
         -1,
@@ -161,6 +178,8 @@ WRONG_VALUES = {
     "data": [None, [], "x", Told({}, "(data: is empty, and monitor is not")],
     "data.train": [None, {}],
     "data.train.blend": [[], [512, 512]],
+    "data.train.blend.0": [Told(n, f"(data.train.blend: [{n}] are no slots") for n in (0, 1000, 1025)],
+    "data.valid.blend.0": [Told(n, f"(data.valid.blend: [{n}] are no slots") for n in (0, 1025)],
     "data.valid.tokens": [[], [999, 999]],
     "data.document_mask": [True, "no"],
     "config.eval": [None, []],
@@ -191,6 +210,7 @@ WRONG_TEXTS = {
     "deep objects": b'{"format": 2, "data": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
     "cut deep": b"[" * 100_000,
     "a key twice": b'{"format": 2, "format": 2}',
+    "millions of values": b'{"format": 2, "x": [' + b"0," * VALUES + b"0]}",
     "a long number": b'{"format": 2, "stage": ' + b"9" * 10_000 + b"}",
     "a large number": b'{"format": 2, "stage": 1e999}',
     "a lone surrogate": b'{"format": 2, "data": {"a": "\\ud800"}}',
@@ -224,6 +244,18 @@ def test_a_wrong_value_in_the_state_is_named(folder, key):
     megabus.load(folder)  # the control: writing it again is no harm
 
 
+def test_means_that_their_run_has_not_had_are_refused():
+    """Of none, of no update though the last step made one; and what may be so: no update where all were skipped."""
+    source = MemorySource(model_config("ngpt"), step=3)
+    path, state = Path("state.json"), source.state
+    now = state.progress = Progress(3, 96, 96, 3.0)
+    state.kinds, state.averaged, state.optimizer_step = (*KINDS, "ema-0.9"), {"ema-0.9": 0}, 3
+    with pytest.raises(ValueError, match=r"averaged.ema-0\.9: 0, and the last step has moved the weights"):
+        check_relations(path, state)
+    now.nonfinite = now.nonfinite_in_a_row = 1
+    check_relations(path, state)
+
+
 SIZES, EXTRA = "(model: its sizes take", "holds a tensor that it should not hold, 'weight/layers."
 WRONG_MODELS = {
     "kind": [("gpt", EXTRA)],
@@ -249,7 +281,10 @@ def test_a_model_that_the_files_do_not_hold_is_refused(tmp_path):
                 megabus.load(folder)
 
 
-@pytest.mark.parametrize("key", ["format", *(item.name for item in fields(SavedState))])
+LATER = ("recent", "averaged")  # keys of the state that came later: one that lacks them is whole
+
+
+@pytest.mark.parametrize("key", ["format", *(item.name for item in fields(SavedState) if item.name not in LATER)])
 def test_a_key_that_the_state_lacks_is_named(folder, key):
     tree = json.loads((folder / STATE).read_text())
     del tree[key]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from support.altered import header_of, put_header
 
 from megabus.checkpoint import entries
-from megabus.checkpoint.entries import odd_by_name, scan
+from megabus.checkpoint.entries import longest_header, odd_by_name, scan
 from megabus.checkpoint.manifest import idle
 
 KINDS = {"weight/a": ("weight", 5), "exp_avg_sq/b": ("exp_avg_sq", 1), "weight/c": ("weight", 11)}
@@ -78,3 +78,8 @@ def test_a_header_longer_than_any_is_not_read(tmp_path):
     path = tmp_path / "shard"
     path.write_bytes((2**62).to_bytes(8, "little") + b"x" * 99)
     assert scan(path, KINDS, idle) == (hashlib.sha256(path.read_bytes()).hexdigest(), None, False)
+    written(path)
+    header, rest = header_of(path)
+    for more, read in ((0, True), (longest_header(len(KINDS)), False)):
+        put_header(path, header | {"__metadata__": {"x": " " * more}}, rest)
+        assert scan(path, KINDS, idle).covered == read

@@ -34,6 +34,11 @@ def live(*lengths):
     }
 
 
+def ask(memory, state):
+    """As `reserve` does for tensors of a GPU."""
+    return memory._places([x.nbytes for kinds in state.values() for x in kinds.values()])
+
+
 def overlap(tensors):
     spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors)
     return any(end > begin for (_, end), (begin, _) in pairwise(spans))
@@ -56,16 +61,29 @@ def test_copies_are_right_and_lie_apart(pinned):
 def test_what_is_pinned_is_kept_and_bounded(pinned):
     memory = HostMemory()
     for lengths in ((300,) * 5, (300,) * 4, (300,) * 5):
-        memory.reserve(live(*lengths))
+        ask(memory, live(*lengths))
     first = len(pinned)
     assert sum(pinned) <= 2 * 5 * (1280 + 768)
     for width in (310, 400, 700, 1300):  # a run that grows
         state = live(*(width,) * 5)
-        memory.reserve(state)
+        ask(memory, state)
         needed = sum(-(-x.nbytes // ALIGNMENT) * ALIGNMENT for kinds in state.values() for x in kinds.values())
         assert sum(map(len, memory._chunks)) <= 2 * needed + host_memory.CHUNK
     assert len(pinned) > first
     assert all(size & (size - 1) == 0 for size in (*pinned, CHUNK))
+
+
+def test_copies_of_a_cpus_tensors_lie_where_the_last_ones_did_and_nothing_is_pinned(pinned):
+    memory, first, second = HostMemory(), live(2000, 37), live(2000, 37)
+    memory.reserve(first)
+    copies = memory.copies(first)
+    for state in (first, second):
+        again = memory.copies(state)
+        for piece, kinds in state.items():
+            for kind, values in kinds.items():
+                assert again[piece][kind].equal(values)
+                assert again[piece][kind].data_ptr() == copies[piece][kind].data_ptr() != values.data_ptr()
+    assert not pinned
 
 
 def test_what_cannot_be_pinned_is_pageable_and_told_once(monkeypatch, capsys, pinned):

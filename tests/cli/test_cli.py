@@ -15,27 +15,23 @@ import pytest
 import yaml
 from support.command import run_command
 from support.launching import ROOT, environment
+from support.tiny_config import tiny_config
 
 from megabus import extras
+from megabus.checkpoint import tensor_file
 from megabus.cli import COMMANDS, GROUPS, main, overview, ranks, train
-from megabus.convert import tensor_file
+from megabus.command import Parser
 from megabus.errors import UserError
 from megabus.estimate.devices import DEVICES
 from megabus.extras import EXTRAS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONFIG = {
-    "run_dir": "run",
-    "data": {"train": "nowhere", "valid": "nowhere"},
-    "model": {"vocab_size": 67, "d_model": 32, "n_layers": 2, "n_heads": 4, "head_dim": 8, "d_ff": 64},
-    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 2, "max_steps": 2},
-    "optimizer": {"lr": 1e-3},
-}
+CONFIG = tiny_config(run_dir="run", data={"train": "nowhere", "valid": "nowhere"})
 
 
 @pytest.mark.parametrize(
     ("command", "needed"),
-    [("coord-check", "config"), ("plan", "config"), ("estimate", "--config, --world"), ("train", "--config")],
+    [("coord-check", "--config"), ("plan", "--config"), ("estimate", "--config, --world"), ("train", "--config")],
 )
 def test_only_what_is_needed_is_asked_for(command, needed):
     """No overrides, of which there may be none."""
@@ -62,7 +58,31 @@ def test_help_shows_examples(name, capsys):
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert text.startswith(f"usage: megabus {name} ")
-    assert re.search(rf"^ *megabus {name}( |$)", text, re.MULTILINE)
+    assert re.search(rf"^  megabus {name}( |$)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_name_alike_what_is_alike(name, monkeypatch):
+    """A run's file is --config, what is written where nothing is turned into something is --out, and all have help."""
+    shown = []
+    monkeypatch.setattr(Parser, "print_help", lambda parser: shown.append(parser))
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    actions = {word: each for each in shown[0]._actions for word in each.option_strings or [each.dest]}
+    assert all(each.help for each in actions.values())
+    assert "--output" not in actions
+    assert "config" not in actions
+    assert actions["--config"].required if "overrides" in actions else "--config" not in actions
+    assert "--gpu" not in actions or actions["--gpu"].nargs != 0  # a switch elsewhere is --device
+
+
+def test_help_of_a_command_is_its_own(capsys):
+    told = []
+    for words in (["train", "--help"], ["help", "train"], ["help", "train", "--config"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] == told[2] != overview()
 
 
 @pytest.mark.parametrize("words", [["--help"], ["trian"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
@@ -207,7 +227,7 @@ def test_a_door_says_that_megabus_is_not_installed(door):
 
 
 def test_no_program_changes_where_python_looks():
-    folders = ("megabus", "launcher", "tools", "benchmarks")
+    folders = ("megabus", "launcher", "tools", "benchmarks", "tests")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     assert len(files) > 100
     assert [str(file) for file in files if re.search(r"\bsys\.path\b", file.read_text())] == []
@@ -242,15 +262,13 @@ def test_ranks_that_cannot_be_started(tmp_path, monkeypatch):
 
 
 def launched(monkeypatch, launch) -> int:
-    """The exit code of a launch in which torch does `launch(config)`. All handlers are as before."""
-    from torch.distributed.launcher import api
-
+    """The exit code of a launch that is `launch()`. All handlers are as before."""
     for name in OF_LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(api, "elastic_launch", lambda config, _: lambda *_: launch(config))
+    monkeypatch.setattr(ranks, "_started", lambda *_: launch() or 0)
     before = {number: signal.getsignal(number) for number in HANDLED}
     try:
-        code = ranks.start_ranks(2, "train", [])
+        code = ranks.start_ranks(2, "train", [], "megabus")
         assert before == {number: signal.getsignal(number) for number in HANDLED}
     finally:
         for number, handler in before.items():
@@ -261,7 +279,7 @@ def launched(monkeypatch, launch) -> int:
 @pytest.mark.parametrize("number", HANDLED)
 def test_a_signal_before_there_is_a_rank_ends_the_launch(monkeypatch, number):
     monkeypatch.setattr("psutil.Process.children", lambda self: [])
-    assert launched(monkeypatch, lambda config: signal.raise_signal(number)) == 128 + number
+    assert launched(monkeypatch, lambda: signal.raise_signal(number)) == 128 + number
 
 
 def test_a_second_signal_after_the_ranks_have_saved_changes_nothing(monkeypatch):
@@ -269,7 +287,7 @@ def test_a_second_signal_after_the_ranks_have_saved_changes_nothing(monkeypatch)
     here = [type("Rank", (), {"send_signal": lambda self, number: told.append(number)})()]
     monkeypatch.setattr("psutil.Process.children", lambda self: here)
 
-    def launch(config) -> None:
+    def launch() -> None:
         signal.raise_signal(signal.SIGINT)
         here.clear()
         signal.raise_signal(signal.SIGTERM)
@@ -280,30 +298,59 @@ def test_a_second_signal_after_the_ranks_have_saved_changes_nothing(monkeypatch)
 
 def test_hanging_up(monkeypatch):
     """Ends the ranks, unless nohup has said that it should not."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-
-    def launch(config) -> None:
-        assert config.signals_to_handle == "SIGHUP,SIGQUIT"
-        raise SignalException("hung up", signal.SIGHUP)
-
-    def ignoring(config) -> None:
-        assert config.signals_to_handle == "SIGQUIT"
-
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
-        assert launched(monkeypatch, launch) == 129
+        assert launched(monkeypatch, lambda: signal.raise_signal(signal.SIGHUP)) == 128 + signal.SIGHUP
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert launched(monkeypatch, ignoring) == 0
+        assert launched(monkeypatch, lambda: signal.raise_signal(signal.SIGHUP)) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+RANKS = """
+import os, signal, sys, time
+from megabus.cli import ranks
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # shells let what they start in the background ignore it
+def entry():
+    out = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND)
+    os.write(out, f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']} in {os.getsid(0) == os.getpid()}\\n".encode())
+    while len(open(sys.argv[2]).readlines()) < 3:
+        time.sleep(0.05)
+    {doing}
+    os._exit(0)
+ranks.entry = entry
+print(ranks.start_ranks(3, "train", sys.argv[1:], "megabus.train.loop"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("doing", "code"),
+    [
+        ("pass", 0),
+        ("os._exit(int(os.environ['RANK']) * 7) if os.environ['RANK'] == '2' else time.sleep(60)", 14),
+        ("os.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(60)", 128 + 9),
+        ("os.kill(os.getppid(), signal.SIGQUIT) if os.environ['RANK'] == '0' else None; time.sleep(60)", 128 + 3),
+        ("os.kill(os.getppid(), signal.SIGUSR1) if os.environ['RANK'] == '0' else None; time.sleep(60)", 128 + 10),
+    ],
+    ids=["all is well", "one ends", "one is killed", "ended at once", "asked, with none that listens"],
+)
+def test_how_ranks_end(tmp_path, doing, code):
+    """Each in a session of its own; none is left, nor waited for longer than those that are asked may take."""
+    (tmp_path / "program.py").write_text(RANKS.replace("{doing}", doing))
+    (tmp_path / "out").write_text("")
+    env = {name: value for name, value in environment().items() if name not in OF_LAUNCHERS}
+    command = [sys.executable, tmp_path / "program.py", tmp_path / "out"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{code}\n", "")
+    assert sorted((tmp_path / "out").read_text().splitlines()) == [f"{rank} of 3 in True" for rank in range(3)]
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["preprocess", "README.md", "--tokenizer", "", "--output", "x"], "--tokenizer = '': names none"),
-        (["preprocess", "README.md", "--train-tokenizer", "99999999999", "--output", "x"], "--train-tokenizer = 999"),
-        (["preprocess", "README.md", "--train-tokenizer", "0", "--output", "x"], "--train-tokenizer = 0: is no number"),
+        (["preprocess", "README.md", "--tokenizer", "", "--out", "x"], "--tokenizer = '': names none"),
+        (["preprocess", "README.md", "--train-tokenizer", "99999999999", "--out", "x"], "--train-tokenizer = 999"),
+        (["preprocess", "README.md", "--train-tokenizer", "0", "--out", "x"], "--train-tokenizer = 0: is no number"),
         (["convert", "run", "x", "--to", "checkpoint", "--tp", "0"], "--tp = 0: is no number of ranks"),
         (["convert", "run", "x", "--to", "checkpoint", "--dp", "-1"], "--dp = -1: is no number of ranks"),
     ],

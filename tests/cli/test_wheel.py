@@ -80,7 +80,7 @@ def folder(installed, tmp_path_factory) -> Path:
     draw = random.Random(0)
     (folder / "text.txt").write_text("\n\n\n".join(" ".join(draw.choices(WORDS, k=120)) for _ in range(300)))
     (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG))
-    options = ["--train-tokenizer", "300", "--model-type", "bpe", "--valid-fraction", "0.1", "--output", "corpus"]
+    options = ["--train-tokenizer", "300", "--model-type", "bpe", "--valid-fraction", "0.1", "--out", "corpus"]
     call(installed / "megabus", "preprocess", "text.txt", *options, cwd=folder)
     return folder
 

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from support.tiny_config import tiny_config
 
 from megabus.config import load_config
 from megabus.errors import UserError
-
-BASE = {
-    "run_dir": "runs/test",
-    "model": {"vocab_size": 67, "d_model": 36, "n_layers": 3, "n_heads": 4, "head_dim": 6, "d_ff": 62},
-    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": 10},
-    "optimizer": {"lr": 1e-2},
-    "data": {"train": "a", "valid": "b"},
-}
 
 
 @pytest.fixture
 def base(tmp_path):
     path = tmp_path / "base.yaml"
-    path.write_text(yaml.safe_dump(BASE))
+    path.write_text(yaml.safe_dump(tiny_config()))
     return path
 
 
@@ -125,6 +118,19 @@ def test_a_switch_is_no_number(base, override):
         load_config(base, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("faults.spikes=true", r"give its keys \(deviations, lasting, window\), or write {} for their defaults"),
+        ("log.profile=yes", r"give its keys \(memory, start, steps\), start at least"),
+        ("log.samples=true", r"give its keys \(every, max_tokens, prompts, temperature\), every, prompts at least"),
+    ],
+)
+def test_a_switch_is_no_section(base, override, told):
+    with pytest.raises(UserError, match=rf"^[a-z.]+ = True: is no section of keys; {told}$"):
+        load_config(base, [override])
+
+
 def test_what_they_are_when_left_out(base):
     config = load_config(base, ["checkpoint.every=2e3", "checkpoint.asynchronous=no"])
     assert config.resume == "auto"
@@ -140,4 +146,5 @@ def test_what_they_are_when_left_out(base):
         "max_rollbacks": 2,
         "hang_timeout": 600.0,
         "stop_exit_code": 0,
+        "spikes": None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,6 +111,7 @@ def test_homes_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch")
     monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("LATIN", os.fsdecode(b"/caf\xe9"))
     path = write(tmp_path)
 
     def value(given: str) -> str:
@@ -126,6 +128,7 @@ def test_homes_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.Monkey
         ("${NOWHERE}", "names the variable NOWHERE"),
         ("$EMPTY/x", "names the variable EMPTY"),  # or a path would begin at the root
         ("~no-one/x", "begins with a home that is not known; write the path out"),
+        ("$LATIN/x", "is '/caf\\udce9/x', which is not UTF-8; give the directory another name"),
     ):
         with pytest.raises(UserError) as refused:
             value(given)
@@ -134,7 +137,7 @@ def test_homes_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_first_corpus_is_a_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert load_config(write(tmp_path), ["data.train=~/x"]).data.train_corpora == [("/home/me/x", 1.0)]
+    assert load_config(write(tmp_path), ["data.train=~/x"]).data.train_corpora == [(["/home/me/x"], 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_what_is_read_is_what_pyyaml_reads(tmp_path: Path, text: str) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    for path, told in ((tmp_path, "cannot be read (Is a directory)"), (tmp_path / "none", "no such file")):
+    for path, told in ((tmp_path, "is no regular file"), (tmp_path / "none", "no such file")):
         with pytest.raises(UserError, match=r"^--config = ") as refused:
             read_tree(path, "--config", "y.yaml")
         assert told in str(refused.value)

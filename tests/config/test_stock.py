@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from config.test_config_faults import BASE
+from support.tiny_config import tiny_config
 
 from megabus.config import ModelConfig, parse_config, resolve_stages
 from megabus.config.stock import stock_class
@@ -11,7 +11,8 @@ from megabus.errors import UserError
 
 
 def stages(growth=None, optimizer=None, **model):
-    tree = BASE | {"model": BASE["model"] | {"kind": "gpt"} | model, "optimizer": {"lr": 0.01} | (optimizer or {})}
+    base = tiny_config()
+    tree = base | {"model": base["model"] | {"kind": "gpt"} | model, "optimizer": {"lr": 0.01} | (optimizer or {})}
     tree["growth"] = {} if growth is None else {"stages": [growth], "max_tokens": 64, "trigger": {"constant": 1.0}}
     return resolve_stages(parse_config(tree), 1)
 
@@ -73,7 +74,7 @@ def test_what_goes_together_goes():
 
 
 def test_the_class_is_the_first_that_computes_the_model():
-    base = ModelConfig.model_validate(BASE["model"] | {"kind": "gpt"})
+    base = ModelConfig.model_validate(tiny_config()["model"] | {"kind": "gpt"})
     for change, name in (
         ({}, "llama"),
         ({"d_model": 37}, "mistral"),

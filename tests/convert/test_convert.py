@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,9 @@ from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout
 from megabus.convert import shard_files
 from megabus.convert.changed import RowsMadeUnit, Untied
+from megabus.convert.checks import Checks
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
-from megabus.convert.tensor_file import TensorFileWriter
 from megabus.convert.verify import verify
 from megabus.errors import UserError
 from megabus.model.params import shard_rows
@@ -41,18 +43,6 @@ def source(request):
 
 def same(a, b):
     return a.view(torch.int32).equal(b.view(torch.int32))
-
-
-def test_a_written_file_is_safetensors(tmp_path):
-    """The streaming writer's files are what the format's own library reads and would write."""
-    tensors = {"a": torch.randn(3, 5), "b/c": torch.randn(7), "empty": torch.randn(0, 2)}
-    with TensorFileWriter(tmp_path / "x.safetensors", {k: tuple(v.shape) for k, v in tensors.items()}, "float32") as f:
-        f.write("b/c", tensors["b/c"][4:], start=4)  # in any order, in parts
-        f.write("a", tensors["a"])
-        f.write("b/c", tensors["b/c"][:4])
-    loaded = load_file(tmp_path / "x.safetensors")
-    assert loaded.keys() == tensors.keys()
-    assert all(same(loaded[key], tensors[key]) for key in tensors)
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 3, 1), (2, 1, 3), (1, 2, 5)], ids=str)
@@ -205,10 +195,18 @@ def test_errors_leave_nothing(source, tmp_path):
             convert(source, options["out"], "checkpoint", options["layout"])
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     with OpenFiles() as files:
-        with pytest.raises(UserError, match=r"source = .*is no directory"):
+        with pytest.raises(UserError, match=r"source = .*does not exist"):
             open_source(tmp_path / "nowhere", files)
         with pytest.raises(UserError, match=r"checkpoint = .*holds none"):
             open_source(tmp_path / "there", files)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            folder = tmp_path / name
+            folder.mkdir()
+            (folder / name).write_text("{}")
+            told = "holds an adapter and no whole model; merge it into its model first"
+            for call in (partial(open_source, folder, files), partial(megabus.load, folder)):
+                with pytest.raises(UserError, match=told):
+                    call()
 
 
 def test_a_full_disk_leaves_nothing(source, tmp_path):
@@ -255,6 +253,35 @@ def test_a_changed_shard_file_is_told(source, tmp_path):
         path.write_bytes(good)
 
 
+def unnamed(path):
+    """One tensor has another name, so that reading it fails before its file has been hashed."""
+    path.write_bytes(re.sub(rb'("weight/[^"]*).":{', rb'\1?":{', path.read_bytes(), count=1))
+
+
+def flipped(path):
+    good = path.read_bytes()
+    path.write_bytes(good[:-5] + bytes([good[-5] ^ 1]) + good[-4:])
+
+
+@pytest.mark.parametrize("damage", [flipped, unnamed])
+@pytest.mark.parametrize("form", ["checkpoint", "shards"])
+def test_damage_that_is_found_while_its_file_is_converted(source, tmp_path, form, damage):
+    convert(source, tmp_path / "a", form, (2, 1, 1))
+    victim = min((tmp_path / "a").rglob("*.safetensors"))
+    damage(victim)
+    said = f"{victim.name}: is damaged \\(its SHA-256"
+    checks = Checks()
+    with OpenFiles() as files:
+        given = open_source(tmp_path / "a", files, checks=checks)
+        with pytest.raises(UserError, match=said):
+            convert(given, tmp_path / "out", "shards", checks=checks)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(UserError, match=said):
+        checks.wait()
+    with pytest.raises(UserError, match=said), OpenFiles() as files:  # as without them
+        open_source(tmp_path / "a", files)
+
+
 def test_options_of_other_forms_are_refused(tmp_path):
     ended = run_command("convert", tmp_path, tmp_path / "b", "--to", "hf", "--tp", "2")
     assert (ended.returncode, ended.stderr) == (2, "error: --tp = 2: says nothing to --to hf; leave it out\n")
@@ -279,8 +306,8 @@ def test_the_command(tmp_path):
     command = ["convert", tmp_path / "a", tmp_path / "b", "--to", "shards", "--tp", "2"]
     ended = run_command(*command, "--verify")
     assert ended.returncode == 0, ended.stderr
-    assert "GB/s" in ended.stdout
-    assert "equal bit for bit" in ended.stdout
+    assert re.match(r".*b: 401 kB in \S+ s, \S+ [kM]B/s\n", ended.stdout)
+    assert "verified: 401 kB equal bit for bit, " in ended.stdout
     again = run_command(*command)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert again.stderr.startswith(f"error: out = {tmp_path / 'b'}: exists")

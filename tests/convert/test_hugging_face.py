@@ -17,7 +17,8 @@ from support.sources import MemorySource, model_config
 import megabus
 from megabus.convert.convert import convert, open_source
 from megabus.convert.hf_rest import copy_rest
-from megabus.convert.hugging_face import model_of
+from megabus.convert.hugging_face import context_of, model_of
+from megabus.convert.load import longest_context
 from megabus.convert.source import OpenFiles
 from megabus.convert.verify import verify
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
@@ -93,7 +94,7 @@ def llama(tmp_path, **changes):
     """A stock model of random weights, as its owners save it."""
     sizes = {"vocab_size": 67, "hidden_size": 48, "intermediate_size": 62, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "initializer_range": 0.08}
-    config = transformers.LlamaConfig(**sizes, **heads, **changes)
+    config = transformers.LlamaConfig(**sizes | heads | changes)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "llama", max_shard_size="100KB")
@@ -230,6 +231,7 @@ def test_an_edited_export_without_our_section_is_read_as_transformers_reads_it(t
 
 
 PARTS = [("ngpt", {}), ("gpt", {"rope_scaling": YARN, "qk_norm": True}), ("gpt", {"nope_interval": 2, "d_model": 37})]
+PARTS += [("gpt", {"nope_interval": 7})]  # of which three layers show nothing yet
 
 
 @pytest.mark.parametrize(("kind", "parts"), PARTS)
@@ -278,13 +280,70 @@ def test_what_lies_beside_the_weights(tmp_path):
     assert (bare.bos_token_id, bare.eos_token_id, bare.max_position_embeddings) == (None, None, 2048)
 
 
+def test_the_longest_context_is_what_was_trained_where_that_is_more(tmp_path, capsys):
+    """Not what a --like directory says; and what of the two counts is what a run or a generation is warned by."""
+    llama(tmp_path, max_position_embeddings=128)
+    for trained, written, told in (
+        (None, 128, ""),
+        (64, 128, ""),
+        (256, 256, "is 256, the longest sequence of the run"),
+    ):
+        source = MemorySource(model_config("gpt"))
+        if trained is not None:
+            source.state.config = {"train": {"seq_len": trained}, "growth": {"stages": []}}
+        convert(source, tmp_path / f"out-{trained}", "hf", like=tmp_path / "llama")
+        assert json.loads((tmp_path / f"out-{trained}/config.json").read_text())["max_position_embeddings"] == written
+        err = capsys.readouterr().err
+        assert told in err
+        assert err.count("max_position_embeddings") == bool(told)
+        assert context_of(tmp_path / f"out-{trained}", source.state) == longest_context(tmp_path / f"out-{trained}")
+        assert context_of(tmp_path / "a run", source.state) == trained
+    assert longest_context(tmp_path / "llama") == 128
+
+
+def test_a_directory_without_weights_says_what_it_lacks(tmp_path):
+    llama(tmp_path)
+    folder = tmp_path / "llama"
+    for path in folder.glob("model*"):
+        path.unlink()
+
+    def told():
+        with OpenFiles() as files, pytest.raises(UserError) as caught:
+            open_source(folder, files)
+        return str(caught.value)
+
+    lacks = (
+        "holds a config.json and neither model.safetensors nor model.safetensors.index.json; give the whole directory"
+    )
+    assert told().startswith(f"weights = {folder}: {lacks}")
+    (folder / "adapter_model.safetensors").write_text("")
+    assert told().startswith(f"weights = {folder}: are an adapter and no whole model; merge it into its model first")
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"rope_theta": "10000", "rope_parameters": None}, "write a number, without quotation marks"),
+        ({"hidden_size": "48"}, "write a whole number, without quotation marks"),
+        ({"tie_word_embeddings": "false"}, "write true or false, without quotation marks"),
+        ({"hidden_size": -1}, "restore it from another copy"),
+    ],
+)
+def test_a_value_of_another_type_is_told_how_to_write(tmp_path, change, remedy):
+    config = transformers.LlamaConfig(vocab_size=67, hidden_size=48, num_attention_heads=4).to_dict() | change
+    with pytest.raises(UserError) as caught:
+        model_of(config, tmp_path, *PLENTY)
+    assert str(caught.value).endswith(f"; {remedy}")
+    assert next(iter(change)) in str(caught.value)
+
+
 LINKED = ["config.json", "model.safetensors.index.json", "model-00001-of-*.safetensors", "tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("name", [*LINKED, "tokenizer.model"])
 def test_links_lead_to_the_directory_or_to_the_hubs_blobs(tmp_path, name):
     """Anything else a stranger's directory could have read, and copied into what is then published."""
-    llama(tmp_path)
+    llama(tmp_path, vocab_size=267)
     model = tmp_path / "models--a--b"
     folder, blob = model / "snapshots/1234", model / "blobs/abcd"
     for path in (folder.parent, blob.parent):

@@ -9,6 +9,8 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from support import checkpoints
+from support.command import run_command
 from support.small_runs import run_config, write_corpus
 from support.sources import MemorySource, model_config
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -22,6 +24,7 @@ from megabus.convert.source import OpenFiles
 from megabus.data.sources import open_sources
 from megabus.data.tokenizer import Tokenizer, read_tokenizer_files, tiktoken, train_tokenizer
 from megabus.data.tokenizer.byte_bpe import byte_letters, byte_pieces
+from megabus.data.tokenizer.extend import extend_tokenizer
 from megabus.data.tokenizer.odd_text import BASES, differences, odd_lines
 from megabus.errors import UserError
 
@@ -111,14 +114,83 @@ def test_a_tokenizer_goes_with_the_weights_everywhere(tmp_path, make, capsys):
         assert theirs.apply_chat_template([{"content": "x"}], tokenize=False) == "<bos>x"
 
 
-def test_a_tokenizer_that_cannot_be_read_stays_behind_and_is_told(tmp_path):
-    source = MemorySource(model_config("gpt"))
+def test_a_tokenizer_that_cannot_be_read_is_refused_or_left_behind(tmp_path):
+    source = MemorySource(model_config("gpt", vocab_size=PADDED))
     convert(source, tmp_path / "hf", "hf")
     (tmp_path / "hf/tokenizer.json").write_text('{"config": {}, "vocab": []}')
     with OpenFiles() as files:
         found = open_source(tmp_path / "hf", files)
         assert found.tokenizer is None
         assert found.without_tokenizer.startswith("is a tekken file of mistral-common, which is not read; give")
+    words = ["convert", tmp_path / "hf", tmp_path / "run", "--to", "checkpoint"]
+    code, _, told = run_command(*words)
+    assert (code, told.count("\n")) == (2, 1)
+    assert told.startswith(
+        f"error: tokenizer = {tmp_path / 'hf'}: is a tekken file of mistral-common, which is not read"
+    )
+    assert told.endswith("; or leave it behind: --without-tokenizer\n")
+    assert not (tmp_path / "run").exists()
+    assert run_command(*words, "--without-tokenizer").returncode == 0
+    train_tokenizer(TEXT, N, tmp_path / "hf/tokenizer", "bpe")  # control: one that can be read comes along
+    (tmp_path / "hf/tokenizer.json").unlink()
+    for name, option in (("with", []), ("without", ["--without-tokenizer"])):
+        done = run_command(*words[:2], tmp_path / name, *words[3:], *option)
+        assert done.returncode == 0
+        assert ("left behind: tokenizer.model" in done.stdout) == (name == "without")
+        assert (saved_tokenizer(checkpoint_at(tmp_path / name)) is None) == (name == "without")
+
+
+def test_damaged_tokenizers_of_all_forms_can_be_left_behind(tmp_path):
+    """Of a checkpoint and of shard files the manifest has the bytes, and no tokenizer is in them."""
+    source = MemorySource(model_config("gpt", vocab_size=PADDED))
+    source.tokenizer = hugging_face(tmp_path)
+    for form in ("checkpoint", "shards"):
+        convert(source, tmp_path / form, form)
+        folder = checkpoint_at(tmp_path / form) if form == "checkpoint" else tmp_path / form
+        (folder / "tokenizer.json").write_text("{}")
+        checkpoints.attest(folder)
+        with OpenFiles() as files:
+            with pytest.raises(UserError, match=r"tokenizer.json: is damaged"):
+                open_source(tmp_path / form, files)
+            found = open_source(tmp_path / form, files, with_tokenizer=False)
+            assert found.tokenizer is None
+            convert(found, tmp_path / f"{form} in", "hf")
+
+
+def test_an_extended_tokenizer_goes_out_beside_what_the_original_has(tmp_path, capsys):
+    """--like names the model as it was before its vocabulary grew; also where a padded row took the new piece."""
+    source = MemorySource(model_config("gpt", vocab_size=PADDED))
+    source.tokenizer = hugging_face(tmp_path)
+    extend_tokenizer(source.tokenizer, [" Straße"], ["<|user|>"], tmp_path / "new")
+    convert(source, tmp_path / "like", "hf")
+    config = json.loads((tmp_path / "like/config.json").read_text())
+    own = {"eos_token_id": [config["eos_token_id"], 7], "max_position_embeddings": 777}
+    (tmp_path / "like/config.json").write_text(json.dumps(config | own))
+    (tmp_path / "like/generation_config.json").write_text('{"top_k": 3}')
+    for size in (PADDED, PADDED + 2):
+        larger = MemorySource(model_config("gpt", vocab_size=size))
+        larger.tokenizer = tmp_path / "new"
+        convert(larger, tmp_path / f"{size}", "hf", like=tmp_path / "like")
+        said = json.loads((tmp_path / f"{size}/config.json").read_text())
+        assert {key: said[key] for key in own} == own
+        assert (said["vocab_size"], said["bos_token_id"]) == (size, config["bos_token_id"])
+        assert (tmp_path / f"{size}/generation_config.json").read_text() == '{"top_k": 3}'
+        assert Tokenizer(tmp_path / f"{size}").sha256 == Tokenizer(tmp_path / "new").sha256
+        theirs, lines = (
+            transformers.AutoTokenizer.from_pretrained(tmp_path / f"{size}"),
+            [*odd_lines(), " Straße<|user|>"],
+        )
+        assert theirs(lines, add_special_tokens=False)["input_ids"] == Tokenizer(tmp_path / "new").encode_batch(lines)
+    assert capsys.readouterr().err == ""
+    larger.tokenizer = train_tokenizer(TEXT, N, tmp_path / "other", "byte-bpe")
+    with pytest.raises(
+        UserError, match=r"the model 706; give .*, or leave --like out, and the tokenizer of the weights"
+    ):
+        convert(larger, tmp_path / "no", "hf", like=tmp_path / "like")
+    larger.tokenizer = tmp_path / "new"
+    (tmp_path / "like/generation_config.json").write_text('{"eos_token_id": 5000}')
+    with pytest.raises(UserError, match=r"generation_config.json: has eos_token_id = 5000, and the model ids below"):
+        convert(larger, tmp_path / "no", "hf", like=tmp_path / "like")
 
 
 def exported_config(folder, **settings):
@@ -160,6 +232,10 @@ def test_ids_that_transformers_makes_by_its_class_are_told(tmp_path, capsys, kin
     assert said.startswith(f"warning: {who} for {len(found)} of {len(lines)} odd texts, such as ")
     assert said.count("\n") == 1
     assert f". It follows its class {told}: read the tokenizer with PreTrainedTokenizerFast." in said
+    if changes:  # and before anything is trained, by whoever asks for a comparison
+        done = run_command("convert", tmp_path / "out", tmp_path / "run", "--to", "checkpoint", "--verify")
+        assert done.returncode == 0
+        assert done.stderr.startswith(said.replace("the export's", "the model's"))
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     assert theirs(lines, add_special_tokens=False)["input_ids"] == Tokenizer(source.tokenizer).encode_batch(lines)
 
@@ -231,6 +307,41 @@ def test_sentence_piece_gives_the_same_ids_of_odd_text(tmp_path, name, capsys):
     for base in BASES:
         ids = ours.encode(base)
         assert theirs.decode(ids) == ours.decode(ids)
+
+
+def test_what_a_sentence_piece_models_files_say_of_a_text_goes_along(tmp_path, capsys):
+    """What stands around a text, and which piece ends one, by tokenizer_config.json; which need not say all."""
+    path = trained(tmp_path, user_defined_symbols=["<|im_end|>"])
+    (tmp_path / "in").mkdir()
+    path.rename(tmp_path / "in/tokenizer.model")
+    for number, (settings, prefix, suffix, eos) in enumerate(
+        (
+            ({"chat_template": "x"}, [], [], "</s>"),
+            ({"add_bos_token": True, "add_eos_token": False, "eos_token": None}, ["<s>"], [], "</s>"),
+            (
+                {"add_bos_token": True, "add_eos_token": True, "eos_token": "<|im_end|>"},
+                ["<s>"],
+                ["<|im_end|>"],
+                "<|im_end|>",
+            ),
+        )
+    ):
+        (tmp_path / "in/tokenizer_config.json").write_text(json.dumps(settings))
+        ours, out = Tokenizer(tmp_path / "in"), tmp_path / f"out-{number}"
+        around = [[ours.id_of(token) for token in tokens] for tokens in (prefix, suffix)]
+        assert [ours.prefix, ours.suffix, ours.eos] == [*around, ours.id_of(eos)]
+        origin = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
+        out.mkdir()
+        assert write_tokenizer(tmp_path / "in", out)["eos_token_id"] == ours.eos
+        theirs, exported = transformers.AutoTokenizer.from_pretrained(out), Tokenizer(out)
+        wanted = [*ours.prefix, *ours.encode("the other"), *ours.suffix]
+        assert theirs("the other")["input_ids"] == wanted
+        assert theirs("the other", "the other")["input_ids"] == wanted * 2
+        assert (origin("a")["input_ids"][0] == ours.bos) == bool(prefix)
+        assert (origin("a")["input_ids"][-1] == ours.eos) == bool(suffix)
+        assert (theirs.bos_token, theirs.eos_token) == ("<s>", eos)
+        assert (exported.prefix, exported.suffix, exported.eos) == (ours.prefix, ours.suffix, ours.eos)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_tokenizer_that_no_export_can_say_is_refused_before_training(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -15,12 +16,16 @@ from support import checkpoints as ck
 from support.small_models import model_of
 from support.sources import MemorySource, model_config
 
+from megabus import counter
+from megabus.convert import vocabulary
 from megabus.convert.begin import begin, extended, origin_of, read_description
 from megabus.convert.convert import convert
+from megabus.convert.load import tokenizer_of_model
 from megabus.convert.source import whole
 from megabus.convert.vocabulary import LargerVocabulary
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.data.tokenizer.extend import extend_tokenizer
+from megabus.data.tokenizer.learn import Lesson
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
 from megabus.model.params import spec_of
@@ -122,6 +127,42 @@ def test_any_interval_has_the_bits_of_the_whole(kind, changes):
             assert torch.cat(parts).equal(flat)
 
 
+def one_by_one(source, name):
+    """The new rows of a parameter, each by itself from the old ones that it is made of; fp32 by number."""
+    spec, inner = source.specs[name], source.inner.weights()
+    matrix = inner[name if spec.is_matrix else source.head.name].double()  # a gain is made of what its head is
+    if source.gain is not None and not spec.lookup:
+        matrix = matrix * inner[source.gain.name].double()[:, None]
+    rows = {}
+    for row in CHANGED:
+        ids = SPELLED.get(row, range(N_IDS))
+        mean = counter.row_sum(matrix[[*ids]].T)[:, 0] / len(ids)
+        length = counter.row_sum(mean * mean)[0].sqrt()
+        rows[row] = (length if not spec.is_matrix else mean / length if spec.unit else mean).float()
+    return rows
+
+
+@pytest.mark.parametrize("together", [1, 3, 1000])  # of new pieces' rows, and of old ones that are read at once
+@pytest.mark.parametrize(("kind", "changes"), MODELS, ids=IDS)
+def test_rows_made_together_have_the_bits_of_each_by_itself(monkeypatch, kind, changes, together):
+    """The gain alone too, as a rank has it that holds nothing of the head. The control: a piece that
+    counts once and not twice."""
+    inner, _ = larger(kind, changes)
+    monkeypatch.setattr(vocabulary, "BLOCK", together * inner.state.model.d_model)
+    monkeypatch.setattr(vocabulary, "JOINED", together * inner.state.model.d_model)
+    beats = []
+    for order in (1, -1):
+        source = larger(kind, changes)[1]
+        source.heartbeat = partial(beats.append, 1)
+        for name in [name for name, spec in source.specs.items() if spec.rows == "vocab"][::order]:
+            rows = whole(source, name)
+            assert all(rows[row].equal(values) for row, values in one_by_one(source, name).items())
+    assert len(beats) >= (12 if together == 1 else 2)
+    rows = whole(source, name)
+    monkeypatch.setitem(SPELLED, 65, [5, 9, 63])
+    assert not rows[65].equal(one_by_one(source, name)[65])
+
+
 # ---- of weights with a tokenizer, into engines
 
 
@@ -138,10 +179,10 @@ CASES = [  # a model, the layout that it begins in, and where its weights lie
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """The file of one of 265 pieces, and a directory with three more."""
+    """The file of one of 265 pieces, and a directory with three more, of which one is learnt."""
     folder = tmp_path_factory.mktemp("tokenizers")
     old = train_tokenizer([WORDS * 9], 265, folder / "old")
-    extend_tokenizer(old, [" Straße", "jams"], ["<|user|>"], folder / "new")
+    extend_tokenizer(old, [" Straße"], ["<|user|>"], folder / "new", lesson=Lesson(1, ["zzz zzz"], "text"))
     return old, folder / "new"
 
 
@@ -166,7 +207,7 @@ def begin_each(cases):
 
 def test_every_layout_begins_with_the_bits_of_one_process(tmp_path, tokenizers):
     old, new = tokenizers
-    spelled = {265 + n: Tokenizer(old).encode(text) for n, text in enumerate((" Straße", "jams", "<|user|>"))}
+    spelled = {265 + n: Tokenizer(old).encode(text) for n, text in enumerate((" Straße", "<|user|>", "zz"))}
     wanted = {}
     for name, model in zip(IDS, MODELS, strict=True):
         alone = LargerVocabulary(made(tmp_path / name, old, *model), 271, spelled, 265, new)
@@ -188,8 +229,6 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
     old, new = tokenizers
     source = MemorySource(model_config("ngpt", vocab_size=266))
     convert(source, tmp_path / "bare", "hf")
-    source.tokenizer = new
-    convert(source, tmp_path / "less", "checkpoint")
     made(tmp_path, old, "ngpt", {})
 
     def problem(path, tokenizer, vocab_size=271):
@@ -198,7 +237,6 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
         return str(caught.value)
 
     assert "has no tokenizer that could spell new pieces; begin" in problem("bare", Tokenizer(new))
-    assert "has 268 pieces, the model 266; give the one that made" in problem("less", Tokenizer(new))
     assert "has no piece that the tokenizer of" in problem("hf", Tokenizer(old), 266)
     other = Tokenizer(train_tokenizer(["another text of other words, " * 9], 268, tmp_path / "other"))
     assert re.search(r"data.tokenizer = .*other.json: .* of .*hf (has the id|is no piece)", problem("hf", other))
@@ -209,6 +247,50 @@ def test_what_cannot_be_extended_is_refused(tmp_path, tokenizers):
         told = problem("hf", Tokenizer(tmp_path / f"{number}.json"))
         assert re.search(r"\d.json: spells '.{1,9}' as \[.*\], and the tokenizer of the weights as \[.*\]; ", told)
     assert extended(read_description(tmp_path / "hf"), Tokenizer(old), 271).spelled == {}  # a padded vocabulary
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_pieces_of_its_own_tokenizer_that_had_no_rows_get_some(tmp_path, tokenizers, kind):
+    """An embedding that was never resized: no conversion takes the tokenizer along in silence, and what the refusal
+    names works."""
+    old, own = tokenizers
+    source = made(tmp_path, old, kind, {})
+    (tmp_path / "hf/tokenizer.json").unlink()
+    source.tokenizer = own
+    for form in ("checkpoint", "shards", "hf"):
+        told = r"has 268 pieces, the model 266; give .* in a run with extend_vocabulary; or leave it: --without-tok"
+        with pytest.raises(UserError, match=told):
+            convert(source, tmp_path / "new" / form, form)
+        assert not (tmp_path / "new" / form).exists()
+    for path in own.iterdir():
+        (tmp_path / "hf" / path.name).write_bytes(path.read_bytes())
+    for given in (None, str(own)):
+        with pytest.raises(UserError, match=r"has 268 pieces, the model 266; give .* rows for them"):
+            tokenizer_of_model(tmp_path / "hf", given, 266)
+    larger = extended(read_description(tmp_path / "hf"), Tokenizer(own), 268)
+    assert larger.made == "2 pieces of its own tokenizer that had no row; 268 rows instead of 266"
+    alike = LargerVocabulary(source, 268, {}, 266, own)  # as rows that only fill up are made
+    for name, spec in larger.specs.items():
+        assert whole(larger, name)[:266].equal(whole(source, name)[:266]), name
+        assert whole(larger, name).equal(whole(alike, name)), name
+        assert spec.rows != "vocab" or whole(larger, name).isfinite().all()
+    more = LargerVocabulary(source, 270, {268: [267], 269: [3, 267]}, 268, own)
+    assert more.spelled == {269: [3]}  # nothing is made of what has no row
+    assert more.made == "2 new pieces, 2 pieces of its own tokenizer that had no row; 270 rows instead of 266"
+    convert(larger, tmp_path / "run2", "checkpoint")
+    assert tokenizer_of_model(tmp_path / "run2", None, 268).vocab_size == 268
+
+
+def test_what_became_of_the_vocabulary_is_said():
+    source = MemorySource(model_config("gpt", vocab_size=OLD))
+    source.folder = None
+    for spelled, rows, said in (
+        ({64: [1], 65: [1], 66: [2]}, 67, "3 new pieces, in rows that were padding"),
+        ({64: [1]}, 67, "1 new piece, in rows that were padding"),
+        ({66: [1], 67: [1]}, 70, "2 new pieces, 1 of them in rows that were padding; 70 rows instead of 67"),
+        ({67: [1]}, 68, "1 new piece; 68 rows instead of 67"),
+    ):
+        assert LargerVocabulary(source, rows, spelled, N_IDS, None).made == said
 
 
 def begin_where_rank_1_has_nothing(folders):

@@ -13,7 +13,7 @@ import torch
 from megabus.data.batches import TokenSource
 from megabus.data.indexed import IndexedTokens, IndexedWriter, dtype_for_vocab, meta_path
 from megabus.data.order import BLEND_PERIOD, Blend, ChunkOrder, align_up, nth_visited, permute
-from megabus.data.sources import Sources
+from megabus.data.sources import Sources, bits_per_byte
 from megabus.data.tokenizer import MODEL_TYPES, Tokenizer, train_tokenizer
 from megabus.errors import UserError
 
@@ -238,10 +238,16 @@ def test_blend_spreads_its_corpora():
     assert first != [other.locate(i)[0] for i in range(BLEND_PERIOD)]
 
 
-@pytest.mark.parametrize("weights", [[1, 0], [1, -1], [1, float("nan")], [1, 1e-6]])
+@pytest.mark.parametrize("weights", [[1, -1], [1, float("nan")], [1, 1e-6]])
 def test_blend_refuses_weights(weights):
     with pytest.raises(UserError, match="data weight 1"):
         Blend(weights, seed=0)
+
+
+def test_a_weight_of_0_gives_nothing_and_not_all_may_be_0():
+    assert {Blend([0, 1, 0], seed=3).locate(number)[0] for number in range(BLEND_PERIOD)} == {1}
+    with pytest.raises(UserError, match="sum to nothing"):
+        Blend([0, 0], seed=0)
 
 
 def test_only_the_ratio_of_weights_counts():
@@ -430,12 +436,12 @@ def test_bits_per_byte_are_of_the_whole_validation_text(tmp_path):
         source = TokenSource([(valid, 1.0)], 16, 0, 5000)
         return Sources(source, source, 16)
 
-    assert sources().bits_per_byte(2 * math.log(2)) is None
+    assert bits_per_byte(sources().valid, 2 * math.log(2)) is None
     meta = {"vocab_size": 5000, "n_tokens": 64}
     meta_path(valid).write_text(json.dumps(meta))
-    assert sources().bits_per_byte(2 * math.log(2)) is None  # made before bytes were counted
+    assert bits_per_byte(sources().valid, 2 * math.log(2)) is None  # made before bytes were counted
     meta_path(valid).write_text(json.dumps(meta | {"n_bytes": 256}))
-    assert sources().bits_per_byte(2 * math.log(2)) == pytest.approx(0.5, rel=1e-12)
+    assert bits_per_byte(sources().valid, 2 * math.log(2)) == pytest.approx(0.5, rel=1e-12)
     meta_path(valid).write_text(json.dumps(meta | {"n_bytes": 0}))
     with pytest.raises(UserError, match="speaks of 0 bytes of text"):
         sources()

@@ -212,6 +212,15 @@ def test_the_command_shows_what_it_adds_and_refuses_what_is_there(tmp_path, old)
     assert "is no UTF-8; give it" in refused(other, "--add", "\udcff")
     assert "is a piece of" in refused(other, "--add", "a")
     assert "--add-file = " in refused(other, "--add-file", tmp_path / "none")
+    (tmp_path / "none").write_text("\n")
+    assert f"--add-file = {tmp_path / 'none'}: holds no token" in refused(other, "--add-file", tmp_path / "none")
+    for lines, words, told in (
+        ("x y\nx z\nx y\n", [], "--add-file = x y: is given twice"),
+        ("x y\n", ["--add", "x y"], "--add-file = x y: is given twice"),
+        ("a\n", ["--add", "x y"], "--add-file = a: is a piece of"),
+    ):
+        (tmp_path / "some").write_text(lines)
+        assert told in refused(other, "--add-file", tmp_path / "some", *words)
     if old.suffix == ".model":
         assert "--special = <|x|>: would never be found in text" in refused(other, "--special", "<|x|>")
     else:

@@ -122,6 +122,15 @@ def test_a_pair_that_cannot_be_read_is_named(prefix, monkeypatch, call, file):
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_named_and_not_waited_for(prefix, make, ending):
+    Path(f"{prefix}{ending}").unlink()
+    make(f"{prefix}{ending}")
+    with pytest.raises(UserError, match=rf"^data = .*\{ending}: is no regular file; check the prefix"):
+        IndexedTokens(prefix)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
 def test_the_name_of_one_of_the_files_is_no_prefix(prefix, ending):
     with pytest.raises(UserError) as caught:
         IndexedTokens(f"{prefix}{ending}")

@@ -29,7 +29,7 @@ DOCUMENTS = ["First line.\n\n  Second, indented.", "Ünïcode 漢字 🙂\nend",
 
 
 def run(model, output, *arguments):
-    options = ["--tokenizer", str(model), "--output", str(output), "--workers", "1"]
+    options = ["--tokenizer", str(model), "--out", str(output), "--workers", "1"]
     return main(["preprocess", *map(str, arguments), *options])
 
 
@@ -148,11 +148,11 @@ def llama_like(tmp_path_factory):
 
 
 MARKS = [
-    ((), [260], [261], ", each after <s> (260) and before </s> (261)"),
-    (("--no-append-eod",), [260], [], ", each after <s> (260)"),
-    (("--bos", "none"), [], [261], ", each before </s> (261)"),
+    ((), [260], [261], ", each preceded by <s> (260) and followed by </s> (261)"),
+    (("--no-append-eod",), [260], [], ", each preceded by <s> (260)"),
+    (("--bos", "none"), [], [261], ", each followed by </s> (261)"),
     (("--bos", "none", "--eos", "none"), [], [], ""),
-    (("--bos", "</s>", "--eos", "0"), [261], [0], ", each after </s> (261) and before <|endoftext|> (0)"),
+    (("--bos", "</s>", "--eos", "0"), [261], [0], ", each preceded by </s> (261) and followed by <|endoftext|> (0)"),
 ]
 
 
@@ -200,7 +200,7 @@ def test_while_a_library_is_silent_the_time_is_told(capsys, monkeypatch):
 def test_a_byte_level_bpe_is_trained_by_default(tmp_path, capsys):
     texts = [f"document {i}: {SENTENCE}" for i in range(30)]
     (tmp_path / "in.txt").write_text("\n\n\n".join(texts))
-    command = ["preprocess", str(tmp_path / "in.txt"), "--train-tokenizer", "300", "--output", str(tmp_path / "c")]
+    command = ["preprocess", str(tmp_path / "in.txt"), "--train-tokenizer", "300", "--out", str(tmp_path / "c")]
     assert main([*command, "--workers", "1"]) == 0
     tokenizer, corpus = Tokenizer(tmp_path / "c-tokenizer.json"), IndexedTokens(tmp_path / "c")
     assert (tokenizer.kind, tokenizer.vocab_size) == ("tokenizers", 300)
@@ -231,7 +231,7 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
     command = [sys.executable, str(ROOT / "tools/preprocess.py"), "in.txt", "--train-tokenizer", "300"]
     command += ["--model-type", "bpe", "--tokenizer-sample-mb", "0.1", "--valid-fraction", "0.1"]
     for workers in ("1", "2"):
-        output = ["--output", f"with{workers}/c", "--workers", workers]
+        output = ["--out", f"with{workers}/c", "--workers", workers]
         done = subprocess.run([*command, *output], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("2800 documents, ")
@@ -260,7 +260,7 @@ ERRORS = {
     "fraction": (["in.txt", "--valid-fraction", "1.5"], "--valid-fraction = 1.5"),
     "unknown dataset": (["--dataset", "no-one/nothing"], "no-one/nothing"),
     "unknown split": (["--dataset", "folder", "--split", "test"], "test"),
-    "unwritable output": (["in.txt", "--output", "in.txt/c"], "in.txt/c"),
+    "unwritable output": (["in.txt", "--out", "in.txt/c"], "in.txt/c"),
     "no tokenizer": (["in.txt", "--tokenizer", "nothing.model"], "nothing.model"),
 }
 
@@ -286,7 +286,7 @@ def inputs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_are_one_line_and_change_nothing(model, capsys, name):
     arguments, message = ERRORS[name]
-    options = ["--tokenizer", str(model), "--output", "out/c", "--workers", "1"]
+    options = ["--tokenizer", str(model), "--out", "out/c", "--workers", "1"]
     assert main(["preprocess", "in.txt", *options]) == 0  # control, and a good corpus that must survive
     before = contents(Path("out"))
     capsys.readouterr()
@@ -312,5 +312,5 @@ def test_demo_text_is_idempotent(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("done")
     monkeypatch.setattr(demo_text, "TEXT_SHA256", demo_text.sha256(b"done"))
     monkeypatch.setattr(demo_text, "download", lambda *_: pytest.fail("downloaded again"))
-    assert demo_text.main(["--output", str(tmp_path / "text.txt")]) == 0
+    assert demo_text.main(["--out", str(tmp_path / "text.txt")]) == 0
     assert "is there already" in capsys.readouterr().out

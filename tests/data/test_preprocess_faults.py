@@ -1,6 +1,9 @@
 """`megabus preprocess` when something other than its input is at fault: the line blames that, and nothing is lost."""
 
+import contextlib
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import sentencepiece
 from support.command import run_command
 from support.forked import wait_for
 from support.small_tokenizer import SENTENCE
 
+from megabus.cli.preprocess import parse_arguments
 from megabus.data import encoding, preprocess, staging
 from megabus.data.indexed import IndexedTokens
 from megabus.errors import UserError
@@ -33,7 +38,7 @@ def folder(tmp_path, monkeypatch):
 
 def run(model, *arguments, output="out/c", workers=1):
     tokenizer = ("--tokenizer", model) if model else ("--train-tokenizer", 300, "--model-type", "bpe")
-    return run_command("preprocess", *arguments, *tokenizer, "--output", output, "--workers", workers)
+    return run_command("preprocess", *arguments, *tokenizer, "--out", output, "--workers", workers)
 
 
 def refused(done):
@@ -76,7 +81,7 @@ def test_a_killed_worker_is_named(model, monkeypatch):
 def test_memory_that_cannot_be_shared_is_named(model):
     """A true one, in a mount namespace of its own."""
     script = 'mount -t tmpfs -o ro none /dev/shm && exec "$@"'
-    command = [sys.executable, "-m", "megabus", "preprocess", "new.txt", "--tokenizer", str(model), "--output", "out/c"]
+    command = [sys.executable, "-m", "megabus", "preprocess", "new.txt", "--tokenizer", str(model), "--out", "out/c"]
     enter = ["unshare", "--mount", "sh", "-c", script, "sh"]
     try:
         subprocess.run([*enter, "true"], check=True, capture_output=True)
@@ -130,9 +135,9 @@ def test_numbers_that_are_no_sizes_are_named(model):
 
 
 def test_an_output_that_cannot_be_written_is_named(model):
-    assert "output = old.txt/c: cannot be written" in refused(run(model, "new.txt", output="old.txt/c"))
+    assert "--out = old.txt/c: cannot be written" in refused(run(model, "new.txt", output="old.txt/c"))
     name = "x" * 250
-    assert f"output = out/{name}: cannot be written (" in refused(run(model, "new.txt", output=f"out/{name}"))
+    assert f"--out = out/{name}: cannot be written (" in refused(run(model, "new.txt", output=f"out/{name}"))
 
 
 # ---- whole or none ----------------------------------------------------------------------------------------
@@ -144,7 +149,7 @@ def test_a_target_that_is_a_folder_is_named_before_anything_is_read(target):
     Path("out", target).unlink()
     Path("out", target).mkdir()
     before = contents()
-    assert f"--output = out/{target}: is a folder" in refused(run(None, "nothing.txt", *SPLIT))
+    assert f"--out = out/{target}: is a folder" in refused(run(None, "nothing.txt", *SPLIT))
     assert contents() == before
 
 
@@ -164,7 +169,7 @@ def test_all_stay_as_they_were_if_one_cannot_be_moved(monkeypatch, target):
     done = run(None, "new.txt", *SPLIT)
     assert done.returncode == 2
     problem = f"cannot be written ([Errno 21] Is a directory: 'out/{target}')"
-    assert done.stderr.splitlines()[1:] == [f"error: output = out/c: {problem}; choose another prefix"]
+    assert done.stderr.splitlines()[1:] == [f"error: --out = out/c: {problem}; choose another prefix"]
     assert contents() == before | {target: None}
 
 
@@ -228,6 +233,25 @@ def test_what_another_prefix_has_left_and_cannot_be_swept_is_told_and_left(capfd
     assert texts() == NEW | {"b.bin": "whole", "b.idx": "mine"}
 
 
+def test_what_is_no_stage_of_ours_is_not_used_or_waited_for(capfd):
+    """A pipe for a lock, of this prefix or of another, and a link for its folder."""
+    for name in ("b", "c"):
+        Path(f"out/.{name}.preprocess").mkdir(parents=True)
+        os.mkfifo(f"out/.{name}.preprocess/{staging.LOCK}")
+    with pytest.raises(OSError, match="No such device or address"):
+        all_or_none(NEW)
+    assert "out/.b.preprocess, which cannot be swept up ([Errno 6] No such" in capfd.readouterr().err
+    Path(f"out/.c.preprocess/{staging.LOCK}").unlink()
+    Path("out/.c.preprocess").rename("elsewhere")
+    Path("out/.c.preprocess").symlink_to("../elsewhere")
+    with pytest.raises(FileExistsError):
+        all_or_none(NEW)
+    assert (texts(), list(Path("elsewhere").iterdir())) == ({}, [])
+    Path("out/.c.preprocess").unlink()
+    all_or_none(NEW)
+    assert texts() == NEW
+
+
 def mortal(n_renames):
     """`Path.rename` of a process that lives for so many calls of it."""
     rename, left = Path.rename, iter(range(n_renames))
@@ -273,7 +297,7 @@ def test_a_process_killed_at_any_rename_leaves_the_old_files_or_the_next_finishe
 def test_what_a_killed_preprocess_leaves_is_swept_by_the_next_and_its_workers_end(model):
     Path("long.txt").write_text(SENTENCE * 200_000)
     command = [sys.executable, "-m", "megabus", "preprocess", "long.txt", "--tokenizer", str(model)]
-    command += ["--output", "out/killed", "--workers", "2", "--split-documents", "line"]
+    command += ["--out", "out/killed", "--workers", "2", "--split-documents", "line"]
     started = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         deadline = time.monotonic() + 60
@@ -297,14 +321,67 @@ def test_what_a_killed_preprocess_leaves_is_swept_by_the_next_and_its_workers_en
 
 
 def test_progress_says_how_much_is_left(model, monkeypatch):
-    """Half of the files read in 60 s: 60 s are left."""
+    """Half of the files encoded in 60 s: 60 s are left. What is read, such as all of a small .gz, is not yet done."""
     monkeypatch.setattr(preprocess.Progress, "seconds", property(lambda self: 60.0))
 
-    class HalfRead:
-        share = 0.5
+    class Read:
+        share, n_bytes = 0.5, 120_000_000
 
-    progress = preprocess.Progress(HalfRead())
+    progress = preprocess.Progress(Read())
+    assert progress.line() == "0 MB of text, 0 tokens, 0.0 MB/s, 0 tokens/s"
     progress.add(120_000_000, 30_000_000)
-    assert progress.line() == "120 MB, 30000000 tokens, 2.0 MB/s, 500000 tokens/s, 50% read, 1:00 left"
-    HalfRead.share = 0.0  # a data set of the hub
-    assert progress.line() == "120 MB, 30000000 tokens, 2.0 MB/s, 500000 tokens/s"
+    told = "120 MB of text, 30000000 tokens, 2.0 MB/s, 500000 tokens/s"
+    for Read.share, Read.n_bytes in ((0.5, 120_000_000), (1.0, 240_000_000)):
+        assert progress.line() == f"{told}, 50% done, 1:00 left"
+    Read.share = 0.0  # a data set of the hub
+    assert progress.line() == told
+
+
+def test_read_text_is_counted(model):
+    """What is yielded, as UTF-8; anew with each iteration."""
+    Path("three.jsonl").write_text('{"text": "é"}\n{"text": " "}\n{"text": "\\ud800x"}\n')
+    texts = preprocess.Documents(parse_arguments(["three.jsonl", "--tokenizer", str(model), "--out", "x"]))
+    for _ in range(2):
+        assert [*texts] == ["é", "\ufffdx"]
+        assert (texts.n_bytes, texts.n_mended, texts.share) == (6, 1, 1.0)
+
+
+# ---- what is told ------------------------------------------------------------------------------------------
+
+
+def test_the_shares_are_told_and_a_share_unlike_the_one_asked_for_is_warned_of(model):
+    done = run(model, "new.txt", *SPLIT)
+    told = re.search(r"(\d+) tokens \(train (\d+), valid (\d+): (\S+)%\)", done.stdout)
+    total, train, valid = map(int, told.groups()[:3])
+    assert total == train + valid
+    assert float(told[4]) == round(100 * valid / total, 1)
+    args = parse_arguments(["new.txt", "--tokenizer", str(model), "--out", "x", "--valid-fraction", "0.05"])
+    for share, warned in ((0.05, 0), (0.03, 0), (0.09, 0), (0.02, 1), (0.11, 1), (0.73, 1)):
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            preprocess.warn_of_shares(args, [1, 1], share)
+        assert told.getvalue().count("(1 of 2 documents, which stay whole); make documents smaller") == warned
+
+
+def test_ctrl_c_is_told_in_a_line(model, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    assert run(model, "old.txt").returncode == 0
+    before = contents()
+    monkeypatch.setattr(preprocess, "encode_all", interrupted)
+    done = run(model, "new.txt")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped: nothing was written\n")
+    assert contents() == before
+
+
+def test_a_tokenizer_that_training_refuses_is_told(model):
+    words = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([SENTENCE] * 9), model_writer=words, model_type="word", vocab_size=12, minloglevel=2
+    )
+    Path("words.model").write_bytes(words.getvalue())
+    done = run("words.model", "new.txt")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: words.model is a SentencePiece model of words or characters, of which an")
+    assert "training refuses it as data.tokenizer, and takes its data without one\n" in done.stderr

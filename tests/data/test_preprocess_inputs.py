@@ -1,21 +1,27 @@
 """What `megabus preprocess` reads of what other people's data sets hold: names, folders, tables, damage."""
 
 import gzip
+import io
 import json
+import logging
 import os
+import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from support.command import run_command
 
 from megabus.data.documents import Meter, file_documents
-from megabus.data.indexed import IndexedTokens
+from megabus.data.hub import only_retries
+from megabus.data.indexed import IndexedTokens, read_meta
 from megabus.data.inputs import expand_inputs
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
 
+HTTP = sys.modules[HTTPError.__module__.partition(".")[0]]  # the library that the hub is asked by, whichever it is
 LATER = 10 << 20  # bytes after which `datasets` has settled what a column holds
 
 
@@ -29,7 +35,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def preprocess(model, *arguments):
-    return run_command("preprocess", *arguments, "--tokenizer", model, "--output", "out/c", "--workers", 1)
+    return run_command("preprocess", *arguments, "--tokenizer", model, "--out", "out/c", "--workers", 1)
 
 
 def read(model, *arguments):
@@ -80,6 +86,20 @@ def test_a_file_named_in_full_is_read_as_named(model, name):
     assert read(model, name) == (["mine"], "")
 
 
+def test_names_that_are_not_utf8_or_that_a_terminal_would_obey(model):
+    """They are read as any; what is told of them is printable, and what is written down is UTF-8."""
+    odd = os.fsdecode(b"\xff")
+    own = Path(f"{odd}\x1b]0;own\n.model")
+    own.write_bytes(model.read_bytes())
+    write(f"in/{odd}.txt", "mine")
+    write("in/b.\x1b[31m", "no")
+    texts, told = read(own, "in")
+    assert texts == ["mine"]
+    assert told == "warning: of in passed over: 1 of other endings (.\\x1b[31m 1)\n"
+    meta = read_meta("out/c")
+    assert meta["tokenizer"] == own.name.replace(odd, "\N{REPLACEMENT CHARACTER}")
+
+
 def test_strange_names_of_tables_and_folders(model):
     write("[1]*::x.jsonl", {"text": "a"})
     write("fold[er]?/b.jsonl", {"text": "b"})
@@ -95,6 +115,23 @@ def test_each_file_is_read_once_however_often_it_is_matched(model):
     )
     assert texts == ["b", "a"]
     assert "of in passed over: 2 matched before" in told  # b.txt and the link
+
+
+def test_endings_may_be_in_capitals(model):
+    write("in/A.TXT", "a")
+    write("in/b.JsonL", {"text": "b"})
+    Path("in/C.TXT.GZ").write_bytes(gzip.compress(b"c\n"))
+    assert read(model, "in") == (["a", "c", "b"], "")
+
+
+def test_a_name_that_is_too_long_with_its_endings(model):
+    write("a.txt", "a")
+    Path("out").mkdir()
+    done = run_command("preprocess", "a.txt", "--tokenizer", model, "--out", f"out/{'x' * 250}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --out = out/xxx")
+    assert "cannot be written ([Errno 36] File name too long" in done.stderr
+    assert not list(Path("out").iterdir())
 
 
 HIDDEN = [
@@ -180,7 +217,7 @@ def test_a_link_to_a_folder_is_followed_where_it_is_named(model):
 def test_a_folder_of_nothing_that_is_read_says_what_it_holds(model):
     write("in/a.csv", "a")
     assert "no readable file is there (passed over: 1 of other endings (.csv 1))" in refused(model, "in")
-    assert "input = : no readable file is there" in refused(model, "")
+    assert "input = '': names nothing" in refused(model, "")
     assert "input = in/a.csv: unknown kind of file" in refused(model, "in/a.csv")
 
 
@@ -228,6 +265,21 @@ def test_other_columns_may_hold_anything(model, case, where):
     assert read(model, *(["--dataset", "in"] if where == "dataset" else ["in"])) == (["first", "last"], "")
 
 
+@pytest.mark.parametrize("deep", ["[" * 20_000 + "]" * 20_000, '{"a": [' * 3000 + '"]}"' + "]}" * 3000])
+def test_other_columns_may_nest_as_deep_as_they_like(model, deep):
+    """Further than Python's parser goes; with strings that hold brackets and quotes, before and after the text."""
+    odd = json.dumps({"text": 'b]}"[{\\', "n": ["]", 1, {"x": '"['}]})
+    write("in/train.jsonl", f'{{"n": {deep}, "text": "a"}}', odd.replace("1,", f"{deep}, [{deep}, {deep}],"))
+    write(
+        "in/train.jsonl",
+        Path("in/train.jsonl").read_text().rstrip(),
+        f'{{"doc": {{"text": "c", "n": {deep}}}, "text": "c"}}',
+    )
+    for where in (["in"], ["--dataset", "in"]):
+        assert read(model, *where) == (["a", 'b]}"[{\\', "c"], "")
+        Path("out").rename(f"out of {len(where)}")
+
+
 def test_fifty_thousand_nulls_then_a_text(model):
     write("in.jsonl", *[{"meta": None, "text": "a"}] * 50_000, {"meta": "b", "text": "c"})
     assert preprocess(model, "in.jsonl").stdout.startswith("50001 documents, ")
@@ -257,6 +309,7 @@ def test_text_inside_of_other_columns(model):
         assert read(model, name, "--text-key", "a.b")[0] == ["x", "y"]
         Path("out").rename(f"out of {name}")
         assert "no text under 'doc.body', its" in refused(model, name, "--text-key", "doc.body")
+        assert refused(model, name).endswith("; set --text-key; what lies in another is named so: doc.text\n")
 
 
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "binary", "large_binary", "dictionary"])
@@ -278,6 +331,14 @@ def test_zstd(model):
     assert read(model, "twice.jsonl.zst")[0] == ["c", "c"]
 
 
+def test_marks_of_joined_files_are_passed_over(model):
+    """As `cat` joins them, and as members of one .gz."""
+    lines = [f'\ufeff{{"text": "{text}"}}\n'.encode() for text in "abc"]
+    Path("in.jsonl").write_bytes(b"".join(lines))
+    Path("in.jsonl.gz").write_bytes(b"".join(map(gzip.compress, lines)))
+    assert read(model, "in.jsonl")[0] == read(model, "in.jsonl.gz")[0] == ["a", "b", "c"]
+
+
 # ---- damage -----------------------------------------------------------------------------------------------
 
 WRONG = {
@@ -290,10 +351,12 @@ WRONG = {
     "no object": (["a"], "line 1 holds a list, not an object"),
     "only text": ("a", "line 1 is not JSON"),
     "half": ('{"text": "a', "line 1 is not JSON"),
-    "nested": ('{"text": ' + "[" * 100_000, "line 1 is nested too deeply"),
-    "nested beside the text": (
-        '{"text": "x", "n": ' + "[" * 20_000 + "]" * 20_000 + "}",
-        "line 1 is nested too deeply to be read, in the text or in what lies beside it; drop such columns",
+    "brackets": ('{"text": ' + "[" * 100_000, "line 1 is not JSON"),
+    "brackets of another kind": ('{"text": "a", "n": ' + "[" * 2000 + "]" * 1999 + "}", "line 1 is not JSON"),
+    "nested": ('{"text": ' + "[" * 20_000 + "]" * 20_000 + "}", "line 1 has a list under 'text', where text should be"),
+    "inside of another": (
+        {"doc": {"id": 1, "text": "a"}},
+        "line 1 has no text under 'text', its keys are doc; set --text-key; what lies in another is named so: doc.text",
     ),
     "latin": (b'{"text": "\xfc"}'.decode("latin-1"), "line 1 is not UTF-8 (invalid start byte: b'{"),
 }
@@ -361,6 +424,44 @@ def test_damaged_files_are_named(model, name, damage):
     assert f"input = {name}: cannot be read (" in refused(model, name)
 
 
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_packed_file_that_is_cut_anywhere_is_named(ending):
+    """Before its first byte too, which libraries take for an empty one; and none of it is made up."""
+    rows = b"".join(b'{"text": "%d"}\n' % i for i in range(100))
+    whole = gzip.compress(rows) if ending == "gz" else pyarrow.compress(rows, "zstd", asbytes=True)
+    path = Path(f"in.jsonl.{ending}")
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        read = []
+        if size == len(whole):
+            read += file_documents(path, "text", "file", Meter(0))
+            assert read == [str(i) for i in range(100)]
+            break
+        with pytest.raises(UserError, match=f"^input = {path}: cannot be read "):
+            read += file_documents(path, "text", "file", Meter(0))
+    path.write_bytes(whole + b"no frame")
+    with pytest.raises(UserError, match=f"^input = {path}: cannot be read "):
+        list(file_documents(path, "text", "file", Meter(0)))
+
+
+def test_a_line_tells_of_many_keys_and_columns_only_some(model):
+    row = {f"k{i}": "x" for i in range(5000)}
+    write("in.jsonl", row)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), "in.parquet")
+    for name in ("in.jsonl", "in.parquet"):
+        told = refused(model, name)
+        assert "k18, k19, ...; set --text-key" in told
+        assert len(told) < 400
+    write("in.jsonl", {"k" * 100_000: "x"})
+    assert len(refused(model, "in.jsonl")) < 2500
+
+
+def test_columns_of_one_name_are_told(model):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["text", "text"])
+    pyarrow.parquet.write_table(table, "in.parquet")
+    assert "input = in.parquet: has 2 columns called 'text'; rename all but one" in refused(model, "in.parquet")
+
+
 # ---- data sets --------------------------------------------------------------------------------------------
 
 
@@ -399,7 +500,7 @@ def test_an_array_in_a_dataset(model, rows, mark):
     for text, problem in {
         whole[:-1]: "is not JSON (",
         whole + b"]": "is not JSON (",
-        b"[" * 100_000: "is nested too deeply to be read",
+        b"[" * 100_000: "is not JSON (",
         b'["a",\n"\xfc"]': "line 2 is not UTF-8 (",
     }.items():
         Path("in/train.json").write_bytes(text)
@@ -431,6 +532,90 @@ def test_json_lines_and_parquet_in_a_dataset(model):
     assert read(model, "--dataset", "in")[0] == ["a"]
 
 
+def card(files):
+    return f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n"
+
+
+OUTSIDE = {
+    "a folder above": "'../text/*.txt'",
+    "deeper": "[{split: train, path: [a.txt, 'x/../../text/b.txt']}]",
+    "an absolute path": "/etc/hostname",
+    "an address": "'http://127.0.0.1:9/b.txt'",
+    "another protocol": "'file:///etc/hostname'",
+    "hops": "'zip://b.txt::../b.zip'",
+}
+
+
+@pytest.mark.parametrize("where", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_a_card_does_not_lead_out_of_its_data_set(model, case, where):
+    write("text/b.txt", "b")
+    write("in/a.txt", "a")
+    text = card(OUTSIDE[case])
+    Path("in", where).write_text(text if where == "README.md" else text.replace("---\n", ""))
+    told = refused(model, "--dataset", "in")
+    assert told.startswith(f"error: dataset = in/{where}: names ")
+    assert ", which is outside of the folder; give what is meant as inputs, without --dataset\n" in told
+
+
+def test_links_and_pipes_do_not_lead_out_of_a_data_set(model):
+    """But for the hub's own cache, where all files are links to blobs."""
+    write("text/train.jsonl", {"text": "b"})
+    Path("in").mkdir()
+    for name in ("train.jsonl", "README.md"):
+        Path("in", name).symlink_to("../text/train.jsonl")
+        assert refused(model, "--dataset", "in").endswith(
+            f": is a link to {Path('text/train.jsonl').resolve()}, outside of the directory; "
+            "give what is meant as inputs, without --dataset\n"
+        )
+        Path("in", name).unlink()
+    Path("in/data").symlink_to("../text")
+    write("in/README.md", card("'data/*.jsonl'"))
+    assert f"leads to {Path('text/train.jsonl').resolve()}, outside of the directory" in refused(
+        model, "--dataset", "in"
+    )
+    Path("in/README.md").unlink()
+    os.mkfifo("in/README.md")
+    assert refused(model, "--dataset", "in").startswith("error: dataset = in/README.md: is no regular file; ")
+    write("hub/blobs/1234", {"text": "c"})
+    Path("hub/snapshots/rev/data").mkdir(parents=True)
+    Path("hub/snapshots/rev/data/train.jsonl").symlink_to("../../../blobs/1234")
+    assert read(model, "--dataset", "hub/snapshots/rev") == (["c"], "")
+
+
+@pytest.mark.parametrize(
+    "head", ["configs: [", "configs: 3", "configs: [3]", "configs: [{data_files: {train: 3}}]", "- x"]
+)
+def test_a_card_that_says_nothing_is_told(model, head):
+    write("in/a.txt", "a")
+    write("in/README.md", "---", head, "---")
+    assert refused(model, "--dataset", "in").startswith("error: dataset = in")
+
+
+def test_what_a_data_set_passes_over_is_told(model):
+    write("in/train.jsonl", {"text": "a"})
+    write("in/test.jsonl", {"text": "b"})
+    Path("in/train-2.jsonl").symlink_to("train.jsonl")
+    for name in ("notes.md", ".hidden.jsonl", ".cache/x.jsonl"):
+        write(f"in/{name}", {"text": "no"})
+    told = "warning: of in passed over: 2 hidden, 1 matched before, 1 in no split of it (notes.md)\n"
+    assert read(model, "--dataset", "in") == (["a"], told)
+
+
+def test_options_of_inputs_and_of_data_sets_are_not_mixed(model):
+    write("in/train.txt", "a", "", "", "b")
+    told = "warning: of in each line is a document: --split-documents line says this is meant\n"
+    assert read(model, "--dataset", "in") == (["a", "b"], told)
+    assert read(model, "--dataset", "in", "--split-documents", "line") == (["a", "b"], "")
+    Path("out").rename("old")
+    Path("out").mkdir()
+    assert "--split-documents = file: is of inputs, and --dataset reads a .txt line by line" in refused(
+        model, "--dataset", "in", "--split-documents", "file"
+    )
+    for option in ("--split", "--subset"):
+        assert f"error: {option} = x: is of a --dataset, and inputs are given" in refused(model, "in", option, "x")
+
+
 def test_folders_of_the_names_of_builders_disturb_nothing(model):
     """`load_dataset("json", ...)` would take a folder of this name for what it is to load."""
     write("json/json.py", "raise SystemExit('was run')")
@@ -448,6 +633,57 @@ def test_a_bad_cache_is_blamed_on_what_names_it(model, monkeypatch, key):
     monkeypatch.setenv(key, "in/train.jsonl")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("in/train.jsonl/datasets"))  # read when imported
     assert refused(model, "--dataset", "in").startswith(f"error: {key} = in/train.jsonl: is no place for a cache (")
+
+
+@pytest.mark.parametrize("status", [None, 504])
+def test_a_connection_that_is_tried_again_is_told(monkeypatch, status):
+    """By the library itself, of which all else is silent."""
+    import datasets
+    import datasets.utils.file_utils as there
+
+    only_retries(datasets)
+    told = io.StringIO()
+    for handler in logging.getLogger("datasets").handlers:  # bound to what stderr was when the library was imported
+        monkeypatch.setattr(handler, "stream", told)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL", 0)
+    lost = HTTP.ConnectError("gone")
+    if status:
+        request = HTTP.Request("GET", "http://x")
+        lost = HfHubHTTPError("busy", response=HTTP.Response(status, request=request))
+    answers = [lost, lost, b"text"]
+
+    class File:
+        def read(self):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    file = File()
+    there._add_retries_to_file_obj_read_method(file)
+    assert file.read() == b"text"
+    datasets.logging.get_logger("datasets.builder").error("what is raised too")
+    assert told.getvalue().count("Got disconnected from remote data host. Retrying in 0sec") == 2
+    assert "what is raised too" not in told.getvalue()
+
+
+def test_what_is_called_json_is_read_as_jsonl_or_from_its_folder(model):
+    Path("in").mkdir()
+    Path("in/a.json").write_text(json.dumps([{"text": "a"}]))
+    for name in ("in/a.json", "in", "in/*"):
+        assert "; call it .jsonl if each line is an object, or give its folder as --dataset, which" in refused(
+            model, name
+        )
+    assert read(model, "--dataset", "in") == (["a"], "")
+
+
+def test_what_is_not_there_is_told_so(model):
+    Path("in").mkdir()
+    assert "input = nowhere: does not exist; check the path" in refused(model, "nowhere")
+    assert "input = '': names nothing; " in refused(model, "")
+    for name in ("in", "*.txt"):
+        assert f"input = {name}: no readable file is there; check the path or quote the glob" in refused(model, name)
 
 
 def test_inputs_need_no_cache(model, monkeypatch):

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import regex
@@ -89,7 +90,8 @@ def test_a_tokenizer_is_known_by_what_decides_its_ids(folder, bare, tmp_path):
     (tmp_path / "again/tokenizer.json").write_text(json.dumps(tree))
     assert Tokenizer(tmp_path / "again").sha256 != Tokenizer(folder).sha256
     both = shutil.copytree(folder, tmp_path / "both")
-    model = train_tokenizer(TEXT, N, both / "tokenizer", "bpe")
+    model = train_tokenizer(TEXT, N, tmp_path / "tokenizer", "bpe")
+    shutil.copy(model, both)
     assert Tokenizer(both).kind == "tokenizers"  # as transformers reads such a directory
     assert read_tokenizer_files(both).known_as == {Tokenizer(folder).sha256, Tokenizer(model).sha256}
 
@@ -100,6 +102,105 @@ def test_all_that_transformers_reads_is_carried(folder, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.apply_chat_template([{"content": "x"}], tokenize=False) == "<|im_start|>x"
     assert read_tokenizer_files(tmp_path / "tokenizer.json").contents == files.contents
+
+
+def saved(bare, folder, *special):
+    """The bare tokenizer with special tokens, to be saved in `folder` once it has been changed."""
+    folder.mkdir(exist_ok=True)
+    backend = tokenizers.Tokenizer.from_file(str(bare))
+    backend.add_special_tokens([*special])
+    return backend
+
+
+def test_what_any_post_processor_writes_is_found(bare, tmp_path):
+    """What stands before and after a text, and which of the special tokens then are its begin and its end."""
+    make, ends, sep = tokenizers.processors, ("</s>", N + 1), ("<s>", N)
+    both = make.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", [sep, ends])
+    for processor, prefix, suffix, eos in (
+        (None, [], [], 0),
+        (both, [N], [N + 1], N + 1),
+        (make.RobertaProcessing(ends, sep, add_prefix_space=False), [N], [N + 1], N + 1),
+        (make.BertProcessing(ends, sep), [N], [N + 1], N + 1),
+        (make.Sequence([make.ByteLevel(trim_offsets=False), both]), [N], [N + 1], N + 1),
+        (make.Sequence([both, make.ByteLevel(trim_offsets=True)]), [N], [N + 1], N + 1),  # which hides what is text
+        (make.TemplateProcessing("$A </s>", "$A $B", [ends]), [], [N + 1], N + 1),
+        (make.TemplateProcessing("<s> <s> $A </s> </s>", "$A $B", [sep, ends]), [N] * 2, [N + 1] * 2, 0),
+    ):
+        backend = saved(bare, tmp_path, "<s>", "</s>")
+        if processor is not None:
+            backend.post_processor = processor
+        backend.save(str(tmp_path / "own.json"))
+        ours = Tokenizer(tmp_path / "own.json")
+        assert (ours.prefix, ours.suffix, ours.eos) == (prefix, suffix, eos)
+        assert [*prefix, *ours.encode("the"), *suffix] == backend.encode("the").ids
+    backend.post_processor = make.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 9000)])
+    backend.save(str(tmp_path / "own.json"))
+    with pytest.raises(UserError, match="its post-processor writes the id 9000 around a text, which is no token of it"):
+        Tokenizer(tmp_path / "own.json")
+    few = tokenizers.Tokenizer(tokenizers.models.BPE({"x": 0, "y": 1}, []))  # of which no text has an "a"
+    few.add_special_tokens(["<s>", "</s>"])
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "x": 2}))  # whose text may be "<s>"
+    for backend in (few, words):
+        begin, end = (backend.token_to_id(token) for token in ("<s>", "</s>"))
+        special = [("<s>", begin), ("</s>", end)]
+        backend.post_processor = make.TemplateProcessing("<s> $A </s>", "<s> $A $B </s>", special)
+        backend.save(str(tmp_path / "own.json"))
+        ours = Tokenizer(tmp_path / "own.json")
+        assert (ours.prefix, ours.suffix) == ([begin], [end])
+
+
+def test_what_was_stored_for_training_leaves_nothing_to_chance(bare, tmp_path):
+    backend = saved(bare, tmp_path)
+    backend.model.dropout = 0.5
+    backend.save(str(tmp_path / "own.json"))
+    text = "the theory of the other there " * 3
+    assert [backend.encode(text).ids for _ in range(2)] != [Tokenizer(bare).encode(text)] * 2  # control
+    assert [Tokenizer(tmp_path / "own.json").encode(text) for _ in range(2)] == [Tokenizer(bare).encode(text)] * 2
+
+
+TOKEN = {"content": "<x>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
+BESIDE = [
+    ({CONFIG: {"pad_token": "<x>"}}, "name as pad_token"),
+    ({CONFIG: {"eos_token": TOKEN | {"__type": "AddedToken"}}}, "name as eos_token"),
+    ({CONFIG: {"image_token": "<x>"}}, "name as image_token"),
+    ({CONFIG: {"extra_special_tokens": ["<x>"]}}, "name as extra_special_tokens"),
+    ({CONFIG: {"additional_special_tokens": ["<x>"]}}, "name as additional_special_tokens"),
+    ({MAP: {"unk_token": TOKEN}}, "name as unk_token"),
+    ({CONFIG: {"added_tokens_decoder": {"705": TOKEN}}}, "add as '705'"),
+    ({"added_tokens.json": {"<x>": 700}}, "add as 700"),
+    ({CONFIG: {"added_tokens_decoder": {}}, MAP: {"pad_token": "<x>"}}, None),  # of which transformers reads the first
+    ({CONFIG: {"pad_token": None, "add_bos_token": True, "extra_special_tokens": {}}}, None),
+    ({CONFIG: {"pad_token": "<|endoftext|>", "added_tokens_decoder": {"9": TOKEN | {"content": "the"}}}}, None),
+]
+
+
+@pytest.mark.parametrize(("beside", "told"), BESIDE)
+def test_tokens_that_only_the_files_beside_it_have_are_refused(bare, tmp_path, beside, told):
+    """transformers gives them ids of their own, by which text that spells them is read."""
+    saved(bare, tmp_path / "in").save(str(tmp_path / "in/tokenizer.json"))
+    for name, tree in beside.items():
+        (tmp_path / "in" / name).write_text(json.dumps(tree))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
+    assert (theirs("<x>", add_special_tokens=False)["input_ids"] == [N]) == (told is not None)
+    if told is None:
+        assert Tokenizer(tmp_path / "in").encode("<x>") == theirs("<x>", add_special_tokens=False)["input_ids"]
+        return
+    with pytest.raises(UserError, match=f"has not '<x>', which the files beside it {told}; make a tokenizer.json of"):
+        Tokenizer(tmp_path / "in")
+    theirs.save_pretrained(tmp_path / "out")  # as the remedy says
+    assert Tokenizer(tmp_path / "out").encode("<x>") == [N]
+
+
+def test_text_that_cannot_be_spelled_is_told_in_a_line(tmp_path):
+    for name, model in {
+        "unigram": tokenizers.models.Unigram([("a", -1.0), ("b", -2.0)], None, False),
+        "word": tokenizers.models.WordLevel({"a": 0, "b": 1}),
+    }.items():
+        tokenizers.Tokenizer(model).save(str(tmp_path / name))
+        assert Tokenizer(tmp_path / name).encode("b") == [1]
+        with pytest.raises(UserError, match=f"tokenizer = {tmp_path / name}: cannot spell a text .*; leave such texts"):
+            Tokenizer(tmp_path / name).encode("c")
 
 
 # ---- tiktoken ---------------------------------------------------------------------------------------------
@@ -160,6 +261,21 @@ def test_llama_3s_rank_file(tmp_path):
     assert tokenizer.decode(tokenizer.encode("Zürich 漢字")) == "Zürich 漢字"
 
 
+def test_lines_and_names_that_a_rank_file_may_have(tmp_path, monkeypatch):
+    """Empty lines, which tiktoken passes over; another end than the base model's, as a chat model names it; and ids
+    that are no token."""
+    special = {"<|begin|>": 300, "<|end|>": 303, "<|eot|>": 305}
+    monkeypatch.setitem(ENCODINGS, 300, Encoding("small", CL100K, special, "<|end|>", "<|begin|>"))
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(rank_lines(300)).replace(b" 99\n", b" 99\n\n") + b"\r\n\n")
+    plain = Tokenizer(tmp_path)
+    assert (plain.eos, plain.prefix, plain.vocab_size, plain.gaps) == (303, [300], 306, [301, 302, 304])
+    assert plain.id_of("<|eot|>") == plain.id_of("305") == 305
+    with pytest.raises(UserError, match="token = 304: is neither a token of"):
+        plain.id_of("304")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|eot|>"}')
+    assert Tokenizer(tmp_path).eos == 305
+
+
 def test_known_encodings_fit_together():
     for n_ranks, encoding in ENCODINGS.items():
         assert min(encoding.special.values()) >= n_ranks
@@ -175,6 +291,11 @@ BAD = {
     "no base64": (RANKS + b"%%% 300\n", "line 301 is no token in base64 and its rank"),
     "no rank": (RANKS + b"QUJD\n", "line 301 is no token in base64 and its rank"),
     "a rank twice": (RANKS + b"QUJD 299\n", "its ranks are not 0, 1, 2, ..., each of one token"),
+    "a gap": (
+        RANKS + b"QUJD 301\n",
+        "without the rank 300: cut, or one such as p50k_base, and known are r50k_base (50256)",
+    ),
+    "a rank below 0": (RANKS + b"QUJD -1\n", "its ranks are not 0, 1, 2, ..., each of one token"),
     "a token twice": (RANKS + RANKS.splitlines()[-1].replace(b" 299", b" 300"), "each of one token"),
     "no byte 0": (b"".join(rank_lines(300)[1:]).replace(b" 299", b" 0"), "the byte 0 is none of its tokens"),
     "cut JSON": (b'{"model": {"type": "BPE"', "is not JSON (Expecting"),
@@ -250,6 +371,25 @@ def test_weights_of_another_tokenizer_are_refused(bare):
     Sources(unknown, unknown, 1).check_tokenizer({"0" * 64}, "theirs")  # as Megatron's own tools leave them
     with pytest.raises(UserError, match=r"data = .*own.json: belongs to another tokenizer"):
         Sources(unknown, unknown, 1, tokenizer=tokenizer).check_tokenizer({"0" * 64}, "theirs")
+
+
+def test_tokenizers_that_share_no_more_than_a_model_are_others(bare, tmp_path):
+    """Directories keep the tokenizer.model that they came with, whatever was added to their tokenizer.json."""
+    model = train_tokenizer(TEXT, N, tmp_path / "tokenizer", "bpe")
+    found = {"model": Tokenizer(model)}
+    for name, token in (("one", "<user>"), ("other", "<pad>")):
+        saved(bare, tmp_path / name, token).save(str(tmp_path / name / "tokenizer.json"))
+        shutil.copy(model, tmp_path / name)
+        found[name] = Tokenizer(tmp_path / name)
+    for name, tokenizer in found.items():
+        for other, files in ((other, one.files) for other, one in found.items()):
+            same = name == other or "model" in (name, other)
+            assert tokenizer.files.is_same(files) == same
+            for made in (_Corpora(), _Corpora(**{tokenizer.sha256: "data/a"})):
+                sources, is_refused = Sources(made, _Corpora(), 1, tokenizer=tokenizer), pytest.raises(UserError)
+                for known in (set(), {files.sha256}):
+                    with nullcontext() if same else is_refused:
+                        sources.check_tokenizer(known, "theirs", files)
 
 
 def test_differences_are_found(bare, folder):

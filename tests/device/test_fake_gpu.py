@@ -93,7 +93,7 @@ def _spoil():
     config = engine.deepspeed_config
     engine.deepspeed_config = lambda *args: config(*args) | {"timers": {}}
     engine.upload = lambda values, device: values.to(device)
-    engine._read = lambda *numbers: [float(x) for x in numbers]
+    engine._read = lambda *numbers: engine.StepResult(*(float(x) for x in numbers))
     eager._flash_runs = lambda *_: True
     stage_1_and_2.empty_cache = deepspeed.runtime.utils.empty_cache
     SynchronizedWallClockTimer.Timer.reset = lambda self: None

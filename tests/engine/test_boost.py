@@ -264,7 +264,7 @@ def test_resume_amid_a_boost_is_bitwise(run_of, whole):
 
 
 def _forget_rows():
-    run_room._engine = lambda config, stages, index: Engine(config.train, config.optimizer, stages[index])
+    run_room._engine = lambda config, stages, found: Engine(config.train, config.optimizer, stages[found.state.stage])
 
 
 def test_negative_control_a_resume_without_rows(run_of, whole):

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megabus.engine import startup
 from megabus.engine.startup import start_distributed, stop_distributed
@@ -90,3 +92,34 @@ def test_nccl_is_not_bound_to_a_device_and_connects_all_ranks_at_once(monkeypatc
     start_distributed(timedelta(seconds=60))
     options = ["rank", "store", "timeout", "world_size"]
     assert done == [("device", 0), "reach", ("nccl", options), "DeepSpeed on nccl", "all-reduce on cuda"]
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gradient_in_bf16_is_added_to_its_sum_without_a_copy():
+    """The bits are those of the sum with an fp32 copy, which DeepSpeed would make."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.zeros(5, 3, dtype=torch.bfloat16).requires_grad_()
+    weight.grad = torch.randn(5, 3, generator=draw).bfloat16()
+    sums = [torch.zeros(1), torch.randn(15, generator=draw)]
+    wanted = sums[1] + weight.grad.float().view(-1)
+    optimizer = SimpleNamespace(fp32_groups_gradients=[[], sums], fp32_groups_has_gradients=[[], [False, False]])
+    with Operations() as seen:
+        BF16_Optimizer._update_hp_grad(optimizer, weight, 1, 1, False)
+    assert torch.equal(sums[1], wanted)
+    assert weight._hp_grad is sums[1]
+    assert optimizer.fp32_groups_has_gradients == [[], [False, True]]
+    assert set(seen.names) == {"view", "add_"}
+    weight.grad = None
+    BF16_Optimizer._update_hp_grad(optimizer, weight, 1, 0, False)
+    assert not optimizer.fp32_groups_has_gradients[1][0]

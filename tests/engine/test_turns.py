@@ -101,6 +101,7 @@ def test_negative_control_without_the_all_reduce():
 
 # ---- in an engine: with the gate, against plain PyTorch ------------------------------------------------------
 
+STEPS = 3
 RECIPE = {"max_angle": 0.004, "gate": 0.5, "eps": 1e-4}
 
 
@@ -116,7 +117,7 @@ def plain(batch):
     optim, model = training.optimizer, build_model(training.stage.model)
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     losses, widest = [], 0.0
-    for step in range(parity.STEPS):
+    for step in range(STEPS):
         inputs, targets = parity.batch_of(training.stage, step)
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         model.zero_grad()
@@ -157,7 +158,7 @@ CASES = {
 def test_every_layout_equals_one_process(case):
     layout, train = CASES[case]
     losses, masters, widest = plain(train.get("global_batch_size", 16))
-    trace = parity.engine_trace(training_of(layout, **train))
+    trace = parity.engine_trace(training_of(layout, **train), steps=STEPS)
     assert trace.losses == pytest.approx(losses, abs=1e-5)
     assert max(float((trace.masters[name] - rows).abs().max()) for name, rows in masters.items()) <= 1e-5
     assert trace.unit_error <= 1e-6

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from support.plans import needed_entries, owned_entries, traffic
 
 from megabus.config import GrowthConfig, Layout, ModelConfig
+from megabus.config.precision import FP32_BYTES
 from megabus.estimate.live_bytes import LiveBytes
 from megabus.growth.param_growth import Growth
-from megabus.growth.plan import ELEMENT_BYTES, Plan, Required
+from megabus.growth.plan import Plan, Required
 from megabus.growth.redistribute import redistribute
 from megabus.growth.rows import drawn_row_bytes, drawn_rows, grow_rows, row_bytes
 from megabus.model.decoder import param_specs
@@ -156,7 +157,7 @@ def least(plan, kinds):
     for rank in range(plan.old.layout.world):
         owned = owned_entries(plan.old, rank)
         missing += sum(len(needed_entries(plan, rank, kind) - owned) for kind in kinds)
-    return missing * ELEMENT_BYTES
+    return missing * FP32_BYTES
 
 
 def sent(plan, kinds, needless=False):

@@ -11,9 +11,10 @@ import torch
 from support.plans import MODEL, SEEDS, grown_plan, needed_entries, owned_entries, random_pair, traffic
 
 from megabus.config import GrowthConfig
+from megabus.config.precision import FP32_BYTES
 from megabus.config.stages import Layout
 from megabus.growth.param_growth import Growth
-from megabus.growth.plan import ELEMENT_BYTES, Plan, RowRange, Transfer, runs
+from megabus.growth.plan import Plan, RowRange, Transfer, runs
 from megabus.parallel.placement import Piece, Placement
 
 torch.set_num_threads(1)
@@ -160,7 +161,7 @@ def test_waves_bring_all_needed_rows_once_and_fit_the_buffer(seed, budget, tenso
             for wave in plan.waves(rank, budget, tensors)
         ]
         assert Counter(itertools.chain(*waves)) == Counter(needed)
-        sizes = [[plan.old.width(name) * ELEMENT_BYTES * tensors for name, _ in wave] for wave in waves]
+        sizes = [[plan.old.width(name) * FP32_BYTES * tensors for name, _ in wave] for wave in waves]
         for wave in sizes:
             assert sum(wave) <= budget or len(wave) == 1  # a row that no buffer could hold
         for wave, following in itertools.pairwise(sizes):
@@ -178,7 +179,7 @@ def test_splitting_into_waves_changes_no_traffic(seed):
                 kept += len(move.piece)
             elif move.dst == rank:
                 sent += len(move.piece)
-    assert traffic(plan) == (sent * ELEMENT_BYTES, kept * ELEMENT_BYTES)
+    assert traffic(plan) == (sent * FP32_BYTES, kept * FP32_BYTES)
     each = [traffic(plan, ranks=[rank]) for rank in world_of(plan)]
     assert traffic(plan) == tuple(map(sum, zip(*each, strict=True)))
 
@@ -190,7 +191,7 @@ def test_traffic_is_the_count_of_entries_that_change_owner(seed):
     for rank in range(plan.old.layout.world):
         needed, owned = needed_entries(plan, rank, "weight"), owned_entries(plan.old, rank)
         sent, kept = sent + len(needed - owned), kept + len(needed & owned)
-    assert traffic(plan) == (sent * ELEMENT_BYTES, kept * ELEMENT_BYTES)
+    assert traffic(plan) == (sent * FP32_BYTES, kept * FP32_BYTES)
 
 
 def still(model, layout):
@@ -205,7 +206,7 @@ LAYOUTS = [(2, 1, 1), (1, 3, 1), (2, 2, 1), (1, 1, 1), (1, 1, 4), (2, 1, 4), (2,
 def test_nothing_is_sent_when_nothing_changes(layout):
     sent, kept = traffic(still(MODEL, layout))
     assert sent == 0
-    assert kept == ELEMENT_BYTES * sum(
+    assert kept == FP32_BYTES * sum(
         len(p) for rank in range(layout.world) for p in Placement(MODEL, layout).owned(rank)
     )
     if layout.dp < layout.world:
@@ -231,4 +232,4 @@ def test_what_is_drawn_afresh_is_sent_by_nobody():
         growth = Growth(MODEL, deeper, GrowthConfig(depth=depth), 5)
         bytes_of[depth] = sum(traffic(Plan(Placement(MODEL, before), Placement(deeper, after), growth)))
     placement = Placement(MODEL, before)
-    assert bytes_of["fresh"] == ELEMENT_BYTES * sum(map(placement.numel, placement.specs)) < bytes_of["stack"]
+    assert bytes_of["fresh"] == FP32_BYTES * sum(map(placement.numel, placement.specs)) < bytes_of["stack"]

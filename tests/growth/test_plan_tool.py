@@ -12,6 +12,6 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
 def test_a_shipped_configuration_can_be_planned(config):
-    done = run_command("plan", ROOT / "configs" / config)
+    done = run_command("plan", "--config", ROOT / "configs" / config)
     assert done.returncode == 0, done.stderr
     assert "predicted: loss " in done.stdout

@@ -37,7 +37,7 @@ def telepathy(world):
     return exchange
 
 
-def redistributed_equals_grown(plan, monkeypatch, buffer_bytes):
+def redistributed_equals_grown(plan, monkeypatch, buffer_bytes, mean=False):
     """Every rank's fragments against pieces of the state that one process grows, bit by bit."""
     growth, generator = plan.growth, torch.Generator().manual_seed(1)
     weights = megabus.build_model(growth.old, 1).state_dict()
@@ -45,6 +45,8 @@ def redistributed_equals_grown(plan, monkeypatch, buffer_bytes):
         "weight": weights,
         "exp_avg": {name: torch.randn(x.shape, generator=generator) for name, x in weights.items()},
     }
+    if mean:  # of rows of which none is a unit vector
+        state = {"weight": weights, "ema-0.9": state["exp_avg"]}
     grown = {
         kind: megabus.grow_state(tensors, growth.old, growth.new, growth.seed, growth.how, kind)
         for kind, tensors in state.items()
@@ -53,7 +55,7 @@ def redistributed_equals_grown(plan, monkeypatch, buffer_bytes):
     fragments = [fragments_of(plan.old, state, rank) for rank in world]
     monkeypatch.setattr(carrier, "_exchange", telepathy(fragments))
     for rank in world:
-        found, _ = carrier.redistribute(plan, fragments[rank], ("weight", "exp_avg"), rank, buffer_bytes)
+        found, _ = carrier.redistribute(plan, fragments[rank], tuple(state), rank, buffer_bytes)
         wanted = fragments_of(plan.new, grown, rank)
         assert found.keys() == wanted.keys()
         for piece, tensors in wanted.items():
@@ -77,6 +79,12 @@ PAIRS = [
 def test_grown_shards_are_shards_of_the_grown_state(monkeypatch, before, after, depth, buffer_bytes):
     plan = grown_plan(before, after, depth=depth, moments="grow", read="tilt", channels="uneven")
     assert redistributed_equals_grown(plan, monkeypatch, buffer_bytes)
+
+
+@pytest.mark.parametrize("depth", ["append", "fresh"])
+def test_grown_shards_of_running_means_too(monkeypatch, depth):
+    plan = grown_plan(*PAIRS[1], depth=depth, moments="grow", read="tilt", channels="uneven")
+    assert redistributed_equals_grown(plan, monkeypatch, 5000, mean=True)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -301,7 +301,7 @@ def _footprint():
     }
 
 
-def _twenty_growths(config, fault=None):
+def _twelve_growths(config, fault=None):
     from megabus.engine.engine import Engine
     from megabus.growth.transition import grow_engine
     from megabus.parallel import mesh
@@ -310,12 +310,12 @@ def _twenty_growths(config, fault=None):
     engine = Engine(config.train, config.optimizer, stages[0])
     engine.write_initial(0)
     seen = []
-    for number in range(20):
+    for number in range(12):
         if fault == "new groups":
             mesh.forget_process_groups()
         engine = grow_engine(engine, config, stages[number % 2]).engine
         _steps(engine, config, 1)
-        if number in (3, 19):  # both layouts have been seen twice by then
+        if number in (3, 11):  # both layouts have been seen twice by then
             seen.append(_footprint())
     engine.close()
     return seen
@@ -324,9 +324,9 @@ def _twenty_growths(config, fault=None):
 @pytest.mark.parametrize(
     "layouts", [[Layout(2, 2, 1), Layout(1, 2, 2)], [Layout(2, 1, 2), Layout(1, 1, 4)]], ids=["pipeline", "plain"]
 )
-def test_twenty_growths_leak_nothing(layouts):
+def test_twelve_growths_leak_nothing(layouts):
     """Two layouts in turn: from the second round on, no group, thread, file or object more; memory level."""
-    for rank in run_ranks(4, _twenty_growths, growth_config([{}], layouts), timeout=300):
+    for rank in run_ranks(4, _twelve_growths, growth_config([{}], layouts), timeout=300):
         for what in ("groups", "threads", "python_threads", "files"):
             assert rank[-1][what] <= rank[0][what], what
         # Objects, not bytes: what the allocator keeps depends on the machine.
@@ -339,4 +339,4 @@ def test_negative_control_groups_are_made_again_when_they_are_forgotten():
     """Torch takes no second one of the same members' name: what leaked without reuse ends at once."""
     layouts = [Layout(1, 2, 1), Layout(1, 1, 2)]
     with pytest.raises(RuntimeError, match="group name has already been created"):
-        run_ranks(2, _twenty_growths, growth_config([{}], layouts), "new groups")
+        run_ranks(2, _twelve_growths, growth_config([{}], layouts), "new groups")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support.tiny_config import tiny_config
 
 from megabus.config import parse_config, resolve_stages
 from megabus.config.schema import KappaConfig, ScalingLaw
@@ -315,9 +316,10 @@ def test_caps_trigger_whatever_the_loss():
         assert first_growth(decisions) == 3
         assert decisions[3].reason == "cap"
     watch.start_stage(StageSpan(1, 20, 0.8, 3000, 18e6, max_tokens=3000))  # caps count from the stage's start
-    assert not watch.check_cap(5999, 36e6).grow
-    assert watch.check_cap(6000, 36e6).grow
-    assert not monitor().check_cap(10**15, 1e30).grow
+    assert not watch.observe(5999, 36e6, 10.0).grow
+    assert watch.observe(6000, 36e6, 10.0).grow
+    uncapped = monitor()
+    assert not uncapped.observe(10**15, 1e30, 10.0).grow
 
 
 def test_nothing_to_gain_is_said_and_only_the_cap_ends_it():
@@ -427,20 +429,12 @@ def test_stages_that_kappa_hardly_ends_are_told():
     def told(trigger, flops=None, **growth):
         stages = [{"d_model": 64, **growth.pop("second", {})}, {"d_model": 96}]
         config = parse_config(
-            {
-                "run_dir": "unused",
-                "model": {"vocab_size": 67, "d_model": 48, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-                "train": {
-                    "seq_len": 16,
-                    "micro_batch_size": 2,
-                    "global_batch_size": 8,
-                    "max_tokens": 4000,
-                    "max_flops": flops,
-                },
-                "optimizer": {"lr": 0.01},
-                "data": {"train": "unused", "valid": "unused"},
-                "growth": {**growth, "trigger": trigger, "stages": stages},
-            }
+            tiny_config(
+                train__max_steps=None,
+                train__max_tokens=4000,
+                train__max_flops=flops,
+                growth={**growth, "trigger": trigger, "stages": stages},
+            )
         )
         return outlook(resolve_stages(config, 1), config.growth.trigger)
 
@@ -467,16 +461,16 @@ def test_stages_that_kappa_hardly_ends_are_told():
 
 
 TOLD = [
-    GrowthSignal(False, None, 0, 5),
-    GrowthSignal(True, "kappa", 3, 2**40),
-    GrowthSignal(True, "cap", 1, 9),
+    GrowthSignal(False, None, 5),
+    GrowthSignal(True, "kappa", 2**40),
+    GrowthSignal(True, "cap", 1),
 ]
 
 
 def _rank(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     heard = [broadcast_decision(signal if rank == 0 else None) for signal in TOLD]
-    heard.append(broadcast_decision(GrowthSignal(True, "cap", rank + 7, rank)))  # the others' are ignored
+    heard.append(broadcast_decision(GrowthSignal(True, "cap", rank + 7)))  # the others' are ignored
     if rank == 0:
         with pytest.raises(ValueError, match="must pass"):
             broadcast_decision(None)
@@ -495,4 +489,38 @@ def test_broadcast_over_three_ranks():
             for process in ranks.processes:
                 process.kill()
         heard = {Path(folder, f"{rank}.txt").read_text() for rank in range(3)}
-    assert heard == {repr([*TOLD, GrowthSignal(True, "cap", 7, 0)])}
+    assert heard == {repr([*TOLD, GrowthSignal(True, "cap", 7)])}
+
+
+# ---- a curve that begins anew ------------------------------------------------------------------------------
+
+
+def test_a_curve_that_begins_anew_is_all_that_counts():
+    """As if the stage had begun there, but for its caps and where it began."""
+    seen, fresh = monitor(0.8, 2.0, caps=(20_000, None)), monitor(0.8, 2.0)
+    for loss in (4.0, 3.9, 3.8, 3.0):
+        seen.observe(1000, 6e6, loss)
+    seen.begin_anew()
+    for number, loss in enumerate((3.0, 2.9, 2.6, 2.5, 2.3, 2.2, 2.1, 2.1), 1):
+        at = 10_000 + 1000 * number, 6e7 + 6e6 * number
+        ours, theirs = seen.observe(*at, loss), fresh.observe(*at, loss)
+        assert (ours.grow, ours.view.start, ours.view.progress, ours.view.evals) == (
+            theirs.grow,
+            theirs.view.start,
+            theirs.view.progress,
+            theirs.view.evals,
+        )
+    assert ours.grow
+    assert ours.view.stage_tokens == 18_000
+    assert seen.observe(20_000, 2e8, 2.1, only_cap=True).reason == "cap"
+
+
+def test_a_cap_is_converted_by_what_a_token_costs_now():
+    """1000 tokens of 6000 FLOPs, then tokens of 9000: of a cap of 1e8 FLOPs 94 MFLOP are left, at the new price."""
+    capped = StageSpan(0, 10, 0.8, max_flops=1e8)
+    before = [CurvePoint(0, 0.0, 4.0), CurvePoint(1000, 6e6, 3.9)]
+    anew = [CurvePoint(1000, 6e6, 3.9), CurvePoint(3000, 2.4e7, 3.8)]
+    assert capped.budget(before) == pytest.approx((1e8 / 6000, 1e8))
+    assert capped.budget(anew) == pytest.approx((1000 + 9.4e7 / 9000, 1e8))
+    in_tokens = StageSpan(0, 10, 0.8, max_tokens=10_000)
+    assert in_tokens.budget(anew) == pytest.approx((10_000, 6e6 + 9000 * 9000))

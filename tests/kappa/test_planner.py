@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -248,14 +249,14 @@ def test_too_few_points_are_refused(keep):
 
 
 def tool(*args):
-    return run_command("plan", *args)
+    return run_command("plan", "--config", *args)
 
 
 def write_run(folder, sizes_of_run, tokens, *losses, growth=None, share=None, kind=None):
     folder.mkdir()
     rows = [{"event": "start", "step": 0, "tokens": 0, "flops": 0, "sizes": sizes_of_run, "stage": 0, "layout": ""}]
-    rows += [growth] if growth else []
-    rows += [{"event": "step", "step": 9, "tokens": tokens, "share": share}] if share else []
+    rows += [growth | {"reason": "cap", "from_stage": 0, "to_stage": 1, "stall_s": 0.1}] if growth else []
+    rows += [{"event": "step", "step": 9, "tokens": tokens, "flops": 1, "share": share}] if share else []
     rows += [{"event": "eval", "step": 9, "tokens": tokens, "flops": 1, "loss": loss} for loss in losses]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if kind:
@@ -345,7 +346,7 @@ def test_a_free_plan_says_that_a_smaller_model_is_better():
 def law_runs(folder, **options):
     law = ScalingLaw(E=1.2, A=80.0, B=200.0, alpha=0.31, beta=0.337)
     points = enumerate(points_of(law))
-    return [write_run(folder / f"run{i}", {"n_params": n}, d, loss, **options) for i, (n, d, loss) in points]
+    return [write_run(folder / f"run{i}", {"n_params": int(n)}, d, loss, **options) for i, (n, d, loss) in points]
 
 
 def test_the_tool_fits_and_compares(tmp_path):
@@ -374,7 +375,7 @@ def refusal(*args):
 def test_the_tool_refuses(tmp_path):
     config, n = "configs/ngpt_64m.yaml", {"n_params": 5}
     runs = law_runs(tmp_path)
-    growth = {"event": "growth", "step": 4, "tokens": 5, "old": n, "new": n, "loss_before": 4.5}
+    growth = {"event": "growth", "step": 4, "tokens": 5, "flops": 1, "old": n, "new": n, "loss_before": 4.5}
     bad = {
         "has grown": write_run(tmp_path / "a", n, 9, 3.5, growth=growth),
         "ended with a validation loss that is not finite": write_run(tmp_path / "b", n, 9, 3.5, None),
@@ -386,7 +387,11 @@ def test_the_tool_refuses(tmp_path):
         text = refusal(config, "--fit", *runs, folder)
         assert f"--fit = {folder}: {problem}" in text
     broken = write_run(tmp_path / "f", n, 9, 3.5)
-    (broken / "config.yaml").write_text("[")
+    for said in ("[", "[" * 100_000, "a: \xff"):
+        (broken / "config.yaml").write_text(said, encoding="latin-1")
+        assert "is no configuration of a run" in refusal(config, "--fit", *runs, broken)
+    (broken / "config.yaml").unlink()
+    os.mkfifo(broken / "config.yaml")
     assert "is no configuration of a run" in refusal(config, "--fit", *runs, broken)
     assert "too few" in refusal(config, "--fit", *runs[:5])
     assert "--compare" in (text := refusal(config, "--compare", bad["has no validation loss"]))

@@ -8,6 +8,7 @@ from megabus.kappa.predictors import StageSpan
 from megabus.kappa.why import why
 
 START = [4.0, 4.0, 4.0]
+MET = "2.3000, 85% of the improvement; grows at 2.4000, 80%"
 
 
 def said(losses, *, only_cap=False, max_tokens=None, **trigger):
@@ -16,7 +17,7 @@ def said(losses, *, only_cap=False, max_tokens=None, **trigger):
     monitor.start_stage(StageSpan(0, 1000, 0.8, max_tokens=max_tokens))
     for i, loss in enumerate(losses):
         decision = monitor.observe(1000 * i, 1e6 * i, loss, only_cap=only_cap)
-    return why(decision, decision.view, settings, only_cap)
+    return why(decision, decision.view, settings)
 
 
 @pytest.mark.parametrize(
@@ -26,9 +27,12 @@ def said(losses, *, only_cap=False, max_tokens=None, **trigger):
         ([*START, 3.0, 3.0], {}, "κ is not met: 3.0000, 50% of the improvement; grows at 2.4000, 80%"),
         ([*START, 3.0, 3.0], {"only_cap": True}, "κ decides nothing while the learning rate decays"),
         ([*START, 3.0], {"constant": 5.0}, "κ is not met: no improvement is predicted (from 4.0000 to 5.0000)"),
-        ([*START, 2.3, 2.3], {}, "κ is met 1 of 2 times in a row (growth.trigger.patience)"),
-        ([*START, 2.3, 2.3, 2.3], {}, "κ is met"),
+        ([*START, 2.3, 2.3], {}, f"κ is met 1 of 2 times in a row (growth.trigger.patience): {MET}"),
+        ([*START, 2.3, 2.3, 2.3], {}, f"κ is met: {MET}"),
+        ([*START, 2.3, 2.3, 2.3], {"max_tokens": 5000}, f"κ is met: {MET}, and the stage's cap is reached"),
         ([*START, 3.0, 3.0], {"max_tokens": 4000}, "the stage's cap is reached"),
+        ([*START, 2.3, 2.3, float("nan")], {}, "κ waits: the loss is not finite"),
+        ([4.0, 2.3], {"min_evals": 1}, "κ waits: 2 evaluations, too few for a median"),
     ],
 )
 def test_the_condition_that_is_not_met_is_named(losses, options, expected):

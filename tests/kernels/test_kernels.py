@@ -18,40 +18,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.forms import HAS, SMALL, TRITON_ONLY, form_of, interpreter_rounds_to_nearest  # noqa: F401
+from support.later import Later
 from support.small_models import config, lively_state, loss_of, model_of
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from megabus.errors import UserError
 from megabus.kernels import checked, eager
 from megabus.kernels import choice as kernel_choice
+from megabus.kernels.adjacent import joined
 from megabus.kernels.choice import select
 from megabus.kernels.compiled import _compile
 from megabus.kernels.form import EAGER, FUNCTIONS
 from megabus.model.decoder import Decoder
 
+dynamo = Later("torch._dynamo.testing")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = [torch.float32, torch.bfloat16]
-HAS = {"eager": True, "triton": kernel_choice.find_spec("triton") is not None}
-SMALL = [pytest.param(form, marks=pytest.mark.skipif(not there, reason="needs triton")) for form, there in HAS.items()]
-TRITON_ONLY = pytest.mark.skipif(not HAS["triton"], reason="needs triton")
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
-
-
-@pytest.fixture(autouse=True)
-def interpreter_rounds_to_nearest(monkeypatch):
-    """As a GPU does (the last test sees the instruction); Triton's interpreter cuts bf16's lower bits off."""
-    if not HAS["triton"]:
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(x, source, target, mode):
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return convert(x, source, target, mode)
-        return torch.tensor(x).bfloat16().view(torch.int16).numpy().view("uint16")
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
 # ---- inputs, and what a form must come to
@@ -126,10 +109,6 @@ def compare(kernels, case, upstream=None):
     check(results(kernels, case, upstream), results(EAGER, case, upstream, wide), case[1])
 
 
-def form_of(name):
-    return select(name, CPU)
-
-
 # ---- values and gradients
 
 
@@ -196,6 +175,20 @@ def test_inputs_that_are_not_contiguous(form, name, layout):
     assert not upstream.is_contiguous()
     compare(form_of(form), case, upstream)
     compare(form_of(form), case, torch.ones(()).expand(given[0].shape))  # what a sum sends back
+
+
+@pytest.mark.parametrize("form", SMALL)
+@pytest.mark.parametrize("gains", [True, False], ids=["gains", "no gains"])
+def test_gate_of_the_halves_of_one_product(form, gains):
+    """They are read where they lie; Triton's gradients lie side by side again."""
+    at = Inputs(torch.bfloat16, 6, 22)
+    halves, given = at.matrix().view(2, 3, 22), [at.gain(11), at.gain(11)] if gains else []
+    case = ("gate", [*halves.split(11, -1), *given], [] if gains else [None, None])
+    compare(form_of(form), case)
+    u, v = (x.requires_grad_() for x in halves.detach().split(11, -1))
+    y = call(form_of(form), "gate", [u, v, *given], case[2])
+    grads = torch.autograd.grad(y, [u, v], torch.ones_like(y))
+    assert (joined(grads, -1) is not None) == (form == "triton")
 
 
 @pytest.mark.parametrize("form", SMALL)
@@ -318,7 +311,7 @@ COINCIDE = [(6, 6, 6), (6, 12, 3), (12, 6, 5), (9, 18, 9), (8, 16, 16), (5, 22, 
 @pytest.mark.parametrize("name", [*CASES, "unit_rows_"])
 def test_sizes_that_coincide_are_compiled_once(name):
     """A growth that parts two sizes which were equal must not change the code: a resumed run would compile other."""
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = dynamo.CompileCounterWithBackend("aot_eager")
     function = name.split()[0]
     kernels = replace(EAGER, **{function: _compile(getattr(eager, function), counter)})
     for rows, width, heads in COINCIDE:
@@ -481,11 +474,8 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     compiled = set(done.stdout.splitlines())
+    launched = re.compile(r"^ +(_\w+)\[.*\]\(", re.M)  # kernel[grid](...)
     sources = Path(eager.__file__).parent.glob("triton_*.py")
-    kernels = {
-        f"{path.stem.split('_')[-1]} {name}"
-        for path in sources
-        for name in re.findall(r"@triton\.jit\(.*\)\ndef (\w+)", path.read_text())
-    }
+    kernels = {f"{path.stem.split('_')[-1]} {name}" for path in sources for name in launched.findall(path.read_text())}
     assert compiled == kernels
-    assert len(kernels) == 9
+    assert len(kernels) == 11

@@ -30,6 +30,7 @@ from support.launching import (
     the_error,
     tree,
 )
+from support.tiny_config import tiny_config
 
 import megabus
 from megabus.config import load_config
@@ -37,13 +38,12 @@ from megabus.data.indexed import IndexedTokens, IndexedWriter, meta_path
 from megabus.errors import UserError
 
 VOCAB = 67
-CONFIG = {
-    "model": {"vocab_size": VOCAB, "d_model": 36, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_steps": 6},
-    "optimizer": {"lr": 1e-2},
-    "eval": {"every": 2, "tokens": 256},
-    "log": {"every": 1, "unit_norm_every": 1},
-}
+CONFIG = tiny_config(
+    model__n_layers=2,
+    train__max_steps=6,
+    eval={"every": 2, "tokens": 256},
+    log={"every": 1, "unit_norm_every": 1},
+)
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,20 @@ def test_a_loss_that_is_not_finite_ends_all_processes(config: Path) -> None:
         limit=LIMIT + START,
     )
     assert "is not finite at step" in the_error(ranks)
+
+
+def test_what_torchrun_prints_ends_with_the_error(config: Path) -> None:
+    """The real one: a line of rank 0, which the last of torchrun's own page says again; the other rank says nothing."""
+    command = [sys.executable, *STARTERS["torchrun"], free_port(), str(LAUNCHER), "--config", str(config)]
+    ended = subprocess.run(
+        [*command, "model.d_modle=3"], capture_output=True, text=True, timeout=180, env=environment()
+    )
+    assert ended.returncode != 0
+    (line,) = re.findall(r"^error: .*", ended.stderr, re.MULTILINE)
+    assert "d_modle" in line
+    *_, last, ruler = ended.stderr.rstrip().splitlines()
+    assert (last.strip(), {*ruler}) == (f"traceback : {line}", {"="})
+    assert ended.stdout == ""
 
 
 # ---- runs that end well ------------------------------------------------------------------------------------

@@ -11,18 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.tiny_config import tiny_config
 
 from megabus.cli import main
 from megabus.config import load_config
 from megabus.slurm.render import fill
 
 ROOT = Path(__file__).parents[2]
-CONFIG = {
-    "model": {"vocab_size": 67, "d_model": 36, "n_layers": 2, "n_heads": 2, "head_dim": 6, "d_ff": 62},
-    "train": {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 24, "max_steps": 6},
-    "optimizer": {"lr": 1e-2},
-    "data": {"train": "text", "valid": "text"},
-}
+CONFIG = tiny_config(run_dir="runs/x", data={"train": "text", "valid": "text"}, train__global_batch_size=24)
 ODD = 'it\'s a "run" \\o/ $1 `id` #1; 50% *?é'
 CPU = ["--gpus-per-node", "0", "--ranks-per-node", "2"]
 
@@ -30,7 +26,7 @@ CPU = ["--gpus-per-node", "0", "--ranks-per-node", "2"]
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(yaml.safe_dump(CONFIG | {"run_dir": "runs/x"}))
+    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
 
 
 def in_yaml(text):
@@ -303,6 +299,7 @@ def test_setup_comes_before(job, in_bash, tmp_path):
     assert started(tmp_path)[2:4] == ["", "ib0 of node a"]
 
 
+SAVED = "mkdir -p runs/x/checkpoints; echo step-1 >runs/x/checkpoints/latest;"
 TELL = 'echo {} >"$MEGABUS_OUTCOME"; exit {}'
 
 
@@ -315,7 +312,11 @@ TELL = 'echo {} >"$MEGABUS_OUTCOME"; exit {}'
         (TELL.format("stopped", 0), 75, False),  # by a user
         ("exit 1", 0, True),
         ("exit 0", 0, True),  # deepspeed's runner, when its launcher is killed
-        ('echo >runs/x/stop "slurm job 31"; kill -USR1 $(cat pid); sleep 1;' + TELL.format("stopped", 0), 0, True),
+        (
+            'echo >runs/x/stop "slurm job 31"; kill -USR1 $(cat pid); sleep 1;' + SAVED + TELL.format("stopped", 0),
+            0,
+            True,
+        ),
         ("kill -USR1 $(cat pid); sleep 1;" + TELL.format("finished", 0), 0, False),
         ("kill -TERM $(cat pid); sleep 1;" + TELL.format("stopped", 0), 75, False),
         ("kill -TERM $(cat pid); sleep 1; exit 3", 3, False),
@@ -346,6 +347,21 @@ def test_failures_are_counted_until_a_new_checkpoint(job, in_bash, tmp_path):
     codes += [in_bash(script, "exit 3").returncode for _ in range(2)]
     assert codes == [0, 0, 0, 0, 3]
     assert (tmp_path / "requeued.txt").read_text() == "requeue 31\n" * 4
+
+
+def test_starts_that_the_time_limit_ends_before_they_save_are_counted_too(job, in_bash, tmp_path):
+    """With failures, until a new checkpoint: each would only begin again where the one before it did."""
+    script = job("--max-restarts", "2", "--setup", 'echo $$ >"$HERE/pid"')
+    stopped = "kill -USR1 $(cat pid); sleep 0.2; {}" + TELL.format("stopped", 0)
+    ended = [in_bash(script, trainer) for trainer in (stopped.format(""), "exit 3", stopped.format(SAVED))]
+    ended += [in_bash(script, stopped.format("")) for _ in range(3)]
+    assert [one.returncode for one in ended] == [0, 0, 0, 0, 0, 1]
+    assert "slurm: saved before the time limit: queued again" in ended[2].stdout
+    told = (
+        "anything new was saved, for the 3. time in a row\nslurm: give it more --time, and submit it again to go on\n"
+    )
+    assert ended[-1].stdout.endswith(told)
+    assert (tmp_path / "requeued.txt").read_text() == "requeue 31\n" * 5
 
 
 @pytest.mark.parametrize("asked", ["USR1", "TERM"])

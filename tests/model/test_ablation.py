@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megabus.ablation import ablate
 from megabus.convert.changed import Untied
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
+from megabus.data.indexed import meta_path
 from megabus.model.decoder import Decoder, param_specs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +71,12 @@ def test_the_tool_wants_data_of_a_checkpoint_that_is_of_no_run(tmp_path):
 def test_the_tool_measures_what_the_run_validates_on(tmp_path):
     """Over a validation's tokens the whole model has the run's last loss; the last stage reads more at once."""
     corpus = small_runs.write_corpus(tmp_path)
+
+    def made_with(sha256):
+        meta = {"vocab_size": small_runs.VOCAB, "n_tokens": len(small_runs.read_tokens(corpus / "valid"))}
+        meta_path(corpus / "valid").write_text(json.dumps(meta | {"tokenizer_sha256": sha256}))
+
+    made_with("1" * 64)
     config = small_runs.run_config(corpus, tmp_path / "run", [{}] * 3)
     small_runs.start(config, 1)
     last = small_runs.rows_of(config, "eval")[-1]["loss"]
@@ -82,3 +90,5 @@ def test_the_tool_measures_what_the_run_validates_on(tmp_path):
     assert "is of no run; give --valid and --seq-len" in run_command("layers", tmp_path / "hf").stderr
     words = ("--valid", corpus / "valid", "--seq-len", config.growth.stages[-1].seq_len, "--tokens", "256")
     assert run_command("layers", tmp_path / "hf", *words).stdout == done.stdout
+    made_with("0" * 64)
+    assert "belongs to another tokenizer than" in run_command("layers", config.run_dir).stderr

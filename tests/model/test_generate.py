@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from megabus.checkpoint.load import checkpoint_at
 from megabus.convert.convert import convert
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
-from megabus.generate import _sample, generate
+from megabus.generate import chosen, generate
 from megabus.model.layers import KVCache
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,15 @@ def test_a_cache_changes_nothing(kind, parts):
     assert cache.length == start == 30
 
 
+def test_a_model_that_has_diverged_is_told():
+    decoder = model()
+    with torch.no_grad():
+        next(decoder.parameters()).fill_(torch.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match=r"^logits = nan: is no number: the model has diverged"):
+            list(generate(decoder, [3, 1], 4, temperature=temperature))
+
+
 def test_greedy_is_the_models_own_choice():
     decoder, ids = model(), [3, 1, 4]
     for token in generate(decoder, ids[:3], 20, temperature=0):
@@ -66,6 +76,7 @@ def test_no_id_beyond_the_tokenizers_is_taken():
     assert max(generate(decoder, [1], 40, **options)) >= 60
     for other in (options, {"temperature": 0}, {"temperature": 50.0, "top_k": 67}):
         assert max(generate(decoder, [1, 66], 40, n_ids=60, **other)) < 60
+        assert max(generate(decoder, [1, 66], 40, never=[*range(60, 67)], **other)) < 60  # as ids that are no token
     for n_ids in (0, 68):
         with pytest.raises(UserError, match=f"n_ids = {n_ids}: is out of range"):
             generate(decoder, [1], 1, n_ids=n_ids)
@@ -83,7 +94,7 @@ def test_samples_have_the_models_shares():
     shares, draw = logits.softmax(0), torch.Generator().manual_seed(0)
 
     def counts(**options):
-        drawn = torch.tensor([_sample(logits, options.get("k"), options.get("p", 1.0), draw) for _ in range(4000)])
+        drawn = torch.tensor([chosen(logits, draw, 1.0, options.get("k"), options.get("p", 1.0)) for _ in range(4000)])
         return drawn.bincount(minlength=5) / 4000
 
     assert (counts() - shares).abs().max() < 0.03
@@ -152,6 +163,14 @@ def test_the_command(tmp_path, model_type, vocab_size):
     # The same ids; of bytes that are no UTF-8 its tokenizer.json makes another text than SentencePiece.
     exported = run_command("generate", tmp_path / "hf", *command[2:])
     assert exported.stdout == Tokenizer(tmp_path / "hf").decode(ids + drawn) + "\n"
+    config, n = json.loads((tmp_path / "hf/config.json").read_text()), len(ids + drawn)
+    for context in (n, n - 1):
+        (tmp_path / "hf/config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+        again = run_command("generate", tmp_path / "hf", *command[2:])
+        assert again.stdout == exported.stdout
+        assert again.stderr.count(
+            f"warning: {n} tokens with the prompt, and the model's longest context is {n - 1}: "
+        ) == (context < n)
     bad = run_command(*command, "--tokenizer", tmp_path / "no.model")
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: tokenizer = ")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megabus.kernels import eager
 from megabus.model import loss as loss_room
 from megabus.model.loss import IGNORED, head_loss
 from megabus.model.tensor_parallel import Unsharded
@@ -32,6 +31,10 @@ def case(dtype=torch.float64, T=T):
 def in_chunks(monkeypatch, logits):
     monkeypatch.setattr(loss_room, "CHUNK", logits)
     monkeypatch.setattr(loss_room, "LEAST", 1)
+
+
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(loss_room, "on_gpu", lambda x: True)
 
 
 def plain(h, weight, gain, targets, reduce):
@@ -63,6 +66,24 @@ def test_it_is_the_loss_of_the_logits(monkeypatch, chunk, reduce, with_gain):
         assert ours is None or (ours - theirs).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+@pytest.mark.parametrize("with_gain", [True, False], ids=["gain", "no gain"])
+def test_rows_that_fill_up_an_odd_vocabulary_change_nothing(monkeypatch, dtype, with_gain):
+    """What GPUs compute: 41 rows and zeros behind them, by 4 tokens."""
+    in_chunks(monkeypatch, 4 * V)
+    before = both(dtype, torch.mean, with_gain)
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(loss_room, "TILE", 4)
+    (_, weight, _), _ = case(dtype)
+    assert len(loss_room._aligned(weight)) == {torch.float64: 42, torch.bfloat16: 48}[dtype]
+    for (found, reference), (ours, _) in zip(both(dtype, torch.mean, with_gain), before, strict=True):
+        assert (found is None) == (ours is None)
+        if found is not None:
+            assert found.shape == ours.shape
+            limit = 1e-12 if dtype == torch.float64 else 2 * (ours - reference).abs().max() + 1e-6
+            assert (found - reference).abs().max() <= limit
+
+
 BF16_LIMITS = {"loss": 1e-6, "losses": 1e-6, "h": 2**-7, "weight": 2**-8, "gain": 2**-8}
 
 
@@ -88,7 +109,7 @@ def test_negative_controls_bf16(monkeypatch):
         zeros_like = torch.zeros_like
         patch.setattr(torch, "zeros_like", lambda x, dtype=None: zeros_like(x))
         assert bf16_errors(patch, True)["weight"] > 2 * BF16_LIMITS["weight"]
-    monkeypatch.setattr(loss_room, "wide", torch.clone)
+    monkeypatch.setattr(eager, "wide", torch.clone)
     (h, weight, _), targets = case(torch.bfloat16)
     with torch.no_grad():
         ours, _ = head_loss(h, weight, None, targets, torch.mean, 0, Unsharded())
@@ -191,8 +212,18 @@ def test_evaluation_computes_no_gradients(monkeypatch):
         assert (loss.requires_grad, seen.products) == (learns, products)
 
 
-def test_gpus_take_whole_tiles_of_tokens():
+def test_gpus_take_whole_tiles_of_tokens(monkeypatch):
     """2^26 logits of a vocabulary of 32,000 are 2,097 tokens. What CPUs take decides the order of sums, and stays."""
-    for device, step in (("cpu", 2097), ("cuda", 2048)):
-        assert loss_room._tokens_at_once(SimpleNamespace(device=torch.device(device)), 32_000) == step
-    assert loss_room._tokens_at_once(SimpleNamespace(device=torch.device("cuda")), 200_000) == loss_room.LEAST
+    h, wide = (torch.empty(16_384, 1, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert loss_room._tokens_at_once(h, 32_000, False) == 2097
+    as_on_a_gpu(monkeypatch)
+    for tokens, rows, lean, step in (
+        (h, 32_000, False, 2048),
+        (h, 200_000, False, loss_room.LEAST),
+        (h, 32_000, True, 8192),  # 8,320 would do, and leave 8,064
+        (h[:9000], 32_000, True, 4608),
+        (h[:130], 32_000, True, 256),
+        (h[:0], 32_000, True, 128),
+        (wide, 32_000, True, 2048),  # whose logits take 4 bytes in any form
+    ):
+        assert loss_room._tokens_at_once(tokens, rows, lean) == step

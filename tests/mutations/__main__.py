@@ -108,13 +108,13 @@ def _tested(copy: Path, arguments: list[str], limit: float) -> int | None:
                 os.dup2(nowhere.fileno(), number)
         os.chdir(copy)
         sys.dont_write_bytecode = True
-        sys.path[:] = [str(copy), *(path for path in sys.path if path not in ("", str(HERE)))]
         for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "megabus")]:
             del sys.modules[name]
         os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
         import pytest
 
-        os._exit(int(pytest.main(["-x", *arguments], [_Collection()])))
+        # By `pythonpath` the copy, which is the root, comes before this checkout.
+        os._exit(int(pytest.main(["-x", "-o", "pythonpath=. tests", *arguments], [_Collection()])))
     return wait_for(pid, limit, kill=os.killpg)
 
 

@@ -7,27 +7,20 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
-from sklearn import metrics
+from support.later import Later
 from support.nli_data import rows_of, run_tool, write_rows, write_run
 
 from megabus.errors import UserError
-from megabus.nli.measures import (
-    Baselines,
-    bootstrap_macro_f1,
-    classifiers,
-    macro_f1,
-    measure,
-    overlap,
-)
 from megabus.nli.pairs import LABELS, Hub, Pair, PairSet, read_jsonl
-from megabus.nli.results import measured, of_model, plot_set, table
-from megabus.nli.run import Data, Outcome
 from megabus.nli.settings import Settings
-from megabus.scoring.harness import Scores
 from megabus.testing.ranks import run_ranks
+
+datasets, metrics = Later("datasets"), Later("sklearn.metrics")
+measures, results, evaluation, harness = (
+    Later(f"megabus.{name}") for name in ("nli.measures", "nli.results", "nli.run", "scoring.harness")
+)
 
 
 def pair_set(n, seed=0, name="pairs"):
@@ -248,7 +241,7 @@ COMMANDS = {
     "tokenizer": (["--valid", "{file}", "--tokenizer", "{file}"], "tokenizer = {file}: is not JSON (Extra data"),
     "vocabulary": (
         ["--valid", "{file}", "--tokenizer", "{other}"],
-        "tokenizer = {other}: has 345 pieces, the model 340",
+        "tokenizer = {other}: is another than the one saved in {folder}",
     ),
     "another tokenizer": (
         ["--valid", "{file}", "--tokenizer", "{smaller}"],
@@ -309,7 +302,7 @@ def labels(n, seed, shares=(0.5, 0.3, 0.2)):
 def test_metrics_are_scikit_learns(seed):
     gold = labels(60, seed)
     guess = np.where(labels(60, seed + 10) == 0, gold, labels(60, seed + 20, (0.9, 0.1, 0.0)))
-    found = measure(gold, guess, seed=0)
+    found = measures.measure(gold, guess, seed=0)
     assert found["confusion"] == metrics.confusion_matrix(gold, guess, labels=[0, 1, 2]).tolist()
     assert found["accuracy"] == pytest.approx(metrics.accuracy_score(gold, guess))
     scores = metrics.precision_recall_fscore_support(gold, guess, labels=[0, 1, 2], zero_division=0)
@@ -321,7 +314,7 @@ def test_metrics_are_scikit_learns(seed):
 
 
 def test_a_label_that_is_never_said_counts_as_zero():
-    found = measure([0, 0, 1, 2], [0, 0, 0, 0], seed=0)
+    found = measures.measure([0, 0, 1, 2], [0, 0, 0, 0], seed=0)
     assert [one["f1"] for one in found["classes"].values()] == pytest.approx([2 / 3, 0, 0])
     assert found["macro_f1"] == pytest.approx(2 / 9)
 
@@ -331,7 +324,7 @@ def test_wilson_interval_is_the_closed_form():
     z = 1.959963984540054
 
     def wilson_interval(hits, total):
-        return measure([0] * total, [0] * hits + [1] * (total - hits), seed=0)["accuracy_interval"]
+        return measures.measure([0] * total, [0] * hits + [1] * (total - hits), seed=0)["accuracy_interval"]
 
     for hits, total in ((0, 10), (3, 10), (10, 10), (555, 1000)):
         low, high = wilson_interval(hits, total)
@@ -346,12 +339,12 @@ def test_the_bootstrap_is_one_over_pairs():
     """Drawing confusion matrices gives what drawing pairs gives, the same each time."""
     gold, guess = labels(200, 1), np.where(labels(200, 2) == 0, labels(200, 1), labels(200, 3))
     matrix = metrics.confusion_matrix(gold, guess)
-    low, high = bootstrap_macro_f1(matrix, seed=0)
-    assert [low, high] == bootstrap_macro_f1(matrix, seed=0) != bootstrap_macro_f1(matrix, seed=1)
+    low, high = measures.bootstrap_macro_f1(matrix, seed=0)
+    assert [low, high] == measures.bootstrap_macro_f1(matrix, seed=0) != measures.bootstrap_macro_f1(matrix, seed=1)
     draws = np.random.default_rng(0).integers(0, 200, (1000, 200))
-    values = [macro_f1(metrics.confusion_matrix(gold[d], guess[d])) for d in draws]
+    values = [measures.macro_f1(metrics.confusion_matrix(gold[d], guess[d])) for d in draws]
     assert (low, high) == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.015)
-    assert low < macro_f1(matrix) < high
+    assert low < measures.macro_f1(matrix) < high
 
 
 # ---- baselines
@@ -360,34 +353,35 @@ def test_the_bootstrap_is_one_over_pairs():
 def test_features():
     """Those of the hypothesis alone do not change with the premise; both sentences' know which is which."""
     pair = Pair(0, "A red cat.", "Red cats?")
-    alone, both = (model[0].fit([pair, pair, Pair(0, "other", "words")]) for model in classifiers().values())
+    alone, both = (model[0].fit([pair, pair, Pair(0, "other", "words")]) for model in measures.classifiers().values())
     names = [name.split("__")[1] for name in alone.get_feature_names_out()]
     assert sorted(names) == sorted(["red", "cats", "?", "red cats", "cats ?"])
     assert (alone.transform([pair._replace(premise="x")]) != alone.transform([pair])).nnz == 0
     terms = ["countvectorizer-1__a red", "countvectorizer-2__red cats", "both:red", "new:cats", "missing:cat", "both"]
     assert {term if "__" in term else f"countvectorizer-3__{term}" for term in terms} <= {*both.get_feature_names_out()}
-    assert overlap(("a b", "B c b")) == ["both:b", "new:c", "both:b", "missing:a", "both", "new", "both"]
+    assert measures.overlap(("a b", "B c b")) == ["both:b", "new:c", "both:b", "missing:a", "both", "new", "both"]
 
 
 def test_baselines():
     """The colour is in the hypothesis, so its n-grams suffice; unknown words and empty sentences are passed over."""
     train, test = pair_set(90, 1), pair_set(30, 2)
-    found = Baselines(train).predict(test)
+    found = measures.Baselines(train).predict(test)
     assert found["hypothesis n-grams"] == test.labels
     assert found["premise + hypothesis n-grams"] == test.labels
     assert found["majority of training pairs"] == [np.argmax(np.bincount(train.labels))] * 30
-    assert len(Baselines(train).predict(PairSet("odd", [Pair(0, "", "")]))["hypothesis n-grams"]) == 1
-    alone = Baselines(None).predict(test)
+    assert len(measures.Baselines(train).predict(PairSet("odd", [Pair(0, "", "")]))["hypothesis n-grams"]) == 1
+    alone = measures.Baselines(None).predict(test)
     assert alone["majority of these pairs"] == [np.argmax(np.bincount(test.labels))] * 30
     assert alone["hypothesis n-grams"] is alone["premise + hypothesis n-grams"] is None
     tied = PairSet("tied", [Pair(label, "", "") for label in (2, 1, 2, 1)])
-    assert Baselines(None).predict(tied)["majority of these pairs"] == [1] * 4  # the first of equally common ones
+    equally_common = measures.Baselines(None).predict(tied)
+    assert equally_common["majority of these pairs"] == [1] * 4  # the first of them
 
 
 @pytest.mark.parametrize("pairs", [[Pair(1, "a b", "c d")] * 4, [Pair(0, "a", "b"), Pair(1, "c", "d")]])
 def test_baselines_that_cannot_be_fitted_do_not_take_the_rest_along(pairs):
     """One label only; no term in two pairs."""
-    baselines = Baselines(PairSet("train", pairs))
+    baselines = measures.Baselines(PairSet("train", pairs))
     assert "cannot be fitted to these training pairs" in baselines.missing
     found = baselines.predict(pair_set(5, 1))
     assert found["hypothesis n-grams"] is None
@@ -397,15 +391,17 @@ def test_baselines_that_cannot_be_fitted_do_not_take_the_rest_along(pairs):
 def test_the_table_and_the_picture(tmp_path):
     pairs = replace(pair_set(30, 2), skipped=2)
     values = np.eye(3)[np.array(pairs.labels)]
-    scores = Scores(values, values, values, n_cut=4, n_beyond=1)
-    one = of_model(0, Outcome(Data(None, None, [pairs]), {"zero-shot": [scores]}, {}), seed=0)
-    one["results"] |= measured(pairs, Baselines(None).predict(pairs), seed=0)
-    text = table({"sets": {"dev": one}, "baselines": {"missing": "no training pairs"}})
+    scores = harness.Scores(values, values, values, n_cut=4, n_beyond=1)
+    one = results.of_model(
+        0, evaluation.Outcome(evaluation.Data(None, None, [pairs]), {"zero-shot": [scores]}, {}), seed=0
+    )
+    one["results"] |= results.measured(pairs, measures.Baselines(None).predict(pairs), seed=0)
+    text = results.table({"sets": {"dev": one}, "baselines": {"missing": "no training pairs"}})
     assert text.startswith("dev: 30 pairs, 2 others have no gold label, 4 premises cut to fit, 1 lost more")
     assert "not available: no training pairs" in text
     lines = text.splitlines()
     assert next(line for line in lines if line.startswith("zero-shot ")).split()[1] == "1.000"
     assert max(map(len, lines)) <= 120
-    plot_set("dev", one, tmp_path / "a.png")
+    results.plot_set("dev", one, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert "cannot be written" in message_of(plot_set, "dev", one, Path(tmp_path / "no/a.png"))
+    assert "cannot be written" in message_of(results.plot_set, "dev", one, Path(tmp_path / "no/a.png"))

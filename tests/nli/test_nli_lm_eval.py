@@ -7,10 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
-import datasets
 import pytest
 import yaml
 from support.forked import run_python
+from support.later import Later
 from support.nli_data import rows_of, run_tool, write_rows, write_run
 
 from megabus.convert.convert import convert, open_source
@@ -19,6 +19,7 @@ from megabus.nli.pairs import HUB, LABELS
 from megabus.nli.settings import Template
 from megabus.testing.ranks import run_ranks
 
+datasets = Later("datasets")
 TASKS = Path(__file__).parents[2] / "configs/eval/nli"
 
 

@@ -13,13 +13,15 @@ import torch.distributed as dist
 
 from megabus.config import Layout
 from megabus.engine.engine import Engine
-from megabus.model import ngpt
+from megabus.kernels.adjacent import joined
+from megabus.model import joint, layers, loss, ngpt
 from megabus.model.params import spec_of
 from megabus.parallel.tensor_parallel import ProcessGroupTP
 from megabus.testing import parity
 from megabus.testing.ranks import run_ranks
 
 LIMIT = 1e-5
+STEPS = 3  # from the second on, what the first has left counts; `make parity` takes five
 PARTS = {
     "bias, tied": {"qkv_bias": True, "tie_embeddings": True},
     "norm, tied": {"qk_norm": True, "tie_embeddings": True},
@@ -27,8 +29,10 @@ PARTS = {
 
 
 @functools.cache
-def reference(kind: str, parts: str = "") -> parity.Trace:
-    return parity.plain_trace(parity.parity_training(kind, Layout(1, 1, 1), parts=PARTS.get(parts)))
+def reference(kind: str, parts: str = "", **train: object) -> parity.Trace:
+    return parity.plain_trace(
+        parity.parity_training(kind, Layout(1, 1, 1), parts=PARTS.get(parts), **train), steps=STEPS
+    )
 
 
 def trace_of(kind: str, layout: Layout, parts: str = "", **train: object) -> parity.Trace:
@@ -36,7 +40,7 @@ def trace_of(kind: str, layout: Layout, parts: str = "", **train: object) -> par
     costs a hundred small collectives."""
     if layout.tp > 1:
         train = {"micro_batch_size": 8 // layout.dp // layout.pp} | train
-    return parity.engine_trace(parity.parity_training(kind, layout, parts=PARTS.get(parts), **train))
+    return parity.engine_trace(parity.parity_training(kind, layout, parts=PARTS.get(parts), **train), steps=STEPS)
 
 
 @functools.cache
@@ -85,11 +89,30 @@ def test_recompute_equals_one_process(layout):
     assert parity.difference(trace_of("ngpt", layout, recompute=True), reference("ngpt")).worst <= LIMIT
 
 
+def _joint_products(h, weights, biases=None):
+    """Of matrices that must lie side by side, wherever DeepSpeed has laid them."""
+    assert joined(weights, 0) is not None
+    return joint.joint_products(h, weights, [bias for bias in biases or [] if bias is not None])
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "layout", "train"),
+    [("gpt", "bias, tied", Layout(1, 2, 2), {}), ("ngpt", "", Layout(2, 1, 2), {"zero_stage": 2})],
+    ids=str,
+)
+def test_what_gpus_compute_equals_one_process(kind, parts, layout, train, monkeypatch):
+    """Joint products, and a head whose odd shards of the vocabulary are filled up with zeros."""
+    plain = reference(kind, parts)
+    monkeypatch.setattr(layers, "products", _joint_products)
+    monkeypatch.setattr(loss, "on_gpu", lambda x: True)
+    assert parity.difference(trace_of(kind, layout, parts, **train), plain).worst <= LIMIT
+
+
 @pytest.mark.parametrize("layout", [Layout(2, 2, 1), Layout(2, 1, 2)], ids=str)
 def test_clipping_uses_the_global_norm(layout):
     """Clipped at a fifth of the norm: wrong norms of shards or replicas would scale the update."""
     clip = {"gradient_clipping": reference("ngpt").grad_norms[0] / 5}
-    plain = parity.plain_trace(parity.parity_training("ngpt", Layout(1, 1, 1), **clip))
+    plain = reference("ngpt", **clip)
     trace = trace_of("ngpt", layout, **clip)
     difference = parity.difference(trace, plain)
     assert max(difference.losses, difference.grad_norms) <= LIMIT
@@ -120,7 +143,7 @@ def test_preconditioned_logits_equal_one_process(layout, monkeypatch):
     """The mean gain is the whole vocabulary's, whatever shard a rank holds."""
     with monkeypatch.context() as patch:
         patch.setattr(ngpt.Output, "forward", preconditioned_logits)
-        plain = parity.plain_trace(parity.parity_training("ngpt", Layout(1, 1, 1)))
+        plain = reference.__wrapped__("ngpt")  # not kept: of another model
     trace = trace_of("ngpt", layout, logit_power=0.5)
     assert parity.difference(trace, plain).worst <= LIMIT
     if layout.world == 1:
@@ -133,8 +156,10 @@ def test_preconditioned_logits_equal_one_process(layout, monkeypatch):
 
 
 def _sums_job(config):
-    """(dtypes of the large all-reduces of a step, bytes of gradients that are kept in bf16 until then)."""
-    dtypes, kept, all_reduce = set(), [], dist.all_reduce
+    """(dtypes of the large all-reduces of a step, bytes of gradients that are kept in bf16 until then, tensors that are
+    broadcast while the engine is made)."""
+    dtypes, kept, all_reduce, broadcast, sent = set(), [], dist.all_reduce, dist.broadcast, []
+    dist.broadcast = lambda tensor, *args, **options: (sent.append(tensor), broadcast(tensor, *args, **options))[1]
     engine = Engine(config.train, config.optimizer, config.stage)
     engine.write_initial(0)
 
@@ -146,16 +171,18 @@ def _sums_job(config):
 
     dist.all_reduce = spy
     engine.train_step(parity.rank_batches(engine, parity.batch_of(config.stage, 0)), 1e-3)
-    return dtypes, max(kept)
+    return dtypes, max(kept), len(sent)
 
 
 @pytest.mark.parametrize(
     ("layout", "zero"), [(Layout(1, 1, 2), 1), (Layout(1, 2, 2), 1), (Layout(1, 1, 2), 2)], ids=str
 )
 def test_bf16_gradients_add_up_in_fp32(layout, zero):
-    """Over micro batches and over ranks: DeepSpeed's own settings send and add them in bf16."""
+    """Over micro batches and over ranks: DeepSpeed's own settings send and add them in bf16. It would also send the
+    weights, before there are any."""
     config = parity.parity_training("ngpt", layout, precision="bf16", zero_stage=zero)
-    for dtypes, kept in run_ranks(layout.world, _sums_job, config):
+    for dtypes, kept, sent in run_ranks(layout.world, _sums_job, config):
+        assert sent == (layout.pp > 1)  # by which a pipeline's ranks meet
         assert dtypes == {torch.float32}
         assert zero == 2 or kept == 0
 
@@ -195,7 +222,7 @@ def _wrong_job(config, fault):
                 )
 
         engine_module.spec_of = lambda parameter: Sharded(spec_of(parameter))
-    return parity.engine_job(config)
+    return parity.engine_job(config, steps=1)
 
 
 def test_negative_controls(monkeypatch):

@@ -185,6 +185,16 @@ def test_the_launcher_checks_before_it_trains(config_file, tmp_path):
     assert "preflight" not in off[0].out
 
 
+def test_what_is_no_check_is_among_the_refusals(config_file, tmp_path):
+    """A callback here, as a prompt and a task: a table that refuses nothing must not stand above its refusal."""
+    named = f"callbacks=[{{name: {tmp_path}/none.py:Missing}}]"
+    ranks = launch_forked("--config", config_file, "--preflight-only", "layout.dp=1", named, world=1)
+    assert row_of(ranks[0].out, "run").split()[1] == "refused"
+    assert row_of(ranks[0].out, "all else").split()[2] == "skipped"
+    assert ", 1 refused, no warning(s)" in ranks[0].out
+    assert ranks[0].err.startswith("error: callbacks.0 = ")
+
+
 @pytest.mark.parametrize(
     ("changes", "hosts", "measures"),
     [
@@ -376,8 +386,8 @@ def test_expected_memory_is_each_rank_s_largest_stage_s(tmp_path):
     config = run_config(tmp_path, changes)
     first, second = resolve_stages(config, 2)
     each = [[rank_memory(config.train, stage, rank).total for rank in range(2)] for stage in (first, second)]
-    assert expected_bytes(config, [first, second]) == [max(pair) for pair in zip(*each, strict=True)]
-    assert expected_bytes(config, [first])[0] != expected_bytes(config, [first])[1]
+    assert expected_bytes(config, [first, second], False) == [max(pair) for pair in zip(*each, strict=True)]
+    assert expected_bytes(config, [first], False)[0] != expected_bytes(config, [first], False)[1]
     assert all(least_bytes(config, first, rank) < each[0][rank] for rank in range(2))
 
 

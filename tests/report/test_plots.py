@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +121,34 @@ def test_bad_runs_are_named(tmp_path):
             read_metrics(folder)
 
 
+WRONG_ROWS = {
+    "step": (step_row(1, 5.0) | {"step": True}, "line 1 is no metrics row"),
+    "huge": (step_row(1, 5.0) | {"step": 10**400}, "line 1 is no metrics row"),
+    "tokens": (step_row(1, 5.0) | {"tokens": None}, "metrics: tokens = None: of the step row of step 1 is no number"),
+    "flops": (eval_row(1, 5.0) | {"flops": math.inf}, "metrics: flops = inf: of the eval row of step 1 is no number"),
+    "loss": (eval_row(1, 5.0) | {"loss": "low"}, "metrics: loss = low: of the eval row of step 1 is no number"),
+    "huge loss": (step_row(1, 5.0) | {"loss": 10**30}, "of the step row of step 1 is no number"),
+    "speed": (step_row(1, 5.0) | {"tokens_per_s": [1]}, "metrics: tokens_per_s = [1]: of the step row"),
+    "stall": (growth_row(1, 0) | {"stall_s": None}, "metrics: stall_s = None: of the growth row of step 1"),
+    "size": (growth_row(1, 0) | {"new": {"d_model": True}}, "metrics: d_model = True: of the growth row of step 1"),
+    "sizes": (growth_row(1, 0) | {"old": [1]}, "metrics: old = [1]: of the growth row of step 1 is no section"),
+    "stage": ({"event": "resume", **at(1), "stage": [1]}, "metrics: stage = [1]: of the resume row of step 1 is no"),
+    "layout": ({"event": "start", **at(0), "layout": 5}, "metrics: layout = 5: of the start row of step 0 is no text"),
+}
+
+
+@pytest.mark.parametrize("which", WRONG_ROWS)
+def test_values_that_no_run_writes_are_named(tmp_path, which):
+    """In rows of runs of others, for whatever reads them: the picture, the table, a plan beside what happened."""
+    row, told = WRONG_ROWS[which]
+    folder = run_with(tmp_path, [step_row(0, 5.0), row][::-1])
+    for read in (read_metrics, summary_table):
+        with pytest.raises(UserError, match=re.escape(told)):
+            read(folder)
+    with pytest.raises(UserError, match=re.escape(told)):
+        plot_loss([folder], tmp_path / "loss.png")
+
+
 # ---- the table
 
 
@@ -143,6 +173,26 @@ def test_summary_table_of_a_run_that_has_not_grown(tmp_path):
     told = summary_table(run_with(tmp_path, [start, *rows], "told")).splitlines()[-1]
     assert "d96 L4" in told
     assert "TP1/PP2/DP1" in told
+
+
+def test_a_log_that_begins_with_a_resume_says_so(tmp_path):
+    """As of a checkpoint that was copied alone: its stage and sizes are known, and what came before is not."""
+    resume = at(40) | {"event": "resume", "reason": "start", "stage": 2, "sizes": LARGE, "layout": "TP1/PP1/DP1"}
+    run = run_with(tmp_path, [resume, step_row(50, 3.0), eval_row(50, 3.1)])
+    stage, *told = summary_table(run).splitlines()[2:]
+    assert stage.split()[:1] == ["2"]
+    assert f"d{LARGE['d_model']} " in stage
+    assert stage.split()[stage.split().index("TP1/PP1/DP1") + 1] == "10"  # steps
+    assert told == ["not in this log: the first 40 step(s) and 2 growths, which came before the run was resumed here"]
+    whole = run_with(tmp_path, [at(0) | {"event": "start"}, step_row(10, 3.0), resume, step_row(50, 3.0)], "whole")
+    assert "not in this log" not in summary_table(whole)
+
+
+@pytest.mark.parametrize("key", ["tokens", "flops", "sizes"])
+def test_a_first_resume_of_odd_values_is_named(tmp_path, key):
+    rows = [at(40) | {"event": "resume", key: "x"}, step_row(50, 3.0)]
+    with pytest.raises(UserError, match=f"metrics: {key} = x: of the resume row of step 40 is no "):
+        summary_table(run_with(tmp_path, rows))
 
 
 # ---- the picture

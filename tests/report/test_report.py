@@ -14,16 +14,29 @@ import numpy as np
 import pytest
 from support.command import Done, run_command
 from support.html_page import Page
-from support.report_runs import eval_rows, growth_row, rows, start_row, step_row, totals, write_run
+from support.report_runs import eval_rows, growth_row, looks, rows, start_row, step_row, totals, write_run
 
 from megabus.errors import UserError
+from megabus.report import pictures
 from megabus.report.curves import PANELS, POINTS, Tracks, drawn, moving_average
-from megabus.report.page import gather, names_of, render
-from megabus.report.plots import stage_table, summary_table
+from megabus.report.figure import picture
+from megabus.report.history import read_metrics, skipped_spikes, skips
+from megabus.report.looks import evaluation_table, sample_table, time_table
+from megabus.report.page import gather, names_of, render, write_report
+from megabus.report.phases import letters
+from megabus.report.pictures import draw_panel, limits, view_of
+from megabus.report.plots import _draw_run, _dress, span, stage_table, summary_table
 from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
+from megabus.table import clock
 
 ROOT = Path(__file__).parents[2]
 NASTY = "</script><script>alert(1)</script><b onclick=alert(2)>\"'&{{ 7919 * 7907 }}"
+
+
+@pytest.fixture
+def two_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages offer two of the six: drawing them is most of the time that these tests take."""
+    monkeypatch.setattr(pictures, "VIEWS", [("tokens", False), ("time", True)])
 
 
 def page_of(*folders: Path) -> Page:
@@ -80,6 +93,7 @@ RUNS = {
 }
 
 
+@pytest.mark.usefixtures("two_views")
 @pytest.mark.parametrize("kind", RUNS)
 def test_every_run_is_shown(tmp_path, kind):
     told = list(RUNS[kind]())
@@ -105,6 +119,7 @@ def test_every_run_is_shown(tmp_path, kind):
         }
         assert "Model FLOPs utilisation (MFU) (the device's peak is not known: set log.peak_tflops)" in page.words
         assert "d48 L2 H4 KV4 ff96 → d52 L2 H4 KV4 ff96" in page.words
+        assert "data schedule" not in page.words
     if kind == "a thousand growths":
         assert f"{1000 - MOST_ROWS} more in metrics.jsonl" in page.words
         assert len(page.data) < 600_000
@@ -112,6 +127,7 @@ def test_every_run_is_shown(tmp_path, kind):
         assert len(page.data) < 400_000
 
 
+@pytest.mark.usefixtures("two_views")
 def test_runs_beside_each_other(tmp_path):
     one = write_run(tmp_path / "one", rows(60, growths=(20,)))
     two = write_run(tmp_path / "x/two", rows(40), {"model": {"d_model": 64, "kind": "ngpt"}})
@@ -138,11 +154,35 @@ def test_names():
         names_of(["/a/x", "/a/../a/x"])
 
 
+def test_names_from_files_are_no_formulas(tmp_path):
+    """Nor hidden; and a text is shown that UTF-8 cannot write."""
+    told = [row | {"reason": "$\\bad{$"} if row["event"] == "growth" else row for row in rows(20, growths=(10,))]
+    at = next(number for number, row in enumerate(told) if row["step"] == 10)
+    samples = [{"prompt": "\ud800", "text": "\x00\x1b[31m"}]
+    told.insert(at, {"event": "sample", **totals(10), "samples": samples, "seconds": 1.0})
+    odd = write_run(tmp_path / "_costs $\\bad{$", told)
+    page = write_report([odd, write_run(tmp_path / "_$^$", rows(20))], tmp_path / "out")
+    assert not Page(page.read_text(encoding="utf-8")).problems
+    with picture(tmp_path / "loss.png", (4, 3)) as figure:
+        curve, label = _draw_run(figure.add_subplot(), read_metrics(odd), odd.name, ("k", "k"), "tokens", False)
+        _dress(figure.axes[0], [], {curve: label}, "tokens", False)
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [label]
+
+
+@pytest.mark.usefixtures("two_views")
 def test_nothing_from_a_file_becomes_markup(tmp_path):
     told = [start_row() | {"layout": NASTY}, step_row(1), growth_row(1, 0) | {"reason": NASTY, "old_layout": NASTY}]
     told += [{"event": "save", "step": 1, "error": NASTY}, *eval_rows(1)]
+    told += [row | {"samples": [{"prompt": NASTY, "text": NASTY}]} for row in list(looks(1, 0, "end"))[:1]]
+    told += [{"event": "tasks", **totals(1), "when": "end", "scores": {NASTY: 1.0}}]
     told[0]["environment"] = {"hosts": [NASTY], NASTY: NASTY}
-    told[-2][NASTY] = {"p0": 0.0, "p5": 0.1, "p50": 1, "p95": 2, "p100": 3}  # a kind of gain
+    next(row for row in told if row["event"] == "gains")[NASTY] = {
+        "p0": 0.0,
+        "p5": 0.1,
+        "p50": 1,
+        "p95": 2,
+        "p100": 3,
+    }  # a kind of gain
     folder = write_run(tmp_path / "run <b>&\"' ", told, {NASTY: NASTY})
     page = page_of(folder)
     plain = page_of(write_run(tmp_path / "plain", [start_row(), *told[1:2], growth_row(1, 0), *eval_rows(1)]))
@@ -180,6 +220,22 @@ def test_moving_average():
     assert moving_average(y, 100).tolist() == [3.5] * 8
 
 
+def test_running_means_have_a_panel(tmp_path):
+    """With a line for every decay that any run has logged; without means there is none."""
+
+    def run(name, *decays):
+        means = {"ema": dict.fromkeys(decays, 3.0)} if decays else {}
+        return write_run(tmp_path / name, (row | means if row["event"] == "eval" else row for row in rows(30)))
+
+    report = gather([run("one", "0.9", "0.99"), run("other", "0.999"), run("none")])
+    (panel,) = (panel for panel in report.panels if panel.key == "ema")
+    assert [line.key for line in panel.lines] == ["loss", "ema|0.9", "ema|0.99", "ema|0.999"]
+    at = report.panels.index(panel)
+    drawn_lines = [[curve is not None for curve in run.drawn.curves[at]] for run in report.curves]
+    assert drawn_lines == [[True, True, True, False], [True, False, False, True], [True, False, False, False]]
+    assert "ema" not in {panel.key for panel in gather([tmp_path / "none"]).panels}
+
+
 def test_faults_are_all_told(tmp_path):
     run = read_run(write_run(tmp_path / "run", rolled_back()), "run")
     assert [(fault["row"]["step"], fault["what"]) for fault in faults(run)] == [
@@ -197,6 +253,25 @@ def test_faults_are_all_told(tmp_path):
     assert run.growths == []  # the growth at step 40 was taken back
     figures = final_figures(run)
     assert (figures["steps"], figures["state"], figures["faults"]) == ("69", "69% of its budget", "4")
+
+
+def test_a_skipped_step_counts_once():
+    """A start does it again; a return to a checkpoint passes over its data, and so it happened."""
+
+    def skip(step):
+        return {"event": "skip", **totals(step), "loss": 9.0, "grad_norm": 2.0, "reason": "spike"}
+
+    def back(step, reason):
+        return {"event": "resume", **totals(step), "reason": reason, "changes": []}
+
+    killed = [start_row(), *map(step_row, range(1, 6)), skip(6), back(5, "start"), skip(6), step_row(7)]
+    assert skipped_spikes(killed) == 1
+    assert skipped_spikes([start_row(), skip(1), back(0, "start"), skip(1)]) == 1
+    returned = [start_row(), *map(step_row, range(1, 6)), skip(6), skip(7), back(5, "spike"), *map(step_row, (6, 7))]
+    assert skipped_spikes(returned) == 2
+    assert skipped_spikes([*returned, skip(8), back(7, "start"), skip(8)]) == 3
+    assert skipped_spikes([*returned, back(5, "start"), skip(6), skip(7), back(5, "spike"), step_row(6)]) == 2
+    assert [row["step"] for row in skips(killed)] == [6]
 
 
 @pytest.mark.parametrize("budget", ["the same", "raised"])
@@ -249,6 +324,7 @@ def test_layouts_of_stages_are_those_that_ran(tmp_path):
     assert stage_table(only.curve_rows, only.layouts)[1][3] == "TP2/PP1/DP2"
 
 
+@pytest.mark.usefixtures("two_views")
 def test_final_figures(tmp_path):
     figures = final_figures(read_run(write_run(tmp_path / "run", rows(100, growths=(30, 60))), "run"))
     assert figures["state"] == "finished"
@@ -257,7 +333,130 @@ def test_final_figures(tmp_path):
     assert figures["validation loss, last"] == f"{3.1 + 4 / 11:.4f}" == figures["validation loss, best"]
     assert figures["peak memory of a rank"] == "512 MiB"
     assert figures["largest error of a unit row"] == "5.0e-07"
-    assert figures["MFU, mean"] == "–"
+    assert figures["MFU, mean"] == "–"  # which the page leaves out
+    assert "MFU, mean" not in page_of(tmp_path / "run").text
+
+
+def test_first_points_are_cut_off_only_of_many():
+    """At most a hundredth and a half of all, and where these take most of the height."""
+    for n, least in ((11, 9.0), (66, 9.0), (67, 2.0), (1000, 2.0)):
+        values = [9.0, *np.linspace(2.0, 1.0, n - 1).tolist()]
+        low, high = span(values, log=False, clipped=True)
+        assert low < 1.0
+        assert least < high < least + 0.5
+    assert span([2.9, *np.linspace(2.0, 1.0, 999).tolist()], log=False, clipped=True)[1] > 2.9
+
+
+def test_what_kappa_predicts_is_not_flattened_by_what_was_before():
+    """A loss that falls from 9 to 3.2 before the first prediction: the axis ends not far above what came with it."""
+    loss = [9.0, 6.0, 4.0, 3.2, 3.1, 3.0]
+    said = [None, None, None, 3.15, 3.05, 2.9]
+    target = next(panel for panel in PANELS if panel.key == "target")
+    low, high = limits(target, [[{"y": loss}, {"y": said}, None]])
+    assert 2.7 < low < 2.9
+    assert 3.2 < high < 3.6
+    assert limits(target, [[{"y": loss}, None, None]])[1] > 8  # nothing is predicted: all that was measured
+
+
+def looked_at():
+    told = list(rows(100, growths=(30,)))
+    at = next(number for number, row in enumerate(told) if row["event"] == "growth")
+    before, after = [*looks(10, 0, "step"), *looks(30, 0, "before growth")], looks(30, 1, "after growth")
+    return [*told[:at], *before, told[at], *after, *told[at + 1 :], *looks(100, 1, "end")]
+
+
+@pytest.mark.usefixtures("two_views")
+def test_samples_and_evaluations_lie_along_the_curve(tmp_path):
+    folder = write_run(tmp_path / "run", looked_at())
+    page, run = page_of(folder), read_run(folder, "run")
+    header, measures = evaluation_table(run)
+    assert header == ["measure", "step 30, before growth", "step 30, after growth", "step 100, end"]
+    assert measures == [
+        ["code: nats per token", "2.7000", "2.7000", "2.0000"],
+        ["code: bits per byte", "1.3500", "1.3500", "1.0000"],
+        ["lines/acc", "0.2800", "0.2800", "0.3500"],
+    ]
+    assert "code: nats per token 2.7000 2.7000 2.0000" in page.words
+    assert [row["step"] for row in sample_table(run)] == ["10", "30", "30", "100"]
+    assert [row["tokens"] for row in sample_table(run)] == ["20.5K", "61.4K", "61.4K", "205K"]
+    assert "100 205K KING: After 100 steps." in page.words
+    data = json.loads(page.data)
+    curves, places = data["runs"][0]["curves"], data["runs"][0]["places"]
+    assert curves["extra:code"] == [{"y": [2.9, 2.7, 2.7, 2.0]}]
+    assert curves["task:lines/acc"] == [{"y": [0.26, 0.28, 0.28, 0.35]}]
+    assert places["evaluation"]["tokens"] == [20480, 61440, 61440, 204800]
+    assert final_figures(run)["profile"] == "–"
+    row = {"event": "profile", **totals(40, 1), "first": 38, "last": 40, "folder": "runs/a/profile", "shares": {}}
+    profiled = read_run(write_run(tmp_path / "profiled", [*looked_at(), row]), "profiled")
+    assert final_figures(profiled)["profile"] == "steps 38 to 40: runs/a/profile"
+    times = time_table(run)
+    assert list(times) == ["steps", "growths", "samples", "evaluations of token files", "weights written for tasks"]
+    assert times["samples"].startswith("0:08 (")
+    steps = sum(2048 / step_row(step)["tokens_per_s"] for step in range(1, 101))
+    assert times["steps"] == f"{clock(steps)} ({steps / (steps + 0.5 + 8 + 6 + 2):.1%})"
+    assert "samples 0:08 (" in page.words
+    assert "Samples and evaluations" not in page_of(write_run(tmp_path / "plain", rows(30))).words
+    assert list(time_table(read_run(tmp_path / "plain", "plain"))) == ["steps"]
+
+
+def phase_row(step, stage, weights, changed=("weights",), **sizes):
+    samples = {"weights": weights, "seq_len": 64, "micro_batch_size": 2, "global_batch_size": 8} | sizes
+    return (
+        {"event": "phase", **totals(step, stage), "share": step / 100, "position": 0} | samples | {"changed": changed}
+    )
+
+
+def test_phases_are_marked_and_listed(tmp_path):
+    """One begins with the growth, one is of a run that was resumed and says not what was before."""
+    told = list(rows(100, growths=(30,)))
+    for step, row in (
+        (60, phase_row(60, 1, [0.0, 1.0], None, seq_len=128)),
+        (30, phase_row(30, 1, [1.0, 2.5])),
+    ):
+        at = max(number for number, other in enumerate(told) if other["step"] == step) + 1
+        told.insert(at, row)
+    page = page_of(write_run(tmp_path / "run", told))
+    marks = [
+        {"tokens": 61440.0, "name": "a", "text": "weights 1:2.5"},
+        {"tokens": 122880.0, "name": "b", "text": "weights 0:1, length 128, micro batch 2, batch 8"},
+    ]
+    phases = json.loads(page.data)["runs"][0]["phases"]
+    assert [{key: phase[key] for key in marks[0]} for phase in phases] == marks
+    assert all(0 < phase["time"] < 1 and phase["flops"] > 0 for phase in phases)
+    assert "a 30 61.4K 30.0% 1:2.5 64 2 8 b 60 123K 60.0% 0:1 128 2 8" in page.words
+    assert "dotted ones are phases" in page.words
+    assert page.text.count("b: weights 0:1, length 128, micro batch 2, batch 8") == 1  # where there is room
+    assert [letters(number) for number in (0, 25, 26, 51, 52, 701, 702)] == ["a", "z", "aa", "az", "ba", "zz", "aaa"]
+
+
+def test_in_a_crowd_growths_keep_their_labels(tmp_path):
+    """Of phases, and of another run's growth close by."""
+    told = list(rows(1000, growths=(500, 502)))
+    for step in (500, 501, 502):
+        at = max(number for number, row in enumerate(told) if row["step"] == step) + 1
+        told.insert(at, phase_row(step, 1, [1.0, 1.0]))
+    other = write_run(tmp_path / "other", rows(1000, growths=(510,)))
+    report = gather([write_run(tmp_path / "run", told), other])
+    curves, view = [run.drawn.curves[0] for run in report.curves], view_of(report.curves, "tokens")
+    with picture(tmp_path / "loss.png", (14, 4)) as figure:
+        axes = figure.add_subplot()
+        draw_panel(axes, report.panels[0], report.curves, curves, view)
+        shown = [text.get_text() for text in sorted(axes.texts, key=lambda text: text.xy[0])]
+    names = [text.partition(":")[0] for text in shown]
+    assert [name for name in names if name.isdigit()] == ["1", "2", "1"]
+    assert len(names) < 6  # control: it is one
+
+
+def test_scores_lie_at_the_step_that_they_are_of(tmp_path):
+    """On every axis, whenever they came, and nothing else moves."""
+    told = list(rows(100, growths=(30,)))
+    first, second = ([row for row in looks(step, 0, "step") if row["event"] == "tasks"] for step in (20, 10))
+    run = read_run(write_run(tmp_path / "run", [*told[:-9], *first, *told[-9:], *second]), "run")
+    plain = read_run(write_run(tmp_path / "plain", told), "plain")
+    for x in ("tokens", "flops", "time"):
+        assert run.tracks.at("tasks", x).tolist() == [plain.tracks.place(totals(step), x) for step in (10, 20)]
+        assert run.tracks.at("step", x).tolist() == plain.tracks.at("step", x).tolist()
+    assert run.tracks.column("tasks", "scores|lines/acc").tolist() == [0.26, 0.27]
 
 
 # ---- what is none ------------------------------------------------------------------------------------------
@@ -279,12 +478,20 @@ BAD = {
         '{"event": "step", "step": 1, "tokens": 1, "flops": 1, "loss": "low", "tokens_per_s": 1}\n',
         "metrics: loss = low: of the step row of step 1 is no number",
     ),
-    "a growth of nothing": ('{"event": "growth", "step": 1, "tokens": 1, "flops": 1}\n', "is no dict"),
+    "a growth of nothing": ('{"event": "growth", "step": 1, "tokens": 1, "flops": 1}\n', "is no section"),
     "a size in words": (
         json.dumps(growth_row(1, 0) | {"new": {"d_model": "many"}}) + "\n",
         "metrics: d_model = many: of the growth row of step 1 is no size",
     ),
     "bytes in words": (json.dumps(growth_row(1, 0) | {"bytes_sent": "many"}) + "\n", "metrics: bytes_sent = many: of"),
+    "samples in words": (
+        json.dumps(step_row(1)) + "\n" + json.dumps({"event": "sample", **totals(1), "samples": "text"}) + "\n",
+        "metrics: samples = text: of the sample row of step 1 is no list of texts",
+    ),
+    "weights in words": (
+        json.dumps(step_row(1)) + "\n" + json.dumps(phase_row(1, 0, "many")) + "\n",
+        "metrics: weights = many: of the phase row of step 1 is no number",
+    ),
     "no text": ("\udcff\n", "cannot be read"),
 }
 
@@ -348,6 +555,9 @@ def test_columns_of_words_are_columns(written):
 def test_wrong_command_lines(tmp_path):
     for args, told in (
         ([tmp_path], f"error: run_dir = {tmp_path}: holds no metrics.jsonl"),
+        ([tmp_path / "a"], f"error: run_dir = {tmp_path}/a: does not exist; name the directory of a megabus run"),
+        ([__file__], f"error: run_dir = {__file__}: is a file; name the directory of a megabus run"),
+        ([""], "error: run_dir = '': does not exist; name the directory of a megabus run"),
         (
             [tmp_path / "a", tmp_path / "b"],
             f"error: RUN_DIR = {tmp_path}/a {tmp_path}/b: are several runs; name a folder",
@@ -360,14 +570,18 @@ def test_wrong_command_lines(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def browse(page: Path, view: str = "") -> tuple[str, str]:
+def browse(page: Path, view: str = "", width: int = 390) -> tuple[str, str]:
     """The document after its scripts have run, and what they complained of."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium is installed")
     quiet = ["quic", "background-networking", "component-update", "sync", "gpu"]
     options = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in quiet)]
-    options += [f"--user-data-dir={page.parent / 'profile'}", "--window-size=390,900", "--virtual-time-budget=5000"]
+    options += [
+        f"--user-data-dir={page.parent / 'profile'}",
+        f"--window-size={width},900",
+        "--virtual-time-budget=5000",
+    ]
     command = [browser, *options, "--enable-logging=stderr", "--dump-dom", f"{page.as_uri()}{view}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
@@ -395,6 +609,12 @@ def test_a_browser_draws_it(written, view, shown, label):
     pressed = [a for tag, a in drawn_ones.tags if tag == "button" and a.get("aria-pressed") == "true"]
     assert [a["data-x"] for a in pressed if "data-x" in a] == [shown.split()[0]]
     assert [a["data-toggle"] for a in pressed if "data-toggle" in a] == (["0"] if "hide" in view else ["0", "1"])
+
+
+@pytest.mark.parametrize(("width", "box"), [(390, "370 225"), (1280, "1000 320")])
+def test_the_loss_is_drawn_for_the_window(written, width, box):
+    dom, _ = browse(written / "report.html", width=width)
+    assert f'viewBox="0 0 {box}"' in dom.partition('data-panel="loss"')[2].partition("</figure>")[0]
 
 
 def test_a_browser_tells_values(written, tmp_path):

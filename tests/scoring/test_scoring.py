@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
+import transformers
 
 from megabus.data.tokenizer import Tokenizer, open_tokenizer, train_tokenizer
 from megabus.engine.engine import StepResult
@@ -38,6 +40,30 @@ def test_expendable_tokens_are_cut_first_then_those_on_the_left(tokenizer):
         assert found.sequence.tokens == kept[rest:]
         assert (found.n_cut, found.beyond) == (n_cut, rest > 0)
         assert found.sequence.n_inputs == len(tokens) - 1 - n_cut
+
+
+def test_what_begins_a_text_stands_before_it_and_is_cut_last(tokenizer, tmp_path):
+    """As transformers and so lm-evaluation-harness have it of a tokenizer whose post-processor writes a BOS."""
+    path = train_tokenizer(["the cat and the dog saw it"] * 3, 265, tmp_path / "tokenizer")
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 265)])
+    backend.save(str(path))
+    own, theirs = Tokenizer(path), transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    for context, text in (("the cat saw", " it"), ("", "it")):
+        whole = encode(own, context, text, 100).sequence
+        assert whole.tokens == theirs(context + text)["input_ids"]
+        assert own.decode(whole.tokens[-whole.n_scored :]) == text
+    context, head, tail = "the dog and the cat saw", "the dog", "the dog and the"
+    bare = [*own.encode(context), *own.encode(" it")]
+    first, last = len(own.encode(head)), len(own.encode(tail))
+    order = [*range(first, last), *range(first), *range(last, len(own.encode(context)))]
+    for n_cut in range(len(order) + 1):
+        found = encode(own, context, " it", len(bare) - n_cut, (head, tail))
+        kept = [token for place, token in enumerate(bare) if place not in order[:n_cut]]
+        assert found.sequence.tokens == [265, *kept]
+        assert (found.n_cut, found.beyond) == (n_cut, n_cut > last - first)
+        assert found.sequence.n_inputs == len(bare) - n_cut
 
 
 def test_texts_that_cannot_be_scored_are_told(tokenizer):

@@ -18,11 +18,11 @@ from megabus.checkpoint.store import checkpoints_of, point_latest
 from megabus.config import Layout, parse_config, resolve_stages
 from megabus.config.schema import KappaConfig
 from megabus.convert.checkpoint import write_checkpoint
+from megabus.data.order import Deal
 from megabus.kappa.marginal import Ahead, StagePath
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.predictors import StageSpan
-from megabus.model.cost import count_parameters, flops_per_token
-from megabus.train.run import sizes
+from megabus.model.cost import count_parameters, counted_sizes, flops_per_token
 from support.sources import MemorySource, model_config
 
 SHARD = "shard-00001-model-00001-of-00003.safetensors"
@@ -59,8 +59,9 @@ def write_run(run, kind="ngpt", layout=(2, 1, 1), **changes):
         now = state.progress = Progress(GROWN, 32 * GROWN, 32 * GROWN, GROWN * cost[0])
         now.stage_tokens, now.stage_flops = now.tokens, now.flops
         row = {"step": GROWN, "tokens": now.tokens, "flops": now.flops, "stage": 1, "reason": "cap"}
-        now.growths.append(row | {"old": sizes(first), "new": sizes(second)})
+        now.growths.append(row | {"old": counted_sizes(first.model), "new": counted_sizes(second.model)})
         now.mark(GROWN, 32, cost[1])
+        now.deals = (Deal(0, (1024,)),)
         monitor = KappaMonitor(KappaConfig())
         ahead = Ahead(54321, 3e5, 8192.0, 1e9)
         monitor.start_stage(span_of(second, now.tokens, now.flops, 4096, ahead))

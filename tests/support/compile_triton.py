@@ -32,6 +32,8 @@ class NoGPU:
 
 # What holds an entry a row, or a row: 31 bits of offset reach. All other arguments hold N rows, or a share a program.
 SMALL = {"lx_ptr", "lr_ptr", "scale_ptr", "alpha_ptr", "gain_ptr", "gain_u_ptr", "gain_v_ptr", "cos_ptr", "sin_ptr"}
+SMALL |= {"row_ptr", "top_ptr", "total_ptr", "own_ptr"}
+FP32 = {"_unit_rows", "_sums"}  # what these write is fp32
 SAME = {"tt.splat", "tt.broadcast", "tt.expand_dims"}
 
 
@@ -91,7 +93,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
     kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
     assert "cubin" in kernel.asm, self.__name__
     ptx, narrow, spilled = kernel.asm["ptx"], narrow_offsets(kernel.asm["ttir"]), stack(kernel.asm["cubin"])
-    assert "cvt.rn.bf16" in ptx or self.__name__ == "_unit_rows"  # round to nearest, once, at the end
+    assert "cvt.rn.bf16" in ptx or self.__name__ in FP32  # round to nearest, once, at the end
     assert "max.f32" not in ptx, f"{self.__name__}: a maximum that drops NaNs"
     assert not narrow, f"{self.__name__}: offsets of 32 bits into {narrow}"
     assert not spilled, f"{self.__name__}: {spilled} bytes a thread are spilled"
@@ -101,6 +103,7 @@ def compile_only(self, *args, grid, warmup, **kwargs):
 driver.set_active(NoGPU())
 JITFunction.run = compile_only
 
+from megabus.kernels.eager import Targets  # noqa: E402
 from megabus.kernels.triton_form import TRITON  # noqa: E402
 from megabus.kernels.width import MAX_WIDTH  # noqa: E402
 
@@ -114,12 +117,19 @@ def check(function, *args):
     y.backward(y.detach())
 
 
+for rows in (256, 8192):
+    numbers = torch.zeros(8)
+    targets = Targets(numbers.long(), numbers.bool(), numbers, numbers)
+    for gain in (None, torch.ones(rows)):
+        TRITON.cross_entropy_(half(8, rows).detach(), gain, targets, torch.clone, torch.clone, True)
+
 for width, heads in ((256, 4), (MAX_WIDTH, MAX_WIDTH // 128)):  # the widest use the most registers
     gains = [torch.ones(width, requires_grad=True) for _ in "uv"]
     check(TRITON.residual, half(8, width), half(8, width), gains[0])
     check(TRITON.rms_norm, half(8, width), gains[0], 1e-5)
     check(TRITON.gate, half(8, width), half(8, width), None, None)
     check(TRITON.gate, half(8, width), half(8, width), *gains)
+    check(TRITON.gate, *half(8, 2 * width).split(width, -1), *gains)
     TRITON.unit_rows_(torch.ones(8, width))
     C = width // heads
     tables = torch.ones(8, 1, C // 2), torch.zeros(8, 1, C // 2)

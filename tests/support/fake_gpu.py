@@ -87,6 +87,7 @@ class Watch(TorchDispatchMode):
     def reset(self) -> None:
         self.kernels: Counter[str] = Counter()
         self.bytes = 0
+        self.bytes_by: Counter[str] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
         self.messages: list[tuple[Any, ...]] = []
         self.quadratic = 0
@@ -120,10 +121,15 @@ class Watch(TorchDispatchMode):
         elif name in INDEXED and "gpu" in devices and any(i is not None and i.device.type == "cpu" for i in args[1]):
             self.wait("copy of indices")
         if "gpu" in devices and name not in NO_KERNEL and func.namespace != "c10d":
-            self.kernels[name] += 1
-            on_gpu = [x for x in (*inputs, *outputs) if x.device.type == "gpu"]
-            self.bytes += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in on_gpu)
+            self.count(name, [x for x in (*inputs, *outputs) if x.device.type == "gpu"])
         return out
+
+    def count(self, name: str, tensors: list[Tensor]) -> None:
+        """A kernel that reads or writes these."""
+        moved = sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
+        self.kernels[name] += 1
+        self.bytes += moved
+        self.bytes_by[name] += moved
 
     def _copy(self, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         asynchronous = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
@@ -187,13 +193,22 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = q * 1
+        y = torch.empty_like(q)
+        _Attention.count(q, k, v, y)
         ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:3], dtype=torch.float32))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x * 1 for x in ctx.saved_tensors[:3])
+        saved = ctx.saved_tensors
+        found = tuple(map(torch.empty_like, saved[:3]))
+        _Attention.count(*saved, *grads, *found)
+        return found
+
+    @staticmethod
+    def count(*tensors: Tensor) -> None:
+        assert Watch.now is not None
+        Watch.now.count("attention", list(tensors))
 
     @staticmethod
     def call(query: Tensor, key: Tensor, value: Tensor, *_: Any, enable_gqa: bool = False, **__: Any) -> Tensor:

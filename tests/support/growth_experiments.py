@@ -18,6 +18,7 @@ from benchmarks.growth.experiment import Experiment, load_experiment, make_job
 from benchmarks.growth.results import Point, Result, Results, _identity
 from megabus.testing.ranks import preload
 from support import launching, small_runs
+from support.tiny_config import changed
 
 TWICE = {"write": "tilt", "max_tokens": 1024, "stages": [{"d_model": 52, "n_heads": 3, "d_ff": 90}]}
 TRIGGER = {"predictor": "constant", "constant": 1.5, "kappa": 0.99}
@@ -65,10 +66,7 @@ def tree_of(experiment_spec, **changes):
     tree = {**experiment_spec["base"], "run_dir": "x"}
     tree["train"] = tree["train"] | {"max_flops": 100.0}
     tree["optimizer"] = tree["optimizer"] | {"lr": 0.01}
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        tree[section] = tree.get(section, {}) | {name: value} if name else value
-    return tree
+    return changed(tree, changes)
 
 
 def result(experiment, name, seed=0, budget=1.0, loss=3.0, lr=0.01, flops=None, growths=()):

@@ -8,9 +8,10 @@ import random
 import numpy as np
 
 from megabus.config import GrowthConfig, ModelConfig
+from megabus.config.precision import FP32_BYTES
 from megabus.config.stages import Layout
 from megabus.growth.param_growth import Growth
-from megabus.growth.plan import ELEMENT_BYTES, Plan, RowRange
+from megabus.growth.plan import Plan, RowRange
 from megabus.parallel.placement import Placement
 
 SEEDS = range(8)
@@ -128,7 +129,7 @@ def traffic(plan, kinds=("weight",), ranks=None):
                     kept += len(transfer.piece)
                 else:
                     sent += len(transfer.piece)
-    return sent * ELEMENT_BYTES, kept * ELEMENT_BYTES
+    return sent * FP32_BYTES, kept * FP32_BYTES
 
 
 def owned_entries(placement, rank):

@@ -78,6 +78,16 @@ def growth_row(step, stage):
     return {"event": "growth", **totals(step, stage + 1)} | stages | facts | losses
 
 
+def looks(step, stage, when):
+    """What `log.samples` and `eval.extra` have written."""
+    samples = [{"prompt": "KING:\n", "text": f"After {step} steps."}]
+    yield {"event": "sample", **totals(step, stage), "samples": samples, "seconds": 2.0}
+    losses = {"loss": {"code": 3 - step / 100}, "bits_per_byte": {"code": (3 - step / 100) / 2}, "seconds": 1.5}
+    yield {"event": "evaluation", **totals(step, stage), "when": when} | losses
+    scores = {"scores": {"lines/acc": 0.25 + step / 1000}, "seconds": 60.0, "write_s": 0.5}
+    yield {"event": "tasks", **totals(step, stage), "when": when} | scores
+
+
 def rows(steps=100, every=10, growths=()):
     """A run that ends well, and grows after these steps."""
     stage = 0

@@ -21,6 +21,7 @@ from megabus.data.indexed import IndexedTokens, IndexedWriter
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
+from support.tiny_config import changed
 
 VOCAB = 67
 TIMES = (
@@ -29,6 +30,8 @@ TIMES = (
     "mfu",
     "stall_s",
     "write_s",
+    "wait_s",
+    "seconds",
     "environment",
 )  # all that a run cannot repeat
 
@@ -80,13 +83,7 @@ def run_config(corpus, run_dir, layouts, **changes):
         "log": {"unit_norm_every": 1},
         "preflight": {"enabled": False},  # half a second of every start
     }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        if name:
-            tree[section] = tree.get(section, {}) | {name: value}
-        else:
-            tree[section] = value
-    return parse_config(tree)
+    return parse_config(changed(tree, changes))
 
 
 def rows_of(config, event):
@@ -222,15 +219,17 @@ def consumed(ranks: list[Told], batch: int) -> dict[int, list[bytes]]:
 # ---- what may happen to it ---------------------------------------------------------------------------------
 
 
-def after_step(step: int, act: Callable, rank: int | None = None) -> Change:
-    """`act(run)` on that rank (None: on all) when a step was computed, before anything else is done about it."""
+def after_step(step: int, act: Callable, rank: int | None = None, times: int | None = None) -> Change:
+    """`act(run)` on that rank (None: on all) when a step was computed, before anything else is done about it; so many
+    times (None: always)."""
 
     def change():
-        train_step = loop.train_step
+        train_step, acted = loop.train_step, []
 
         def acting(run):
             train_step(run)
-            if run.progress.step == step and rank in (None, dist.get_rank()):
+            if run.progress.step == step and rank in (None, dist.get_rank()) and len(acted) != times:
+                acted.append(step)
                 act(run)
 
         loop.train_step = acting

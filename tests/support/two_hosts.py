@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from megabus.cli import train as train_command
 from megabus.command import end_rank
 from megabus.testing.ranks import free_port, preload
+from support.launching import environment
 
 NET, UTS, MOUNT = 0x40000000, 0x04000000, 0x00020000  # of setns and unshare
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -53,6 +55,13 @@ class Host:
         _checked(_libc.unshare(UTS))
         _checked(_libc.sethostname(self.name.encode(), len(self.name)))
         os.environ["GLOO_SOCKET_IFNAME"] = self.device
+
+    def kill_all(self) -> None:
+        """Every process on it that came by `ip netns exec`; torchrun gives ranks sessions of their own."""
+        found = subprocess.run(["ip", "netns", "pids", self.name], check=True, capture_output=True, text=True)
+        for pid in found.stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
     def unplug(self) -> None:
         _ip("-n", self.name, "link", "set", self.device, "down")
@@ -115,7 +124,8 @@ class Rank:
 
     @property
     def said(self) -> str:
-        return self.log.read_text(errors="replace")
+        """Less torch's own warnings: how much it tells is settled when a process first imports it, before the fork."""
+        return re.sub(r"(?m)^\[W\d+ .*\[c10d\].*\n", "", self.log.read_text(errors="replace"))
 
 
 def launch(
@@ -143,6 +153,37 @@ def launch(
         process.start()
         ranks.append(Rank(host, process, log))
     return ranks
+
+
+@contextlib.contextmanager
+def torchruns(hosts: Sequence[Host], folder: Path, argv: list[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """`torchrun -m megabus train ARGV` on every host, with one rank; they meet on the first one by torchrun's own
+    rendezvous. What they say is in N.log. None outlives the block."""
+    meeting = ["--nnodes", str(len(hosts)), "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "two"]
+    meeting += ["--rdzv-endpoint", f"{hosts[0].address}:{free_port()}"]
+    begun = []
+    try:
+        for number, host in enumerate(hosts):
+            command = ["ip", "netns", "exec", host.name, sys.executable, "-m", "torch.distributed.run", *meeting]
+            command += [
+                "--rdzv-conf",
+                f"is_host={int(number == 0)}",
+                "--local-addr",
+                host.address,
+                "-m",
+                "megabus",
+                "train",
+                *argv,
+            ]
+            env = environment(GLOO_SOCKET_IFNAME=host.device)
+            with (folder / f"{number}.log").open("wb") as log:
+                begun.append(subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True))
+        yield begun
+    finally:
+        for host in hosts:
+            host.kill_all()
+        for process in begun:
+            process.wait()
 
 
 def end(ranks: list[Rank], seconds: float) -> list[int | None]:

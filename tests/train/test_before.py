@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from support import altered
 from support.small_runs import refusal, run_config, write_corpus
 from support.sources import MemorySource, model_config
 
-from megabus.checkpoint.state import STATE
+from megabus.checkpoint.state import STATE, without_run
 from megabus.checkpoint.store import checkpoints_of
 from megabus.config import Layout, resolve_stages
 from megabus.config.schema import PreflightConfig
 from megabus.convert.checkpoint import write_checkpoint
+from megabus.convert.convert import convert
 from megabus.errors import UserError
 from megabus.estimate import devices
 from megabus.train import before
@@ -51,6 +53,31 @@ def test_what_a_run_would_begin_with_is_read(tmp_path):
     other = tmp_path / "other"
     write_checkpoint(MemorySource(model_config("ngpt")), checkpoints_of(other), Layout(1, 1, 1))
     assert told(config_of(tmp_path, init_from=str(other))).startswith("model.n_heads = 2: is 4 in ")
+
+
+def test_sequences_longer_than_the_weights_context_are_told(tmp_path):
+    """By config.json; by the run that a checkpoint comes from; by nothing where weights alone say none."""
+    config = config_of(tmp_path, init_from=str(tmp_path / "hf"))
+    source = MemorySource(resolve_stages(config, 1)[0].model)
+    convert(source, tmp_path / "hf", "hf")
+    said = json.loads((tmp_path / "hf/config.json").read_text())
+    for context, n in ((32, 0), (31, 1)):
+        (tmp_path / "hf/config.json").write_text(json.dumps(said | {"max_position_embeddings": context}))
+        assert len(noted(config).warned) == n
+    (line,) = noted(config).warned
+    assert line.startswith(
+        f"seq_len 32: the longest sequence of the weights of {tmp_path / 'hf'} is 31; positions beyond"
+    )
+    for name, trained, n in (("alone", {}, 0), ("other", {"train": {"seq_len": 8}, "growth": {"stages": []}}, 1)):
+        source.state.config = trained
+        write_checkpoint(without(source), checkpoints_of(tmp_path / name), Layout(1, 1, 1))
+        assert len(noted(config_of(tmp_path, init_from=str(tmp_path / name))).warned) == n
+
+
+def without(source):
+    """Weights alone."""
+    source.state = without_run(source.state, source.state.model)
+    return source
 
 
 def test_what_a_run_would_go_on_from_is_read(tmp_path):
@@ -93,7 +120,7 @@ def test_what_a_gpu_cannot_hold_is_refused_with_layouts_that_fit(tmp_path, monke
     """By the estimate: the states alone would fit."""
     config = config_of(tmp_path, train__seq_len=512, train__micro_batch_size=8, growth={"stages": []})
     (stage,) = resolve_stages(config, 1)
-    need = max(memory.total for memory in before.pipeline_memory(config, stage))
+    need = max(memory.total for memory in before.pipeline_memory(config, stage, True))
     monkeypatch.setattr(before, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
     monkeypatch.setitem(devices.DEVICES, "h100", replace(devices.DEVICES["h100"], reserve=0))
     gpu = SimpleNamespace(name="Tesla T4", total_memory=need)
@@ -102,12 +129,12 @@ def test_what_a_gpu_cannot_hold_is_refused_with_layouts_that_fit(tmp_path, monke
     (eager,), _ = noted(config)
     assert eager.startswith("train.kernels: auto computes in eager form: ")
     assert noted(config.model_copy(update={"train": config.train.model_copy(update={"kernels": "eager"})}))[0] == []
-    assert len(noted(config)[1]) == 1  # of the vocabulary
+    assert noted(config)[1] == []
     gpu.total_memory = need - 1
-    _, warned = noted(config)[1]
+    (warned,) = noted(config)[1]
     assert warned.startswith("model = stage 0: takes some ")
     gpu.total_memory = -(-need * 10 // 11) + 1  # 110 %
-    assert len(noted(config)[1]) == 2
+    assert len(noted(config)[1]) == 1
     gpu.total_memory = need * 10 // 11 - 1
     message = told(config)
     assert message.startswith("model = stage 0: takes some ")

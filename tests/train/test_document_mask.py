@@ -102,7 +102,7 @@ def test_a_run_grows_and_goes_on_to_the_bit(corpus, tmp_path):
     assert float(loss) == pytest.approx(rows_of(config, "eval")[-1]["loss"], abs=6e-5)
     strict = config_of(corpus, tmp_path / "run", **short, data__document_mask=False, resume="strict")
     (refused,) = run_ranks(1, _refused, strict)
-    assert refused.startswith("contents of data: document_mask = None: was True in ")
+    assert refused.startswith("data.document_mask = false: was true in ")
 
 
 def _refused(config):

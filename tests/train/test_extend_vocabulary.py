@@ -22,6 +22,7 @@ from megabus.data.batches import TokenSource
 from megabus.data.indexed import IndexedTokens, meta_path
 from megabus.data.tokenizer import Tokenizer, spellings, train_tokenizer
 from megabus.data.tokenizer.extend import extend_tokenizer
+from megabus.data.tokenizer.learn import Lesson
 from megabus.data.tokenizer.odd_text import odd_lines
 from megabus.errors import UserError
 from megabus.model.decoder import Decoder
@@ -35,10 +36,10 @@ OLD, NEW = 267, 271  # rows: of 265 pieces, and of 268
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint with its tokenizer, an extended tokenizer, and text in its ids, which has the new pieces too."""
+    """A checkpoint with its tokenizer, one with more (and a piece that is learnt), and text that has all new pieces."""
     folder = tmp_path_factory.mktemp("made")
     old = train_tokenizer([" ".join(WORDS)] * 9, 265, folder / "old")
-    extend_tokenizer(old, [" Straße", "日本"], ["<|user|>"], folder / "new")
+    extend_tokenizer(old, [" Straße"], ["<|user|>"], folder / "new", lesson=Lesson(1, ["日本 日本"], "text"))
     source = MemorySource(model_config(vocab_size=OLD, **MODEL))
     source.tokenizer = old
     convert(source, folder / "run", "checkpoint", (2, 1, 1))

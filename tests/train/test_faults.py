@@ -269,21 +269,27 @@ def test_nothing_is_saved_within_a_series(corpus, tmp_path):
     assert [(row["step"], row["reason"]) for row in rows_of(config, "resume")] == [(3, "start"), (3, "not finite")]
 
 
-def test_a_save_that_was_due_within_a_series_comes_after_it(corpus, tmp_path):
-    """And a stop within one leaves the older checkpoint: the next start comes to the series again."""
+def test_a_save_that_was_due_within_a_series_comes_after_it(corpus, tmp_path, capfd):
+    """And a stop within one waits for its end: an update, which is saved, or a return to the checkpoint before it."""
     bad = poisoned(corpus, tmp_path / "bad", (3, 4))
     config = configured(bad, tmp_path / "run", {"dp": 2}, checkpoint={"every": 4, "keep_last": 9})
     start(config, 2, nan_loss)
     assert [row["step"] for row in rows_of(config, "save")] == [5, 6]
 
-    config = configured(bad, tmp_path / "stopped", {"dp": 2}, checkpoint={"every": 2}, faults={"max_skips": 1})
+    config = configured(bad, tmp_path / "stopped", {"dp": 2}, checkpoint={"every": 2}, faults={"max_skips": 2})
     first = start(config, 2, nan_loss, stop_after(3))
-    assert [(rank.stopped, rank.checkpoint) for rank in first] == [
-        (True, f"{config.run_dir}/checkpoints/step-00000002")
-    ] * 2
+    folder = f"{config.run_dir}/checkpoints/step-00000005"
+    assert [(rank.numbers, rank.stopped, rank.checkpoint) for rank in first] == [([1, 2, 3, 4, 5], True, folder)] * 2
+    assert "asked to stop by SIGTERM: saving once the steps without an update are over\n" in capfd.readouterr().out
+
+    config = configured(bad, tmp_path / "returned", {"dp": 2}, checkpoint={"every": 2}, faults={"max_skips": 1})
+    first = start(config, 2, nan_loss, stop_after(3))
+    folder = f"{config.run_dir}/checkpoints/step-00000002"
+    assert [(rank.numbers, rank.stopped, rank.checkpoint) for rank in first] == [([1, 2, 3, 4], True, folder)] * 2
     second = start(config, 2, nan_loss)
     assert [rank.numbers for rank in second] == [[3, 4, 3, 4, 5, 6]] * 2
-    assert [(row["step"], row["reason"]) for row in rows_of(config, "resume")] == [(2, "start"), (2, "not finite")]
+    reasons = [(2, "not finite"), (2, "start"), (2, "not finite")]
+    assert [(row["step"], row["reason"]) for row in rows_of(config, "resume")] == reasons
 
 
 def test_each_trouble_has_returns_of_its_own(corpus, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import time
 
@@ -99,7 +100,7 @@ def test_a_stock_model_is_trained_and_grown(corpus, qwen, tmp_path):
     assert "init_from = elsewhere: was" in refusal(strict, 2)
 
 
-def test_an_ngpt_begins_with_what_its_gains_acted_as(corpus, tmp_path):
+def test_an_ngpt_begins_with_what_its_gains_acted_as(corpus, tmp_path, capfd):
     """Whatever multiples they are stored in: here alpha's and s_z's follow another size."""
     small = {"growth": {}, "train__max_tokens": 512}
     first = run_config(corpus, tmp_path / "first", [{}] * 3, **small)
@@ -115,6 +116,14 @@ def test_an_ngpt_begins_with_what_its_gains_acted_as(corpus, tmp_path):
     ended, begun = rows_of(first, "eval")[-1], rows_of(second, "eval")[0]
     assert ended["step"] == 4
     assert begun["loss"] == pytest.approx(ended["loss"], abs=1e-6)
+    capfd.readouterr()
+    for dtype in ("float32", "bfloat16"):  # of which the second has rounded the rows: that is told
+        with OpenFiles() as files:
+            convert(open_source(tmp_path / "first", files), tmp_path / dtype, "hf", dtype=dtype)
+        origin = {"init_from": str(tmp_path / dtype), "train__max_tokens": 128}
+        start(run_config(corpus, tmp_path / f"of {dtype}", [{}] * 3, **small | origin), 1)
+        told = "init_from: rows are not unit vectors, by up to 0.00"
+        assert (told in capfd.readouterr().err) == (dtype == "bfloat16")
 
 
 def test_another_model_is_refused(corpus, qwen, tmp_path):
@@ -132,7 +141,7 @@ def test_another_model_is_refused(corpus, qwen, tmp_path):
 def test_data_of_another_tokenizer_is_refused(corpus, qwen, tmp_path):
     """Whether the weights are a checkpoint's or lie in a Hugging Face directory. That one's own data goes."""
     folder = shutil.copytree(qwen[1], tmp_path / "hf")
-    own = train_tokenizer(["the cat sees the dog " * 50], 265, folder / "tokenizer")
+    own = folder / "tokenizer.json"
     for name in ("train", "valid"):
         for ending in ("bin", "idx"):
             shutil.copy(corpus / f"{name}.{ending}", tmp_path)
@@ -178,7 +187,9 @@ def test_a_tokenizer_that_no_export_could_carry_is_refused_before_training(corpu
 
     remedy = "begin from a copy of the weights without it, or name another as data.tokenizer"
     train_tokenizer(["the cat sees the dog " * 50], 270, folder / "tokenizer", "bpe")
-    more = f"holds a tokenizer that has 270 pieces, model.vocab_size is {VOCAB}; {remedy}"
+    rows = f"model.vocab_size: 270, extend_vocabulary: true, data.tokenizer: {folder}"
+    more = f"holds a tokenizer that has 270 pieces, model.vocab_size is {VOCAB}; give its pieces rows: {rows}; or begin"
+    more += " from a copy of the weights without it"
     assert problem() == f"init_from = {folder}: {more}"
     words = io.BytesIO()
     texts = iter(["the cat sees the dog"] * 9)
@@ -187,11 +198,28 @@ def test_a_tokenizer_that_no_export_could_carry_is_refused_before_training(corpu
     )
     (folder / "tokenizer.model").write_bytes(words.getvalue())
     assert problem().startswith(f"init_from = {folder}: holds a tokenizer that is a SentencePiece model of words")
+    assert problem().endswith(remedy)
     assert problem() == refusal(config, 2)
     assert not (tmp_path / "run").exists()
     named = config_of(corpus, tmp_path / "run", folder, data__tokenizer=str(qwen[1]))
     check_taken_over(read_description(folder), named, stage)
     check_taken_over(read_description(qwen[1]), config, stage)
+
+
+def test_data_of_more_ids_than_the_weights_is_told_what_to_do(corpus, qwen, tmp_path):
+    """The model's vocabulary is not the run's to set: its tokenizer is to be used, or the vocabulary extended."""
+    for path in corpus.glob("train.*"):
+        shutil.copy(path, tmp_path)
+    meta = json.loads(meta_path(tmp_path / "train").read_text()) if meta_path(tmp_path / "train").exists() else {}
+    meta |= {"vocab_size": 100, "n_tokens": IndexedTokens(tmp_path / "train").n_tokens}
+    meta_path(tmp_path / "train").write_text(json.dumps(meta))
+    for changes, told in (
+        ({}, f"make it with the tokenizer of {qwen[1]}; or, if its tokenizer has all pieces of that one and more, set"),
+        ({"extend_vocabulary": True, "data__tokenizer": "given"}, "set the model's vocab_size to the data's or more"),
+    ):
+        config = config_of(corpus, tmp_path / "run", qwen[1], data__train=str(tmp_path / "train"), **changes)
+        with pytest.raises(UserError, match=f"was made with vocab_size 100, the model has {VOCAB}; {re.escape(told)}"):
+            open_sources(config, resolve_stages(config, 2))
 
 
 def test_weights_are_no_run(corpus, qwen):
@@ -218,13 +246,18 @@ def test_of_a_model_of_the_hub_the_description_alone_is_looked_at(corpus, qwen, 
         check_begins(said, resolve_stages(narrower, 2)[0])
 
 
-def test_a_tokenizer_that_cannot_be_read_is_told(qwen, tmp_path):
+def test_a_tokenizer_that_cannot_be_read_is_refused(corpus, qwen, tmp_path):
     folder = shutil.copytree(qwen[1], tmp_path / "hf")
     assert unread_tokenizer(read_description(folder)) == ""
     (folder / "tokenizer.json").write_text("{}")
     assert unread_tokenizer(read_description(folder)).startswith(
         "is JSON, and no tokenizer.json: it has no model; give its"
     )
+    config = config_of(corpus, tmp_path / "run", folder)
+    told = refusal(config, 2)
+    assert f"init_from = {folder}: its tokenizer is JSON, and no tokenizer.json: it has no model; give its" in told
+    assert "or leave it behind: begin from what megabus convert --to checkpoint --without-tokenizer makes" in told
+    assert not (tmp_path / "run").exists()
     (folder / "tokenizer.json").unlink()
     assert unread_tokenizer(read_description(folder)) == unread_tokenizer(read_description(qwen[2])) == ""
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from support.forked import run_python
 
 from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.schema import KappaConfig
 from megabus.kappa.monitor import KappaMonitor, KappaView
 from megabus.kappa.predictors import StageSpan
-from megabus.train.loop import _seconds_left
-from megabus.train.metrics import Metrics, clock, describe, step_line
+from megabus.table import clock
+from megabus.train.log import describe, seconds_left, step_line
+from megabus.train.metrics import Metrics
 from megabus.train.run_dir import open_metrics
 
 TREE: dict[str, Any] = {
@@ -44,6 +47,7 @@ STEP = {
 
 
 GAINS = {"step": 31, "s_qk": {"p0": 0.5, "p50": math.nan, "p100": 1.5}}
+SAMPLE = {"step": 31, "samples": [{"prompt": "KING: ", "text": "what?"}], "seconds": 1.0}
 MEMORY = {"step": 31, "max_bytes": 2**30, "max_rank": 3, "of": "GPU"}
 
 
@@ -104,6 +108,18 @@ def test_what_another_program_raises_ends_no_run(tmp_path: Path) -> None:
     assert losses_of(tmp_path / "tensorboard") == [(STEP["step"], pytest.approx(STEP["loss"]))]
 
 
+def test_wandb_is_told_once_how_a_run_has_ended(tmp_path: Path) -> None:
+    for ended_well, code in ((True, None), (False, 1)):
+        codes: list[int | None] = []
+        metrics = Metrics(run_config(tmp_path))
+        metrics.wandb = SimpleNamespace(finish=codes.append)
+        if ended_well:
+            metrics.close()
+        metrics.release()
+        metrics.release()
+        assert codes == [code]
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_null(tmp_path: Path, loss: float) -> None:
     row = STEP | {"loss": loss}
@@ -150,7 +166,7 @@ def test_a_step_line_without_a_pace_says_no_time(stage: Stage) -> None:
 
 def test_time_is_told_from_the_second_step_of_a_start_or_a_growth_on() -> None:
     def left(*pace: tuple[float, float]) -> float | None:
-        return _seconds_left(SimpleNamespace(pace=pace))  # type: ignore[arg-type]
+        return seconds_left(deque(pace))
 
     assert left((0.0, 0.25)) is None
     assert left((0.0, 0.25), (10.0, 0.25)) is None  # a budget that has just been raised
@@ -186,6 +202,7 @@ def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
     metrics.write("eval", {"step": 31, "loss": 2.5, "reason": "kappa"})
     metrics.write("gains", GAINS)
     metrics.write("memory", MEMORY)
+    metrics.write("sample", SAMPLE)
     metrics.close()
     (file,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
     events = EventAccumulator(str(file)).Reload()
@@ -194,6 +211,8 @@ def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("step/lr")] == [30, 31]
     for name, value in (("gains/s_qk/p0", 0.5), ("gains/s_qk/p100", 1.5), ("memory/max_bytes", 2.0**30)):
         assert [(e.step, e.value) for e in events.Scalars(name)] == [(31, value)]
+    (text,) = events.Tensors("sample/0/text_summary")
+    assert (text.step, text.tensor_proto.string_val) == (31, [b"KING: what?"])
     assert not {"gains/s_qk/p50", "memory/of"} & set(events.Tags()["scalars"])
     assert not {"eval/reason", "step/mfu"} & set(events.Tags()["scalars"])
 
@@ -250,6 +269,26 @@ def test_a_start_from_nothing_sets_all_sinks_aside(tmp_path: Path) -> None:
         assert (tmp_path / f"wandb-id{suffix}").read_text() == ids[int(start) - 1]
 
 
+def test_whatever_is_called_config_yaml_is_set_aside(tmp_path: Path) -> None:
+    """A pipe is not waited for, and a file that is no UTF-8 is another; a link that leads nowhere is not followed."""
+    config, path = run_config(tmp_path), tmp_path / "config.yaml"
+    found: Any = SimpleNamespace(state=SimpleNamespace(progress=SimpleNamespace(step=30)))
+    for make in (
+        lambda: os.mkfifo(path),
+        lambda: path.write_bytes(b"# caf\xe9\n"),
+        lambda: path.symlink_to(tmp_path / "elsewhere"),
+        path.mkdir,
+    ):
+        make()
+        for _ in range(2):
+            open_metrics(config, found).close()
+            text = path.read_text()
+        path.unlink()
+    assert sorted(path.name for path in tmp_path.glob("config-*")) == [f"config-{n}.yaml" for n in range(1, 5)]
+    assert yaml.safe_load(text) == config.model_dump(mode="json")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_sinks_of_one_start_have_one_number(tmp_path: Path) -> None:
     """TensorBoard was not asked for at the first start."""
     for tensorboard in (False, True, True):
@@ -287,7 +326,6 @@ def with_wandb(tmp_path: Path, body: str) -> Path:
 import json, sys
 from pathlib import Path
 from megabus.config import parse_config
-from megabus.train.loop import _seconds_left
 from megabus.train.metrics import Metrics
 config, STEP, MEMORY = parse_config(json.loads(sys.argv[1])), *map(json.loads, sys.argv[2:])
 GAINS = dict(step=31, s_qk=dict(p0=0.5, p100=1.5))
@@ -317,9 +355,11 @@ metrics.write("step", STEP)
 metrics.write("eval", {"step": 30, "loss": 2.5})
 metrics.write("gains", GAINS)
 metrics.write("memory", MEMORY)
+metrics.write("sample", dict(step=31, samples=[dict(prompt="KING: ", text="what?")], seconds=1.0))
 metrics.write("step", STEP | {"step": 31})  # wandb keeps a step back till the next
 assert metrics.wandb.summary["gains/s_qk/p100"] == 1.5, metrics.wandb.summary
 assert metrics.wandb.summary["memory/max_bytes"] == 2**30
+assert metrics.wandb.summary["sample/texts"]["nrows"] == 1
 assert metrics.wandb.settings.mode == "offline"
 assert metrics.wandb.summary["step/loss"] == 3.14159
 assert metrics.wandb.summary["eval/loss"] == 2.5
@@ -328,7 +368,7 @@ assert metrics.wandb.id == (run / "wandb-id").read_text() == metrics._wandb_id()
     run = with_wandb(tmp_path, body)
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
     assert file.stat().st_size > 0
-    assert len(told(run)) == 5
+    assert len(told(run)) == 6
 
 
 def test_wandb_hears_of_earlier_steps(tmp_path: Path) -> None:

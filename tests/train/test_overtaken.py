@@ -68,7 +68,7 @@ def test_a_stage_that_nothing_ends_is_refused():
     """Without a cap: kappa's fifth evaluation is the 31st step's at the earliest, or later in a second stage."""
     assert told(config_of(growths=1, decay_share=0.69)) == []
     problem = (
-        r"^growth\.max_tokens = \(missing\): nothing ends this stage: kappa has 5 evaluations at 30% of the budget"
+        r"^growth\.max_tokens = \(missing\): nothing ends this stage: rule kappa has 5 evaluations at 30% of the budget"
     )
     with pytest.raises(
         UserError, match=problem + ", and decides nothing while the rate falls, from 20% on; give it a cap"

@@ -150,7 +150,7 @@ TOLD = [
     ("optimizer.beta2=0.9", "optimizer.beta2", "0.95", "0.9"),
     ("train.seed=1", "train.seed", "0", "1"),
     ("train.max_tokens=8000", "train.max_tokens", "4000", "8000"),
-    ("train.max_steps=50", "train.max_steps", "None", "50"),
+    ("train.max_steps=50", "train.max_steps", "null", "50"),
     ("train.global_batch_size=16", "train.global_batch_size", "8", "16"),
     ("train.seq_len=8", "train.seq_len", "16", "8"),
     ("train.precision=bf16", "train.precision", "fp32", "bf16"),
@@ -163,7 +163,7 @@ TOLD = [
     ("growth.trigger.predictor=scaling_law", "growth.trigger.predictor", "constant", "scaling_law"),
     ("growth.trigger.constant=[3,2,1]", "growth.trigger.constant", "1.5", "[3.0, 2.0, 1.0]"),
     ("growth.trigger.scaling_law.E=2", "growth.trigger.scaling_law.E", "1.69", "2.0"),
-    ("growth.stages.0.kappa=0.5", "growth.stages.0.kappa", "None", "0.5"),
+    ("growth.stages.0.kappa=0.5", "growth.stages.0.kappa", "null", "0.5"),
     ("growth.stages.1.n_layers=6", "growth.stages.1.n_layers", "5", "6"),
     ("model.init_std=0.1", "model.init_std", "0.02", "0.1"),
 ]
@@ -182,7 +182,7 @@ def test_what_changes_the_mathematics_is_told(stopped, override, key, was, value
 
 def test_every_change_is_told(stopped):
     lines = continued(stopped[2], "optimizer.lr=0.02", "train.seed=1", "growth.stages.0.lr=1e-3")
-    assert sorted(lines) == ["growth.stages.0.lr: None -> 0.001", "optimizer.lr: 0.01 -> 0.02", "train.seed: 0 -> 1"]
+    assert sorted(lines) == ["growth.stages.0.lr: null -> 0.001", "optimizer.lr: 0.01 -> 0.02", "train.seed: 0 -> 1"]
 
 
 def test_growths_may_be_added_and_dropped(stopped):

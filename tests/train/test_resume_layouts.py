@@ -4,9 +4,14 @@ step, and the same losses."""
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 from support.small_runs import consumed, rows_of, run_config, start, write_corpus
+
+from megabus.config import resolve_stages
+from megabus.errors import UserError
+from megabus.train.resume import check_layouts
 
 SAVED, LAST = 4, 24  # goes on for 20 steps, through a growth after step 8
 STAGES = [{"d_model": 52, "n_heads": 4, "d_ff": 90}]
@@ -77,3 +82,19 @@ def test_another_layout_goes_on_with_the_same_tokens(corpus, undisturbed, tmp_pa
             assert row.get("lr") == was.get("lr")
     steps = rows_of(whole, "step")
     assert steps[SAVED]["loss"] - steps[-1]["loss"] > 0.1  # control: what is compared moves
+
+
+def test_a_layout_need_not_fit_what_is_over(corpus, tmp_path):
+    """A first stage without three layers, and with batches of 8, goes on on three ranks once it has grown."""
+    stages = [{"n_layers": 3, "global_batch_size": 9, "micro_batch_size": 3}]
+    run = RUN | {"growth__stages": stages, "growth__max_tokens": 128, "train__max_steps": 12, "eval__every": 4}
+    start(run_config(corpus, tmp_path / "run", [{"tp": 1}] * 3, **run, model__n_layers=2), 1)
+    for layout in ({"pp": 3}, {"dp": 3}):
+        shutil.copytree(tmp_path / "run", there := tmp_path / f"run {layout}")
+        longer = run | {"train__max_steps": 14, "preflight": {"enabled": True, "measure": "never"}}
+        config = run_config(corpus, there, [layout] * 3, **longer, model__n_layers=2)
+        start(config, 3)
+        assert [row["step"] for row in rows_of(config, "step")][-2:] == [13, 14]
+        for go_on in (partial(resolve_stages, config, 3), partial(check_layouts, config, None, 3)):
+            with pytest.raises(UserError, match=r"pipeline ranks without a layer|not divisible by micro_batch_size"):
+                go_on()  # the control: from its beginning, or from an older checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from multiprocessing import get_context
 
@@ -120,6 +121,13 @@ def test_software_that_is_not_there_is_refused_before_anything_is_written(corpus
     line = refusal(config.model_copy(update={"optimizer": optimizer}), 2)
     assert line.startswith("optimizer.implementation = apex: cannot be used here")
     assert "run" not in tree(tmp_path)
+
+
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UserError, match=r"^run_dir = .*: cannot be written \(No such device or address\)"):
+        RunLock(tmp_path).acquire()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):

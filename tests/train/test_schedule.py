@@ -13,10 +13,11 @@ from megabus.config import ModelConfig, Stage, load_config, resolve_stages
 from megabus.config.after_growth import RewarmConfig, SettleConfig
 from megabus.config.schema import OptimizerConfig, TrainConfig
 from megabus.engine.ds_config import deepspeed_config
+from megabus.model.budget import spent_share
 from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.init import build_model
 from megabus.model.peak import peak_flops
-from megabus.train.schedule import angle_bound, decays, learning_rate, rewarm_factor, spent_share
+from megabus.train.schedule import angle_bound, decays, learning_rate, rewarm_factor
 
 
 @pytest.fixture

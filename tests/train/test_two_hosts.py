@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 from support.forked import Begun
 from support.small_runs import rows_of, run_config, untimed, write_corpus
-from support.two_hosts import end, kill, launch, two_hosts, why_no_namespaces
+from support.two_hosts import end, kill, launch, torchruns, two_hosts, why_no_namespaces
 
 import megabus.train.loop as loop
 from megabus.checkpoint import shards
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def configured(corpus, folder, **changes):
+def configured(corpus, folder, layouts=LAYOUTS, **changes):
     """A configuration that grows after steps 2 and 4 of 6 and saves after each."""
     config = run_config(
         corpus,
@@ -46,11 +46,11 @@ def configured(corpus, folder, **changes):
         eval__every=2,
         growth__max_tokens=256,
         faults__hang_timeout=TIMEOUT,
-        layout=LAYOUTS[0],
+        layout=layouts[0],
         **changes,
     )
     tree = config.model_dump(mode="json", exclude_none=True)
-    tree["growth"]["stages"] = [stage | {"layout": layout} for stage, layout in zip(STAGES, LAYOUTS[1:], strict=True)]
+    tree["growth"]["stages"] = [stage | {"layout": layout} for stage, layout in zip(STAGES, layouts[1:], strict=True)]
     (folder / "run.json").write_text(json.dumps(tree))
     return config, ["--config", str(folder / "run.json")]
 
@@ -229,6 +229,24 @@ def test_a_run_over_two_machines_is_that_of_one(corpus, tmp_path):
             assert ("links between machines" in ranks[0].said) == (name == "two")
     assert told[0] == told[1]
     assert [row["stage"] for row in told[0]] == [0, 0, 1, 1, 2, 2]
+
+
+def test_torchrun_brings_two_machines_together(corpus, tmp_path):
+    """By its own rendezvous: a run that grows between pipeline and data parallelism; then one machine's processes are
+    killed, and the other's end and name it."""
+    config, argv = configured(corpus, tmp_path, [{"pp": 2}, {"dp": 2}, {"pp": 2}])
+    with two_hosts() as (a, b):
+        with torchruns([a, b], tmp_path, [*argv, "train.max_tokens=76800"]) as both:
+            while "step     8 | validation" not in (tmp_path / "0.log").read_text():
+                assert both[0].poll() is None, (tmp_path / "0.log").read_text()
+                time.sleep(0.05)
+            b.kill_all()
+            note_outage(tmp_path)
+            assert both[0].wait(60) != 0
+            assert since_outage(tmp_path) < LATE
+        assert [row["stage"] for row in rows_of(config, "step")][:6] == [0, 0, 1, 1, 2, 2]
+        assert "no answer from" in (tmp_path / "0.log").read_text()
+        assert complete(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

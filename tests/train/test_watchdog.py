@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import sys
 import threading
@@ -59,7 +60,10 @@ def beating(seconds, pause=0.05):
 # ---- one process ----------------------------------------------------------------------------------------------
 
 
-def test_no_progress_ends_the_process(tmp_path):
+def test_no_progress_ends_the_process(tmp_path, monkeypatch):
+    """torchrun, whose page about ranks comes last, is told why."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
     def job():
         with watched(0.5, rank=3):
             threading.Thread(target=lost_in_thought, name="other", daemon=True).start()
@@ -71,6 +75,22 @@ def test_no_progress_ends_the_process(tmp_path):
     assert said.startswith("rank 3: no progress for 0.4 s (faults.hang_timeout, less 0.1 s to say so):\n")
     assert "in job" in said  # the main thread's stack
     assert "in lost_in_thought" in said  # and any other's
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert told == said.partition(":\n")[0]
+
+
+def test_a_log_that_takes_no_more_is_not_waited_for(tmp_path, monkeypatch):
+    """Nor a place for temporary files, which a full disk has none of."""
+
+    def job():
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+        with watched(0.5, rank=3):
+            time.sleep(LIMIT)
+
+    code, seconds, said = forked(tmp_path, job)
+    assert (code, said) == (EXIT_CODE, "")
+    assert seconds < 8
 
 
 def test_progress_keeps_it_quiet(tmp_path):

@@ -10,11 +10,11 @@ from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write
 from support.trainings import run_of
 
 import megabus
+from benchmarks.memory_of_ranks import measure, memory_training
 from megabus.config import GrowthConfig, Layout, resolve_stages
 from megabus.estimate.devices import device
 from megabus.estimate.whole_run import estimate_run, tables
 from megabus.model.cost import flops_per_token
-from megabus.testing.memory import measure, memory_training
 from megabus.testing.ranks import run_ranks
 
 LAYOUTS = {"one": [{}, {}, {}], "two": [{"tp": 2}, {"pp": 2}, {"dp": 2}]}

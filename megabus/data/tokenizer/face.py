@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 from megabus.data.tokenizer.files import TREE, TokenizerFiles, read_tokenizer_files
@@ -59,20 +60,25 @@ class Tokenizer:
         self.files = read_tokenizer_files(name)
         self.name, self.path, self.kind = self.files.name, self.files.path, self.files.kind
         self.codec = codec_of(self.files)
-        if self.kind != "tokenizers":
-            self._check_added()
+        self._check_added()
         self.vocab_size = self.codec.n_ids
         self.bos, self.eos = self.codec.bos, self.codec.eos
         self.prefix, self.suffix = self.codec.prefix, self.codec.suffix
 
     def _check_added(self) -> None:
-        """Without them their ids would be given to other tokens."""
+        """transformers gives an id to each token that only the files beside a tokenizer have: texts that spell it would
+        have other ids here, and its id might be given to another."""
+        remedy = "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        remedy = f"make a {TREE} of all in transformers: {remedy}"
         for token, number in self.files.added:
             known = self.codec.id_of(token) if isinstance(token, str) and is_utf8(token) else None
-            if known is None or str(known) != str(number):
+            # Of a tokenizer.json it takes what that says of a token's id.
+            if known is None or (self.kind != "tokenizers" and str(known) != str(number)):
                 problem = f"has not {shown(token)}, which the files beside it add as {shown(number)}"
-                remedy = "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-                raise self.files.fault(problem, f"make a {TREE} of all in transformers: {remedy}")
+                raise self.files.fault(problem, remedy)
+        for token, key in self.files.named:
+            if self.codec.id_of(token) is None:
+                raise self.files.fault(f"has not {shown(token)}, which the files beside it name as {key}", remedy)
 
     @property
     def sha256(self) -> str:
@@ -92,11 +98,24 @@ class Tokenizer:
         """What stands before a text that begins: the post-processor's own, else the end of a document before."""
         return self.prefix or [self.eod]
 
+    @cached_property
+    def gaps(self) -> list[int]:
+        """Ids below vocab_size that are no token, as some files have them."""
+        return [number for number in range(self.vocab_size) if not self.codec.token_of(number)]
+
     def encode(self, text: str) -> list[int]:
-        return self.codec.encode([text])[0]
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.codec.encode(list(texts))
+        """Raises `UserError` for a text that it cannot spell, as one without an unknown token has them."""
+        try:
+            return self.codec.encode(list(texts))
+        except Exception as error:
+            if type(error) is not Exception:  # all that the library tokenizers raises is no narrower
+                raise
+            problem = f"cannot spell a text ({shown(str(error))})"
+            remedy = "leave such texts out, or take a tokenizer that has an unknown token"
+            raise self.files.fault(problem, remedy) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text, without special tokens."""
@@ -106,7 +125,7 @@ class Tokenizer:
         """token: its id, or as the vocabulary writes it. Raises `UserError` for another."""
         is_id = token.isascii() and token.isdigit()
         found = int(token) if is_id else self.codec.id_of(token)
-        if found is None or found >= self.vocab_size:
+        if found is None or found >= self.vocab_size or not self.codec.token_of(found):
             problem = f"is neither a token of {self.name} nor an id below {self.vocab_size}"
             raise UserError("token", token, problem, "give one of its special tokens, or none")
         return found
@@ -132,13 +151,24 @@ def codec_of(files: TokenizerFiles) -> Codec:
     return read_tree(files)
 
 
-def open_tokenizer(name: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model with that vocabulary. Raises `UserError` where it has ids that the model has not."""
+ROWLESS = "give the model rows for them: by transformers' resize_token_embeddings, or in a run with extend_vocabulary"
+
+
+def open_tokenizer(
+    name: str | os.PathLike[str], vocab_size: int, remedy: str = "give the one that made its data"
+) -> Tokenizer:
+    """The tokenizer of a model with that vocabulary. Raises `UserError` where it has ids that the model has not.
+
+    remedy: of the tokenizer that lies with the weights, for which no other can be given, `ROWLESS`.
+    """
     tokenizer = Tokenizer(name)
     if tokenizer.vocab_size > vocab_size:
         problem = f"has {tokenizer.vocab_size} pieces, the model {vocab_size}"
-        raise UserError("tokenizer", tokenizer.name, problem, "give the one that made its data")
+        raise UserError("tokenizer", tokenizer.name, problem, remedy)
     return tokenizer
+
+
+NO_TREE = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
 
 
 def check_carried(tokenizer: Tokenizer, vocab_size: int, key: str, path: str | os.PathLike[str]) -> None:
@@ -150,5 +180,4 @@ def check_carried(tokenizer: Tokenizer, vocab_size: int, key: str, path: str | o
             key, path, problem, "set model.vocab_size to that or more if it made the data; else give its own"
         )
     if not tokenizer.codec.has_tree:
-        problem = "is a SentencePiece model of words or characters, of which an export can make no tokenizer.json"
-        raise UserError(key, path, problem, "leave it out, and the export is without a tokenizer")
+        raise UserError(key, path, NO_TREE, "leave it out, and the export is without a tokenizer")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import tokenizers
 
-from megabus.data.tokenizer.files import CONFIG, MAP, TREE, TokenizerFiles
+from megabus.data.tokenizer.files import TREE, TokenizerFiles
 from megabus.data.tokenizer.spelling import Written, of_byte
 from megabus.plain_file import shown
 
@@ -21,28 +22,43 @@ EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 class Fast:
-    """A `Codec` of the library. bos, eos: names of special tokens; without one, that which has a usual name."""
+    """A `Codec` of the library. bos, eos: names of special tokens; without one, that which the post-processor writes,
+    or else that which has a usual name."""
 
     def __init__(self, backend: Any, bos: str | None = None, eos: str | None = None) -> None:
         self.backend = backend
-        # What was stored for somebody's training would cut our documents, or fill them up.
+        # What was stored for somebody's training would cut our documents, fill them up, or spell them by chance.
         backend.no_truncation()
         backend.no_padding()
-        self.n_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        probe = backend.encode("a", add_special_tokens=True)
-        own = [place for place, part in enumerate(probe.sequence_ids) if part is not None]
-        first, last = (own[0], own[-1] + 1) if own else (len(probe.ids), len(probe.ids))
-        self.prefix, self.suffix = probe.ids[:first], probe.ids[last:]
-        self._added = backend.get_added_tokens_decoder()
-        self._symbols = [token.content for token in self._added.values()]
-        named = {token.content for token in self._added.values() if token.special}
-        self.bos, self.eos = self._special(bos, BOS_NAMES, named), self._special(eos, EOS_NAMES, named)
-        if self.bos is None and len(self.prefix) == 1:
-            self.bos = self.prefix[0]
-        if self.eos is None and len(self.suffix) == 1:
-            self.eos = self.suffix[0]
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None
+        ids = sorted(backend.get_vocab(with_added_tokens=True).values())
+        self.n_ids = ids[-1] + 1 if ids else 0
+        self.added = backend.get_added_tokens_decoder()
+        self.prefix, self.suffix = self._around(ids)
+        self._symbols = [token.content for token in self.added.values()]
+        named = {token.content for token in self.added.values() if token.special}
+        self.bos = self._special(bos, self.prefix, BOS_NAMES, named)
+        self.eos = self._special(eos, self.suffix, EOS_NAMES, named)
 
-    def _special(self, name: str | None, usual: tuple[str, ...], named: set[str]) -> int | None:
+    def _around(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text. Which ids are the text's own is seen by a text that is
+        spelled in one place alone, with it and without: the library itself says it only of some post-processors."""
+        for number in ids:
+            text = self.token_of(number)
+            try:
+                bare = [] if number in self.added else self.backend.encode(text, add_special_tokens=False).ids
+                whole = self.backend.encode(text, add_special_tokens=True).ids if bare else []
+            except Exception:  # the library's, of a token that is cut into what the vocabulary lacks
+                continue
+            places = [at for at in range(len(whole)) if whole[at : at + len(bare)] == bare]
+            if len(places) == 1:
+                return whole[: places[0]], whole[places[0] + len(bare) :]
+        return [], []  # no token of it is ever found in a text
+
+    def _special(self, name: str | None, written: list[int], usual: tuple[str, ...], named: set[str]) -> int | None:
+        if name is None and len(written) == 1:
+            return written[0]
         chosen = name if name is not None else next((token for token in usual if token in named), None)
         return None if chosen is None else self.id_of(chosen)
 
@@ -68,9 +84,9 @@ class Fast:
 
     def written(self, number: int) -> Written:
         token = self.token_of(number)
-        if self._model.get("byte_fallback") and BYTE_PIECE.fullmatch(token) and number not in self._added:
-            return of_byte(int(token[3:-1], 16))
-        return Written(token, number in self._added)
+        if number in self.byte_of:
+            return of_byte(self.byte_of[number])
+        return Written(token, number in self.added)
 
     def spelled(self, token: Written) -> list[int] | None:
         if token.is_text:
@@ -81,7 +97,7 @@ class Fast:
         else:  # before it come neither what text is cut into nor what is put before it
             ids = [part.id for part in self.backend.model.tokenize(token.text)]
             whole = self._leaves_nothing(token.text)
-        return ids if whole and self._unknown not in ids else None
+        return ids if whole and self.unknown not in ids else None
 
     def _cut(self, text: str) -> list[str]:
         """What the model is given of a text, one after the other."""
@@ -91,7 +107,7 @@ class Fast:
 
     def _leaves_nothing(self, cut: str) -> bool:
         """A BPE without a piece for what it does not know leaves that out, and says nothing."""
-        if self._model["type"] != "BPE" or self._unknown is not None:
+        if self._model["type"] != "BPE" or self.unknown is not None:
             return True
         parts = self.backend.model.tokenize(cut)
         return bool(parts) and parts[-1].offsets[1] == len(cut.encode())
@@ -108,6 +124,22 @@ class Fast:
         model: dict[str, Any] = json.loads(self.backend.to_str())["model"]
         return model
 
+    @cached_property
+    def byte_of(self) -> dict[int, int]:
+        """Ids that stand for a byte of a character that the vocabulary lacks, and that byte."""
+        vocab = self.backend.get_vocab(with_added_tokens=False) if self._model.get("byte_fallback") else {}
+        pieces = {number: token for token, number in vocab.items() if BYTE_PIECE.fullmatch(token)}
+        return {number: int(token[3:-1], 16) for number, token in pieces.items() if number not in self.added}
+
+    @property
+    def unlearnable(self) -> str | None:
+        """Why no merges can be added to it; None where they can."""
+        if (kind := self._model["type"]) != "BPE":
+            return f"is of the kind {kind}, and only one of byte-pair encoding (BPE) learns new pieces"
+        if not self._writes_pieces_as_text:
+            return "marks the pieces that go on with a word or end one, and such a one learns no new pieces"
+        return None
+
     @property
     def _writes_pieces_as_text(self) -> bool:
         """And does not mark those that go on with a word, or end one."""
@@ -115,7 +147,7 @@ class Fast:
         return self._model["type"] in ("BPE", "Unigram") and not any(marks)
 
     @property
-    def _unknown(self) -> int | None:
+    def unknown(self) -> int | None:
         """The id of what the vocabulary has no piece for."""
         token = self._model.get("unk_token")
         return self._model.get("unk_id") if token is None else self.id_of(token)
@@ -138,9 +170,9 @@ def _without_ends(step: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def read_tree(files: TokenizerFiles) -> Fast:
     """The tokenizer of a tokenizer.json; what lies beside it names its special tokens. Raises `UserError`."""
-    names = special_name(files, "bos_token"), special_name(files, "eos_token")
+    names = files.special("bos_token"), files.special("eos_token")
     try:
-        return Fast(tokenizers.Tokenizer.from_buffer(files.raw), *names)
+        fast = Fast(tokenizers.Tokenizer.from_buffer(files.raw), *names)
     except Exception as error:  # the library raises nothing narrower
         tree, remedy = files.tree(TREE), "give its directory's tokenizer.json"
         if "model" in tree:
@@ -148,16 +180,7 @@ def read_tree(files: TokenizerFiles) -> Fast:
         if "vocab" in tree and "config" in tree:
             raise files.fault("is a tekken file of mistral-common, which is not read", remedy) from error
         raise files.fault(f"is JSON, and no {TREE}: it has no model", remedy) from error
-
-
-def special_name(files: TokenizerFiles, key: str) -> str | None:
-    """The special token that tokenizer_config.json or special_tokens_map.json names under `key`. Raises `UserError` for
-    what is no token: transformers would read none of the files."""
-    for file in (CONFIG, MAP):
-        said = files.tree(file).get(key)
-        value = said.get("content") if isinstance(said, dict) else said
-        if isinstance(value, str):
-            return value
-        if said is not None:
-            raise files.fault(f"{file} beside it says {key} = {shown(said)}, which is no token", "restore it")
-    return None
+    for number in (*fast.prefix, *fast.suffix):
+        if not fast.token_of(number):
+            raise files.fault(f"its post-processor writes the id {number} around a text, which is no token of it")
+    return fast

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from megabus.errors import UserError
 from megabus.hub import local_copy
-from megabus.plain_file import NotPlainError, inside, parse_bulk_json, parse_json, read_regular
+from megabus.plain_file import NotPlainError, inside, parse_bulk_json, parse_json, read_regular, shown
 
 TREE, MODEL = "tokenizer.json", "tokenizer.model"
 # What transformers takes from beside a tokenizer.json: names of special tokens, and the chat's template.
@@ -74,6 +74,11 @@ class TokenizerFiles:
         beside = [hashlib.sha256(self.contents[MODEL]).hexdigest()] if MODEL in self.contents else []
         return frozenset([self.sha256, *beside])
 
+    def is_same(self, other: TokenizerFiles) -> bool:
+        """Whether one of the two is another form of the other. That both came from one tokenizer.model, to which
+        their makers have added other tokens, makes them no less different."""
+        return self.sha256 in other.known_as or other.sha256 in self.known_as
+
     def tree(self, name: str) -> dict[str, Any]:
         """What a JSON file of these says; nothing where it is not there."""
         if name not in self.contents:
@@ -92,14 +97,47 @@ class TokenizerFiles:
         """(token, id) of all that transformers adds to a tokenizer.model, as the files beside it say."""
         listed = self.tree(CONFIG).get("added_tokens_decoder")
         there = listed.items() if isinstance(listed, dict) else ()
-        named = [(one.get("content") if isinstance(one, dict) else one, number) for number, one in there]
+        named = [(_content(one), number) for number, one in there]
         return [*self.tree(ADDED).items(), *named]
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """(token, key) of the special tokens that the files beside it name, as transformers reads them."""
+        settings = self.tree(CONFIG)
+        said = [settings] if "added_tokens_decoder" in settings else [settings, self.tree(MAP)]
+        found: list[tuple[str, str]] = []
+        for key, value in ((key, value) for tree in said for key, value in tree.items()):
+            if key.endswith("_token"):
+                several = [value]
+            elif key in ("additional_special_tokens", "extra_special_tokens"):
+                several = [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+            else:
+                continue
+            found += [(token, key) for token in map(_content, several) if isinstance(token, str) and token]
+        return found
+
+    def special(self, key: str) -> str | None:
+        """The special token that tokenizer_config.json or special_tokens_map.json names under `key`. Raises `UserError`
+        for what is no token: transformers would read none of the files."""
+        for file in (CONFIG, MAP):
+            said = self.tree(file).get(key)
+            value = _content(said)
+            if isinstance(value, str):
+                return value
+            if said is not None:
+                raise self.fault(f"{file} beside it says {key} = {shown(said)}, which is no token", "restore it")
+        return None
 
     def write(self, folder: Path) -> list[Path]:
         """All of them into a directory, under their names."""
         for name, raw in self.contents.items():
             (folder / name).write_bytes(raw)
         return [folder / name for name in self.contents]
+
+
+def _content(token: Any) -> Any:
+    """What a token is, which may be said with how it is matched."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def read_tokenizer_files(name: str | os.PathLike[str]) -> TokenizerFiles:

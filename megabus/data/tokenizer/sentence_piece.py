@@ -17,18 +17,17 @@ from typing import Any
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from megabus.data.tokenizer.files import REMEDY, TokenizerFiles
-from megabus.data.tokenizer.spelling import Written, of_byte
+from megabus.data.tokenizer.files import CONFIG, REMEDY, TokenizerFiles
+from megabus.data.tokenizer.spelling import SPACE, Written, of_byte
 from megabus.durable import partial_name
 from megabus.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of SentencePiece's pieces
-SPACE = "▁"  # how pieces write it
 UNIGRAM, BPE = 1, 2  # types of its models, of which a tokenizer.json can say what they do; others are word and char
 
 
 class SentencePiece:
-    """A `Codec` of a SentencePiece model, which puts nothing around a text."""
+    """A `Codec` of a SentencePiece model. What stands around a text only the files beside it say."""
 
     def __init__(self, files: TokenizerFiles) -> None:
         try:
@@ -38,11 +37,14 @@ class SentencePiece:
         except (RuntimeError, ValueError) as error:  # ValueError where its complaint quotes what is no UTF-8
             raise files.fault("is no tokenizer that is known", REMEDY) from error
         self.n_ids: int = self._processor.vocab_size()
-        found = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
-        self.bos, self.eos, self.pad = (number if number >= 0 else None for number in found)
+        own = {"bos": self._processor.bos_id(), "eos": self._processor.eos_id(), "pad": self._processor.pad_id()}
+        named = {name: files.special(f"{name}_token") for name in own}
+        ids = [self.id_of(token) if (token := named[name]) else number for name, number in own.items()]
+        self.bos, self.eos, self.pad = (number if number is not None and number >= 0 else None for number in ids)
         self.unk: int = self._processor.unk_id()
-        self.prefix: list[int] = []
-        self.suffix: list[int] = []
+        settings = files.tree(CONFIG)  # whose keys the post-processor that transformers makes of them follows
+        self.prefix = [self.bos] if settings.get("add_bos_token") and self.bos is not None else []
+        self.suffix = [self.eos] if settings.get("add_eos_token") and self.eos is not None else []
 
     @property
     def proto(self) -> Any:

@@ -9,6 +9,7 @@ from megabus.errors import UserError
 if TYPE_CHECKING:
     from megabus.data.tokenizer.face import Tokenizer
 
+SPACE = "▁"  # how pieces of SentencePiece and its kin write it
 KEPT = "a model is begun from only with a tokenizer that gives all its pieces the ids that they had"
 
 

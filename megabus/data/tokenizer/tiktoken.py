@@ -62,27 +62,35 @@ ENCODINGS = {
 def read_ranks(files: TokenizerFiles) -> Fast:
     """The tokenizer of a rank file. Raises `UserError` for one that is damaged, or is none of those known."""
     ranks: dict[bytes, int] = {}
-    lines = files.raw.splitlines()
-    for number, line in enumerate(lines, 1):
+    lines = [(n, line) for n, line in enumerate(files.raw.splitlines(), 1) if line]  # tiktoken skips empty ones too
+    for number, line in lines:
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise files.fault(f"line {number} is no token in base64 and its rank") from error
-    if sorted(ranks.values()) != list(range(len(lines))):
+    found = sorted(ranks.values())
+    if len({*found}) != len(lines) or found[:1] < [0]:
         raise files.fault("is damaged: its ranks are not 0, 1, 2, ..., each of one token")
+    known = ", ".join(f"{one.name} ({size})" for size, one in ENCODINGS.items())
+    if found[-1] >= len(found):
+        gap = next(number for number, rank in enumerate(found) if number != rank)
+        problem = (
+            f"is a tiktoken file without the rank {gap}: cut, or one such as p50k_base, and known are {known} only"
+        )
+        raise files.fault(problem, f"give the model's {TREE}")
     if lacking := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise files.fault(f"is damaged: the byte {lacking[0]} is none of its tokens")
     encoding = ENCODINGS.get(len(ranks))
     if encoding is None:
-        known = ", ".join(f"{one.name} ({size})" for size, one in ENCODINGS.items())
         problem = f"is a tiktoken file of {len(ranks)} ranks, and how its program splits text is known of {known} only"
         raise files.fault(problem, f"give the model's {TREE}")
-    return of_ranks(ranks, encoding)
+    return of_ranks(ranks, encoding, files.special("eos_token"))
 
 
-def of_ranks(ranks: dict[bytes, int], encoding: Encoding) -> Fast:
-    """Byte-pair encoding that merges what gives the token of lowest rank first, as tiktoken does.
+def of_ranks(ranks: dict[bytes, int], encoding: Encoding, eos: str | None = None) -> Fast:
+    """Byte-pair encoding that merges what gives the token of lowest rank first, as tiktoken does. eos: another end than
+    the encoding's.
 
     tokenizers wants to be told pairs: those of each token, in the order of ranks, as transformers' conversion has them.
     """
@@ -106,4 +114,4 @@ def of_ranks(ranks: dict[bytes, int], encoding: Encoding) -> Fast:
         bos = encoding.bos
         special = [(bos, encoding.special[bos])]
         backend.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos}:1 $B:1", special)
-    return Fast(backend, encoding.bos, encoding.eos)
+    return Fast(backend, encoding.bos, eos or encoding.eos)

@@ -3,9 +3,10 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const panels = new Map(data.panels.map((panel) => [panel.key, panel]));
   const AXES = ["tokens", "flops", "time"];
-  const NEAR = 5; // to a growth or a fault, that it is told
+  const NEAR = 5; // to a growth, a phase or a fault, that it is told
   const state = { x: "tokens", log: false, hidden: new Set() };
-  let drawings = null; // by panel and view
+  const narrow = matchMedia("(max-width: 700px)");
+  let drawings = null; // by panel and view; of the loss also one for narrow windows
 
   async function unpack(text) {
     const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -25,8 +26,8 @@
   function show() {
     const view = `${state.x}${state.log ? " log" : ""}`;
     document.querySelectorAll("figure.panel").forEach((figure) => {
-      const box = figure.querySelector(".chart");
-      box.innerHTML = drawings[figure.dataset.panel][view];
+      const box = figure.querySelector(".chart"), key = figure.dataset.panel;
+      box.innerHTML = (narrow.matches && drawings[`${key} narrow`] || drawings[key])[view];
       box.querySelectorAll("[data-run]").forEach((g) => { if (state.hidden.has(+g.dataset.run)) g.style.display = "none"; });
       pointer(figure, box.querySelector("svg"));
     });
@@ -84,7 +85,8 @@
           line(tip, number, `${label}: ${values.map((v) => v === null ? "–" : short(v)).join(" to ")}`);
         });
         const near = (mark) => !absent(mark[state.x]) && Math.abs(X(mark[state.x]) - at) < NEAR;
-        run.growths.forEach((growth, i) => { if (near(growth)) line(tip, number, `growth ${i + 1}: ${growth.text}`); });
+        run.growths.filter(near).forEach((growth) => line(tip, number, `growth ${growth.name}: ${growth.text}`));
+        run.phases.filter(near).forEach((phase) => line(tip, number, `phase ${phase.name}: ${phase.text}`));
         run.faults.filter(near).forEach((fault) => line(tip, number, fault.text));
       });
       if (where === null) return;
@@ -126,6 +128,7 @@
   unpack(data.drawings).then((found) => {
     drawings = found;
     addEventListener("hashchange", read);
+    narrow.addEventListener("change", show);
     read();
   });
 })();
