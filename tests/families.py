@@ -1,7 +1,7 @@
 """Print what becomes of each of transformers' decoders that megabus takes: a row a family, and exit 1 if one is off.
 
-python tests/families.py             # all five: a minute or two
-python tests/families.py qwen3       # some of them
+python -m tests.families             # all five: a minute or two
+python -m tests.families qwen3       # some of them
 
 Small models of random weights, with their tokenizers, fp32, CPU. Columns:
 
@@ -28,8 +28,8 @@ from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars
 
-from support.families import FAMILIES, LAYOUTS, LIMIT, begun, compared, trained
-from support.small_runs import write_corpus
+from tests.support.families import FAMILIES, LAYOUTS, LIMIT, begun, compared, trained
+from tests.support.small_runs import write_corpus
 
 HEAD = (
     f"{'family':8} {'import':>8} {'growth':>8} {'2 ranks':>8} {'4 ranks':>8} {'export':>8} {'ids':>5} {'generate':>9}"

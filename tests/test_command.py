@@ -10,12 +10,12 @@ import sys
 
 import pytest
 import torch
-from support.launching import ROOT, environment
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
 
 from megabus import cli, command
 from megabus.command import Parser, RankParser, run, run_rank
 from megabus.errors import UserError, say, warn
+from tests.support.launching import ROOT, environment
 
 GONE = "[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:4321\nand more"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from support.forked import run_python
-from support.small_models import model_of
-from support.small_runs import run_config, write_corpus
 
 from megabus.config import Layout
 from megabus.model.decoder import param_specs
 from megabus.testing import coord_check, parity
 from megabus.testing.ranks import run_ranks
+from tests.support.forked import run_python
+from tests.support.small_models import model_of
+from tests.support.small_runs import run_config, write_corpus
 
 TRAINING = {kind: parity.parity_training(kind, Layout(1, 1, 1)) for kind in ("ngpt", "gpt")}
 

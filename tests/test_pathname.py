@@ -8,9 +8,9 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
-from support.command import run_command
 
 from megabus.pathname import path_of, path_text
+from tests.support.command import run_command
 
 
 def test_homes_and_variables_are_written_out(monkeypatch, tmp_path):

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from support.forked import run_python
 
 from benchmarks import arms as arms_room
 from benchmarks.arms import Arm, Timing, at_a_time, in_turn
 from benchmarks.comparisons import compare, compare_speeds, markdown
+from tests.support.forked import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 

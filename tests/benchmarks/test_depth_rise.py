@@ -7,7 +7,6 @@ from typing import get_args
 
 import pytest
 import torch
-from support.small_runs import VOCAB, write_corpus
 
 import megabus
 from benchmarks import depth_rise
@@ -15,6 +14,7 @@ from megabus.config.depth import DEPTHS
 from megabus.config.schema import Depth
 from megabus.errors import UserError
 from megabus.model.decoder import param_specs
+from tests.support.small_runs import VOCAB, write_corpus
 
 
 def test_every_manner_has_a_row(tmp_path, capsys):

@@ -21,7 +21,6 @@ import psutil
 import pytest
 import torch
 import yaml
-from support.forked import run_python
 
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import attention, kernels, runs, software, speed, wheels
@@ -30,6 +29,7 @@ from benchmarks.kernels import Clock
 from megabus.kernels import checked
 from megabus.kernels.form import EAGER
 from megabus.train import loop
+from tests.support.forked import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 NEED_A_GPU = {

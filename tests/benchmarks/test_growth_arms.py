@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from support.growth_experiments import TWICE, arm, load, new_runner, result, spec, write
 
 from benchmarks.growth.__main__ import main
 from benchmarks.growth.experiment import Arm, Experiment, fingerprint, jobs, load_experiment, make_job
 from benchmarks.growth.results import Results
 from megabus.errors import UserError
+from tests.support.growth_experiments import TWICE, arm, load, new_runner, result, spec, write
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks/growth"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))

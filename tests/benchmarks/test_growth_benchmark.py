@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import growth_experiments as small
 
 import benchmarks.growth
 from benchmarks.growth.experiment import best_rate, jobs, load_experiment, make_job, overlaid
@@ -19,6 +18,7 @@ from benchmarks.growth.results import Results, result_of
 from benchmarks.growth.savings import Saving, overall, quantile, saving, spread
 from benchmarks.growth.write_up import parabola, report
 from megabus.errors import UserError
+from tests.support import growth_experiments as small
 
 INF = math.inf
 

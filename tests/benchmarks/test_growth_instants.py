@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.growth_experiments import TWICE, arm, load, result, spec
 
 from benchmarks.growth.experiment import load_experiment, make_job
 from benchmarks.growth.groups import Group
@@ -14,6 +13,7 @@ from benchmarks.growth.instants import KAPPAS, falling, instant, instants_table,
 from benchmarks.growth.results import Point, Results
 from megabus.config import resolve_stages
 from megabus.errors import UserError
+from tests.support.growth_experiments import TWICE, arm, load, result, spec
 
 CPU = Path(__file__).resolve().parents[2] / "benchmarks/growth/cpu.yaml"
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 import pytest
-from support import growth_experiments as small
 
 from benchmarks.growth.frontier import anytime_table, claims, frontier_table
 from benchmarks.growth.groups import Group, each_saving, groups
@@ -14,6 +13,7 @@ from benchmarks.growth.ladder import Size, envelope, saving_by_best, sizes_of
 from benchmarks.growth.results import Results
 from benchmarks.growth.savings import Saving, falling
 from benchmarks.growth.write_up import report
+from tests.support import growth_experiments as small
 
 SIZES = {"little": 2e4, "middle": 9e4, "large": 4e5}
 FINE = [1e11 * 1.05**n for n in range(140)]

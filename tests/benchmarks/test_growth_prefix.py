@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from support import growth_experiments as small
 
 from benchmarks.growth.prefix import Common, common
 from megabus.checkpoint.state import Progress, SavedState
 from megabus.config import parse_config
+from tests.support import growth_experiments as small
 
 INF = math.inf
 A, B, C = {"d_model": 52, "n_heads": 3, "max_tokens": 9}, {"n_layers": 3, "max_tokens": 9}, {"n_layers": 4}

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import growth_experiments as small
-from support.small_runs import write_tokens
 
 from benchmarks.growth.__main__ import main
 from benchmarks.growth.experiment import load_experiment, make_job
@@ -19,6 +17,8 @@ from benchmarks.growth.protocol import check_text, most_tokens
 from benchmarks.growth.results import Point, Results
 from benchmarks.growth.verdict import verdict_table
 from megabus.errors import UserError
+from tests.support import growth_experiments as small
+from tests.support.small_runs import write_tokens
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks/growth"
 

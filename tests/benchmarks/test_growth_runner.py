@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import growth_experiments as small
 
 from benchmarks.growth import prefix, runner
 from benchmarks.growth.experiment import jobs
 from benchmarks.growth.results import Results
 from megabus.errors import UserError
+from tests.support import growth_experiments as small
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from support import altered
 
 from megabus.checkpoint.store import checkpoints_of, complete
+from tests.support import altered
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import checkpoints as ck
 
 import megabus
 from megabus.checkpoint.restore import find_checkpoint, re_express, restore
@@ -16,6 +15,7 @@ from megabus.config import Layout, ModelConfig, resolve_stages
 from megabus.errors import UserError
 from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
+from tests.support import checkpoints as ck
 
 LAYOUTS = [
     {"dp": 1},

@@ -9,10 +9,6 @@ import shutil
 
 import pytest
 import torch.distributed as dist
-from support import altered
-from support import checkpoints as ck
-from support.altered import LAST, SHARD, change_entry, drop, link_outside, pipe, relabelled, rename, set_value
-from support.small_tokenizer import make_tokenizer
 
 import megabus
 from megabus.checkpoint.contents import look
@@ -24,6 +20,10 @@ from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.tokenizer import Tokenizer
 from megabus.testing.ranks import run_ranks
+from tests.support import altered
+from tests.support import checkpoints as ck
+from tests.support.altered import LAST, SHARD, change_entry, drop, link_outside, pipe, relabelled, rename, set_value
+from tests.support.small_tokenizer import make_tokenizer
 
 
 def texts_of(folder):

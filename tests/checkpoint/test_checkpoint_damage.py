@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch.distributed as dist
-from support import checkpoints as ck
 
 import megabus
 from megabus.checkpoint.manifest import DamagedError, read_manifest
@@ -15,6 +14,7 @@ from megabus.checkpoint.restore import find_checkpoint
 from megabus.checkpoint.store import checkpoints_of, complete, folder_of, latest_of, step_of
 from megabus.data.tokenizer import train_tokenizer
 from megabus.testing.ranks import run_ranks
+from tests.support import checkpoints as ck
 
 SHARDS = [f"shard-{rank:05d}-model-{kind:05d}-of-00003.safetensors" for rank in (1, 2) for kind in (1, 2, 3)]
 FILES = [*SHARDS, "state.json", "tokenizer.model", "manifest.json"]

@@ -7,10 +7,6 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import altered
-from support.altered import LAST, SHARD, add, change_entry, drop, link_outside, pipe, refused, relabelled, rename
-from support.command import run_command
-from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.checkpoint.manifest import MANIFEST, DamagedError, settle, write_manifest
@@ -21,6 +17,10 @@ from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
+from tests.support import altered
+from tests.support.altered import LAST, SHARD, add, change_entry, drop, link_outside, pipe, refused, relabelled, rename
+from tests.support.command import run_command
+from tests.support.sources import MemorySource, model_config
 
 # ---- manifest.json
 

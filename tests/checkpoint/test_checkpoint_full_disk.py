@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from support import checkpoints as ck
-from support.disk_faults import Disk, refuse
 
 from megabus.checkpoint.manifest import check_file, read_manifest
 from megabus.checkpoint.store import complete, folder_of, latest_of, step_of
 from megabus.testing.ranks import run_ranks
+from tests.support import checkpoints as ck
+from tests.support.disk_faults import Disk, refuse
 
 CONFIG = ck.run_config({"dp": 2})
 

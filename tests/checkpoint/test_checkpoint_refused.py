@@ -11,7 +11,6 @@ import shutil
 
 import pytest
 import torch.distributed as dist
-from support import checkpoints as ck
 
 import megabus
 from megabus.checkpoint import contents, manifest
@@ -21,6 +20,7 @@ from megabus.checkpoint.state import FORMAT
 from megabus.checkpoint.store import checkpoints_of, folder_of
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
+from tests.support import checkpoints as ck
 
 SHARD = "shard-0000{}-model-0000{}-of-00003.safetensors"
 

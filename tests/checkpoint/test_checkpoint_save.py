@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import checkpoints as ck
 
 import megabus
 import megabus.checkpoint.save as saving
@@ -20,6 +19,7 @@ from megabus.config import Layout, resolve_stages
 from megabus.errors import UserError
 from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
+from tests.support import checkpoints as ck
 
 
 def hold_back(gate):

@@ -8,7 +8,6 @@ import random
 from dataclasses import asdict, fields, replace
 
 import pytest
-from support import checkpoints as ck
 
 from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.state import FORMAT, STATE, Progress, SavedState, read_state, write_state
@@ -20,6 +19,7 @@ from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters, counted_sizes
 from megabus.parallel.fragments import KINDS
+from tests.support import checkpoints as ck
 
 FLOATS = [0.1 + 0.2, 1 / 3, math.pi * 1e21, 5e-324, 2.2250738585072014e-308, 1.7976931348623157e308, 2.0**53 + 2, -0.0]
 

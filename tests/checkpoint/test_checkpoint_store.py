@@ -7,7 +7,6 @@ import pickle
 import shutil
 
 import pytest
-from support.disk_faults import cut_power, kill, log_of, struck
 
 from megabus.checkpoint.manifest import DamagedError, Entry, check_file, read_manifest, settle, write_manifest
 from megabus.checkpoint.store import (
@@ -25,6 +24,7 @@ from megabus.checkpoint.store import (
     sweep,
 )
 from megabus.errors import UserError
+from tests.support.disk_faults import cut_power, kill, log_of, struck
 
 RANKS = 2
 

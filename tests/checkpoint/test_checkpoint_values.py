@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support import altered
-from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.checkpoint.manifest import MANIFEST, DamagedError
@@ -24,6 +22,8 @@ from megabus.convert.checkpoint import write_checkpoint
 from megabus.model.cost import count_parameters, totals
 from megabus.parallel.fragments import KINDS
 from megabus.plain_file import VALUES
+from tests.support import altered
+from tests.support.sources import MemorySource, model_config
 
 # ---- values: each is (key, value), or a whole text
 

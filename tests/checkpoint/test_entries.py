@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.altered import header_of, put_header
 
 from megabus.checkpoint import entries
 from megabus.checkpoint.entries import longest_header, odd_by_name, scan
 from megabus.checkpoint.manifest import idle
+from tests.support.altered import header_of, put_header
 
 KINDS = {"weight/a": ("weight", 5), "exp_avg_sq/b": ("exp_avg_sq", 1), "weight/c": ("weight", 11)}
 ODD = [(math.nan, "NaN"), (-math.inf, "an infinity"), (-1.0, "-1, and a mean of squares is 0 or more")]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.command import run_command
-from support.small_runs import run_config, stop_after, write_corpus
 
 import megabus
 from megabus.testing.ranks import run_ranks
 from megabus.train import loop
+from tests.support.command import run_command
+from tests.support.small_runs import run_config, stop_after, write_corpus
 
 BETWEEN_RANKS = "_tensor_to_object"  # torch's reading of what another rank of this run has sent
 STAGES = [{"d_model": 52, "n_heads": 4, "d_ff": 90}]

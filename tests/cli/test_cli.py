@@ -13,9 +13,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.command import run_command
-from support.launching import ROOT, environment
-from support.tiny_config import tiny_config
 
 from megabus import extras
 from megabus.checkpoint import tensor_file
@@ -24,6 +21,9 @@ from megabus.command import Parser
 from megabus.errors import UserError
 from megabus.estimate.devices import DEVICES
 from megabus.extras import EXTRAS
+from tests.support.command import run_command
+from tests.support.launching import ROOT, environment
+from tests.support.tiny_config import tiny_config
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONFIG = tiny_config(run_dir="run", data={"train": "nowhere", "valid": "nowhere"})

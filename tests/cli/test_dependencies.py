@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, req
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from support.launching import ROOT
 
 from megabus.cli import COMMANDS
+from tests.support.launching import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -14,10 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.forked import run_python
-from support.later import Later
-from support.nli_data import rows_of, write_run
-from support.small_runs import write_tokens
 
 import megabus
 from megabus.cli import evaluate, layers
@@ -30,6 +26,10 @@ from megabus.data.batches import TokenSource
 from megabus.data.indexed import meta_path
 from megabus.data.sources import VALID_SEED
 from megabus.errors import UserError
+from tests.support.forked import run_python
+from tests.support.later import Later
+from tests.support.nli_data import rows_of, write_run
+from tests.support.small_runs import write_tokens
 
 tasks = Later("lm_eval.tasks")
 LINES = Path(__file__).parents[2] / "configs/eval/lines"

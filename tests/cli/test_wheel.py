@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.launching import ROOT, environment
+
+from tests.support.launching import ROOT, environment
 
 WORDS = [
     "the",

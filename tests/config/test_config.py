@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.tiny_config import BASE
 
 from megabus.config import RunConfig, load_config, parse_config, resolve_stages
 from megabus.errors import UserError
 from megabus.model.cost import count_parameters
+from tests.support.tiny_config import BASE
 
 ROOT = Path(__file__).parents[2]
 

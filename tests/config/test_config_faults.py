@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from support.tiny_config import tiny_config
 
 from megabus.config import load_config
 from megabus.errors import UserError
+from tests.support.tiny_config import tiny_config
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import pytest
 import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError
-from support.tiny_config import BASE
 
 from megabus.config import load_config
 from megabus.config.read import described, read_tree
 from megabus.errors import UserError
+from tests.support.tiny_config import BASE
 
 
 def write(tmp_path: Path) -> Path:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from support.tiny_config import BASE
 
 from megabus.config import load_config, resolve_stages
 from megabus.config.effects import unheeded
+from tests.support.tiny_config import BASE
 
 SILENCED = [
     ("optimizer.schedule=log optimizer.decay_share=0.3", "optimizer.decay_share = 0.3", "optimizer.schedule = log"),

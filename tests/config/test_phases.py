@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from support.tiny_config import BASE
 
 from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.auto import written_out
@@ -20,6 +19,7 @@ from megabus.model.budget import Spent, mean_length, spent_share
 from megabus.model.cost import flops_per_token
 from megabus.train.horizon import planned_steps
 from megabus.train.overtaken import check_growths
+from tests.support.tiny_config import BASE
 
 TWO = [{"path": "a", "weight": 3}, {"path": "c", "weight": 0}]
 PHASES = [

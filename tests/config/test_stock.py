@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.tiny_config import tiny_config
 
 from megabus.config import ModelConfig, parse_config, resolve_stages
 from megabus.config.stock import stock_class
 from megabus.errors import UserError
+from tests.support.tiny_config import tiny_config
 
 
 def stages(growth=None, optimizer=None, **model):

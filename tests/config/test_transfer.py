@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import sqrt
 
 import pytest
-from support.tiny_config import BASE
 
 from megabus.config import load_config, resolve_stages
 from megabus.errors import UserError
+from tests.support.tiny_config import BASE
 
 TUNED = "optimizer.transfer={d_model: 24, n_layers: 2, steps: 100}"  # the tiny run has 36, 48 channels and 3, 5 layers
 

@@ -13,9 +13,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import altered
-from support.command import run_command
-from support.sources import MemorySource, model_config
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import megabus
@@ -32,6 +29,9 @@ from megabus.convert.verify import verify
 from megabus.errors import UserError
 from megabus.model.params import shard_rows
 from megabus.parallel.placement import Placement
+from tests.support import altered
+from tests.support.command import run_command
+from tests.support.sources import MemorySource, model_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,20 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.families import (
+
+import megabus
+from megabus import extras
+from megabus.cli import convert as convert_command
+from megabus.convert import verify_logits
+from megabus.convert.begin import read_description
+from megabus.convert.changed import unit_error
+from megabus.convert.convert import convert, model_at, open_source
+from megabus.convert.hugging_face import model_of
+from megabus.convert.source import OpenFiles
+from megabus.convert.verify import verify
+from megabus.errors import UserError
+from megabus.model.layers import rope_frequencies
+from tests.support.families import (
     FAMILIES,
     LAYOUTS,
     LIMIT,
@@ -25,21 +38,8 @@ from support.families import (
     stock,
     trained,
 )
-from support.small_runs import write_corpus
-from support.sources import MemorySource, model_config
-
-import megabus
-from megabus import extras
-from megabus.cli import convert as convert_command
-from megabus.convert import verify_logits
-from megabus.convert.begin import read_description
-from megabus.convert.changed import unit_error
-from megabus.convert.convert import convert, model_at, open_source
-from megabus.convert.hugging_face import model_of
-from megabus.convert.source import OpenFiles
-from megabus.convert.verify import verify
-from megabus.errors import UserError
-from megabus.model.layers import rope_frequencies
+from tests.support.small_runs import write_corpus
+from tests.support.sources import MemorySource, model_config
 
 torch.set_num_threads(1)
 PLENTY = (99, 10**9)  # tensors, and bytes of them
@@ -74,7 +74,7 @@ def test_a_family_comes_in_grows_and_goes_out(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["llama", "smollm3"])
 def test_a_family_is_trained_and_grown_on_four_ranks(tmp_path, name):
-    """A row of the table that `python tests/families.py` prints of all families and two layouts."""
+    """A row of the table that `python -m tests.families` prints of all families and two layouts."""
     theirs, ours = begun(name, tmp_path)
     config = trained(tmp_path, write_corpus(tmp_path), LAYOUTS[1], ours.config)
     assert compared(theirs, ours, [config], tmp_path).is_well

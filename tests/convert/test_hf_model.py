@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
+from tests.support.sources import MemorySource, model_config
 
 TOKENS = torch.randint(67, (3, 20), generator=torch.Generator().manual_seed(0))
 

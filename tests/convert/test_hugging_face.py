@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.convert.convert import convert, open_source
@@ -23,6 +22,7 @@ from megabus.convert.source import OpenFiles
 from megabus.convert.verify import verify
 from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
+from tests.support.sources import MemorySource, model_config
 
 TOKENS = torch.randint(67, (3, 20), generator=torch.Generator().manual_seed(0))
 

@@ -9,10 +9,6 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from support import checkpoints
-from support.command import run_command
-from support.small_runs import run_config, write_corpus
-from support.sources import MemorySource, model_config
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
@@ -27,6 +23,10 @@ from megabus.data.tokenizer.byte_bpe import byte_letters, byte_pieces
 from megabus.data.tokenizer.extend import extend_tokenizer
 from megabus.data.tokenizer.odd_text import BASES, differences, odd_lines
 from megabus.errors import UserError
+from tests.support import checkpoints
+from tests.support.command import run_command
+from tests.support.small_runs import run_config, write_corpus
+from tests.support.sources import MemorySource, model_config
 
 TEXT = [f"{base} and {base}, {base.upper()}; the theory of the other there\n" for base in BASES] * 3
 N, PADDED = 640, 704

@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support import checkpoints as ck
-from support.small_models import model_of
-from support.sources import MemorySource, model_config
 
 from megabus import counter
 from megabus.convert import vocabulary
@@ -30,6 +27,9 @@ from megabus.errors import UserError
 from megabus.model.decoder import param_specs
 from megabus.model.params import spec_of
 from megabus.testing.ranks import run_ranks
+from tests.support import checkpoints as ck
+from tests.support.small_models import model_of
+from tests.support.sources import MemorySource, model_config
 
 OLD, N_IDS, NEW = 67, 64, 73  # rows, of which the tokenizer had so many, and rows that there will be
 SPELLED = {64: [3], 65: [5, 9, 9, 63], 68: [1, 2, 3], 70: [0, 40]}  # 66, 67, 69, 71 and 72 are of no piece

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.small_tokenizer import make_tokenizer
+
+from tests.support.small_tokenizer import make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from support.small_runs import run_config
 
 from megabus.config import resolve_stages
 from megabus.data.batches import TokenSource
@@ -15,6 +14,7 @@ from megabus.data.indexed import IndexedWriter, meta_path
 from megabus.data.sources import open_sources
 from megabus.errors import UserError
 from megabus.train.resume import data_order
+from tests.support.small_runs import run_config
 
 DOCUMENTS = ([3, 1, 8], [5, 5, 13], [1], [40, 2])  # lengths of each file's documents
 

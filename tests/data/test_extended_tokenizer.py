@@ -9,7 +9,6 @@ import json
 import pytest
 import sentencepiece
 import tokenizers
-from support.command import run_command
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megabus.convert.hf_tokenizer import write_tokenizer
@@ -19,6 +18,7 @@ from megabus.data.tokenizer.odd_text import odd_lines
 from megabus.data.tokenizer.spelling import Written
 from megabus.data.tokenizer.tiktoken import ENCODINGS, Encoding
 from megabus.errors import UserError
+from tests.support.command import run_command
 
 TEXT = "the quick brown fox jumps over the lazy dog, and sixty wizards' quills make black jam.\n"
 NEW = [" Straße", "naïve é", "the fox", "日本"]

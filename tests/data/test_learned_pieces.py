@@ -16,7 +16,6 @@ import regex
 import sentencepiece
 import tokenizers
 import transformers
-from support.command import run_command
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -28,6 +27,7 @@ from megabus.data.tokenizer.fast import Fast
 from megabus.data.tokenizer.learn import Lesson
 from megabus.data.tokenizer.odd_text import odd_lines
 from megabus.data.tokenizer.tiktoken import ENCODINGS, Encoding
+from tests.support.command import run_command
 
 OLD = "the quick brown fox jumps over the lazy dog, and sixty wizards' quills make black jam. 3 of 12, 1\n"
 NEW = [

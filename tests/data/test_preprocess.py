@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from support.small_tokenizer import SENTENCE
+
+from tests.support.small_tokenizer import SENTENCE
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

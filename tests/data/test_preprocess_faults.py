@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 import sentencepiece
-from support.command import run_command
-from support.forked import wait_for
-from support.small_tokenizer import SENTENCE
 
 from megabus.cli.preprocess import parse_arguments
 from megabus.data import encoding, preprocess, staging
 from megabus.data.indexed import IndexedTokens
 from megabus.errors import UserError
+from tests.support.command import run_command
+from tests.support.forked import wait_for
+from tests.support.small_tokenizer import SENTENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT = ("--split-documents", "line", "--valid-fraction", 0.3)

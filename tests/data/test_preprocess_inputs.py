@@ -12,7 +12,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from support.command import run_command
 
 from megabus.data.documents import Meter, file_documents
 from megabus.data.hub import only_retries
@@ -20,6 +19,7 @@ from megabus.data.indexed import IndexedTokens, read_meta
 from megabus.data.inputs import expand_inputs
 from megabus.data.tokenizer import Tokenizer
 from megabus.errors import UserError
+from tests.support.command import run_command
 
 HTTP = sys.modules[HTTPError.__module__.partition(".")[0]]  # the library that the hub is asked by, whichever it is
 LATER = 10 << 20  # bytes after which `datasets` has settled what a column holds

@@ -10,7 +10,6 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from support.object_store import object_store
 
 from megabus.data import remote
 from megabus.data.batches import TokenSource
@@ -18,6 +17,7 @@ from megabus.data.corpus import open_corpus
 from megabus.data.indexed import IndexedTokens, IndexedWriter, meta_path
 from megabus.data.remote import local_prefix
 from megabus.errors import UserError
+from tests.support.object_store import object_store
 
 TOKENS = 700
 

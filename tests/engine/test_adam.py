@@ -8,11 +8,11 @@ import types
 
 import pytest
 import torch
-from support.small_runs import refusal, rows_of, run_config, start, stop_after, write_corpus
 
 from megabus.config.schema import OptimizerConfig
 from megabus.engine import adam as adam_room
 from megabus.engine.adam import Segment, make_adam
+from tests.support.small_runs import refusal, rows_of, run_config, start, stop_after, write_corpus
 
 LAYOUTS = [{"tp": 2}, {"dp": 2}, {"pp": 2}]
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from support.plans import row_parents
-from support.small_runs import after_step, rows_of, run_config, start, stop_after, write_corpus
 
 import megabus.train.run as run_room
 from megabus.config import Layout, parse_config, resolve_stages
@@ -23,6 +21,8 @@ from megabus.parallel.placement import Placement
 from megabus.testing import parity
 from megabus.testing.ranks import run_ranks
 from megabus.train.schedule import boost_factor
+from tests.support.plans import row_parents
+from tests.support.small_runs import after_step, rows_of, run_config, start, stop_after, write_corpus
 
 SMALL = {"d_model": 35, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_ff": 62}
 LARGE = {"d_model": 53, "n_layers": 5, "n_heads": 6, "d_ff": 102}  # ZeRO's partitions cut added rows

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support.small_models import GQA, config, lively_state
-from support.small_runs import rows_of, run_config, start, write_corpus
 
 from megabus.config import Layout
 from megabus.engine import gains
@@ -18,6 +16,8 @@ from megabus.engine.gains import PERCENTS, gain_percentiles, order_statistics
 from megabus.model.decoder import param_specs
 from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
+from tests.support.small_models import GQA, config, lively_state
+from tests.support.small_runs import rows_of, run_config, start, write_corpus
 
 CPU = torch.device("cpu")
 LAYOUTS = [Layout(1, 1, 1), Layout(1, 3, 1), Layout(2, 1, 2), Layout(2, 2, 1)]

@@ -9,9 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.command import run_command
-from support.plans import needed_entries, owned_entries, traffic
-from support.trainings import run_of
 
 from benchmarks.memory_of_ranks import measure, memory_training
 from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resolve_stages
@@ -32,6 +29,9 @@ from megabus.model.peak import chip_of
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
+from tests.support.command import run_command
+from tests.support.plans import needed_entries, owned_entries, traffic
+from tests.support.trainings import run_of
 
 torch.set_num_threads(1)
 BUCKET = 300_000

@@ -20,8 +20,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support import altered
-from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.checkpoint.contents import look
@@ -36,6 +34,8 @@ from megabus.data.tokenizer.byte_bpe import CL100K
 from megabus.errors import UserError
 from megabus.kappa.monitor import KappaMonitor
 from megabus.model.decoder import param_specs
+from tests.support import altered
+from tests.support.sources import MemorySource, model_config
 
 SECONDS, BYTES = 10, 2 << 30
 TRIES = int(os.environ.get("FUZZ", "50"))

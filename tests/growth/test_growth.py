@@ -7,7 +7,12 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
-from support.growing import (
+
+import megabus
+from megabus.growth import maps, param_growth, rows
+from megabus.growth.maps import axis_maps, channel_scale, grouped, layer_sources, spread
+from megabus.model.decoder import param_specs
+from tests.support.growing import (
     CHANNELS,
     WIDTH,
     WIDTH_IDS,
@@ -18,12 +23,7 @@ from support.growing import (
     one_sided_simplex,
     row_matrices,
 )
-from support.small_models import GQA, KINDS, config, lively_state
-
-import megabus
-from megabus.growth import maps, param_growth, rows
-from megabus.growth.maps import axis_maps, channel_scale, grouped, layer_sources, spread
-from megabus.model.decoder import param_specs
+from tests.support.small_models import GQA, KINDS, config, lively_state
 
 torch.set_num_threads(1)
 

@@ -8,8 +8,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from support.growing import CHANNELS, FRACTION, READS, WIDTH, how, row_matrices, same
-from support.small_models import GQA, KINDS, PART_IDS, PARTS, config, lively_state, loss_of, model_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megabus
@@ -19,6 +17,8 @@ from megabus.growth.param_growth import Growth
 from megabus.growth.rows import grow_rows, row_bytes
 from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape, spec_of
+from tests.support.growing import CHANNELS, FRACTION, READS, WIDTH, how, row_matrices, same
+from tests.support.small_models import GQA, KINDS, PART_IDS, PARTS, config, lively_state, loss_of, model_of
 
 torch.set_num_threads(1)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.growing import WIDTH
-from support.small_models import GQA, config, lively_state
 
 import megabus
 from megabus.errors import UserError
+from tests.support.growing import WIDTH
+from tests.support.small_models import GQA, config, lively_state
 
 torch.set_num_threads(1)
 

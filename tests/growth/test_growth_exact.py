@@ -7,7 +7,13 @@ from typing import get_args
 
 import pytest
 import torch
-from support.growing import (
+
+import megabus
+from megabus.config.schema import Depth
+from megabus.growth import param_growth, rows
+from megabus.kernels.eager import residual
+from megabus.model.decoder import param_specs
+from tests.support.growing import (
     CHANNELS,
     FRACTION,
     MANY,
@@ -21,13 +27,7 @@ from support.growing import (
     one_sided_simplex,
     same,
 )
-from support.small_models import GQA, KINDS, config, lively_state, loss_of, model_of
-
-import megabus
-from megabus.config.schema import Depth
-from megabus.growth import param_growth, rows
-from megabus.kernels.eager import residual
-from megabus.model.decoder import param_specs
+from tests.support.small_models import GQA, KINDS, config, lively_state, loss_of, model_of
 
 torch.set_num_threads(1)
 

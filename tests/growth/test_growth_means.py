@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.growing import FRACTION, how
-from support.small_models import GQA, config, lively_state, loss_of, model_of
 
 import megabus
 from megabus.growth.param_growth import Growth
 from megabus.model.decoder import param_specs
+from tests.support.growing import FRACTION, how
+from tests.support.small_models import GQA, config, lively_state, loss_of, model_of
 
 OLD, NEW = config("ngpt", GQA), config("ngpt", GQA, FRACTION, {"n_heads": 8, "n_kv_heads": 2, "n_layers": 5})
 MANNERS = [{"read": "tilt", "channels": "uneven"}, {"depth": "taper"}, {"depth": "fresh"}, {"write": "clone"}]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support.plans import needed_entries, owned_entries, traffic
 
 from megabus.config import GrowthConfig, Layout, ModelConfig
 from megabus.config.precision import FP32_BYTES
@@ -19,6 +18,7 @@ from megabus.model.decoder import param_specs
 from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
 from megabus.testing.ranks import run_ranks
+from tests.support.plans import needed_entries, owned_entries, traffic
 
 torch.set_num_threads(1)
 SMALL = {"vocab_size": 67, "d_model": 36, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 6, "d_ff": 62}

@@ -8,7 +8,11 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
-from support.growing import (
+
+import megabus
+from megabus.growth import param_growth
+from megabus.model.decoder import param_specs
+from tests.support.growing import (
     CHANNELS,
     FRACTION,
     WIDTH,
@@ -23,11 +27,7 @@ from support.growing import (
     mean_squares,
     row_matrices,
 )
-from support.small_models import GQA, KINDS, config, lively_state
-
-import megabus
-from megabus.growth import param_growth
-from megabus.model.decoder import param_specs
+from tests.support.small_models import GQA, KINDS, config, lively_state
 
 torch.set_num_threads(1)
 

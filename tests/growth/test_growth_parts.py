@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.growing import CHANNELS, FRACTION, change_of, gap, how, logits_of, mapped_and_true
-from support.small_models import GQA, PART_IDS, PARTS, config, lively_state
 
 import megabus
 from megabus.config.pair import check_pair
@@ -13,6 +11,8 @@ from megabus.errors import UserError
 from megabus.growth import param_growth
 from megabus.model import gpt
 from megabus.model.decoder import param_specs
+from tests.support.growing import CHANNELS, FRACTION, change_of, gap, how, logits_of, mapped_and_true
+from tests.support.small_models import GQA, PART_IDS, PARTS, config, lively_state
 
 torch.set_num_threads(1)
 AFTER = FRACTION | {"n_heads": 9, "n_kv_heads": 3}

@@ -6,7 +6,13 @@ from math import sqrt
 
 import pytest
 import torch
-from support.growing import (
+
+import megabus
+from megabus import counter
+from megabus.growth import param_growth, rows
+from megabus.growth.maps import axis_maps
+from megabus.model.decoder import param_specs
+from tests.support.growing import (
     CHANNELS,
     FRACTION,
     MANY,
@@ -18,13 +24,7 @@ from support.growing import (
     mean_squares,
     row_matrices,
 )
-from support.small_models import GQA, KINDS, config, lively_state
-
-import megabus
-from megabus import counter
-from megabus.growth import param_growth, rows
-from megabus.growth.maps import axis_maps
-from megabus.model.decoder import param_specs
+from tests.support.small_models import GQA, KINDS, config, lively_state
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from support.plans import MODEL, SEEDS, grown_plan, needed_entries, owned_entries, random_pair, traffic
 
 from megabus.config import GrowthConfig
 from megabus.config.precision import FP32_BYTES
@@ -16,6 +15,7 @@ from megabus.config.stages import Layout
 from megabus.growth.param_growth import Growth
 from megabus.growth.plan import Plan, RowRange, Transfer, runs
 from megabus.parallel.placement import Piece, Placement
+from tests.support.plans import MODEL, SEEDS, grown_plan, needed_entries, owned_entries, random_pair, traffic
 
 torch.set_num_threads(1)
 

@@ -6,12 +6,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from support.plans import SEEDS, needed_entries, owned_entries, random_pair
 
 from megabus.config.precision import FP32_BYTES
 from megabus.parallel.topology import coordinate
 from megabus.testing.plan_bytes import _level, least
 from megabus.testing.plan_check import loads
+from tests.support.plans import SEEDS, needed_entries, owned_entries, random_pair
 
 KINDS = ("weight", "exp_avg")
 

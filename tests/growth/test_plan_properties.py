@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.plans import layouts, needed_entries, random_model
 
 from megabus.config import GrowthConfig, ModelConfig
 from megabus.config.schema import Depth
@@ -20,6 +19,7 @@ from megabus.growth.plan import Plan, RowRange, Transfer
 from megabus.parallel.placement import Piece, Placement
 from megabus.parallel.topology import coordinate
 from megabus.testing.plan_check import faults, loads
+from tests.support.plans import layouts, needed_entries, random_model
 
 torch.set_num_threads(1)
 KINDS = ("weight", "exp_avg")

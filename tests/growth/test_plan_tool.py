@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.command import run_command
+
+from tests.support.command import run_command
 
 ROOT = Path(__file__).parents[2]
 

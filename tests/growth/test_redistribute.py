@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.plans import SEEDS, grown_plan, random_pair
 
 import megabus
 from megabus.config.stages import Layout
 from megabus.growth import redistribute as carrier
 from megabus.growth.plan import Plan
+from tests.support.plans import SEEDS, grown_plan, random_pair
 
 torch.set_num_threads(1)
 

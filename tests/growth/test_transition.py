@@ -9,7 +9,6 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from support.plans import traffic
 
 from megabus.config import Layout, parse_config, resolve_stages
 from megabus.growth import redistribute as redistribute_module
@@ -20,6 +19,7 @@ from megabus.parallel.fragments import KINDS
 from megabus.parallel.placement import Placement
 from megabus.testing import parity
 from megabus.testing.ranks import run_ranks
+from tests.support.plans import traffic
 
 SMALL = {"d_model": 36, "n_layers": 3, "n_heads": 2, "d_ff": 62}
 LARGE = {"d_model": 52, "n_layers": 5, "n_heads": 3, "d_ff": 90}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from support.growth_experiments import arm, load, result, spec
-
 from benchmarks.growth.cells import saving_cell
 from benchmarks.growth.groups import Group
 from benchmarks.growth.predicted import law_table
 from benchmarks.growth.savings import Spread
+from tests.support.growth_experiments import arm, load, result, spec
 
 TRUE = {"E": 2.0, "A": 40.0, "alpha": 0.25, "B": 60.0, "beta": 0.3}
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.tiny_config import tiny_config
 
 from megabus.config import parse_config, resolve_stages
 from megabus.config.schema import KappaConfig, ScalingLaw
@@ -29,6 +28,7 @@ from megabus.kappa.predictors import (
     StageSpan,
     make_predictor,
 )
+from tests.support.tiny_config import tiny_config
 
 NAN = float("nan")
 FIT = {"predictor": "fit", "min_evals": 8}

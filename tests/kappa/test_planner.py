@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from support.command import run_command
 
 from megabus.config import ModelConfig, load_config, resolve_stages
 from megabus.config.fractions import fraction_of
@@ -22,6 +21,7 @@ from megabus.errors import UserError
 from megabus.kappa.laws import fit_law
 from megabus.kappa.planner import LAST_SHARE, Size, plan_growth, plan_stages, spend
 from megabus.model.cost import count_parameters, flops_per_token
+from tests.support.command import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 FINAL = ModelConfig(vocab_size=1000, d_model=120, n_layers=6, n_heads=6, n_kv_heads=3, head_dim=20, d_ff=330)

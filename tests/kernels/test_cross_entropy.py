@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.forms import SMALL, TRITON_ONLY, form_of, interpreter_rounds_to_nearest  # noqa: F401
 
 from megabus.kernels import eager
 from megabus.kernels.eager import Targets
 from megabus.model import loss as loss_room
 from megabus.model.loss import head_loss
 from megabus.model.tensor_parallel import Unsharded
+from tests.support.forms import SMALL, TRITON_ONLY, form_of, interpreter_rounds_to_nearest  # noqa: F401
 
 N, V = 7, 45
 

@@ -18,9 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.forms import HAS, SMALL, TRITON_ONLY, form_of, interpreter_rounds_to_nearest  # noqa: F401
-from support.later import Later
-from support.small_models import config, lively_state, loss_of, model_of
 
 from megabus.errors import UserError
 from megabus.kernels import checked, eager
@@ -30,6 +27,9 @@ from megabus.kernels.choice import select
 from megabus.kernels.compiled import _compile
 from megabus.kernels.form import EAGER, FUNCTIONS
 from megabus.model.decoder import Decoder
+from tests.support.forms import HAS, SMALL, TRITON_ONLY, form_of, interpreter_rounds_to_nearest  # noqa: F401
+from tests.support.later import Later
+from tests.support.small_models import config, lively_state, loss_of, model_of
 
 dynamo = Later("torch._dynamo.testing")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -19,7 +19,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.launching import (
+
+import megabus
+from megabus.config import load_config
+from megabus.data.indexed import IndexedTokens, IndexedWriter, meta_path
+from megabus.errors import UserError
+from tests.support.launching import (
     LAUNCHER,
     LIMIT,
     START,
@@ -30,12 +35,7 @@ from support.launching import (
     the_error,
     tree,
 )
-from support.tiny_config import tiny_config
-
-import megabus
-from megabus.config import load_config
-from megabus.data.indexed import IndexedTokens, IndexedWriter, meta_path
-from megabus.errors import UserError
+from tests.support.tiny_config import tiny_config
 
 VOCAB = 67
 CONFIG = tiny_config(

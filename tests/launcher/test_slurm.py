@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.tiny_config import tiny_config
 
 from megabus.cli import main
 from megabus.config import load_config
 from megabus.slurm.render import fill
+from tests.support.tiny_config import tiny_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = tiny_config(run_dir="runs/x", data={"train": "text", "valid": "text"}, train__global_batch_size=24)

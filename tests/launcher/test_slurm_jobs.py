@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.launching import ROOT
-from support.slurm_cluster import NODES, Cluster, missing, slurm_cluster, until
-from support.small_runs import rows_of, run_config, start, untimed, write_corpus
+
+from tests.support.launching import ROOT
+from tests.support.slurm_cluster import NODES, Cluster, missing, slurm_cluster, until
+from tests.support.small_runs import rows_of, run_config, start, untimed, write_corpus
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"slurm is not installed: no {', '.join(missing())}")
 

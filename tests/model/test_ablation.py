@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import small_runs
-from support.command import run_command
-from support.small_models import config, lively_state
-from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.ablation import ablate
@@ -20,6 +16,10 @@ from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.data.indexed import meta_path
 from megabus.model.decoder import Decoder, param_specs
+from tests.support import small_runs
+from tests.support.command import run_command
+from tests.support.small_models import config, lively_state
+from tests.support.sources import MemorySource, model_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

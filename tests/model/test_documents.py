@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.attention.varlen as varlen
-from support import reference
-from support.small_models import BASE, GQA, KINDS, config, lively_state, model_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megabus.generate import generate
@@ -16,6 +14,8 @@ from megabus.kernels import packed
 from megabus.kernels.eager import attention
 from megabus.kernels.packed import packed_attention
 from megabus.model.documents import Documents
+from tests.support import reference
+from tests.support.small_models import BASE, GQA, KINDS, config, lively_state, model_of
 
 SEQ_LEN = 11
 ROWS = [[11], [1, 4, 6], [5, 5, 1]]

@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from support.command import run_command
-from support.small_models import PART_IDS, PARTS
-from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.checkpoint.load import checkpoint_at
@@ -19,6 +16,9 @@ from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
 from megabus.generate import chosen, generate
 from megabus.model.layers import KVCache
+from tests.support.command import run_command
+from tests.support.small_models import PART_IDS, PARTS
+from tests.support.sources import MemorySource, model_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.small_models import GQA, KINDS, PARTS, config, lively_state, loss_of, model_of
 
 from megabus.kernels.adjacent import joined
 from megabus.model import joint, layers
 from megabus.model.joint import joint_products, products
 from megabus.model.params import spec_of
+from tests.support.small_models import GQA, KINDS, PARTS, config, lively_state, loss_of, model_of
 
 SIZES, D = (5, 3, 4), 7
 

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import reference
-from support.small_models import batch, config, lively_state, model_of
 
 import megabus
 from megabus import counter
@@ -17,6 +15,8 @@ from megabus.model import init, layers, ngpt
 from megabus.model.decoder import Decoder, param_specs
 from megabus.model.params import global_shape, shard_rows, spec_of
 from megabus.model.tensor_parallel import Unsharded
+from tests.support import reference
+from tests.support.small_models import batch, config, lively_state, model_of
 
 torch.set_num_threads(1)
 

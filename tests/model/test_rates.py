@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import sqrt
 
 import pytest
-from support.small_models import config
 
 from megabus.model.decoder import param_specs
 from megabus.model.rates import relative_rate
+from tests.support.small_models import config
 
 TUNED = 4  # a ninth of the width
 

@@ -114,7 +114,7 @@ def _tested(copy: Path, arguments: list[str], limit: float) -> int | None:
         import pytest
 
         # By `pythonpath` the copy, which is the root, comes before this checkout.
-        os._exit(int(pytest.main(["-x", "-o", "pythonpath=. tests", *arguments], [_Collection()])))
+        os._exit(int(pytest.main(["-x", "-o", "pythonpath=.", *arguments], [_Collection()])))
     return wait_for(pid, limit, kill=os.killpg)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.nli_data import rows_of, run_tool, write_rows, write_run
 
 import megabus
 from megabus.checkpoint.load import checkpoint_at
@@ -19,6 +18,7 @@ from megabus.errors import UserError
 from megabus.nli.pairs import LABELS, Pair
 from megabus.nli.settings import Settings, Template
 from megabus.testing.ranks import run_ranks
+from tests.support.nli_data import rows_of, run_tool, write_rows, write_run
 
 LAYOUTS = [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}]
 TUNED = [{}, {"dp": 2}, {"tp": 2, "pp": 2}]  # those that are fine-tuned in, too

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.later import Later
-from support.nli_data import rows_of, run_tool, write_rows, write_run
 
 from megabus.errors import UserError
 from megabus.nli.pairs import LABELS, Hub, Pair, PairSet, read_jsonl
 from megabus.nli.settings import Settings
 from megabus.testing.ranks import run_ranks
+from tests.support.later import Later
+from tests.support.nli_data import rows_of, run_tool, write_rows, write_run
 
 datasets, metrics = Later("datasets"), Later("sklearn.metrics")
 measures, results, evaluation, harness = (

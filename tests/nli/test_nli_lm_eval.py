@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.forked import run_python
-from support.later import Later
-from support.nli_data import rows_of, run_tool, write_rows, write_run
 
 from megabus.convert.convert import convert, open_source
 from megabus.convert.source import OpenFiles
 from megabus.nli.pairs import HUB, LABELS
 from megabus.nli.settings import Template
 from megabus.testing.ranks import run_ranks
+from tests.support.forked import run_python
+from tests.support.later import Later
+from tests.support.nli_data import rows_of, run_tool, write_rows, write_run
 
 datasets = Later("datasets")
 TASKS = Path(__file__).parents[2] / "configs/eval/nli"

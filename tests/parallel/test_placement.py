@@ -8,12 +8,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from support.plans import SEEDS, layouts, random_pair
 
 from megabus.model.params import shard_rows
 from megabus.parallel import placement as placing
 from megabus.parallel.placement import Piece
 from megabus.parallel.topology import coordinate, layers_at, pp_rank_of, rank_of
+from tests.support.plans import SEEDS, layouts, random_pair
 
 torch.set_num_threads(1)
 

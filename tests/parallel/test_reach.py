@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch.distributed as dist
-from support.forked import Begun
 
 from megabus.errors import UserError
 from megabus.parallel import hosts, reach
 from megabus.parallel.reach import DEVICE, Door, _judge, _unreached, check_reach, network_device, network_speed
 from megabus.testing.ranks import free_port
+from tests.support.forked import Begun
 
 DOORS = [Door(host, f"10.0.0.{ord(host) - 96}", 1, host) for host in "aabbc"]
 

@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch.distributed as dist
-from support.trainings import run_of
 
 from megabus.config import Layout, resolve_stages
 from megabus.errors import UserError
@@ -15,6 +14,7 @@ from megabus.model.decoder import param_specs
 from megabus.parallel.tensor_parallel import ProcessGroupTP
 from megabus.testing import parity
 from megabus.testing.ranks import run_ranks
+from tests.support.trainings import run_of
 
 LIMIT = 1e-5
 STEPS = 3  # from the second on, what the first has left counts; `make parity` takes five

@@ -6,13 +6,13 @@ import time
 
 import numpy as np
 import torch.distributed as dist
-from support.object_store import object_store
-from support.small_runs import run_config, write_tokens
 
 from megabus.data import sources
 from megabus.errors import UserError
 from megabus.preflight import files
 from megabus.testing.ranks import run_ranks
+from tests.support.object_store import object_store
+from tests.support.small_runs import run_config, write_tokens
 
 
 def _fetch(config, late):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 import yaml
-from support.launching import launch_forked, the_error, tree
 
 from megabus.config.stages import Layout, resolve_stages
 from megabus.errors import UserError
@@ -44,6 +43,7 @@ from megabus.testing.preflight_faults import FAULTS, NONE, check, problems, row_
 from megabus.testing.ranks import run_ranks
 from megabus.train.loop import train
 from megabus.train.run import check_only
+from tests.support.launching import launch_forked, the_error, tree
 
 # ---- whole preflights on 4 ranks
 

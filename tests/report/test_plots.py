@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import run_command
 
 from megabus.errors import UserError
 from megabus.report.history import read_metrics
 from megabus.report.plots import MOST_FLAGS, plot_loss, summary_table
+from tests.support.command import run_command
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"d_model": 96, "n_layers": 4, "n_heads": 3, "n_kv_heads": 3, "d_ff": 384, "n_params": 2_160_000}

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.command import Done, run_command
-from support.html_page import Page
-from support.report_runs import eval_rows, growth_row, looks, rows, start_row, step_row, totals, write_run
 
 from megabus.errors import UserError
 from megabus.report import pictures
@@ -28,6 +25,9 @@ from megabus.report.pictures import draw_panel, limits, view_of
 from megabus.report.plots import _draw_run, _dress, span, stage_table, summary_table
 from megabus.report.run_facts import GROWTH_WORDS, MOST_ROWS, faults, final_figures, read_run
 from megabus.table import clock
+from tests.support.command import Done, run_command
+from tests.support.html_page import Page
+from tests.support.report_runs import eval_rows, growth_row, looks, rows, start_row, step_row, totals, write_run
 
 ROOT = Path(__file__).parents[2]
 NASTY = "</script><script>alert(1)</script><b onclick=alert(2)>\"'&{{ 7919 * 7907 }}"

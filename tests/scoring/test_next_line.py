@@ -6,7 +6,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-from support.later import Later
+
+from tests.support.later import Later
 
 TASK = Path(__file__).parents[2] / "configs/eval/lines/megabus_next_line.yaml"
 tasks = Later("lm_eval.tasks")

@@ -23,7 +23,7 @@ from megabus.kappa.marginal import Ahead, StagePath
 from megabus.kappa.monitor import KappaMonitor
 from megabus.kappa.predictors import StageSpan
 from megabus.model.cost import count_parameters, counted_sizes, flops_per_token
-from support.sources import MemorySource, model_config
+from tests.support.sources import MemorySource, model_config
 
 SHARD = "shard-00001-model-00001-of-00003.safetensors"
 LAST = "shard-00002-model-00003-of-00003.safetensors"

@@ -24,8 +24,8 @@ from megabus.data.tokenizer.byte_bpe import byte_pieces
 from megabus.data.tokenizer.odd_text import BASES, odd_lines
 from megabus.generate import generate
 from megabus.model.decoder import Decoder
-from support.small_runs import rows_of, run_config, start
-from support.sources import MemorySource
+from tests.support.small_runs import rows_of, run_config, start
+from tests.support.sources import MemorySource
 
 LIMIT = 1e-5
 TOKENS = torch.randint(67, (3, 40), generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ import torch
 
 import megabus
 from megabus.config import GrowthConfig
-from support.small_models import GQA, batch, config, lively_state, loss_of, model_of
+from tests.support.small_models import GQA, batch, config, lively_state, loss_of, model_of
 
 FRACTION = {"d_model": 52, "n_heads": 3, "d_ff": 90, "n_layers": 5}
 MANY = {"d_model": 131, "n_heads": 11, "d_ff": 233}

@@ -17,8 +17,8 @@ from benchmarks.growth import runner
 from benchmarks.growth.experiment import Experiment, load_experiment, make_job
 from benchmarks.growth.results import Point, Result, Results, _identity
 from megabus.testing.ranks import preload
-from support import launching, small_runs
-from support.tiny_config import changed
+from tests.support import launching, small_runs
+from tests.support.tiny_config import changed
 
 TWICE = {"write": "tilt", "max_tokens": 1024, "stages": [{"d_model": 52, "n_heads": 3, "d_ff": 90}]}
 TRIGGER = {"predictor": "constant", "constant": 1.5, "kappa": 0.99}

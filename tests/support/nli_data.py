@@ -18,7 +18,7 @@ from megabus.config import Layout, ModelConfig
 from megabus.convert.checkpoint import write_checkpoint
 from megabus.data.tokenizer import train_tokenizer
 from megabus.nli.pairs import LABELS
-from support.small_models import lively_state
+from tests.support.small_models import lively_state
 
 WORDS = ("red", "green", "blue")  # of a hypothesis: each stands for a label
 NOUNS = ("cat", "dog", "bird", "horse", "fish", "cow", "hen")

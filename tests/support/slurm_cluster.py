@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from getpass import getuser
 from pathlib import Path
 
-from support.launching import environment, free_port
+from tests.support.launching import environment, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 WHERE = f"{os.environ['PATH']}:/usr/sbin"

@@ -21,7 +21,7 @@ from megabus.data.indexed import IndexedTokens, IndexedWriter
 from megabus.engine.engine import Engine
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
-from support.tiny_config import changed
+from tests.support.tiny_config import changed
 
 VOCAB = 67
 TIMES = (

@@ -20,7 +20,7 @@ from pathlib import Path
 from megabus.cli import train as train_command
 from megabus.command import end_rank
 from megabus.testing.ranks import free_port, preload
-from support.launching import environment
+from tests.support.launching import environment
 
 NET, UTS, MOUNT = 0x40000000, 0x04000000, 0x00020000  # of setns and unshare
 _libc = ctypes.CDLL(None, use_errno=True)

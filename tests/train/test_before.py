@@ -9,9 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import altered
-from support.small_runs import refusal, run_config, write_corpus
-from support.sources import MemorySource, model_config
 
 from megabus.checkpoint.state import STATE, without_run
 from megabus.checkpoint.store import checkpoints_of
@@ -23,6 +20,9 @@ from megabus.errors import UserError
 from megabus.estimate import devices
 from megabus.train import before
 from megabus.train.before import _checked
+from tests.support import altered
+from tests.support.small_runs import refusal, run_config, write_corpus
+from tests.support.sources import MemorySource, model_config
 
 
 def noted(config):

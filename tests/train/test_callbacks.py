@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 import yaml
-from support.launching import launch_forked
-from support.small_runs import attempt, checkpoints, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 import megabus
 from megabus.config.schema import CallbackConfig
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 from megabus.train import callbacks
+from tests.support.launching import launch_forked
+from tests.support.small_runs import attempt, checkpoints, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 PAGE = Path(__file__).parents[2] / "docs/callbacks.md"
 RAISES = """

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.small_runs import write_tokens
 
 from megabus.data.batches import TokenSource
 from megabus.data.order import Deal
@@ -16,6 +15,7 @@ from megabus.data.sources import Sources
 from megabus.errors import UserError
 from megabus.train import corpora as room
 from megabus.train.corpora import Corpora
+from tests.support.small_runs import write_tokens
 
 MICRO = 3
 

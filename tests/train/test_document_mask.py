@@ -7,8 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from support.command import run_command
-from support.small_runs import VOCAB, read_tokens, rows_of, run_config, start, stop_after, write_corpus
 
 from megabus.config import resolve_stages
 from megabus.data.indexed import IndexedTokens, IndexedWriter
@@ -18,6 +16,8 @@ from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 from megabus.train.corpora import Corpora
 from megabus.train.resume import data_order
+from tests.support.command import run_command
+from tests.support.small_runs import VOCAB, read_tokens, rows_of, run_config, start, stop_after, write_corpus
 
 TOKENS = 112  # 7 sequences of 16: no whole batches of any layout below
 

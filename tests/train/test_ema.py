@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from support.command import run_command
-from support.small_runs import read_state_of, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 import megabus
 from megabus.config import resolve_stages
@@ -30,6 +28,8 @@ from megabus.model.decoder import param_specs
 from megabus.model.params import global_shape
 from megabus.preflight.files import checkpoint_bytes
 from megabus.train import loop
+from tests.support.command import run_command
+from tests.support.small_runs import read_state_of, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 STEP = 16 * 8  # tokens
 DECAYS = [0.9, 0.5]

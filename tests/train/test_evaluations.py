@@ -12,18 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support.small_runs import (
-    VOCAB,
-    after_step,
-    refusal,
-    rows_of,
-    run_config,
-    start,
-    untimed,
-    write_corpus,
-    write_tokens,
-)
-from support.small_tokenizer import make_tokenizer
 
 import megabus
 import megabus.train.before as before
@@ -40,6 +28,18 @@ from megabus.report.run_facts import faults, read_run
 from megabus.testing.ranks import run_ranks
 from megabus.train.evaluations import Evaluations
 from megabus.train.task_runs import TaskRuns
+from tests.support.small_runs import (
+    VOCAB,
+    after_step,
+    refusal,
+    rows_of,
+    run_config,
+    start,
+    untimed,
+    write_corpus,
+    write_tokens,
+)
+from tests.support.small_tokenizer import make_tokenizer
 
 LAYOUTS = [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}]
 LINES = Path(__file__).parents[2] / "configs/eval/lines"

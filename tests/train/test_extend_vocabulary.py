@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.small_runs import refusal, rows_of, run_config, start, write_tokens
-from support.sources import MemorySource, model_config
 
 import megabus
 from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
@@ -27,6 +25,8 @@ from megabus.data.tokenizer.odd_text import odd_lines
 from megabus.errors import UserError
 from megabus.model.decoder import Decoder
 from megabus.train.resume import check_begins
+from tests.support.small_runs import refusal, rows_of, run_config, start, write_tokens
+from tests.support.sources import MemorySource, model_config
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sixty", "wizards", "make", "jam"]
 SIZES = {"d_model": 48, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "d_ff": 62, "norm_eps": 48e-6}

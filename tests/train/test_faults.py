@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from support.small_runs import (
+
+from megabus.data.batches import TokenSource
+from megabus.engine.engine import Engine, StepResult
+from megabus.model.decoder import Decoder
+from megabus.report.history import read_metrics
+from megabus.train import loop
+from tests.support.small_runs import (
     VOCAB,
     attempt,
     checkpoints,
@@ -24,12 +30,6 @@ from support.small_runs import (
     write_corpus,
     write_tokens,
 )
-
-from megabus.data.batches import TokenSource
-from megabus.engine.engine import Engine, StepResult
-from megabus.model.decoder import Decoder
-from megabus.report.history import read_metrics
-from megabus.train import loop
 
 BAD = VOCAB - 1
 T, ROWS = 16, 8

@@ -13,8 +13,6 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
-from support.launching import tree
-from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
 
 from megabus.checkpoint.load import checkpoint_at, saved_tokenizer
 from megabus.config import resolve_stages
@@ -29,6 +27,8 @@ from megabus.data.tokenizer import Tokenizer, train_tokenizer
 from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 from megabus.train.resume import check_begins, check_taken_over, check_tokenizer
+from tests.support.launching import tree
+from tests.support.small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
 
 MODEL = {"d_model": 48, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 12, "d_ff": 62}
 LAYOUTS = [{"tp": 2}, {"pp": 2}]

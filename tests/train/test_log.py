@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from support.tiny_config import BASE
 
 from megabus.config import parse_config, resolve_stages
 from megabus.kappa.monitor import KappaMonitor
 from megabus.train.log import Log
 from megabus.train.run import span_of
+from tests.support.tiny_config import BASE
 
 TOTALS = {"tokens": 640, "flops": 2e9, "stage": 0}
 STEP = {"event": "step", "loss": 3.1, "lr": 1e-2, "grad_norm": 0.5, "mfu": None, "share": 0.25} | TOTALS

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from support.forked import run_python
 
 from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.schema import KappaConfig
@@ -22,6 +21,7 @@ from megabus.table import clock
 from megabus.train.log import describe, seconds_left, step_line
 from megabus.train.metrics import Metrics
 from megabus.train.run_dir import open_metrics
+from tests.support.forked import run_python
 
 TREE: dict[str, Any] = {
     "model": {"vocab_size": 67, "d_model": 36, "n_layers": 3, "n_heads": 4, "head_dim": 6, "d_ff": 62},

@@ -6,11 +6,11 @@ from io import FileIO
 
 import pytest
 import yaml
-from support.launching import Ended, run_launcher, the_error
-from support.small_runs import after_step, attempt, rows_of, run_config, start, untimed, write_corpus
 
 from megabus.testing.ranks import run_ranks
 from megabus.train.metrics import RowFile
+from tests.support.launching import Ended, run_launcher, the_error
+from tests.support.small_runs import after_step, attempt, rows_of, run_config, start, untimed, write_corpus
 
 FULL = "[Errno 28] No space left on device"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from support.tiny_config import BASE
 
 from megabus.config import parse_config
 from megabus.errors import UserError
 from megabus.train import before
 from megabus.train.on_gpu import check_deterministic
+from tests.support.tiny_config import BASE
 
 
 def config_of(head_dim=6, **train):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from support.small_runs import attempt, refusal, rows_of, run_config, write_corpus
 
 from megabus.config import parse_config, resolve_stages
 from megabus.errors import UserError
 from megabus.model.cost import flops_per_token
 from megabus.train.overtaken import check_growths
+from tests.support.small_runs import attempt, refusal, rows_of, run_config, write_corpus
 
 STEP = 8 * 16  # tokens
 

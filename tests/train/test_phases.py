@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.small_runs import (
+
+from megabus.checkpoint.state import read_state
+from megabus.config import resolve_stages
+from megabus.config.phases import KEYS
+from megabus.data.order import Deal
+from megabus.data.sources import open_sources
+from megabus.model.cost import flops_per_token
+from megabus.report.history import read_rows
+from tests.support.small_runs import (
     VOCAB,
     after_step,
     read_state_of,
@@ -19,14 +27,6 @@ from support.small_runs import (
     write_corpus,
     write_tokens,
 )
-
-from megabus.checkpoint.state import read_state
-from megabus.config import resolve_stages
-from megabus.config.phases import KEYS
-from megabus.data.order import Deal
-from megabus.data.sources import open_sources
-from megabus.model.cost import flops_per_token
-from megabus.report.history import read_rows
 
 # Of 2048 tokens, with a growth after 512: the first phase comes before it. Micro batches so far are no multiple of 10.
 PHASES = [

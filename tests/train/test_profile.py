@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.small_runs import attempt, rows_of, run_config, start, write_corpus
 
 from megabus.config import resolve_stages
 from megabus.config.faults import ProfileConfig
 from megabus.errors import UserError
 from megabus.train import profile as room
 from megabus.train.profile import Profile, check_profile, folder_of_profile
+from tests.support.small_runs import attempt, rows_of, run_config, start, write_corpus
 
 STEP = 16 * 8  # tokens
 OWN_FILE = """

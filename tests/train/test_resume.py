@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.small_runs import (
+
+from megabus.report.history import read_metrics
+from tests.support.small_runs import (
     Told,
     checkpoints,
     killed_after,
@@ -19,8 +21,6 @@ from support.small_runs import (
     untimed,
     write_corpus,
 )
-
-from megabus.report.history import read_metrics
 
 # Twelve steps, four in each stage: growths come after steps 4 and 8.
 STAGES = [

@@ -7,18 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.launching import tree
-from support.small_runs import (
-    VOCAB,
-    read_tokens,
-    refusal,
-    rows_of,
-    run_config,
-    start,
-    stop_after,
-    write_corpus,
-    write_tokens,
-)
 
 from megabus.checkpoint.contents import Found
 from megabus.checkpoint.state import read_state
@@ -29,6 +17,18 @@ from megabus.data.indexed import meta_path
 from megabus.data.sources import open_sources
 from megabus.errors import UserError
 from megabus.train.resume import check_continues, check_tokenizer, data_order
+from tests.support.launching import tree
+from tests.support.small_runs import (
+    VOCAB,
+    read_tokens,
+    refusal,
+    rows_of,
+    run_config,
+    start,
+    stop_after,
+    write_corpus,
+    write_tokens,
+)
 
 SAVED = (2, 5)  # steps of the checkpoints, in the first stage and in the second
 NEXT = {"d_model": 52, "n_heads": 4, "d_ff": 90, "max_tokens": 512}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from support.small_runs import read_state_of, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 from megabus.kappa.monitor import KappaMonitor
 from megabus.report.history import read_metrics
+from tests.support.small_runs import read_state_of, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 CONSTANT = {"predictor": "constant", "constant": 3.0}
 FIRST, SECOND = {"d_model": 52, "n_heads": 4, "d_ff": 90}, {"n_layers": 4}

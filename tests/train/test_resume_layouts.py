@@ -7,11 +7,11 @@ import shutil
 from functools import partial
 
 import pytest
-from support.small_runs import consumed, rows_of, run_config, start, write_corpus
 
 from megabus.config import resolve_stages
 from megabus.errors import UserError
 from megabus.train.resume import check_layouts
+from tests.support.small_runs import consumed, rows_of, run_config, start, write_corpus
 
 SAVED, LAST = 4, 24  # goes on for 20 steps, through a growth after step 8
 STAGES = [{"d_model": 52, "n_heads": 4, "d_ff": 90}]

@@ -8,8 +8,15 @@ import time
 from multiprocessing import get_context
 
 import pytest
-from support.launching import tree
-from support.small_runs import (
+
+import megabus.train.run as run_room
+from megabus.config import parse_config
+from megabus.errors import UserError
+from megabus.testing.ranks import run_ranks
+from megabus.train.loop import train
+from megabus.train.run_dir import RunLock
+from tests.support.launching import tree
+from tests.support.small_runs import (
     after_step,
     attempt,
     killed_after,
@@ -21,13 +28,6 @@ from support.small_runs import (
     untimed,
     write_corpus,
 )
-
-import megabus.train.run as run_room
-from megabus.config import parse_config
-from megabus.errors import UserError
-from megabus.testing.ranks import run_ranks
-from megabus.train.loop import train
-from megabus.train.run_dir import RunLock
 
 PATIENCE = 60.0  # seconds
 

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.small_runs import after_step, refusal, rows_of, run_config, start, write_corpus
-from support.small_tokenizer import make_tokenizer
 
 import megabus
 from megabus.config import resolve_stages
@@ -18,6 +16,8 @@ from megabus.generate import generate
 from megabus.splitmix import mix64
 from megabus.train import samples
 from megabus.train.samples import check_prompts
+from tests.support.small_runs import after_step, refusal, rows_of, run_config, start, write_corpus
+from tests.support.small_tokenizer import make_tokenizer
 
 PROMPTS = ["the quick brown", "", "jam"]
 LAYOUTS = [{"tp": 2, "pp": 2}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}]

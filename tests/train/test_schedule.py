@@ -7,7 +7,6 @@ from math import inf
 from pathlib import Path
 
 import pytest
-from support.tiny_config import BASE
 
 from megabus.config import ModelConfig, Stage, load_config, resolve_stages
 from megabus.config.after_growth import RewarmConfig, SettleConfig
@@ -18,6 +17,7 @@ from megabus.model.cost import count_parameters, flops_per_token
 from megabus.model.init import build_model
 from megabus.model.peak import peak_flops
 from megabus.train.schedule import angle_bound, decays, learning_rate, rewarm_factor
+from tests.support.tiny_config import BASE
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from support.tiny_config import BASE
 
 from megabus.config import parse_config, resolve_stages
 from megabus.engine import forms
 from megabus.errors import UserError
 from megabus.train import settled
 from megabus.train.settled import settle_kernels
+from tests.support.tiny_config import BASE
 
 
 @dataclass

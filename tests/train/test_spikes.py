@@ -8,7 +8,6 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from support.small_runs import digest, read_state_of, rows_of, run_config, start, stop_after, untimed, write_corpus
 
 from megabus.config.faults import SpikesConfig
 from megabus.engine.engine import StepResult
@@ -18,6 +17,16 @@ from megabus.report.plots import summary_table
 from megabus.report.run_facts import faults, final_figures, read_run
 from megabus.train import loop, spikes
 from megabus.train.spikes import Level, Spikes, limits
+from tests.support.small_runs import (
+    digest,
+    read_state_of,
+    rows_of,
+    run_config,
+    start,
+    stop_after,
+    untimed,
+    write_corpus,
+)
 
 STEP = 16 * 8  # tokens
 SPIKES = {"window": 8, "deviations": 20.0}

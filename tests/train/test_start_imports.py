@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.small_runs import run_config, write_corpus
-
 from megabus.config.schema import PreflightConfig
+from tests.support.small_runs import run_config, write_corpus
 
 # A whole run's start, to the end of its first step.
 PROBE = """

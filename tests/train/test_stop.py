@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 import yaml
-from support.launching import Ended, launch_forked, run_launcher
-from support.small_runs import (
+
+from megabus.testing.ranks import run_ranks
+from megabus.train import loop, stop
+from megabus.train import run as run_room
+from megabus.train.stop import SIGNALS, StopRequests, listening
+from tests.support.launching import Ended, launch_forked, run_launcher
+from tests.support.small_runs import (
     after_step,
     checkpoints,
     consumed,
@@ -22,11 +27,6 @@ from support.small_runs import (
     stop_after,
     write_corpus,
 )
-
-from megabus.testing.ranks import run_ranks
-from megabus.train import loop, stop
-from megabus.train import run as run_room
-from megabus.train.stop import SIGNALS, StopRequests, listening
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.small_runs import VOCAB, refusal, rows_of, run_config, write_corpus
 
 import megabus
 from megabus.config import resolve_stages
@@ -17,6 +16,7 @@ from megabus.data.batches import TokenSource
 from megabus.errors import UserError
 from megabus.preflight.software import check_kernels
 from megabus.testing.ranks import run_ranks
+from tests.support.small_runs import VOCAB, refusal, rows_of, run_config, write_corpus
 
 
 @pytest.fixture(scope="module")

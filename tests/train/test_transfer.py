@@ -6,12 +6,12 @@ from dataclasses import replace
 from math import ceil
 
 import pytest
-from support.small_runs import rows_of, run_config, start, stop_after, write_corpus
 
 from megabus.config import resolve_stages
 from megabus.config.schema import TrainConfig
 from megabus.model.cost import flops_per_token
 from megabus.train.horizon import at_horizon, planned_steps
+from tests.support.small_runs import rows_of, run_config, start, stop_after, write_corpus
 
 TUNED = {"d_model": 36, "n_layers": 3, "steps": 40}  # the first stage's sizes
 LAYOUTS = [{"tp": 2}, {"dp": 2}, {"pp": 2}]

@@ -10,9 +10,6 @@ from functools import partial
 
 import pytest
 import torch.distributed as dist
-from support.forked import Begun
-from support.small_runs import rows_of, run_config, untimed, write_corpus
-from support.two_hosts import end, kill, launch, torchruns, two_hosts, why_no_namespaces
 
 import megabus.train.loop as loop
 from megabus.checkpoint import shards
@@ -20,6 +17,9 @@ from megabus.checkpoint.store import complete
 from megabus.cli import train as train_command
 from megabus.growth import transition
 from megabus.preflight import flight
+from tests.support.forked import Begun
+from tests.support.small_runs import rows_of, run_config, untimed, write_corpus
+from tests.support.two_hosts import end, kill, launch, torchruns, two_hosts, why_no_namespaces
 
 pytestmark = pytest.mark.skipif(bool(why := why_no_namespaces()), reason=str(why))
 TIMEOUT = 9.0  # faults.hang_timeout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.small_runs import read_tokens, run_config, start, write_corpus, write_tokens
 
 from megabus.config import resolve_stages
 from megabus.data.sources import open_sources
@@ -14,6 +13,7 @@ from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 from megabus.train.corpora import Corpora
 from megabus.train.resume import data_order
+from tests.support.small_runs import read_tokens, run_config, start, write_corpus, write_tokens
 
 TOKENS = 224  # 7 sequences of 32 tokens, 14 of 16: in no layout below are they whole batches of all ranks
 LAYOUTS = [

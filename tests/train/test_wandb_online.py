@@ -11,13 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.forked import Begun
-from support.small_runs import run_config
-from support.wandb_server import wandb_server
 
 from megabus.errors import UserError
 from megabus.preflight.software import check_sinks
 from megabus.train.run_dir import open_metrics
+from tests.support.forked import Begun
+from tests.support.small_runs import run_config
+from tests.support.wandb_server import wandb_server
 
 KEY = "0123456789" * 4
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from support.small_runs import after_step, attempt, run_config, start, write_corpus
 
 from megabus.parallel.hosts import Host
 from megabus.testing.ranks import run_ranks
 from megabus.train import roll_call, watchdog
 from megabus.train.watchdog import EXIT_CODE, watched
+from tests.support.small_runs import after_step, attempt, run_config, start, write_corpus
 
 LIMIT = 30.0  # seconds after which a process of these tests is ended from outside
 

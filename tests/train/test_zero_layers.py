@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.command import run_command
-from support.small_models import config as model_config
-from support.small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
-from support.trainings import run_of
 
 import megabus
 from benchmarks.memory_of_ranks import measure, memory_training
@@ -16,6 +12,10 @@ from megabus.estimate.devices import device
 from megabus.estimate.whole_run import estimate_run, tables
 from megabus.model.cost import flops_per_token
 from megabus.testing.ranks import run_ranks
+from tests.support.command import run_command
+from tests.support.small_models import config as model_config
+from tests.support.small_runs import VOCAB, refusal, rows_of, run_config, start, write_corpus
+from tests.support.trainings import run_of
 
 LAYOUTS = {"one": [{}, {}, {}], "two": [{"tp": 2}, {"pp": 2}, {"dp": 2}]}
 STAGES = [{"n_layers": 2, "max_tokens": 512}, {"d_model": 52, "n_layers": 3}]
