@@ -16,7 +16,7 @@ GROUPS = {
     "Prepare": {
         "preprocess": "turn text into token files, and train a tokenizer",
         "extend-tokenizer": "add tokens to a tokenizer, or learn pieces from text: its own keep their ids",
-        "plan": "propose sizes and growth points for a final size and a token budget",
+        "plan": "propose stages for a final size and a budget",
         "estimate": "memory, step time and layouts of a run on a cluster, computed without one",
         "coord-check": "how far a step moves parameters at each size of a run, before and after growths",
     },

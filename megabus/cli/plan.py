@@ -2,7 +2,8 @@
 
   megabus plan --config run.yaml            # when its stages should grow; of a single size: stages for it, to paste
   megabus plan --config run.yaml --propose  # stages for the final size, whatever stages the file has
-  megabus plan --config run.yaml --free     # even if a smaller model is the better choice
+  megabus plan --config run.yaml --by-law   # stages in width and depth together, searched by a law of losses alone
+  megabus plan --config run.yaml --free     # its stages, even if a smaller model is the better choice
   megabus plan --config run.yaml --fit runs/a runs/b ...           # with a law fitted to finished runs
   megabus plan --config runs/demo/config.yaml --compare runs/demo  # beside what happened
 
@@ -12,11 +13,15 @@ Nothing is trained, and nothing is written.
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
 
 from megabus.command import Parser
-from megabus.config import load_config, resolve_stages
+from megabus.config import RunConfig, Stage, load_config, resolve_stages
 from megabus.config.read import yaml_value
 from megabus.config.schema import ModelConfig, ScalingLaw
 from megabus.errors import UserError
@@ -24,6 +29,9 @@ from megabus.kappa.laws import fit_law
 from megabus.pathname import path_of, path_text
 from megabus.plain_file import read_regular
 from megabus.report.history import read_metrics
+
+if TYPE_CHECKING:
+    from megabus.kappa.planner import GrowthPlan
 
 MAX_STAGES = 3
 
@@ -34,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted overrides of the file")
     parser.add_argument("--world", type=int, help="ranks of the run; the least that the layouts allow when left out")
     parser.add_argument("--propose", action="store_true", help="propose sizes, whatever stages the file has")
-    parser.add_argument("--max-stages", type=int, help=f"sizes that a proposal has at most ({MAX_STAGES})")
+    parser.add_argument("--by-law", action="store_true", help="propose widths too, for which the law is cheapest")
+    parser.add_argument("--max-stages", type=int, help=f"sizes that --by-law proposes at most ({MAX_STAGES})")
     parser.add_argument("--free", action="store_true", help="let a plan end before the final size, if that is cheaper")
     parser.add_argument(
         "--fit", type=path_text, nargs="+", metavar="RUN_DIR", help="fit the law to finished runs of fixed sizes"
@@ -49,30 +58,34 @@ def main(argv: Sequence[str]) -> int:
     layouts = [config.layout, *(stage.layout for stage in config.growth.stages if stage.layout is not None)]
     world = args.world or math.lcm(*(each.tp * each.pp * (each.dp or 1) for each in layouts))
     stages = resolve_stages(config, world)
-    last = stages[-1]
     proposing = len(stages) == 1 or args.propose
-    if args.max_stages is not None and not proposing:
-        problem = f"is of a proposal, and {args.config} has {len(stages)} sizes of its own"
-        raise UserError("--max-stages", args.max_stages, problem, "leave it out, or add --propose")
+    if args.by_law and not proposing:
+        problem = f"proposes sizes, and {args.config} has {len(stages)} of its own"
+        raise UserError("--by-law", "given", problem, "leave it out, or add --propose")
+    if args.max_stages is not None and not args.by_law:
+        problem = "is of sizes that a law chooses"
+        raise UserError("--max-stages", args.max_stages, problem, "leave it out, or add --by-law")
+    if args.free and proposing and not args.by_law:
+        problem = "is of a plan by the law, which this proposal is not"
+        raise UserError("--free", "given", problem, "leave it out, or add --by-law")
     # They count parameters, for which torch is imported: not before the arguments are right.
     from megabus.kappa import proposal
-    from megabus.kappa.planner import Size, spend
-    from megabus.model.budget import mean_length
     from megabus.model.cost import count_parameters
 
     happened = _happened(args.compare) if args.compare else []
+    last = stages[-1]
     law = _fitted(args.fit, last.model.kind) if args.fit else config.growth.trigger.scaling_law
     tokens = proposal.tokens_of(config, last)
     print(f"law: L(N, D) = {law.E:.4g} + {law.A:.4g} / N^{law.alpha:.3g} + {law.B:.4g} / D^{law.beta:.3g}")
-    try:
-        plan = proposal.plan_of(
-            config.train, stages, tokens, law, args.max_stages or MAX_STAGES, proposing, reach_final=not args.free
-        )
-    except ValueError as error:
-        remedy = "give the run fewer tokens, or a law of other runs"
-        raise UserError("tokens", f"{tokens:.3g}", f"change nothing by this law: {error}", remedy) from error
-    ratio = tokens / count_parameters(last.model)
-    print(f"to the loss of the final size from scratch with {tokens:.3g} tokens ({ratio:.2g} a parameter)\n")
+    ratio = f"{tokens:.3g} tokens ({tokens / count_parameters(last.model):.2g} a parameter)"
+    if proposing and not args.by_law:
+        asked, sections = proposal.doubled(config, last, tokens)
+        plan = proposal.capped(asked.train, resolve_stages(asked, world), law)
+        print(f"depth in doublings (`growth: auto`), at the FLOPs of the final size from scratch with {ratio}\n")
+    else:
+        plan = _planned(config, stages, tokens, law, args)
+        sections = proposal.sections(plan) if proposing else {}
+        print(f"to the loss of the final size from scratch with {ratio}\n")
     print(proposal.table(plan, proposal.matching(plan, happened, args.compare) if args.compare else {}))
     print(
         f"\npredicted: loss {plan.loss:.4f}, {plan.scratch_flops:.3g} FLOPs from scratch, {plan.flops:.3g} growing, "
@@ -81,16 +94,38 @@ def main(argv: Sequence[str]) -> int:
     remedy = "fit it to more runs" if args.fit else "give runs of your own to --fit"
     if (guess := math.log(last.model.vocab_size)) < plan.stages[0].end:
         print(f"a guess reaches {guess:.2f}: this law is not of such sizes and budgets; {remedy}")
-    spent = None if proposing else proposal.flops_by_caps(config.train, stages)
-    if spent is not None:
-        loss, saving = spend([Size(stage.model, mean_length(config.train, stage), law) for stage in stages], spent)
-        ends = "" if spent[-1] > 0 else "; the budget ends before the final size trains"
-        print(f"by the caps of the file: loss {loss:.4f}, {sum(spent):.3g} FLOPs, S = {saving:.2f}{ends}")
+    if not proposing and proposal.ends_by_caps(stages):
+        capped = proposal.capped(config.train, stages, law)
+        ends = "" if capped.stages[-1].flops > 0 else "; the budget ends before the final size trains"
+        print(
+            f"by the caps of the file: loss {capped.loss:.4f}, {capped.flops:.3g} FLOPs, S = {capped.saving:.2f}{ends}"
+        )
     if plan.stages[-1].model != last.model:
         print("by this law the final size is too large for so few tokens: the smaller one above is the better choice")
-    if proposing:
-        print(f"\n{proposal.as_yaml(plan)}")
+    if proposing and not args.by_law:
+        print(
+            "the law knows nothing of the manner of growing: docs/growth_results.md says what was measured of this one"
+        )
+    if sections:
+        print(f"\n{yaml.safe_dump(sections, sort_keys=False)}")
     return 0
+
+
+def _planned(config: RunConfig, stages: Sequence[Stage], tokens: float, law: ScalingLaw, args: Namespace) -> GrowthPlan:
+    """By the law: of sizes that it chooses, or of the file's."""
+    from megabus.kappa import proposal
+    from megabus.kappa.planner import plan_stages
+
+    reach_final = not args.free
+    try:
+        if args.by_law:
+            most = args.max_stages or MAX_STAGES
+            return proposal.searched(config.train, stages[-1], tokens, law, most, reach_final=reach_final)
+        sizes = proposal.sizes_under(law, config.train, stages)
+        return plan_stages(sizes, sizes[-1].loss(tokens), reach_final=reach_final)
+    except ValueError as error:
+        remedy = "give the run fewer tokens, or a law of other runs"
+        raise UserError("tokens", f"{tokens:.3g}", f"change nothing by this law: {error}", remedy) from error
 
 
 def _fitted(run_dirs: Sequence[str], kind: str) -> ScalingLaw:

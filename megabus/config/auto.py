@@ -62,6 +62,7 @@ def _caps(train: TrainConfig, sizes: list[int]) -> list[dict[str, float]]:
     total = min(train.max_tokens or math.inf, steps)
     caps: list[dict[str, float]] = []
     for share, part in zip(flops[:n], tokens[:n], strict=True):
-        cap: dict[str, float] = {"max_flops": share * train.max_flops} if train.max_flops else {}
+        # 12 digits: what is written out shows no rounding of a product.
+        cap = {"max_flops": float(f"{share * train.max_flops:.12g}")} if train.max_flops else {}
         caps.append(cap | ({} if math.isinf(total) else {"max_tokens": max(1, int(part / sum(tokens) * total))}))
     return caps

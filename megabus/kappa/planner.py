@@ -83,12 +83,14 @@ class PlannedStage:
     @property
     def way(self) -> float | None:
         """Share of the way to its floor, from where it starts, that it has gone when it ends; None for the first, which
-        starts from no finite loss.
+        starts from no finite loss, and for one that starts below its floor.
 
         No kappa to configure: growth.trigger's is of the way to the loss predicted at the stage's cap, and from the
         loss that the run or the stage starts with.
         """
-        return (self.start - self.end) / (self.start - self.floor) if math.isfinite(self.start) else None
+        if not self.floor < self.start < math.inf:
+            return None
+        return (self.start - self.end) / (self.start - self.floor)
 
 
 @dataclass(frozen=True)
@@ -147,18 +149,20 @@ def plan_stages(sizes: Sequence[Size], loss: float, *, reach_final: bool = True)
     return GrowthPlan(stages, loss, last.flops(loss))
 
 
-def spend(sizes: Sequence[Size], flops: Sequence[float]) -> tuple[float, float]:
-    """The loss that a run ends with whose sizes take so many FLOPs each, and S at it: the final size's FLOPs to the
-    same loss over all of these (infinity for a loss that it never reaches).
+def spend(sizes: Sequence[Size], flops: Sequence[float]) -> GrowthPlan:
+    """A run whose sizes take so many FLOPs each, and what the law says of it. Its scratch_flops are infinite for a loss
+    that the last size never reaches.
 
     A size that comes to a loss below its own floor gains nothing, and what it takes is lost.
     """
-    loss = math.inf
+    stages, loss = [], math.inf
     for size, spent in zip(sizes, flops, strict=True):
-        done = size.tokens(loss) if math.isfinite(loss) else 0.0
+        start, tokens = loss, spent / size.flops_per_token
+        done = size.tokens(start) if math.isfinite(start) else 0.0
         if math.isfinite(done):
-            loss = size.loss(done + spent / size.flops_per_token)
-    return loss, sizes[-1].flops(loss) / sum(flops)
+            loss = size.loss(done + tokens)
+        stages.append(PlannedStage(size.model, start, loss, tokens, spent, size.floor))
+    return GrowthPlan(stages, loss, sizes[-1].flops(loss))
 
 
 def _cheapest(sizes: Sequence[Size], loss: float) -> tuple[list[Size], list[float]]:

@@ -1,57 +1,81 @@
-"""A growth plan for a run's stages: made from its configuration, and written as a table and as sections to paste."""
+"""A growth plan for a run's stages: made from its configuration, and written as a table and as sections to paste.
+
+What is proposed is what measured best (docs/growth_results.md), `growth: auto`: depth in doublings. By the law of
+losses sizes can be searched as well, in width and depth together; it knows nothing of the manner of growing.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import yaml
+from typing import Any
 
 from megabus.config import RunConfig, Stage
+from megabus.config.auto import depths, written_out
+from megabus.config.load import parse_config
 from megabus.config.pair import sizes_of
 from megabus.config.schema import ScalingLaw, TrainConfig
 from megabus.errors import UserError
-from megabus.kappa.planner import GrowthPlan, Size, plan_growth, plan_stages
+from megabus.kappa.planner import GrowthPlan, Size, plan_growth, spend
 from megabus.model.budget import Spent, mean_length
-from megabus.model.cost import count_parameters
+from megabus.model.cost import count_parameters, flops_per_token
+
+BUDGETS = ("max_flops", "max_tokens", "max_steps")
 
 
-def plan_of(
-    train: TrainConfig,
-    stages: Sequence[Stage],
-    tokens: float,
-    law: ScalingLaw,
-    max_stages: int,
-    proposing: bool,
-    *,
-    reach_final: bool,
+def sizes_under(law: ScalingLaw, train: TrainConfig, stages: Sequence[Stage]) -> list[Size]:
+    """The stages' models. Where phases of train change lengths, a token costs each what it does on average over the
+    budget."""
+    return [Size(stage.model, mean_length(train, stage), law) for stage in stages]
+
+
+def searched(
+    train: TrainConfig, last: Stage, tokens: float, law: ScalingLaw, max_stages: int, *, reach_final: bool
 ) -> GrowthPlan:
-    """A proposal for the last stage's size, or the plan of all of the stages' sizes. Where phases of train change
-    lengths, a token costs each size what it does on average over the budget."""
-    last, lengths = stages[-1], [mean_length(train, stage) for stage in stages]
-    if proposing:
-        tp, pp = last.layout.tp, last.layout.pp
-        return plan_growth(last.model, lengths[-1], tokens, law, max_stages, tp, pp, reach_final=reach_final)
-    sizes = [Size(stage.model, length, law) for stage, length in zip(stages, lengths, strict=True)]
-    return plan_stages(sizes, sizes[-1].loss(tokens), reach_final=reach_final)
+    """By the law alone: the cheapest sizes up to the last stage's, and when each becomes the next."""
+    tp, pp = last.layout.tp, last.layout.pp
+    return plan_growth(last.model, mean_length(train, last), tokens, law, max_stages, tp, pp, reach_final=reach_final)
 
 
-def flops_by_caps(train: TrainConfig, stages: Sequence[Stage]) -> list[float] | None:
-    """FLOPs of every stage of the run that the file asks for, if caps alone end its stages; None where one has none."""
+def doubled(config: RunConfig, last: Stage, tokens: float) -> tuple[RunConfig, dict[str, Any]]:
+    """`growth: auto` for the last stage's size, with the FLOPs that it takes from scratch with `tokens`: the whole
+    configuration, and its sections that say so.
+
+    Raises UserError where there is no depth to double.
+    """
+    if len(depths(last.model.n_layers, last.layout.pp)) == 1:
+        problem = f"leaves nothing to double, with layout.pp = {last.layout.pp}"
+        raise UserError(
+            "model.n_layers", last.model.n_layers, problem, "add --by-law for smaller widths, or more layers"
+        )
+    flops = tokens * flops_per_token(last.model, mean_length(config.train, last))
+    tree = config.model_dump(exclude_unset=True)
+    layout = {"tp": last.layout.tp, "pp": last.layout.pp, "dp": last.layout.dp}
+    tree |= {"model": last.model.model_dump(exclude_unset=True), "layout": layout, "growth": {}}
+    tree["train"] |= dict.fromkeys(BUDGETS) | {"max_flops": float(f"{flops:.4g}")}
+    sections = written_out(parse_config(tree))
+    return parse_config(tree | sections), sections | {"train": {key: tree["train"][key] for key in BUDGETS}}
+
+
+def ends_by_caps(stages: Sequence[Stage]) -> bool:
+    """Whether each stage but the last has a cap."""
+    return all(stage.max_tokens or stage.max_flops for stage in stages[:-1])
+
+
+def capped(train: TrainConfig, stages: Sequence[Stage], law: ScalingLaw) -> GrowthPlan:
+    """The run that the file asks for, if caps alone end its stages; each but the last has one."""
     spent: list[float] = []
     now = Spent()
     for stage in stages:
         caps = (math.inf, math.inf)
         if stage is not stages[-1]:
             caps = (stage.max_tokens or math.inf, stage.max_flops or math.inf)
-            if math.isinf(min(caps)):
-                return None
         then = now.after(train, stage, *caps, share=1.0)
         if then.flops - now.flops <= 1e-9 * sum(spent):  # no crumbs of rounding
             then = now
         spent.append(then.flops - now.flops)
         now = then
-    return spent
+    return spend(sizes_under(law, train, stages), spent)
 
 
 def tokens_of(config: RunConfig, last: Stage) -> float:
@@ -88,7 +112,7 @@ def table(plan: GrowthPlan, happened: dict[int, tuple[float, float | None]]) -> 
     return "\n".join([*lines, "way: share of the way from a size's first loss to its floor, with endless tokens"])
 
 
-def as_yaml(plan: GrowthPlan) -> str:
+def sections(plan: GrowthPlan) -> dict[str, Any]:
     """The sections of a configuration that follow the plan; every stage's tokens as its cap."""
     models = [stage.model for stage in plan.stages]
     caps = [max(1, int(stage.tokens)) for stage in plan.stages]
@@ -96,8 +120,6 @@ def as_yaml(plan: GrowthPlan) -> str:
     first, *grown = [sizes_of(model) for model in models]
     for sizes, cap in zip(grown[:-1], caps[1:], strict=False):  # the last stage ends with the run
         sizes["max_tokens"] = cap
-    tree: dict[str, object] = {"model": final.model_dump(exclude_unset=True) | first}
-    tree["train"] = {"max_flops": float(f"{plan.flops:.4g}"), "max_tokens": None, "max_steps": None}
-    if grown:
-        tree["growth"] = {"max_tokens": caps[0], "stages": grown}
-    return yaml.safe_dump(tree, sort_keys=False)
+    tree: dict[str, Any] = {"model": final.model_dump(exclude_unset=True) | first}
+    tree["train"] = dict.fromkeys(BUDGETS) | {"max_flops": float(f"{plan.flops:.4g}")}
+    return tree | ({"growth": {"max_tokens": caps[0], "stages": grown}} if grown else {})

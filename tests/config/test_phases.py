@@ -14,7 +14,7 @@ from megabus.errors import UserError
 from megabus.estimate.devices import device
 from megabus.estimate.layouts import rank_layouts
 from megabus.estimate.whole_run import estimate_run, tables
-from megabus.kappa.proposal import flops_by_caps, tokens_of
+from megabus.kappa.proposal import capped, tokens_of
 from megabus.model.budget import Spent, mean_length, spent_share
 from megabus.model.cost import flops_per_token
 from megabus.train.horizon import planned_steps
@@ -178,8 +178,8 @@ def test_what_a_run_will_cost_is_what_it_costs(budget):
     stages = resolve_stages(config, 1)
     ends = walked(config, stages, [2000])
     assert abs(planned_steps(config.train, stages) - ends[-1][0]) <= 1
-    by_caps = flops_by_caps(config.train, stages)
-    assert by_caps == pytest.approx([ends[0][2], ends[1][2] - ends[0][2]], rel=0.03)
+    by_caps = capped(config.train, stages, config.growth.trigger.scaling_law)
+    assert [stage.flops for stage in by_caps.stages] == pytest.approx([ends[0][2], ends[1][2] - ends[0][2]], rel=0.03)
     alone = walked(config, stages[-1:])
     assert tokens_of(config, stages[-1]) == pytest.approx(alone[-1][1], rel=0.03)
     whole = Spent().after(config.train, stages[-1], share=1.0)

@@ -81,18 +81,20 @@ def test_spending_as_planned_comes_to_the_plan(tokens):
     chosen = sizes(0.25, 0.5, 0.75, 1)
     plan = plan_stages(chosen, chosen[-1].loss(tokens))
     taken = [sum(stage.flops for stage in plan.stages if stage.model == size.model) for size in chosen]
-    loss, saving = spend(chosen, taken)
-    assert (loss, saving) == pytest.approx((plan.loss, plan.saving))
-    assert spend(chosen, [*taken[:2], taken[2] + taken[3] / 2, taken[3] / 2])[0] > loss  # control
-    assert spend(chosen[-1:], [plan.flops])[1] == pytest.approx(1)
+    run = spend(chosen, taken)
+    assert (run.loss, run.saving) == pytest.approx((plan.loss, plan.saving))
+    assert [stage.way for stage in run.stages if stage.flops] == pytest.approx([stage.way for stage in plan.stages])
+    assert spend(chosen, [*taken[:2], taken[2] + taken[3] / 2, taken[3] / 2]).loss > run.loss  # control
+    assert spend(chosen[-1:], [plan.flops]).saving == pytest.approx(1)
 
 
 def test_a_size_below_whose_floor_the_loss_lies_gains_nothing():
     small, large = sizes(0.25, 1)
     cost = large.flops(small.floor)  # the large one comes below the small one's floor with this
-    loss, saving = spend([large, small, large], [2 * cost, cost, cost])
-    assert loss == pytest.approx(large.loss(3 * cost / large.flops_per_token))
-    assert saving == pytest.approx(3 / 4)
+    run = spend([large, small, large], [2 * cost, cost, cost])
+    assert run.loss == pytest.approx(large.loss(3 * cost / large.flops_per_token))
+    assert run.saving == pytest.approx(3 / 4)
+    assert [stage.way for stage in run.stages][:2] == [None, None]
 
 
 @pytest.mark.parametrize("fractions", [(0.5, 1), (0.25, 0.4, 0.7, 1)])
@@ -271,18 +273,50 @@ def table_of(text):
     return {int(row[0][1:]): row[4:] for row in rows}
 
 
-@pytest.mark.parametrize("ratio", [1, 5, 48])
-def test_the_tool_proposes_what_a_run_accepts(tmp_path, ratio):
-    """And in a run by steps the final size gets its share of max_flops."""
-    whole = load_config(ROOT / "configs/gpt_64m.yaml").model
-    tokens = f"train.max_tokens={ratio * count_parameters(whole)}"
-    done = tool("configs/gpt_64m.yaml", tokens)
-    assert done.returncode == 0, done.stderr
-    proposal = yaml.safe_load("model:" + done.stdout.split("\n\nmodel:", 1)[1])
+def accepted(tmp_path, said):
+    """The stages of a run of `configs/gpt_64m.yaml` with the sections that were proposed, and these."""
+    proposal = yaml.safe_load("model:" + said.split("\n\nmodel:", 1)[1])
     tree = yaml.safe_load((ROOT / "configs/gpt_64m.yaml").read_text())
     tree |= {"model": proposal["model"], "growth": proposal["growth"], "train": tree["train"] | proposal["train"]}
     (tmp_path / "grown.yaml").write_text(yaml.safe_dump(tree))
-    stages = resolve_stages(load_config(tmp_path / "grown.yaml"), 1)
+    return resolve_stages(load_config(tmp_path / "grown.yaml"), 1), proposal
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes", "shares"),
+    [
+        ([], [1, 2, 4, 8], [0.1, 0.15, 0.15, 0.6]),
+        (["layout.pp=2"], [2, 4, 8], [0.25, 0.15, 0.6]),
+        (["model.n_layers=3", "model.d_model=576", "model.n_heads=9"], [1, 2, 3], [0.25, 0.15, 0.6]),
+    ],
+)
+def test_the_tool_proposes_what_measured_best(tmp_path, words, sizes, shares):
+    """Depth in doublings at full width, as `growth: auto` has it, for the FLOPs of the final size from scratch."""
+    done = tool("configs/gpt_64m.yaml", "train.max_tokens=1e9", *words)
+    assert done.returncode == 0, done.stderr
+    stages, proposal = accepted(tmp_path, done.stdout)
+    assert [stage.model.n_layers for stage in stages] == sizes
+    final = load_config(ROOT / "configs/gpt_64m.yaml", words).model
+    assert stages[-1].model == final
+    assert {stage.model.d_model for stage in stages} == {final.d_model}
+    assert proposal["growth"]["depth"] == "stack"
+    budget = proposal["train"]["max_flops"]
+    assert budget == pytest.approx(1e9 * flops_per_token(final, stages[-1].seq_len), rel=1e-3)
+    caps = [stage.max_flops for stage in stages[:-1]]
+    assert [*caps, budget - sum(caps)] == pytest.approx([share * budget for share in shares])
+    planned = re.search(r"^predicted: loss (\S+), .* S = (\S+)$", done.stdout, re.MULTILINE)
+    run = spend([Size(s.model, s.seq_len, ScalingLaw()) for s in stages], [share * budget for share in shares])
+    assert planned.groups() == (f"{run.loss:.4f}", f"{run.saving:.2f}")
+
+
+@pytest.mark.parametrize("ratio", [1, 5, 48])
+def test_the_law_proposes_what_a_run_accepts(tmp_path, ratio):
+    """And in a run by steps the final size gets its share of max_flops."""
+    whole = load_config(ROOT / "configs/gpt_64m.yaml").model
+    tokens = f"train.max_tokens={ratio * count_parameters(whole)}"
+    done = tool("configs/gpt_64m.yaml", tokens, "--by-law")
+    assert done.returncode == 0, done.stderr
+    stages, proposal = accepted(tmp_path, done.stdout)
     assert stages[-1].model == whole
     spent, budget = 0.0, proposal["train"]["max_flops"]
     for stage in stages[:-1]:
@@ -318,8 +352,8 @@ def test_a_run_that_grows_ends_with_its_own_budget(budget):
     tokens.append((config.train.max_tokens if budget == "max_tokens" else steps * per_step) - sum(tokens))
     chosen = [Size(stage.model, stage.seq_len, law) for stage in stages]
     spent = [n * size.flops_per_token for n, size in zip(tokens, chosen, strict=True)]
-    loss, saving = spend(chosen, spent)
-    assert f"by the caps of the file: loss {loss:.4f}, {sum(spent):.3g} FLOPs, S = {saving:.2f}\n" in told
+    run = spend(chosen, spent)
+    assert f"by the caps of the file: loss {run.loss:.4f}, {sum(spent):.3g} FLOPs, S = {run.saving:.2f}\n" in told
     assert sum(spent) < 0.9 * sum(tokens) * chosen[-1].flops_per_token
 
 
@@ -331,7 +365,7 @@ def test_a_budget_that_ends_too_soon_is_told(budget):
 
 def test_a_free_plan_says_that_a_smaller_model_is_better():
     few = ("configs/gpt_64m.yaml", "train.max_tokens=6e7")
-    free, bound = tool(*few, "--free").stdout, tool(*few).stdout
+    free, bound = tool(*few, "--by-law", "--free").stdout, tool(*few, "--by-law").stdout
     assert "a smaller" not in bound
     assert 512 in table_of(bound)
     assert "too large for so few tokens: the smaller one above is the better choice" in free
@@ -398,5 +432,11 @@ def test_the_tool_refuses(tmp_path):
     assert "has sizes of 0.00M parameters, and none of the plan's" in text
     assert "is no number of sizes" in refusal(config, "--max-stages", "0", "--propose")
     assert "is no number of ranks" in refusal(config, "--world", "0")
-    assert "is of a proposal" in refusal(config, "--max-stages", "3")
-    assert tool(config, "--max-stages", "2", "--propose").returncode == 0
+    assert "--max-stages = 3: is of sizes that a law chooses" in refusal(config, "--max-stages", "3")
+    assert "--max-stages = 3: is of sizes that a law chooses" in refusal(config, "--max-stages", "3", "--propose")
+    assert "--by-law = given: proposes sizes, and" in refusal(config, "--by-law")
+    assert "--free = given: is of a plan by the law" in refusal(config, "--propose", "--free")
+    assert tool(config, "--max-stages", "2", "--propose", "--by-law").returncode == 0
+    flat = ("configs/gpt_64m.yaml", "train.max_tokens=1e9", "model.n_layers=1")
+    assert "model.n_layers = 1: leaves nothing to double, with layout.pp = 1" in refusal(*flat)
+    assert tool(*flat, "--by-law").returncode == 0
