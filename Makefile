@@ -24,7 +24,7 @@ unexport PYTHONPATH PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test check parity chaos fuzz real-models preflight-faults bench gpu-check gpu-check-wheels format docs \
         site clean
 help:
-	@echo "make demo    install, prepare text, train a model that grows twice on $(RANKS) processes; replaces runs/demo"
+	@echo "make demo    install, prepare text, train a model that grows three times on $(RANKS) processes; replaces runs/demo"
 	@echo "make test    install what tests need, and run them (GPU=1: also those that need an NVIDIA GPU)"
 	@echo "make check   lint, types, and transcripts in the documents that are no longer what their commands print"
 	@echo "make parity  print the table of every layout against one process (2 minutes; GPU=1: ranks on GPUs)"

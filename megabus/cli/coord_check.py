@@ -5,7 +5,7 @@ is the same share of |W h|. Every stage is trained for some steps from scratch, 
 process alone and at the peak rate: without schedule, layout, boost, rewarm and settle. Nothing is written.
 
   megabus coord-check --config configs/demo.yaml
-  megabus coord-check --config configs/demo.yaml 'optimizer.transfer={d_model: 48, n_layers: 2, steps: 1000}' --steps 40
+  megabus coord-check --config configs/demo.yaml 'optimizer.transfer={d_model: 64, n_layers: 1, steps: 1000}' --steps 40
 """
 
 from __future__ import annotations

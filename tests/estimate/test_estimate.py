@@ -349,9 +349,9 @@ DEMO = ("--config", "configs/demo.yaml", "--world", "4", "--gpu", "cpu", "--top"
 def test_tables_and_values_agree(tmp_path):
     text = told(*DEMO, "--json", str(tmp_path / "out.json"))
     values = json.loads((tmp_path / "out.json").read_text())
-    assert text.count("predicted, not measured") == 6  # a run, its steps, three stages' layouts, growths
+    assert text.count("predicted, not measured") == 7  # a run, its steps, four stages' layouts, growths
     assert values["times"] == "predicted, not measured"
-    assert values["stages"][0]["layout"] == {"tp": 2, "pp": 2, "dp": 1}
+    assert values["stages"][0]["layout"] == {"tp": 2, "pp": 1, "dp": 2}
     for stage in values["stages"]:
         step = stage["step"]
         parts = [step[name] for name in ("compute", "between", "tensor", "pipeline", "bubble", "data", "update")]
@@ -375,7 +375,7 @@ def test_a_card_of_one_s_own_is_told_by_its_figures():
     ("words", "key"),
     [
         (("--gpu", "tpu"), "--gpu"),
-        (("--world", "6"), "layout"),
+        (("--world", "5"), "layout"),
         (("--efficiency", "1.5"), "--efficiency"),
         (("--inter-us", "-1"), "--inter-us"),
         (("--nodes-of", "0"), "--nodes-of"),
