@@ -254,6 +254,24 @@ def tool(*args):
     return run_command("plan", "--config", *args)
 
 
+STAGES = [
+    {"d_model": 384, "n_heads": 6, "d_ff": 1392, "n_layers": 6, "lr": 3e-3, "max_tokens": 800_000_000},
+    {"d_model": 512, "n_heads": 8, "d_ff": 1856, "n_layers": 8, "lr": 2e-3},
+]
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """A run that grows in width and depth, to the sizes of configs/ngpt_64m.yaml."""
+    tree = yaml.safe_load((ROOT / "configs/ngpt_64m.yaml").read_text())
+    tree["model"] |= {"d_model": 256, "n_heads": 4, "d_ff": 928, "n_layers": 4}
+    tree["growth"] = {"max_tokens": 600_000_000, "stages": STAGES}
+    tree["train"] |= {"max_flops": None, "max_tokens": 2_600_000_000}
+    path = tmp_path_factory.mktemp("staged") / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
 def write_run(folder, sizes_of_run, tokens, *losses, growth=None, share=None, kind=None):
     folder.mkdir()
     rows = [{"event": "start", "step": 0, "tokens": 0, "flops": 0, "sizes": sizes_of_run, "stage": 0, "layout": ""}]
@@ -339,16 +357,16 @@ def test_the_law_proposes_what_a_run_accepts(tmp_path, ratio):
 
 
 @pytest.mark.parametrize("budget", ["max_tokens", "max_steps"])
-def test_a_run_that_grows_ends_with_its_own_budget(budget):
+def test_a_run_that_grows_ends_with_its_own_budget(staged, budget):
     """Tokens of small sizes are cheap: the run takes fewer FLOPs than the final size from scratch would."""
-    config = load_config(ROOT / "configs/ngpt_64m.yaml")
+    config = load_config(staged)
     stages, law = resolve_stages(config, 1), config.growth.trigger.scaling_law
     tokens = [float(stage.max_tokens) for stage in stages[:-1]]
     per_step = stages[0].tokens_per_step
     steps = round(config.train.max_tokens / per_step)
     words = [f"train.{budget}={config.train.max_tokens if budget == 'max_tokens' else steps}"]
     words += ["train.max_tokens=null"] * (budget == "max_steps")
-    told = tool("configs/ngpt_64m.yaml", *words).stdout
+    told = tool(staged, *words).stdout
     tokens.append((config.train.max_tokens if budget == "max_tokens" else steps * per_step) - sum(tokens))
     chosen = [Size(stage.model, stage.seq_len, law) for stage in stages]
     spent = [n * size.flops_per_token for n, size in zip(tokens, chosen, strict=True)]
@@ -358,12 +376,12 @@ def test_a_run_that_grows_ends_with_its_own_budget(budget):
 
 
 @pytest.mark.parametrize("budget", [["train.max_tokens=1e8"], ["train.max_tokens=null", "train.max_flops=3e15"]])
-def test_a_budget_that_ends_too_soon_is_told(budget):
-    told = tool("configs/ngpt_64m.yaml", *budget).stdout
+def test_a_budget_that_ends_too_soon_is_told(staged, budget):
+    told = tool(staged, *budget).stdout
     assert re.search(r"^by the caps of the file: .*; the budget ends before the final size trains$", told, re.MULTILINE)
 
 
-def test_a_free_plan_says_that_a_smaller_model_is_better():
+def test_a_free_plan_says_that_a_smaller_model_is_better(staged):
     few = ("configs/gpt_64m.yaml", "train.max_tokens=6e7")
     free, bound = tool(*few, "--by-law", "--free").stdout, tool(*few, "--by-law").stdout
     assert "a smaller" not in bound
@@ -372,7 +390,7 @@ def test_a_free_plan_says_that_a_smaller_model_is_better():
     assert 512 not in table_of(free)
     proposal = yaml.safe_load("model:" + free.split("\n\nmodel:", 1)[1])
     assert proposal["growth"]["stages"][-1]["d_model"] == max(table_of(free))
-    kept = ("configs/ngpt_64m.yaml", "train.max_tokens=1e7")  # the file's own sizes
+    kept = (staged, "train.max_tokens=1e7")  # the file's own sizes
     assert 512 in table_of(tool(*kept).stdout)
     assert 512 not in table_of(tool(*kept, "--free").stdout)
 
@@ -383,13 +401,13 @@ def law_runs(folder, **options):
     return [write_run(folder / f"run{i}", {"n_params": int(n)}, d, loss, **options) for i, (n, d, loss) in points]
 
 
-def test_the_tool_fits_and_compares(tmp_path):
+def test_the_tool_fits_and_compares(staged, tmp_path):
     runs = law_runs(tmp_path, kind="ngpt", share=1.0)
-    models = [stage.model for stage in resolve_stages(load_config(ROOT / "configs/ngpt_64m.yaml"), 1)]
+    models = [stage.model for stage in resolve_stages(load_config(staged), 1)]
     old, new = ({"n_params": count_parameters(model)} for model in (models[0], models[-1]))
     row = {"event": "growth", "step": 4, "tokens": 5e8, "flops": 1, "old": old, "new": new, "loss_before": 4.5}
     grown = write_run(tmp_path / "grown", old, 2.25e9, 3.75, 3.5, growth=row | {"from_stage": 0, "to_stage": 1})
-    done = tool("configs/ngpt_64m.yaml", "--fit", *runs, "--compare", grown)
+    done = tool(staged, "--fit", *runs, "--compare", grown)
     assert done.returncode == 0, done.stderr
     assert "fitted to 12 runs, 0.0000 nats rms" in done.stdout
     assert "law: L(N, D) = 1.2 + 80 / N^0.31 + 200 / D^0.337" in done.stdout
@@ -406,8 +424,8 @@ def refusal(*args):
     return done.stderr
 
 
-def test_the_tool_refuses(tmp_path):
-    config, n = "configs/ngpt_64m.yaml", {"n_params": 5}
+def test_the_tool_refuses(staged, tmp_path):
+    config, n = staged, {"n_params": 5}
     runs = law_runs(tmp_path)
     growth = {"event": "growth", "step": 4, "tokens": 5, "flops": 1, "old": n, "new": n, "loss_before": 4.5}
     bad = {
