@@ -82,8 +82,7 @@ preflight-faults: $(VENV)/.installed
 
 bench: $(VENV)/.installed data/demo/shakespeare-train.bin
 	$(PIP) -c requirements.txt -e '.[report,bench]'
-	mkdir -p runs
-	$(BIN)/python -m benchmarks --json runs/bench.json $(BENCH)
+	$(BIN)/python -m benchmarks --json benchmarks/measured.json $(BENCH)
 
 gpu-check:
 	@[ ! -d $(WHEELS) ] || $(GPU_PYTHON) -m benchmarks.gpu_check.wheels install $(WHEELS) $(SITE)

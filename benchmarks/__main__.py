@@ -6,20 +6,23 @@ python -m benchmarks --only layouts,growth
 
 Each figure is a ratio of two arms, whose processes stay alive and take turns; the median of the rounds' ratios counts.
 On GPUs one arm comes after the other, so that each has the memory to itself.
-Writes the table to the screen and, with the machine and the date, to --json. On a CPU a rank computes on one thread.
+Writes the tables to the screen and, with machine, date and commit, to --json, whose other parts stay. `make bench`
+keeps them in benchmarks/measured.json, and makes the tables of docs/performance.md from that. On a CPU a rank
+computes on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks import (
     conversion,
@@ -28,12 +31,14 @@ from benchmarks import (
     kernels,
     others,
     preprocessing,
+    record,
     saving,
     scale,
     starting,
     telling,
     training,
 )
+from benchmarks.checkout import commit
 from benchmarks.comparisons import Comparison, markdown
 from megabus.command import Parser, run
 
@@ -112,22 +117,28 @@ def main() -> int:
         try:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.open("a").close()
+            record.read(args.json)
         except OSError as error:
             parser.error(f"--json: {args.json} cannot be written ({error.strerror})")
+        except ValueError:
+            parser.error(f"--json: {args.json} holds something that is no record; name another file")
     import torch
 
     if args.gpu and not torch.cuda.is_available():
         parser.error("--gpu: there is no GPU that torch can use")
-    facts = {"machine": machine(), "torch": torch.__version__, "date": f"{datetime.datetime.now():%Y-%m-%d}"}
+    facts: dict[str, Any] = {"machine": machine(), "torch": torch.__version__, "commit": commit()}
     print(", ".join(facts.values()), flush=True)
-    rows: list[Comparison] = []
     for name in names:
+        facts |= {"date": f"{datetime.datetime.now():%Y-%m-%d}", "load": os.getloadavg()[0]}
+        began = time.monotonic()
         found = suites[name](args.rounds, args.small)
         found = [replace(row, target="") for row in found] if args.small else found
         print(f"\n{name}\n\n{markdown(found)}", flush=True)
-        rows += found
-        if args.json:  # after every suite: a long run that is stopped keeps what it has
-            args.json.write_text(json.dumps(facts | {"rows": [row.as_dict() for row in rows]}, indent=1) + "\n")
+        if args.json:  # after every part: a long run that is stopped keeps what it has
+            part = f"gpu {name}" if args.gpu else name
+            record.keep(args.json, part, found, facts | {"seconds": time.monotonic() - began})
+    if args.json and args.json.resolve() == record.OURS:
+        record.fill()
     return 0
 
 

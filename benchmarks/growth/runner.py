@@ -6,7 +6,6 @@ import datetime
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from subprocess import Popen, TimeoutExpired
 
 import yaml
 
+from benchmarks.checkout import commit
 from benchmarks.growth.experiment import Experiment, Job, jobs
 from benchmarks.growth.prefix import common, go_on_from_others, keep_what_others_may_need
 from benchmarks.growth.protocol import check_text
@@ -211,19 +211,6 @@ def environment(slot: int) -> dict[str, str]:
     place = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"DS_ACCELERATOR": "cpu"}
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     return {**os.environ, **rank, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **place}
-
-
-def commit() -> str:
-    """Of this checkout, marked where it has changes; empty where it is none."""
-    name, changes = (
-        subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
-        for command in (
-            ("describe", "--always", "--exclude=*"),
-            ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/growth/results"),
-        )
-    )
-    dirty = "-dirty" if changes.stdout.strip() else ""  # results are written while an experiment runs
-    return name.stdout.strip() + dirty if name.returncode == 0 else ""
 
 
 def clock() -> str:

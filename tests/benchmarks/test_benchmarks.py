@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import arms as arms_room
+from benchmarks import record
 from benchmarks.arms import Arm, Timing, at_a_time, in_turn
 from benchmarks.comparisons import compare, compare_speeds, markdown
 from tests.support.forked import run_python
@@ -20,7 +21,9 @@ def test_the_entry_point_measures_and_writes(tmp_path):
     options = ["--small", "--rounds", "2", "--only", "step,documents,layouts,telling", "--json", out]
     done = run_python(["-m", "benchmarks", *options], cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())["rows"]
+    parts = json.loads(out.read_text())
+    assert list(parts) == ["step", "documents", "layouts", "telling"]
+    rows = [row for part in parts.values() for row in part["rows"]]
     assert [row["one"] for row in rows] == [
         "ngpt eager",
         "4 documents apart",
@@ -39,10 +42,38 @@ def test_the_entry_point_measures_and_writes(tmp_path):
     wrong = run_python(["-m", "benchmarks", "--only", "nothing"], cwd=ROOT)
     assert wrong.returncode == 2
     assert "'nothing' is none of" in wrong.stderr
-    for option, problem in (("--rounds=0", "is none"), ("--json=/proc/nowhere/x", "cannot be written")):
+    (tmp_path / "text.json").write_text("text")
+    faults = {"--rounds=0": "is none", "--json=/proc/nowhere/x": "cannot be written"}
+    for option, problem in (faults | {f"--json={tmp_path}/text.json": "is no record"}).items():
         asked = ["-m", "benchmarks", "--only", "step", option]  # what other parts need may not be there
         wrong = run_python(asked, cwd=ROOT)
         assert (wrong.returncode, problem in wrong.stderr) == (2, True)
+
+
+def test_the_page_shows_the_record():
+    """Made by `make bench`; mend a difference by `python -m benchmarks.record`, not by hand."""
+    page, ours = record.PAGE.read_text(), record.read(record.OURS)
+    assert record.filled(page, ours) == page
+    assert set(ours) <= {name for _, name, _ in record.PART.findall(page)}
+
+
+def test_a_part_is_measured_anew_by_itself(tmp_path):
+    """And a table is of the record alone: what stood there goes, and nothing else does."""
+    path = tmp_path / "record.json"
+    row = compare("step", "a", "b", Timing([2.0, 4.0], 3 << 20), Timing([1.0, 1.0], 0), "<= 1.5")
+    facts = {"machine": "M", "torch": "2", "date": "2026-12-01", "commit": "abc", "load": 0.04, "seconds": 61.2}
+    record.keep(path, "step", [row, row], facts)
+    record.keep(path, "gpu step", [row], facts)
+    record.keep(path, "step", [row], facts | {"date": "2026-12-02"})
+    found = record.read(path)
+    assert record.comparisons(found["step"]) == [row]
+    text = "a\n<!-- bench: step -->\nold\n<!-- end -->\nb\n<!-- bench: gpu step -->\n<!-- end -->"
+    assert record.filled(text, {}) == "a\n<!-- bench: step -->\n<!-- end -->\nb\n<!-- bench: gpu step -->\n<!-- end -->"
+    shown = record.filled(text, found)
+    assert markdown([row]) in shown
+    assert "old" not in shown
+    assert '(`make bench BENCH="--only step"`: M; torch 2; 2026-12-02, commit abc; 61 s, load 0.0 before.)' in shown
+    assert record.filled(shown, found) == shown
 
 
 def test_ratios_are_of_rounds():
