@@ -95,8 +95,11 @@ def _refuse_what_fits_nowhere(config: RunConfig, estimates: Sequence[StageEstima
             room = f"{(device.memory - device.reserve) / 1e9:.3g} GB"
             tried = ", ".join(map(str, micro_batches(one.stage)))
             problem = f"fits no layout of {one.stage.layout.world} ranks of {room}, with micro batches of {tried}"
-            recompute = "" if config.train.recompute else "train.recompute: true, "
-            remedy = f"try {recompute}more ranks (--world), a device with more memory, or a smaller model"
+            if not config.train.recompute:
+                problem += " and train.recompute: false"
+            remedy = "try more ranks (--world), a device with more memory, or a smaller model"
+            if one.settings is not None:
+                remedy = f"it fits with {one.settings}; else {remedy}"
             raise UserError(stage_section(one.stage.index), f"stage {one.name}", problem, remedy)
 
 

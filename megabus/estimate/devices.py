@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from megabus.errors import UserError
@@ -120,10 +121,13 @@ DEVICES = {
 
 
 def device(name: str) -> Device:
-    if name.lower() not in DEVICES:
+    """By its name, however it is written: `RTX 4090`, `rtx-4090`, `NVIDIA GeForce RTX 4090` and `4090` are one card."""
+    short = re.sub(r"[^a-z0-9]|nvidia|geforce", "", name.lower())
+    found = DEVICES.get(short) or DEVICES.get(f"rtx{short}")
+    if found is None:
         remedy = f"use one of {', '.join(DEVICES)}, and --gpu-memory-gib, --gpu-tflops and --gpu-gbs for what differs"
         raise UserError("--gpu", name, "is not in the table", remedy)
-    return DEVICES[name.lower()]
+    return found
 
 
 def like(name: str, memory: float, nodes_of: int) -> Device:

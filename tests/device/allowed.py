@@ -23,7 +23,10 @@ STEP: Waits = {
     ("copy to GPU", f"{PIPE}:_aggregate_total_loss"): 1,  # the last pipeline rank's number, told by it
 }
 BUILD: Waits = {
-    ("synchronize", "megabus/parallel/mesh.py:new_group"): 5,  # before each communicator, of which a rank is in 5 at most
+    (
+        "synchronize",
+        "megabus/parallel/mesh.py:new_group",
+    ): 5,  # before each communicator, of which a rank is in 5 at most
     ("copy to GPU", f"{PIPE}:__init__"): 4,
     ("tolist", f"{PIPE}:__init__"): 1,
 }

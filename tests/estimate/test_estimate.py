@@ -15,9 +15,10 @@ from megabus.config import GrowthConfig, Layout, ModelConfig, load_config, resol
 from megabus.config.precision import FP32_BYTES
 from megabus.config.stages import Stage
 from megabus.engine import adam, ds_config, turns
+from megabus.errors import UserError
 from megabus.estimate import memory as rooms
 from megabus.estimate.activations import Shape, footprint
-from megabus.estimate.devices import Interconnect, device, like
+from megabus.estimate.devices import DEVICES, Interconnect, device, like
 from megabus.estimate.growth import estimate_growth, messages
 from megabus.estimate.layouts import candidates, fullest, rank_layouts, settings, that_fit
 from megabus.estimate.memory import held_copies, memory_at, rank_memory, states_at
@@ -275,6 +276,24 @@ def test_a_layout_of_one_s_own_that_fits_is_not_refused(monkeypatch, capsys):
     assert "with micro batches of 32 does not fit" in found
     refused = run_command("estimate", *words, "--gpu-memory-gib", "0.25")
     assert refused.stderr.startswith("error: model = stage 0: fits no layout of 2 ranks of 0.268 GB, with micro")
+    assert "it fits with" not in refused.stderr
+
+
+def test_a_refusal_names_the_settings_that_fit():
+    asked = ("--config", "configs/ngpt_0.5b.yaml", "--world", "1", "--gpu", "rtx4090")
+    refused = run_command("estimate", *asked)
+    assert refused.returncode == 2
+    assert "with micro batches of 1, 2, 4 and train.recompute: false; it fits with TP1/PP1/DP1 with" in refused.stderr
+    found = re.search(r"it fits with \S+ with micro_batch_size (\d+), recompute true;", refused.stderr)
+    assert run_command("estimate", *asked, f"train.micro_batch_size={found[1]}", "train.recompute=true").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx-4090", "4090", "NVIDIA GeForce RTX 4090", "rtx4090"])
+def test_a_card_is_known_however_it_is_written(name):
+    assert device(name) is DEVICES["rtx4090"]
+    for other in ("", "rtx", "GTX 4090", "40900"):
+        with pytest.raises(UserError, match="is not in the table"):
+            device(other)
 
 
 @pytest.mark.parametrize("name", ["ngpt_0.5b", "ngpt_1b"])
