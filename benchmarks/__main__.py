@@ -46,9 +46,9 @@ Suite = Callable[[int, bool], list[Comparison]]
 CPU: dict[str, Suite] = {
     "kernels": kernels.kernels,
     "step": training.step_times,
-    "blocks": training.blocks,
     "documents": training.documents,
     "layouts": training.layouts,
+    "sizes": training.sizes,
     "growth": growth_stall.growths,
     "telling": telling.telling,
     "others": others.others,
@@ -59,6 +59,7 @@ CPU: dict[str, Suite] = {
     "scale": scale.scale,
     "preprocess": preprocessing.preprocessing,  # last: `datasets` starts threads, and the others' ranks are forked
 }
+ON_DEMAND: dict[str, Suite] = {"blocks": training.blocks, "large": others.large}  # on a CPU, where --only names them
 GPU: dict[str, Suite] = {
     "kernels": kernels.kernels,
     "step": training.gpu_step_times,
@@ -92,11 +93,13 @@ def main() -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gpu", action="store_true", help="the suite for NVIDIA GPUs")
-    parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join(CPU)}; with --gpu of {', '.join(GPU)}")
+    parser.add_argument(
+        "--only", metavar="NAME,...", help=f"of {', '.join(CPU | ON_DEMAND)}; with --gpu of {', '.join(GPU)}"
+    )
     parser.add_argument(
         "--rounds",
         type=int,
-        default=5,
+        default=7,
         help="of a comparison (%(default)s); growth at most 2, convert, start and preprocess 3",
     )
     parser.add_argument("--small", action="store_true", help="tiny sizes, no targets: does it run at all?")
@@ -104,8 +107,8 @@ def main() -> int:
     args = parser.parse_args()
     if not args.gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    suites = GPU if args.gpu else CPU
-    names = [name.strip() for name in args.only.split(",")] if args.only else list(suites)
+    suites = GPU if args.gpu else CPU | ON_DEMAND
+    names = [name.strip() for name in args.only.split(",")] if args.only else list(GPU if args.gpu else CPU)
     for name in names:
         if name not in suites:
             parser.error(f"--only: {name!r} is none of {', '.join(suites)}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
-from benchmarks.arms import Arm, Step, in_turn
-from benchmarks.comparisons import Comparison, compare_seconds
+from benchmarks.arms import Arm, Step, Timing, in_turn
+from benchmarks.comparisons import Comparison, compare, compare_seconds
 from benchmarks.plain_ngpt import PlainNGPT
 from benchmarks.training import FORMS, GPU_FORMS, ONE, arm, config_of
 from megabus.engine.startup import on_gpu
@@ -24,24 +25,51 @@ def missing() -> str | None:
 
 def others(rounds: int, small: bool) -> list[Comparison]:
     """Its d_ff is 8/3 d_model, which 384 makes a whole number; all learn with AdamW, clip and normalise."""
-    d_model, n_layers, vocab_size, seq_len, micro = (48, 2, 128, 16, 2) if small else (384, 4, 4096, 256, 4)
-    train: dict[str, Any] = {}
     if on_gpu():
-        d_model, n_layers, vocab_size, seq_len, micro = 1536, 24, 32_000, 1024, 16
-        train = {"precision": "bf16"}
-    head_dim = d_model // 12
-    sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": 12, "head_dim": head_dim, "d_ff": d_model * 8 // 3}
-    model = {"kind": "ngpt", "vocab_size": vocab_size, **sizes}
-    forms = FORMS[:1] if small else GPU_FORMS if on_gpu() else FORMS
+        return _beside(rounds, (1536, 24, 32_000), 1024, 16, GPU_FORMS, True, {"precision": "bf16"})
+    if small:
+        return _beside(rounds, (48, 2, 128), 16, 2, FORMS[:1], True)
+    return _beside(rounds, (384, 4, 4096), 256, 4, FORMS, True)
+
+
+def large(rounds: int, small: bool) -> list[Comparison]:
+    """The same at 8k tokens a step, and at d768, beside plain PyTorch alone: some 20 minutes on a CPU."""
+    if small:
+        return _beside(rounds, (48, 2, 128), 32, 2, FORMS[:1], False)
+    rows = _beside(rounds, (384, 4, 4096), 1024, 8, FORMS, False)
+    rows += _beside(rounds, (768, 6, 4096), 256, 4, FORMS, False)
+    return rows + _beside(min(rounds, 3), (768, 6, 4096), 1024, 8, FORMS, False)
+
+
+def _beside(
+    rounds: int,
+    sizes: tuple[int, int, int],
+    seq_len: int,
+    micro: int,
+    forms: Sequence[str],
+    package: bool,
+    train: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Comparison]:
+    """Compiled beside compiled and eager beside eager are what is held against a bar, in seconds and in memory."""
+    d_model, n_layers, vocab_size = sizes
+    heads = {"n_heads": 12, "head_dim": d_model // 12}
+    model = {"kind": "ngpt", "vocab_size": vocab_size, "d_model": d_model, "n_layers": n_layers, **heads}
+    model["d_ff"] = d_model * 8 // 3
     ours = [arm(f"megabus {f}", config_of(model, ONE, seq_len, micro, micro, kernels=f, **train)) for f in forms]
-    compiled = () if small else (True,)
-    theirs = [
-        Arm("plain" + ", torch.compile" * c, 1, plain_step, (model, seq_len, micro, c)) for c in (False, *compiled)
-    ]
-    theirs.append(Arm(PACKAGE, 1, package_step, (model, seq_len, micro)))
+    plain = {form: "plain" + ", torch.compile" * (form != "eager") for form in forms}
+    names = list(dict.fromkeys(plain.values()))
+    theirs = [Arm(name, 1, plain_step, (model, seq_len, micro, name != "plain")) for name in names]
+    theirs += [Arm(PACKAGE, 1, package_step, (model, seq_len, micro))] * package
     timings = in_turn([*ours, *theirs], rounds, 1)
     where = f"d{d_model} L{n_layers}, {micro} x {seq_len} tokens"
-    return [compare_seconds(f"step, {where}", mine.label, other.label, timings) for mine in ours for other in theirs]
+    rows = []
+    for form, mine in zip(forms, ours, strict=True):
+        for other in theirs:
+            bar = "<= 1" if other.label == plain[form] else ""
+            rows.append(compare_seconds(f"step, {where}", mine.label, other.label, timings, bar))
+        here, there = (Timing([timings[label].memory / 2**20], 0) for label in (mine.label, plain[form]))
+        rows.append(compare(f"peak memory, {where}", mine.label, plain[form], here, there, "<= 1", "MiB"))
+    return rows
 
 
 def plain_step(model: dict[str, Any], seq_len: int, micro: int, compiled: bool) -> Step:

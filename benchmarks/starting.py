@@ -18,8 +18,10 @@ from benchmarks.arms import Timing
 from benchmarks.comparisons import Comparison, compare
 from benchmarks.growth_stall import demo_case, run_config, write_tokens
 
+RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4
+QUICK = 0.5  # seconds that a help text or a refusal may take
 START, IMPORTS = 8.0, 5.0  # seconds that it may take until a step is made, and those of them that imports may take
 IMPORT = "import megabus.engine.startup as s; s.prepare_environment(); s.import_deepspeed()"
 
@@ -37,12 +39,38 @@ def starts(rounds: int, small: bool) -> list[Comparison]:
     timings = {name: Timing(seconds, 0) for name, seconds in found.items()}
     bars = {seconds: Timing([seconds] * rounds, 0) for seconds in (START, IMPORTS)}
     what = f"from command to first step, demo, {ranks} ranks"
+    told = {
+        "megabus --help": ["--help"],
+        "megabus train --help": ["train", "--help"],
+        "a refused configuration": ["train", "--config", "configs/demo.yaml", "modle=1"],
+    }
+    half = Timing([QUICK] * rounds, 0)
     return [
+        *(
+            compare("from command to its end", name, f"{QUICK:g} s", _seconds_of(words, rounds), half, "<= 1")
+            for name, words in told.items()
+        ),
         compare(what, "a new run", f"{START:g} s", timings["anew"], bars[START], "<= 1"),
         compare(what, "a resumed run", f"{START:g} s", timings["resumed"], bars[START], "<= 1"),
         compare(what, "imports of torch and DeepSpeed", f"{IMPORTS:g} s", timings["imports"], bars[IMPORTS], "<= 1"),
         compare(what, "a new run", "imports of torch and DeepSpeed", timings["anew"], timings["imports"]),
     ]
+
+
+def _environment() -> dict[str, str]:
+    """Of a user's shell, not of the rank that other parts of the benchmarks have made this process."""
+    return {key: value for key, value in os.environ.items() if key not in RANK}
+
+
+def _seconds_of(words: list[str], rounds: int) -> Timing:
+    seconds = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "megabus", *words], cwd=ROOT, capture_output=True, check=False, env=_environment()
+        )
+        seconds.append(time.perf_counter() - begun)
+    return Timing(seconds, 0)
 
 
 def _config(folder: Path, ranks: int) -> dict[str, Any]:
@@ -57,7 +85,7 @@ def _config(folder: Path, ranks: int) -> dict[str, Any]:
 
 def _imports(ranks: int) -> float:
     begun = time.perf_counter()
-    processes = [subprocess.Popen([sys.executable, "-c", IMPORT], cwd=ROOT) for _ in range(ranks)]
+    processes = [subprocess.Popen([sys.executable, "-c", IMPORT], cwd=ROOT, env=_environment()) for _ in range(ranks)]
     codes = [process.wait() for process in processes]
     if any(codes):
         raise RuntimeError("torch and DeepSpeed cannot be imported")
@@ -71,7 +99,7 @@ def _first_step(config: dict[str, Any], ranks: int, after: int) -> float:
     with path.with_suffix(".log").open("w") as log:
         begun = time.perf_counter()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"DS_ACCELERATOR": "cpu"}
+            command, cwd=ROOT, stdout=log, stderr=log, env=_environment() | {"DS_ACCELERATOR": "cpu"}
         )
         while process.poll() is None and _steps(config) <= after:
             time.sleep(0.005)

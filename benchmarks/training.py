@@ -3,6 +3,7 @@ apart beside whole sequences; MFU."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from itertools import pairwise
@@ -112,7 +113,7 @@ def step_times(rounds: int, small: bool) -> list[Comparison]:
             for kind in ("ngpt", "gpt")
         ]
         where = f"d{d_model} L{n_layers}, {micro} x {seq_len} tokens"
-        rows += _overheads(where, forms, in_turn(arms, rounds, max(1, 512 // d_model)), {"compiled": "<= 1.15"})
+        rows += _overheads(where, forms, in_turn(arms, rounds, max(1, 512 // d_model)), {"compiled": "<= 1"})
     return rows
 
 
@@ -183,7 +184,7 @@ def layouts(rounds: int, small: bool) -> list[Comparison]:
     train: dict[str, Any] = {}
     if on_gpu():
         model, seq_len, train = paper_shape("ngpt", "0.5B"), 4096, {"precision": "bf16"}
-    targets = {Layout(1, 1, 2): ">= 1.7", Layout(1, 2, 1): ">= 1.4", Layout(2, 1, 1): ">= 1.3"}
+    targets = {Layout(1, 1, 2): ">= 0.95", Layout(1, 2, 1): ">= 0.8", Layout(2, 1, 1): ">= 0.85"}
     targets = {layout: target for layout, target in targets.items() if not on_gpu() or layout.world <= gpus()}
     if not targets:
         return []
@@ -192,12 +193,52 @@ def layouts(rounds: int, small: bool) -> list[Comparison]:
     one, two = "products, 1 process", "products, 2 processes"
     arms += [Arm(label, n, products, (n, 64 if small else 2048)) for n, label in ((1, one), (2, two))]
     timings = in_turn(arms, rounds, 1)
-    bound = compare_speeds("speed of matrix products, nothing sent", two, one, timings)
     where = f"d{model['d_model']} L{model['n_layers']}, {batch} x {seq_len} tokens"
-    return [
-        bound,
-        *(compare_speeds(f"speed, {where}", str(x), str(ONE), timings, target) for x, target in targets.items()),
-    ]
+    silent = _gain(timings, two, one)
+    rows = [compare_speeds("speed of matrix products, nothing sent", two, one, timings)]
+    for layout, target in targets.items():
+        rows.append(compare_speeds(f"speed, {where}", str(layout), str(ONE), timings))
+        what, gain = f"what two ranks gain, {where}", _gain(timings, str(layout), str(ONE))
+        rows.append(compare(what, f"{layout} over {ONE}", "two silent processes over one", gain, silent, target, "x"))
+    return rows
+
+
+def _gain(timings: dict[str, Timing], two: str, one: str) -> Timing:
+    """How many times as fast two are as one, in each round."""
+    pairs = zip(timings[one].seconds, timings[two].seconds, strict=True)
+    return Timing([slow / fast for slow, fast in pairs], timings[two].memory)
+
+
+def sizes(rounds: int, small: bool) -> list[Comparison]:
+    """How cost grows with the model and with the length of its sequences: slopes in log-log, the step's seconds and its
+    memory beside the arithmetic's, which are FLOPs, and parameters with their moments or tokens."""
+    from megabus.model.cost import count_parameters, flops_per_token
+
+    models = [(32, 1), (48, 2)] if small else [(128, 2), (256, 4), (512, 6), (1024, 8)]
+    lengths = [16, 32] if small else [256, 1024, 4096, 8192]
+    by_size = [(shape("ngpt", d, n), lengths[0]) for d, n in models]
+    by_length = [(shape("ngpt", *models[1]), length) for length in lengths]
+    rows = []
+    for cases, batch in ((by_size, 4), (by_length, 1)):
+        arms = {str(i): arm(str(i), config_of(model, ONE, n, batch, batch)) for i, (model, n) in enumerate(cases)}
+        timings = in_turn(list(arms.values()), min(rounds, 3), 1)
+        for i, ((before, short), (after, long)) in enumerate(pairwise(cases)):
+            old, new = ModelConfig(**before), ModelConfig(**after)
+            if batch == 1:
+                what, times = f"{short} to {long} tokens, d{old.d_model} L{old.n_layers}", long / short
+            else:
+                names = [f"d{x.d_model} L{x.n_layers} ({count_parameters(x) / 1e6:.1f}M)" for x in (old, new)]
+                what, times = (
+                    f"{names[0]} to {names[1]}, 4 x {short} tokens",
+                    count_parameters(new) / count_parameters(old),
+                )
+            flops = [flops_per_token(x, n) * n for x, n in ((old, short), (new, long))]
+            a, b = timings[str(i)], timings[str(i + 1)]
+            seconds = [math.log(y / x) / math.log(times) for x, y in zip(a.seconds, b.seconds, strict=True)]
+            slope = Timing([math.log(flops[1] / flops[0]) / math.log(times)] * len(seconds), 0)
+            what = f"slope of a step's seconds, {what}: {a.median:.3g} s, {b.median:.3g} s"
+            rows.append(compare(what, "seconds", "FLOPs", Timing(seconds, b.memory), slope, "", ""))
+    return rows
 
 
 def gpu_step_times(rounds: int, small: bool) -> list[Comparison]:

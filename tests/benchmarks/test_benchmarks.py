@@ -29,8 +29,11 @@ def test_the_entry_point_measures_and_writes(tmp_path):
         "4 documents apart",
         "products, 2 processes",
         "TP1/PP1/DP2",
+        "TP1/PP1/DP2 over TP1/PP1/DP1",
         "TP1/PP2/DP1",
+        "TP1/PP2/DP1 over TP1/PP1/DP1",
         "TP2/PP1/DP1",
+        "TP2/PP1/DP1 over TP1/PP1/DP1",
         "all of it off",
         "a callback that does nothing",
     ]

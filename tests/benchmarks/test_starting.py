@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks import starting
+from benchmarks.arms import Timing
 
 
 def test_rows_of_starts(monkeypatch):
@@ -19,9 +20,25 @@ def test_rows_of_starts(monkeypatch):
     monkeypatch.setattr(starting, "_imports", lambda ranks: 4.0)
     monkeypatch.setattr(starting, "_first_step", first_step)
     monkeypatch.setattr(starting, "_steps", lambda config: 3)
+    monkeypatch.setattr(
+        starting, "_seconds_of", lambda words, rounds: Timing([0.4 + 0.2 * ("train" in words)] * rounds, 0)
+    )
     rows = starting.starts(2, small=False)
-    assert [(row.ratio, row.met) for row in rows] == [(0.75, True), (1.5, False), (0.8, True), (1.5, None)]
-    assert asked == [({"tp": 2, "pp": 2}, 4, after) for after in (0, 3)] * 2
+    assert [(row.ratio, row.met) for row in rows[:3]] == [
+        (0.8, True),
+        (pytest.approx(1.2), False),
+        (pytest.approx(1.2), False),
+    ]
+    assert [(row.ratio, row.met) for row in rows[3:]] == [(0.75, True), (1.5, False), (0.8, True), (1.5, None)]
+    assert asked == [({"tp": 2}, 4, after) for after in (0, 3)] * 2
+
+
+def test_a_command_is_a_user_s(monkeypatch):
+    """Though this process may be a rank by now, inside of which `--nproc-per-node` is refused."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert not {"RANK", "MASTER_PORT"} & set(starting._environment())
+    assert starting._seconds_of(["--help"], 1).median > 0
 
 
 def test_a_run_that_fails_is_told_of(tmp_path):
