@@ -15,9 +15,12 @@ import torch
 from megabus.errors import UserError
 from megabus.kernels.checked import why_unchecked
 from megabus.kernels.form import EAGER, Kernels
+from megabus.kernels.generation import older_than
 from megabus.kernels.width import too_wide
 
 Choice = Literal["auto", "eager", "compiled", "triton"]
+# The oldest GPUs that each form runs on, as Triton's README and torch/_inductor/exc.py:GPUTooOldForTriton say.
+OLDEST = {"triton": (8, 0), "compiled": (7, 0)}
 
 
 def automatic(device: torch.device, rows: Iterable[Sequence[int]] = ()) -> tuple[Choice, str | None]:
@@ -68,6 +71,8 @@ def why_not(choice: Choice, device: torch.device) -> str | None:
         return f"needs an NVIDIA GPU, and this run is on the {device.type}"
     if choice == "compiled" and device.type == "cuda" and find_spec("triton") is None:
         return "torch.compile needs the package triton on a GPU"
+    if choice in OLDEST and device.type == "cuda" and (older := older_than(OLDEST[choice], device)) is not None:
+        return older
     if choice == "compiled":
         return _no_compiler("torch.compile", device)
     return _no_compiler("Triton", device) if choice == "triton" and not interpreted else None

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megabus.kernels.generation import AMPERE
+
 
 def wide(x: Tensor) -> Tensor:
     """x in fp32 at least (fp64 stays fp64, for checks against a reference)."""
@@ -73,8 +75,11 @@ def attention(
 
 def _flash_runs(q_BHTC: Tensor, mask_TS: Tensor | None) -> bool:
     """Whether PyTorch may take its flash kernels, which share key heads: as it says of itself, on a CPU always."""
+    device = q_BHTC.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE:
+        return False
     halves = q_BHTC.dtype in (torch.bfloat16, torch.float16)
-    return q_BHTC.device.type == "cpu" or (halves and mask_TS is None and q_BHTC.shape[-1] <= 256)
+    return device.type == "cpu" or (halves and mask_TS is None and q_BHTC.shape[-1] <= 256)
 
 
 def gate(u_NF: Tensor, v_NF: Tensor, gain_u_F: Tensor | None, gain_v_F: Tensor | None) -> Tensor:

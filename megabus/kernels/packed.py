@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megabus.kernels.eager import attention
+from megabus.kernels.generation import AMPERE
 
 
 def packed_attention(
@@ -41,7 +42,7 @@ def runs_varlen(q_NHC: Tensor) -> bool:
     head_dim, halves = q_NHC.shape[-1], (torch.bfloat16, torch.float16)
     if not q_NHC.is_cuda or q_NHC.dtype not in halves or head_dim % 8 or head_dim > 256:
         return False
-    return torch.cuda.get_device_capability(q_NHC.device) >= (8, 0)
+    return torch.cuda.get_device_capability(q_NHC.device) >= AMPERE
 
 
 @lru_cache(maxsize=1)

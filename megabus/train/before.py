@@ -27,7 +27,7 @@ from megabus.kernels.choice import Choice, automatic
 from megabus.model.cost import count_parameters
 from megabus.parallel.agree import rank_0_says, rank_0_tells
 from megabus.preflight.findings import size_text
-from megabus.train.on_gpu import check_deterministic
+from megabus.train.on_gpu import check_bf16, check_deterministic
 from megabus.train.overtaken import check_growths
 from megabus.train.profile import check_profile
 from megabus.train.resume import check_begins, check_stage
@@ -88,7 +88,10 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
 
 def _of_device(config: RunConfig) -> list[str]:
     """What the devices of this run make of it: lines to warn of."""
-    if get_accelerator().device_name() != "cpu":
+    device = torch.device(get_accelerator().device_name())
+    if device.type == "cuda":
+        check_bf16(config, device)
+    if device.type != "cpu":
         check_deterministic(config)
     elif config.train.deterministic:
         same = UserError("train.deterministic", "true", "has no effect on CPUs, which are so anyway", "leave it out")

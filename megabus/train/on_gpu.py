@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from megabus.config import RunConfig
 from megabus.errors import UserError
+from megabus.kernels.generation import AMPERE, older_than
 
 
 def check_deterministic(config: RunConfig) -> None:
@@ -16,3 +19,14 @@ def check_deterministic(config: RunConfig) -> None:
     if config.train.deterministic and config.train.kernels == "compiled":
         problem = "torch.compile cuts sums by the sizes that it sees first, which a resumed run sees in another order"
         raise UserError("train.deterministic", "true", problem, "set train.kernels to auto, eager or triton")
+
+
+def check_bf16(config: RunConfig, device: torch.device) -> None:
+    """Raises `UserError` where a GPU has no arithmetic in bf16.
+
+    Products would be emulated, and neither of PyTorch's attention kernels that never hold the scores takes bf16 there
+    (ATen/native/transformers/cuda/sdp_utils.cpp: less_than_sm80_mem_efficient_dtypes).
+    """
+    problem = older_than(AMPERE, device) if config.train.precision == "bf16" else None
+    if problem is not None:
+        raise UserError("train.precision", "bf16", problem, "set it to fp32")

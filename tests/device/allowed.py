@@ -23,10 +23,7 @@ STEP: Waits = {
     ("copy to GPU", f"{PIPE}:_aggregate_total_loss"): 1,  # the last pipeline rank's number, told by it
 }
 BUILD: Waits = {
-    (
-        "synchronize",
-        "megabus/parallel/mesh.py:new_group",
-    ): 5,  # before each communicator, of which a rank is in 5 at most
+    ("synchronize", "megabus/parallel/mesh.py:new_group"): 5,  # before a communicator is made; each is made once
     ("copy to GPU", f"{PIPE}:__init__"): 4,
     ("tolist", f"{PIPE}:__init__"): 1,
 }

@@ -27,11 +27,12 @@ COUNTED = 3  # micro batches of a step, the second of which is looked at: it nei
 
 @dataclass(frozen=True)
 class Size:
-    """config: a file of `configs/`; kernels: `eager` or `triton`."""
+    """config: a file of `configs/`; kernels: `eager` or `triton`; layers: None for its own."""
 
     config: str
     kernels: str = "eager"
     recompute: bool = False
+    layers: int | None = None
 
     def __str__(self) -> str:
         return f"{self.config}, {self.kernels}" + ", recompute" * self.recompute
@@ -65,12 +66,10 @@ def count(size: Size) -> Kernels:
 def _count(size: Size, watch: Any) -> Kernels:
     from megabus.engine.engine import Engine
 
-    config = load_config(CONFIGS / size.config, [f"train.recompute={str(size.recompute).lower()}"])
-    micro = config.train.micro_batch_size
-    config = load_config(
-        CONFIGS / size.config,
-        [f"train.recompute={str(size.recompute).lower()}", f"train.global_batch_size={micro * COUNTED}"],
-    )
+    changed = [f"train.recompute={str(size.recompute).lower()}"]
+    changed += [] if size.layers is None else [f"model.n_layers={size.layers}"]
+    micro = load_config(CONFIGS / size.config, changed).train.micro_batch_size
+    config = load_config(CONFIGS / size.config, [*changed, f"train.global_batch_size={micro * COUNTED}"])
     engine = Engine(config.train, config.optimizer, resolve_stages(config, 1)[0])
     shape = (micro, config.train.seq_len)
     marks: list[tuple[Counter[str], Counter[str]]] = []
@@ -109,7 +108,7 @@ def _triton_by_its_tensors() -> None:
 
     for room in (triton_gate, triton_head, triton_norms, triton_qk):
         for name, value in vars(room).items():
-            if type(value).__name__ in ("JITFunction", "InterpretedFunction") and value.__module__ == room.__name__:
+            if type(value).__name__ in ("JITFunction", "InterpretedFunction") and value.fn.__module__ == room.__name__:
                 setattr(room, name, Counted(f"triton {room.__name__.rpartition('_')[2]}{name}"))
         if hasattr(room, "programs"):
             room.programs = lambda device: PROGRAMS

@@ -351,6 +351,7 @@ def packages(monkeypatch, *there):
 def a_gpu(monkeypatch, tmp_path):
     """A GPU's name, and an empty file of records."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(checked, "RECORDS", tmp_path / "checked.json")
     checked.RECORDS.write_text("[]")
 
@@ -388,7 +389,7 @@ def test_records_of_the_repository_are_whole():
 
 
 @TRITON_ONLY
-def test_triton_on_a_gpu(monkeypatch):
+def test_triton_on_a_gpu(a_gpu, monkeypatch):
     monkeypatch.setattr(kernel_choice.shutil, "which", lambda name: name)
     assert select("triton", CUDA).name == "triton"
 
@@ -411,15 +412,17 @@ def test_the_last_axis_has_a_known_length_on_a_gpu():
     assert shapes == [(False, False)]
 
 
-def test_key_heads_are_only_shared_where_flash_runs():
+def test_key_heads_are_only_shared_where_flash_runs(monkeypatch):
     """PyTorch's other kernel would hold all scores; on a CPU it stays as it was."""
     on_gpu = SimpleNamespace(type="cuda")
-    for dtype, head_dim, mask, runs in (
-        (torch.bfloat16, 64, None, True),
-        (torch.float32, 64, None, False),
-        (torch.bfloat16, 264, None, False),
-        (torch.bfloat16, 64, torch.ones(1), False),
+    for dtype, head_dim, mask, capability, runs in (
+        (torch.bfloat16, 64, None, (8, 0), True),
+        (torch.float32, 64, None, (9, 0), False),
+        (torch.bfloat16, 264, None, (9, 0), False),
+        (torch.bfloat16, 64, torch.ones(1), (9, 0), False),
+        (torch.float16, 64, None, (7, 5), False),
     ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, has=capability: has)
         assert eager._flash_runs(SimpleNamespace(dtype=dtype, shape=(1, 6, 5, head_dim), device=on_gpu), mask) == runs
     q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     shared = eager.attention(q, k, v, None, True, 0.3)
@@ -437,7 +440,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("choice", ["triton", "compiled"])
-def test_a_gpu_needs_what_compiles_for_it(monkeypatch, tmp_path, choice):
+def test_a_gpu_needs_what_compiles_for_it(a_gpu, monkeypatch, tmp_path, choice):
     who = {"triton": "Triton", "compiled": "torch.compile"}[choice]
     packages(monkeypatch, "triton")
     monkeypatch.delenv("CC", raising=False)
@@ -452,6 +455,25 @@ def test_a_gpu_needs_what_compiles_for_it(monkeypatch, tmp_path, choice):
     (tmp_path / "Python.h").touch()
     assert kernel_choice.why_not(choice, CUDA) is None
     assert kernel_choice.why_not("eager", CUDA) is None
+
+
+@pytest.mark.parametrize(
+    ("choice", "has", "problem"),
+    [
+        ("triton", (7, 5), "needs a GPU of compute capability 8.0 or newer, and NVIDIA X1 has 7.5"),
+        ("triton", (8, 0), None),
+        ("compiled", (6, 1), "needs a GPU of compute capability 7.0 or newer, and NVIDIA X1 has 6.1"),
+        ("compiled", (7, 5), None),
+        ("eager", (6, 1), None),
+    ],
+)
+def test_a_gpu_may_be_too_old(a_gpu, monkeypatch, choice, has, problem):
+    packages(monkeypatch, "triton")
+    monkeypatch.setattr(kernel_choice, "_no_compiler", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has)
+    assert kernel_choice.why_not(choice, CUDA) == problem
+    if choice == "triton":
+        assert kernel_choice.automatic(CUDA)[0] == "eager"
 
 
 @pytest.mark.parametrize(("choice", "device", "there", "message"), REFUSED)

@@ -123,7 +123,7 @@ def test_what_a_gpu_cannot_hold_is_refused_with_layouts_that_fit(tmp_path, monke
     need = max(memory.total for memory in before.pipeline_memory(config, stage, True))
     monkeypatch.setattr(before, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
     monkeypatch.setitem(devices.DEVICES, "h100", replace(devices.DEVICES["h100"], reserve=0))
-    gpu = SimpleNamespace(name="Tesla T4", total_memory=need)
+    gpu = SimpleNamespace(name="Tesla T4", total_memory=need, major=7, minor=5)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu.name)
     (eager,), _ = noted(config)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import yaml
 
 from megabus.config import parse_config
 from megabus.errors import UserError
 from megabus.train import before
-from megabus.train.on_gpu import check_deterministic
+from megabus.train.on_gpu import check_bf16, check_deterministic
 from tests.support.tiny_config import BASE
 
 
@@ -41,7 +42,30 @@ class Device:
         return self.name
 
 
-def test_it_is_of_the_device(monkeypatch):
+@pytest.fixture
+def has(monkeypatch):
+    """Set the capability that a GPU of this process has."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X1")
+
+    def of(*capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return of
+
+
+def test_bf16_needs_a_gpu_that_has_it(has):
+    cuda = torch.device("cuda")
+    has(7, 5)
+    check_bf16(config_of(precision="fp32"), cuda)
+    problem = "needs a GPU of compute capability 8.0 or newer, and NVIDIA X1 has 7.5; set it to fp32"
+    with pytest.raises(UserError, match=f"^train.precision = bf16: {problem}$"):
+        check_bf16(config_of(precision="bf16"), cuda)
+    has(8, 0)
+    check_bf16(config_of(precision="bf16"), cuda)
+
+
+def test_it_is_of_the_device(has, monkeypatch):
+    has(9, 0)
     config = config_of(deterministic=True)
     monkeypatch.setattr(before, "get_accelerator", lambda: Device("cpu"))
     told = "train.deterministic = true: has no effect on CPUs, which are so anyway; leave it out"
@@ -49,5 +73,8 @@ def test_it_is_of_the_device(monkeypatch):
     assert before._of_device(config_of()) == []
     monkeypatch.setattr(before, "get_accelerator", lambda: Device("cuda"))
     assert before._of_device(config_of()) == []
+    has(7, 5)
+    with pytest.raises(UserError, match=r"train\.precision"):
+        before._of_device(config_of(precision="bf16"))
     with pytest.raises(UserError, match=r"train\.deterministic"):
         before._of_device(config_of(deterministic=True, kernels="compiled"))
