@@ -16,7 +16,7 @@ from tests.device.allowed import ALLOWED
 from tests.device.cases import CASES, MORE, look_at
 from tests.device.micro_batch import SIZES, counted
 from tests.device.micro_batch import lines as size_lines
-from tests.device.table import lines, write
+from tests.device.step_table import lines, write
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from megabus.testing.simulate import in_child
 from tests.device.allowed import ALLOWED
 from tests.device.cases import CASES, MICRO_BATCHES, Case, look_at
 from tests.device.one_stream import program
-from tests.device.table import BOUNDS
+from tests.device.step_table import BOUNDS
 
 STEPS = ("step", "step after growth")
 
