@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu_check.part import DONE, Part, Told, run_part
+from benchmarks.gpu_check.part import DONE, Part, PartResult, run_part
 from megabus.command import Parser, run
 from megabus.engine.startup import on_gpu
 from megabus.table import aligned
@@ -73,7 +73,7 @@ def main() -> int:
     chosen = [part for part in all_parts if part.name in names]
     for part in chosen:
         clear(args.out, part)
-    found: dict[Part, Told] = {}
+    found: dict[Part, PartResult] = {}
     until = time.monotonic() + args.seconds
     for part in chosen:
         begun = time.monotonic()
@@ -81,14 +81,14 @@ def main() -> int:
         print(f"{part.name}: {found[part].state}, {time.monotonic() - begun:.0f} s", flush=True)
     print("\n" + table(found))
     print("\n" + verdict(all_parts, found, args.out, gpu and not args.small))
-    late = [part.name for part, told in found.items() if part.is_only_late(told)]
+    late = [part.name for part, result in found.items() if part.is_only_late(result)]
     if late:
         print(f"not measured to the end, for lack of time: {', '.join(late)}")
     return int(bool(_bad(found)))
 
 
-def _bad(found: dict[Part, Told]) -> list[str]:
-    return [part.name for part, told in found.items() if not part.passed(told) and not part.is_only_late(told)]
+def _bad(found: dict[Part, PartResult]) -> list[str]:
+    return [part.name for part, result in found.items() if not part.passed(result) and not part.is_only_late(result)]
 
 
 def clear(out: Path, part: Part) -> None:
@@ -99,18 +99,18 @@ def clear(out: Path, part: Part) -> None:
         shutil.rmtree(out / part.name)
 
 
-def table(found: dict[Part, Told]) -> str:
+def table(found: dict[Part, PartResult]) -> str:
     """A row for everything that was found."""
     marks = {True: "right", False: "WRONG", None: ""}
     rows = []
-    for part, told in found.items():
-        rows += [[part.name, what, text, marks[ok]] for what, text, ok in told.rows]
-        if told.state != DONE:
-            rows.append([part.name, "the part itself", told.state, "" if part.is_only_late(told) else "NOT DONE"])
+    for part, result in found.items():
+        rows += [[part.name, what, text, marks[ok]] for what, text, ok in result.rows]
+        if result.state != DONE:
+            rows.append([part.name, "the part itself", result.state, "" if part.is_only_late(result) else "NOT DONE"])
     return aligned(["part", "what", "found", ""], [[cell or "–" for cell in row] for row in rows], {0, 1, 2, 3})
 
 
-def verdict(all_parts: list[Part], found: dict[Part, Told], out: Path, counts: bool) -> str:
+def verdict(all_parts: list[Part], found: dict[Part, PartResult], out: Path, counts: bool) -> str:
     """Whether it has passed; where it counts, that is recorded."""
     if not counts:
         bad = _bad(found)
@@ -120,7 +120,7 @@ def verdict(all_parts: list[Part], found: dict[Part, Told], out: Path, counts: b
         return f"nothing is recorded, for these did not pass or did not run: {', '.join(missing)}"
     from megabus.kernels.checked import RECORDS, record
 
-    device = next(told.facts["device"] for told in found.values() if "device" in told.facts)
+    device = next(result.facts["device"] for result in found.values() if "device" in result.facts)
     (out / "record.json").write_text(json.dumps(device, indent=1) + "\n")
     try:
         record(device, f"{datetime.date.today()}", RECORDS)

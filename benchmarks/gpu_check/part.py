@@ -22,7 +22,7 @@ DONE, LATE, LEFT_OUT = "done", "out of time", "left out"  # how states begin
 
 
 @dataclass
-class Told:
+class PartResult:
     """What a part has found, in `file`. rows: (what, what was found, whether that is right or None where it is no
     question of right and wrong). facts: what other parts need."""
 
@@ -42,7 +42,7 @@ class Told:
         beside.replace(self.file)
 
     @classmethod
-    def read(cls, file: Path) -> Told:
+    def read(cls, file: Path) -> PartResult:
         found = json.loads(file.read_text())
         return cls(file, found["state"], [(what, text, ok) for what, text, ok in found["rows"]], found["facts"])
 
@@ -53,7 +53,7 @@ class Check:
 
     small: bool
     folder: Path
-    tell: Told
+    tell: PartResult
 
     @property
     def on_gpu(self) -> bool:
@@ -72,27 +72,27 @@ class Part:
     seconds: float
     decides: bool
 
-    def passed(self, told: Told) -> bool:
-        return told.state == DONE and _none_is_wrong(told)
+    def passed(self, result: PartResult) -> bool:
+        return result.state == DONE and _none_is_wrong(result)
 
-    def is_only_late(self, told: Told) -> bool:
+    def is_only_late(self, result: PartResult) -> bool:
         """A measurement that there was no time for: nothing is wrong for that."""
-        return not self.decides and told.state.startswith((LATE, LEFT_OUT)) and _none_is_wrong(told)
+        return not self.decides and result.state.startswith((LATE, LEFT_OUT)) and _none_is_wrong(result)
 
 
-def _none_is_wrong(told: Told) -> bool:
-    return all(ok is not False for _, _, ok in told.rows)
+def _none_is_wrong(result: PartResult) -> bool:
+    return all(ok is not False for _, _, ok in result.rows)
 
 
-def run_part(part: Part, out: Path, small: bool, seconds: float) -> Told:
+def run_part(part: Part, out: Path, small: bool, seconds: float) -> PartResult:
     """In a process of its own, which is ended after so many seconds with all that it has started. The rows that it has
     told by then count; what it prints goes to a .log beside them."""
-    told = Told(out / f"{part.name}.json")
-    told.write()
+    result = PartResult(out / f"{part.name}.json")
+    result.write()
     if seconds <= 0:
-        told.state = f"{LEFT_OUT}: the time of all parts is spent"
-        told.write()
-        return told
+        result.state = f"{LEFT_OUT}: the time of all parts is spent"
+        result.write()
+        return result
     context: Any = get_context("spawn" if on_gpu() else "fork")
     process = context.Process(target=_run, args=(part, out, small))
     begun = time.monotonic()
@@ -104,8 +104,8 @@ def run_part(part: Part, out: Path, small: bool, seconds: float) -> Told:
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
-    found = Told.read(told.file)
-    if found.state == told.state:
+    found = PartResult.read(result.file)
+    if found.state == result.state:
         late = time.monotonic() - begun >= seconds
         found.state = f"{LATE} after {seconds:.0f} s" if late else f"ended with exit code {process.exitcode}"
         found.write()
@@ -121,13 +121,13 @@ def _run(part: Part, out: Path, small: bool) -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_PORT=str(free_port()))
     folder = out / part.name
     folder.mkdir(exist_ok=True)
-    told = Told(out / f"{part.name}.json")
+    result = PartResult(out / f"{part.name}.json")
     try:
         prepare_environment()
-        part.job(Check(small, folder, told))
-        told.state = DONE
+        part.job(Check(small, folder, result))
+        result.state = DONE
     except BaseException as error:
         traceback.print_exc()
-        told.state = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    told.write()
+        result.state = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    result.write()
     os._exit(0)

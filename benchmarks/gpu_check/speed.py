@@ -67,7 +67,7 @@ def _one_arm(check: Check, size: str, kind: str, kernels: Choice) -> float | Non
         torch.cuda.empty_cache()
         check.tell(what, f"does not fit: {problem}")
         return None
-    check.tell(what, _told(arm, took, peak))
+    check.tell(what, _described(arm, took, peak))
     return took / arm.stage.tokens_per_step
 
 
@@ -173,7 +173,7 @@ def _timed(arm: Arm) -> tuple[float, int | None]:
         engine.close()
 
 
-def _told(arm: Arm, seconds: float, peak: int | None) -> str:
+def _described(arm: Arm, seconds: float, peak: int | None) -> str:
     stage = arm.stage
     tokens = stage.tokens_per_step
     most = peak_flops(None, arm.train.precision)

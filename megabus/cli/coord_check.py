@@ -24,7 +24,7 @@ from megabus.pathname import path_of
 from megabus.table import aligned
 
 if TYPE_CHECKING:
-    from megabus.testing.coord_check import Row
+    from megabus.testing.coord_check import StateRow
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,12 +61,12 @@ def _alone(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"layout": LayoutConfig(), "growth": growth})
 
 
-def tables(rows: Sequence[Row], steps: int) -> str:
+def tables(rows: Sequence[StateRow], steps: int) -> str:
     """Peak rates, angles and changes, a line for each stage and state."""
     from megabus.testing.coord_check import ROLES, measured
 
     matrices = ROLES[:-1]
-    parts: list[tuple[str, Sequence[str], Callable[[Row, str], float | None]]] = [
+    parts: list[tuple[str, Sequence[str], Callable[[StateRow, str], float | None]]] = [
         ("peak learning rate", matrices, lambda row, role: row.lr.get(role)),
         ("angle that a row turns by in a step, radians", matrices, lambda row, role: row.moved[role].angle),
         ("|dW h| / |W h| of a step; of gains |dg| / |g|", ROLES, lambda row, role: row.moved[role].change),
@@ -85,6 +85,6 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _state(row: Row) -> tuple[str, str]:
+def _state(row: StateRow) -> tuple[str, str]:
     model = row.stage.model
     return f"d{model.d_model} L{model.n_layers}", row.state

@@ -1,4 +1,4 @@
-"""What each layer of a checkpoint is worth: the validation loss with one of its branches silenced.
+"""What each layer of a checkpoint is worth: the validation loss with one of its branches left out.
 
 The whole model is run in this process, on the CPU, twice for each layer. Documents are kept apart where the run did so.
 

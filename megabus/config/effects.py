@@ -1,4 +1,4 @@
-"""Keys that say what nothing heeds: refused where they contradict another, told where another silences them."""
+"""Keys that have no effect: refused where they contradict another, a warning where another makes them idle."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
         yield from _of_marginal(config)
 
 
-def unheeded(config: RunConfig) -> list[str]:
+def keys_without_effect(config: RunConfig) -> list[str]:
     """A line for each key that has no effect, because another has been chosen: a file is often tried with other values
     of one key, such as `optimizer.schedule`."""
     model, optim, trigger = config.model, config.optimizer, config.growth.trigger

@@ -80,7 +80,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml_value(text)
     except NotMeantError as error:
-        raise error.told(key) from error
+        raise error.as_user_error(key) from error
     except ValueError as error:
         raise UserError(key, text, f"is not a YAML value ({error})", "quote the value") from error
     node: Any = tree

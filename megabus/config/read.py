@@ -27,7 +27,7 @@ class NotMeantError(ValueError):
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
         super().__init__(f"{key} = {value}: {problem}; {remedy}")
 
-    def told(self, *above: str) -> UserError:
+    def as_user_error(self, *above: str) -> UserError:
         """As bad input. above: keys that what was read stands under."""
         return UserError(".".join(filter(None, [*above, self.key])), self.value, self.problem, self.remedy)
 
@@ -113,7 +113,7 @@ def read_tree(path: Path, key: str, start_from: str) -> dict[str, Any]:
     try:
         tree = yaml_value(text.decode("utf-8"))
     except NotMeantError as error:
-        raise error.told() from error
+        raise error.as_user_error() from error
     except ValueError as error:
         raise UserError(key, path, f"not valid YAML ({error})", "mend the file") from error
     if not isinstance(tree, dict):

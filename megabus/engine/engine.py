@@ -182,9 +182,9 @@ class Engine:
         self.refuses: Callable[[StepResult], bool] | None = None
         self._gate, self._losses = Gate(self.deepspeed, self._refused), list[Tensor]()
         self.heartbeat: Callable[[], object] | None = None
-        self._beats = self.module.register_forward_pre_hook(self._beat)
+        self._heartbeat_hook = self.module.register_forward_pre_hook(self._call_heartbeat)
 
-    def _beat(self, *_: Any) -> None:
+    def _call_heartbeat(self, *_: Any) -> None:
         if self.heartbeat is not None:
             self.heartbeat()
 
@@ -374,7 +374,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the engine; the process groups stay for the next one."""
-        for hooked in (self.boost, self.angle_cap, self.unit_rows, self.averages, self._beats):
+        for hooked in (self.boost, self.angle_cap, self.unit_rows, self.averages, self._heartbeat_hook):
             if hooked is not None:
                 hooked.remove()
         self.deepspeed.destroy()

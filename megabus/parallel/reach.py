@@ -98,10 +98,10 @@ def check_reach(store: Any, rank: int, world: int, patience: timedelta) -> None:
             mine = _listen(stack, device, address, world)
             store.set(_door(rank), json.dumps(astuple(mine)))
         except UserError as error:
-            store.set(_door(rank), _told(error))
+            store.set(_door(rank), _as_json(error))
         if rank == 0:
             verdict = _ask_all(store, world, device, end - 0.2 * seconds, seconds)
-            store.set(f"{ROOM}/verdict", _told(verdict) if verdict else "")
+            store.set(f"{ROOM}/verdict", _as_json(verdict) if verdict else "")
             if verdict and world > 1:
                 with contextlib.suppress(dist.DistStoreError):  # who has gone does not read it
                     store.wait([f"{ROOM}/read"], timedelta(seconds=min(5.0, 0.1 * seconds)))
@@ -191,13 +191,13 @@ def _tried(rank: int) -> str:
     return f"{ROOM}/{rank}/tried"
 
 
-def _told(error: UserError) -> str:
+def _as_json(error: UserError) -> str:
     return json.dumps({"refused": [error.key, str(error.value), error.problem, error.remedy]})
 
 
 def _refusal(text: bytes) -> UserError | None:
-    told = json.loads(text) if text else None
-    return UserError(*told["refused"]) if isinstance(told, dict) else None
+    answer = json.loads(text) if text else None
+    return UserError(*answer["refused"]) if isinstance(answer, dict) else None
 
 
 def _awaited(store: Any, keys: Sequence[str], end: float) -> list[bytes]:

@@ -50,7 +50,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Row:
+class StateRow:
     """A stage in some state: moves by role, the mean over some steps; `lr`: peak learning rates by role of matrix,
     where it has any."""
 
@@ -60,7 +60,7 @@ class Row:
     moved: dict[str, Moved]
 
 
-def coordinates(config: RunConfig, stages: Sequence[Stage], sources: Sources, steps: int) -> list[Row]:
+def coordinates(config: RunConfig, stages: Sequence[Stage], sources: Sources, steps: int) -> list[StateRow]:
     """Every stage from scratch, and grown from the stage before: that one `steps` steps old, at its peak rate.
 
     Of `steps` steps the last quarter is measured, and of a grown stage the first quarter too. In this process alone,
@@ -92,8 +92,8 @@ def measured(steps: int) -> int:
     return max(1, steps // 4)
 
 
-def _row(config: RunConfig, stage: Stage, state: str, seen: Sequence[dict[str, Moved]]) -> Row:
-    return Row(stage, state, _rates(config, stage), {role: _mean([each[role] for each in seen]) for role in ROLES})
+def _row(config: RunConfig, stage: Stage, state: str, seen: Sequence[dict[str, Moved]]) -> StateRow:
+    return StateRow(stage, state, _rates(config, stage), {role: _mean([each[role] for each in seen]) for role in ROLES})
 
 
 def _rates(config: RunConfig, stage: Stage) -> dict[str, float]:

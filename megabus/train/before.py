@@ -13,7 +13,7 @@ from megabus.checkpoint.contents import Found, look
 from megabus.checkpoint.manifest import DamagedError
 from megabus.checkpoint.store import checkpoints_of, complete
 from megabus.config import RunConfig, Stage
-from megabus.config.effects import unheeded
+from megabus.config.effects import keys_without_effect
 from megabus.config.precision import itemsize
 from megabus.config.stages import by_batches, longest_sequence, stage_section
 from megabus.engine.startup import local_ranks
@@ -75,7 +75,7 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
         found = None if config.resume == "never" else _newest(config)
         if found is not None:
             check_stage(found, config, stages)
-        return Notes(said, [*unheeded(config), *warned])
+        return Notes(said, [*keys_without_effect(config), *warned])
     if config.init_from is not None:
         # Slow to import, and most runs begin with nothing.
         from megabus.convert.begin import past_context, read_description
@@ -83,7 +83,7 @@ def _checked(config: RunConfig, stages: list[Stage]) -> Notes:
         origin = read_description(config.init_from)
         check_begins(origin, stages[0], config.extend_vocabulary)
         warned += past_context(origin, longest_sequence(stages))
-    return Notes(said, [*unheeded(config), *warned, *check_growths(config, stages)])
+    return Notes(said, [*keys_without_effect(config), *warned, *check_growths(config, stages)])
 
 
 def _of_device(config: RunConfig) -> list[str]:

@@ -28,7 +28,7 @@ class Log(Callback):
 
     def __init__(self) -> None:
         self.pace: Pace = deque(maxlen=20)
-        self._told: tuple[int, float] | None = None  # step and validation loss of the last line that had one
+        self._last_logged: tuple[int, float] | None = None  # step and validation loss of the last line that had one
 
     def on_row(self, run: Run, row: Row) -> None:
         if row["event"] in ("growth", "resume", "phase"):  # what came before says nothing of what comes
@@ -53,11 +53,11 @@ class Log(Callback):
         elif row["event"] == "evaluation":
             for name, loss in row["loss"].items():
                 bits = row["bits_per_byte"][name]
-                told = f"loss {loss:.4f}" + (f", {bits:.4f} bits/byte" if bits else "")
-                say(f"step {row['step']:>5} | {name} ({row['when']}): {told}")
+                text = f"loss {loss:.4f}" + (f", {bits:.4f} bits/byte" if bits else "")
+                say(f"step {row['step']:>5} | {name} ({row['when']}): {text}")
         elif row["event"] == "tasks":
-            told = ", ".join(f"{name} {value:.4f}" for name, value in row.get("scores", {}).items())
-            say(f"step {row['step']:>5} | tasks ({row['when']}): {told or 'failed, ' + row['error']}")
+            text = ", ".join(f"{name} {value:.4f}" for name, value in row.get("scores", {}).items())
+            say(f"step {row['step']:>5} | tasks ({row['when']}): {text or 'failed, ' + row['error']}")
         elif row["event"] == "profile":
             shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
             say(
@@ -79,8 +79,8 @@ class Log(Callback):
             say(step_line(row, run.stage, run.view if run.can_grow else None, seconds_left(self.pace)))
 
     def on_eval(self, run: Run, row: Row) -> None:
-        if (row["step"], row["loss"]) != self._told:
-            self._told = row["step"], row["loss"]
+        if (row["step"], row["loss"]) != self._last_logged:
+            self._last_logged = row["step"], row["loss"]
             bits = row["bits_per_byte"]
             say(
                 f"step {row['step']:>5} | validation loss {row['loss']:.4f}"
@@ -93,7 +93,7 @@ class Log(Callback):
             say(f"step {row['step']:>5} | {row['why']}")
 
     def on_growth(self, run: Run, row: Row) -> None:
-        self._told = row["step"], row["loss_after"]
+        self._last_logged = row["step"], row["loss_after"]
         say(
             f"step {row['step']:>5} | GROWTH ({row['reason']}) {describe(run.stages[row['from_stage']])} -> "
             f"{describe(run.stage)} | loss {row['loss_before']:.6f} -> {row['loss_after']:.6f} | "

@@ -92,11 +92,11 @@ def check_continues(found: Found, config: RunConfig, stages: list[Stage], data: 
     for key, was, is_now in _changes(before, after):
         changes.append((f"data.{key}" if key == MASK else f"contents of data: {key}", was, is_now))
     _check_unchanged(found, config, changes)
-    told = [f"{key}: {as_written(was)} -> {as_written(is_now)}" for key, was, is_now in changes]
+    lines = [f"{key}: {as_written(was)} -> {as_written(is_now)}" for key, was, is_now in changes]
     was_averaged = _as_read_now(found.state.config)[0]["train"].get("ema", [])
     if set(was_averaged) != set(config.train.ema):  # free to change, though what is saved changes
-        told.append(f"train.ema: {was_averaged} -> {config.train.ema}; a new mean begins with the weights as they are")
-    return told + (_rates(found, config, stages) if changes else [])
+        lines.append(f"train.ema: {was_averaged} -> {config.train.ema}; a new mean begins with the weights as they are")
+    return lines + (_rates(found, config, stages) if changes else [])
 
 
 def _check_unchanged(found: Found, config: RunConfig, changes: list[tuple[str, Any, Any]]) -> None:
@@ -111,7 +111,7 @@ def _as_read_now(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     key that is refused now because it has no effect the value that does the same: that must be free to go."""
     try:
         parsed = parse_config(config)
-    except UserError:  # of another version, which may have had keys that are gone: told as they are
+    except UserError:  # of another version, which may have had keys that are gone: shown as they are
         return config, {}
     return parsed.model_dump(mode="json"), without_effect(parsed)
 
@@ -125,8 +125,8 @@ def _rates(found: Found, config: RunConfig, stages: list[Stage]) -> list[str]:
         before = parse_config(found.state.config)
         planned = resolve_stages(before, found.state.layout.world, saved=True)
     except UserError as error:
-        told = f"{is_now:.3g} times optimizer.lr by optimizer.transfer, and what they were is unknown"
-        return [f"all learning rates: {told} ({error.within(f'config of {found.folder}')})"]
+        line = f"{is_now:.3g} times optimizer.lr by optimizer.transfer, and what they were is unknown"
+        return [f"all learning rates: {line} ({error.within(f'config of {found.folder}')})"]
     was = horizon_factor(before, planned)
     if was is None or was == is_now:
         return []

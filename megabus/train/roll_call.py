@@ -67,15 +67,15 @@ class RollCall:
             keys = [key for key in keys if self.store.check([key])]
         return {int(key): Signature.read(text) for key, text in zip(keys, self.store.multi_get(keys), strict=True)}
 
-    def told(self, doing: str, patience: float) -> str:
+    def report(self, doing: str, patience: float) -> str:
         """One line on who no longer signs in and what they did when they last had. Takes `patience` seconds at most: a
         store behind a link that is down does not say so."""
         found: list[str] = []
         asking = threading.Thread(target=lambda: found.append(self._ask(doing)), daemon=True)
         asking.start()
         asking.join(patience)
-        told = found[0] if found else "the store where ranks met does not answer"
-        return f"rank {self.rank} on {self.host.name}, in {doing}: {told}"
+        line = found[0] if found else "the store where ranks met does not answer"
+        return f"rank {self.rank} on {self.host.name}, in {doing}: {line}"
 
     def _ask(self, doing: str) -> str:
         try:

@@ -74,9 +74,9 @@ class Watchdog:
             _write(file.read())  # at one go, so that ranks' stacks do not mix
         end = time.monotonic() + 0.85 * self.grace  # before faulthandler's thread
         if self.roll is not None:
-            told = self.roll.told(self.doing, 0.75 * self.grace)
-            _write(f"{told}\n".encode())
-            text = f"{text}; {told}"
+            line = self.roll.report(self.doing, 0.75 * self.grace)
+            _write(f"{line}\n".encode())
+            text = f"{text}; {line}"
         tell_torchrun(text)
         time.sleep(max(0.0, end - time.monotonic()))
         os._exit(EXIT_CODE)
@@ -99,7 +99,7 @@ def watched(timeout: float, rank: int) -> Iterator[Watchdog]:
     except Exception as error:
         watchdog.close()
         if roll is not None and peer_is_gone(error):
-            error.add_note(roll.told(watchdog.doing, PATIENCE))
+            error.add_note(roll.report(watchdog.doing, PATIENCE))
         raise
     finally:
         watchdog.close()

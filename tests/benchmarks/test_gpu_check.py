@@ -24,7 +24,7 @@ import yaml
 
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import attention, kernels, runs, software, speed, wheels
-from benchmarks.gpu_check.part import DONE, Check, Part, Told, run_part
+from benchmarks.gpu_check.part import DONE, Check, Part, PartResult, run_part
 from benchmarks.kernels import Clock
 from megabus.kernels import checked
 from megabus.kernels.form import EAGER
@@ -46,20 +46,20 @@ NEED_A_GPU = {
 
 
 def told_in(out):
-    return {part.name: Told.read(out / f"{part.name}.json") for part in command.parts()}
+    return {part.name: PartResult.read(out / f"{part.name}.json") for part in command.parts()}
 
 
 def test_every_part_runs_on_a_cpu_and_says_what_it_cannot_see_there(tmp_path):
     done = run_python(["-m", "benchmarks.gpu_check", "--small", "--out", tmp_path / "out"], cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = told_in(tmp_path / "out")
-    for name, told in found.items():
-        assert told.state == DONE
-        assert told.rows
-        needing = [row for row in told.rows if "need" in row[1] + row[0] and "GPU" in row[1] + row[0]]
+    for name, result in found.items():
+        assert result.state == DONE
+        assert result.rows
+        needing = [row for row in result.rows if "need" in row[1] + row[0] and "GPU" in row[1] + row[0]]
         assert len(needing) == NEED_A_GPU.get(name, 0), name
-        assert all(what in done.stdout and text in done.stdout for what, text, _ in told.rows)
-    right = {name: sum(ok is True for *_, ok in told.rows) for name, told in found.items()}
+        assert all(what in done.stdout and text in done.stdout for what, text, _ in result.rows)
+    right = {name: sum(ok is True for *_, ok in result.rows) for name, result in found.items()}
     assert min(right[part.name] for part in command.parts() if part.decides) >= 3
     assert ("resumed", "every loss has the bits of the run that was left alone", True) in found["resume"].rows
     assert done.stdout.endswith("passed; nothing is recorded of tiny sizes\n")
@@ -76,7 +76,7 @@ def test_every_part_runs_on_a_gpu(tmp_path):
     asked = [sys.executable, "-m", "benchmarks.gpu_check", "--small", "--out", str(tmp_path / "out")]
     done = subprocess.run(asked, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not any("needs a GPU" in text for told in told_in(tmp_path / "out").values() for _, text, _ in told.rows)
+    assert not any("needs a GPU" in text for result in told_in(tmp_path / "out").values() for _, text, _ in result.rows)
 
 
 def fails(check):
@@ -124,10 +124,10 @@ def is_right(check):
 )
 def test_what_a_part_told_counts_however_it_ends(tmp_path, job, seconds, state, passes):
     part = Part("one", job, seconds, decides=True)
-    told = run_part(part, tmp_path, True, seconds)
-    assert (told.state, part.passed(told)) == (state, passes)
-    assert told.rows[0][0] == "first"
-    assert Told.read(tmp_path / "one.json").state == state
+    result = run_part(part, tmp_path, True, seconds)
+    assert (result.state, part.passed(result)) == (state, passes)
+    assert result.rows[0][0] == "first"
+    assert PartResult.read(tmp_path / "one.json").state == state
     if job is fails:
         assert "in fails" in (tmp_path / "one.log").read_text()
     if job is is_late:  # what it has started is gone too
@@ -153,17 +153,17 @@ def test_a_kernel_that_is_off_is_told(tmp_path):
         ({"cross_entropy_": cross_entropy_}, {"eager cross_entropy_, 64 x 67"}),
     ):
         form = replace(EAGER, **changes)
-        told = Told(tmp_path / "kernels.json")
-        check, device = Check(True, tmp_path, told), torch.device("cpu")
+        result = PartResult(tmp_path / "kernels.json")
+        check, device = Check(True, tmp_path, result), torch.device("cpu")
         kernels._one_size(check, form, device, kernels.SMALL[0], Clock(device), None)
-        off = {what for what, _, ok in told.rows if ok is False}
+        off = {what for what, _, ok in result.rows if ok is False}
         assert off == wrong
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_a_run_has_its_settings_before_it_touches_the_device(tmp_path, monkeypatch, deterministic):
     """cuBLAS reads its own when it is first used, and a deterministic run would then end at its first product."""
-    check = Check(True, tmp_path, Told(tmp_path / "resume.json"))
+    check = Check(True, tmp_path, PartResult(tmp_path / "resume.json"))
     config = runs._config(check, runs.SMALL, "whole", deterministic)
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(config))
     environ, found = {}, []
@@ -187,15 +187,15 @@ def test_a_run_has_its_settings_before_it_touches_the_device(tmp_path, monkeypat
 )
 def test_a_measurement_may_be_late_and_a_decision_may_not(tmp_path, decides, state, ok, bad):
     part = Part("one", is_right, 60, decides)
-    found = {part: Told(tmp_path / "one.json", state, [("what", "text", ok)])}
+    found = {part: PartResult(tmp_path / "one.json", state, [("what", "text", ok)])}
     assert command._bad(found) == ["one"] * (bad or decides)
     assert ("NOT DONE" in command.table(found)) == (state != DONE and (bad or decides))
-    wrong = Told(tmp_path / "one.json", state, [("what", "text", False)])
+    wrong = PartResult(tmp_path / "one.json", state, [("what", "text", False)])
     assert command._bad({part: wrong}) == ["one"]
 
 
 def test_an_attention_that_breaks_is_no_refusal(tmp_path, monkeypatch):
-    check = Check(True, tmp_path, Told(tmp_path / "attention.json"))
+    check = Check(True, tmp_path, PartResult(tmp_path / "attention.json"))
     for text, refuses in (
         ("No available kernel. Aborting execution.", True),
         ("CUDA error: misaligned address", False),
@@ -242,7 +242,7 @@ def test_only_what_a_part_has_left_goes_before_it_runs_again(tmp_path):
 def test_kinds_are_compared_in_the_same_micro_batches(tmp_path, monkeypatch):
     card = SimpleNamespace(name="NVIDIA H200", total_memory=48 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    check = Check(False, tmp_path, Told(tmp_path / "step_times.json"))
+    check = Check(False, tmp_path, PartResult(tmp_path / "step_times.json"))
     arms = [speed._arm(check, "0.5b", kind, "eager") for kind in speed.KINDS]
     assert [arm.stage.model.kind for arm in arms] == ["ngpt", "gpt"]
     ngpt, gpt = ((arm.train.recompute, arm.stage.micro_batch_size, arm.stage.global_batch_size) for arm in arms)
@@ -252,9 +252,9 @@ def test_kinds_are_compared_in_the_same_micro_batches(tmp_path, monkeypatch):
 
 
 def test_a_part_without_time_is_left_out(tmp_path):
-    told = run_part(Part("one", is_right, 60, decides=True), tmp_path, True, -1.0)
-    assert told.state.startswith("left out")
-    assert "left out" in command.table({Part("one", is_right, 60, decides=True): told})
+    result = run_part(Part("one", is_right, 60, decides=True), tmp_path, True, -1.0)
+    assert result.state.startswith("left out")
+    assert "left out" in command.table({Part("one", is_right, 60, decides=True): result})
 
 
 def test_only_a_check_whose_deciding_parts_pass_is_recorded(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megabus.config import load_config, resolve_stages
-from megabus.config.effects import unheeded
+from megabus.config.effects import keys_without_effect
 from tests.support.tiny_config import BASE
 
 SILENCED = [
@@ -25,7 +25,7 @@ def test_a_key_that_another_silences_is_told(tmp_path, overrides, key, other):
     path.write_text(BASE)
     config = load_config(path, overrides.split())
     resolve_stages(config, 1)
-    (told,) = unheeded(config)
+    (told,) = keys_without_effect(config)
     assert told.startswith(f"{key}: has no effect with {other}")
     assert told.endswith("; leave it out")
-    assert unheeded(load_config(path)) == []
+    assert keys_without_effect(load_config(path)) == []

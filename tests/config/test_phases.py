@@ -9,7 +9,7 @@ import yaml
 
 from megabus.config import RunConfig, Stage, parse_config, resolve_stages
 from megabus.config.auto import written_out
-from megabus.config.effects import unheeded
+from megabus.config.effects import keys_without_effect
 from megabus.errors import UserError
 from megabus.estimate.devices import device
 from megabus.estimate.layouts import rank_layouts
@@ -226,4 +226,4 @@ def test_growth_auto_and_the_estimate_know_phases():
     ]
     assert "0 from 75%" in tables(found, device("cpu"))
     assert rank_layouts(config, stages[0].at(0.9), device("cpu"), 1).accepted > 0
-    assert unheeded(config) == []
+    assert keys_without_effect(config) == []

@@ -17,7 +17,7 @@ from tests.device.cases import CASES, MORE, look_at
 from tests.device.judge import problems
 from tests.device.micro_batch import SIZES, counted
 from tests.device.micro_batch import lines as size_lines
-from tests.device.table import lines, summary, write
+from tests.device.step_table import lines, summary, write
 
 
 def main() -> int:

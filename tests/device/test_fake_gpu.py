@@ -14,7 +14,7 @@ from megabus.testing.simulate import in_child
 from tests.device.allowed import ALLOWED
 from tests.device.cases import CASES, MICRO_BATCHES, Case, look_at
 from tests.device.judge import STEPS, held_scores, kept, missed_beats, out_of_order, problems, unknown_waits
-from tests.device.table import BOUNDS, summary
+from tests.device.step_table import BOUNDS, summary
 
 
 @pytest.fixture(scope="module")

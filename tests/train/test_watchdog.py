@@ -61,7 +61,7 @@ def beating(seconds, pause=0.05):
 
 
 def test_no_progress_ends_the_process(tmp_path, monkeypatch):
-    """torchrun, whose page about ranks comes last, is told why."""
+    """torchrun, whose page about ranks comes last, is line why."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
 
     def job():
@@ -75,8 +75,8 @@ def test_no_progress_ends_the_process(tmp_path, monkeypatch):
     assert said.startswith("rank 3: no progress for 0.4 s (faults.hang_timeout, less 0.1 s to say so):\n")
     assert "in job" in said  # the main thread's stack
     assert "in lost_in_thought" in said  # and any other's
-    told = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
-    assert told == said.partition(":\n")[0]
+    line = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert line == said.partition(":\n")[0]
 
 
 def test_a_log_that_takes_no_more_is_not_waited_for(tmp_path, monkeypatch):
@@ -208,14 +208,14 @@ def _asks_in_turn():
     roll.host = Host("elsewhere", "2") if rank == 2 else Host("here", "1")
     roll.sign("a save" if rank == 2 else "a step")
     dist.barrier()
-    told = ""
+    line = ""
     if rank == 1:
-        told = roll.told("a step", 5.0)
+        line = roll.report("a step", 5.0)
         roll.store.set("asked", "")
     elif rank == 0:
         while not roll.store.check(["asked"]):
             roll.sign("a step")
             time.sleep(0.02)
-        told = roll.told("a step", 5.0)
+        line = roll.report("a step", 5.0)
     dist.barrier()
-    return told.partition(": ")[2]
+    return line.partition(": ")[2]
