@@ -227,10 +227,18 @@ def curve_rows(rows: Sequence[MetricsRow]) -> list[MetricsRow]:
 def read_metrics(run_dir: str | Path) -> list[MetricsRow]:
     """The `start`, `step`, `eval` and `growth` rows of a run that count, in order. Raises `UserError` where there are
     none (see also `read_rows`)."""
-    rows = curve_rows(what_counts(read_rows(run_dir)))
+    return read_curves(run_dir)[0]
+
+
+def read_curves(run_dir: str | Path) -> tuple[list[MetricsRow], list[MetricsRow]]:
+    """The rows of `read_metrics`, and the `phase` rows that count."""
+    counted, path = what_counts(read_rows(run_dir)), Path(run_dir) / "metrics.jsonl"
+    rows, phases = curve_rows(counted), [row for row in counted if row["event"] == "phase"]
     if not rows:
-        raise UserError("metrics", Path(run_dir) / "metrics.jsonl", "is empty", "wait for the first logged step")
-    return rows
+        raise UserError("metrics", path, "is empty", "wait for the first logged step")
+    for key in ("tokens", "flops"):
+        numbers(phases, key, path, required=True)
+    return rows, phases
 
 
 def places(rows: Sequence[MetricsRow], x: XAxis) -> list[float]:

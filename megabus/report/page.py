@@ -55,7 +55,7 @@ def gather(run_dirs: Sequence[str | Path]) -> Report:
 
 def _curves(run: RunFacts, panels: Sequence[Panel]) -> RunCurves:
     fault_marks = [_fault_mark(run, fault) for fault in faults(run) if fault["is_fault"]][:_MOST_MARKS]
-    check_phases(run)
+    check_phases(run.tracks.rows("phase"), run.folder)
     return RunCurves(run.name, drawn(run.tracks, panels), growth_marks(run), phase_marks(run), fault_marks)
 
 

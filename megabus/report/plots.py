@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megabus.config.reasons import REASONS
 from megabus.errors import UserError
 from megabus.report.figure import COLOURS, as_they_are, dress, picture
@@ -17,10 +19,12 @@ from megabus.report.history import (
     layouts_that_ran,
     not_logged,
     places,
+    read_curves,
     read_metrics,
     read_rows,
     skipped_spikes,
 )
+from megabus.report.phases import check_phases, letters, phase_text
 from megabus.table import aligned, si
 
 if TYPE_CHECKING:
@@ -86,19 +90,21 @@ def _power(value: float) -> str:
 
 
 def plot_loss(run_dirs: Sequence[str | Path], out_png: str | Path, x: XAxis = "flops", log_x: bool = False) -> Path:
-    """Draw training loss (faint), validation loss and growth (labelled lines) of the runs; the file."""
+    """Draw the runs' training loss (faint), validation loss, growths and phases (labelled lines); the file."""
     if x not in X_LABEL:
         raise UserError("x", x, "no such axis", f"use one of {', '.join(X_LABEL)}")
-    runs = [read_metrics(run_dir) for run_dir in run_dirs]
+    read = [read_curves(run_dir) for run_dir in run_dirs]
+    runs = [rows for rows, _ in read]
     with picture(out_png, (9.6, _HEIGHT)) as figure:
         axes = figure.add_axes((0.075, 0.1, 0.895, 0.8))
         labels, curves = [], {}
-        for i, (run_dir, rows) in enumerate(zip(run_dirs, runs, strict=True)):
+        for i, (run_dir, (rows, phases)) in enumerate(zip(run_dirs, read, strict=True)):
             colour = COLOURS[i % len(COLOURS)]
             faint = colour if len(runs) > 1 else COLOURS[1]  # of one run the two losses have a colour each
             curve, name = _draw_run(axes, rows, Path(run_dir).resolve().name, (colour, faint), x, log_x)
             curves[curve] = name
-            labels += [(at, text, colour) for at, text in _growths(rows, x)]
+            check_phases(phases, Path(run_dir))
+            labels += [(at, text, colour) for at, text in (*_growths(rows, x), *_phases(rows, phases, x))]
         _dress(axes, runs, curves, x, log_x)
         _lay_labels(figure, axes, labels)
     return Path(out_png)
@@ -131,6 +137,12 @@ def _growths(rows: Sequence[MetricsRow], x: XAxis) -> list[tuple[float, str]]:
     """(x, label) of each growth."""
     pairs = zip(places(rows, x), rows, strict=True)
     return [(at, growth_text(row)) for at, row in pairs if row["event"] == "growth"]
+
+
+def _phases(rows: Sequence[MetricsRow], phases: Sequence[MetricsRow], x: XAxis) -> list[tuple[float, str]]:
+    """(x, label) of each phase but the first, with the letter that the report page has for it."""
+    at = np.interp([row["step"] for row in phases], [row["step"] for row in rows], places(rows, x))
+    return [(float(at[i]), f"{letters(i)}: {phase_text(row)}") for i, row in enumerate(phases)]
 
 
 def growth_text(row: MetricsRow) -> str:

@@ -79,6 +79,31 @@ def drawn(monkeypatch, *args, **kwargs):
     return figures[0]
 
 
+def phase_row(step, **samples):
+    names = ("weights", "seq_len", "micro_batch_size", "global_batch_size")
+    samples = dict(zip(names, ([1, 1], 32, 4, 8), strict=True)) | samples
+    return {"event": "phase", **at(step), "share": step / 100, "changed": [*samples][:2]} | samples
+
+
+def test_phases_are_marked_as_on_the_page(tmp_path, monkeypatch):
+    """With their letters, on every axis; a phase that a resume took back is not."""
+    folder = grown_run(tmp_path)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows += [phase_row(25, weights=[2, 1]), phase_row(60, seq_len=64)]
+    rows.sort(key=lambda row: row["step"])
+    folder = run_with(tmp_path, [*rows, phase_row(110), {"event": "resume", **at(100)}], "phases")
+    for x, scale in (("tokens", 1000), ("flops", 2e9), ("time", 1 / 3600)):
+        axes = drawn(monkeypatch, [folder], tmp_path / "out.png", x).axes[0]
+        flags = {text.get_text(): text.xy[0] for text in axes.texts}
+        del flags["d 96→144, L 4→6 (κ)"]
+        assert [*flags] == ["b: weights 1:1, length 64", "a: weights 2:1, length 32"]
+        places = [60, 25] if x != "time" else [60 + 2.5, 25]
+        assert [*flags.values()] == pytest.approx([place * scale for place in places]), x
+    bad = run_with(tmp_path, [*rows, phase_row(90, seq_len="long")], "bad")
+    with pytest.raises(UserError, match=r"^metrics: seq_len = long: of the phase row of step 90 is no number"):
+        plot_loss([bad], tmp_path / "out.png")
+
+
 # ---- reading
 
 
