@@ -60,12 +60,14 @@ def read_tokens(prefix):
     return np.array(corpus.tokens(0, corpus.n_tokens))
 
 
+STAGES = [
+    {"d_model": 52, "n_heads": 3, "d_ff": 90, "max_tokens": 1024},
+    {"n_layers": 5, "seq_len": 32, "micro_batch_size": 2, "lr": 3e-3},
+]
+
+
 def run_config(corpus, run_dir, layouts, **changes):
     """Three stages, growing at 1024 and 2048 tokens; `section__key=value` changes it."""
-    stages = [
-        {"d_model": 52, "n_heads": 3, "d_ff": 90, "max_tokens": 1024},
-        {"n_layers": 5, "seq_len": 32, "micro_batch_size": 2, "lr": 3e-3},
-    ]
     tree = {
         "run_dir": str(run_dir),
         "model": {"vocab_size": VOCAB, "d_model": 36, "n_layers": 3, "n_heads": 2, "head_dim": 6, "d_ff": 62},
@@ -76,7 +78,7 @@ def run_config(corpus, run_dir, layouts, **changes):
             "moments": "grow",
             "max_tokens": 1024,
             "trigger": {"predictor": "constant", "constant": 1.5, "kappa": 0.99},
-            "stages": [stage | {"layout": layout} for stage, layout in zip(stages, layouts[1:], strict=True)],
+            "stages": [stage | {"layout": layout} for stage, layout in zip(STAGES, layouts[1:], strict=True)],
         },
         "data": {"train": str(corpus / "train"), "valid": str(corpus / "valid")},
         "eval": {"every": 4, "tokens": 256},
@@ -84,6 +86,29 @@ def run_config(corpus, run_dir, layouts, **changes):
         "preflight": {"enabled": False},  # half a second of every start
     }
     return parse_config(changed(tree, changes))
+
+
+def quick_config(corpus, run_dir, layouts, **changes):
+    """`run_config` with two micro batches in every step of 8 samples, and half as many tokens in a validation: ranks on
+    CPUs spend most of their time on the small collectives of each micro batch."""
+    ranks = max(map(_ranks, layouts))
+    stages = [stage | {"layout": layout} for stage, layout in zip(STAGES, layouts[1:], strict=True)]
+    stages = [stage | _halved(stage["layout"], ranks) for stage in stages]
+    if "growth__stages" in changes and "train__micro_batch_size" not in changes:
+        given = changes["growth__stages"]
+        changes["growth__stages"] = [_halved(s["layout"], ranks) | s if "layout" in s else s for s in given]
+    micro = _halved(layouts[0], ranks)["micro_batch_size"]
+    quick = {"train__micro_batch_size": micro, "eval__tokens": 128, "growth__stages": stages}
+    return run_config(corpus, run_dir, layouts, **quick | changes)
+
+
+def _halved(layout, ranks):
+    """ranks: of the run, where the layout does not say its dp."""
+    return {"micro_batch_size": 4 // (layout.get("dp") or ranks // _ranks(layout))}
+
+
+def _ranks(layout):
+    return layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
 
 
 def rows_of(config, event):

@@ -16,7 +16,16 @@ from megabus.errors import UserError
 from megabus.testing.ranks import run_ranks
 from megabus.train import callbacks
 from tests.support.launching import launch_forked
-from tests.support.small_runs import attempt, checkpoints, rows_of, run_config, start, stop_after, untimed, write_corpus
+from tests.support.small_runs import (
+    attempt,
+    checkpoints,
+    quick_config,
+    rows_of,
+    start,
+    stop_after,
+    untimed,
+    write_corpus,
+)
 
 PAGE = Path(__file__).parents[2] / "docs/callbacks.md"
 RAISES = """
@@ -63,9 +72,9 @@ def test_it_is_told_of_all_through_growths_and_a_resume(corpus, tmp_path, of_the
     """On two ranks that are laid out anew; and the run's bits are those of a run without it."""
     layouts = [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}]
     changes = {"checkpoint__every": 6, "train__max_tokens": 2400}
-    plain = start(run_config(corpus, tmp_path / "plain", layouts, **changes), 2)
+    plain = start(quick_config(corpus, tmp_path / "plain", layouts, **changes), 2)
     named = [{"name": of_the_page, "arguments": {"path": str(tmp_path / "seen.txt")}}]
-    config = run_config(corpus, tmp_path / "run", layouts, callbacks=named, **changes)
+    config = quick_config(corpus, tmp_path / "run", layouts, callbacks=named, **changes)
     first = start(config, 2, stop_after(11))
     second = start(config, 2)
     whole = [a.steps + b.steps for a, b in zip(first, second, strict=True)]
@@ -81,7 +90,7 @@ def test_a_run_ends_with_a_checkpoint_where_one_raises_on_one_rank(corpus, tmp_p
     named = {"name": f"{tmp_path / 'raises.py'}:Raises", "arguments": {"where": where, "rank": rank}}
     cap = {"growth__max_tokens": 9 * 128, "checkpoint__every": 9, "train__max_tokens": 128 * 12}
     cap["checkpoint__asynchronous"] = False  # else a save is told when it is done, perhaps at the end
-    config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=[named], **cap)
+    config = quick_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=[named], **cap)
     ranks = attempt(config, 2)
     method = "before_growth" if where == "before" else f"on_{where}"
     problem = f"raised KeyError: 'no such thing' in {method} after step "
@@ -125,7 +134,7 @@ def test_it_is_refused_before_anything_is_made(corpus, tmp_path):
     configs = []
     for name, arguments, *_ in cases:
         named = [{"name": name, "arguments": arguments}]
-        configs.append(run_config(corpus, tmp_path / "run", [{}] * 3, callbacks=named))
+        configs.append(quick_config(corpus, tmp_path / "run", [{}] * 3, callbacks=named))
     (lines,) = run_ranks(1, _refused, configs)
     for line, (*_, begins, holds) in zip(lines, cases, strict=True):
         assert line.startswith(begins), line
@@ -134,7 +143,7 @@ def test_it_is_refused_before_anything_is_made(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
     for name in ("mine.py", "mine:", ":Good", "mine.py:not a name"):
         with pytest.raises(UserError, match=r"callbacks\.0\.name = .*: names no class; write path"):
-            run_config(corpus, tmp_path / "run", [{}] * 3, callbacks=[name])
+            quick_config(corpus, tmp_path / "run", [{}] * 3, callbacks=[name])
 
 
 def _refused(configs):
@@ -169,7 +178,7 @@ class Own(megabus.Callback):
 
 
 def test_python_is_given_the_same(corpus, tmp_path):
-    config = run_config(corpus, tmp_path / "run", [{}] * 3, train__max_tokens=128 * 3)
+    config = quick_config(corpus, tmp_path / "run", [{}] * 3, train__max_tokens=128 * 3)
     ((heard, folder),) = run_ranks(1, _from_python, config)
     assert folder == str(tmp_path / "run/checkpoints/step-00000003")
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -191,7 +200,7 @@ def _from_python(config):
 
 def test_what_ranks_have_not_alike_is_refused(corpus, tmp_path):
     """As where rank 0 alone is given one: the others would wait for nothing at its first word."""
-    config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3)
+    config = quick_config(corpus, tmp_path / "run", [{"dp": 2}] * 3)
     told = "callbacks = none: are what rank 1 has, and rank 0 has Own; give every rank as many of the same kind"
     assert run_ranks(2, _of_rank_0, config) == [told] * 2
     assert not (tmp_path / "run").exists()
@@ -261,7 +270,7 @@ def test_what_cannot_be_told_is_told_on_no_rank(corpus, tmp_path, capfd):
     ways = ["a tensor", "the trainer's event", "a step", "one rank", "one that leaves", "itself"]
     tells = {"name": f"{tmp_path / 'tells.py'}:Tells", "on_error": "drop"}
     named = [{"name": f"{tmp_path / 'tells.py'}:Hears"}, *(tells | {"arguments": {"how": how}} for how in ways)]
-    config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=named, train__max_tokens=128 * 3)
+    config = quick_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=named, train__max_tokens=128 * 3)
     start(config, 2)
     (heard,) = rows_of(config, "heard")
     assert heard["same"]
@@ -290,7 +299,7 @@ def test_a_whole_run_shows_what_it_is_though_one_raises_at_its_end(corpus, tmp_p
         "            raise KeyError('late')\n"
     )
     named = [{"name": f"{tmp_path / 'ends.py'}:Ends"}]
-    config = run_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=named, train__max_tokens=128 * 2)
+    config = quick_config(corpus, tmp_path / "run", [{"dp": 2}] * 3, callbacks=named, train__max_tokens=128 * 2)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     first, second = launch_forked("--config", tmp_path / "run.yaml")
     assert [first.code, second.code] == [2, 2]
@@ -303,7 +312,7 @@ def test_a_whole_run_shows_what_it_is_though_one_raises_at_its_end(corpus, tmp_p
 
 def test_one_that_raises_is_told_though_the_run_was_asked_to_stop(corpus, tmp_path, capfd):
     (tmp_path / "tells.py").write_text(TELLS)
-    config = run_config(corpus, tmp_path / "run", [{}] * 3, callbacks=[{"name": f"{tmp_path / 'tells.py'}:Stops"}])
+    config = quick_config(corpus, tmp_path / "run", [{}] * 3, callbacks=[{"name": f"{tmp_path / 'tells.py'}:Stops"}])
     (rank,) = attempt(config, 1)
     assert rank.error.startswith("callbacks.0 = Stops: raised KeyError: 'at the start' in on_row after step 0")
 
@@ -313,7 +322,7 @@ def test_what_ends_at_the_start_goes_on_with_the_same_bits(corpus, tmp_path):
     (tmp_path / "tells.py").write_text(TELLS)
     stops = {"name": f"{tmp_path / 'tells.py'}:Stops", "arguments": {"asks": False}}
     config, plain = (
-        run_config(corpus, tmp_path / name, [{}] * 3, train__max_tokens=128 * 5, log={"why": True})
+        quick_config(corpus, tmp_path / name, [{}] * 3, train__max_tokens=128 * 5, log={"why": True})
         for name in ("run", "plain")
     )
     (rank,) = attempt(config.model_copy(update={"callbacks": [CallbackConfig(**stops)]}), 1)

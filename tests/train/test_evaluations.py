@@ -31,9 +31,9 @@ from megabus.train.task_runs import TaskRuns
 from tests.support.small_runs import (
     VOCAB,
     after_step,
+    quick_config,
     refusal,
     rows_of,
-    run_config,
     start,
     untimed,
     write_corpus,
@@ -67,7 +67,7 @@ def corpus(tmp_path_factory):
 
 def configured(corpus, run_dir, extra, **changes):
     keys = {"data__tokenizer": str(corpus / "t.model"), "model__vocab_size": 301, "train__max_tokens": 2400}
-    return run_config(corpus, run_dir, LAYOUTS, eval__extra=extra, **keys | changes)
+    return quick_config(corpus, run_dir, LAYOUTS, eval__extra=extra, **keys | changes)
 
 
 def stub():

@@ -21,10 +21,10 @@ from tests.support.small_runs import (
     checkpoints,
     consumed,
     digest,
+    quick_config,
     read_state_of,
     read_tokens,
     rows_of,
-    run_config,
     start,
     stop_after,
     write_corpus,
@@ -108,7 +108,7 @@ def left_out(*calls):
 
 def configured(corpus, run_dir, layout, steps=6, **changes):
     changes = {"growth__stages": [], "growth__max_tokens": None} | changes
-    return run_config(corpus, run_dir, [layout, {}, {}], train__max_tokens=STEP * steps, **changes)
+    return quick_config(corpus, run_dir, [layout, {}, {}], train__max_tokens=STEP * steps, **changes)
 
 
 LAYOUTS = {

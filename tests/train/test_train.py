@@ -16,7 +16,7 @@ from megabus.data.batches import TokenSource
 from megabus.errors import UserError
 from megabus.preflight.software import check_kernels
 from megabus.testing.ranks import run_ranks
-from tests.support.small_runs import VOCAB, refusal, rows_of, run_config, write_corpus
+from tests.support.small_runs import VOCAB, quick_config, refusal, rows_of, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_kernels_that_cannot_hold_a_later_stage_are_refused_before_the_first(cor
     stages = [growth | {"max_tokens": 1024} for growth in growths[:-1]] + growths[-1:]
     growth = {"max_tokens": 64, "trigger": {"predictor": "constant", "constant": 1.5}, "stages": stages}
     train = {"seq_len": 16, "micro_batch_size": 2, "global_batch_size": 8, "max_tokens": 4000, "kernels": "triton"}
-    config = run_config(corpus, tmp_path / "run", LAYOUTS["one"], growth=growth, train=train, model__head_dim=130)
+    config = quick_config(corpus, tmp_path / "run", LAYOUTS["one"], growth=growth, train=train, model__head_dim=130)
     told = refusal(config, 1)
     assert told.startswith(line)
     assert told.endswith("that train.kernels = triton holds; set train.kernels to compiled or eager")
@@ -52,7 +52,7 @@ def test_kernels_that_cannot_hold_a_later_stage_are_refused_before_the_first(cor
 def test_kernels_see_a_rank_s_heads(corpus, tmp_path, n_heads, refused):
     model = {"n_heads": n_heads, "head_dim": 130, "d_model": 64, "n_layers": 2, "d_ff": 64, "vocab_size": VOCAB}
     layout = {"tp": 2, "pp": 1}
-    config = run_config(corpus, tmp_path, [layout] * 3, model=model, growth={}, train__kernels="triton")
+    config = quick_config(corpus, tmp_path, [layout] * 3, model=model, growth={}, train__kernels="triton")
     expected = pytest.raises(UserError, match="33 x 130") if refused else nullcontext()
     with expected:
         check_kernels(config, resolve_stages(config, 2))
@@ -69,7 +69,7 @@ def runs(corpus, tmp_path_factory):
     """The same growing run on one rank, and on four that are laid out anew at each growth."""
     configs = {}
     for name, layouts in LAYOUTS.items():
-        configs[name] = run_config(corpus, tmp_path_factory.mktemp("runs") / name, layouts)
+        configs[name] = quick_config(corpus, tmp_path_factory.mktemp("runs") / name, layouts)
         run_ranks(1 if name == "one" else 4, _train, configs[name])
     return configs
 
@@ -109,7 +109,7 @@ def test_the_checkpoint_is_the_model_that_was_validated(runs, corpus):
     assert (model.config.d_model, model.config.n_layers, model.config.n_heads) == (52, 5, 3)
     source = TokenSource([(str(corpus / "valid"), 1.0)], 32, 0, VOCAB)
     logged = rows_of(config, "eval")[-1]["loss"]
-    inputs, targets = source.batch(0, 32, range(8))  # 256 tokens
+    inputs, targets = source.batch(0, 32, range(4))  # 128 tokens
     loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     assert abs(float(loss) - logged) <= 1e-5
 
@@ -118,7 +118,7 @@ def test_kappa_triggers_where_its_formula_says(corpus, tmp_path):
     """With a known mp, the first median of three at or below mp + (1 - kappa)(start - mp) grows, and no earlier one."""
     trigger = {"predictor": "constant", "constant": 3.0, "kappa": 0.6, "min_evals": 1}
     changes = {"growth__trigger": trigger, "growth__max_tokens": None, "train__max_tokens": 6000}
-    config = run_config(corpus, tmp_path / "kappa", LAYOUTS["four"], **changes)
+    config = quick_config(corpus, tmp_path / "kappa", LAYOUTS["four"], **changes)
     run_ranks(4, _train, config)
     evals = [row for row in rows_of(config, "eval") if row["stage"] == 0]
     losses = [row["loss"] for row in evals]
@@ -135,7 +135,7 @@ def test_caps_alone_grow_where_the_rate_falls(corpus, tmp_path, decay, reasons):
     """Though κ has been met long before: a cap that is reached then must not be passed over."""
     trigger = {"predictor": "constant", "constant": 1.0, "kappa": 0.1, "min_evals": 6}
     changes = {"growth__trigger": trigger, "optimizer__decay_share": decay, "train__max_tokens": 6000, "eval__every": 1}
-    config = run_config(corpus, tmp_path / "run", LAYOUTS["one"], **changes)
+    config = quick_config(corpus, tmp_path / "run", LAYOUTS["one"], **changes)
     run_ranks(1, _train, config)
     growths = rows_of(config, "growth")
     assert [growth["reason"] for growth in growths] == reasons
@@ -170,7 +170,7 @@ def _nan_job(config):
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}], ids=str)
 def test_a_nan_on_one_rank_stops_all(corpus, tmp_path, layout):
-    config = run_config(corpus, tmp_path / "nan", [layout, {"tp": 1}, {"tp": 1}])
+    config = quick_config(corpus, tmp_path / "nan", [layout, {"tp": 1}, {"tp": 1}])
     messages = run_ranks(2, _nan_job, config)
     assert messages[0] == messages[1]
     told = "train.loss = nan: is not finite at step 4, the last of 4 such steps in a row, and there is no checkpoint to"
@@ -204,7 +204,7 @@ def _meets_bad_token(config, bad_rank):
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}, {"tp": 1, "pp": 1}], ids=str)
 def test_a_bad_token_on_one_rank_is_told_by_all(corpus, tmp_path, layout, bad_rank):
     """Not a hang, not a wrong loss, whichever pipeline rank or replica reads it: every rank names the token."""
-    config = run_config(corpus, tmp_path / "bad", [layout, {"tp": 1}, {"tp": 1}])
+    config = quick_config(corpus, tmp_path / "bad", [layout, {"tp": 1}, {"tp": 1}])
     messages = run_ranks(2, _meets_bad_token, config, bad_rank)
     assert messages[0] == messages[1] == "data = corpus: token 7 has id 99, outside [0, 67); retokenize"
     assert len(rows_of(config, "step")) == 2
@@ -212,7 +212,7 @@ def test_a_bad_token_on_one_rank_is_told_by_all(corpus, tmp_path, layout, bad_ra
 
 def test_a_missing_tokenizer_is_told_at_the_start(corpus, tmp_path):
     changes = {"data__tokenizer": str(tmp_path / "no.model")}
-    config = run_config(corpus, tmp_path / "run", [{"tp": 1}] * 3, **changes)
+    config = quick_config(corpus, tmp_path / "run", [{"tp": 1}] * 3, **changes)
     with pytest.raises(RuntimeError, match=r"data\.tokenizer = .*no\.model: the file does not exist"):
         run_ranks(1, _train, config)
     assert not (tmp_path / "run").exists()
@@ -220,7 +220,7 @@ def test_a_missing_tokenizer_is_told_at_the_start(corpus, tmp_path):
 
 def test_ranks_agree_on_bad_data(corpus, tmp_path):
     """A corpus that only one rank cannot read stops both, with its message."""
-    config = run_config(corpus, tmp_path / "bad", [{"tp": 1}] * 3)
+    config = quick_config(corpus, tmp_path / "bad", [{"tp": 1}] * 3)
     messages = run_ranks(2, _hides_corpus, config)
     assert messages[0] == messages[1]
     assert "missing" in messages[0]
