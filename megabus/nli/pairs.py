@@ -23,7 +23,7 @@ GoldLabel = Literal["entailment", "neutral", "contradiction"]
 LABELS: tuple[str, ...] = get_args(GoldLabel)  # in the order of SNLI's and MNLI's label ids
 
 
-class LabelledRow(BaseModel, strict=True):
+class PairRow(BaseModel, strict=True):
     """A pair as SNLI 1.0's and MultiNLI 1.0's files have it; - (-1 on the hub) where the annotators did not agree."""
 
     gold_label: Literal[GoldLabel, "-", "-1"]
@@ -79,7 +79,7 @@ def read_jsonl(path: Path, key: str) -> PairSet:
     try:
         with open_regular(path, links=True) as raw, gzip.open(raw, "rb") if path.suffix == ".gz" else raw as file:
             lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
-            return _pair_set(key, str(path), lines, LabelledRow.model_validate_json)
+            return _pair_set(key, str(path), lines, PairRow.model_validate_json)
     except (OSError, EOFError, zlib.error, NotPlainError) as error:
         raise UserError(key, path, f"cannot be read ({error})", "check the file") from error
 
@@ -117,23 +117,21 @@ class Hub:
             raise UserError("--data", self.name, f"split {split}: {error}", f"it needs {', '.join(COLUMNS)}") from error
         names = dict(enumerate(getattr(data.features["gold_label"], "names", None) or LABELS))
 
-        def named(row: dict[str, Any]) -> LabelledRow:
-            return LabelledRow.model_validate(
-                row | {"gold_label": names.get(row["gold_label"], str(row["gold_label"]))}
-            )
+        def named(row: dict[str, Any]) -> PairRow:
+            return PairRow.model_validate(row | {"gold_label": names.get(row["gold_label"], str(row["gold_label"]))})
 
         rows = ((f"row {number}", row) for number, row in enumerate(data))
         return _pair_set("--data", f"{self.name}/{split}", rows, named)
 
 
-def _pair_set(key: str, name: str, rows: Iterable[tuple[str, Any]], parse: Callable[[Any], LabelledRow]) -> PairSet:
+def _pair_set(key: str, name: str, rows: Iterable[tuple[str, Any]], parse: Callable[[Any], PairRow]) -> PairSet:
     """Check and keep the rows, each behind its place; `key` is the option that `name` was given to."""
     parsed = []
     for place, given in rows:
         try:
             parsed.append(parse(given))
         except ValidationError as error:
-            raise described(error, LabelledRow).within(f"{key} = {name}, {place}") from None
+            raise described(error, PairRow).within(f"{key} = {name}, {place}") from None
     labelled = [row for row in parsed if row.gold_label in LABELS]
     if not labelled:
         raise UserError(key, name, f"holds no pair with a gold label ({len(parsed)} without)", "give labelled pairs")
