@@ -17,7 +17,7 @@ from tests.support.small_runs import quick_config, refusal, rows_of, start, stop
 LAYOUTS = [{"tp": 2}, {"dp": 2}, {"pp": 2}]
 # Twelve steps: growths come after steps 4 and 8.
 STAGES = [
-    {"d_model": 52, "n_heads": 4, "d_ff": 90, "max_tokens": 512, "layout": LAYOUTS[1]},
+    {"d_model": 52, "n_heads": 3, "d_ff": 90, "max_tokens": 512, "layout": LAYOUTS[1]},
     {"n_layers": 5, "seq_len": 32, "lr": 3e-3, "layout": LAYOUTS[2]},
 ]
 BUDGET = {"growth__max_tokens": 512, "train__max_tokens": 2048, "eval__every": 6}
