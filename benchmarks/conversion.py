@@ -7,6 +7,7 @@ can drop, are not counted.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -128,4 +129,7 @@ def run(command: Sequence[str]) -> tuple[float, int]:
     watcher.join()
     if process.wait():
         raise SystemExit(f"failed: {' '.join(command)}")
-    return float(text.split(" GB in ")[1].split()[0]), peak
+    said = re.search(r" [kMGT]?B in ([0-9.e+-]+) s", text)
+    if said is None:
+        raise SystemExit(f"it does not say how long it took: {' '.join(command)}: {text}")
+    return float(said[1]), peak
