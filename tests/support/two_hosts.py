@@ -32,8 +32,13 @@ def _checked(result: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _run(*words: str) -> None:
-    subprocess.run(words, check=True, capture_output=True, text=True)
+def _program(name: str) -> str | None:
+    """Where it lies: of two folders too that not every user's PATH has."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+
+
+def _run(program: str, *words: str) -> None:
+    subprocess.run([_program(program) or program, *words], check=True, capture_output=True, text=True)
 
 
 def _ip(*words: str) -> None:
@@ -58,7 +63,7 @@ class Host:
 
     def kill_all(self) -> None:
         """Every process on it that came by `ip netns exec`; torchrun gives ranks sessions of their own."""
-        found = subprocess.run(["ip", "netns", "pids", self.name], check=True, capture_output=True, text=True)
+        found = subprocess.run([_program("ip"), "netns", "pids", self.name], check=True, capture_output=True, text=True)
         for pid in found.stdout.split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
@@ -94,7 +99,7 @@ def two_hosts(meet_elsewhere: bool = False) -> Iterator[tuple[Host, Host]]:
         yield hosts[0], hosts[1]
     finally:
         for host in hosts:
-            subprocess.run(["ip", "netns", "del", host.name], check=False, capture_output=True)
+            subprocess.run([_program("ip"), "netns", "del", host.name], check=False, capture_output=True)
 
 
 def _join(hosts: Sequence[Host], devices: Sequence[str], addresses: Sequence[str]) -> None:
@@ -107,8 +112,9 @@ def _join(hosts: Sequence[Host], devices: Sequence[str], addresses: Sequence[str
 
 def why_no_namespaces() -> str | None:
     """Why two hosts cannot be made here; None where they can."""
-    if shutil.which("ip") is None:
-        return "the program `ip` is not there"
+    for name in ("ip", "tc"):
+        if _program(name) is None:
+            return f"the program `{name}` is not there"
     try:
         with two_hosts():
             return None
@@ -164,7 +170,16 @@ def torchruns(hosts: Sequence[Host], folder: Path, argv: list[str]) -> Iterator[
     begun = []
     try:
         for number, host in enumerate(hosts):
-            command = ["ip", "netns", "exec", host.name, sys.executable, "-m", "torch.distributed.run", *meeting]
+            command = [
+                _program("ip"),
+                "netns",
+                "exec",
+                host.name,
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *meeting,
+            ]
             command += [
                 "--rdzv-conf",
                 f"is_host={int(number == 0)}",
