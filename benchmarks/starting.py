@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,13 +16,13 @@ import yaml
 from benchmarks.arms import Timing
 from benchmarks.comparisons import Comparison, compare
 from benchmarks.growth_stall import demo_case, run_config, write_tokens
+from megabus.train.task_runs import without_launcher
 
-RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4
 QUICK = 0.5  # seconds that a help text or a refusal may take
 START, IMPORTS = 8.0, 5.0  # seconds that it may take until a step is made, and those of them that imports may take
-IMPORT = "import megabus.engine.startup as s; s.prepare_environment(); s.import_deepspeed()"
+IMPORT = "import megabus.engine.startup as s; s.preparewithout_launcher(); s.import_deepspeed()"
 
 
 def starts(rounds: int, small: bool) -> list[Comparison]:
@@ -57,17 +56,16 @@ def starts(rounds: int, small: bool) -> list[Comparison]:
     ]
 
 
-def _environment() -> dict[str, str]:
-    """Of a user's shell, not of the rank that other parts of the benchmarks have made this process."""
-    return {key: value for key, value in os.environ.items() if key not in RANK}
-
-
 def _seconds_of(words: list[str], rounds: int) -> Timing:
     seconds = []
     for _ in range(rounds):
         begun = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "megabus", *words], cwd=ROOT, capture_output=True, check=False, env=_environment()
+            [sys.executable, "-m", "megabus", *words],
+            cwd=ROOT,
+            capture_output=True,
+            check=False,
+            env=without_launcher(),
         )
         seconds.append(time.perf_counter() - begun)
     return Timing(seconds, 0)
@@ -85,7 +83,9 @@ def _config(folder: Path, ranks: int) -> dict[str, Any]:
 
 def _imports(ranks: int) -> float:
     begun = time.perf_counter()
-    processes = [subprocess.Popen([sys.executable, "-c", IMPORT], cwd=ROOT, env=_environment()) for _ in range(ranks)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", IMPORT], cwd=ROOT, env=without_launcher()) for _ in range(ranks)
+    ]
     codes = [process.wait() for process in processes]
     if any(codes):
         raise RuntimeError("torch and DeepSpeed cannot be imported")
@@ -99,7 +99,7 @@ def _first_step(config: dict[str, Any], ranks: int, after: int) -> float:
     with path.with_suffix(".log").open("w") as log:
         begun = time.perf_counter()
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env=_environment() | {"DS_ACCELERATOR": "cpu"}
+            command, cwd=ROOT, stdout=log, stderr=log, env=without_launcher() | {"DS_ACCELERATOR": "cpu"}
         )
         while process.poll() is None and _steps(config) <= after:
             time.sleep(0.005)

@@ -210,8 +210,8 @@ def _gain(timings: dict[str, Timing], two: str, one: str) -> Timing:
 
 
 def sizes(rounds: int, small: bool) -> list[Comparison]:
-    """How cost grows with the model and with the length of its sequences: slopes in log-log, the step's seconds and its
-    memory beside the arithmetic's, which are FLOPs, and parameters with their moments or tokens."""
+    """How cost grows with the model and with the length of its sequences: slopes in log-log of a step's seconds beside
+    those of its FLOPs, each with the memory of the larger one."""
     from megabus.model.cost import count_parameters, flops_per_token
 
     models = [(32, 1), (48, 2)] if small else [(128, 2), (256, 4), (512, 6), (1024, 8)]
@@ -228,10 +228,8 @@ def sizes(rounds: int, small: bool) -> list[Comparison]:
                 what, times = f"{short} to {long} tokens, d{old.d_model} L{old.n_layers}", long / short
             else:
                 names = [f"d{x.d_model} L{x.n_layers} ({count_parameters(x) / 1e6:.1f}M)" for x in (old, new)]
-                what, times = (
-                    f"{names[0]} to {names[1]}, 4 x {short} tokens",
-                    count_parameters(new) / count_parameters(old),
-                )
+                what = f"{names[0]} to {names[1]}, 4 x {short} tokens"
+                times = count_parameters(new) / count_parameters(old)
             flops = [flops_per_token(x, n) * n for x, n in ((old, short), (new, long))]
             a, b = timings[str(i)], timings[str(i + 1)]
             seconds = [math.log(y / x) / math.log(times) for x, y in zip(a.seconds, b.seconds, strict=True)]

@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
     if args.max_stages is not None and not args.by_law:
         problem = "is of sizes that a law chooses"
         raise UserError("--max-stages", args.max_stages, problem, "leave it out, or add --by-law")
-    if args.free and proposing and not args.by_law:
+    doubling = proposing and not args.by_law  # `growth: auto`, about which no law is asked
+    if args.free and doubling:
         problem = "is of a plan by the law, which this proposal is not"
         raise UserError("--free", "given", problem, "leave it out, or add --by-law")
     # They count parameters, for which torch is imported: not before the arguments are right.
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     tokens = proposal.tokens_of(config, last)
     print(f"law: L(N, D) = {law.E:.4g} + {law.A:.4g} / N^{law.alpha:.3g} + {law.B:.4g} / D^{law.beta:.3g}")
     ratio = f"{tokens:.3g} tokens ({tokens / count_parameters(last.model):.2g} a parameter)"
-    if proposing and not args.by_law:
+    if doubling:
         asked, sections = proposal.doubled(config, last, tokens)
         plan = proposal.capped(asked.train, resolve_stages(asked, world), law)
         print(f"depth in doublings (`growth: auto`), at the FLOPs of the final size from scratch with {ratio}\n")
@@ -102,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
         )
     if plan.stages[-1].model != last.model:
         print("by this law the final size is too large for so few tokens: the smaller one above is the better choice")
-    if proposing and not args.by_law:
+    if doubling:
         print(
             "the law knows nothing of the manner of growing: docs/growth_results.md says what was measured of this one"
         )

@@ -24,6 +24,11 @@ NICE = 10  # of the process: what it takes of the processors is what the ranks l
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", OUTCOME)
 
 
+def without_launcher() -> dict[str, str]:
+    """This process's environment for another that is no rank, though this one may be."""
+    return {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
+
+
 class TaskRuns:
     """Rank 0's. Snapshots wait in folders of `root`, each with the row that its scores will go into, so that those
     which a stopped run has left are evaluated by the next start. Whatever becomes of these files, a snapshot without
@@ -92,8 +97,7 @@ class TaskRuns:
         self._process, self.waiting = None, {}
 
     def _start(self, folder: Path) -> None:
-        kept = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
-        kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # GPUs are the ranks'
+        kept = without_launcher() | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # GPUs are the ranks'
         kept["TMPDIR"] = str(folder.resolve())  # so that what it makes goes with the snapshot
         home = str(Path(megabus.__file__).parents[1])
         kept["PYTHONPATH"] = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])

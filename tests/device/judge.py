@@ -23,7 +23,7 @@ def unknown_waits(seen: Seen) -> Iterable[str]:
 
 def kept(seen: Seen) -> Iterable[str]:
     """Events after each step, and peaks set back."""
-    if len(set(seen.events)) > 1:
+    if len(set(seen.events)) != 1:
         yield f"events that are kept after each step: {seen.events}"
     for place, count in seen.resets.items():
         yield f"sets the peak of memory back {count} times: {place}"
