@@ -5,7 +5,7 @@ TORCH  := $(shell sed -n 's/^torch==//p' requirements.txt)
 # Where to get torch from, when not from pip's own index: make demo TORCH_INDEX=https://...
 TORCH_INDEX ?=
 RANKS  ?= 4
-# Processes that share the tests out; each forks its tests' ranks from itself. Three for two cores: some tests wait.
+# Processes that share the tests out; each forks its tests' ranks from itself. Four for two cores: some tests wait.
 WORKERS ?= 4
 # A fork copies the tables of its parent's pages: in larger pages there are fewer of them, and a rank starts in half the time.
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1

@@ -184,9 +184,9 @@ def start_distributed(timeout: timedelta = timedelta(minutes=10)) -> None:
             # for which all ranks have to come, and a world has as many groups as ranks.
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-        if gpu:
-            # NCCL connects a group's ranks when it is first used, all of them: what follows may be between some alone.
-            dist.all_reduce(torch.zeros(1, device="cuda"))
+        # NCCL connects a group's ranks when it is first used, all of them: what follows may be between some alone. And
+        # gloo's ranks connect one by one: a rank that left at once would look to a slower one like one that has died.
+        dist.all_reduce(torch.zeros(1, device="cuda" if gpu else "cpu"))
     except torch.distributed.DistNetworkError as error:
         address, said = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
         problem, remedy = f"the ranks cannot meet there ({said})", "name a free port to the launcher"

@@ -1,4 +1,4 @@
-"""Leaving the process group together, however long rank 0 still has to say something."""
+"""Ranks begin together, and leave the process group together, however long rank 0 still has to say something."""
 
 from __future__ import annotations
 
@@ -37,6 +37,24 @@ def _leave(barrier):
 def test_a_slow_last_word_is_waited_for():
     assert run_ranks(2, _leave, False) == [None, None]
     assert run_ranks(2, _leave, True)[1] is not None  # negative control: the run's own group does not
+
+
+def test_no_rank_begins_before_all_have_met(monkeypatch):
+    """Else one without a message to send leaves while a slower one still connects, which takes it for dead."""
+    met = []
+    join = dist.init_process_group
+
+    def late(*args, rank, **options):
+        join(*args, rank=rank, **options)
+        time.sleep(0.5 * rank)
+        met.append(time.monotonic())
+
+    monkeypatch.setattr(dist, "init_process_group", late)
+    began, last = zip(*run_ranks(3, lambda: (time.monotonic(), met[0])), strict=True)
+    assert min(began) >= max(last)
+    monkeypatch.setattr(dist, "all_reduce", lambda _: None)  # negative control
+    began, last = zip(*run_ranks(3, lambda: (time.monotonic(), met[0])), strict=True)
+    assert min(began) < max(last)
 
 
 @pytest.mark.parametrize(
