@@ -39,6 +39,7 @@ from megabus.engine.fragments import (
 )
 from megabus.engine.gains import gain_percentiles
 from megabus.engine.gate import Gate
+from megabus.engine.gradients import flatten_gradients
 from megabus.engine.hardware import compute_deterministically
 from megabus.engine.rates import set_rates
 from megabus.engine.tied import Pipeline, tied_rows
@@ -168,6 +169,7 @@ class Engine:
             )
         if stage.model.tie_embeddings and isinstance(self.module, Pipeline):
             self.module.tied = tied_rows(self.module, self.mesh, train.precision == "bf16")
+        flatten_gradients(self.deepspeed)
         self.places = list(places(self.module, self.placement, self.mesh.rank))
         if (tuned := optimizer.transfer) is not None:
             rate = partial(relative_rate, model=stage.model, d_model=tuned.d_model)

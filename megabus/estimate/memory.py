@@ -1,7 +1,7 @@
 """What a rank holds while it trains a stage: states as DeepSpeed lays them out, activations as the model does.
 
 Sizes are in bytes. P: entries of the weights that a rank computes with, each group padded by ZeRO; p = P / dp: entries
-that it owns; O: entries of the parameters that it owns any part of. Which tensors DeepSpeed 0.19 really holds was read
+that it owns. Which tensors DeepSpeed 0.19 really holds was read
 in its code and is compared with what ranks hold by `benchmarks/memory.py` and by tests.
 """
 
@@ -105,13 +105,18 @@ def states_at(
         buckets=sums.buckets,
         activations=0,
         reduction=sums.reduction + left,
-        update=sums.update + left + held * FP32_BYTES * owned,
+        update=sums.sums + left + max(sums.norm, held * FP32_BYTES * owned),
     )
 
 
 def _borrowed(stage: Stage, placement: Placement, pp: int, tp: int) -> int:
     """Entries of the rows that a tied head on the last pipeline rank has of the first one's embedding."""
-    if not 0 < pp == stage.layout.pp - 1:
+    return _tied(stage, placement, pp, tp) if pp > 0 else 0
+
+
+def _tied(stage: Stage, placement: Placement, pp: int, tp: int) -> int:
+    """Entries of the rows that both ends of a pipeline have, on one of its ends."""
+    if stage.layout.pp == 1 or 0 < pp < stage.layout.pp - 1:
         return 0
     tied = [name for name, spec in placement.specs.items() if spec.tied]
     owner = rank_of(stage.layout, 0, 0, tp)
@@ -122,6 +127,7 @@ def _borrowed(stage: Stage, placement: Placement, pp: int, tp: int) -> int:
 class _Sums:
     """What DeepSpeed's optimizers hold of gradients; see `RankMemory`.
 
+    sums: what there is of them when all are summed; norm: what their norm takes beside, before Adam begins.
     late: of `gradients`, what is made as the activations go; late_buckets: whether buckets are only there from a micro
     batch's first gradient on.
     """
@@ -129,7 +135,8 @@ class _Sums:
     gradients: int
     buckets: int
     reduction: int
-    update: int
+    sums: int
+    norm: int = 0
     late: int = 0
     late_buckets: bool = False
 
@@ -144,28 +151,28 @@ def _sums(train: TrainConfig, stage: Stage, placement: Placement, pp: int, tp: i
         # BF16_Optimizer: whole fp32 sums, never given back; both groups in one message, copied to be sent.
         whole = owned * layout.dp
         copied = whole if groups[0].partition * layout.dp <= WHOLE_REDUCTION else 0
-        return _Sums(gradients=whole, buckets=0, reduction=whole + copied, update=whole)
-    rank = rank_of(layout, pp, dp, tp)
-    pieces = placement.owned(rank)
+        return _Sums(gradients=whole, buckets=0, reduction=whole + copied, sums=whole)
+    pieces = placement.owned(rank_of(layout, pp, dp, tp))
     norm = 2 * FP32_BYTES * max(map(len, pieces), default=0)  # of one parameter, in fp64
-    touched = FP32_BYTES * sum(len(placement.shard(piece.name, rank)) for piece in pieces)
     last = FP32_BYTES * (entries % room if entries > room else entries)  # in the last bucket
     if train.precision == "bf16":
         # ZeRO-2 with fp32 sums of the partition: a bucket of bf16, which is summed over ranks in fp32.
         reduction = owned + buckets + last + last // layout.dp
-        return _Sums(gradients=owned, buckets=buckets, reduction=reduction, update=owned + norm, late_buckets=True)
-    update = touched + max(owned, norm)
+        return _Sums(owned, buckets, reduction, owned, norm, late_buckets=True)
+    # `engine/gradients.py`: sums of what is owned in one tensor, made with the first gradient that comes into it.
+    if layout.dp == 1:
+        kept = FP32_BYTES * _tied(stage, placement, pp, tp)
+        gradients, late = (owned + kept, 0) if several else (0, owned + kept)
+        return _Sums(gradients, late, owned + kept, owned, norm, late_buckets=True)
     if train.zero_stage == 2:
-        # The sums so far, and once a bucket is full this micro batch's too.
-        sums = touched * (1 + several)
-        late = touched if entries > room else 0
-        gradients, reduction = touched * several + late, buckets + sums + last // layout.dp
-        return _Sums(gradients, buckets, reduction, update, late, late_buckets=True)
+        late = owned if entries > room and not several else 0
+        gradients, reduction = owned * several + late, buckets + owned + last // layout.dp
+        return _Sums(gradients, buckets, reduction, owned, norm, late, late_buckets=True)
     # ZeRO-1: all gradients. When a bucket comes back what is owned of it moves on, beside what is not sent yet.
     # Pipelines take a second bucket for that.
     whole = FP32_BYTES * entries
-    reduction = max(whole, touched + FP32_BYTES * max(0, entries - room)) + buckets * (2 if layout.pp > 1 else 1)
-    return _Sums(whole, buckets, reduction, update, late=0 if several else whole, late_buckets=not several)
+    reduction = max(whole, owned + FP32_BYTES * max(0, entries - room)) + buckets * (2 if layout.pp > 1 else 1)
+    return _Sums(whole, buckets, reduction, owned, norm, late=0 if several else whole, late_buckets=not several)
 
 
 def shape_of(train: TrainConfig, stage: Stage, tp: int, on_gpu: bool = False) -> Shape:
