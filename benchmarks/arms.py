@@ -23,12 +23,16 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Arm:
-    """`world` ranks, on each of which `make(*args)` prepares and returns what it then does again and again."""
+    """`world` ranks, on each of which `make(*args)` prepares and returns what it then does again and again.
+
+    apart: as many worlds of one rank each, that work at the same time and know nothing of each other.
+    """
 
     label: str
     world: int
     make: Callable[..., Step]
     args: tuple[Any, ...] = ()
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,10 @@ def _alive(arm: Arm) -> Iterator[Ranks]:
 
 
 def _rank(rank: int, arm: Arm, port: int, pipe: Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(arm.world), MASTER_PORT=str(port))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": arm.world, "MASTER_PORT": port}
+    if arm.apart:
+        place |= {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in place.items()})
     try:
         prepare_environment()
         start_distributed()

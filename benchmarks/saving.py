@@ -51,6 +51,8 @@ def _measured(config: Training, rounds: int, folder: Path) -> tuple[int, dict[st
     found: dict[str, list[float]] = {"step": [], "save": [], "copy": [], "stall": []}
     size = 0
     for turn in range(1, rounds + 2):
+        for saver in savers.values():  # that it removes the one before is no part of writing one
+            shutil.rmtree(saver.root, ignore_errors=True)
         found["step"].append(_seconds(step))
         _begin(savers["save"], engine, turn)
         found["save"].append(_written(savers["save"].wait()))

@@ -190,16 +190,19 @@ def layouts(rounds: int, small: bool) -> list[Comparison]:
         return []
     all_layouts = [ONE, *targets]
     arms = [arm(str(x), config_of(model, x, seq_len, 4, batch, **train), x) for x in all_layouts]
-    one, two = "products, 1 process", "products, 2 processes"
+    one, two, apart = "products, 1 process", "products, 2 processes", "two trainings, each of half of the batch"
     arms += [Arm(label, n, products, (n, 64 if small else 2048)) for n, label in ((1, one), (2, two))]
+    half = config_of(model, ONE, seq_len, 4, batch // 2, **train)
+    arms.append(Arm(apart, 2, training_step, (half,), apart=True))
     timings = in_turn(arms, rounds, 1)
     where = f"d{model['d_model']} L{model['n_layers']}, {batch} x {seq_len} tokens"
-    silent = _gain(timings, two, one)
+    silent = _gain(timings, apart, str(ONE))
     rows = [compare_speeds("speed of matrix products, nothing sent", two, one, timings)]
+    rows.append(compare_speeds(f"speed, {where}, nothing sent", apart, str(ONE), timings))
     for layout, target in targets.items():
         rows.append(compare_speeds(f"speed, {where}", str(layout), str(ONE), timings))
         what, gain = f"what two ranks gain, {where}", _gain(timings, str(layout), str(ONE))
-        rows.append(compare(what, f"{layout} over {ONE}", "two silent processes over one", gain, silent, target, "x"))
+        rows.append(compare(what, f"{layout} over {ONE}", "two silent trainings over one", gain, silent, target, "x"))
     return rows
 
 

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILT = ("deepspeed",)  # there is no wheel of it: it is built, of Python alone
 PACKAGES = (
     "annotated-types",
+    "blake3",
     "einops",
     "hjson",
     "msgpack",

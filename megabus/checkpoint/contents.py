@@ -22,8 +22,8 @@ from megabus.checkpoint.manifest import (
     DamagedError,
     Entry,
     Heartbeat,
+    check_digest,
     check_file,
-    check_sha256,
     check_size,
     idle,
     read_manifest,
@@ -87,8 +87,8 @@ def check_entry(found: Found, entry: Entry, heartbeat: Heartbeat = idle) -> None
     tensors = {tensor_key(kind, piece.name): (kind, len(piece)) for piece in pieces}
     check_size(found.folder, entry)
     with reading(path):
-        scanned = scan(path, tensors, heartbeat)
-    check_sha256(path, scanned.sha256, entry)
+        scanned = scan(path, tensors, heartbeat, entry.digest)
+    check_digest(path, scanned.digest, entry)
     check_header(path, {key: (length,) for key, (_, length) in tensors.items()})
     odd = scanned.odd if scanned.covered else odd_by_name(path, tensors)
     if odd is not None:

@@ -3,7 +3,6 @@ while a shard is hashed, so that it is read once."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megabus.checkpoint.digests import Digest
 from megabus.checkpoint.manifest import BLOCK, Heartbeat
 from megabus.parallel.fragments import Kind
 from megabus.plain_file import open_regular
@@ -41,10 +41,10 @@ def odd_entry(kind: Kind, values: Tensor) -> str | None:
 
 
 class Scanned(NamedTuple):
-    """A shard's SHA-256, and where the first entry is that it cannot hold: (the tensor's name, what). covered: whether
+    """A shard's digest, and where the first entry is that it cannot hold: (the tensor's name, what). covered: whether
     its header told where all tensors lie; else `odd_by_name` must look."""
 
-    sha256: str
+    digest: str
     odd: tuple[str, str] | None
     covered: bool
 
@@ -58,9 +58,10 @@ class _Range(NamedTuple):
     kind: Kind
 
 
-def scan(path: Path, tensors: Kinds, heartbeat: Heartbeat) -> Scanned:
-    """Read a shard, whatever it holds: nothing in it is believed before its hash is compared."""
-    digest, odd, at = hashlib.sha256(), None, 0
+def scan(path: Path, tensors: Kinds, heartbeat: Heartbeat, like: str) -> Scanned:
+    """Read a shard, whatever it holds: nothing in it is believed before its digest, of the kind of `like`, is
+    compared."""
+    digest, odd, at = Digest(like), None, 0
     buffer = bytearray(BLOCK)
     view = memoryview(buffer)
     with open_regular(path) as file:
@@ -78,7 +79,7 @@ def scan(path: Path, tensors: Kinds, heartbeat: Heartbeat) -> Scanned:
             odd = odd or _odd_in(buffer, at, count, ranges[first:] if first else ranges)
             at += count
             heartbeat()
-    return Scanned(digest.hexdigest(), odd, bool(ranges))
+    return Scanned(digest.text, odd, bool(ranges))
 
 
 def odd_by_name(path: Path, tensors: Kinds) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""What a checkpoint directory must hold, to the byte: every file's name, size and SHA-256.
+"""What a checkpoint directory must hold, to the byte: every file's name, size and digest.
 
 The manifest is written in one canonical form and carries a hash of itself, so a change of any bit of any file,
 its own included, is seen. That guards against accidents. What somebody made up has hashes too, so nothing outside of
@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from megabus.checkpoint.digests import KIND, PATTERN, Digest, kind_of
 from megabus.durable import sync
 from megabus.errors import UserError
 from megabus.plain_file import NotPlainError, check_regular, open_regular, parse_json, read_regular, shown
@@ -27,7 +28,8 @@ from megabus.plain_file import NotPlainError, check_regular, open_regular, parse
 T = TypeVar("T")
 
 MANIFEST, STATE = "manifest.json", "state.json"
-FORMAT = 2  # of manifest.json and state.json
+FORMAT = 3  # of manifest.json and state.json
+READS = (2, FORMAT)  # 2 had a SHA-256 for every file, and the same states
 BLOCK = 1 << 20  # bytes hashed between two heartbeats
 THREADS = 4  # that hash files side by side
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)  # of all that files of a checkpoint say
@@ -51,27 +53,45 @@ class DamagedError(UserError):
         return type(self), (Path(str(self.value)), self.problem, self.remedy)
 
 
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$")]
+_Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+_Rank = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A file of a checkpoint as it was written; `rank` wrote it. Its name is plain: of this directory."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$")]
-    bytes: Annotated[int, Field(ge=0, lt=2**63)]
+    name: _Name
+    bytes: _Bytes
+    digest: Annotated[str, Field(pattern=PATTERN)]
+    rank: _Rank
+
+
+@dataclass(frozen=True)
+class _Entry2:
+    """The same in format 2."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: _Name
+    bytes: _Bytes
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    rank: Annotated[int, Field(ge=0, lt=2**31)]
+    rank: _Rank
 
 
 _Entries: TypeAdapter[list[Entry]] = TypeAdapter(list[Entry])
+_Entries2: TypeAdapter[list[_Entry2]] = TypeAdapter(list[_Entry2])
 
 
-def settle(path: Path, rank: int, heartbeat: Heartbeat = idle, sha256: str | None = None) -> Entry:
-    """Make a written file durable, and measure it. heartbeat: called whenever some of it is done. sha256: the file's,
+def settle(path: Path, rank: int, heartbeat: Heartbeat = idle, digest: str | None = None) -> Entry:
+    """Make a written file durable, and measure it. heartbeat: called whenever some of it is done. digest: the file's,
     where that was taken while it was written; else it is read again."""
     sync(path)
     heartbeat()
-    return Entry(path.name, path.stat().st_size, sha256 or _sha256(path, heartbeat), rank)
+    return Entry(path.name, path.stat().st_size, digest or _digest(path, heartbeat, KIND), rank)
 
 
 def write_manifest(folder: Path, entries: Iterable[Entry]) -> Path:
@@ -94,7 +114,11 @@ def read_manifest(folder: Path) -> list[Entry]:
     check_format(path, tree)
     if tree.keys() != {"format", "files", "sha256"}:
         raise DamagedError(path, f"is damaged (keys {shown(list(tree))} are not those of a manifest)")
-    entries = validated(_Entries, tree["files"], path, "files")
+    if tree["format"] == FORMAT:
+        entries = validated(_Entries, tree["files"], path, "files")
+    else:
+        old = validated(_Entries2, tree["files"], path, "files")
+        entries = [Entry(entry.name, entry.bytes, f"sha256:{entry.sha256}", entry.rank) for entry in old]
     names = [entry.name for entry in entries]
     if names != sorted(set(names)):
         raise DamagedError(path, "is damaged (files are not in order of names, each once)")
@@ -106,8 +130,8 @@ def check_format(path: Path, tree: dict[str, Any]) -> None:
     found = tree.get("format")
     if type(found) is not int or not 0 < found < 2**31:
         raise DamagedError(path, f"is damaged (format = {shown(found)}: is no number of a format)")
-    if found != FORMAT:
-        problem = f"has format {found}, this megabus reads {FORMAT}"
+    if found not in READS:
+        problem = f"has format {found}, this megabus reads {' and '.join(map(str, READS))}"
         raise UserError("checkpoint", path, problem, "use the megabus that wrote it")
 
 
@@ -138,14 +162,14 @@ def check_file(folder: Path, entry: Entry, heartbeat: Heartbeat = idle) -> None:
     check_size(folder, entry)
     path = folder / entry.name
     with reading(path):
-        digest = _sha256(path, heartbeat)
-    check_sha256(path, digest, entry)
+        digest = _digest(path, heartbeat, entry.digest)
+    check_digest(path, digest, entry)
 
 
-def check_sha256(path: Path, digest: str, entry: Entry) -> None:
+def check_digest(path: Path, digest: str, entry: Entry) -> None:
     """Raise `DamagedError` unless it is that of the file as it was written."""
-    if digest != entry.sha256:
-        raise DamagedError(path, "is damaged (its SHA-256 is not the manifest's)")
+    if digest != entry.digest:
+        raise DamagedError(path, f"is damaged (its {kind_of(entry.digest)} is not the manifest's)")
 
 
 def check_files(folder: Path, entries: Iterable[Entry]) -> None:
@@ -174,13 +198,13 @@ def digest_of(folder: Path) -> str:
     return hashlib.sha256(read_regular(folder / MANIFEST)).hexdigest()
 
 
-def _sha256(path: Path, heartbeat: Heartbeat) -> str:
-    digest = hashlib.sha256()
+def _digest(path: Path, heartbeat: Heartbeat, like: str) -> str:
+    digest = Digest(like)
     with open_regular(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
             heartbeat()
-    return digest.hexdigest()
+    return digest.text
 
 
 def _text(entries: Iterable[Entry]) -> bytes:

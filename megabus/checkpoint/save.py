@@ -169,7 +169,7 @@ class Saver:
                 what = (snapshot.placement, snapshot.fragments, snapshot.state.kinds)
                 files = write_shards(partial, *what, self.group, self.heartbeat)
                 rest = self._write_rest(partial, snapshot.state) if rank == 0 else []
-                mine = [settle(path, rank, self.heartbeat, sha256) for path, sha256 in files.items()]
+                mine = [settle(path, rank, self.heartbeat, digest) for path, digest in files.items()]
                 mine += [settle(path, rank, self.heartbeat) for path in rest]
             entries: list[list[Entry]] = [[] for _ in range(dist.get_world_size())]
             dist.gather_object(mine, entries if rank == 0 else None, group=self.group)

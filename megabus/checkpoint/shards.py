@@ -50,7 +50,7 @@ def write_shards(
     heartbeat: Heartbeat = idle,
 ) -> dict[Path, str]:
     """Write this rank's part of the fragments (on the CPU). Collective over `group`. This rank's files, each with its
-    SHA-256.
+    digest.
 
     Raises OSError on all ranks where any of them cannot write.
     """
@@ -136,7 +136,7 @@ class _Writer(HuggingFaceStorageWriter):
             with TensorFileWriter(path, shapes, "float32", header, heartbeat=self.heartbeat) as file:
                 for key, values in tensors.items():
                     file.write(key, values)
-            self.written[path] = file.sha256
+            self.written[path] = file.digest
             results += [WriteResult(item.index, tensors[item.index.fqn].nbytes, _File(str(path))) for item in items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

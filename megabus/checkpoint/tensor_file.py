@@ -1,12 +1,11 @@
 """safetensors files that are written a slice at a time: memory holds some slices and not a file.
 
-Hashing takes longer than writing, and the disk longer than the page cache, so threads do both while the next slice is
-read: whoever writes a file has its SHA-256 when it is written, and does not read it again.
+Hashing takes half of the time of writing, and the disk longer than the page cache, so threads do both while the next
+slice is read: whoever writes a file has its digest when it is written, and does not read it again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -20,6 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megabus.checkpoint.digests import Digest
 from megabus.checkpoint.dtypes import CODES
 from megabus.checkpoint.manifest import Heartbeat, idle
 
@@ -34,7 +34,7 @@ class TensorFileWriter:
     """A new safetensors file. Every tensor's shape is known at the start, and its entries come in the order in which
     they lie in the file.
 
-    shapes: name -> shape, in that order. dtype: a key of DTYPES, of all tensors. hashed: whether `sha256` is wanted.
+    shapes: name -> shape, in that order. dtype: a key of DTYPES, of all tensors. hashed: whether `digest` is wanted.
     heartbeat: called whenever some of it is written. The file is synced by whoever makes it durable (`settle`).
     """
 
@@ -59,9 +59,9 @@ class TensorFileWriter:
         text += b" " * (-len(text) % ALIGNMENT)
         self.path, self.nbytes = path, end
         self._at, self._synced = 0, 0
-        self._digest, self._hashed = hashlib.sha256(), hashed
+        self._digest, self._hashed = Digest(), hashed
         self._heartbeat = heartbeat
-        self._ahead: deque[Future[None]] = deque()
+        self._ahead: deque[Future[object]] = deque()
         self._sync: Future[None] | None = None
         self._file = path.open("wb")
         self._hashing, self._disk = (ThreadPoolExecutor(1, f"{what} {path.name}") for what in ("hash", "sync"))
@@ -70,11 +70,11 @@ class TensorFileWriter:
         self._digest.update(head)
 
     @property
-    def sha256(self) -> str:
+    def digest(self) -> str:
         """Of the whole file, once it is closed."""
         assert self._hashed
         assert self._file.closed
-        return self._digest.hexdigest()
+        return self._digest.text
 
     def write(self, name: str, values: Tensor, start: int = 0) -> None:
         """Put values at entry `start` of a tensor's row-major flattening. They must not change until the file is

@@ -30,8 +30,8 @@ def write_checkpoint(source: Source, root: Path, layout: Layout) -> Path:
             pieces = written_by(placement, rank, placement.owned(rank))
             for number, kind in enumerate(state.kinds if pieces else (), 1):
                 path = partial / shard_name(rank, number, len(state.kinds))
-                sha256 = _write_file(source, path, kind, pieces)
-                settled.append(pool.submit(settle, path, rank, sha256=sha256))
+                digest = _write_file(source, path, kind, pieces)
+                settled.append(pool.submit(settle, path, rank, digest=digest))
     entries = [future.result() for future in settled]
     rest = [write_state(partial, state)]
     if source.tokenizer is not None:
@@ -40,7 +40,7 @@ def write_checkpoint(source: Source, root: Path, layout: Layout) -> Path:
 
 
 def _write_file(source: Source, path: Path, kind: Kind, pieces: Sequence[Piece]) -> str:
-    """Its SHA-256."""
+    """Its digest."""
     shapes = {tensor_key(kind, piece.name): (len(piece),) for piece in pieces}
     offsets = {tensor_key(kind, piece.name): {"saved_offsets": [piece.start]} for piece in pieces}
     # So that torch.distributed.checkpoint itself can read the file, without us.
@@ -50,4 +50,4 @@ def _write_file(source: Source, path: Path, kind: Kind, pieces: Sequence[Piece])
             for start, stop in blocks(piece.start, piece.stop):
                 values = source.read(kind, piece.name, start, stop)
                 file.write(tensor_key(kind, piece.name), values, start - piece.start)
-    return file.sha256
+    return file.digest

@@ -2,7 +2,7 @@
 
 Each file holds what that rank computes with, in its local shape: the rows that tensor parallelism gives it of every
 parameter of its layers, whole where it is replicated. `index.json` tells each tensor's axes and logical shape, and
-which rows [start, stop) lie in which files; `manifest.json` has every file's SHA-256. Data parallelism leaves no trace.
+which rows [start, stop) lie in which files; `manifest.json` has every file's digest. Data parallelism leaves no trace.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def write_shard_files(source: Source, out: Path, tp: int, pp: int) -> None:
     state = replace(source.state, layout=Layout(tp, pp, 1))
     model, placement = state.model, Placement(state.model, state.layout)
     tensors: dict[str, Any] = {}
-    hashes: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for pp_rank in range(pp):
         names = [name for name in placement.specs if placement.pp_rank(name) == pp_rank]
         keys = [(kind, name) for name in names for kind in state.kinds]
@@ -92,14 +92,14 @@ def write_shard_files(source: Source, out: Path, tp: int, pp: int) -> None:
                     facts = {"axes": spec.axes, "shape": global_shape(spec, model), "shards": []}
                     entry = tensors.setdefault(tensor_key(kind, name), facts)
                     entry["shards"].append({"file": file_name(tp_rank, pp_rank), "rows": [first, last]})
-            hashes[file.path.name] = file.sha256
+            digests[file.path.name] = file.digest
     write_state(out, state)
     if source.tokenizer is not None:
         read_tokenizer_files(source.tokenizer).write(out)
     tree = {"format": FORMAT, "tp": tp, "pp": pp, "tensors": tensors}
     (out / INDEX).write_text(json.dumps(tree, indent=1), encoding="utf-8")
     with ThreadPoolExecutor(THREADS) as pool:
-        settled = [pool.submit(settle, path, 0, sha256=hashes.get(path.name)) for path in sorted(out.iterdir())]
+        settled = [pool.submit(settle, path, 0, digest=digests.get(path.name)) for path in sorted(out.iterdir())]
         write_manifest(out, [each.result() for each in settled])
 
 

@@ -6,7 +6,6 @@ What a run must go on from is found on the disk before it starts, by code that s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from safetensors.numpy import load_file
 
 from megabus.config import RunConfig
@@ -123,9 +123,9 @@ def newest_whole(root: Path) -> tuple[int | None, list[str]]:
     for folder in sorted(root.glob("step-*[0-9]")):
         try:
             files = json.loads((folder / "manifest.json").read_text())["files"]
-            sums = {entry["name"]: entry["sha256"] for entry in files}
+            sums = {entry["name"]: entry["digest"] for entry in files}
             found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
-            good = sums == {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
+            good = sums == {name: f"blake3:{blake3(data).hexdigest()}" for name, data in found.items()}
         except (OSError, ValueError, KeyError):
             good = False
         (whole if good else torn).append(folder.name)

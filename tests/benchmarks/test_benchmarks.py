@@ -28,6 +28,7 @@ def test_the_entry_point_measures_and_writes(tmp_path):
         "ngpt eager",
         "4 documents apart",
         "products, 2 processes",
+        "two trainings, each of half of the batch",
         "TP1/PP1/DP2",
         "TP1/PP1/DP2 over TP1/PP1/DP1",
         "TP1/PP2/DP1",

@@ -107,7 +107,7 @@ def failing_disk_of(rank):
             raise OSError(errno.EIO, "Input/output error")
 
         if dist.get_rank() == rank:
-            manifest._sha256 = contents.scan = failing
+            manifest._digest = contents.scan = failing
 
     return spoil
 
@@ -144,7 +144,7 @@ def test_a_later_format_is_refused_and_not_taken_for_damage(root):
     path = folder_of(root, 2) / "state.json"
     path.write_text(json.dumps({"format": FORMAT + 1, "state": "of another kind"}))
     ck.attest(path.parent)
-    problem = f"has format {FORMAT + 1}, this megabus reads {FORMAT}; use the megabus that wrote it"
+    problem = f"has format {FORMAT + 1}, this megabus reads 2 and {FORMAT}; use the megabus that wrote it"
     check_refused(run_ranks(2, answers, root), path, problem)
     check_load_refuses(root, path, problem)
     path.write_text(json.dumps({"format": FORMAT, "state": "of another kind"}))

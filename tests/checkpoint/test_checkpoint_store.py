@@ -150,7 +150,7 @@ def test_a_manifest_is_the_same_in_whatever_order_ranks_answer(tmp_path):
 
 def test_settle_measures(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
-    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    digest = "blake3:6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
     assert settle(tmp_path / "a", 7) == Entry("a", 3, digest, 7)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 
@@ -13,7 +12,9 @@ from safetensors.torch import save_file
 from megabus.checkpoint import entries
 from megabus.checkpoint.entries import longest_header, odd_by_name, scan
 from megabus.checkpoint.manifest import idle
-from tests.support.altered import header_of, put_header
+from tests.support.altered import digest_of, header_of, put_header
+
+BLAKE3 = "blake3:"
 
 KINDS = {"weight/a": ("weight", 5), "exp_avg_sq/b": ("exp_avg_sq", 1), "weight/c": ("weight", 11)}
 ODD = [(math.nan, "NaN"), (-math.inf, "an infinity"), (-1.0, "-1, and a mean of squares is 0 or more")]
@@ -30,7 +31,7 @@ def written(path, spoil=None, value=0.0):
         key, place = spoil
         tensors[key][place] = value
     save_file(tensors, path, metadata={"format": "pt"})
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest_of(path.read_bytes())
 
 
 @pytest.mark.parametrize(("value", "what"), ODD, ids=[what for _, what in ODD])
@@ -41,14 +42,14 @@ def test_an_odd_entry_is_found_wherever_it_lies(tmp_path, value, what):
         for place in range(numel):
             digest = written(path, (key, place), value)
             odd = (key, what) if kind == "exp_avg_sq" or value != -1 else None
-            assert scan(path, KINDS, idle) == (digest, odd, True)
+            assert scan(path, KINDS, idle, digest) == (digest, odd, True)
             assert odd_by_name(path, KINDS) == odd
 
 
 @pytest.mark.usefixtures("block")
 def test_a_good_shard_and_its_hash(tmp_path):
     digest = written(tmp_path / "shard")
-    assert scan(tmp_path / "shard", KINDS, idle) == (digest, None, True)
+    assert scan(tmp_path / "shard", KINDS, idle, digest) == (digest, None, True)
 
 
 HEADERS = {
@@ -71,15 +72,15 @@ def test_a_header_that_says_no_places_leaves_the_hash(tmp_path, header):
     path = tmp_path / "shard"
     written(path, ("weight/a", 0), math.nan)
     put_header(path, header, header_of(path)[1])
-    assert scan(path, KINDS, idle) == (hashlib.sha256(path.read_bytes()).hexdigest(), None, False)
+    assert scan(path, KINDS, idle, BLAKE3) == (digest_of(path.read_bytes()), None, False)
 
 
 def test_a_header_longer_than_any_is_not_read(tmp_path):
     path = tmp_path / "shard"
     path.write_bytes((2**62).to_bytes(8, "little") + b"x" * 99)
-    assert scan(path, KINDS, idle) == (hashlib.sha256(path.read_bytes()).hexdigest(), None, False)
+    assert scan(path, KINDS, idle, BLAKE3) == (digest_of(path.read_bytes()), None, False)
     written(path)
     header, rest = header_of(path)
     for more, read in ((0, True), (longest_header(len(KINDS)), False)):
         put_header(path, header | {"__metadata__": {"x": " " * more}}, rest)
-        assert scan(path, KINDS, idle).covered == read
+        assert scan(path, KINDS, idle, BLAKE3).covered == read

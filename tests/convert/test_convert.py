@@ -269,7 +269,7 @@ def test_damage_that_is_found_while_its_file_is_converted(source, tmp_path, form
     convert(source, tmp_path / "a", form, (2, 1, 1))
     victim = min((tmp_path / "a").rglob("*.safetensors"))
     damage(victim)
-    said = f"{victim.name}: is damaged \\(its SHA-256"
+    said = f"{victim.name}: is damaged \\(its BLAKE3"
     checks = Checks()
     with OpenFiles() as files:
         given = open_source(tmp_path / "a", files, checks=checks)

@@ -10,6 +10,7 @@ import struct
 import time
 
 import pytest
+from blake3 import blake3
 
 import megabus
 from megabus.checkpoint.manifest import MANIFEST, DamagedError
@@ -84,6 +85,10 @@ def span_of(stage, tokens, flops, max_tokens, ahead):
     return StageSpan(1, count_parameters(stage.model), 0.95, tokens, flops, max_tokens, None, ahead=ahead)
 
 
+def digest_of(data):
+    return f"blake3:{blake3(data).hexdigest()}"
+
+
 def seal(folder, tree):
     """Write a manifest that says `tree`, and vouches for itself; `latest` vouches for it."""
     tree = {key: value for key, value in tree.items() if key != "sha256"}
@@ -102,7 +107,7 @@ def attest(folder, *names):
     for entry in tree["files"]:
         if entry["name"] in names:
             data = (folder / entry["name"]).read_bytes()
-            entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            entry |= {"bytes": len(data), "digest": digest_of(data)}
     seal(folder, tree)
 
 
@@ -115,7 +120,7 @@ def put_file(folder, name, raw):
     """A file more, which the manifest lists."""
     (folder / name).write_bytes(raw)
     tree = read_manifest_tree(folder)
-    entry = {"name": name, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), "rank": 0}
+    entry = {"name": name, "bytes": len(raw), "digest": digest_of(raw), "rank": 0}
     tree["files"] = sorted([*tree["files"], entry], key=lambda entry: entry["name"])
     seal(folder, tree)
 
