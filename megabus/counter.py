@@ -14,8 +14,16 @@ from torch import Tensor
 
 from megabus.splitmix import GOLDEN, MIX1, MIX2
 
-_GOLDEN, _MIX1, _MIX2 = (c - 2**64 for c in (GOLDEN, MIX1, MIX2))  # as signed integers
 _DRAWS = 3  # 64-bit words an entry takes: twelve 16-bit uniforms
+_LANES, _LOW = 0x0000FFFF0000FFFF, 0xFFFFFFFF
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the int64 of the same bits."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN, _MIX1, _MIX2 = map(_signed, (GOLDEN, MIX1, MIX2))
 
 
 def key(*parts: object) -> int:
@@ -24,16 +32,21 @@ def key(*parts: object) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical, not arithmetic
+def _shift(x: Tensor, bits: int, out: Tensor) -> Tensor:
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)  # logical, not arithmetic
 
 
 def hash64(counter: Tensor, key: int) -> Tensor:
     """SplitMix64 (Steele, Lea & Flood 2014) of an int64 counter, any shape; wraps modulo 2^64."""
     z = counter * _GOLDEN + key
-    z = (z ^ _shift(z, 30)) * _MIX1
-    z = (z ^ _shift(z, 27)) * _MIX2
-    return z ^ _shift(z, 31)
+    return _mix_(z, torch.empty_like(z))
+
+
+def _mix_(z: Tensor, spare: Tensor) -> Tensor:
+    """SplitMix64's finalizer, in place. spare: of z's shape, to compute in."""
+    z.bitwise_xor_(_shift(z, 30, spare)).mul_(_MIX1)
+    z.bitwise_xor_(_shift(z, 27, spare)).mul_(_MIX2)
+    return z.bitwise_xor_(_shift(z, 31, spare))
 
 
 def normals(key: int, rows: Tensor, columns: int) -> Tensor:
@@ -42,12 +55,18 @@ def normals(key: int, rows: Tensor, columns: int) -> Tensor:
     Each is a sum of twelve 16-bit uniforms (Irwin-Hall), exact in integers: kurtosis 2.9, tails end at 6.
     """
     cell = rows[:, None] * columns + torch.arange(columns, device=rows.device)
-    total = torch.zeros_like(cell)
+    # Word d of a cell is hash64(cell * _DRAWS + d), whose first product is made once for all of them.
+    start = cell.mul_(_signed(_DRAWS * GOLDEN)).add_(key)
+    total, word, spare = torch.zeros_like(start), torch.empty_like(start), torch.empty_like(start)
     for draw in range(_DRAWS):
-        word = hash64(cell * _DRAWS + draw, key)
-        for bits in (0, 16, 32, 48):
-            total += (word >> bits) & 0xFFFF
-    return (total.double() - 12 * 32767.5) / 65536
+        torch.add(start, _signed(draw * GOLDEN), out=word)
+        _mix_(word, spare)
+        # Of four 16-bit numbers the first and third, then the others: two sums in one word, of six addends each.
+        total += torch.bitwise_and(word, _LANES, out=spare)
+        total += word.bitwise_right_shift_(16).bitwise_and_(_LANES)
+    torch.bitwise_and(total, _LOW, out=spare)
+    total.bitwise_right_shift_(32).add_(spare)
+    return total.double().sub_(12 * 32767.5).div_(65536)
 
 
 def row_sum(x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def drawn_rows(
 
 def drawn_row_bytes(model: ModelConfig) -> int:
     """The most memory that drawing one row takes at a time (measured; a test holds it)."""
-    return 8 * 8 * (axis_sizes(model)["embed"] + 1)
+    return 8 * 6 * (axis_sizes(model)["embed"] + 1)
 
 
 def row_bytes(param: ParamGrowth) -> int:

@@ -114,7 +114,7 @@ def test_drawn_rows_take_what_they_are_said_to(kind):
                 for _ in drawn_rows(model, name, 7, 5, 36, torch.device("cpu"), limit):
                     pass
             assert live.peak <= limit
-            assert live.peak > 0.9 * limit or not spec.is_matrix
+            assert live.peak > 0.85 * limit or not spec.is_matrix
 
 
 # ---- bytes
