@@ -35,11 +35,11 @@ def _check_transfer(model: ModelConfig, optim: OptimizerConfig) -> None:
     if optim.implementation != "torch":
         problem = "has one learning rate for all matrices, and optimizer.transfer wants several"
         raise UserError("optimizer.implementation", optim.implementation, problem, "use torch")
+    if model.kind == "ngpt" and tuned.steps is None:
+        remedy = "say with how many lr was tuned"
+        raise UserError("optimizer.transfer.steps", "(missing)", "ngpt's rates follow from it", remedy)
     for name in ("n_layers", "steps"):
         value = getattr(tuned, name)
-        if model.kind == "ngpt" and value is None:
-            remedy = "say with how many lr was tuned"
-            raise UserError(f"optimizer.transfer.{name}", "(missing)", "ngpt's rates follow from it", remedy)
         if model.kind == "gpt" and value is not None:
             problem = "has no rule for gpt: muP is of the width alone"
             raise UserError(f"optimizer.transfer.{name}", value, problem, "leave it out, and tune lr at this one")

@@ -114,7 +114,9 @@ class TransferConfig(Section):
     """
 
     d_model: Width = Field(description="its channels")
-    n_layers: Layers | None = Field(None, description="ngpt: its blocks; needed")
+    n_layers: Layers | None = Field(
+        None, description="ngpt: its blocks, where deeper stages are to begin with a smaller alpha_init"
+    )
     steps: Count | None = Field(None, description="ngpt: its optimizer steps; needed")
 
 

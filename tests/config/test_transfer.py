@@ -26,6 +26,12 @@ def test_every_stage_of_ngpt_follows_by_itself(tmp_path):
     assert {model.init_std for model in models} == {0.02}
 
 
+def test_gates_begin_alike_at_every_depth_where_no_depth_is_named(tmp_path):
+    models = [stage.model for stage in stages_of(tmp_path, "optimizer.transfer={d_model: 24, steps: 100}")]
+    assert {model.alpha_init for model in models} == {0.05}
+    assert [model.s_z_init for model in models] == pytest.approx([sqrt(1.5), sqrt(2), sqrt(2)])
+
+
 def test_every_width_of_gpt_follows_by_itself(tmp_path):
     """Each in a run of its own: a gpt that follows the width does not grow in it."""
     own = ("model.kind=gpt", "optimizer.transfer={d_model: 24}", "model.head_init_std=0.01", "growth={}")
@@ -56,7 +62,7 @@ def test_the_size_at_which_the_rate_was_tuned_stays_as_it_is(tmp_path, overrides
     ("overrides", "told"),
     [
         (["optimizer.transfer={}"], "optimizer.transfer.d_model = (missing): "),
-        (["optimizer.transfer={d_model: 24}"], "optimizer.transfer.n_layers = (missing): ngpt's rates follow from it"),
+        (["optimizer.transfer={d_model: 24}"], "optimizer.transfer.steps = (missing): ngpt's rates follow from it"),
         (["optimizer.transfer={d_model: 24, n_layers: 2}"], "optimizer.transfer.steps = (missing): "),
         ([TUNED, "optimizer.transfer.d_model=0"], "optimizer.transfer.d_model = 0: "),
         ([TUNED, "optimizer.transfer.n_layers=-1"], "optimizer.transfer.n_layers = -1: "),
