@@ -103,8 +103,8 @@ def _shared_on_sphere(raw_BD: Tensor, share: float, unit: float) -> Tensor:
     """Raw gates of a copy that takes a share of what an alpha = raw * unit does to h.
 
     Norm(h + alpha (y - h)) is the direction of h + r y with r = alpha / (1 - alpha), and to second order r is what
-    adds up over steps towards the same y (docs/growth.md). The share is one of r. An alpha of 1 leaves nothing of h,
-    and shares of it or more do what it does.
+    adds up over steps towards the same y (docs/growth_derivations.md). The share is one of r. An alpha of 1 leaves
+    nothing of h, and shares of it or more do what it does.
     """
     alpha_BD = raw_BD * unit
     shared_BD = share * alpha_BD / (1 - (1 - share) * alpha_BD)

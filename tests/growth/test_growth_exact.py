@@ -184,8 +184,9 @@ def composed(h_ND, y_ND, alphas):
 
 @pytest.mark.parametrize("alpha", [0.1, 0.3, 0.5])
 def test_shares_of_the_ratio_compose_on_the_sphere(alpha):
-    """Towards the same y orthogonal to h, shares of alpha / (1 - alpha) miss only some r2 r1^2 / 2, as docs/growth.md
-    derives; shares of alpha miss more. An h that leans to y needs other shares: none are exact for all h."""
+    """Towards the same y orthogonal to h, shares of alpha / (1 - alpha) miss only some r2 r1^2 / 2
+    (docs/growth_derivations.md); shares of alpha miss more. An h that leans to y needs other shares: none are exact for
+    all h."""
     h_ND, y_ND = torch.eye(2, dtype=torch.float64).split(1)
     r = alpha / (1 - alpha)
     shares = [3 / 4, 1 / 4]
