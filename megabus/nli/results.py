@@ -20,7 +20,7 @@ Results = dict[str, Any]
 
 def report(settings: Settings, outcome: Outcome) -> None:
     """Measure everything, write what --out asks for, fit the baselines, and print the table."""
-    train, kind = outcome.data.train, "TF-IDF of words and pairs of words, logistic regression"
+    train = outcome.data.train
     results = outcome.facts | {
         "labels": list(LABELS),
         "intervals": {"confidence": CONFIDENCE, "accuracy": "Wilson", "macro_f1": f"bootstrap, {RESAMPLES} resamples"},
@@ -30,9 +30,9 @@ def report(settings: Settings, outcome: Outcome) -> None:
     if train is not None:
         train = train.sample(settings.baseline_pairs, settings.seed)
         say(f"fitting the baselines to {len(train):,} pairs")
-    baselines = Baselines(train)
-    facts = {"kind": kind, "C": C, "min_df": MIN_PAIRS, "pairs": len(train or ()), "missing": baselines.missing}
-    results["baselines"] = facts
+    baselines, kind = Baselines(train), "TF-IDF of words and pairs of words, logistic regression"
+    fitted = {"kind": kind, "C": C, "min_df": MIN_PAIRS, "pairs": len(train or ()), "missing": baselines.missing}
+    results["baselines"] = fitted
     for pairs in outcome.data.reported:
         results["sets"][pairs.name]["results"] |= measured(pairs, baselines.predict(pairs), settings.seed)
     say(f"\n{table(results)}")  # before anything can go wrong with files
@@ -58,8 +58,7 @@ def measured(pairs: PairSet, guesses: Mapping[str, list[int] | None], seed: int)
 
 
 def write(settings: Settings, results: Results, outcome: Outcome) -> None:
-    out = settings.out
-    if out is None:
+    if (out := settings.out) is None:
         return
     try:
         (out / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -95,13 +94,13 @@ def table(results: Results) -> str:
         }
         title = ", ".join([f"{name}: {one['pairs']:,} pairs", *(f"{n:,} {note}" for note, n in notes.items() if n)])
         rows = [_numbers(who, numbers, missing) for who, numbers in one["results"].items()]
-        accuracies = aligned(["", "accuracy", "95% interval", "macro-F1", "95% interval"], rows, left={0})
         first, numbers = next(iter(one["results"].items()))
         header = [first, "precision", "recall", "F1", "pairs", *(f"→ {label}" for label in LABELS)]
         classes = [
             [label, *(f"{of[key]:.3f}" for key in shares), *(f"{count:,}" for count in (of["gold"], *row))]
             for (label, of), row in zip(numbers["classes"].items(), numbers["confusion"], strict=True)
         ]
+        accuracies = aligned(["", "accuracy", "95% interval", "macro-F1", "95% interval"], rows, left={0})
         parts += [title, accuracies, aligned(header, classes, left={0})]
     return "\n\n".join(parts)
 
@@ -117,12 +116,11 @@ def plot_set(name: str, one: Results, out_png: Path) -> None:
     """Draw one set of `report`'s results."""
     found = {who: numbers for who, numbers in one["results"].items() if numbers is not None}
     first, accuracies = next(iter(found)), {who: numbers["accuracy"] for who, numbers in found.items()}
-    intervals = [numbers["accuracy_interval"] for numbers in found.values()]
     colours = [COLOURS[0] if who.startswith(("zero-shot", "fine-tuned")) else "#b9c2c9" for who in found]
     with picture(out_png, (11.0, 4.4), layout="constrained") as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.35))
         draw_counts(left, found[first]["confusion"], LABELS)
         left.set(xlabel=f"predicted ({first})", ylabel="gold")
-        draw_bars(right, accuracies, intervals, colours)
+        draw_bars(right, accuracies, [of["accuracy_interval"] for of in found.values()], colours)
         right.set_xlabel("accuracy, with its 95% interval")
         figure.suptitle(f"{Path(name).name}, {one['pairs']:,} pairs", fontsize=10)

@@ -74,9 +74,8 @@ def evaluate(settings: Settings) -> Outcome:
     """Score the pairs, fine-tune if asked to, and score them again; the settings are checked ones. Collective."""
     begun = time.perf_counter()
     origin = origin_of(settings.checkpoint)
-    state = origin.state
     with agreement():
-        train, optimizer, stage = settings.engine_parts(state.model, longest_of(origin), dist.get_world_size())
+        train, optimizer, stage = settings.engine_parts(origin.state.model, longest_of(origin), dist.get_world_size())
         tokenizer = tokenizer_of_model(origin.folder, settings.tokenizer, stage.model.vocab_size)
         encoder = Encoder(tokenizer, settings.template, stage.seq_len)
     for key, folder in (("--out", settings.out), ("--save", settings.save)):
@@ -104,7 +103,7 @@ def evaluate(settings: Settings) -> Outcome:
         engine.close()
     facts = {
         "environment": machine,
-        "checkpoint": {"path": str(origin.folder.resolve()), "step": state.progress.step},
+        "checkpoint": {"path": str(origin.folder.resolve()), "step": origin.state.progress.step},
         "model": stage.model.model_dump() | {"parameters": parameters},
         "layout": asdict(stage.layout),
         "settings": settings.model_dump(mode="json") | used,

@@ -43,8 +43,7 @@ class Scorer:
 
     def score(self, pairs: PairSet) -> Scores:
         """Every label's scores, (pairs, labels); the same on every rank. Collective."""
-        template, nothing = self.encoder.template, Pair(0, CONTENT_FREE, CONTENT_FREE)._asdict()
-        documents = [pair._asdict() for pair in pairs.pairs]
+        encoder, nothing = self.encoder, Pair(0, CONTENT_FREE, CONTENT_FREE)._asdict()
+        documents, template = [pair._asdict() for pair in pairs.pairs], encoder.template
         task = MultipleChoice(documents, nothing, lambda doc: template.prompt(Pair(**doc)), template.labels)
-        lm = EngineLM(self.engine, lambda ask: self.encoder.encode(Pair(**ask.doc), ask.idx), self.heartbeat)
-        return task.score(lm)
+        return task.score(EngineLM(self.engine, lambda ask: encoder.encode(Pair(**ask.doc), ask.idx), self.heartbeat))
