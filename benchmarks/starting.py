@@ -38,7 +38,7 @@ def starts(rounds: int, small: bool) -> list[Comparison]:
     timings = {name: Timing(seconds, 0) for name, seconds in found.items()}
     bars = {seconds: Timing([seconds] * rounds, 0) for seconds in (START, IMPORTS)}
     what = f"from command to first step, demo, {ranks} ranks"
-    told = {
+    commands = {
         "megabus --help": ["--help"],
         "megabus train --help": ["train", "--help"],
         "a refused configuration": ["train", "--config", "configs/demo.yaml", "modle=1"],
@@ -47,7 +47,7 @@ def starts(rounds: int, small: bool) -> list[Comparison]:
     return [
         *(
             compare("from command to its end", name, f"{QUICK:g} s", _seconds_of(words, rounds), half, "<= 1")
-            for name, words in told.items()
+            for name, words in commands.items()
         ),
         compare(what, "a new run", f"{START:g} s", timings["anew"], bars[START], "<= 1"),
         compare(what, "a resumed run", f"{START:g} s", timings["resumed"], bars[START], "<= 1"),

@@ -209,14 +209,14 @@ def run_rank(main: Callable[[], int], advice: str = MORE) -> int:
     except Exception as error:
         if peer_is_gone(error):
             where = traceback.extract_tb(error.__traceback__)[-1]
-            told = f": {LOST} ({where.name}: {str(error).splitlines()[0]})"
-            told = "\n".join((told, *getattr(error, "__notes__", ())))
+            message = f": {LOST} ({where.name}: {str(error).splitlines()[0]})"
+            message = "\n".join((message, *getattr(error, "__notes__", ())))
         elif memory_is_short(error):
-            told = f": {_no_memory(error, advice)}"
+            message = f": {_no_memory(error, advice)}"
         else:
-            told = f" failed:\n{traceback.format_exc()}"
-        note(f"rank {_rank()}{told}")
-        tell_torchrun(f"rank {_rank()}{told}".rstrip())
+            message = f" failed:\n{traceback.format_exc()}"
+        note(f"rank {_rank()}{message}")
+        tell_torchrun(f"rank {_rank()}{message}".rstrip())
         return 1
 
 

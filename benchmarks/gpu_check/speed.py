@@ -50,8 +50,8 @@ def step_times(check: Check) -> None:
             seconds = {kind: _one_arm(check, size, kind, kernels) for kind in KINDS}
             if seconds["ngpt"] and seconds["gpt"]:
                 ratio = seconds["ngpt"] / seconds["gpt"]
-                told = f"{ratio:.3f} of the seconds a token, in the same micro batches (the bar is 1.03 with Triton)"
-                check.tell(f"{size}, nGPT / gpt, {kernels}", told)
+                message = f"{ratio:.3f} of the seconds a token, in the same micro batches (the bar is 1.03 with Triton)"
+                check.tell(f"{size}, nGPT / gpt, {kernels}", message)
 
 
 def _one_arm(check: Check, size: str, kind: str, kernels: Choice) -> float | None:

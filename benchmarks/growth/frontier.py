@@ -42,19 +42,19 @@ def claims(experiment: Experiment, results: Results, found: Sequence[Group]) -> 
     seeds = {run.seed for group in found for run in group.finite}
     ladder = {seed: sizes_of(experiment, found, seed) for seed in seeds}
     done = ledger(experiment, results)
-    told = []
+    judged = []
     for group in (group for group in found if group.finite):
         fixed = experiment.arms[group.arm].ladder
         keeps = kept(experiment, done, group, len(group.finite) if fixed else seeds_in_pairs(group, ladder))
         short = (worst([keeps]) if fixed else keeps).short_by()
         if fixed or not decayed(experiment, group):
-            told.append(Claim(group, {}, {}, {}, None, False, keeps, short))
+            judged.append(Claim(group, {}, {}, {}, None, False, keeps, short))
             continue
         stars = {run.seed: saving_by_best(run.loss, run.flops, ladder[run.seed]) for run in group.finite}
         bests = {run.seed: envelope(ladder[run.seed], run.flops) for run in group.finite}
         known = {seed: best for seed, best in bests.items() if best is not None}
         gains = [known[run.seed].loss - run.loss for run in group.finite if run.seed in known]
-        told.append(
+        judged.append(
             Claim(
                 group=group,
                 s=each_saving(experiment, found, group),
@@ -66,7 +66,7 @@ def claims(experiment: Experiment, results: Results, found: Sequence[Group]) -> 
                 short=short,
             )
         )
-    return told
+    return judged
 
 
 def short_of_ladder(experiment: Experiment, found: Sequence[Claim]) -> list[str]:

@@ -159,8 +159,8 @@ class Runner:
         elif code == STOPPED:
             say(f"{clock()} {job.label}: stopped and saved")
         else:
-            told = (run_dir / "log").read_bytes()[going.said :].decode(errors="replace").strip().splitlines()
-            why = next((line for line in reversed(told) if line.startswith("error: ")), told[-1] if told else "")
+            lines = (run_dir / "log").read_bytes()[going.said :].decode(errors="replace").strip().splitlines()
+            why = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
             if code == BAD_INPUT and why.startswith("error: train.loss = "):
                 self.results.add(replace(failed(job, why, self.machine, date), commit=going.commit))
                 keep_what_others_may_need(run_dir, self._config(job))

@@ -31,9 +31,9 @@ def verdict_table(scales: Sequence[tuple[Experiment, Results]]) -> str:
         "| arm | tokens a final parameter | FLOPs | S | S* | verdict |",
         "|---|---|---|---|---|---|",
     ]
-    told = [(experiment, claims(experiment, results, groups(experiment, results))) for experiment, results in ordered]
+    judged = [(experiment, claims(experiment, results, groups(experiment, results))) for experiment, results in ordered]
     n_lines = len(lines)
-    for (small, its), (large, theirs) in pairwise(told):
+    for (small, its), (large, theirs) in pairwise(judged):
         lacking = [short_of_ladder(small, its), short_of_ladder(large, theirs)]
         for one in its:
             other = next((claim for claim in theirs if _alike(one, claim)), None)

@@ -20,13 +20,13 @@ from benchmarks.growth.savings import spread
 def report(experiment: Experiment, results: Results, out: Path | None) -> str:
     """The tables; with `out` they and the pictures are written there, named after the experiment."""
     found = groups(experiment, results)
-    told = claims(experiment, results, found)
+    judged = claims(experiment, results, found)
     parts = [
         "## Learning rates", tuning_table(experiment, results),
         "## Arms", arms_table(experiment, found),
-        "## Against the best fixed size", frontier_table(experiment, told),
-        "## One run at every budget", anytime_table(experiment, told),
-        "## Protocol", protocol_table(experiment, told),
+        "## Against the best fixed size", frontier_table(experiment, judged),
+        "## One run at every budget", anytime_table(experiment, judged),
+        "## Protocol", protocol_table(experiment, judged),
         "## Growths", growth_table(found),
         "## Against a law", law_table(experiment, found),
     ]  # fmt: skip

@@ -143,8 +143,8 @@ def validated(adapter: TypeAdapter[T], tree: Any, path: Path, key: str = "") -> 
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join([part for part in (key, *map(str, first["loc"])) if part])
-        told = first["msg"].removeprefix("Value error, ")
-        text = told if first["type"] in ("value_error", "missing") else f"{told}, found {shown(first['input'])}"
+        message = first["msg"].removeprefix("Value error, ")
+        text = message if first["type"] in ("value_error", "missing") else f"{message}, found {shown(first['input'])}"
         raise DamagedError(path, f"is damaged ({where}: {text})") from error
 
 

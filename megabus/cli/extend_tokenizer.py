@@ -105,8 +105,8 @@ def _with_lesson(args: argparse.Namespace, listed: Sequence[str]) -> tuple[dict[
     if len(lesson.pieces) < lesson.n:
         warn(f"the text gives {len(lesson.pieces)} pieces of the {lesson.n}: no other pair occurs twice in it")
     before, now = lesson.n_tokens, lesson.n_tokens - lesson.fewer
-    told = f"{lesson.n_bytes} bytes of text: {before} tokens before, {now} now, {1 - now / before:.1%} fewer\n"
-    return spelled, told
+    message = f"{lesson.n_bytes} bytes of text: {before} tokens before, {now} now, {1 - now / before:.1%} fewer\n"
+    return spelled, message
 
 
 @contextmanager

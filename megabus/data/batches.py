@@ -99,9 +99,9 @@ class TokenSource:
                 raise UserError("data", ", ".join(corpus.prefixes), problem, remedy)
         for prefix, file in self.files:
             found = file.n_documents
-            told = (read_meta(prefix) or {}).get("n_documents", found)
-            if told != found:
-                problem = f"its .meta.json speaks of {shown(told)} documents, its .idx of {found}"
+            recorded = (read_meta(prefix) or {}).get("n_documents", found)
+            if recorded != found:
+                problem = f"its .meta.json speaks of {shown(recorded)} documents, its .idx of {found}"
                 raise UserError("data", prefix, problem, remedy)
 
     def sample_span(self, position_tokens: int, seq_len: int) -> tuple[int, int, int]:

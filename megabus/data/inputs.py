@@ -27,7 +27,7 @@ def expand_inputs(patterns: list[str]) -> tuple[list[Path], list[str]]:
     file named in full of a kind that is not read.
     """
     files: dict[str, Path] = {}  # by what the links in their paths lead to
-    told: list[str] = []
+    messages: list[str] = []
     for pattern in patterns:
         passed = PassedOver()
         try:
@@ -45,8 +45,8 @@ def expand_inputs(patterns: list[str]) -> tuple[list[Path], list[str]]:
             if files.setdefault(os.path.realpath(file), file) is not file:
                 passed.counts["matched before"] += 1
         if passed.text("{}"):
-            told.append(passed.text(f"of {pattern} passed over: {{}}"))
-    return list(files.values()), told
+            messages.append(passed.text(f"of {pattern} passed over: {{}}"))
+    return list(files.values()), messages
 
 
 class PassedOver:

@@ -124,9 +124,9 @@ def _blaming(url: str) -> Iterator[None]:
 
 
 def _not_fetched(url: str, error: BaseException) -> UserError:
-    told = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     remedy = "check the network and the credentials, and start again"
-    return UserError("data", url, f"cannot be fetched ({told})", remedy)
+    return UserError("data", url, f"cannot be fetched ({message})", remedy)
 
 
 def _other_cause(error: FileNotFoundError) -> BaseException | None:

@@ -19,7 +19,7 @@ def outlook(stages: Sequence[Stage], trigger: KappaConfig) -> list[str]:
     A predicted loss that is no less than a guess among all tokens has (log of the vocabulary, in nats) leaves nothing
     to gain. A law without the stage's end says what it comes to in infinite time, of which κ is seldom achieved.
     """
-    told = []
+    messages = []
     for stage in stages[:-1]:
         capped = stage.max_tokens is not None or stage.max_flops is not None
         section = stage_section(stage.index, "growth")
@@ -34,13 +34,13 @@ def outlook(stages: Sequence[Stage], trigger: KappaConfig) -> list[str]:
             if not capped:
                 remedy = f"correct what it is given, use predictor fit, or set {section}.max_tokens"
                 raise UserError(key, f"{mp:.4f} for stage {stage.index}", f"{problem} it, and it has no cap", remedy)
-            told.append(f"{key} = {mp:.4f} for stage {stage.index} {problem} it, its cap does")
+            messages.append(f"{key} = {mp:.4f} for stage {stage.index} {problem} it, its cap does")
         elif not capped:
             why = "without one fit predicts what its losses come to in infinite time, and κ is seldom reached"
             if trigger.rule == "marginal":
                 why = "without one nothing ends it where the next size never becomes worth more"
-            told.append(f"{section}.max_tokens = (missing): {why}; set it, or max_flops")
-    return told
+            messages.append(f"{section}.max_tokens = (missing): {why}; set it, or max_flops")
+    return messages
 
 
 def _predicted(stage: Stage, trigger: KappaConfig) -> float | None:

@@ -10,11 +10,11 @@ from megabus.kappa.monitor import Decision, KappaView, cap_is_reached
 def why(decision: Decision, view: KappaView, trigger: KappaConfig) -> str:
     """What `decision` says, with the numbers that it comes from."""
     if decision.reason is not None:
-        told = REASONS[decision.reason].met + (_figures(view) if decision.reason == "kappa" else "")
+        message = REASONS[decision.reason].met + (_figures(view) if decision.reason == "kappa" else "")
         if decision.reason == "marginal":
-            told += f": {_compared(view)}"
+            message += f": {_compared(view)}"
         due = cap_is_reached(view.stage_tokens, view.stage_flops, view.max_tokens, view.max_flops)
-        return told + (f", and {REASONS['cap'].met}" if due and decision.reason != "cap" else "")
+        return message + (f", and {REASONS['cap'].met}" if due and decision.reason != "cap" else "")
     match decision.unmet:
         case "decay":
             return "κ decides nothing while the learning rate decays"

@@ -40,9 +40,9 @@ def host_names(hosts: Sequence[Host]) -> list[str]:
     having = defaultdict(list)
     for number, name in first.items():
         having[name].append(number)
-    told = {
+    facts = {
         number: name if len(numbers) == 1 else f"{name} [{number[:SHORT]}]"
         for name, numbers in having.items()
         for number in numbers
     }
-    return [told[host.id] for host in hosts]
+    return [facts[host.id] for host in hosts]

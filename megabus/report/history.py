@@ -188,8 +188,8 @@ def not_logged(rows: Sequence[MetricsRow]) -> str | None:
     if start is None or start["step"] < 1:
         return None
     growths = start.get("stage", 0)
-    told = f" and {growths} growth{'s' * (growths > 1)}" if growths else ""
-    return f"not in this log: the first {start['step']} step(s){told}, which came before the run was resumed here"
+    message = f" and {growths} growth{'s' * (growths > 1)}" if growths else ""
+    return f"not in this log: the first {start['step']} step(s){message}, which came before the run was resumed here"
 
 
 def skipped_spikes(rows: Sequence[MetricsRow]) -> int:

@@ -41,16 +41,16 @@ def evaluation_table(run: RunFacts) -> tuple[list[str], list[list[str]]]:
             when = "before growth"  # the same weights, which are not measured twice
         if row["event"] not in ("evaluation", "tasks") or when not in OF_GROWTHS:
             continue
-        told = moments.setdefault((row["step"], str(when)), {})
+        shown = moments.setdefault((row["step"], str(when)), {})
         for name, loss in _numbers_of(row, "evaluation", "loss").items():
-            told[f"{name}: nats per token"] = _figure(loss)
+            shown[f"{name}: nats per token"] = _figure(loss)
         for name, bits in _numbers_of(row, "evaluation", "bits_per_byte").items():
-            told[f"{name}: bits per byte"] = _figure(bits)
+            shown[f"{name}: bits per byte"] = _figure(bits)
         for name, score in _numbers_of(row, "tasks", "scores").items():
-            told[name] = _figure(score)
+            shown[name] = _figure(score)
         if row["event"] == "tasks" and row.get("error") is not None:
-            told["tasks"] = f"failed: {row['error']}"
-    measures = dict.fromkeys(name for told in moments.values() for name in told)
+            shown["tasks"] = f"failed: {row['error']}"
+    measures = dict.fromkeys(name for shown in moments.values() for name in shown)
     order = sorted(moments, key=lambda moment: (moment[0], OF_GROWTHS.index(moment[1])))
     header = ["measure", *(f"step {step:,}, {when}" for step, when in order)]
     return header, [[name, *(moments[moment].get(name, "–") for moment in order)] for name in measures]

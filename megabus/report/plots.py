@@ -325,9 +325,9 @@ def summary_table(run_dir: str | Path) -> str:
     rows, counted = read_rows(run_dir), read_metrics(run_dir)
     header, *lines = stage_table(counted, layouts_that_ran(rows))
     spikes, missing = skipped_spikes(rows), not_logged(counted)
-    told = f"\nsteps skipped as spikes: {spikes}" if spikes else ""
-    told += f"\n{missing}" if missing else ""
-    return aligned(header, lines, left={1, 3, 7, 8, 9}) + told
+    message = f"\nsteps skipped as spikes: {spikes}" if spikes else ""
+    message += f"\n{missing}" if missing else ""
+    return aligned(header, lines, left={1, 3, 7, 8, 9}) + message
 
 
 def short_sizes(sizes: dict[str, Any]) -> str:

@@ -90,5 +90,5 @@ def _next_tokens(
                 found[number] = choose(number, logits_V)
     found = found.to(engine.device)
     dist.all_reduce(found)
-    told: list[int] = found.tolist()
-    return told
+    numbers: list[int] = found.tolist()
+    return numbers

@@ -124,9 +124,9 @@ class Guarded(Callback):
         run.answers -= 1
 
     def _fail(self, run: Run, name: str, error: Exception | SystemExit | None) -> None:
-        told: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
-        rank, text = next((rank, text) for rank, text in enumerate(told) if text is not None)
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+        rank, text = next((rank, text) for rank, text in enumerate(messages) if text is not None)
         problem = f"raised {text} in {name} after step {run.progress.step}, on rank {rank}"
         value, self.is_over = type(self.callback).__name__, True
         if self.callback.on_error == "drop":
@@ -172,11 +172,11 @@ def guarded(config: RunConfig, passed: Sequence[Callback]) -> list[Guarded]:
 def check_alike(users: Sequence[Guarded]) -> None:
     """Raise `UserError` on all ranks unless all have the same: ranks wait for each other where one is told something.
     Collective."""
-    told: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(told, [type(user.callback).__name__ for user in users])
-    for rank, names in enumerate(told):
-        if names != told[0]:
-            problem = f"are what rank {rank} has, and rank 0 has {', '.join(told[0]) or 'none'}"
+    callbacks: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(callbacks, [type(user.callback).__name__ for user in users])
+    for rank, names in enumerate(callbacks):
+        if names != callbacks[0]:
+            problem = f"are what rank {rank} has, and rank 0 has {', '.join(callbacks[0]) or 'none'}"
             raise UserError(
                 "callbacks", ", ".join(names) or "none", problem, "give every rank as many of the same kind"
             )

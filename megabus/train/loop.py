@@ -167,8 +167,8 @@ def agree_on_step_end(run: Run, failed: bool) -> None:
         run.engine.device,
     )
     if stop and metrics is not None:
-        told = "saving once the steps without an update are over" if cannot_be_saved(run) else "saving"
-        say(f"asked to stop by {run.requests.reason or 'a signal to another rank'}: {told}")
+        message = "saving once the steps without an update are over" if cannot_be_saved(run) else "saving"
+        say(f"asked to stop by {run.requests.reason or 'a signal to another rank'}: {message}")
     run.stopping |= stop
     if ended or failed:
         collect(run)

@@ -22,7 +22,7 @@ def check_growths(config: RunConfig, stages: list[Stage]) -> list[str]:
     Raises `UserError` about a stage that nothing ends: it has no cap, and wsd's rate, in whose fall κ decides nothing,
     falls before κ has the evaluations that it needs.
     """
-    told: list[str] = []
+    messages: list[str] = []
     train, soonest = config.train, Spent()
     latest: Spent | None = Spent()
     whole = Spent()
@@ -50,13 +50,13 @@ def check_growths(config: RunConfig, stages: list[Stage]) -> list[str]:
         if at < 1 <= whole.share(train) and before.share(train) < 1:
             problem = f"leaves stage {stage.index + 1} something of the budget, and the whole steps of "
             problem += f"{step} tokens that stages take leave it nothing"
-            told.append(str(UserError(*_key(stage), problem, "raise the budget, or grow less often")))
+            messages.append(str(UserError(*_key(stage), problem, "raise the budget, or grow less often")))
         if at < 1 and decays(config.optimizer, at - ROUNDING):
             problem = f"ends this stage at {at:.0%} of the budget, and the rate falls from {_begins(config):.0%} on"
-            told.append(
+            messages.append(
                 str(UserError(*_key(stage), problem, "lower it, or optimizer.decay_share, if that is not meant"))
             )
-    return told
+    return messages
 
 
 def _begins(config: RunConfig) -> float:

@@ -66,12 +66,12 @@ def collect(run: Run) -> Save | None:
 def warn_unwritten(run: Run) -> None:
     """Metrics cannot be written. Told once an outage, or the end of the run as configured. Collective."""
     error = None if run.metrics is None else run.metrics.error
-    path, told = Path(run.config.run_dir) / "metrics.jsonl", str(error) or type(error).__name__
+    path, message = Path(run.config.run_dir) / "metrics.jsonl", str(error) or type(error).__name__
     with agreement():
         if error is not None and run.config.checkpoint.on_error == "stop":
-            raise UserError("log", path, f"cannot be written ({told})", "make room")
+            raise UserError("log", path, f"cannot be written ({message})", "make room")
     if error is not None and not run.warned_unwritten:
-        warn(f"{path} or what else is logged cannot be written ({told}): its rows wait in memory")
+        warn(f"{path} or what else is logged cannot be written ({message}): its rows wait in memory")
     run.warned_unwritten = True
     if run.metrics is not None:
         run.metrics.forget_lost()

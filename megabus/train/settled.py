@@ -21,7 +21,7 @@ def settle_kernels(config: RunConfig, stages: list[Stage], found: Found | None) 
     """
     train, device = config.train, torch.device(get_accelerator().device_name())
     form = agreed_form(train.kernels, device, rows_of(stages))
-    told: list[str] = []
+    messages: list[str] = []
     was = None if found is None else _form(found.state.config["train"].get("kernels", "auto"))
     if found is not None and was is not None and was != _form(form):
         if train.deterministic and train.kernels == "auto" and device.type == "cuda":
@@ -31,10 +31,10 @@ def settle_kernels(config: RunConfig, stages: list[Stage], found: Found | None) 
                 remedy = f"set it to {form} if other bits will do, or to {was}"
                 raise UserError("train.kernels", "auto", problem, remedy)
             form = "eager"
-            told = ["train.kernels: auto stays eager, as the run is deterministic and began so"]
+            messages = ["train.kernels: auto stays eager, as the run is deterministic and began so"]
         else:
-            told = [f"train.kernels: {was} -> {_form(form)}, which rounds otherwise"]
-    return config.model_copy(update={"train": train.model_copy(update={"kernels": form})}), told
+            messages = [f"train.kernels: {was} -> {_form(form)}, which rounds otherwise"]
+    return config.model_copy(update={"train": train.model_copy(update={"kernels": form})}), messages
 
 
 def rows_of(stages: list[Stage]) -> list[tuple[int, ...]]:

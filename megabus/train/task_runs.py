@@ -120,16 +120,16 @@ class TaskRuns:
         return [*words, "--json", str(folder / SCORES), "--end-with", str(os.getpid())]
 
     def _outcome(self, folder: Path, code: int) -> dict[str, Any]:
-        told = {"seconds": time.monotonic() - self._begun}
+        row = {"seconds": time.monotonic() - self._begun}
         try:
             if code == 0:
                 scores: Mapping[str, float] = json.loads((folder / SCORES).read_text())["tasks"]
-                return told | {"scores": scores}
+                return row | {"scores": scores}
             lines = (folder / LOG).read_text(errors="replace").split("\n")
         except (OSError, ValueError) as error:
-            return told | {"error": f"exit code {code}, and what it has left cannot be read ({error})"}
+            return row | {"error": f"exit code {code}, and what it has left cannot be read ({error})"}
         said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        return told | {"error": f"exit code {code}: {said[-300:]}"}
+        return row | {"error": f"exit code {code}: {said[-300:]}"}
 
 
 def _about(folder: Path) -> Row | None:
