@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from megabus.parallel.placement import Placement
 if TYPE_CHECKING:
     from megabus.engine.engine import Engine
 
+BEHIND_TRAINING = 5  # niceness of what writes while ranks compute: of a core that both want it takes a quarter
 SLOWEST = timedelta(days=1)  # that a rank may take to write: whether that is too long is the watchdog's business
 
 
@@ -147,6 +150,8 @@ class Saver:
 
     def _run(self, snapshot: Snapshot, save: Save) -> None:
         begun = time.perf_counter()
+        if self.asynchronous and sys.platform == "linux":  # where it is this thread's, and of those that it starts
+            os.nice(BEHIND_TRAINING)
         try:
             save.folder, save.bytes = self._write(snapshot)
         except UserError as error:
