@@ -194,7 +194,7 @@ def test_no_layers_have_dashes(config_file):
     [
         (["--steps", "0"], "error: --steps = 0: measures nothing"),
         (["data.train=nowhere"], "error: data.train = nowhere"),
-        (["optimizer.transfer={d_model: 9}"], "error: optimizer.transfer.n_layers = (missing): "),
+        (["optimizer.transfer={d_model: 9}"], "error: optimizer.transfer.steps = (missing): "),
     ],
 )
 def test_bad_input_is_one_line(config_file, words, told):

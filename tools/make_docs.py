@@ -50,7 +50,10 @@ from megabus.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("quickstart", "rates", "grow_your_model", "growth", "estimate", "cluster")),
+    *(
+        f"docs/{name}.md"
+        for name in ("quickstart", "rates", "grow_your_model", "growth_derivations", "estimate", "cluster")
+    ),
     *(f"docs/{name}.md" for name in ("commands", "preflight", "parity")),
 )
 READ_QUICKSTART = ("docs/rates.md", "docs/grow_your_model.md")
